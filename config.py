@@ -1,0 +1,254 @@
+"""What can be set: one frozen dataclass per verb, each field with its help, limits and default; and UserError.
+
+cli.py fills these from TOML recipes and the command line. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+# Two keys that say the same thing in two units: the one set at the later level wins, both at one level is an error.
+EXCLUSIVE = (("epochs", "max_iters"), ("dataset", "test_data_path"))
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message says what was wrong, with which value, and what to do."""
+
+
+def opt(default, help: str, **meta):
+    """A dataclass field that carries its own documentation and limits.
+
+    Args:
+        default: the value when neither a recipe nor the command line sets it.
+        help: one sentence for `--help`.
+        meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
+            `none` (the word for None), `bare` (value of the flag alone), `alias` (other spellings),
+            `section` (a heading in `--help`, above this field), `positional` (no dashes), `recipe` (False: a recipe's
+            key of this name is meant for training).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **meta})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network; all that model.py needs."""
+
+    n_layer: int = opt(4, "transformer blocks", low=1, section="Model")
+    n_head: int = opt(4, "attention heads per block; divides n_embd", low=1)
+    n_embd: int = opt(192, "width of the residual stream (C)", low=1)
+    context_length: int = opt(128, "tokens that the model sees at once (T)", low=1)
+    vocab_size: int | None = opt(None, "token ids the model knows", low=1, high=65536, none="the tokenizer's")
+    dropout: float = opt(0.0, "share of activations dropped in training", low=0, below=1)
+    bias: bool = opt(True, "biases in Linear and LayerNorm, as GPT-2 has them")
+    attn_bias: bool | None = opt(None, "biases in the attention's two Linear layers", none="as bias")
+    head_bias: bool = opt(False, "a bias on the output head (only with an untied head)")
+    tie_weights: bool = opt(True, "the output head uses the token embedding's matrix")
+    mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, in n_embd", above=0)
+    activation: str = opt("gelu_tanh", "the MLP's non-linearity", choices=("gelu_tanh", "gelu", "relu"))
+    position: str = opt("learned", "how positions enter", choices=("learned", "rope"))
+    attention: str = opt(
+        "flash", "flash: torch's fused kernels; manual: written out, to read", choices=("flash", "manual")
+    )
+    activation_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, more time")
+
+    def problems(self) -> list[str]:
+        """Sentences about fields that do not fit each other; empty when all is well."""
+        found = []
+        if self.n_embd % self.n_head:
+            found.append(
+                f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: each head gets an equal part"
+            )
+        elif self.position == "rope" and (self.n_embd // self.n_head) % 2:
+            found.append(
+                f"position = rope needs an even head size, n_embd / n_head = {self.n_embd // self.n_head} is odd"
+            )
+        if self.head_bias and self.tie_weights:
+            found.append(
+                "head_bias needs an untied head: add --no-tie_weights (tie_weights = false), or leave head_bias out"
+            )
+        if round(self.mlp_ratio * self.n_embd) < 1:
+            found.append(f"mlp_ratio = {self.mlp_ratio} leaves no hidden unit at n_embd = {self.n_embd}")
+        return found
+
+    def model(self) -> ModelConfig:
+        """The model's part of a larger config, on its own."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What every verb that runs a model shares."""
+
+    config: str | None = opt(None, "a recipe: the bare name of a file in configs/, or a path", section="Shared")
+    device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelConfig, MachineConfig):
+    """train.py: shards -> checkpoints, log."""
+
+    seed: int = opt(1337, "of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
+    data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
+    dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
+    batch_size: int = opt(8, "sequences that go through the device at once", low=1)
+    grad_accum_steps: int = opt(1, "such passes that make one update", low=1)
+    stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
+    max_iters: int | None = opt(2000, "updates to train for", low=1, none="from epochs", section="Length")
+    epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0)
+    lr: float = opt(2e-3, "highest learning rate", above=0, section="Optimizer (AdamW)")
+    min_lr: float = opt(2e-4, "learning rate at lr_decay_iters and after", low=0)
+    schedule: str = opt("cosine", "from lr to min_lr after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_iters: int = opt(100, "updates of linear warm-up", low=0)
+    lr_decay_iters: int | None = opt(None, "update at which min_lr is reached", low=1, none="max_iters")
+    weight_decay: float = opt(0.1, "decoupled decay, on matrices only", low=0)
+    beta1: float = opt(0.9, "decay of the mean of the gradients", low=0, below=1)
+    beta2: float = opt(0.99, "decay of the mean of their squares", low=0, below=1)
+    eps: float = opt(1e-8, "AdamW's epsilon", above=0)
+    grad_clip: float = opt(1.0, "largest norm of the gradient; 0 turns clipping off", low=0)
+    dtype: str = opt(
+        "auto",
+        "precision of the matrix products in training",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        section="Speed",
+    )
+    compile: bool | None = opt(None, "torch.compile the training forward", none="auto")
+    eval_interval: int = opt(
+        200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
+    )
+    eval_batches: int = opt(
+        0, "validation batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",)
+    )
+    sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
+    sample_prompt: str = opt("\n", "what the sample continues")
+    log_interval: int = opt(10, "updates between two rows of the log", low=1)
+    save_interval: int | None = opt(
+        None,
+        "updates between checkpoints, besides those at evaluations",
+        low=1,
+        none="eval_interval",
+        alias=("save_chkpt_epoch",),
+    )
+    keep_checkpoints: int = opt(2, "newest checkpoints to keep (best is kept besides)", low=1)
+    out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
+    resume: str | None = opt(
+        None,
+        "go on from a checkpoint: latest, auto (start when there is none) or a path",
+        bare="latest",
+        alias=("load_checkpoint_path",),
+    )
+    overwrite: bool = opt(False, "start again; the old run moves to <out_dir>.old-<time>")
+    wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
+    wandb_project: str = opt("flatgpt", "its project there")
+
+    def problems(self) -> list[str]:
+        """ModelConfig's, and those of the training fields."""
+        found = super().problems()
+        if self.max_iters is None and self.epochs is None:
+            found.append("max_iters and epochs are both none: set one of them")
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}")
+        if self.resume and self.overwrite:
+            found.append("resume and overwrite exclude each other: go on with the run, or start it again")
+        return found
+
+
+@dataclass(frozen=True)
+class BenchConfig(TrainConfig):
+    """bench.py: speed and memory of what the other verbs run."""
+
+    what: str = opt("train", "what to time", choices=("train",), positional=True)
+    warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
+    timed_updates: int = opt(20, "updates that are", low=2)
+    json: str | None = opt(None, "write the figures to this file, - for standard output")
+
+    def problems(self) -> list[str]:
+        """TrainConfig's; and what only a run has is refused rather than ignored."""
+        asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
+        return super().problems() + [
+            f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]
+        ]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """prepare_data.py: text -> uint16 token shards."""
+
+    source: str = opt(
+        None, "where the text comes from", choices=("pydoc", "shakespeare", "text"), positional=True, section="Source"
+    )
+    input: tuple[str, ...] = opt((), "for text: files, folders (.txt .md .py inside) and quoted patterns")
+    name: str | None = opt(None, "the dataset's name", none="source[_tokenizer]")
+    tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
+    val_fraction: float | None = opt(None, "for text: share of validation text", above=0, below=1, none="0.1")
+    data_dir: str = opt("data", "folder that the shards' folder goes into", section="Files")
+    raw_dir: str = opt("data/raw", "folder of downloads; a file already in <raw_dir>/<source>/ is used as it is")
+    shard_tokens: int = opt(100_000_000, "tokens per shard file", low=1)
+
+    def problems(self) -> list[str]:
+        """The rules between source and the fields that only text has."""
+        found = []
+        if self.source == "text" and not self.input:
+            found.append("source text needs --input FILE, FOLDER or 'PATTERN' (several are allowed)")
+        if self.source != "text" and (self.input or self.val_fraction is not None):
+            found.append(f"--input and --val_fraction belong to source text, not to {self.source}")
+        if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):
+            found.append(f"name = {self.name!r} has to be a plain folder name")
+        return found
+
+
+@dataclass(frozen=True)
+class ReaderConfig(MachineConfig):
+    """What the verbs that read a trained model share."""
+
+    model_path: str | None = opt(None, "a run's folder (its best checkpoint) or a checkpoint", none="the newest run")
+    out_dir: str | None = opt(None, "a run's folder, when model_path is not given", none="out/<recipe>")
+    dtype: str = opt(
+        "float32", "precision of the matrix products", choices=("float32", "bfloat16", "float16"), recipe=False
+    )
+
+    def problems(self) -> list[str]:
+        """None: the fields do not touch each other."""
+        return []
+
+
+@dataclass(frozen=True)
+class EvalConfig(ReaderConfig):
+    """eval.py: checkpoint + shards -> report."""
+
+    data_dir: str = opt("data", "folder that holds one folder of shards per dataset", section="Data")
+    dataset: str | None = opt(None, "name of the folder of shards in data_dir", none="the model's")
+    split: str = opt("val", "which split to score", choices=("train", "val", "test"))
+    test_data_path: str | None = opt(None, "one .bin file of uint16 ids, instead of dataset and split")
+    eval_batches: int = opt(
+        0, "batches, from the start; 0: the whole split", low=0, alias=("eval_epochs",), recipe=False
+    )
+    batch_size: int | None = opt(None, "windows per pass", low=1, none="by memory", recipe=False)
+    json: str | None = opt(None, "write the report to this file, - for standard output")
+
+
+@dataclass(frozen=True)
+class InferConfig(ReaderConfig):
+    """infer.py: checkpoint + prompt -> text."""
+
+    prompt: str = opt("", "the text to continue; empty: start a new one", section="Text")
+    max_new_tokens: int = opt(200, "tokens to write", low=1)
+    temperature: float = opt(0.8, "below 1 safer, above 1 wilder; 0 takes the likeliest token", low=0)
+    top_k: int | None = opt(None, "draw from the k likeliest tokens only", low=1, none="all")
+    num_samples: int = opt(1, "texts to write", low=1)
+    seed: int = opt(1337, "of the first text; the others count on from it", low=0, below=2**62, recipe=False)
+    stream_text: bool = opt(True, "print text while it is made")
+
+
+VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig)
+
+
+def run_dir(config: TrainConfig) -> Path:
+    """The folder of a training run: out_dir, else out/<recipe>, `quickstart` without a recipe."""
+    return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))
+
+
+def model_path(config: ReaderConfig) -> str | None:
+    """The model that eval and infer are asked for: model_path, else the recipe's run; None: the newest run."""
+    return config.model_path or (str(run_dir(config)) if config.config or config.out_dir else None)

@@ -1,0 +1,417 @@
+"""How it is set: recipes, the command line, which of them wins, and what is said about mistakes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import cli
+import config
+from cli import parse
+from config import BenchConfig, EvalConfig, InferConfig, PrepareConfig, TrainConfig, UserError
+
+
+def recipe(folder, text, name="mine.toml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(cls, words) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(cls, words)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ways of writing a setting
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--n_layer", "3"], "n_layer", 3),
+        (["--n-layer", "3"], "n_layer", 3),
+        (["--n_layer=3"], "n_layer", 3),
+        (["--n-layer=3"], "n_layer", 3),
+        (["--n_layer", "2", "--n-layer", "3"], "n_layer", 3),
+        (["--lr", "1"], "lr", 1.0),
+        (["--lr", "3e-4"], "lr", 3e-4),
+        (["--vocab_size", "65536"], "vocab_size", 65536),
+        (["--n_layer", "1"], "n_layer", 1),
+        (["--dropout", "0.5", "--dropout", "0"], "dropout", 0.0),
+        (["--seed", str(2**63 - 1)], "seed", 2**63 - 1),
+        (["--no-bias", "--bias"], "bias", True),
+        (["--no-bias"], "bias", False),
+        (["--no_bias"], "bias", False),
+        (["--bias=false"], "bias", False),
+        (["--bias", "false"], "bias", False),
+        (["--bias", "--no-bias"], "bias", False),
+        (["--no-tie-weights"], "tie_weights", False),
+        (["--head-bias", "true", "--no-tie_weights"], "head_bias", True),
+        (["--compile"], "compile", True),
+        (["--no-compile"], "compile", False),
+        (["--compile", "--compile", "auto"], "compile", None),
+        (["--compile", "--compile=auto"], "compile", None),
+        (["--attn_bias", "--attn_bias=as bias"], "attn_bias", None),
+        (["--attn_bias", "--attn_bias", "none"], "attn_bias", None),
+        (["--stride", "5", "--stride", "none"], "stride", None),
+        (["--stride", "5", "--stride", "context_length"], "stride", None),
+        (["--sample_prompt=--x=y"], "sample_prompt", "--x=y"),
+        (["--sample_prompt="], "sample_prompt", ""),
+        (["--eval_intervel", "7"], "eval_interval", 7),
+        (["--eval-intervel=7"], "eval_interval", 7),
+        (["--save_chkpt_epoch", "7"], "save_interval", 7),
+        (["--eval_epochs", "7"], "eval_batches", 7),
+        (["--checkpoint_path", "x"], "out_dir", "x"),
+        (["--resume"], "resume", "latest"),
+        (["--resume", "--n_layer", "3"], "resume", "latest"),
+        (["--resume", "auto"], "resume", "auto"),
+        (["--resume", "out/a"], "resume", "out/a"),
+        (["--resume", "--load_checkpoint_path", "out/a"], "resume", "out/a"),
+        (["--load_checkpoint_path", "out/a", "--resume"], "resume", "out/a"),
+    ],
+)
+def test_spellings(words, key, value):
+    """Where the value is the default, the words set another one first."""
+    found = getattr(parse(TrainConfig, words), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_positional_and_lists():
+    found = parse(PrepareConfig, ["text", "--input", "a", "b", "--name", "n", "--input=c"])
+    assert (found.source, found.input, found.name) == ("text", ("a", "b", "c"), "n")
+    assert parse(BenchConfig, ["train", "--timed_updates", "3"]).timed_updates == 3
+    assert parse(BenchConfig, []).what == "train"
+
+
+@pytest.mark.parametrize(
+    ("cls", "words", "said"),
+    [
+        (PrepareConfig, [], ["source: missing", "pydoc", "text"]),
+        (PrepareConfig, ["pydocs"], ["source = pydocs", "did you mean pydoc?"]),
+        (PrepareConfig, ["pydoc", "more"], ["more: not expected"]),
+        (PrepareConfig, ["text", "--input"], ["--input: a value is missing"]),
+        (TrainConfig, ["stray"], ["stray: not expected"]),
+        (TrainConfig, ["--n_layer"], ["--n_layer: a value is missing"]),
+        (TrainConfig, ["--n_layer", "--bias"], ["--n_layer: a value is missing"]),
+        (TrainConfig, ["--no-n_layer"], ["--no-n_layer", "true-or-false"]),
+        (TrainConfig, ["--seed", "-1"], ["--seed = -1", "at least 0"]),
+    ],
+)
+def test_words_out_of_place(cls, words, said):
+    answer = refusal(cls, words)
+    assert "problems:" not in answer, "one mistake, one problem"
+    for part in said:
+        assert part in answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("n_layer", "x", "a whole number"),
+        ("n_layer", "2.5", "a whole number"),
+        ("n_layer", "0", "at least 1"),
+        ("vocab_size", "65537", "at most 65536"),
+        ("lr", "fast", "a number"),
+        ("lr", "0", "more than 0"),
+        ("lr", "nan", "a number"),
+        ("lr", "inf", "a number"),
+        ("lr", "-inf", "a number"),
+        ("dropout", "1", "less than 1"),
+        ("dropout", "-0.1", "at least 0"),
+        ("seed", str(2**63), "less than"),
+        ("activation", "gelu_tan", "gelu_tanh, gelu, relu"),
+        ("bias", "=maybe", "true or false"),
+    ],
+)
+def test_wrong_value_on_the_command_line(key, value, allowed):
+    words = [f"--{key}{value}"] if value.startswith("=") else [f"--{key}", value]
+    answer = refusal(TrainConfig, words)
+    assert f"--{key} = {value.lstrip('=')}" in answer
+    assert allowed in answer
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("n_layer", '"2"', "a whole number"),
+        ("n_layer", "2.0", "a whole number"),
+        ("n_layer", "true", "a whole number"),
+        ("n_layer", "[2]", "a whole number"),
+        ("n_layer", "0", "at least 1"),
+        ("vocab_size", "65537", "at most 65536"),
+        ("lr", '"1e-3"', "a number"),
+        ("lr", "true", "a number"),
+        ("lr", "0.0", "more than 0"),
+        ("lr", "nan", "a number"),
+        ("lr", "inf", "a number"),
+        ("lr", "1" + "0" * 400, "a number"),
+        ("dropout", "1", "less than 1"),
+        ("bias", "1", "true or false"),
+        ("bias", '"true"', "true or false"),
+        ("dataset", "3", "a text"),
+        ("activation", '"gelu_tan"', "did you mean gelu_tanh?"),
+        ("eval_intervel", "0", "at least 1"),
+        ("base", "3", "the name of a recipe"),
+        ("base", "0", "the name of a recipe"),
+    ],
+)
+def test_wrong_value_in_a_recipe(tmp_path, key, value, allowed):
+    path = recipe(tmp_path, f"{key} = {value}\n")
+    answer = refusal(TrainConfig, ["--config", path])
+    assert answer.startswith(path)
+    assert f"{key} = " in answer
+    assert allowed in answer
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("lr = 1", "lr", 1.0),
+        ('stride = "none"', "stride", None),
+        ('vocab_size = "the tokenizer\'s"', "vocab_size", None),
+        ("eval_intervel = 7", "eval_interval", 7),
+        ("bias = false", "bias", False),
+        ('sample_prompt = "日本"', "sample_prompt", "日本"),
+    ],
+)
+def test_right_value_in_a_recipe(tmp_path, text, key, value):
+    found = getattr(parse(TrainConfig, ["--config", recipe(tmp_path, text)]), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("n_layers", "n_layer"), ("learning-rate", None), ("batchsize", "batch_size"), ("min-lrs", "min_lr")],
+)
+def test_unknown_key_offers_the_nearest(tmp_path, key, nearest):
+    on_line = refusal(TrainConfig, [f"--{key}", "3"])
+    assert f"--{key}: no such key" in on_line
+    assert "problems:" not in on_line, "the value of an unknown key is not a second problem"
+    in_file = refusal(TrainConfig, ["--config", recipe(tmp_path, f"{key} = 3")])
+    assert f"mine.toml: {key}: no such key" in in_file
+    for answer in (on_line, in_file):
+        assert f"did you mean {nearest}?" in answer if nearest else "did you mean" not in answer
+
+
+def test_all_problems_at_once(tmp_path):
+    base = "dropout = 2\nnonsense = 1\n"
+    recipe(tmp_path, base, "base.toml")
+    path = recipe(tmp_path, 'base = "base"\nn_layer = 0\nn_haed = 3\n')
+    answer = refusal(TrainConfig, ["--config", path, "--n_embd", "x", "--lrr", "3"])
+    assert answer.startswith("6 problems")
+    for part in ("dropout = 2", "nonsense", "n_layer = 0", "n_haed", "--n_embd = x", "--lrr"):
+        assert part in answer
+
+
+def test_recipe_serves_all_verbs(tmp_path):
+    """Keys of other verbs are left to them; a key of no verb is a mistake for each."""
+    path = recipe(tmp_path, 'n_layer = 2\nlr = 1e-3\ntemperature = 0.5\ndataset = "d"\n')
+    assert parse(TrainConfig, ["--config", path]).n_layer == 2
+    assert parse(InferConfig, ["--config", path]).temperature == 0.5
+    assert parse(EvalConfig, ["--config", path]).dataset == "d"
+    wrong = recipe(tmp_path, "temprature = 0.5\n", "wrong.toml")
+    for cls in (TrainConfig, InferConfig, EvalConfig):
+        assert "temprature: no such key" in refusal(cls, ["--config", wrong])
+
+
+def test_recipe_cannot_name_a_config(tmp_path):
+    answer = refusal(TrainConfig, ["--config", recipe(tmp_path, 'config = "quickstart"')])
+    assert "config" in answer
+    assert "did you mean config" not in answer
+
+
+@pytest.mark.parametrize("content", [b"n_layer = \n", b"n_layer = 1\nn_layer = 2\n", b"# caf\xe9\n"])
+def test_invalid_toml_names_the_file(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    answer = refusal(TrainConfig, ["--config", str(path)])
+    assert str(path) in answer
+    assert "not valid TOML" in answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which recipe, and which level wins
+
+
+def test_each_level_overrides_the_one_before(tmp_path):
+    recipe(tmp_path, "n_layer = 2\nn_head = 2\nn_embd = 32\n", "base.toml")
+    path = recipe(tmp_path, 'base = "base"\nn_head = 8\nn_embd = 64\n')
+    found = parse(TrainConfig, ["--n_embd", "128", "--config", path])
+    default = TrainConfig()
+    assert (found.n_layer, found.n_head, found.n_embd, found.config) == (2, 8, 128, path)
+    changed = {"n_layer", "n_head", "n_embd", "config"}
+    for field in dataclasses.fields(TrainConfig):
+        assert field.name in changed or getattr(found, field.name) == getattr(default, field.name)
+
+
+def test_base_of_a_base_and_base_out_of_configs(tmp_path):
+    recipe(tmp_path, 'base = "quickstart"\nn_layer = 2\nlr = 0.5\n', "a.toml")
+    recipe(tmp_path, 'base = "a"\nn_layer = 3\n', "b.toml")
+    found = parse(TrainConfig, ["--config", recipe(tmp_path, 'base = "b"\nmin_lr = 0.25\n')])
+    assert (found.n_layer, found.lr, found.min_lr) == (3, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("chain", ["a", "ab", "abc"])
+def test_base_that_leads_back_is_refused(tmp_path, chain):
+    for one, after in zip(chain, chain[1:] + chain[0], strict=True):
+        recipe(tmp_path, f'base = "{after}"\n', f"{one}.toml")
+    assert "base leads back" in refusal(TrainConfig, ["--config", str(tmp_path / "a.toml")])
+
+
+def test_missing_recipe_offers_those_there_are(tmp_path):
+    for words in (["--config", "quickstrat"], ["--config", recipe(tmp_path, 'base = "quickstrat"')]):
+        answer = refusal(TrainConfig, words)
+        assert "quickstrat: no such file" in answer
+        assert "did you mean quickstart?" in answer
+    assert "no such file" in refusal(TrainConfig, ["--config", str(tmp_path / "none.toml")])
+    assert "no such file" in refusal(TrainConfig, ["--config", str(tmp_path)])
+
+
+def test_bare_name_is_a_recipe_of_ours_and_a_path_is_a_path(in_tmp):
+    recipe(in_tmp, "n_layer = 7\n", "quickstart.toml")
+    recipe(in_tmp, "n_layer = 9\n", "mine")
+    assert parse(TrainConfig, ["--config", "quickstart"]).n_layer == TrainConfig().n_layer
+    assert parse(TrainConfig, ["--config", "quickstart.toml"]).n_layer == 7
+    assert parse(TrainConfig, ["--config", "./quickstart.toml"]).n_layer == 7
+    assert parse(TrainConfig, ["--config", "mine"]).n_layer == 9
+
+
+def test_folder_of_that_name_does_not_hide_the_recipe(in_tmp):
+    (in_tmp / "quickstart").mkdir()  # a run's folder, say
+    assert parse(TrainConfig, ["--config", "quickstart"]).config == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("base", "mine", "words", "max_iters", "epochs"),
+    [
+        ("", "", [], TrainConfig().max_iters, None),
+        ("", "", ["--epochs", "2"], None, 2.0),
+        ("", "epochs = 2", [], None, 2.0),
+        ("", "max_iters = 5", ["--epochs", "2"], None, 2.0),
+        ("", "epochs = 2", ["--max_iters", "5"], 5, None),
+        ("epochs = 2", "max_iters = 5", [], 5, None),
+        ("max_iters = 5", "epochs = 2", [], None, 2.0),
+        ("max_iters = 5", "epochs = 2", ["--max_iters", "7"], 7, None),
+        ("", 'max_iters = "none"\nepochs = 2', [], None, 2.0),
+    ],
+)
+def test_later_of_epochs_and_max_iters_wins(tmp_path, base, mine, words, max_iters, epochs):
+    recipe(tmp_path, base, "base.toml")
+    found = parse(TrainConfig, ["--config", recipe(tmp_path, f'base = "base"\n{mine}\n'), *words])
+    assert (found.max_iters, found.epochs) == (max_iters, epochs)
+
+
+@pytest.mark.parametrize("by_recipe", [True, False])
+def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path, by_recipe):
+    words = ["--epochs", "2", "--max_iters", "5"]
+    words = ["--config", recipe(tmp_path, "epochs = 2\nmax_iters = 5")] if by_recipe else words
+    assert "epochs and max_iters exclude each other" in refusal(TrainConfig, words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a verb does with them
+
+
+@pytest.mark.parametrize("cls", config.VERBS)
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_tells_all_there_is_to_know(monkeypatch, cls, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = cli.help_text(cls, "\nhow to use it\n")
+    assert text.startswith("how to use it\n")
+    assert max(map(len, text.splitlines())) <= min(columns, 120)
+    flat = " ".join(text.split())
+    for field in dataclasses.fields(cls):
+        meta = field.metadata
+        flag = f"--[no-]{field.name}" if isinstance(field.default, bool) else field.name
+        assert flag in flat
+        assert meta["help"] in flat
+        for said in (*meta.get("choices", ()), *(f"--{a}" for a in meta.get("alias", ())), meta.get("section", "")):
+            assert said in flat
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            assert f"[{field.default}]" in flat
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--nonsense", "3", "--help"]])
+def test_help_exits_0(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.from_command_line(TrainConfig, "usage")
+    assert end.value.code == 0
+    said = capsys.readouterr()
+    assert "--n_layer N" in said.out
+    assert said.err == ""
+
+
+def test_command_line_mistake_exits_2_with_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layers", "3"])
+    with pytest.raises(SystemExit) as end:
+        cli.from_command_line(TrainConfig, "usage")
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: --n_layers: no such key")
+    assert said.err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer", "3"])
+    assert cli.from_command_line(TrainConfig, "usage").n_layer == 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "code", "said"),
+    [
+        (None, UserError("too hot"), 2, "error: too hot\n"),
+        ("0", UserError("too hot"), 2, "error: too hot\n"),
+        ("1", UserError("too hot"), 2, ""),
+        (None, KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_run_ends_a_verb(monkeypatch, capsys, rank, error, code, said):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+
+    def verb(config):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run_verb(verb, None)
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_run_gives_the_result_and_lets_bugs_through():
+    assert cli.run_verb(lambda config: config + 1, 1) == 2
+    with pytest.raises(ZeroDivisionError):
+        cli.run_verb(lambda config: 1 / config, 0)
+
+
+def test_closed_pipe_is_silent():
+    """`train.py --help | head -1` must not end in a traceback."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli\n"
+    code += "cli.run_verb(lambda config: [print('x' * 1000) for _ in range(1000)], None)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 141
+
+
+def test_write_json(tmp_path, capsys):
+    figures = {"loss": 1.5, "name": "é", "none": None}
+    cli.write_json(figures, str(tmp_path / "a.json"))
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == figures
+    cli.write_json(figures, "-")
+    assert json.loads(capsys.readouterr().out) == figures
+    with pytest.raises(UserError, match=r"json = .*b\.json.*cannot be written"):
+        cli.write_json(figures, str(tmp_path / "no" / "b.json"))
