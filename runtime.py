@@ -1,0 +1,191 @@
+"""What the machine gives: device, precision, compiler, random state, signals. Says what `auto` chose, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes and how; `why` says for each choice of `auto` what decided it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    why: dict[str, str]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in `dtype`; what needs float32 stays in it. Nothing at all for float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss so that float16's small gradients do not vanish; does nothing for other dtypes."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """A numpy array as a tensor on the device; on CUDA the copy does not wait."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given; for clocks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory_gb(self) -> float:
+        """Most memory in use so far, 10^9 bytes: the device's on CUDA, else the process's resident set."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux KiB
+
+    @property
+    def name(self) -> str:
+        """What the device calls itself: `NVIDIA H200`, or `cpu`."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def describe(self) -> str:
+        """One line for people."""
+        threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
+        dtype = str(self.dtype).removeprefix("torch.") + self._reason("dtype")
+        return f"{self.name}{threads}, {dtype}, {'compiled' if self.compile else 'eager'}{self._reason('compile')}"
+
+    def _reason(self, choice: str) -> str:
+        return f" ({self.why[choice]})" if choice in self.why else ""
+
+
+def machine(device: str, dtype: str, compile: bool | None = False, logits: float = 0) -> Machine:
+    """Settle what is `auto` (compile: None).
+
+    Args:
+        logits: how many the whole run will compute, tokens x vocabulary; decides about compiling on a CPU.
+
+    Raises:
+        UserError: a device that is not there, or a launch on several devices.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version uses one device; start it without torchrun"
+        )
+    # Huge pages for large CPU tensors (Linux): with 50,257 ids half of an update was page faults on the logits
+    # (docs/speed.md). torch reads this once, when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    why = {}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    elif not available[device]:
+        there = " or ".join(name for name, yes in available.items() if yes)
+        raise UserError(f"device = {device}: torch {torch.__version__} sees none here; take --device {there}")
+    place = torch.device(device)
+    if dtype == "auto":
+        dtype, why["dtype"] = _auto_dtype(place)
+    elif dtype == "float16" and device == "cpu":
+        print("note: float16 is slow on a CPU; bfloat16 or float32 is faster", file=sys.stderr)
+    if compile is None:
+        compile, why["compile"] = _auto_compile(place, logits)
+    return Machine(place, DTYPES[dtype], compile, why)
+
+
+def _auto_dtype(device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return "bfloat16", f"capability {major}.{minor} has it"
+        return "float16", f"capability {major}.{minor} has no bfloat16 units"
+    # Private names, but the only ones from 2.11 on; a CPU without these units emulates bf16, slower than float32.
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16", "this CPU has AVX512-BF16 or AMX"
+    return "float32", f"this {'CPU' if device.type == 'cpu' else 'device'} has no fast bfloat16"
+
+
+def _auto_compile(device: torch.device, logits: float) -> tuple[bool, str]:
+    if device.type == "cuda":
+        return True, "pays on CUDA"
+    if device.type == "mps":
+        return False, "mps runs eager"
+    # On a CPU what the compiler speeds up is the loss over a large vocabulary: about 2 ns a logit on two cores, against
+    # half a minute of compiling (docs/speed.md).
+    if logits > 5e10:
+        return True, "pays over this many logits"
+    return False, "would take longer than it saves"
+
+
+def compile_forward(model: nn.Module) -> Callable[..., Tensor]:
+    """torch.compile of the model's forward; where the compiler fails, one warning and the plain forward."""
+    compiled = torch.compile(model, dynamic=False)
+    chosen = None
+
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        nonlocal chosen
+        if chosen is None:
+            chosen = compiled if _compiles(compiled, x, y) else model
+            model.zero_grad(set_to_none=True)
+        return chosen(x, y)
+
+    return forward
+
+
+def _compiles(compiled: Callable[..., Tensor], x: Tensor, y: Tensor) -> bool:
+    """Whether forward and backward go through the compiler, tried once: the backward is compiled when it is first used.
+
+    Leaves gradients behind, and the random state as it was.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # slow to load, and needed only here
+
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            loss = compiled(x, y)
+            with torch.autocast(x.device.type, enabled=False):  # as training does it
+                loss.backward()
+    except TorchDynamoException as error:
+        first = str(error).strip().splitlines()[0]
+        print(f"warning: torch.compile failed, going on without it: {first}", file=sys.stderr)
+        return False
+    return True
+
+
+def reseed(*key: int) -> None:
+    """Seed torch's generators from a key (seed, update, micro-batch): dropout masks follow the key, and no random
+    state has to be stored to resume."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM so that the loop can end after an update; a SIGINT after that interrupts at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,289 @@
+"""runlog.py: the CSV through resumes and kills, the bar, wandb without a key or a network, clocks and peaks."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import runlog
+from runlog import KEYS, RunLog, StepClock, duration, line, peak_flops, start_wandb, summary
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def iters(path: Path) -> list[int]:
+    return [int(row["iter"]) for row in rows(path)]
+
+
+def log(folder: Path, start: int, *written: int, **values) -> None:
+    """A run that goes on from `start` and writes rows of these iterations."""
+    run = RunLog(folder, start, max_iters=100)
+    for i in written:
+        run.write({"iter": i, **values})
+    run.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics.csv
+
+
+def test_values_come_back_to_the_last_bit_of_float32(tmp_path):
+    """And at once: a run that is killed has its rows on the disk."""
+    floats = [float(np.float32(x)) for x in (10.824905, 1e-8, 123456.789, 2e-4, 1 / 3)]
+    keys = ("train_loss", "lr", "tok_per_s", "grad_norm", "epoch")
+    run = RunLog(tmp_path, 0, max_iters=10)
+    run.write({"iter": 1, "tokens": 10_000_000_001, **dict(zip(keys, floats, strict=True)), "mfu": None})
+    file = tmp_path / "metrics.csv"
+    assert file.read_text().splitlines()[0] == ",".join(KEYS)
+    (row,) = rows(file)
+    assert [np.float32(row[key]) for key in keys] == [np.float32(x) for x in floats]
+    assert (row["iter"], row["tokens"]) == ("1", "10000000001")
+    assert all(row[key] == "" for key in set(KEYS) - {"iter", "tokens", *keys})
+    run.close()
+
+
+def test_resume_moves_later_rows_aside(tmp_path):
+    """The row of the checkpoint's iteration makes way too: it is written again. One header, however often."""
+    file, lost = tmp_path / "metrics.csv", tmp_path / "metrics.lost.csv"
+    log(tmp_path, 0, 0, 10, 20, 30, train_loss=1.0)
+    log(tmp_path, 20, 20, 30, 40, train_loss=2.0)
+    assert iters(file) == [0, 10, 20, 30, 40]
+    assert [row["train_loss"] for row in rows(file)] == ["1", "1", "2", "2", "2"]
+    assert iters(lost) == [30]
+    log(tmp_path, 30)
+    assert iters(file) == [0, 10, 20]
+    assert iters(lost) == [30, 40]
+    assert [row["train_loss"] for row in rows(lost)] == ["1", "2"]
+    assert file.read_text().count("iter") == lost.read_text().count("iter") == 1
+    log(tmp_path, 30, 30)  # a resume that loses nothing
+    assert iters(file) == [0, 10, 20, 30]
+    assert iters(lost) == [30, 40]
+
+
+@pytest.mark.parametrize("gone", [4, 6, 30, 70])
+@pytest.mark.parametrize("start", [15, 40])
+def test_half_a_last_line_is_dropped(tmp_path, gone, start):
+    """A killed process leaves one. Whether the cut is in the last value or before it: half a number is a wrong one."""
+    log(tmp_path, 0, 10, 20, 30, **dict.fromkeys(KEYS[1:], 123.456789))
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(file.read_bytes()[:-gone])
+    log(tmp_path, start)
+    assert iters(file) == [i for i in (10, 20) if i < start]
+    lost = tmp_path / "metrics.lost.csv"
+    assert (iters(lost) if lost.exists() else []) == [i for i in (20,) if i > start]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for people
+
+
+def test_line():
+    row = {"iter": 20, "train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
+    assert line({**row, "val_loss": 2.0, "mfu": 0.4123}) == (
+        "iter     20 | loss 1.2346 | val 2.0000 | lr 1.00e-03 | norm 0.46 | 1,234.6 ms | 98,765 tok/s | mfu 41.2%"
+    )
+    assert line({"iter": 0, "val_loss": 3.0, "train_loss": None}) == "iter      0 | val 3.0000"
+
+
+def test_no_bar_where_nobody_watches(tmp_path):
+    """stderr is no terminal: a line for each row, no carriage return, and nothing of wandb is loaded."""
+    code = (
+        "import sys; from pathlib import Path; from runlog import RunLog, start_wandb\n"
+        "log = RunLog(Path('.'), 0, 3, start_wandb('disabled', 'p', Path('.'), {}))\n"
+        "for i in (1, 2, 3): log.bar.update(); log.write({'iter': i, 'train_loss': 1.5})\n"
+        "log.close(); print('wandb' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=True)
+    expected = [f"iter      {i} | loss 1.5000" for i in (1, 2, 3)]
+    assert done.stdout.decode() == "\n".join([*expected, "False\n"])
+    assert done.stderr == b""
+
+
+def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    """Rows go to the bar; only those with a validation loss are lines as well."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run = RunLog(tmp_path, 5, max_iters=8)
+    run.write({"iter": 6, "train_loss": 1.5})
+    run.write({"iter": 7, "train_loss": 1.25, "val_loss": 2.5})
+    run.bar.update(2)
+    run.bar.refresh()
+    run.close()
+    assert capsys.readouterr().out == "iter      7 | loss 1.2500 | val 2.5000\n"
+    assert "7/8" in sys.stderr.getvalue()
+    assert "loss 1.250" in sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (5.4, "5s"), (59.6, "1m00s"), (75, "1m15s"), (3599.6, "1h00m"), (3661, "1h01m"), (90_000, "25h00m")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_summary_is_numpys():
+    values = [5.0, 1.0, 9.0, 2.5, 7.0, 3.0]
+    assert summary(values) == pytest.approx(tuple(np.percentile(values, (50, 10, 90))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("AMD Instinct MI300X", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops(name, peak):
+    assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA L40", "NVIDIA L4"),
+        ("NVIDIA A10", "NVIDIA A10G"),
+        ("NVIDIA T400 4GB", "Tesla T4"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA H200 NVL", "NVIDIA H200"),
+    ],
+)
+def test_peak_of_a_chip_with_a_similar_name_is_not_taken(name, known):
+    """All of these have other peaks on their data sheets; a wrong MFU is worse than none."""
+    assert peak_flops(name) != peak_flops(known)
+
+
+def test_clock_leaves_out_the_first_update_and_what_happens_between_rows(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock, loss = StepClock(), torch.tensor(1.0)
+    clock.start()
+    now += 30  # the first update compiles
+    clock.count(loss)
+    assert clock.ms_per_update() is None
+    for _ in range(4):
+        now += 0.25
+        clock.count(loss)
+    assert clock.ms_per_update() == pytest.approx(250)
+    now += 60  # an evaluation
+    clock.start()
+    assert clock.ms_per_update() is None
+    now += 0.5
+    clock.count(loss)
+    assert clock.ms_per_update() == pytest.approx(500)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# wandb
+
+WANDB = """
+import sys
+from pathlib import Path
+from runlog import RunLog, start_wandb
+run = start_wandb(sys.argv[1], "flatgpt", Path("."), {"lr": 0.25}, sys.argv[2])
+log = RunLog(Path("."), 0, 3, run)
+log.write({"iter": 20, "train_loss": 2.5, "val_loss": None})
+log.write({"iter": 10, "train_loss": 2.25, "val_loss": 3.5})
+log.close()
+"""
+
+
+def with_wandb(folder: Path, mode: str, **env: str) -> tuple[str, list]:
+    """Log two rows as a user without settings of wandb's does; standard error, and what wandb stored."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), **env}
+    argv = [sys.executable, "-c", WANDB, mode, "abcd1234"]
+    done = subprocess.run(
+        argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (stored,) = folder.glob("wandb/offline-run-*/run-abcd1234.wandb")
+    return done.stderr, records(stored.read_bytes())
+
+
+def records(data: bytes) -> list:
+    """What is in a .wandb file: LevelDB's log format, 7 bytes in, each record a protocol buffer."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    assert data[:4] == b":W&B"
+    found, at, record = [], 7, b""
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:  # no header fits: the block's rest is padding
+            at += room
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or last part
+            found.append(Record.FromString(record))
+            record = b""
+    return found
+
+
+def check_stored(stored: list) -> None:
+    """Both rows, also the one of a lower iteration, without the empty values; and the config."""
+    items = [{i.nested_key[0]: json.loads(i.value_json) for i in r.history.item} for r in stored if r.history.item]
+    logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in items]
+    assert logged == [{"iter": 20, "train_loss": 2.5}, {"iter": 10, "train_loss": 2.25, "val_loss": 3.5}]
+    config = {u.key: u.value_json for r in stored for u in r.run.config.update}
+    assert config["lr"] == "0.25"
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_without_a_key(tmp_path, mode):
+    """online asks nothing: it becomes offline, and says so."""
+    said, stored = with_wandb(tmp_path, mode)
+    check_stored(stored)
+    if mode == "offline":
+        assert said == ""
+    else:
+        assert said.startswith("warning: wandb online: no API key")
+        assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_wandb_without_a_network(tmp_path):
+    """wandb tries for half a minute."""
+    said, stored = with_wandb(tmp_path, "online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    check_stored(stored)
+    assert "warning: wandb online: " in said
+    assert "wandb sync" in said
+    assert "Traceback" not in said
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb: ImportError
+    assert start_wandb("online", "flatgpt", tmp_path, {}) is None
+    assert "pip install wandb" in capsys.readouterr().err

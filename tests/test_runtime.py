@@ -1,0 +1,284 @@
+"""runtime.py: what `auto` chooses on which hardware, precision, random state, signals, the compiler and its failure."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from config import ModelConfig, UserError
+from model import GPT
+from runtime import Stop, compile_forward, machine, reseed
+
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """Lets torch report other hardware than there is: hardware(cuda=(7, 5)), hardware(mps=True), hardware(amx=True)."""
+
+    def report(cuda=None, mps=False, avx512_bf16=False, amx=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# choices
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "dtype", "compiles", "why"),
+    [
+        ({"cuda": (9, 0), "avx512_bf16": True}, "cuda", torch.bfloat16, True, "capability 9.0 has it"),
+        ({"cuda": (8, 0)}, "cuda", torch.bfloat16, True, "capability 8.0 has it"),
+        ({"cuda": (7, 5)}, "cuda", torch.float16, True, "capability 7.5 has no bfloat16 units"),
+        ({"mps": True, "avx512_bf16": True}, "mps", torch.float32, False, "no fast bfloat16"),
+        ({"avx512_bf16": True}, "cpu", torch.bfloat16, False, "AVX512-BF16"),
+        ({"amx": True}, "cpu", torch.bfloat16, False, "AMX"),
+        ({}, "cpu", torch.float32, False, "no fast bfloat16"),
+    ],
+)
+def test_auto(hardware, there, device, dtype, compiles, why):
+    hardware(**there)
+    found = machine("auto", "auto", None)
+    assert (found.device.type, found.dtype, found.compile) == (device, dtype, compiles)
+    assert why in found.why["dtype"]
+    assert found.why["compile"]
+
+
+def test_what_is_asked_for_is_taken(hardware):
+    """No reasons are given then; a CPU is described with its threads, which are half of its speed."""
+    hardware(cuda=(9, 0), avx512_bf16=True)
+    found = machine("cpu", "float32", True)
+    assert (found.device, found.dtype, found.compile, found.why) == (torch.device("cpu"), torch.float32, True, {})
+    assert found.describe() == f"cpu ({torch.get_num_threads()} threads), float32, compiled"
+    assert machine("cpu", "bfloat16").dtype == torch.bfloat16
+    chosen = machine("cpu", "auto", None)
+    assert chosen.describe().endswith(f"bfloat16 ({chosen.why['dtype']}), eager ({chosen.why['compile']})")
+
+
+@pytest.mark.parametrize(("logits", "compiles"), [(1e6 * 257, False), (2e7 * 50257, True)])
+def test_compiling_on_a_cpu_is_for_long_runs_over_large_vocabularies(hardware, logits, compiles):
+    hardware()
+    assert machine("cpu", "auto", None, logits).compile is compiles
+    assert machine("cpu", "auto", not compiles, logits).compile is not compiles
+    hardware(mps=True)
+    assert not machine("auto", "auto", None, logits).compile
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_float16_on_a_cpu_comes_with_a_notice(hardware, device, capsys):
+    hardware(avx512_bf16=True)
+    found = machine(device, "float16")
+    assert found.dtype == torch.float16
+    assert "slow on a CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there(hardware, device):
+    hardware()
+    with pytest.raises(UserError, match=rf"device = {device}: .*take --device cpu$"):
+        machine(device, "auto")
+
+
+@NO_CUDA
+def test_cuda_that_is_really_not_there():
+    with pytest.raises(UserError, match="device = cuda"):
+        machine("cuda", "auto")
+
+
+def test_several_ranks_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    machine("cpu", "float32")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE = 2"):
+        machine("cpu", "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a machine does
+
+
+@pytest.mark.filterwarnings("error")  # torch.autocast warns when it is asked for float32
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_autocast_is_of_the_matrix_products(name):
+    place = machine("cpu", name)
+    linear, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with place.autocast():
+        y = linear(x)
+        assert y.dtype == getattr(torch, name)
+        assert torch.nn.functional.cross_entropy(y.float(), torch.tensor([0, 1])).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu") == (name != "float32")
+    assert linear.weight.dtype == torch.float32
+    assert place.scaler().is_enabled() == (name == "float16")
+
+
+def test_arrays_arrive_whole():
+    """Also a view that numpy does not store in one piece."""
+    array = np.arange(24, dtype=np.int64).reshape(4, 6)[::2, ::-2]
+    tensor = machine("cpu", "float32").to_device(array)
+    assert tensor.dtype == torch.int64
+    assert tensor.tolist() == array.tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")
+def test_peak_memory_is_what_linux_says():
+    ballast = torch.ones(25_000_000)
+    status = Path("/proc/self/status").read_text()
+    kib = int(status.split("VmHWM:")[1].split()[0])
+    assert machine("cpu", "float32").peak_memory_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.01)
+    assert machine("cpu", "float32").peak_memory_gb() > ballast.nbytes / 1e9
+
+
+def draws(*key: int) -> list[float]:
+    reseed(*key)
+    return torch.rand(4).tolist()
+
+
+def test_draws_follow_the_key_alone():
+    """(seed, update, micro-batch): no two keys share their draws, and what was drawn before does not count."""
+    keys = [(1, 2, 3), (1, 3, 2), (12, 3, 0), (1, 23, 0), (1, 2, 30), (1337, 0, 0), (1337, 0, 1), (2**63 - 1, 10**6, 7)]
+    first = [draws(*key) for key in keys]
+    torch.rand(7)
+    assert [draws(*key) for key in reversed(keys)] == first[::-1]
+    assert len({tuple(d) for d in first}) == len(keys)
+    mask = torch.nn.functional.dropout(torch.ones(64), 0.5)
+    reseed(*keys[0])
+    torch.rand(4)
+    assert torch.equal(torch.nn.functional.dropout(torch.ones(64), 0.5), mask)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_notes_a_signal_and_a_second_interrupt_ends_at_once(number):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    stop = Stop()
+    try:
+        assert stop.signal is None
+        signal.raise_signal(number)
+        assert stop.signal == number
+        signal.raise_signal(signal.SIGTERM)  # a second one of a scheduler changes nothing
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.restore()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the compiler
+
+
+def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.randint(50, (2, 4, 16), generator=torch.Generator().manual_seed(0)).to(device))
+
+
+def losses(device: str, dtype: str) -> dict[str, list]:
+    """Loss and gradients of one batch, eager and compiled; the latter twice, as the first call compiles."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = GPT(SMALL).to(device)
+    names, answers = list(model.state_dict()), {}
+    compiled = compile_forward(model)
+    for name, forward in (("eager", model), ("first", compiled), ("second", compiled)):
+        model.zero_grad()
+        with machine(device, dtype).autocast():
+            loss = forward(*batch(device))
+        loss.backward()
+        answers[name] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # it was compiled, once and in one piece
+    assert list(model.state_dict()) == names  # the raw module is not touched
+    return answers
+
+
+@pytest.mark.slow
+def test_compiled_loss_and_gradients_equal_eager_ones(capsys):
+    answers = losses("cpu", "float32")
+    for name in ("first", "second"):
+        torch.testing.assert_close(answers[name], answers["eager"], rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_broken_compiler_is_one_warning(tmp_path):
+    """There is no C++ compiler at CXX; nothing compiled before may help out."""
+    code = (
+        "import torch\nfrom test_runtime import GPT, SMALL, batch, compile_forward\n"
+        "torch.manual_seed(0); model = GPT(SMALL); forward = compile_forward(model)\n"
+        "losses = [forward(*batch()) for _ in range(3)]; losses[0].backward()\n"
+        "print(all(loss == model(*batch()) for loss in losses), model.transformer.wte.weight.grad.any().item())\n"
+    )
+    env = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True True\n"
+    assert done.stderr.startswith("warning: torch.compile failed, going on without it: ")
+    assert done.stderr.count("warning:") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what only a GPU shows
+
+
+@pytest.mark.gpu
+def test_auto_on_this_gpu():
+    found = machine("auto", "auto", None)
+    assert found.device.type == "cuda"
+    assert found.compile
+    bf16 = torch.cuda.get_device_capability()[0] >= 8
+    assert found.dtype == (torch.bfloat16 if bf16 else torch.float16)
+    assert found.name == torch.cuda.get_device_properties(0).name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_equals_eager_on_the_gpu(dtype):
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    answers = losses("cuda", dtype)
+    for name in ("first", "second"):
+        torch.testing.assert_close(answers[name], answers["eager"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_float16_updates_move_the_weights_and_stay_finite():
+    """The scale begins at 65,536: gradients that overflow are skipped until it fits."""
+    place = machine("cuda", "float16")
+    torch.manual_seed(0)
+    model = GPT(SMALL).cuda()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), place.scaler()
+    losses = []
+    for _ in range(30):
+        with place.autocast():
+            loss = model(*batch("cuda"))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    for old, p in zip(before, model.parameters(), strict=True):
+        assert p.isfinite().all()
+        assert not torch.equal(old, p)
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_the_gpu():
+    place = machine("cuda", "float32")
+    before = place.peak_memory_gb()
+    ballast = place.to_device(np.ones(250_000_000, dtype=np.float32))  # 1 GB
+    place.synchronize()
+    assert ballast.is_cuda
+    assert before < 1 <= place.peak_memory_gb() < before + 1.1
