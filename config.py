@@ -148,7 +148,7 @@ class TrainConfig(ModelConfig, MachineConfig):
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
         if self.schedule != "constant" and self.min_lr > self.lr:
-            found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}")
+            found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}: set it too, a tenth of lr is usual")
         if self.resume and self.overwrite:
             found.append("resume and overwrite exclude each other: go on with the run, or start it again")
         return found

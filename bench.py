@@ -1,0 +1,68 @@
+"""Time what the other verbs run.
+
+python bench.py train                                   # the update of the default recipe
+python bench.py train --config shakespeare --dtype float32 --no-compile --json -
+"""
+
+from cli import from_command_line, run_verb, write_json
+from config import BenchConfig
+
+if __name__ == "__main__":
+    CONFIG = from_command_line(BenchConfig, __doc__)
+
+import contextlib
+import sys
+import time
+
+import torch
+
+from runlog import peak_flops, summary
+from train import describe, setup, update
+
+
+def bench_train(config: BenchConfig) -> dict:
+    """Time train.py's own update function, each update on its own; warm-up (and compilation) apart."""
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for figures
+        bench = setup(config)
+        print(describe(bench))
+    times = []
+    for i in range(config.warmup_updates + config.timed_updates):
+        bench.machine.synchronize()
+        began = time.perf_counter()
+        update(bench, i)
+        bench.machine.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+    median, p10, p90 = summary(times[config.warmup_updates :])
+    tokens = bench.batches.per_update * bench.config.context_length
+    peak = peak_flops(bench.machine.name)
+    flops = 1e3 * tokens / median * bench.model.flops_per_token()
+    return {
+        "ms": median,
+        "ms_p10": p10,
+        "ms_p90": p90,
+        "first_ms": times[0],
+        "tokens_per_s": 1e3 * tokens / median,
+        "tflop_per_s": flops / 1e12,
+        "mfu": flops / peak if peak else None,
+        "peak_mem_gb": bench.machine.peak_memory_gb(),
+        "machine": bench.machine.describe(),
+        "torch": torch.__version__,
+    }
+
+
+BENCHMARKS = {"train": bench_train}
+
+
+def main(config: BenchConfig) -> None:
+    """Run one benchmark and print its figures."""
+    figures = BENCHMARKS[config.what](config)
+    if config.json != "-":
+        for key, value in figures.items():
+            if value is not None:
+                print(f"{key:<14} {value:,.2f}" if isinstance(value, float) else f"{key:<14} {value}")
+    if config.json:
+        write_json(figures, config.json)
+
+
+if __name__ == "__main__":
+    run_verb(main, CONFIG)

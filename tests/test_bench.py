@@ -1,0 +1,31 @@
+"""bench.py: its figures fit each other and come from train.py's own update."""
+
+import json
+
+import pytest
+from conftest import TINY
+
+import bench
+import cli
+import train
+from config import BenchConfig
+
+
+def test_figures_of_the_update(tiny_data, monkeypatch):
+    calls = []
+    real = bench.update
+    assert real is train.update
+    monkeypatch.setattr(bench, "update", lambda run, i: calls.append(i) or real(run, i))
+    words = ["train", *TINY, "--warmup_updates", "2", "--timed_updates", "5", "--json", "figures.json"]
+    bench.main(cli.parse(BenchConfig, words))
+    figures = json.loads((tiny_data / "figures.json").read_text())
+    assert calls == list(range(7))
+    assert figures["ms_p10"] <= figures["ms"] <= figures["ms_p90"]
+    assert figures["tokens_per_s"] == pytest.approx(4 * 32 / figures["ms"] * 1e3)
+    # 2 layers, 32 wide, context 32: 24,576 in the blocks' matrices, 8,224 in the head, and vectors
+    matrices = 2 * 12 * 32 * 32 + 257 * 32
+    assert figures["tflop_per_s"] * 1e12 / figures["tokens_per_s"] == pytest.approx(
+        6 * matrices + 12 * 2 * 32 * 32, rel=0.06
+    )
+    assert figures["mfu"] is None
+    assert figures["peak_mem_gb"] > 0.01

@@ -1,0 +1,120 @@
+"""The house's own rules: who imports whom, what is declared, what is read, and what --help leaves unloaded."""
+
+import ast
+import re
+import subprocess
+import sys
+import typing
+
+import pytest
+from conftest import ROOT
+
+import config
+
+VERBS = {"prepare_data", "train", "eval", "infer", "bench"}
+# What each module may import of the house, besides config and (verbs only) cli: DESIGN's arrows.
+ARROWS = {
+    "config": set(),
+    "cli": set(),
+    "tokenizer": set(),
+    "dataset": {"tokenizer"},
+    "sources": {"tokenizer", "dataset"},
+    "model": set(),
+    "sampling": {"model"},
+    "checkpoint": {"tokenizer", "dataset", "model"},
+    "metrics": set(),
+    "runlog": set(),
+    "optim": set(),
+    "runtime": set(),
+}
+WITHOUT_TORCH = ("config", "cli", "tokenizer", "dataset", "sources", "prepare_data")
+LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow")
+MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
+
+
+def imports(name: str) -> set[str]:
+    """Top-level names of all that a module imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_import_arrows(name):
+    house = imports(name) & set(MODULES)
+    if name in VERBS:
+        allowed = set(ARROWS) | ({"train"} if name == "bench" else set())
+    else:
+        assert name in ARROWS, f"{name}.py is new: give it a place in ARROWS"
+        allowed = ARROWS[name] | {"config"}
+    assert house <= allowed, f"{name}.py imports {house - allowed}"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_data_side_never_loads_torch(name):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def declared(file: str) -> set[str]:
+    """Package names in a requirements file, -r lines followed."""
+    found = set()
+    for line in (ROOT / file).read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            found |= declared(line[3:])
+        elif line:
+            found.add(re.split(r"[<>=!~\[ ]", line)[0].lower())
+    return found
+
+
+def third_party(names: set[str]) -> set[str]:
+    return {n for n in names if n not in sys.stdlib_module_names and n not in MODULES}
+
+
+def test_packages_imported_are_packages_declared():
+    used = third_party(set().union(*(imports(name) for name in MODULES)))
+    assert used == declared("requirements.txt")
+    tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
+    in_tests = third_party(set().union(*(imports(f"tests/{name}") for name in tests))) - tests
+    assert in_tests <= declared("requirements-dev.txt")
+
+
+def test_every_config_field_is_read_somewhere():
+    """A flag that nothing reads is a lie. A field counts as read where some module has `.field` in an expression."""
+    read = set()
+    for name in MODULES:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    for cls in config.VERBS:
+        assert set(typing.get_type_hints(cls)) <= read, cls
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_is_light_and_names_every_key(verb):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{verb}.py', '--help']\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"try: runpy.run_path({str(ROOT / f'{verb}.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: print('exit', end.code)\n"
+        f"print('loaded', [m for m in {LIGHT!r} if m in sys.modules])\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout.endswith("exit 0\nloaded []\n"), answer
+    cls = next(c for c in config.VERBS if c.__doc__.startswith(f"{verb}.py"))
+    for field in typing.get_type_hints(cls):
+        assert field in answer.stdout
+    assert f"python {verb}.py" in answer.stdout
+
+
+def test_help_into_a_closed_pipe_is_no_traceback():
+    words = [sys.executable, str(ROOT / "train.py"), "--help"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

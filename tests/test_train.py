@@ -1,0 +1,456 @@
+"""train.py: updates, evaluation, resuming, stopping, and the command line that users of older projects type."""
+
+import csv
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, command, make_dataset, train_here
+from safetensors.torch import load_file
+
+import checkpoint
+import cli
+import train
+from config import BenchConfig, TrainConfig, UserError
+
+TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
+
+
+def weights(run: Path) -> dict:
+    return load_file(run / "ckpt" / "last" / "model.safetensors")
+
+
+def rows(run: Path) -> list[dict]:
+    """metrics.csv, times left out."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole road
+
+
+def test_prepare_train_eval_infer_as_a_user_types_them(tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. Größe 😀\n" * 200, encoding="utf-8")
+    done = command("prepare_data", "text", "--input", text, "--name", "tiny", "--tokenizer", "byte", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command("train", *TINY, "--max_iters", 120, "--eval_interval", 60, "--lr", "5e-3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr.replace("\r\n", "")
+    losses = [float(row["val_loss"]) for row in rows(tmp_path / "out/quickstart") if row["val_loss"]]
+    assert losses[0] > 5 > 2.5 > losses[-1], losses
+    again = command("train", *TINY, cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert again.stderr.count("\n") == 1
+    assert "--resume" in again.stderr
+    assert "--overwrite" in again.stderr
+    done = command("eval", "--model_path", "out/quickstart", "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] == pytest.approx(losses[-1], abs=1e-5)
+    done = command("infer", "--prompt", "The quick", "--temperature", 0, "--max_new_tokens", 10, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The quick brown fox")
+
+
+def test_sample_has_no_control_characters(tiny_data):
+    """A young model draws them, and the terminal would obey."""
+    run = train.setup(cli.parse(TrainConfig, [*TINY, "--sample_tokens", "300"]))
+    text = "".join(train.sample(run, seed) for seed in range(30))
+    assert len(text) > 1000
+    assert all(c.isprintable() or c in "\n\t" for c in text)
+
+
+def test_resolved_config_lies_in_the_run_as_a_recipe(tiny_data):
+    """It gives the same config again, also where a text holds what TOML has to escape."""
+    run = train_here("--sample_prompt", 'a "quoted"\n\t\\ 東京 🎈', "--epochs", 1, "--max_iters", "none")
+    again = cli.parse(TrainConfig, ["--config", str(run / "config.toml")])
+    assert again.vocab_size == 257
+    saved = checkpoint.read_state(run / "ckpt/last")["config"]
+    differing = {k for k, v in dataclasses.asdict(again).items() if v != saved[k]}
+    assert differing == {"config", "epochs"}, "the recipe's own name; epochs have become max_iters"
+
+
+def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
+    words = TINY[2:]  # without --dataset tiny
+    config = cli.parse(TrainConfig, [*words, "--max_iters", "1", "--eval_batches", "2"])
+    train.train(config)
+    assert json.loads((in_tmp / "data/pydoc/meta.json").read_text())["tokenizer"] == "byte"
+    printed = capsys.readouterr().out
+    assert "--- sample after 1 updates" in printed
+    assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
+
+
+def test_what_users_of_smol_gpt_type(tmp_path, gpt2_vocabulary, real_text):
+    """Their flags, with their spelling, as they stand; pyarrow is a test's way to the raw text."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="reads WikiText's test split")
+    table = parquet.read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")
+    (tmp_path / "wiki.txt").write_text("".join(table["text"].to_pylist()), encoding="utf-8")
+    done = command("prepare_data", "text", "--input", "wiki.txt", "--name", "wikitext103", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = (
+        f"--config {ROOT}/configs/wikitext103_22m.toml --batch_size 8 --grad_accum_steps 2 --context_length 64 "
+        "--n_layer 2 --n_head 2 --n_embd 64 --vocab_size 50257 --bias --dropout 0.1 --lr 0.005 --min_lr 1e-5 "
+        "--weight_decay 0.01 --max_iters 20 --lr_decay_iters 20 --warmup_iters 5 --device cpu "
+        "--eval_epochs 2 --eval_intervel 10 --save_chkpt_epoch 10 --checkpoint_path runs/wiki"
+    ).split()
+    done = command("train", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logged = rows(tmp_path / "runs/wiki")
+    assert [r["iter"] for r in logged if r["val_loss"]] == ["0", "10", "20"]
+    assert float(logged[-1]["val_loss"]) < float(logged[0]["val_loss"]) - 1
+    path = "runs/wiki/ckpt/iter_000010"
+    done = command("train", *words, "--resume", "--load_checkpoint_path", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {tmp_path / path}" in done.stdout
+    prompt = ("--prompt", "The game", "--max_new_tokens", 50, "--device", "cpu", "--stream_text")
+    done = command("infer", "--model_path", "runs/wiki", *prompt, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The game")
+    (tmp_path / "x.bin").write_bytes((tmp_path / "data/wikitext103/val_000000.bin").read_bytes())
+    score = ("--test_data_path", "x.bin", "--device", "cpu", "--eval_epochs", 3, "--json", "-")
+    done = command("eval", "--model_path", "runs/wiki", *score, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "first 3 batches" in json.loads(done.stdout)["protocol"]
+    assert "taken as ids of the model's tokenizer, gpt2" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# updates
+
+
+def test_accumulation_equals_one_large_batch(tiny_data):
+    """Dropout off: masks follow the micro-batches."""
+    large = train_here("--batch_size", 8, "--grad_accum_steps", 1, "--out_dir", "out/large")
+    small = train_here("--batch_size", 2, "--grad_accum_steps", 4, "--out_dir", "out/small")
+    for name, tensor in weights(large).items():
+        torch.testing.assert_close(tensor, weights(small)[name], rtol=0, atol=2e-5, msg=name)
+    for a, b in zip(rows(large), rows(small), strict=True):
+        assert a["train_loss"] == b["train_loss"] == "" or float(a["train_loss"]) == pytest.approx(
+            float(b["train_loss"]), rel=1e-5
+        )
+
+
+def test_loss_and_norm_are_of_the_whole_update(tiny_data):
+    """Against autograd over all the update's sequences at once."""
+    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_accum_steps", "3", "--grad_clip", "0"]))
+    x, y = (torch.from_numpy(np.concatenate(part)) for part in zip(*(run.batches(0, m) for m in range(3)), strict=True))
+    loss = run.model(x, y)
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(run.model.parameters()))]).norm()
+    got_loss, got_norm = train.update(run, 0)
+    torch.testing.assert_close(got_loss, loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(got_norm, norm, rtol=1e-4, atol=0)
+
+
+def test_gradient_is_clipped(tiny_data):
+    """AdamW forgives a constant factor, so the second moment is looked at: it holds the clipped squares."""
+    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_clip", "0.001"]))
+    _, norm = train.update(run, 0)
+    assert norm > 0.1
+    squares = sum(state["exp_avg_sq"].sum() for state in run.optimizer.state.values()) / (1 - run.config.beta2)
+    assert float(squares) ** 0.5 == pytest.approx(0.001, rel=0.01)
+
+
+def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
+    run = train_here("--dtype", "float16", "--max_iters", 8)
+    logged = rows(run)
+    assert all(float(r["loss_scale"]) > 0 for r in logged[1:])
+    assert all(int(r["skipped"]) >= 0 for r in logged[1:])
+    config = cli.parse(TrainConfig, [*TINY, "--dtype", "float16"])
+    fresh = train.setup(config)
+    clock = train.StepClock()
+    train.update(fresh, 0)
+    before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
+    fresh.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the next gradients overflow
+    loss, norm = train.update(fresh, 1)
+    assert same(before, fresh.model.state_dict())
+    assert train.log_row(fresh, 2, loss, norm, clock)["skipped"] == 1
+
+
+def test_epochs_count_updates(tiny_data):
+    words = [w for w in TINY if w not in ("--max_iters", "6")]
+    run = train.setup(cli.parse(TrainConfig, [*words, "--epochs", "1.5", "--grad_accum_steps", "2"]))
+    assert run.config.max_iters == np.ceil(1.5 * len(run.batches.windows) / 8)
+    assert run.config.lr_decay_iters == run.config.max_iters
+
+
+def test_evaluation_does_not_touch_training(tiny_data):
+    often = train_here("--eval_interval", 1, "--save_interval", 6, "--dropout", 0.2, "--out_dir", "out/often")
+    seldom = train_here("--eval_interval", 6, "--dropout", 0.2, "--sample_tokens", 0, "--out_dir", "out/seldom")
+    assert same(weights(often), weights(seldom))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# resuming
+
+DROPOUT = ("--dropout", 0.2, "--grad_accum_steps", 2, "--lr_decay_iters", 9, "--save_interval", 5)
+
+
+def test_resumed_run_equals_uninterrupted_one(tiny_data):
+    """Bit for bit, weights and log, stopped in the middle of an epoch between two evaluations."""
+    whole = train_here(*DROPOUT, "--max_iters", 9, "--out_dir", "out/whole")
+    parts = ("--eval_interval", 4, *DROPOUT, "--out_dir", "out/parts")
+    whole = train_here("--eval_interval", 4, *DROPOUT, "--max_iters", 9, "--out_dir", "out/whole2")
+    train_here(*parts, "--max_iters", 5)
+    resumed = train_here(*parts, "--max_iters", 9, "--resume")
+    assert same(weights(whole), weights(resumed))
+    # the first part evaluated at its end, iteration 5, which the uninterrupted run had no reason to
+    assert [r | {"val_loss": ""} for r in rows(whole)] == [r | {"val_loss": ""} for r in rows(resumed)]
+    assert rows(whole)[-1] == rows(resumed)[-1]
+
+
+def test_resume_needs_the_reseeding_of_dropout(tiny_data, monkeypatch):
+    """The control of the test above: without it, masks depend on what was drawn before."""
+    monkeypatch.setattr(train, "reseed", lambda *key: None)
+    whole = train_here(*DROPOUT, "--max_iters", 9, "--out_dir", "out/whole")
+    train_here(*DROPOUT, "--max_iters", 5, "--out_dir", "out/parts")
+    resumed = train_here(*DROPOUT, "--max_iters", 9, "--out_dir", "out/parts", "--resume")
+    assert not same(weights(whole), weights(resumed))
+
+
+def test_rows_after_the_checkpoint_are_kept_aside(tiny_data):
+    run = train_here("--max_iters", 7, "--eval_interval", 3)
+    before = rows(run)
+    for folder in (run / "ckpt/iter_000007", run / "ckpt/iter_000006"):
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    train_here("--max_iters", 7, "--eval_interval", 3, "--keep_checkpoints", 9, "--overwrite", "--out_dir", "out/other")
+    with pytest.raises(UserError, match="every checkpoint there is damaged"):
+        train_here("--max_iters", 7, "--resume")
+    other = train_here("--max_iters", 7, "--out_dir", "out/other", "--resume", "out/other/ckpt/iter_000003")
+    assert rows(other) == before
+    lost = (other / "metrics.lost.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lost] == ["iter", "4", "5", "6", "7"]
+    assert {p.name for p in other.glob("ckpt/lost-*/*")} == {"iter_000006", "iter_000007"}
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_data, capsys):
+    run = train_here()
+    reference = weights(run)
+    path = run / "ckpt/iter_000006/train_state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    train_here("--resume")
+    printed = capsys.readouterr().out
+    assert f"warning: {path} is damaged" in printed
+    assert "resuming from out/quickstart/ckpt/iter_000003" in printed
+    assert same(weights(run), reference)
+
+
+def test_resume_of_another_run_is_refused_with_all_differences(tiny_data):
+    train_here()
+    make_dataset(tiny_data, "other", "Something else entirely. " * 200)
+    with pytest.raises(UserError) as caught:
+        train_here("--resume", "--n_layer", 3, "--seed", 5, "--batch_size", 2, "--dataset", "other")
+    for part in ("n_layer = 3 (was 2)", "seed = 5 (was 1337)", "batch_size = 2 (was 4)", "data/other"):
+        assert part in str(caught.value)
+
+
+def test_resume_variants(tiny_data, capsys):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        train_here("--resume")
+    train_here("--resume", "auto", "--max_iters", 3)
+    train_here("--resume", "auto", "--max_iters", 6)
+    printed = capsys.readouterr().out
+    assert "resuming from out/quickstart/ckpt/iter_000003, with max_iters = 6 (was 3)" in printed
+    with pytest.raises(UserError, match="no-such"):
+        train_here("--resume", "no-such")
+    run = train_here("--resume", "out/quickstart/ckpt/iter_000003", "--out_dir", "out/fork")
+    assert checkpoint.read_state(run / "ckpt/last")["iter"] == 6
+
+
+def test_resume_keeps_the_schedule_and_what_auto_chose(tiny_data):
+    words = [w for w in TINY if w not in ("--dtype", "float32")]
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "4"]))
+    state_path = Path("out/quickstart/ckpt/last/state.json")
+    state = json.loads(state_path.read_text())
+    state["chosen"]["dtype"] = "float16"  # as if the run had begun on a T4
+    state_path.write_text(json.dumps(state))
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "6", "--resume"]))
+    after = checkpoint.read_state(Path("out/quickstart/ckpt/last"))
+    assert after["chosen"]["dtype"] == "float16"
+    assert after["config"]["lr_decay_iters"] == 4
+    assert float(rows(Path("out/quickstart"))[-1]["lr"]) == pytest.approx(2e-4)
+
+
+def test_resume_evaluates_again_what_was_evaluated_after_the_save(tiny_data):
+    """The checkpoint is written before its evaluation: without a second one, `best` would be compared with an older
+    loss, and the row would lose its val_loss."""
+    run = train_here("--max_iters", 5, "--eval_interval", 5)
+    (before,) = [r for r in rows(run) if r["iter"] == "5"]
+    train_here("--max_iters", 8, "--eval_interval", 8, "--lr", 3, "--min_lr", 3, "--resume")
+    assert before in rows(run)
+    assert float(rows(run)[-1]["val_loss"]) > float(before["val_loss"])
+    assert os.readlink(run / "ckpt/best") == "iter_000005"
+
+
+def test_resume_takes_the_optimizer_settings_of_the_call(tiny_data):
+    """torch's load_state_dict brings back the old ones."""
+    train_here("--max_iters", 3)
+    config = cli.parse(TrainConfig, [*TINY, "--weight_decay", "0.5", "--beta2", "0.9", "--resume"])
+    folder, state = checkpoint.find_start(Path("out/quickstart"), "latest", False)
+    run = train.setup(config)
+    train.restore(run, folder, state)
+    assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.5, 0.0]
+    assert all(g["betas"] == (0.9, 0.9) for g in run.optimizer.param_groups)
+    assert all(float(s["step"]) == 3 for s in run.optimizer.state.values())
+
+
+def test_going_back_moves_best_back_too(tiny_data):
+    run = train_here("--keep_checkpoints", 9)
+    assert os.readlink(run / "ckpt/best") == "iter_000006"
+    train_here("--keep_checkpoints", 9, "--max_iters", 4, "--resume", run / "ckpt/iter_000003")
+    assert os.readlink(run / "ckpt/best") == "iter_000004"
+    assert {p.name for p in run.glob("ckpt/lost-*/*")} == {"iter_000006"}
+
+
+def test_every_evaluation_is_saved_first(tiny_data):
+    run = train_here("--max_iters", 7, "--eval_interval", 2, "--save_interval", 5, "--keep_checkpoints", 9)
+    assert {p.name for p in run.glob("ckpt/iter_*")} == {f"iter_{i:06d}" for i in (2, 4, 5, 6, 7)}
+
+
+def test_run_folder_that_cannot_be_written_is_one_error_line(tiny_data):
+    Path("out").write_text("a file")
+    done = command("train", *TINY, cwd=tiny_data)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: out")
+    assert done.stderr.count("\n") == 1
+
+
+def test_overwrite_deletes_nothing(tiny_data):
+    run = train_here()
+    (run / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not there"):
+        train_here("--overwrite", "--dataset", "absent")
+    assert (run / "note.txt").exists(), "a call that fails moves nothing"
+    train_here("--overwrite")
+    (old,) = Path("out").glob("quickstart.old-*")
+    assert (old / "note.txt").read_text() == "mine"
+    assert (old / "ckpt/last/model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ends of all kinds
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(tiny_data, number):
+    words = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters", "100000", "--eval_interval", "100000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = Path("out/quickstart/metrics.csv")
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
+    words[2:] = shlex.split(printed.strip().splitlines()[-1])[2:]  # what it says to type: python train.py ...
+    state = checkpoint.verify(Path("out/quickstart/ckpt/last"))
+    assert int(rows(Path("out/quickstart"))[-1]["iter"]) == state["iter"]
+    done = subprocess.run([*words, "--max_iters", str(state["iter"] + 2)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from out/quickstart/ckpt/iter_{state['iter']:06d}" in done.stdout
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tiny_data):
+    with pytest.raises(UserError, match=r"(loss is (nan|inf)|a weight is not finite) at iter \d+"):
+        train_here("--lr", "1e30", "--grad_clip", 0, "--max_iters", 50, "--eval_interval", 1)
+    for folder in checkpoint.checkpoints(Path("out/quickstart")):
+        assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
+
+
+def test_best_is_the_best_and_stays(tiny_data):
+    """The learning rate rises so far that the loss does too: best must not follow last."""
+    run = train_here("--lr", 1, "--warmup_iters", 11, "--max_iters", 12, "--eval_interval", 2, "--keep_checkpoints", 1)
+    losses = {int(r["iter"]): float(r["val_loss"]) for r in rows(run) if r["val_loss"] and r["iter"] != "0"}
+    best = min(losses, key=losses.get)
+    assert best != 12
+    assert os.readlink(run / "ckpt/best") == f"iter_{best:06d}"
+    assert {p.name for p in run.glob("ckpt/iter_*")} == {f"iter_{best:06d}", "iter_000012"}
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--vocab_size", 100), "257 ids; leave vocab_size out"),
+        (("--context_length", 2000), "too little text: the val split"),
+        (("--dataset", "shakespeare"), "run python prepare_data.py shakespeare"),
+        (("--dataset", "shakespeare_byte"), "run python prepare_data.py shakespeare --tokenizer byte"),
+    ],
+)
+def test_mistakes_are_errors_before_the_first_update(tiny_data, words, part):
+    with pytest.raises(UserError) as caught:
+        train_here(*words)
+    assert part in str(caught.value)
+    assert not Path("out").exists()
+
+
+def test_larger_vocabulary_is_trained_and_not_sampled(tiny_data):
+    run = train_here("--vocab_size", 300)
+    assert checkpoint.read_state(run / "ckpt/last")["config"]["vocab_size"] == 300
+    assert weights(run)["transformer.wte.weight"].shape[0] == 320
+
+
+def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch, capsys):
+    def out_of_reach(name):
+        raise UserError(f"tokenizer {name}: could not be fetched")
+
+    monkeypatch.setattr(train.tokenizer, "load", out_of_reach)
+    train_here()
+    printed = capsys.readouterr()
+    assert "warning: no samples will be written" in printed.err
+    assert "sample after" not in printed.out
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_eager_run(tiny_data):
+    eager = train_here("--out_dir", "out/eager")
+    compiled = train_here("--compile", "--out_dir", "out/compiled")
+    for a, b in zip(rows(eager)[1:], rows(compiled)[1:], strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
+    assert weights(compiled).keys() == weights(eager).keys()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what only a GPU shows
+
+GPU = [w for w in TINY if w not in ("--device", "cpu", "--dtype", "float32")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_gpu_trains_and_resumes(tiny_data, dtype, compiled):
+    words = [*GPU, "--device", "cuda", "--dtype", dtype, compiled, "--lr", "5e-3", "--dropout", "0.1"]
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "20", "--lr_decay_iters", "40"]))
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "40", "--resume"]))
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "40", "--out_dir", "out/whole"]))
+    resumed, whole = rows(Path("out/quickstart")), rows(Path("out/whole"))
+    assert float(whole[-1]["val_loss"]) < float(whole[0]["val_loss"]) - 1
+    # atomics in CUDA's backward kernels: equal to tolerance, not to the bit
+    assert float(resumed[-1]["val_loss"]) == pytest.approx(float(whole[-1]["val_loss"]), abs=0.05)
+
+
+@pytest.mark.gpu
+def test_gpu_bench_gives_figures(tiny_data):
+    import bench
+
+    figures = bench.bench_train(cli.parse(BenchConfig, ["train", *GPU, "--device", "cuda"]))
+    assert figures["ms"] > 0
+    assert figures["peak_mem_gb"] > 0
