@@ -328,12 +328,8 @@ class TrainingBatches:
     """
 
     def __init__(self, windows: Windows, batch_size: int, grad_accum_steps: int, seed: int):
-        self.windows, self.batch_size, self.per_update, self.seed = (
-            windows,
-            batch_size,
-            batch_size * grad_accum_steps,
-            seed,
-        )
+        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+        self.per_update = batch_size * grad_accum_steps  # sequences
 
     def indices(self, update: int, micro: int) -> np.ndarray:
         """Window indices of micro-batch `micro` (from 0) of update `update` (from 0): (batch_size,) uint64."""

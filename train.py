@@ -247,16 +247,13 @@ def train(config: TrainConfig) -> None:
     run = setup(config, chosen=start[1]["chosen"] if start else None)
     config = run.config
     print(describe(run))
-
     row = {"iter": 0, "tokens": 0, "epoch": 0.0}
     progress = {"val_loss": None, "best_loss": None, "best_iter": None}
     folder, saved, evaluated, wandb_id = Path(config.out_dir), None, None, None
     if start:
         train_state = restore(run, *start)
         row = train_state["row"]
-        if (
-            start[0].resolve().parent == (folder / "ckpt").resolve()
-        ):  # else: another run's, and this one has nothing yet
+        if start[0].resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
             progress = {key: train_state[key] for key in progress}
             saved, wandb_id, before = row["iter"], start[1]["wandb_id"], start[1]["config"]
             if saved % before["eval_interval"] == 0 or saved >= before["max_iters"]:
@@ -271,16 +268,16 @@ def train(config: TrainConfig) -> None:
     wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), wandb_id)
     facts = run_facts(run) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
     log = RunLog(folder, row["iter"], config.max_iters, wandb_run)
-    began, clock, stop, stopping = time.perf_counter(), StepClock(), Stop(), False
-    i = row["iter"]
+    i, began, clock, stop, stopping = row["iter"], time.perf_counter(), StepClock(), Stop(), False
     try:
         while True:
-            last = i >= config.max_iters or stopping
-            evaluating = i % config.eval_interval == 0 or i >= config.max_iters or i == evaluated
+            done = i >= config.max_iters
+            last = done or stopping
+            evaluating = i % config.eval_interval == 0 or done or i == evaluated
             if i > 0 and saved != i and (evaluating or last or i % config.save_interval == 0):
                 save(run, row, progress, facts)  # before evaluation and samples get a chance to fail
                 saved = i
-            if evaluating:
+            if evaluating and (done or not stopping):  # whoever stops it is in a hurry: resuming evaluates
                 row["val_loss"] = progress["val_loss"] = evaluate(run)
                 require_finite(run.model, "validation loss", row["val_loss"], i)
                 if saved == i and (progress["best_loss"] is None or row["val_loss"] < progress["best_loss"]):
@@ -311,7 +308,7 @@ def train(config: TrainConfig) -> None:
     finally:
         log.close()
         stop.restore()
-    if i >= config.max_iters:
+    if done:
         best = f"best validation loss {progress['best_loss']:.4f} at iter {progress['best_iter']}"
         print(f"done: {i:,} updates, {best}, {duration(time.perf_counter() - began)}. Next:")
         print(f"  python infer.py --model_path {folder} --prompt 'The '")

@@ -368,6 +368,26 @@ def test_signal_saves_and_says_how_to_go_on(tiny_data, number):
     assert f"resuming from out/quickstart/ckpt/iter_{state['iter']:06d}" in done.stdout
 
 
+def test_stop_at_an_evaluation_leaves_it_to_the_resumed_run(tiny_data, monkeypatch):
+    whole = train_here("--max_iters", 5, "--eval_interval", 2, "--out_dir", "out/whole")
+    real = train.update
+
+    def interrupted(run, i):
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train_here("--max_iters", 5, "--eval_interval", 2)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert rows(Path("out/quickstart"))[-1]["val_loss"] == ""
+    resumed = train_here("--max_iters", 5, "--eval_interval", 2, "--resume")
+    assert rows(resumed) == rows(whole)
+    assert os.readlink(resumed / "ckpt/best") == os.readlink(whole / "ckpt/best")
+
+
 def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tiny_data):
     with pytest.raises(UserError, match=r"(loss is (nan|inf)|a weight is not finite) at iter \d+"):
         train_here("--lr", "1e30", "--grad_clip", 0, "--max_iters", 50, "--eval_interval", 1)
