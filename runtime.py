@@ -88,7 +88,7 @@ def machine(device: str, dtype: str, compile: bool | None = False, logits: float
         raise UserError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version uses one device; start it without torchrun"
         )
-    # Huge pages for large CPU tensors (Linux): with 50,257 ids half of an update was page faults on the logits
+    # Huge pages for large CPU tensors (Linux): with 50,257 ids over half of an update was page faults on the logits
     # (docs/speed.md). torch reads this once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     why = {}
@@ -125,8 +125,8 @@ def _auto_compile(device: torch.device, logits: float) -> tuple[bool, str]:
         return True, "pays on CUDA"
     if device.type == "mps":
         return False, "mps runs eager"
-    # On a CPU what the compiler speeds up is the loss over a large vocabulary: about 2 ns a logit on two cores, against
-    # half a minute of compiling (docs/speed.md).
+    # On a CPU the compiler speeds up the loss over a large vocabulary: 0.4 to 2 ns a logit on two cores, against
+    # up to half a minute of compiling (docs/speed.md).
     if logits > 5e10:
         return True, "pays over this many logits"
     return False, "would take longer than it saves"
