@@ -8,7 +8,7 @@ from conftest import TINY
 import bench
 import cli
 import train
-from config import BenchConfig
+from config import BenchConfig, UserError
 
 
 def test_figures_of_the_update(tiny_data, monkeypatch):
@@ -29,3 +29,15 @@ def test_figures_of_the_update(tiny_data, monkeypatch):
     )
     assert figures["mfu"] is None
     assert figures["peak_mem_gb"] > 0.01
+
+
+def test_figures_alone_on_standard_output(tiny_data, capsys):
+    words = ["train", *TINY, "--warmup_updates", "1", "--timed_updates", "2", "--json", "-"]
+    bench.main(cli.parse(BenchConfig, words))
+    assert json.loads(capsys.readouterr().out)["ms"] > 0
+
+
+@pytest.mark.parametrize("words", [["--resume", "x"], ["--overwrite"], ["--wandb", "offline"]])
+def test_what_only_a_run_has_is_refused(words):
+    with pytest.raises(UserError, match=rf"^{words[0][2:]} belongs to train\.py"):
+        cli.parse(BenchConfig, ["train", *words])

@@ -85,6 +85,12 @@ def test_bare_file_takes_the_models_tokenizer(tiny_home, monkeypatch, tmp_path, 
     assert figures(tiny_home, monkeypatch, "--test_data_path", inside)["loss"] == whole["loss"]
 
 
+def test_file_on_the_command_line_wins_over_the_recipes_dataset(tiny_home, monkeypatch):
+    (tiny_home / "mine.toml").write_text('dataset = "elsewhere"\nout_dir = "out/quickstart"\ndtype = "bfloat16"\n')
+    got = figures(tiny_home, monkeypatch, "--config", "mine.toml", "--test_data_path", "data/tiny/val_000000.bin")
+    assert (got["data"], got["dtype"]) == ("data/tiny/val_000000.bin", "float32")
+
+
 def test_what_is_refused(tiny_home, monkeypatch, tmp_path):
     path = tmp_path / "ids.bin"
     path.write_bytes(pickle.dumps(list(range(1000))))

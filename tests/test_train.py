@@ -251,6 +251,26 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_data, capsy
     assert same(weights(run), reference)
 
 
+def test_damaged_last_of_a_named_run_is_passed_over_and_all_damaged_is_said(tiny_data, capsys):
+    run = train_here()
+    (run / "ckpt/iter_000006/model.safetensors").write_bytes(b"damaged")
+    train_here("--resume", run, "--max_iters", 4)
+    assert "resuming from" in (printed := capsys.readouterr().out)
+    assert "iter_000003" in printed.split("resuming from")[1].splitlines()[0]
+    for path in run.glob("ckpt/iter_*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="every checkpoint there is damaged; add --overwrite instead"):
+        train_here("--resume")
+
+
+def test_log_with_bytes_of_a_power_cut_does_not_stop_a_resume(tiny_data):
+    run = train_here("--max_iters", 3)
+    with open(run / "metrics.csv", "ab") as file:
+        file.write(bytes(20) + b"\n")
+    train_here("--max_iters", 4, "--resume")
+    assert [row["iter"] for row in rows(run)] == ["0", "1", "2", "3", "4"]
+
+
 def test_resume_of_another_run_is_refused_with_all_differences(tiny_data):
     train_here()
     make_dataset(tiny_data, "other", "Something else entirely. " * 200)
