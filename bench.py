@@ -2,6 +2,7 @@
 
 python bench.py train                                   # the update of the default recipe
 python bench.py train --config shakespeare --dtype float32 --no-compile --json -
+python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, beside plain encoding and datasets.map
 """
 
 from cli import from_command_line, run_verb, write_json
@@ -11,12 +12,14 @@ if __name__ == "__main__":
     CONFIG = from_command_line(BenchConfig, __doc__)
 
 import contextlib
+import functools
 import sys
 import time
 
 import torch
 
 from runlog import peak_flops, summary
+from throughput import bench_data
 from train import describe, setup, update
 
 
@@ -50,16 +53,22 @@ def bench_train(config: BenchConfig) -> dict:
     }
 
 
-BENCHMARKS = {"train": bench_train}
+def say(line: str) -> None:
+    """Progress; standard output is for figures."""
+    print(line, file=sys.stderr, flush=True)
+
+
+BENCHMARKS = {"train": bench_train, "data": functools.partial(bench_data, say=say)}
 
 
 def main(config: BenchConfig) -> None:
     """Run one benchmark and print its figures."""
     figures = BENCHMARKS[config.what](config)
+    width = max(map(len, figures))
     if config.json != "-":
         for key, value in figures.items():
             if value is not None:
-                print(f"{key:<14} {value:,.2f}" if isinstance(value, float) else f"{key:<14} {value}")
+                print(f"{key:<{width}} {value:,.2f}" if isinstance(value, float) else f"{key:<{width}} {value}")
     if config.json:
         write_json(figures, config.json)
 

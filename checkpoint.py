@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import tokenizer
 from config import ModelConfig, TrainConfig, UserError
-from dataset import write_whole
 from model import GPT
+from shards import write_whole
 
 FORMAT = 1
 # Keys that decide, with the model's, which run it is; and keys that only say how it was called.

@@ -173,9 +173,6 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 layer[field.name] = _convert(cls, field, values[0], from_words=True)
         except ValueError as why:
             problems.append(f"{field.name if field.metadata.get('positional') else '--' + key} = {values[0]}: {why}")
-    for field in positional:
-        if field.default is None:
-            problems.append(f"{field.name}: missing; one of {', '.join(field.metadata['choices'])} is expected")
     return layer
 
 

@@ -1,15 +1,10 @@
-"""The shard format, written and read, and batches as a pure function of the update.
-
-A dataset is a folder: `<split>_000000.bin`, ... hold little-endian uint16 token ids and nothing else; `meta.json`,
-written last, says what they are. A folder without it is not finished. Numpy only: a data worker never loads torch.
-"""
+"""A dataset folder, opened; and its batches as a pure function of the update. Numpy only, never torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pickletools
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,225 +13,134 @@ from pathlib import Path
 import numpy as np
 
 import tokenizer
-from config import UserError
+from config import PrepareConfig, UserError
+from shards import LLMC_EVAL_MAGIC, LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, magic_number, read_meta
 
-FORMAT = 1
-SPLITS = ("train", "val", "test")
+PROGRESS = "progress.json"  # in a folder whose dataset is not finished
 IGNORE = -1  # target of a place that is not scored
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, flushed to disk, renamed."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-class ShardWriter:
-    """Writes one split's documents into shard files of `shard_tokens` ids (the last one shorter).
-
-    Args:
-        folder: the dataset's folder; it exists.
-        split: `train`, `val` or `test`.
-        n_vocab: ids have to be below it.
-        shard_tokens: ids per file.
-    """
-
-    def __init__(self, folder: Path, split: str, n_vocab: int, shard_tokens: int):
-        self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
-        self.files: list[dict] = []
-        self.documents = self.bytes = self.words = 0
-        self._waiting: list[np.ndarray] = []
-        self._count = 0
-
-    def add(self, ids: list[int] | np.ndarray, text: str) -> None:
-        """Append one document: its ids (end-of-text included, if any), and its text, for the counts."""
-        ids = np.asarray(ids, dtype=np.int64)
-        # astype(uint16) would wrap 70000 to 4464 without a word
-        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self.n_vocab), (ids.min(), ids.max(), self.n_vocab)
-        self.documents += 1
-        self.bytes += len(text.encode())
-        self.words += len(text.split())
-        self._waiting.append(ids.astype("<u2"))
-        self._count += ids.size
-        while self._count >= self.shard_tokens:
-            self._flush(self.shard_tokens)
-
-    def _flush(self, count: int) -> None:
-        waiting = np.concatenate(self._waiting) if self._waiting else np.zeros(0, "<u2")
-        content = waiting[:count].tobytes()
-        path = self.folder / f"{self.split}_{len(self.files):06d}.bin"
-        write_whole(path, content)
-        self.files.append({"name": path.name, "tokens": count, "sha256": hashlib.sha256(content).hexdigest()})
-        self._waiting, self._count = [waiting[count:]], self._count - count
-
-    def close(self) -> dict:
-        """Write what is left; the split's entry in meta.json."""
-        if self._count:
-            self._flush(self._count)
-        return {
-            "tokens": sum(f["tokens"] for f in self.files),
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "words": self.words,
-            "files": self.files,
-        }
-
-
-def write_meta(folder: Path, meta: dict) -> None:
-    """Write meta.json, which makes the folder a finished dataset."""
-    write_whole(folder / "meta.json", json.dumps({"format": FORMAT, **meta}, indent=1).encode() + b"\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
-
-
-def read_meta(folder: Path) -> dict | None:
-    """The manifest of a finished dataset, None where there is none.
-
-    Raises:
-        UserError: a manifest that is no JSON or of another format.
-    """
-    path = folder / "meta.json"
-    if not path.is_file():
-        return None
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT:
-            taken_for_granted = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text")
-            _ = [meta[key] for key in taken_for_granted], meta["splits"].keys()
-            return meta
-        raise UserError(f"{path}: format {meta['format']} is not known to this version (it writes {FORMAT})")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: move {folder} away and run prepare_data.py again") from None
-
-
-class Tokens:
-    """The ids of one split: its shard files as one sequence, memory-mapped.
-
-    Args:
-        files: (path, ids that the file has to hold; None: whatever it holds) in order.
-
-    Raises:
-        UserError: a missing file, a wrong size, no ids at all, or a pickle instead of ids.
-    """
-
-    def __init__(self, files: list[tuple[Path, int | None]]):
-        self.files = [path for path, _ in files]
-        self.maps = [_map(path, count) for path, count in files]
-        self.starts = np.cumsum([0, *(len(m) for m in self.maps)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, span: slice) -> np.ndarray:
-        """Ids [start, stop), across files where need be: (stop - start,) uint16."""
-        start, stop, _ = span.indices(len(self))
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            begin = int(self.starts[first])
-            part = self.maps[first][start - begin : stop - begin]
-            parts.append(part)
-            start += len(part)
-            first += 1
-        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, "<u2"), *parts])
-
-    def check_ids(self, n_vocab: int) -> None:
-        """Raise UserError, naming file and offset, if an id is not below n_vocab. Reads everything, in pieces."""
-        for path, ids in zip(self.files, self.maps, strict=True):
-            for start in range(0, len(ids), 1 << 22):
-                bad = np.flatnonzero(ids[start : start + (1 << 22)] >= n_vocab)
-                if bad.size:
-                    at = start + int(bad[0])
-                    raise UserError(
-                        f"{path}: id {ids[at]} at byte {2 * at:,} is not in the vocabulary of {n_vocab:,} ids; "
-                        "these are the shards of another tokenizer, or not shards of uint16 ids"
-                    )
-
-
-def _map(path: Path, count: int | None) -> np.ndarray:
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(11)
-            file.seek(max(0, size - 1))
-            last = file.read(1)
-    except OSError as why:
-        raise UserError(f"{path}: cannot be read: {why.strerror}") from None
-    if _is_pickle(head, last, size):
-        raise UserError(
-            f"{path} is a Python pickle (as smol-GPT writes them), not uint16 ids, and unpickling can run anybody's "
-            "code; make shards from the text: python prepare_data.py text --input FILE.txt --name NAME"
-        )
-    if count is not None and size != 2 * count:
-        raise UserError(
-            f"{path} has {size:,} bytes, meta.json says {2 * count:,}: truncated or changed; "
-            f"move {path.parent} away and run prepare_data.py again"
-        )
-    if size == 0 or size % 2:
-        raise UserError(f"{path} has {size:,} bytes: shards of uint16 ids have a positive even number")
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
-def _is_pickle(head: bytes, last: bytes, size: int) -> bool:
-    """Whether a file's first 11 bytes and its last are those of a pickle of protocol 2 to 5; executes nothing."""
-    if len(head) < 11 or head[0] != 0x80 or head[1] not in range(2, 6) or last != b".":  # . is STOP
-        return False
-    if head[1] >= 4:  # protocols 4 and 5 open with a frame and its length
-        return head[2] == 0x95 and int.from_bytes(head[3:], "little") <= size - 11
-    return chr(head[2]) in pickletools.code2op
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset folder: its manifest, and Tokens for each split on request."""
+    """A finished dataset folder: its manifest, and Tokens for each split on request.
+
+    Args:
+        notice: what a user should know of shards that others wrote; empty for ours.
+    """
 
     folder: Path
     meta: dict
+    notice: str = ""
 
     @property
     def manifest_hash(self) -> str:
         """SHA-256 of meta.json, which holds the hash of every shard: names the data of a run."""
-        return hashlib.sha256((self.folder / "meta.json").read_bytes()).hexdigest()
+        path = self.folder / "meta.json"
+        content = json.dumps(self.meta).encode() if self.notice else path.read_bytes()
+        return hashlib.sha256(content).hexdigest()
 
     def tokens(self, split: str) -> Tokens:
         """The ids of one split; UserError where the dataset has no such split or its files are not as written."""
         entry = self.meta["splits"].get(split)
         if entry is None:
             raise UserError(f"{self.folder} has no split {split}; it has {', '.join(self.meta['splits'])}")
-        return Tokens([(self.folder / f["name"], f["tokens"]) for f in entry["files"]])
+        files = [(self.folder / f["name"], None if self.notice else f["tokens"]) for f in entry["files"]]
+        return Tokens(files)
+
+    def damaged(self) -> Iterator[tuple[str, str]]:
+        """(name, what is wrong or "") of each shard file: size, ids and SHA-256, read whole."""
+        for entry in self.meta["splits"].values():
+            for file in entry["files"]:
+                path = self.folder / file["name"]
+                try:
+                    Tokens([(path, None if self.notice else file["tokens"])]).check_ids(self.meta["vocab_size"])
+                    with open(path, "rb") as content:
+                        digest = hashlib.file_digest(content, "sha256").hexdigest()
+                except (UserError, OSError) as why:
+                    yield file["name"], str(why)
+                    continue
+                same = digest == file.get("sha256", digest)
+                yield file["name"], "" if same else f"{path}: its SHA-256 is not meta.json's: changed since it was made"
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """The dataset in a folder.
+    """The dataset in a folder; a folder of nanoGPT's (train.bin, val.bin) or llm.c's shards is one, too.
 
     Raises:
         UserError: not there, not finished, or of a tokenizer that this version does not know.
     """
     meta = read_meta(folder)
     if meta is None:
-        source, _, name = folder.name.partition("_")
-        known = source in ("pydoc", "shakespeare")
-        command = f"{source} --tokenizer {name}" if name else source
-        if source == "text":
-            command += " --input FILES"
-        elif not known:
-            command = f"text --input FILES --name {folder.name}"
-        if folder.parent != Path("data"):
-            command += f" --data_dir {shlex.quote(str(folder.parent))}"
-        state = "is not finished" if folder.is_dir() and any(folder.glob("*.bin*")) else "is not there"
-        raise UserError(f"dataset {folder} {state}: run python prepare_data.py {command}")
+        unfinished = _unfinished(folder)
+        if not unfinished and (dataset := _foreign(folder)):
+            return dataset
+        begun = unfinished or (folder.is_dir() and any(folder.glob("*.bin*")))
+        state = "is not finished" if begun else "is not there"
+        raise UserError(f"dataset {folder} {state}: run {unfinished or _command(folder)}")
     tokenizer.check_name(meta["tokenizer"])
     return Dataset(folder, meta)
+
+
+def _unfinished(folder: Path) -> str:
+    """The command that began the dataset in this folder; empty where none did."""
+    try:
+        return str(json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]) or _command(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return _command(folder)
+
+
+def _command(folder: Path) -> str:
+    """A guess at the command that makes this folder, from its name."""
+    source, _, name = folder.name.partition("_")
+    known = [s for s in PrepareConfig.__dataclass_fields__["source"].metadata["choices"] if s not in ("hub", "text")]
+    words = f"{source} --tokenizer {name}" if name else source
+    if source == "text":
+        words += " --input FILES"
+    elif source not in known:
+        words = f"text --input FILES --name {folder.name}"
+    if folder.parent != Path("data"):
+        words += f" --data_dir {shlex.quote(str(folder.parent))}"
+    return f"python prepare_data.py {words}"
+
+
+def _foreign(folder: Path) -> Dataset | None:
+    """Shards of nanoGPT's or llm.c's, which name no tokenizer: taken as GPT-2's ids. None where there are none."""
+    paths = sorted(path for path in folder.glob("*.bin") if path.is_file())
+    maker, files = "nanoGPT", {s: [p for p in paths if p.name == f"{s}.bin"] for s in ("train", "val")}
+    magic = {path: magic_number(path) for path in paths}
+    if not files["train"] and {LLMC_MAGIC, LLMC_LLAMA_MAGIC} & set(magic.values()):
+        maker, paths = "llm.c", [path for path in paths if magic[path] != LLMC_EVAL_MAGIC]
+        words = {path: re.split("[^a-z]+", path.stem.lower()) for path in paths}
+        files = {s: [path for path in paths if s in words[path]] for s in ("train", "val")}
+        ids = (LLMC_MAGIC, LLMC_LLAMA_MAGIC)
+        if others := [path for found in files.values() for path in found if magic[path] not in ids]:
+            raise UserError(f"{others[0]} lacks the header that the other files of llm.c have: truncated; get it again")
+    if not files["train"]:
+        return None
+    if (folder / "meta.pkl").exists():
+        raise UserError(
+            f"{folder} holds nanoGPT's character ids, whose table is in a pickle (meta.pkl), and unpickling can run "
+            "anybody's code: make shards from its text: python prepare_data.py text --input input.txt --tokenizer byte"
+        )
+    vocab_size, splits = 50_257, {}
+    for split, found in files.items():
+        each = [Tokens([(path, None)]) for path in found]
+        for tokens in each:
+            tokens.check_ids(vocab_size)  # nobody said that they are
+        entries = [{"name": path.name, "tokens": len(t)} for path, t in zip(found, each, strict=True)]
+        splits |= {split: {"tokens": sum(map(len, each)), "files": entries}} if found else {}
+    meta = {
+        "source": maker,
+        "tokenizer": "gpt2",
+        "vocab_size": vocab_size,
+        "ranks_sha256": tokenizer.GPT2_RANKS,
+        "eot_id": 50_256,
+        "end_of_text": True,
+        "splits": splits,
+    }
+    return Dataset(folder, meta, f"{folder} has no meta.json: taken as {maker}'s shards of GPT-2's tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

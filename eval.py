@@ -19,9 +19,10 @@ from pathlib import Path
 
 import checkpoint
 from config import UserError
-from dataset import Tokens, eval_batches, open_dataset, read_meta
+from dataset import eval_batches, open_dataset
 from metrics import Scores, score
 from runtime import machine
+from shards import Tokens, read_meta
 from tokenizer import token_bytes
 
 LOGITS_BYTES = 256e6  # float32 logits of one pass stay below this
@@ -46,6 +47,8 @@ def open_tokens(config: EvalConfig, state: dict, say: Callable[[str], None]) -> 
         if config.dataset or not folder.is_dir():
             folder = Path(config.data_dir) / (config.dataset or folder.name)
         dataset = open_dataset(folder)
+        if dataset.notice:
+            say(dataset.notice)
         tokens, name, encoding = dataset.tokens(config.split), f"{folder} {config.split}", dataset.meta["tokenizer"]
     if encoding and encoding != state["tokenizer"]["name"]:
         raise UserError(

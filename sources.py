@@ -1,6 +1,7 @@
-"""Source names -> documents -> shards: the text inside Python, tiny Shakespeare, and anyone's own files.
+"""Source names -> the files that hold their documents, and into which split each goes.
 
-Each source gives a Corpus; `prepare` encodes it and writes a dataset folder. Documents are kept in memory.
+pydoc and shakespeare are one text; wikitext103, wikipedia, fineweb and hub are files of dataset repositories on the
+Hugging Face hub, or the same files put into --raw_dir by hand; text is anyone's own files.
 """
 
 from __future__ import annotations
@@ -8,127 +9,84 @@ from __future__ import annotations
 import glob
 import hashlib
 import http.client
-import os
 import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-import tokenizer
+import documents
+import repositories
 from config import PrepareConfig, UserError
-from dataset import SPLITS, Dataset, ShardWriter, open_dataset, read_meta, write_meta, write_whole
+from documents import Corpus, RawFile
+from repositories import HubFiles, open_files
+from shards import write_whole
 
 # Karpathy's copy, the one that the field trains on (from his char-rnn, 2015).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-FEW_DOCUMENTS = 100  # below this a split by documents would be too coarse
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The documents of a source, by split, and what the manifest says of them."""
+class Source:
+    """What prepare needs to know of a source.
 
-    revision: str
-    splits: dict[str, list[str]]
-    end_of_text: bool  # whether an end-of-text id follows each document
+    Args:
+        tokenizer: its own.
+        revision: names the content, without a network; None: only the hub knows.
+        open: its files; may ask the hub.
+        end_of_text: whether an end-of-text id follows each document.
+        val_fraction: share of validation text where the source has one split; None: it has its own.
+        joined: its rows are one running text, as it was before it was cut into rows.
+    """
+
+    tokenizer: str
+    revision: Callable[[PrepareConfig], str | None]
+    open: Callable[[PrepareConfig], Corpus]
+    end_of_text: bool = True
+    val_fraction: float | None = 0.0005
+    joined: bool = False
 
 
-def _cut(text: str, val_fraction: float) -> dict[str, list[str]]:
-    """One text cut by characters: the last part is for validation."""
-    at = int(len(text) * (1 - val_fraction))
-    return {"train": [text[:at]], "val": [text[at:]]}
+# ---------------------------------------------------------------------------------------------------------------------
+# one text
 
 
-def read_pydoc(config: PrepareConfig) -> Corpus:
+def open_pydoc(config: PrepareConfig) -> Corpus:
     """The Python language reference that ships inside every CPython: about 0.5 MB, no download.
 
-    Topics in alphabetical order, with equal ones kept once, cut at 90% of the characters.
+    Topics in alphabetical order, equal ones once.
     """
     from pydoc_data.topics import topics
 
     text = "\n\n".join(dict.fromkeys(topics[name].strip("\n") for name in sorted(topics))) + "\n"
-    return Corpus(f"Python {sys.version.split()[0]}", _cut(text, 0.1), end_of_text=False)
+    return Corpus({"train": [RawFile("pydoc", len(text.encode()), text=text)]})
 
 
-def read_shakespeare(config: PrepareConfig) -> Corpus:
-    """Tiny Shakespeare, cut at 90% of the characters, as everybody cuts it."""
+def _python(config: PrepareConfig) -> str:
+    return f"Python {sys.version.split()[0]}"
+
+
+def open_shakespeare(config: PrepareConfig) -> Corpus:
+    """Tiny Shakespeare, downloaded where it is not there."""
     path = Path(config.raw_dir) / "shakespeare" / "input.txt"
     if not path.exists():
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHAKESPEARE_SHA256:
+    if (found := file_hash(path)) != SHAKESPEARE_SHA256:
         raise UserError(
             f"{path} is not tiny Shakespeare: its SHA-256 is {found[:16]}..., not {SHAKESPEARE_SHA256[:16]}...; "
             "move it away to have it downloaded again"
         )
-    return Corpus(SHAKESPEARE_SHA256, _cut(content.decode(), 0.1), end_of_text=False)
+    return Corpus({"train": [RawFile(path.name, path.stat().st_size, path)]})
 
 
-def read_text(config: PrepareConfig) -> Corpus:
-    """The user's UTF-8 files, one document each, empty ones left out.
-
-    From 100 documents on, a hash of the text decides which go to validation (so equal texts land on one side);
-    fewer are cut by characters, the last part for validation.
-    """
-    fraction = 0.1 if config.val_fraction is None else config.val_fraction
-    documents = [text for text in map(_read_utf8, _expand(config.input)) if text.strip()]
-    if not documents:
-        raise UserError(f"--input {' '.join(config.input)}: the files hold no text")
-    digests = [hashlib.sha256(text.encode()).digest() for text in documents]
-    revision = hashlib.sha256(b"".join(digests)).hexdigest()
-    if len(documents) >= FEW_DOCUMENTS:
-        in_val = [int.from_bytes(d[:8], "big") < fraction * 2**64 for d in digests]
-        splits = {
-            "train": [t for t, val in zip(documents, in_val, strict=True) if not val],
-            "val": [t for t, val in zip(documents, in_val, strict=True) if val],
-        }
-        return Corpus(revision, splits, end_of_text=True)
-    room = int(sum(map(len, documents)) * (1 - fraction))  # characters that training still takes
-    splits = {"train": [], "val": []}
-    for text in documents:
-        head, tail = text[:room], text[room:]
-        room -= len(head)
-        splits["train"] += [head] if head else []
-        splits["val"] += [tail] if tail else []
-    return Corpus(revision, splits, end_of_text=True)
-
-
-def _expand(patterns: tuple[str, ...]) -> list[Path]:
-    """Files named by paths, folders (searched in depth, sorted) and patterns; each file once, in order."""
-    files: dict[Path, Path] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-            wanted = f"no {' '.join(TEXT_SUFFIXES)} file in this folder"
-        elif path.exists():
-            found, wanted = [path], ""
-        else:
-            found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-            wanted = "no such file, and no file matches it as a pattern"
-        if not found:
-            raise UserError(f"--input {pattern}: {wanted}")
-        for file in found:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
-
-
-def _read_utf8(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes; UserError where it cannot be read."""
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is not text
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as why:
         raise UserError(f"{path}: cannot be read: {why.strerror}") from None
-    except UnicodeDecodeError as why:
-        raise UserError(
-            f"{path}: not UTF-8: byte 0x{content[why.start]:02x} at offset {why.start:,}; "
-            "convert it (iconv -f latin1 -t utf-8, say) or leave it out"
-        ) from None
 
 
 def download(url: str, path: Path, sha256: str) -> None:
@@ -149,89 +107,60 @@ def download(url: str, path: Path, sha256: str) -> None:
         raise UserError(f"{path} could not be written: {why.strerror}") from None
 
 
-@dataclass(frozen=True)
-class Source:
-    """How a source is read, and the tokenizer that is its own."""
+# ---------------------------------------------------------------------------------------------------------------------
+# anyone's own files
 
-    read: Callable[[PrepareConfig], Corpus]
-    tokenizer: str
+
+def text_revision(config: PrepareConfig) -> str:
+    """SHA-256 over the files' SHA-256s. Reads all of them, and says early which is not UTF-8."""
+    whole = hashlib.sha256()
+    for path in expand(config.input):
+        digest = hashlib.sha256()
+        if documents.kind(path) == "text":
+            for block in documents.text_blocks(path):
+                digest.update(block.encode())
+        else:
+            digest.update(file_hash(path).encode())
+        whole.update(digest.digest())
+    return whole.hexdigest()
+
+
+def open_text(config: PrepareConfig) -> Corpus:
+    """The user's files, in the order given."""
+    files = [RawFile(str(path), path.stat().st_size, path) for path in expand(config.input)]
+    return Corpus({"train": files})
+
+
+def expand(patterns: tuple[str, ...]) -> list[Path]:
+    """Files named by paths, folders (searched in depth, sorted) and patterns; each file once, in order."""
+    files: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.name.endswith(documents.SUFFIXES) and p.is_file())
+            wanted = f"no {' '.join(documents.SUFFIXES)} file in this folder"
+        elif path.exists():
+            found, wanted = [path], ""
+        else:
+            found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+            wanted = "no such file, and no file matches it as a pattern"
+        if not found:
+            raise UserError(f"--input {pattern}: {wanted}")
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def _from_hub(files: Callable[[PrepareConfig], HubFiles], **facts) -> Source:
+    return Source("gpt2", lambda c: repositories.commit(files(c)), lambda c: open_files(c, files(c)), **facts)
 
 
 SOURCES = {
-    "pydoc": Source(read_pydoc, "byte"),
-    "shakespeare": Source(read_shakespeare, "gpt2"),
-    "text": Source(read_text, "gpt2"),
+    "pydoc": Source("byte", _python, open_pydoc, end_of_text=False, val_fraction=0.1),
+    "shakespeare": Source("gpt2", lambda _: SHAKESPEARE_SHA256, open_shakespeare, end_of_text=False, val_fraction=0.1),
+    "wikitext103": _from_hub(repositories.wikitext103, end_of_text=False, val_fraction=None, joined=True),
+    "wikipedia": _from_hub(repositories.wikipedia),
+    "fineweb": _from_hub(repositories.fineweb),
+    "hub": _from_hub(repositories.hub_repository),
+    "text": Source("gpt2", text_revision, open_text, val_fraction=0.1),
 }
-
-
-def prepare(config: PrepareConfig, say: Callable[[str], None] = print) -> Dataset:
-    """Make the dataset that the config describes, or open it if it is there already.
-
-    Args:
-        say: takes lines of progress.
-
-    Raises:
-        UserError: the folder holds a dataset of other settings, or there is too little text.
-    """
-    source = SOURCES[config.source]
-    name = config.tokenizer or source.tokenizer
-    default = config.source if name == source.tokenizer else f"{config.source}_{name}"
-    folder = Path(config.data_dir) / (config.name or default)
-    encoding = tokenizer.load(name)
-    corpus = source.read(config)
-    settings = {
-        "source": config.source,
-        "revision": corpus.revision,
-        "tokenizer": name,
-        "shard_tokens": config.shard_tokens,
-        "val_fraction": 0.1 if config.val_fraction is None else config.val_fraction,
-    }
-    if (meta := read_meta(folder)) is not None:
-        differing = [f"{k} {meta.get(k)} (now {v})" for k, v in settings.items() if meta.get(k) != v]
-        if differing:
-            raise UserError(
-                f"{folder} already holds a dataset of other settings: {'; '.join(differing)}. "
-                f"Give this one a name of its own with --name, or move {folder} away"
-            )
-        say(f"{folder} is there already, with these settings; nothing to do")
-        return open_dataset(folder)
-    splits = {split: corpus.splits[split] for split in SPLITS if split in corpus.splits}
-    encoded = {
-        split: [_encode(encoding, text, corpus.end_of_text) for text in texts] for split, texts in splits.items()
-    }
-    for split, documents in encoded.items():
-        if (count := sum(map(len, documents))) < 2:
-            raise UserError(
-                f"too little text: the {split} split of {folder.name} would have {count} tokens, and it takes 2 to "
-                "score one; give more text" + (", or a larger --val_fraction" if config.source == "text" else "")
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = {}
-        for split, documents in encoded.items():
-            writer = ShardWriter(folder, split, encoding.n_vocab, config.shard_tokens)
-            for ids, text in zip(documents, splits[split], strict=True):
-                writer.add(ids, text)
-            entries[split] = writer.close()
-        write_meta(
-            folder,
-            {
-                **settings,
-                "vocab_size": encoding.n_vocab,
-                "ranks_sha256": tokenizer.ranks_hash(encoding),
-                "eot_id": encoding.eot_token,
-                "end_of_text": corpus.end_of_text,
-                "dtype": "uint16",
-                "splits": entries,
-            },
-        )
-    except OSError as why:
-        raise UserError(
-            f"{folder} could not be written: {os.strerror(why.errno)}; the dataset is not finished"
-        ) from None
-    return open_dataset(folder)
-
-
-def _encode(encoding, text: str, end_of_text: bool) -> np.ndarray:
-    ids = encoding.encode_ordinary(text)
-    return np.array([*ids, encoding.eot_token] if end_of_text else ids, dtype=np.int32)  # a list takes 9 times as much

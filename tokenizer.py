@@ -1,18 +1,32 @@
-"""Tokenizer names -> tiktoken encodings: any tiktoken encoding whose ids fit uint16, and `byte`.
+"""Tokenizer names -> tiktoken encodings: any tiktoken encoding whose ids fit uint16, and `byte`; text -> ids.
 
 enc = load("gpt2")
 enc.encode_ordinary("Hello"), enc.decode_single_token_bytes(15496), enc.n_vocab, enc.eot_token
+ids, cuts = encode(enc, ["one document", "another"], end_of_text=True)
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
+import threading
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tiktoken
 
+from bpe import BlockEncoder
 from config import UserError
+
+RUN = 1_000_000  # characters encoded at once; a longer run without a break is cut
+BLOCK = 1 << 18  # characters of short documents that are encoded at once: their arrays stay in the cache
+SAME_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
+# GPT-2's pattern never looks back, and ends a match wherever white space follows something else: at such a place a text
+# can be cut without changing an id.
+_BREAK = re.compile(r"\S(?=[ \n])")
+
+GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
 
 # Known to need ids beyond uint16; named here so that nobody downloads megabytes to be told.
 TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
@@ -74,3 +88,81 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     for token in encoding.token_byte_values():
         lengths[encoding.encode_single_token(token)] = len(token)
     return lengths
+
+
+def pieces(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]:
+    """The text of the blocks in pieces of at most `length` characters that encode to the ids of the whole.
+
+    Yields:
+        a piece, and whether its end is in the middle of a run of more than `length` characters without a break, so
+        that the ids around it may differ from the whole's.
+    """
+    rest = ""
+    for block in blocks:
+        text, start = rest + block, 0
+        while len(text) - start > length:
+            stop = _last_break(text, start, start + length)
+            yield text[start : stop or start + length], not stop
+            start = stop or start + length
+        rest = text[start:]
+    if rest:
+        yield rest, False
+
+
+def _last_break(text: str, start: int, stop: int) -> int:
+    """The last place in start + 1 .. stop where a cut changes no id; 0 where there is none."""
+    for first in (max(start, stop - 4096), start):
+        places = [match.end() for match in _BREAK.finditer(text, first, stop + 1)]
+        if places:
+            return places[-1]
+    return 0
+
+
+def encode(encoding: tiktoken.Encoding, documents: Iterable[str], end_of_text: bool) -> tuple[np.ndarray, int]:
+    """What `encode_ordinary` gives for each document, one after the other; with GPT-2's pattern faster than it.
+
+    Args:
+        documents: valid Unicode (no lone surrogates).
+        end_of_text: put that id after each document.
+
+    Returns:
+        ids, (n,) uint16; and in how many places a run of more than RUN characters without a break had to be cut.
+    """
+    eot = np.full(int(end_of_text), encoding.eot_token, dtype=np.uint32)
+    parts, cuts = [np.zeros(0, np.uint32)], 0
+    if encoding.name == "byte":
+        for text in documents:
+            parts += [np.frombuffer(text.encode(), dtype=np.uint8), eot]
+    elif encoding.name not in SAME_PATTERN:
+        for text in documents:
+            parts += [encoding.encode_to_numpy(text, disallowed_special=()), eot]
+    else:
+        encoder, block, size = _block_encoder(encoding, threading.get_ident()), [], 0
+        for text in documents:
+            if len(text) > RUN:
+                parts.append(encoder(block, end_of_text))
+                block, size = [], 0
+                for piece, cut in pieces([text], RUN):
+                    parts.append(encoder([piece], False))
+                    cuts += cut
+                parts.append(eot)
+                continue
+            block.append(text)
+            size += len(text)
+            if size > BLOCK:
+                parts.append(encoder(block, end_of_text))
+                block, size = [], 0
+        parts.append(encoder(block, end_of_text))
+    return narrow(np.concatenate(parts), encoding.n_vocab), cuts
+
+
+@functools.lru_cache(maxsize=64)
+def _block_encoder(encoding: tiktoken.Encoding, thread: int) -> BlockEncoder:
+    return BlockEncoder(encoding)  # it learns as it goes, so each thread has its own
+
+
+def narrow(ids: np.ndarray, n_vocab: int) -> np.ndarray:
+    """The ids as uint16; asserts that all are in 0 .. n_vocab - 1."""
+    # astype(uint16) would wrap 70000 to 4464 without a word
+    assert ids.size == 0 or (ids.min() >= 0 and ids.max() < n_vocab), (ids.min(), ids.max(), n_vocab)
+    return ids.astype("<u2")

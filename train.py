@@ -31,14 +31,15 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint
 import tokenizer
 from config import UserError
-from dataset import Dataset, TrainingBatches, Windows, eval_batches, open_dataset, write_whole
+from dataset import Dataset, TrainingBatches, Windows, eval_batches, open_dataset
 from metrics import require_finite, score
 from model import GPT
 from optim import learning_rate, make_optimizer
+from preparation import prepare
 from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
 from runtime import Machine, Stop, compile_forward, machine, reseed
 from sampling import generate, stream_text
-from sources import prepare
+from shards import write_whole
 
 
 @dataclass
@@ -147,14 +148,14 @@ def setup(config: TrainConfig, chosen: dict | None = None) -> Run:
 def describe(run: Run) -> str:
     """The arithmetic of a run, before its first update."""
     config, W = run.config, len(run.batches.windows)
-    per_update = run.batches.per_update
+    per_update, params, notice = run.batches.per_update, run.model.num_params(), run.dataset.notice
     tokens = config.max_iters * per_update * config.context_length
-    params = run.model.num_params()
     return "\n".join(
         (
             f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
             f"context {config.context_length}, {config.vocab_size:,} ids ({run.dataset.meta['tokenizer']})",
-            f"data     {run.dataset.folder}: {len(run.batches.windows.tokens):,} training tokens, {W:,} windows",
+            f"data     {run.dataset.folder}: {len(run.batches.windows.tokens):,} training tokens, {W:,} windows"
+            + f"\n         {notice}" * bool(notice),
             f"update   {config.batch_size} sequences x {config.grad_accum_steps} x {config.context_length} tokens = "
             f"{per_update * config.context_length:,} tokens; {W / per_update:,.1f} updates an epoch",
             f"run      {config.max_iters:,} updates = {tokens:,} tokens = {config.max_iters * per_update / W:.2f} "

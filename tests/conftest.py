@@ -67,7 +67,7 @@ TINY = shlex.split(
 def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte"):
     """A dataset of the text in folder/data/<name>."""
     from config import PrepareConfig
-    from sources import prepare
+    from preparation import prepare
 
     file = folder / f"{name}.txt"
     file.write_text(text, encoding="utf-8")

@@ -1,126 +1,43 @@
-"""The shard format and the order of batches, each against a plain version of itself; and what damage is called."""
+"""What a dataset folder is called when it is opened; and the order of batches, against a plain version of itself."""
 
 import hashlib
 import json
-import os
-import pickle
-import tempfile
+import shlex
+import shutil
 import tracemalloc
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_shards import cut, finished, llmc, shard, tokens
 
-import dataset
+import tokenizer
 from config import UserError
-from dataset import IGNORE, ShardWriter, Shuffle, Tokens, TrainingBatches, Windows, eval_batches, open_dataset
+from dataset import IGNORE, Shuffle, TrainingBatches, Windows, eval_batches, open_dataset
 
 quick = settings(max_examples=60, deadline=None, database=None)
 
-# What a manifest says of the tokenizer; the tests here read ids alone.
-FACTS = {"tokenizer": "byte", "vocab_size": 257, "ranks_sha256": "", "eot_id": 256, "end_of_text": True}
 
-
-def shard(path: Path, ids) -> tuple[Path, int]:
-    ids = np.asarray(ids, dtype="<u2")
-    path.write_bytes(ids.tobytes())
-    return path, ids.size
-
-
-def tokens(folder: Path, *parts) -> Tokens:
-    """Tokens over one shard file per part."""
-    return Tokens([shard(folder / f"train_{n:06d}.bin", part) for n, part in enumerate(parts)])
-
-
-def finished(folder: Path, documents, shard_tokens=10**6, split="train", n_vocab=257, **meta) -> Path:
-    """A finished dataset of these lists of ids."""
-    folder.mkdir()
-    writer = ShardWriter(folder, split, n_vocab, shard_tokens)
-    for ids in documents:
-        writer.add(ids, "x " * len(ids))
-    facts = {**FACTS, "vocab_size": n_vocab, "splits": {split: writer.close()}, **meta}
-    dataset.write_meta(folder, facts)
+def nanogpt(folder: Path, **splits) -> Path:
+    """A folder as nanoGPT's data/*/prepare.py leave it."""
+    folder.mkdir(exist_ok=True)
+    for split, ids in splits.items():
+        shard(folder / f"{split}.bin", ids)
     return folder
 
 
-@contextmanager
-def full_disk(room: int):
-    """No file can grow past `room` bytes: a real write error in the middle of a file."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# writing and reading
+# a finished folder
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 7, 10, 23, 100])
-def test_what_is_written_is_read(tmp_path, shard_tokens):
-    documents = [[0, 1, 2], [], list(range(11)), [65535] * 9]
-    texts = ["a b c", "", "na\u00efve \U0001f388\r\n", "one\ttwo"]
-    writer = ShardWriter(tmp_path, "val", 65536, shard_tokens)
-    for ids, text in zip(documents, texts, strict=True):
-        writer.add(ids, text)
-    entry = writer.close()
-    flat = [i for ids in documents for i in ids]
-    paths = sorted(tmp_path.iterdir())
-    assert [p.name for p in paths] == [f"val_{n:06d}.bin" for n in range(-(-len(flat) // shard_tokens))]
-    pieces = [flat[n : n + shard_tokens] for n in range(0, len(flat), shard_tokens)]
-    assert [p.read_bytes() for p in paths] == [b"".join(i.to_bytes(2, "little") for i in piece) for piece in pieces]
-    assert entry == {
-        "tokens": 23,
-        "documents": 4,
-        "bytes": 5 + 0 + 13 + 7,
-        "words": 3 + 0 + 2 + 2,
-        "files": [
-            {"name": p.name, "tokens": len(piece), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-            for p, piece in zip(paths, pieces, strict=True)
-        ],
-    }
-    dataset.write_meta(tmp_path, {**FACTS, "splits": {"val": entry}})
-    assert open_dataset(tmp_path).tokens("val")[:].tolist() == flat
-
-
-@pytest.mark.parametrize("wrong", [-1, 257, 65536 + 5])
-def test_ids_beyond_the_vocabulary_are_never_written(tmp_path, wrong):
-    """As uint16, 65541 would be 5 without a word."""
-    writer = ShardWriter(tmp_path, "train", 257, 100)
-    with pytest.raises(AssertionError):
-        writer.add([1, wrong], "x")
-
-
-@quick
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
-def test_slices_are_those_of_the_concatenation(sizes, data):
-    plain = np.arange(sum(sizes), dtype="<u2")
-    edge = st.none() | st.integers(-2 * len(plain), 2 * len(plain))
-    with tempfile.TemporaryDirectory() as folder:
-        found = tokens(Path(folder), *np.split(plain, np.cumsum(sizes)[:-1]))
-        assert len(found) == len(plain)
-        for _ in range(5):
-            start, stop = data.draw(edge), data.draw(edge)
-            got = found[start:stop]
-            assert got.dtype == plain.dtype
-            assert got.tolist() == plain[start:stop].tolist()
-
-
-def test_write_whole_is_all_or_nothing(tmp_path):
-    path = tmp_path / "a.bin"
-    dataset.write_whole(path, b"old")
-    with full_disk(room=1000), pytest.raises(OSError, match="large"):
-        dataset.write_whole(path, b"new" * 10_000)
-    assert path.read_bytes() == b"old"
-    dataset.write_whole(path, b"new" * 10_000)
-    assert path.read_bytes() == b"new" * 10_000
-    assert list(tmp_path.iterdir()) == [path]
+def test_finished_dataset(tmp_path):
+    data = open_dataset(finished(tmp_path / "d", [[1, 2], range(5)], shard_tokens=3))
+    assert data.tokens("train")[:].tolist() == [1, 2, 0, 1, 2, 3, 4]
+    assert data.meta["splits"]["train"]["documents"] == 2
+    assert data.notice == ""
 
 
 def test_manifest_hash_names_the_data(tmp_path):
@@ -130,34 +47,33 @@ def test_manifest_hash_names_the_data(tmp_path):
     assert one.manifest_hash == same.manifest_hash != other.manifest_hash
 
 
+def test_manifest_hash_of_finished_datasets_never_changes(tmp_path):
+    """A run resumed with a later version of this code asks whether its data is the same."""
+    folder = finished(tmp_path / "d", [[1, 2, 3]])
+    assert open_dataset(folder).manifest_hash == hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
+
+
+def test_missing_split_names_those_there_are(tmp_path):
+    data = open_dataset(finished(tmp_path / "d", [[1, 2]], split="val"))
+    with pytest.raises(UserError, match=r"no split test; it has val$"):
+        data.tokens("test")
+
+
+def test_manifest_of_another_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="tokenizer gpt3"):
+        open_dataset(finished(tmp_path / "d", [[1, 2]], tokenizer="gpt3"))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 99}'])
+def test_manifest_that_cannot_be_read_is_not_passed_over(tmp_path, content):
+    folder = nanogpt(tmp_path / "d", train=[1, 2])
+    (folder / "meta.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"meta\.json"):
+        open_dataset(folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda f: f.write_bytes(f.read_bytes()[:-2]), ["18 bytes", "meta.json says 20", "prepare_data.py"]),
-        (lambda f: f.write_bytes(f.read_bytes()[:-1]), ["19 bytes", "meta.json says 20", "prepare_data.py"]),
-        (lambda f: f.write_bytes(f.read_bytes() + b"\0\0"), ["22 bytes", "meta.json says 20", "prepare_data.py"]),
-        (lambda f: f.write_bytes(b""), ["0 bytes", "meta.json says 20", "prepare_data.py"]),
-        (Path.unlink, ["cannot be read", "No such file"]),
-    ],
-)
-def test_changed_shard_is_named(tmp_path, damage, said):
-    data = open_dataset(finished(tmp_path / "d", [range(23)], shard_tokens=10))
-    damage(data.folder / "train_000001.bin")
-    with pytest.raises(UserError) as caught:
-        data.tokens("train")
-    for part in (str(data.folder / "train_000001.bin"), *said):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"\1", b"\1\0\2"])
-def test_file_that_cannot_be_uint16(tmp_path, content):
-    (tmp_path / "x.bin").write_bytes(content)
-    with pytest.raises(UserError, match=rf"x\.bin has {len(content)} bytes.*uint16"):
-        Tokens([(tmp_path / "x.bin", None)])
+# an unfinished one
 
 
 @pytest.mark.parametrize(
@@ -189,77 +105,196 @@ def test_command_for_a_dataset_elsewhere_says_where(tmp_path):
         open_dataset(tmp_path / "pydoc")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": 1, "sou', b"\xff\xfe", b"[1]", b"{}", b'{"format": 1}'])
-def test_damaged_manifest(tmp_path, content):
-    (tmp_path / "meta.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"meta\.json is damaged.*prepare_data\.py"):
+@pytest.mark.parametrize("shards", [[], ["train_000000.bin", "val_000000.bin.tmp"], ["train.bin", "val.bin"]])
+def test_begun_dataset_names_the_command_that_began_it(tmp_path, shards):
+    """Whatever it holds; a folder's name would say `text --input FILES --name mine`."""
+    folder = nanogpt(tmp_path / "mine")
+    for name in shards:
+        shard(folder / name, [1, 2])
+    words = "python prepare_data.py hub --repo a/b --name mine --column 'the text'"
+    (folder / "progress.json").write_text(json.dumps({"command": words}))
+    with pytest.raises(UserError) as caught:
+        open_dataset(folder)
+    assert str(caught.value) == f"dataset {folder} is not finished: run {words}"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"comm', b"\xff", b"[1]", b"null", b"{}"])
+def test_damaged_progress_is_unfinished_too(tmp_path, content):
+    folder = nanogpt(tmp_path / "pydoc", train=[1, 2])
+    (folder / "progress.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"pydoc is not finished: run python prepare_data\.py pydoc"):
+        open_dataset(folder)
+
+
+def test_progress_beside_a_manifest_is_forgotten(tmp_path):
+    """Killed between the manifest and the removal of progress.json."""
+    folder = finished(tmp_path / "d", [[1, 2]])
+    (folder / "progress.json").write_text('{"command": "x"}')
+    assert open_dataset(folder).tokens("train")[:].tolist() == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards that others wrote
+
+
+def test_nanogpt_folder_is_a_dataset_of_gpt2s_tokens(tmp_path):
+    ids = {"train": [50_256, *range(1000)], "val": [3, 2, 1]}
+    data = open_dataset(nanogpt(tmp_path / "owt", **ids))
+    for split in ids:
+        assert data.tokens(split)[:].tolist() == ids[split]
+        assert data.meta["splits"][split]["tokens"] == len(ids[split])
+    assert data.meta["source"] == "nanoGPT"
+    for part in (str(tmp_path / "owt"), "nanoGPT", "GPT-2"):
+        assert part in data.notice
+
+
+def test_facts_of_gpt2_are_its_vocabularys(tmp_path, gpt2_vocabulary):
+    """They are written down, so that a training run needs no vocabulary, and compared where one is loaded."""
+    meta = open_dataset(nanogpt(tmp_path / "owt", train=[1, 2])).meta
+    encoding = tokenizer.load(meta["tokenizer"])
+    assert meta["ranks_sha256"] == tokenizer.GPT2_RANKS == tokenizer.ranks_hash(encoding)
+    assert (meta["vocab_size"], meta["eot_id"]) == (encoding.n_vocab, encoding.eot_token)
+    assert encoding.name == "gpt2"
+
+
+def test_val_may_be_missing(tmp_path):
+    data = open_dataset(nanogpt(tmp_path / "owt", train=[1, 2]))
+    assert data.tokens("train")[:].tolist() == [1, 2]
+    with pytest.raises(UserError, match=r"no split val; it has train$"):
+        data.tokens("val")
+
+
+def test_train_may_not_be_missing(tmp_path):
+    with pytest.raises(UserError, match="is not finished"):
+        open_dataset(nanogpt(tmp_path / "owt", val=[1, 2]))
+
+
+def test_nanogpts_character_ids_are_refused_with_a_way_out(tmp_path):
+    folder = nanogpt(tmp_path / "shakespeare_char", train=[1, 2], val=[3, 4])
+    (folder / "meta.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError) as caught:
+        open_dataset(folder)
+    for part in (str(folder), "character ids", "meta.pkl", "python prepare_data.py text --input"):
+        assert part in str(caught.value)
+
+
+def test_llmc_folder_is_a_dataset(tmp_path):
+    """Files in the order of their names; others, as llm.c's evaluations with another header, are none of it."""
+    for name, ids in (("train_000002", [4, 5]), ("train_000001", [1, 2, 3]), ("val_000000", [50_256, 7])):
+        llmc(tmp_path / f"fineweb_{name}.bin", ids)
+    llmc(tmp_path / "hellaswag_val.bin", [1, 2], magic=20240522)
+    data = open_dataset(tmp_path)
+    assert data.tokens("train")[:].tolist() == [1, 2, 3, 4, 5]
+    assert data.tokens("val")[:].tolist() == [50_256, 7]
+    assert data.meta["splits"]["train"]["tokens"] == 5
+    assert [wrong for _, wrong in data.damaged()] == ["", "", ""]
+    for part in (str(tmp_path), "llm.c", "GPT-2"):
+        assert part in data.notice
+
+
+def test_llmc_folder_of_llamas_ids(tmp_path):
+    llmc(tmp_path / "fineweb_train_000001.bin", [128_000], magic=20240801, version=7, dtype="<u4")
+    with pytest.raises(UserError, match=r"train_000001\.bin .*Llama 3"):
         open_dataset(tmp_path)
 
 
-def test_manifest_of_another_format_or_tokenizer(tmp_path):
-    folder = finished(tmp_path / "d", [[1, 2]], tokenizer="gpt3")
-    with pytest.raises(UserError, match="tokenizer gpt3"):
+def test_ids_beyond_gpt2s_vocabulary_in_shards_of_others(tmp_path):
+    folder = nanogpt(tmp_path / "owt", train=[50_256, 1, 2, 50_257], val=[1, 2])
+    with pytest.raises(UserError, match=r"owt/train\.bin: id 50257 at byte 6 is not in the vocabulary of 50,257"):
         open_dataset(folder)
-    (folder / "meta.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(UserError, match="format 99"):
+    (folder / "train.bin").unlink(), (folder / "val.bin").unlink()
+    llmc(folder / "x_train_1.bin", [1, 2, 50_257])
+    with pytest.raises(UserError, match="id 50257 at byte 1,028 is not"):
         open_dataset(folder)
 
 
-def test_missing_split_names_those_there_are(tmp_path):
-    data = open_dataset(finished(tmp_path / "d", [[1, 2]], split="val"))
-    with pytest.raises(UserError, match=r"no split test; it has val$"):
-        data.tokens("test")
+def test_shards_of_llmc_all_belong_somewhere_and_are_whole(tmp_path):
+    llmc(tmp_path / "interval_train_000001.bin", [1, 2, 3])
+    data = open_dataset(tmp_path)
+    assert list(data.meta["splits"]) == ["train"], "`val` is a part of a word there"
+    (tmp_path / "interval_train_000002.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"train_000002\.bin lacks the header .* truncated"):
+        open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize(("file", "at"), [(0, 0), (0, 3), (1, (1 << 22) + 2)])
-def test_check_ids_names_file_and_byte(tmp_path, file, at):
-    """The last place lies in the second piece of the second file."""
-    parts = [np.full(4, 256), np.zeros((1 << 22) + 3)]
-    tokens(tmp_path, *parts).check_ids(257)
-    parts[file][at] = 257
-    parts[1][-1] = 300  # a later one is not the first
-    with pytest.raises(UserError) as caught:
-        tokens(tmp_path, *parts).check_ids(257)
-    id = int(parts[file][at])
-    assert f"train_{file:06d}.bin: id {id} at byte {2 * at:,} is not in the vocabulary of 257" in str(caught.value)
+def test_manifest_hash_of_shards_of_others_tells_sizes(tmp_path):
+    """All that can be told without reading them; not where they lie."""
+    one = nanogpt(tmp_path / "one", train=[1, 2, 3], val=[1, 2])
+    found = {open_dataset(one).manifest_hash, open_dataset(one).manifest_hash}
+    found.add(open_dataset(shutil.copytree(one, tmp_path / "copy")).manifest_hash)
+    assert len(found) == 1
+    for n, (train, val) in enumerate([([1, 2], [1, 2]), ([1, 2, 3], [1, 2, 3]), ([1, 2], [1, 2, 3])]):
+        found.add(open_dataset(nanogpt(tmp_path / f"other{n}", train=train, val=val)).manifest_hash)
+    assert len(found) == 4
 
 
-class Trap:
-    """Unpickled, it leaves a folder behind."""
+def test_train_and_eval_on_shards_of_others(tmp_path, monkeypatch, capsys, gpt2_vocabulary):
+    from test_eval import figures
 
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("content", ["trap", "list", "array", "bytes"])
-def test_pickle_is_refused_and_not_run(tmp_path, content, protocol):
-    ids = np.arange(3000, dtype="<u2")
-    thing = {"trap": Trap(tmp_path / "canary"), "list": ids.tolist(), "array": ids, "bytes": ids.tobytes()}[content]
-    pickled = pickle.dumps(thing, protocol)
-    (tmp_path / "x.bin").write_bytes(pickled)
-    with pytest.raises(UserError, match="pickle"):
-        Tokens([(tmp_path / "x.bin", None)])
-    assert not (tmp_path / "canary").exists()
-    if content == "trap":
-        pickle.loads(pickled)  # the trap does work
-        assert (tmp_path / "canary").exists()
+    ids = np.random.default_rng(0).integers(0, 300, 500)
+    (tmp_path / "data").mkdir()
+    folder = nanogpt(tmp_path / "data" / "owt", train=ids, val=ids[:100])
+    words = "--dataset owt --max_iters 2 --eval_interval 2 --warmup_iters 1 --sample_tokens 0 --eval_batches 1"
+    done = command("train", *TINY, *shlex.split(words), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    notice = open_dataset(folder).notice.removeprefix(f"{tmp_path}/")
+    assert notice in done.stdout
+    assert figures(tmp_path, monkeypatch)["tokens"] == 99
+    assert notice in capsys.readouterr().err
+    llmc(tmp_path / "fineweb_val_000000.bin", ids[:50])
+    assert figures(tmp_path, monkeypatch, "--test_data_path", "fineweb_val_000000.bin")["tokens"] == 49
 
 
-@pytest.mark.parametrize("second", [[], [0x0195], [0x4E4E] * 4])
-@pytest.mark.parametrize("first", [0x0280, 0x0380, 0x0480, 0x0580])
-def test_ids_that_begin_like_a_pickle_are_ids(tmp_path, first, second):
-    """`\\x80\\x02` is id 640, a word in GPT-2's vocabulary; some go on like a frame (0x95) or like opcodes (NNNN).
+# ---------------------------------------------------------------------------------------------------------------------
+# damage
 
-    A pickle ends with `.`; these end with a newline, id 198, as texts do.
-    """
-    random = np.random.default_rng(first)
-    for _ in range(50):
-        ids = [first, *second, *random.integers(0, 50257, 60).tolist(), 198]
-        assert tokens(tmp_path, ids)[:].tolist() == ids
+
+def flip(path: Path) -> None:
+    """One bit of the last id's lower byte."""
+    raw = bytearray(path.read_bytes())
+    raw[-2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, "SHA-256"),
+        (cut, "meta.json says 20"),
+        (Path.unlink, "cannot be read: No such file"),
+        (lambda path: shard(path, [257] * 10), "id 257 at byte 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train_000000.bin", "train_000002.bin", "val_000001.bin"])
+def test_damaged_files_are_named(tmp_path, name, damage, said):
+    parts = {split: finished(tmp_path / split, [range(30)], 10, split) for split in ("train", "val")}
+    splits = {split: open_dataset(folder).meta["splits"][split] for split, folder in parts.items()}
+    folder = finished(tmp_path / "d", [range(30)], 10, splits=splits)
+    for path in parts["val"].glob("*.bin"):
+        shutil.copy(path, folder)
+    names = [f"{split}_{n:06d}.bin" for split in ("train", "val") for n in range(3)]
+    data = open_dataset(folder)
+    assert list(data.damaged()) == [(each, "") for each in names]
+    damage(folder / name)
+    found = dict(data.damaged())
+    assert list(found) == names
+    assert [each for each, wrong in found.items() if wrong] == [name]
+    assert str(folder / name) in found[name]
+    assert said in found[name]
+    if said in ("meta.json says 20", "cannot be read: No such file"):  # what can be seen without reading it all
+        with pytest.raises(UserError, match=said):
+            data.tokens(name.split("_")[0])
+
+
+def test_shards_of_others_have_no_hash_to_compare(tmp_path):
+    folder = nanogpt(tmp_path / "owt", train=[1, 2, 3], val=[1, 2])
+    data = open_dataset(folder)
+    nanogpt(folder, val=[1, 50_257])
+    (train, fine), (val, wrong) = data.damaged()
+    assert (train, fine, val) == ("train.bin", "", "val.bin")
+    assert "id 50257 at byte 2" in wrong
+    (folder / "train.bin").unlink()
+    assert "cannot be read" in dict(data.damaged())["train.bin"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,19 +16,32 @@ VERBS = {"prepare_data", "train", "eval", "infer", "bench"}
 ARROWS = {
     "config": set(),
     "cli": set(),
-    "tokenizer": set(),
-    "dataset": {"tokenizer"},
-    "sources": {"tokenizer", "dataset"},
+    "bpe": set(),
+    "tokenizer": {"bpe"},
+    "shards": {"tokenizer"},
+    "dataset": {"tokenizer", "shards"},
+    "documents": {"tokenizer"},
+    "hub": {"shards"},
+    "repositories": {"hub", "documents", "shards"},
+    "sources": {"documents", "repositories", "shards"},
+    "tasks": {"tokenizer", "documents"},
+    "workers": set(),
+    "plan": {"documents", "shards", "sources", "tasks"},
+    "progress": {"dataset", "documents", "shards"},
+    "preparation": {
+        *("tokenizer", "shards", "dataset", "repositories", "sources", "tasks", "workers", "plan", "progress")
+    },
+    "throughput": {"tokenizer", "documents", "sources", "workers"},
     "model": set(),
     "sampling": {"model"},
-    "checkpoint": {"tokenizer", "dataset", "model"},
+    "checkpoint": {"tokenizer", "shards", "model"},
     "metrics": set(),
     "runlog": set(),
     "optim": set(),
     "runtime": set(),
 }
-WITHOUT_TORCH = ("config", "cli", "tokenizer", "dataset", "sources", "prepare_data")
-LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow")
+WITHOUT_TORCH = ("config", "cli", "prepare_data", "throughput")  # and with the last two all of the data side
+LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed")
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 
 
@@ -78,10 +91,12 @@ def third_party(names: set[str]) -> set[str]:
 
 def test_packages_imported_are_packages_declared():
     used = third_party(set().union(*(imports(name) for name in MODULES)))
-    assert used == declared("requirements.txt")
+    extras = declared("requirements-extra.txt") - declared("requirements-dev.txt")
+    assert used - extras == declared("requirements.txt")
+    assert extras <= used, "an extra that nothing imports"
     tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
     in_tests = third_party(set().union(*(imports(f"tests/{name}") for name in tests))) - tests
-    assert in_tests <= declared("requirements-dev.txt")
+    assert in_tests <= declared("requirements-dev.txt") | extras
 
 
 def test_every_config_field_is_read_somewhere():

@@ -1,23 +1,21 @@
-"""From source names to shards: which text goes where, what the manifest says of it, what is said about bad input."""
+"""From source names to files: one text, downloads, anyone's own; which split a name speaks of; what is refused."""
 
 import hashlib
 import http.server
-import json
 import threading
 from pathlib import Path
 
 import pytest
 from conftest import TEXT
-from test_dataset import full_disk
 
+import preparation
 import sources
 import tokenizer
 from config import PrepareConfig, UserError
-from dataset import open_dataset
 
 
 def prepare(source, say=lambda line: None, **keys):
-    return sources.prepare(PrepareConfig(source=source, **keys), say)
+    return preparation.prepare(PrepareConfig(source=source, **keys), say)
 
 
 def from_text(*inputs, say=lambda line: None, **keys):
@@ -202,8 +200,8 @@ def read(*inputs) -> str:
         (["b.txt"], "b"),
         (["b.txt", "a.txt"], "ba"),
         (["*.txt"], "ab"),
-        (["?.txt", "in"], "abcde"),
-        (["in"], "cde"),
+        (["?.txt", "in"], "abcdej"),
+        (["in"], "cdej"),
         (["in/**/*.md"], "de"),
         (["odd.html", "a.txt"], "ha"),
         (["a.txt", "a.txt", "./a.txt", "*.txt", "in/../a.txt"], "ab"),
@@ -211,11 +209,12 @@ def read(*inputs) -> str:
     ],
 )
 def test_what_input_reads(in_tmp, inputs, found):
-    """Files, folders and patterns; in a folder .txt, .md and .py; each file once, in the order given, then sorted."""
+    """Files, folders and patterns; in a folder what we can read; each file once, in the order given, then sorted."""
     (in_tmp / "in" / "deep").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "in/c.py", "in/d.md", "in/deep/e.md", "odd.html", "in/x.html"):
         letter = "h" if name == "odd.html" else Path(name).stem
         (in_tmp / name).write_text(letter * 10)
+    (in_tmp / "in" / "j.jsonl").write_text('{"text": "jjjjjjjjjj"}\n')
     if "link.txt" in inputs:
         (in_tmp / "link.txt").symlink_to("a.txt")
     assert read(*inputs) == "".join(letter * 10 for letter in found)
@@ -236,16 +235,19 @@ def test_text_stays_as_it_is_but_for_the_byte_order_mark(in_tmp, raw, text):
 
 
 def test_empty_files_are_left_out(in_tmp):
-    files(in_tmp, a=TEXT, empty="", blank=" \r\n\n", mark="\ufeff")
-    data = from_text("*.txt")
-    assert "".join(texts(data, "train") + texts(data, "val")) == TEXT
-    assert sum(entry["documents"] for entry in data.meta["splits"].values()) == 2  # one file, cut in two
+    """Those without a character: a byte order mark is none, white space is."""
+    files(in_tmp, a=TEXT, blank=" \r\n\n", empty="", mark="\ufeff")
+    data = from_text("*.txt", val_fraction=0.5)
+    train, val = texts(data, "train"), texts(data, "val")
+    assert "".join(train + val) == TEXT + " \r\n\n"
+    assert (len(train), val[-1]) == (1, " \r\n\n")
+    assert sum(entry["documents"] for entry in data.meta["splits"].values()) == 3  # two files, one cut in two
 
 
 @pytest.mark.parametrize(
     ("named", "inputs", "said"),
     [
-        ({"e": "", "f": " \n"}, ["e.txt", "f.txt"], ["e.txt f.txt", "no text"]),
+        ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], ["too little text", "train split"]),
         ({"a": TEXT}, ["a.txt", "b.txt"], ["--input b.txt", "no such file"]),
         ({"a": TEXT}, ["*.md"], ["--input *.md", "no file matches"]),
         ({}, ["."], ["--input .", ".txt .md .py"]),
@@ -275,161 +277,3 @@ def test_invalid_utf8_names_file_and_offset(in_tmp, raw, byte, offset):
     answer = refusal("a.txt", "b.txt")
     assert answer.startswith("b.txt: not UTF-8")
     assert f"{byte} at offset {offset};" in answer
-
-
-def test_from_100_documents_on_a_hash_decides(in_tmp):
-    """Near 10% go to validation, equal texts to one side, and no document moves when others come."""
-    (in_tmp / "in").mkdir()
-    written = [f"document {n}" for n in range(1000)]
-    for n, text in enumerate(written):
-        (in_tmp / "in" / f"{n:04d}.txt").write_text(text)
-        if n % 5 == 0:
-            (in_tmp / "in" / f"copy{n:04d}.txt").write_text(text)
-    data = from_text("in")
-    train, val = texts(data, "train"), texts(data, "val")
-    assert sorted(train + val) == sorted(written + written[::5])
-    assert not set(train) & set(val)
-    assert 60 < len(set(val)) < 140  # 100, give or take four standard deviations
-    part = from_text("in/00*.txt", "in/01*.txt", name="part")
-    assert set(texts(part, "val")) == set(val) & set(written[:200])
-    half = from_text("in", name="half", val_fraction=0.5)
-    assert 430 < len(set(texts(half, "val"))) < 570
-
-
-@pytest.mark.parametrize("fraction", [None, 0.25, 0.5])
-@pytest.mark.parametrize("n", [1, 2, 7, 99])
-def test_fewer_are_cut_by_characters(in_tmp, n, fraction):
-    written = [f"{k} na\u00efve caf\u00e9s \U0001f388" * (1 + k % 3) for k in range(n)]
-    files(in_tmp, **{f"f{k:03d}": text for k, text in enumerate(written)})
-    data = from_text("f*.txt", val_fraction=fraction)
-    train, val = texts(data, "train"), texts(data, "val")
-    whole = "".join(written)
-    assert "".join(train) + "".join(val) == whole
-    assert len("".join(train)) == int(len(whole) * (1 - (fraction or 0.1)))
-    assert "" not in train + val
-    # whole documents but for the one that the cut goes through
-    assert train[:-1] == written[: len(train) - 1]
-    assert val[1:] == written[n - len(val) + 1 :]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the folder and its manifest
-
-
-def test_manifest_says_what_there_is(in_tmp):
-    files(in_tmp, a=TEXT, b="two words\n" * 200)
-    data = from_text("a.txt", "b.txt", shard_tokens=5000)
-    meta = json.loads((data.folder / "meta.json").read_text(encoding="utf-8"))
-    assert {key: meta[key] for key in ("format", "source", "tokenizer", "vocab_size", "eot_id", "dtype")} == {
-        "format": 1,
-        "source": "text",
-        "tokenizer": "byte",
-        "vocab_size": 257,
-        "eot_id": 256,
-        "dtype": "uint16",
-    }
-    assert meta["end_of_text"] is True
-    assert meta["ranks_sha256"] == tokenizer.ranks_hash(tokenizer.load("byte"))
-    assert len(meta["splits"]["train"]["files"]) > 2
-    for split, entry in meta["splits"].items():
-        there = texts(data, split)
-        assert entry["documents"] == len(there)
-        assert entry["bytes"] == sum(len(text.encode()) for text in there)
-        assert entry["words"] == sum(len(text.split()) for text in there)
-        assert entry["tokens"] == entry["bytes"] + entry["documents"] == len(data.tokens(split))
-        for file in entry["files"]:
-            raw = (data.folder / file["name"]).read_bytes()
-            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (2 * file["tokens"], file["sha256"])
-        assert [file["tokens"] for file in entry["files"][:-1]] == [5000] * (len(entry["files"]) - 1)
-    named = {file["name"] for entry in meta["splits"].values() for file in entry["files"]}
-    assert set(content(data.folder)) == {"meta.json", *named}
-
-
-@pytest.mark.parametrize(
-    ("source", "keys", "folder"),
-    [
-        ("pydoc", {}, "data/pydoc"),
-        ("pydoc", {"tokenizer": "byte"}, "data/pydoc"),
-        ("pydoc", {"tokenizer": "gpt2"}, "data/pydoc_gpt2"),
-        ("pydoc", {"data_dir": "there"}, "there/pydoc"),
-        ("text", {}, "data/text"),
-        ("text", {"tokenizer": "byte"}, "data/text_byte"),
-        ("text", {"tokenizer": "byte", "name": "mine"}, "data/mine"),
-    ],
-)
-def test_folder_is_named_after_source_and_tokenizer(in_tmp, request, source, keys, folder):
-    if keys.get("tokenizer") == "gpt2" or (source == "text" and "tokenizer" not in keys):
-        request.getfixturevalue("gpt2_vocabulary")
-    files(in_tmp, a=TEXT)
-    data = prepare(source, **({"input": ("a.txt",)} if source == "text" else {}), **keys)
-    assert data.folder == Path(folder)
-    assert Path(folder, "meta.json").exists()
-
-
-def test_again_with_the_same_settings_does_nothing(in_tmp):
-    files(in_tmp, a=TEXT)
-    folder = from_text("a.txt").folder
-    before, said = content(folder), []
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = from_text("a.txt", say=said.append)
-    assert len(said) == 1
-    assert "nothing to do" in said[0]
-    assert str(folder) in said[0]
-    assert content(folder) == before
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    assert again.meta["splits"]["train"]["tokens"] > 0
-    files(in_tmp, copy=TEXT)  # the text is what counts, not the file's name; and 0.1 is the default
-    assert from_text("copy.txt", val_fraction=0.1).manifest_hash == again.manifest_hash
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"val_fraction": 0.2}, ["val_fraction", "0.2"]),
-        ({"shard_tokens": 1000}, ["shard_tokens", "1000", "100000000"]),
-        ({"tokenizer": "gpt2"}, ["tokenizer", "byte", "gpt2"]),
-        ({"text": "another text\n" * 100}, ["revision"]),
-        ({"source": "pydoc"}, ["source", "text", "pydoc"]),
-        ({"val_fraction": 0.2, "shard_tokens": 1000}, ["val_fraction", "shard_tokens"]),
-    ],
-)
-def test_again_with_others_is_refused_naming_them(in_tmp, request, change, said):
-    if change.get("tokenizer") == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
-    files(in_tmp, a=TEXT)
-    folder = from_text("a.txt", name="mine").folder
-    before, change = content(folder), dict(change)
-    files(in_tmp, a=change.pop("text", TEXT))
-    if source := change.pop("source", None):
-        with pytest.raises(UserError) as caught:
-            prepare(source, name="mine", tokenizer="byte")
-        answer = str(caught.value)
-    else:
-        answer = refusal("a.txt", name="mine", **change)
-    for part in (str(folder), "--name", *said):
-        assert part in answer
-    for key in {"val_fraction", "shard_tokens", "tokenizer"} - set(said):
-        assert f"{key} " not in answer.split("settings: ")[1].split(". Give")[0]
-    assert content(folder) == before
-
-
-def test_target_that_cannot_be_made(in_tmp):
-    files(in_tmp, a=TEXT)
-    answer = refusal("a.txt", data_dir="a.txt/x")
-    assert "a.txt/x/text_byte could not be written" in answer
-    assert "not finished" in answer
-    assert "\n" not in answer
-
-
-@pytest.mark.parametrize("shard_tokens", [1100, 900])
-def test_full_disk_leaves_an_unfinished_dataset_that_the_next_call_finishes(in_tmp, shard_tokens):
-    """2,200 bytes a shard: the first one fails; 1,800 bytes: the shards fit, and the manifest does not."""
-    files(in_tmp, a=TEXT)
-    with full_disk(room=2000):
-        answer = refusal("a.txt", shard_tokens=shard_tokens)
-    assert answer == "data/text_byte could not be written: File too large; the dataset is not finished"
-    with pytest.raises(UserError, match="is not finished"):
-        open_dataset(Path("data/text_byte"))
-    data = from_text("a.txt", shard_tokens=shard_tokens)
-    assert "".join(texts(data, "train") + texts(data, "val")) == TEXT
-    assert not list(data.folder.glob("*.tmp"))

@@ -1,14 +1,26 @@
-"""Tokenizers: text comes back byte for byte, and a vocabulary that cannot be used is said so with a remedy."""
+"""Tokenizers: text comes back byte for byte, many documents are encoded as each one alone, and remedies are named."""
 
+import base64
+import concurrent.futures
 import hashlib
+import os
+import random
+import re
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import tiktoken.registry
 from conftest import TEXT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tokenizer
 from config import UserError
+
+quick = settings(max_examples=60, deadline=None, database=None)
 
 ODD = {
     "empty": "",
@@ -128,3 +140,253 @@ def test_token_bytes_sum_to_the_text(name, request):
         assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
     assert lengths[encoding.eot_token] == 0
     assert (lengths == 0).sum() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encode: many documents at once, as encode_ordinary has each alone
+
+EOT = "<|endoftext|>"
+SPACES = [chr(n) for n in range(0x110000) if chr(n).isspace()]  # with U+001C to 1F, which are none to tiktoken
+WORDS = [
+    "the",
+    "Naïve",
+    "東京",
+    "e\u0301",
+    "🎈",
+    "👩‍👩",
+    "\u200b",
+    "\0",
+    "'s",
+    "'re",
+    "'ll",
+    "'",
+    "\u2019s",
+    "2024",
+    "x1",
+    "...",
+    "-",
+]
+MARKS = [EOT, EOT[:-1], EOT[1:], "<|", "|>", "<", ">", "endoftext", "<|fim_prefix|>"]
+BITS = (
+    st.sampled_from([" ", "\n", "  ", "\n\n", "\r\n", "\t", " a", "\nb"])
+    | st.sampled_from([*WORDS, *(" " + word for word in WORDS)])
+    | st.sampled_from(SPACES)
+    | st.sampled_from(MARKS)
+    | st.text(max_size=3)
+)
+NASTY = st.lists(BITS, max_size=30).map("".join) | st.text(" \n\r\tab'.1", max_size=60)
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # as OpenAI published it
+P50K = "https://openaipublic.blob.core.windows.net/encodings/p50k_base.tiktoken"
+
+
+def small_bpe(name: str, pattern: str) -> tiktoken.Encoding:
+    """Bytes, and all that two and four of these characters make: a cut in the wrong place changes ids."""
+    ranks = {bytes([b]): b for b in range(256)}
+    pairs = [a + b for a in " \nabe1.'" for b in " \nabe1.'"]
+    for token in [*pairs, *(a + b for a in pairs for b in pairs)]:
+        ranks[token.encode()] = len(ranks)
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
+@pytest.fixture(scope="module", params=["byte", "small", "gpt2", "p50k_base"])
+def encoding(request):
+    """`small` is GPT-2's pattern with a few merges: it needs no vocabulary."""
+    if request.param == "small":
+        return small_bpe("gpt2", GPT2_PATTERN)
+    if request.param != "byte":
+        request.getfixturevalue("gpt2_vocabulary")
+    if request.param == "p50k_base":
+        cached = Path(os.environ["TIKTOKEN_CACHE_DIR"], hashlib.sha1(P50K.encode()).hexdigest())
+        if not cached.exists():
+            pytest.skip("p50k_base's vocabulary is not in TIKTOKEN_CACHE_DIR")
+    return tokenizer.load(request.param)
+
+
+def runs(text: str) -> list[str]:
+    """The text cut at every break: where a blank or a newline follows something that is not white space."""
+    return re.split(r"(?<=\S)(?=[ \n])", text)
+
+
+def plain_pieces(text: str, length: int) -> list[tuple[str, bool]]:
+    """As many runs as fit, over and over; a run that is too long is cut at multiples of the length."""
+    found, piece = [], ""
+    for run in runs(text):
+        if piece and len(piece) + len(run) > length:
+            found.append((piece, False))
+            piece = ""
+        piece += run
+        while len(piece) > length:
+            found.append((piece[:length], True))
+            piece = piece[length:]
+    return [*found, (piece, False)] if piece else found
+
+
+def forced_cuts(text: str, length: int) -> int:
+    return sum((len(run) - 1) // length for run in runs(text) if run)
+
+
+@settings(quick, max_examples=120)
+@given(st.lists(NASTY, max_size=12), st.booleans(), st.integers(8, 200) | st.just(tokenizer.RUN), st.integers(0, 200))
+def test_encode_is_encode_ordinary_of_each_document(encoding, documents, end_of_text, run, block):
+    """Exactly, unless a run without a break is longer than RUN; then as text, and the cuts are counted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "RUN", run)
+        patch.setattr(tokenizer, "BLOCK", block)
+        ids, cuts = tokenizer.encode(encoding, iter(documents), end_of_text)
+    assert ids.dtype == np.dtype("<u2")
+    expected = 0 if encoding.name == "byte" else sum(forced_cuts(text, run) for text in documents)
+    assert cuts == expected
+    eot = [encoding.eot_token] * end_of_text
+    if not expected:
+        assert ids.tolist() == [i for text in documents for i in (*encoding.encode_ordinary(text), *eot)]
+    if end_of_text:
+        ends = np.flatnonzero(ids == encoding.eot_token)
+        assert [encoding.decode(part.tolist()[:-1]) for part in np.split(ids, ends + 1)[:-1]] == documents
+        assert len(ids) == (ends[-1] + 1 if documents else 0)
+    else:
+        assert encoding.decode(ids.tolist()) == "".join(documents)
+
+
+@pytest.mark.parametrize("encoding", ["byte", "small", "gpt2"], indirect=True)
+@pytest.mark.parametrize("end_of_text", [False, True])
+@pytest.mark.parametrize(
+    "text", ["it's we're I'll", "'reab'veel ", "a  b\n\nc ", "x1 22", "東京 é\u2003\u3000🎈", "''s 's", EOT + "'t"]
+)
+def test_documents_do_not_run_into_each_other(encoding, text, end_of_text):
+    """A text cut at every place in two and in three: each is encoded as if it were alone."""
+    eot = [encoding.eot_token] * end_of_text
+    for first in range(len(text) + 1):
+        for second in range(first, min(first + 3, len(text)) + 1):
+            documents = [text[:first], text[first:second], text[second:]]
+            plain = [i for own in documents for i in (*encoding.encode_ordinary(own), *eot)]
+            assert tokenizer.encode(encoding, documents, end_of_text)[0].tolist() == plain, documents
+
+
+@pytest.mark.parametrize("encoding", ["byte", "small", "gpt2"], indirect=True)
+@pytest.mark.parametrize("block", [0, 30, 100, 1000])
+@pytest.mark.parametrize("end_of_text", [False, True])
+def test_long_and_short_documents_stay_in_order(encoding, monkeypatch, end_of_text, block):
+    monkeypatch.setattr(tokenizer, "RUN", 50)
+    monkeypatch.setattr(tokenizer, "BLOCK", block)
+    documents = [f"{n} it's the\n" * (0, 1, 2, 9, 30, 4, 3)[n * n % 7] for n in range(40)]
+    eot = [encoding.eot_token] * end_of_text
+    plain = [i for text in documents for i in (*encoding.encode_ordinary(text), *eot)]
+    ids, cuts = tokenizer.encode(encoding, documents, end_of_text)
+    assert (ids.tolist(), cuts) == (plain, 0)
+
+
+@pytest.mark.parametrize("run", [1, 2, 7])
+def test_document_as_long_as_a_run_is_whole(monkeypatch, run):
+    encoding = small_bpe("gpt2", GPT2_PATTERN)
+    monkeypatch.setattr(tokenizer, "RUN", run)
+    for length, cuts in ((run, 0), (run + 1, 1), (2 * run, 1), (2 * run + 1, 2)):
+        for end_of_text in (False, True):
+            assert tokenizer.encode(encoding, ["a" * length], end_of_text)[1] == cuts
+
+
+def test_pattern_that_joins_over_breaks_is_never_cut(monkeypatch):
+    """Only of GPT-2's pattern and its like is it known that a cut changes nothing."""
+    encoding = small_bpe("another", r"\S+\s+|\S+|\s+")
+    text = "ab ab\nab " * 10 + EOT + "a" * 50
+    plain = encoding.encode_ordinary(text)
+    monkeypatch.setattr(tokenizer, "RUN", 8)
+    ids, cuts = tokenizer.encode(encoding, [text, "a"], True)
+    assert (ids.tolist(), cuts) == ([*plain, encoding.eot_token, ord("a"), encoding.eot_token], 0)
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+@pytest.mark.parametrize("end_of_text", [False, True])
+def test_real_text(real_text, end_of_text):
+    """Tiny Shakespeare, longer than RUN, and its lines and speeches as documents beside it."""
+    text = (real_text / "shakespeare" / "input.txt").read_text(encoding="utf-8")
+    assert len(text) > tokenizer.RUN
+    encoding = tokenizer.load("gpt2")
+    documents = [text, *text.splitlines(keepends=True)[:5000], *text.split("\n\n")]
+    ids, cuts = tokenizer.encode(encoding, documents, end_of_text)
+    eot = [encoding.eot_token] * end_of_text
+    plain = [i for own in encoding.encode_ordinary_batch(documents, num_threads=1) for i in (*own, *eot)]
+    assert (ids.tolist(), cuts) == (plain, 0)
+
+
+def test_threads_of_one_process_do_not_mix_their_ids():
+    """A Dask worker does as many tasks at once as it has threads."""
+    encoding = small_bpe("gpt2", GPT2_PATTERN)
+    chance = random.Random(0)
+    documents = ["".join(chance.choices("abcdefg ", k=20_000)) for _ in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: tokenizer.encode(encoding, [text], False)[0].tolist(), documents))
+    assert found == [encoding.encode_ordinary(text) for text in documents]
+
+
+LONG = 3_000_000
+LONG_RUNS = {
+    "letters": lambda: "x" * LONG,
+    "spaces": lambda: " " * LONG,
+    "newlines": lambda: "\n" * LONG,
+    "base64": lambda: base64.b64encode(random.Random(0).randbytes(LONG * 3 // 4)).decode(),
+}
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+@pytest.mark.parametrize("what", LONG_RUNS)
+def test_long_run_is_cut_and_comes_back(what):
+    """tiktoken alone takes such a run as one match; of a million blanks before a word it overflows its stack."""
+    encoding = tokenizer.load("gpt2")
+    before, after = "It's a long, long way:", "\nand here it ends, in 2024.\n"
+    text = before + " " + LONG_RUNS[what]() + after
+    began = time.perf_counter()
+    ids, cuts = tokenizer.encode(encoding, [text, after], end_of_text=True)
+    assert time.perf_counter() - began < 20  # a second or two
+    assert cuts == 3  # with the blank it is a little longer than 3 * RUN
+    ids = ids.tolist()
+    head, tail = encoding.encode_ordinary(before), encoding.encode_ordinary(after)
+    assert ids[: len(head)] == head
+    assert ids[-len(tail) - 2 :] == [encoding.eot_token, *tail, encoding.eot_token]
+    assert encoding.decode(ids[: -len(tail) - 2]) == text
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+@pytest.mark.parametrize("white", [" ", "\n", "\t"])
+@pytest.mark.parametrize("less", [2, 1, 0, -1])
+def test_white_space_as_long_as_a_run_before_a_word(white, less):
+    """tiktoken alone overflows its stack on 999,999 blanks and a letter."""
+    encoding = tokenizer.load("gpt2")
+    text = white * (tokenizer.RUN - less) + "a"
+    ids, cuts = tokenizer.encode(encoding, [text], end_of_text=False)
+    assert cuts == (less < 1)
+    assert encoding.decode(ids.tolist()) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pieces, and ids as uint16
+
+
+@quick
+@given(st.lists(NASTY, max_size=8), st.integers(1, 60))
+def test_pieces_are_the_same_for_any_blocks(blocks, length):
+    text = "".join(blocks)
+    found = list(tokenizer.pieces(blocks, length))
+    assert found == list(tokenizer.pieces([text], length)) == plain_pieces(text, length)
+    assert "".join(piece for piece, _ in found) == text
+    assert all(0 < len(piece) <= length for piece, _ in found)
+    assert sum(cut for _, cut in found) == forced_cuts(text, length)
+
+
+@pytest.mark.parametrize("gap", [10, 4090, 4096, 4100, 9000, 9999, 10_000, 20_005])
+def test_pieces_find_a_break_however_far_back(gap):
+    text = "one two" + "x" * gap + " three" * 4000
+    assert list(tokenizer.pieces([text], 10_000)) == plain_pieces(text, 10_000)
+
+
+@pytest.mark.parametrize(("ids", "n_vocab"), [([], 1), ([0, 256], 257), ([65535, 0], 65536)])
+def test_narrow_keeps_ids(ids, n_vocab):
+    narrow = tokenizer.narrow(np.array(ids, dtype=np.int64), n_vocab)
+    assert (narrow.tolist(), narrow.dtype) == (ids, np.dtype("<u2"))
+
+
+@pytest.mark.parametrize("wrong", [-1, 257, 65535, 65536 + 5])
+def test_narrow_refuses_ids_beyond_the_vocabulary(wrong):
+    """As uint16, 65541 would be 5 without a word."""
+    with pytest.raises(AssertionError):
+        tokenizer.narrow(np.array([1, wrong, 2]), 257)

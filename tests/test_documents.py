@@ -1,0 +1,465 @@
+"""Files to documents: the same text for any size of block, and what is damaged is named with file and place."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import documents
+import tokenizer
+from config import UserError
+
+quick = settings(max_examples=60, deadline=None, database=None)
+BLOCKS = [3, 4, 7, 64, 1000, 4 << 20]
+BYTE = tokenizer.load("byte")
+
+
+def texts(path: Path, column: str = "text") -> list[str]:
+    """All documents of the file, parts put together."""
+    found = []
+    for part in documents.documents(path, column):
+        if part.first:
+            found.append("")
+        found[-1] += part.text
+    return found
+
+
+def refusal(call, *args) -> str:
+    """What the UserError says, in one line."""
+    with pytest.raises(UserError) as caught:
+        for _ in call(*args):
+            pass
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.txt", "text"),
+        ("a.md", "text"),
+        ("a.py", "text"),
+        ("parquet", "text"),
+        ("a.jsonl", "jsonl"),
+        ("b.a.jsonl.gz", "jsonl"),
+        ("a.jsonl.zst", "jsonl"),
+        ("train-00000-of-00001.parquet", "parquet"),
+    ],
+)
+def test_kind_is_the_endings(name, kind):
+    assert documents.kind(name) == documents.kind(Path("folder.parquet", name)) == kind
+
+
+@pytest.mark.parametrize("suffix", documents.SUFFIXES)
+@pytest.mark.parametrize("there", ["a folder", "nothing"])
+def test_no_file_at_all(tmp_path, suffix, there):
+    path = tmp_path / f"a{suffix}"
+    if there == "a folder":
+        path.mkdir()
+    answer = refusal(documents.documents, path, "text")
+    assert answer.startswith(f"{path}: cannot be read: ")
+    assert ("directory" if there == "a folder" else "No such file") in answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plain text
+
+PLAIN = {
+    "ascii": "one line\nand another\n",
+    "many bytes": "naïve 東京 🎈👩‍👩‍👧 e\u0301" * 5,
+    "line ends": "one\r\ntwo\rthree\n\r\n\n\u2028\x85end",
+    "mark inside": "a\ufeffb\n\ufeff",
+    "NUL": "\0a\0",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("block", [1, 2, *BLOCKS])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no mark", "mark"])
+@pytest.mark.parametrize("what", PLAIN)
+def test_text_is_that_of_the_file(tmp_path, monkeypatch, what, mark, block):
+    """Every newline as it is; only a byte order mark at the very beginning is none of the text."""
+    monkeypatch.setattr(documents, "BLOCK", block)
+    path = tmp_path / "a.txt"
+    path.write_bytes((mark + PLAIN[what]).encode())
+    found = list(documents.text_blocks(path))
+    assert "".join(found) == PLAIN[what]
+    assert max(map(len, found), default=0) <= block
+    assert texts(path) == ([PLAIN[what]] if PLAIN[what] else [])
+    assert documents.size(path, "text") == len((mark + PLAIN[what]).encode())
+
+
+BROKEN = [b"\xff", b"\x80", b"\xc3", b"\xc3(", b"\xe2\x82", b"\xe2\x82(", b"\xf0\x9f\x8e", b"\xed\xa0\xbd", b"\xc0\xaf"]
+
+
+@settings(quick, max_examples=150)
+@given(
+    st.sampled_from(["", "\ufeff"]),
+    st.text("aé東🎈\n", max_size=20),
+    st.sampled_from(BROKEN),
+    st.text("aé東🎈\n", max_size=9),
+    st.sampled_from([*range(3, 12), 4 << 20]),
+)
+@example("", "aaaa\ufeff", b"\xff", "", 4)
+def test_what_is_not_utf8_is_named_with_its_place(tmp_path_factory, mark, before, broken, after, block):
+    """Also in the middle of blocks, and a character that the file ends in; the place is counted in the file."""
+    raw = (mark + before).encode() + broken + after.encode()
+    with pytest.raises(UnicodeDecodeError) as plain:
+        raw.decode()
+    path = tmp_path_factory.getbasetemp() / "broken.txt"
+    path.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "BLOCK", block)
+        answer = refusal(documents.text_blocks, path)
+    start = plain.value.start
+    assert answer.startswith(f"{path}: not UTF-8: byte 0x{raw[start]:02x} at offset {start:,};")
+    assert "iconv" in answer
+
+
+def test_offset_has_thousands_marked_off(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1_234_567 + b"\xe9")
+    assert "byte 0xe9 at offset 1,234,567;" in refusal(texts, tmp_path / "a.txt")
+
+
+@quick
+@given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
+def test_parts_are_the_documents_pieces(blocks, length):
+    found = list(documents.as_parts(blocks, length))
+    pieces = list(tokenizer.pieces(["".join(blocks)], length))
+    last = len(pieces) - 1
+    facts = [(part.text, part.first, part.last, part.cut) for part in found]
+    assert facts == [(piece, n == 0, n == last, cut) for n, (piece, cut) in enumerate(pieces)]
+    # a part that begins inside a word makes one more of the words
+    assert sum(len(p.text.split()) - p.inside for p in found) == len("".join(blocks).split())
+    assert not any(part.cut for part in found if part.last)
+
+
+def test_parts_of_a_long_file_fit_memory(tmp_path):
+    """Each can be encoded on its own, and is no longer than four runs."""
+    text = "a long line of words, and so on;\n" * 300_000
+    (tmp_path / "a.txt").write_text(text)
+    found = list(documents.documents(tmp_path / "a.txt", "text"))
+    assert "".join(part.text for part in found) == text
+    assert len(found) == 3
+    assert max(len(part.text) for part in found) <= 4 * tokenizer.RUN
+    assert [(part.first, part.last) for part in found] == [(True, False), (False, False), (False, True)]
+    assert all(part.text[0] in " \n" and not part.cut for part in found[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON lines: blocks of whole lines
+
+PACK = {
+    ".jsonl": lambda raw: raw,
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.zst": lambda raw: pa.Codec("zstd").compress(raw, asbytes=True),
+}
+ROWS = [f"{n} naïve café 東京 🎈\r\n\t" * (1 + n % 4) for n in range(40)]
+LINES = [json.dumps({"id": n, "text": text}, ensure_ascii=n % 2 == 0).encode() for n, text in enumerate(ROWS)]
+RAW = {
+    "newline last": (b"\n".join(LINES) + b"\n", ROWS),
+    "no newline last": (b"\n".join(LINES), ROWS),
+    "CRLF": (b"\r\n".join(LINES) + b"\r\n", ROWS),
+    "empty lines": (b"\n\n" + b"\n \r\n\n".join(LINES) + b"\n\t\n\n", ROWS),
+    "nulls and empty texts": (b'{"text": null}\n{"text": ""}\n' + LINES[0] + b'\n{"text":""}\n{"text":null}', ROWS[:1]),
+    "mark": (b"\xef\xbb\xbf" + b"\n".join(LINES), ROWS),
+    "long line": (LINES[1] + b'\n{"text": "' + b"x" * 9000 + b'"}\n' + LINES[2], [ROWS[1], "x" * 9000, ROWS[2]]),
+    "one line": (LINES[3], ROWS[3:4]),
+    "lone CR": (b'{"text":\r"a"\r}\n{"text": "b"}\r\r\n', ["a", "b"]),
+    "newlines only": (b"\n\n\n", []),
+    "empty": (b"", []),
+}
+
+
+@pytest.mark.parametrize("block", [1, *BLOCKS])
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("what", RAW)
+def test_lines_are_those_of_the_file(tmp_path, monkeypatch, what, suffix, block):
+    """For any size of block: whole lines, no more of them than needed, each block with its first line's number."""
+    monkeypatch.setattr(documents, "BLOCK", block)
+    raw, rows = RAW[what]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(PACK[suffix](raw))
+    found = list(documents.line_blocks(path))
+    assert b"".join(lines for _, lines in found) == raw
+    longest = max(map(len, raw.split(b"\n"))) + 1
+    line = 1
+    for number, lines in found:
+        assert number == line
+        assert 0 < len(lines) <= block + longest
+        line += lines.count(b"\n")
+    assert all(lines.endswith(b"\n") for _, lines in found[:-1])
+    assert texts(path) == rows
+    assert documents.size(path, "text") == path.stat().st_size
+
+
+@pytest.mark.parametrize("block", [7, 4 << 20])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_packed_files_put_together_are_one(tmp_path, monkeypatch, suffix, block):
+    """As `cat a.gz b.gz` does it, and pigz and zstd with many threads; a line may go on in the next."""
+    monkeypatch.setattr(documents, "BLOCK", block)
+    raw = b"\n".join(LINES)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"".join(PACK[suffix](raw[n : n + 100]) for n in range(0, len(raw), 100)) + PACK[suffix](b""))
+    assert texts(path) == ROWS
+
+
+@pytest.mark.parametrize("block", [64, 4 << 20])
+@pytest.mark.parametrize("left", [5, 12, 0.5, -9, -1])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_truncated_file(tmp_path, monkeypatch, suffix, left, block):
+    monkeypatch.setattr(documents, "BLOCK", block)
+    whole = PACK[suffix](b"\n".join(LINES))
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(whole[: int(left * len(whole)) if left == 0.5 else left])
+    answer = refusal(texts, path)
+    assert answer.startswith(f"{path}: ")
+    assert "truncated" in answer.lower()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_not_packed_at_all(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(LINES[0])
+    assert refusal(texts, path).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("seed", range(4))
+def test_overwritten_file(tmp_path, suffix, seed):
+    rows = [{"text": random.Random(n).randbytes(40).hex()} for n in range(500)]
+    raw = bytearray(PACK[suffix]("\n".join(map(json.dumps, rows)).encode()))
+    at = 30 + seed * 2000
+    raw[at : at + 400] = random.Random(seed).randbytes(400)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(raw)
+    assert refusal(texts, path).startswith(f"{path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON lines: one line
+
+WRONG = [
+    (b"no JSON", ["not JSON"]),
+    (b'{"text": "a"', ["not JSON"]),
+    (b'{"text": "a"} {"text": "b"}', ["not JSON"]),
+    (b'{"text": "\xff"}', ["not JSON", "utf-8"]),
+    (b'["a"]', ["no key 'text'", "a list", "--column"]),
+    (b'"text"', ["no key 'text'", "a str"]),
+    (b"null", ["no key 'text'", "a NoneType"]),
+    (b'{"body": "a", "id": 1}', ["no key 'text'", "body, id", "--column"]),
+    (b"{}", ["no key 'text'", "--column"]),
+    (b'{"text": 7}', ["'text' is a int, not a text"]),
+    (b'{"text": 0}', ["'text' is a int"]),
+    (b'{"text": false}', ["'text' is a bool"]),
+    (b'{"text": ["a"]}', ["'text' is a list"]),
+    (b'{"text": {}}', ["'text' is a dict"]),
+]
+
+
+@pytest.mark.parametrize("block", [7, 4 << 20])
+@pytest.mark.parametrize("before", [0, 3, 1200])
+@pytest.mark.parametrize(("raw", "said"), WRONG, ids=[raw.decode("latin1") for raw, _ in WRONG])
+def test_wrong_line_is_named_with_file_and_number(tmp_path, monkeypatch, raw, said, before, block):
+    monkeypatch.setattr(documents, "BLOCK", block)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join([b'{"text": "a"}\n', b"\n", b'{"text": null}\r\n'][n % 3] for n in range(before)) + raw)
+    answer = refusal(texts, path)
+    assert answer.startswith(f"{path} line {before + 1:,}: ")
+    for part in said:
+        assert part in answer
+
+
+def test_documents_before_a_wrong_line_are_given(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "b"}\n{"text": 1}\n')
+    found = documents.documents(path, "text")
+    assert [next(found).text, next(found).text] == ["a", "b"]
+    with pytest.raises(UserError, match="line 3:"):
+        next(found)
+
+
+def test_column_is_the_one_asked_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 7, "body": "the body"}\n')
+    assert texts(path, "body") == ["the body"]
+    assert "no key 'other', its keys are text, body" in refusal(texts, path, "other")
+
+
+@pytest.mark.parametrize(
+    ("spelled", "text"),
+    [
+        (r"\ud83d\ude00", "😀"),
+        (r"a\ud83d", "a\ufffd"),
+        (r"\ude00 b", "\ufffd b"),
+        (r"\ude00\ud83d", "\ufffd\ufffd"),
+        (r"\ud83d\ud83d\ude00\u0000", "\ufffd😀\0"),
+        (r"\ufeff東\udfff🎈", "\ufeff東\ufffd🎈"),
+    ],
+)
+def test_halves_of_a_character_are_what_tiktoken_makes_of_them(spelled, text):
+    raw = f'{{"text": "{spelled}"}}'
+    assert list(documents.parse_lines(raw.encode(), "text", Path("a"), 1)) == [text]
+    assert BYTE.encode_ordinary(json.loads(raw)["text"]) == list(text.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parquet
+
+SOME = ["one", None, "naïve 東京 🎈\r\n", "", "\0", " "]
+GIVEN = ["one", "naïve 東京 🎈\r\n", "\0", " "]
+TYPES = {
+    "string": pa.string(),
+    "large_string": pa.large_string(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+    "dictionary of large ones": pa.dictionary(pa.int64(), pa.large_string()),
+}
+
+
+def parquet(path: Path, columns, **settings) -> Path:
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    pq.write_table(table, path, **settings)
+    return path
+
+
+@pytest.mark.parametrize("block", [1, 4 << 20])
+@pytest.mark.parametrize("rows_a_group", [1, 2, 100])
+@pytest.mark.parametrize("kind", TYPES)
+def test_parquet_rows(tmp_path, monkeypatch, kind, rows_a_group, block):
+    """Nulls and empty rows are left out, or, where rows are to be joined, given as empty texts."""
+    monkeypatch.setattr(documents, "BLOCK", block)
+    columns = {"id": range(len(SOME)), "text": pa.array(SOME).cast(TYPES[kind]), "title": ["t"] * len(SOME)}
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=rows_a_group)
+    assert list(documents.rows(path, "text")) == texts(path) == GIVEN
+    assert list(documents.rows(path, "text", empty=True)) == [text or "" for text in SOME]
+    assert texts(path, "title") == ["t"] * len(SOME)
+
+
+def test_parquet_of_many_row_groups(tmp_path):
+    """Any of them can be read alone; their sizes are those of the text column."""
+    rows = [f"{n} " + "x" * (n % 50) for n in range(1000)]
+    extra = [random.Random(n).randbytes(99) for n in range(1000)]
+    path = parquet(tmp_path / "a.parquet", {"raw": extra, "text": rows}, row_group_size=7, use_dictionary=False)
+    groups = documents.row_groups(path, "text")
+    assert [n for n, _ in groups] == [7] * 142 + [6]
+    for first, stop in ((0, 1), (0, None), (5, 9), (142, 143), (142, None), (3, 3), (0, 0)):
+        end = 1000 if stop is None else 7 * stop
+        assert list(documents.rows(path, "text", first, stop)) == rows[7 * first : end]
+    for n, (_, size) in enumerate(groups):
+        plain = sum(len(text) for text in rows[7 * n : 7 * n + 7])
+        assert plain < size < plain + 200
+    assert documents.size(path, "text") == sum(size for _, size in groups)
+
+
+NESTED = {
+    "struct": [{"a": 1, "b": {"c": "x" * 500}}] * 20,
+    "list": [["x" * 500, "y"]] * 20,
+    "map": pa.array([[("k", "v" * 500)]] * 20, pa.map_(pa.string(), pa.string())),
+    "with a text of its own": pytest.param(
+        [{"text": "x" * 500, "id": n} for n in range(20)],
+    ),
+}
+
+
+@pytest.mark.parametrize("values", NESTED.values(), ids=NESTED)
+def test_parquet_size_beside_nested_columns(tmp_path, values):
+    """Each of them is several columns of the file."""
+    columns = {"before": values, "text": ["a", "b"] * 10, "after": values}
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=10, use_dictionary=False)
+    alone = parquet(tmp_path / "b.parquet", {"text": columns["text"]}, row_group_size=10, use_dictionary=False)
+    assert documents.row_groups(path, "text") == documents.row_groups(alone, "text")
+    assert texts(path) == ["a", "b"] * 10
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+def test_parquet_without_rows(tmp_path, groups):
+    path, schema = tmp_path / "a.parquet", pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for _ in range(groups):
+            writer.write_table(schema.empty_table())
+    assert [rows for rows, _ in documents.row_groups(path, "text")] == [0] * groups
+    assert texts(path) == list(documents.rows(path, "text", empty=True)) == []
+
+
+@pytest.mark.parametrize("call", [documents.rows, documents.row_groups, documents.documents])
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("body", ["no column 'body'", "id, list, both, raw", "--column"]),
+        ("", ["no column ''", "id, list, both, raw"]),
+        ("a", ["no column 'a'", "id, list, both, raw"]),
+        ("both.a", ["no column 'both.a'"]),
+        ("id", ["'id' holds int64, not text", "id, list, both, raw"]),
+        ("list", ["'list' holds list", "not text"]),
+        ("both", ["'both' holds struct", "not text"]),
+        ("raw", ["'raw' holds binary, not text"]),
+    ],
+)
+def test_parquet_without_that_text(tmp_path, call, column, said):
+    columns = {"id": [1], "list": [["a"]], "both": [{"a": "b"}], "raw": [b"a"]}
+    path = parquet(tmp_path / "a.parquet", columns)
+    answer = refusal(call, path, column)
+    assert answer.startswith(f"{path}: ")
+    for part in said:
+        assert part in answer
+
+
+@pytest.mark.parametrize("call", [documents.rows, documents.row_groups])
+@pytest.mark.parametrize("left", [0, 3, 100, 0.5, -1, "text"])
+def test_no_parquet_or_not_all_of_it(tmp_path, call, left):
+    path = parquet(tmp_path / "a.parquet", {"text": ["one", "two"] * 1000})
+    whole = path.read_bytes()
+    if left == "text":
+        path.write_bytes(b"this is no parquet file\n" * 100)
+    else:
+        path.write_bytes(whole[: len(whole) // 2 if left == 0.5 else left])
+    answer = refusal(call, path, "text")
+    assert answer.startswith(f"{path}: no parquet file, or a truncated one (")
+    assert "get it again" in answer
+
+
+@pytest.mark.parametrize("codec", ["snappy", "zstd", "gzip"])
+@pytest.mark.parametrize("at", [0, 0.5])
+def test_parquet_with_a_damaged_page(tmp_path, codec, at):
+    """The rows before it may have been given already."""
+    rows = [random.Random(n).randbytes(20).hex() for n in range(3000)]
+    path = parquet(tmp_path / "a.parquet", {"text": rows}, row_group_size=1000, compression=codec, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    place = column.data_page_offset + int(at * column.total_compressed_size)
+    raw = bytearray(path.read_bytes())
+    raw[place : place + 300] = b"\xff" * 300
+    path.write_bytes(raw)
+    found = []
+    answer = refusal(lambda: map(found.append, documents.rows(path, "text")))
+    assert answer.startswith(f"{path}: damaged (")
+    assert found == rows[: len(found)]
+
+
+def test_parquet_whose_text_is_no_utf8(tmp_path):
+    """pyarrow does not look, neither when it writes nor when it reads."""
+    raw = pa.array([b"one", b"caf\xe9"], pa.binary())
+    path = parquet(tmp_path / "a.parquet", {"text": pa.Array.from_buffers(pa.string(), 2, raw.buffers())})
+    assert refusal(documents.rows, path, "text").startswith(f"{path}")
+
+
+def test_large_row_group_is_read_a_little_at_a_time(tmp_path, monkeypatch):
+    """Some files have one of gigabytes: what is in memory is a few blocks, whatever the group's size."""
+    rows = [chr(97 + n % 26) * 20_000 for n in range(2400)]
+    path = parquet(
+        tmp_path / "a.parquet", {"text": rows}, use_dictionary=False, compression="none", write_batch_size=16
+    )
+    assert [rows for rows, _ in documents.row_groups(path, "text")] == [2400]
+    assert documents.size(path, "text") > 48_000_000
+    monkeypatch.setattr(documents, "BLOCK", 1 << 20)
+    before, most = pa.total_allocated_bytes(), 0
+    for n, text in enumerate(documents.rows(path, "text")):
+        assert text == rows[n]
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert n == 2399
+    assert most < 12 << 20
