@@ -91,7 +91,8 @@ def datasets_map(folder: str, processes: int, target: str) -> None:
     shards = np.memmap(f"{target}/train.bin", dtype=np.uint16, mode="w+", shape=(int(np.sum(encoded["len"])),))
     start = 0
     for number in range(1024):  # nanoGPT's number of batches
-        ids = np.concatenate(encoded.shard(1024, number, contiguous=True).with_format("numpy")["ids"])
+        # [:] reads a shard at once; by its name alone, as nanoGPT has it, datasets 4 and later reads row by row
+        ids = np.concatenate(encoded.shard(1024, number, contiguous=True).with_format("numpy")[:]["ids"])
         shards[start : start + len(ids)] = ids
         start += len(ids)
     shards.flush()

@@ -216,8 +216,10 @@ def test_what_the_source_lacks_is_taken_out_of_train(in_tmp):
     data = hub_data({"train.jsonl": WRITTEN, "test.jsonl": ["a test"]})
     assert held(data) == {**by_hash(WRITTEN), "test": ["a test"]}
     Path("raw/hub/user/data/test.jsonl").rename("raw/hub/user/data/validation.jsonl")
-    data = hub_data({}, test_fraction=0.2, val_fraction=None, name="other")
-    assert held(data) == {**by_hash(WRITTEN, 0, 0.2), "val": ["a test"]}
+    # one that the hub's own fraction would make a validation document, if there were none
+    few = next(f"{n}" for n in itertools.count() if tasks.choose_split(f"{n}", 0.0005, 0.2) == "val")
+    data = hub_data({"train.jsonl": [*WRITTEN, few]}, test_fraction=0.2, val_fraction=None, name="other")
+    assert held(data) == {**by_hash([*WRITTEN, few], 0, 0.2), "val": ["a test"]}
 
 
 @pytest.mark.parametrize("n", [99, 240])
