@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -20,6 +21,7 @@ from config import UserError
 from shards import write_whole
 
 ATTEMPTS = 4  # with 1, 2 and 4 seconds in between
+PATIENCE = 15  # seconds after which no further attempt is made to ask; the library has made its own by then
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -72,7 +74,8 @@ def ask(root: Path, repo: str, revision: str, patterns: tuple[str, ...], check: 
         hashes = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
         return Listing(repo, commit, {file.path: file.size for file in files}, hashes)
 
-    found = _patiently(listing, repo, revision, f"folder {folder}" if folder else "list of files", root, check)
+    what = f"folder {folder}" if folder else "list of files"
+    found = _patiently(listing, repo, revision, what, root, check, PATIENCE)
     if not found.files:
         raise UserError(
             f"dataset {repo} at revision {revision} has no file {' '.join(patterns)}: check {check}; the hub converts "
@@ -116,10 +119,11 @@ def fetch(listing: Listing, path: str, root: Path, check: str) -> Path:
     return _patiently(download, listing.repo, listing.commit, path, root, check)
 
 
-def _patiently(call: Callable, repo: str, revision: str, what: str, root: Path, check: str):
+def _patiently(call: Callable, repo: str, revision: str, what: str, root: Path, check: str, patience: float = math.inf):
     """call(), again after a broken connection; other failures as UserError."""
     from huggingface_hub import constants, errors
 
+    began = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             return call()
@@ -137,7 +141,7 @@ def _patiently(call: Callable, repo: str, revision: str, what: str, root: Path, 
                 raise
             constants.HF_HUB_DISABLE_XET |= xet
             reason = (str(why).strip() or type(why).__name__).splitlines()[0]
-            if attempt + 1 == ATTEMPTS:
+            if attempt + 1 == ATTEMPTS or time.monotonic() - began > patience:
                 raise UserError(
                     f"{what} of dataset {repo} could not be fetched ({reason}): check the network and run again "
                     f"(whole files are kept, this one starts anew), or put the files into {root} yourself"
