@@ -35,9 +35,12 @@ def write_parquet(config: BenchConfig, folder: Path) -> int:
     import pyarrow
     import pyarrow.parquet
 
-    texts = [part.text for path in expand(config.input) for part in documents.documents(path, "text")]
-    if not config.input:
-        texts = open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n")
+    texts, size = [], 0
+    for text in _texts(config.input):
+        texts.append(text)
+        size += len(text)
+        if size > config.size_mb * 1e6:
+            break
     total, n = 0, 0
     schema = pyarrow.schema([("text", pyarrow.string())])
     for number in range(2):
@@ -48,6 +51,14 @@ def write_parquet(config: BenchConfig, folder: Path) -> int:
                 writer.write_table(pyarrow.table({"text": rows}, schema))
                 total, n = total + sum(len(row.encode()) for row in rows), n + 1000
     return total
+
+
+def _texts(patterns: tuple[str, ...]) -> Iterator[str]:
+    if not patterns:
+        yield from open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n")
+    for path in expand(patterns):
+        for part in documents.documents(path, "text"):
+            yield part.text
 
 
 def plain(folder: str) -> None:

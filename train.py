@@ -148,14 +148,13 @@ def setup(config: TrainConfig, chosen: dict | None = None) -> Run:
 def describe(run: Run) -> str:
     """The arithmetic of a run, before its first update."""
     config, W = run.config, len(run.batches.windows)
-    per_update, params, notice = run.batches.per_update, run.model.num_params(), run.dataset.notice
+    per_update, params, data = run.batches.per_update, run.model.num_params(), run.dataset.notice or run.dataset.folder
     tokens = config.max_iters * per_update * config.context_length
     return "\n".join(
         (
             f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
             f"context {config.context_length}, {config.vocab_size:,} ids ({run.dataset.meta['tokenizer']})",
-            f"data     {run.dataset.folder}: {len(run.batches.windows.tokens):,} training tokens, {W:,} windows"
-            + f"\n         {notice}" * bool(notice),
+            f"data     {data}: {len(run.batches.windows.tokens):,} training tokens, {W:,} windows",
             f"update   {config.batch_size} sequences x {config.grad_accum_steps} x {config.context_length} tokens = "
             f"{per_update * config.context_length:,} tokens; {W / per_update:,.1f} updates an epoch",
             f"run      {config.max_iters:,} updates = {tokens:,} tokens = {config.max_iters * per_update / W:.2f} "
