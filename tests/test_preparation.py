@@ -484,6 +484,9 @@ def test_cuts_are_told_at_the_end_also_of_work_that_was_stopped(make):
     said.clear()
     make(said.append, name="stopped", tokenizer="gpt2")
     assert [line for line in said if "cut in" in line] == cuts
+    said.clear()
+    make(said.append, name="bytes")
+    assert not any("cut in" in line for line in said), "bytes can be cut anywhere"
 
 
 def test_progress_is_told_line_by_line_where_there_is_no_terminal(make, monkeypatch, capsys):

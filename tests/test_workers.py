@@ -188,17 +188,22 @@ def test_killed_it_goes_on_and_leaves_no_worker_behind(work, big, how):
 
 
 @linux
-def test_worker_that_is_killed_is_one_error_line(work, big):
+@pytest.mark.parametrize("stuck", [False, True])
+def test_worker_that_is_killed_is_one_error_line(work, big, stuck):
+    """Also where none takes its task out of the pipe to the end."""
     process = work()
-    processes = family(process.pid)
-    os.kill(encoders(process.pid)[0], signal.SIGKILL)
+    processes, doomed = family(process.pid), encoders(process.pid)[: 2 if stuck else 1]
+    if stuck:
+        for child in doomed:
+            os.kill(child, signal.SIGSTOP)
+        time.sleep(0.5)  # now the pipe is full
+    for child in doomed:
+        os.kill(child, signal.SIGKILL)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: a worker was killed, perhaps for memory (fewer: --workers N); what is done is kept")
     wait_for(lambda: not any(map(alive, processes)), 5)
-    assert (
-        len(json.loads(Path("data/mine/progress.json").read_text())["splits"]["train"]["files"]) >= 20
-    )  # of whole tasks
+    assert len(json.loads(Path("data/mine/progress.json").read_text())["splits"]["train"]["files"]) >= 20
     finish(big)
 
 
