@@ -104,6 +104,11 @@ def encoders(process: int) -> list[int]:
     return [child for child in family(process)[1:] if "spawn_main" in words(child)]
 
 
+def finished_shards() -> int:
+    """Of whole tasks."""
+    return len(json.loads(Path("data/mine/progress.json").read_text())["splits"]["train"]["files"])
+
+
 def finish(big: Path, *words) -> None:
     """The same command again, without a signal: what it makes is whole."""
     done = command("prepare_data", "text", "--input", big / "big.jsonl", *FEW, *words, cwd=Path.cwd())
@@ -169,8 +174,7 @@ def test_ctrl_c_is_one_line_and_the_work_is_kept(work, big, everybody):
     assert (process.returncode, out) == (130, "")
     assert err == "data/mine: stopped; what is done is kept, and the same command goes on from there\n"
     wait_for(lambda: not any(map(alive, processes)), 5)
-    progress = json.loads(Path("data/mine/progress.json").read_text())
-    assert len(progress["splits"]["train"]["files"]) >= 20  # of whole tasks
+    assert finished_shards() >= 20
     finish(big)
 
 
@@ -183,27 +187,27 @@ def test_killed_it_goes_on_and_leaves_no_worker_behind(work, big, how):
     process.send_signal(how)
     assert process.wait(20) == -how
     wait_for(lambda: not any(map(alive, processes)), 5)
-    assert len(json.loads(Path("data/mine/progress.json").read_text())["splits"]["train"]["files"]) >= 20
+    assert finished_shards() >= 20
     finish(big, "--workers", 1)
 
 
 @linux
-@pytest.mark.parametrize("stuck", [False, True])
-def test_worker_that_is_killed_is_one_error_line(work, big, stuck):
-    """Also where none takes its task out of the pipe to the end."""
+@pytest.mark.parametrize("asleep", ["nobody", "the workers", "their parent"])
+def test_worker_that_is_killed_is_one_error_line(work, big, asleep):
+    """Also in the middle of a message: with half a task in the pipe to it, or half of what it gives in the one back."""
     process = work()
-    processes, doomed = family(process.pid), encoders(process.pid)[: 2 if stuck else 1]
-    if stuck:
-        for child in doomed:
-            os.kill(child, signal.SIGSTOP)
-        time.sleep(0.5)  # now the pipe is full
+    processes, doomed = family(process.pid), encoders(process.pid)[: 1 if asleep == "nobody" else 2]
+    for each in {"nobody": [], "the workers": doomed, "their parent": [process.pid]}[asleep]:
+        os.kill(each, signal.SIGSTOP)
+    time.sleep(0.5)  # until the pipe is full
     for child in doomed:
         os.kill(child, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: a worker was killed, perhaps for memory (fewer: --workers N); what is done is kept")
     wait_for(lambda: not any(map(alive, processes)), 5)
-    assert len(json.loads(Path("data/mine/progress.json").read_text())["splits"]["train"]["files"]) >= 20
+    assert finished_shards() >= 20
     finish(big)
 
 
