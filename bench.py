@@ -13,20 +13,29 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
+import os
 import sys
 import time
 
 import torch
 
+from ranks import Ranks, join
+from run import describe, setup
 from runlog import peak_flops, summary
+from runtime import find_device
 from throughput import bench_data
-from train import describe, setup, update
+from train import update
 
 
 def bench_train(config: BenchConfig) -> dict:
     """Time train.py's own update function, each update on its own; warm-up (and compilation) apart."""
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for figures
-        bench = setup(config)
+    with join(config, find_device) as ranks:
+        return _time_updates(config, ranks)
+
+
+def _time_updates(config: BenchConfig, ranks: Ranks) -> dict:
+    with contextlib.redirect_stdout(sys.stderr if ranks.first else sys.stdout):  # standard output is for figures
+        bench = setup(config, ranks)
         print(describe(bench))
     times = []
     for i in range(config.warmup_updates + config.timed_updates):
@@ -46,7 +55,7 @@ def bench_train(config: BenchConfig) -> dict:
         "first_ms": times[0],
         "tokens_per_s": 1e3 * tokens / median,
         "tflop_per_s": flops / 1e12,
-        "mfu": flops / peak if peak else None,
+        "mfu": flops / peak / ranks.world if peak else None,
         "peak_mem_gb": bench.machine.peak_memory_gb(),
         "machine": bench.machine.describe(),
         "torch": torch.__version__,
@@ -69,9 +78,9 @@ def main(config: BenchConfig) -> None:
         for key, value in figures.items():
             if value is not None:
                 print(f"{key:<{width}} {value:,.2f}" if isinstance(value, float) else f"{key:<{width}} {value}")
-    if config.json:
+    if config.json and int(os.environ.get("RANK", "0")) == 0:
         write_json(figures, config.json)
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_verb(main, CONFIG, every_rank=True)

@@ -15,7 +15,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,16 +22,16 @@ import tiktoken
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import tokenizer
-from config import ModelConfig, TrainConfig, UserError
+from config import ModelConfig, UserError
+from formats import crop_positions, hugging_face_weights
 from model import GPT
+from pretrained import check_shape, find_pretrained, is_flatgpt
 from shards import write_whole
 
 FORMAT = 1
-# Keys that decide, with the model's, which run it is; and keys that only say how it was called.
-BATCH = ("batch_size", "grad_accum_steps", "stride", "seed")
-CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device")
 WEIGHTS, TRAIN_STATE, STATE = "model.safetensors", "train_state.pt", "state.json"
 
 
@@ -44,13 +43,13 @@ class Damaged(Exception):  # noqa: N818 - it names what the checkpoint is
 # saving
 
 
-def save(run_dir: Path, state: dict, model: GPT, train_state: dict, keep: int) -> Path:
+def save(run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: dict, keep: int) -> Path:
     """Write one checkpoint and move `last` to it; of the others keep the newest K - 1, and `best`.
 
     Args:
         run_dir: the run's folder.
         state: what state.json says, `iter` among it; format and files are added here.
-        model: the raw module, never a compiled or wrapped one.
+        weights: of the raw module, never of a compiled or wrapped one.
         train_state: tensors and plain types, for resuming.
         keep: how many of the newest checkpoints stay.
 
@@ -65,7 +64,7 @@ def save(run_dir: Path, state: dict, model: GPT, train_state: dict, keep: int) -
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / WEIGHTS)
+        save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
         torch.save(train_state, partial / TRAIN_STATE)
         files = {name: _fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
         write_whole(partial / STATE, json.dumps({"format": FORMAT, **state, "files": files}, indent=1).encode())
@@ -89,6 +88,13 @@ def save(run_dir: Path, state: dict, model: GPT, train_state: dict, keep: int) -
             (old / STATE).unlink()  # first: half a folder must not look like a checkpoint
             shutil.rmtree(old)
     return folder
+
+
+def mark_finished(folder: Path) -> None:
+    """Have a checkpoint's state.json say that its run is over, where that was decided after it was written."""
+    state = read_state(folder)
+    if state:
+        write_whole(folder / STATE, json.dumps({**state, "finished": True}, indent=1).encode())
 
 
 def point(run_dir: Path, name: str, iteration: int) -> bool:
@@ -228,92 +234,6 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
     return path / "ckpt" / folder.name, state
 
 
-def find_start(run_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
-    """The verified checkpoint that training goes on from, with its state; None to start anew.
-
-    Args:
-        resume: None, `latest`, `auto` (start anew when there is none), or a run's or checkpoint's folder.
-        overwrite: a run that is there is no mistake; `move_away` takes care of it.
-
-    Raises:
-        UserError: there is a run and neither was asked for, or nothing to resume.
-    """
-    there = checkpoints(run_dir)
-    if resume in ("latest", "auto"):
-        found = first_good(there, (WEIGHTS, TRAIN_STATE), print)
-        if found is None and (resume == "latest" or there):
-            reason = "every checkpoint there is damaged" if there else "there is no checkpoint"
-            remedy = "add --overwrite instead to start again" if there else "start without --resume"
-            raise UserError(f"nothing to resume in {run_dir}: {reason}; {remedy}")
-        return found
-    if resume:
-        path = Path(resume)
-        if (path / "ckpt").is_dir():
-            found = first_good(checkpoints(path), (WEIGHTS, TRAIN_STATE), print)
-            if found is None:
-                raise UserError(f"resume = {resume}: this run has no usable checkpoint")
-            path = found[0]
-        try:
-            state = verify(path)
-        except Damaged as why:
-            raise UserError(f"resume = {resume}: {why}") from None
-        if there and path.resolve().parent.parent != run_dir.resolve():
-            raise UserError(
-                f"resume = {resume} is of another run, and {run_dir} holds checkpoints of its own; "
-                "give the new run an --out_dir of its own"
-            )
-        return path.resolve(), state
-    if there and not overwrite:
-        raise UserError(
-            f"{run_dir} already holds a run (at iter {read_state(there[0])['iter']}): "
-            "add --resume to go on with it, or --overwrite to start again (the old run moves away, nothing is deleted)"
-        )
-    return None
-
-
-def check_same_run(folder: Path, state: dict, config: TrainConfig, manifest_hash: str) -> list[str]:
-    """The settings that a resumed run changes, as sentences; those that would make it another run are refused.
-
-    Raises:
-        UserError: names all of the latter: the model's shape, the batch, the seed, the data.
-    """
-    saved, now = state["config"], dataclasses.asdict(config)
-    fixed = {*BATCH, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
-    changed = {k: f"{k} = {v} (was {saved.get(k)})" for k, v in now.items() if v != saved.get(k)}
-    differing = [changed[k] for k in sorted(fixed & set(changed))]
-    if state["data"]["manifest_sha256"] != manifest_hash:
-        differing.append(f"the data: {config.data_dir}/{config.dataset} is not the dataset it was trained on")
-    if differing:
-        raise UserError(
-            f"{folder} cannot go on with these settings: {'; '.join(differing)}. "
-            "Set them back, or start a run of its own with another --out_dir"
-        )
-    return [text for key, text in changed.items() if key not in {*fixed, *CALL}]
-
-
-def move_away(run_dir: Path) -> None:
-    """Rename a run's folder, where there is one, to <run_dir>.old-<time>, for --overwrite."""
-    if run_dir.exists():
-        old = run_dir.with_name(f"{run_dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        os.rename(run_dir, old)
-        print(f"the run that was in {run_dir} is now in {old}")
-
-
-def set_aside(run_dir: Path, after: int) -> None:
-    """Move checkpoints later than iteration `after` to <run_dir>/ckpt/lost-<time>/: a resumed run writes them anew.
-
-    Half-written ones, which a killed process left, are removed.
-    """
-    for partial in run_dir.glob("ckpt/.iter_*.tmp"):
-        shutil.rmtree(partial)
-    for folder in checkpoints(run_dir):
-        if int(folder.name.removeprefix("iter_")) > after:
-            lost = run_dir / "ckpt" / f"lost-{time.strftime('%Y%m%d-%H%M%S')}"
-            lost.mkdir(exist_ok=True)
-            os.rename(folder, lost / folder.name)
-            print(f"{folder}, later than what is resumed, is now in {lost}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
@@ -336,14 +256,47 @@ def load_model(folder: Path, state: dict, device: torch.device) -> tuple[GPT, ti
     return model.to(device).eval(), encoding
 
 
-def load_weights(model: GPT, folder: Path, assign: bool = False) -> None:
-    """Copy a checkpoint's weights into a model of the same shape (`assign`: put them in its place)."""
+def load_pretrained(model: GPT, path: str) -> None:
+    """Copy the weights that init_from names into a model of their shape; its context_length may be smaller.
+
+    Raises:
+        UserError: nothing usable there, damaged, or of another shape.
+    """
+    folder = find_pretrained(path)
+    check_shape(model.config, path)
+    if is_flatgpt(folder):
+        try:
+            verify(folder, (WEIGHTS,))
+            weights = crop_positions(load_file(folder / WEIGHTS), model.config.context_length)
+        except (Damaged, SafetensorError) as why:
+            raise UserError(f"init_from = {path}: {why}") from None
+    else:
+        weights = hugging_face_weights(folder, model.config)
+    model.load_state_dict(weights)
+
+
+def load_weights(
+    model: GPT, folder: Path, assign: bool = False, cut: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> None:
+    """Copy a checkpoint's weights into a model of the same shape.
+
+    Args:
+        assign: put them in its place, instead.
+        cut: makes of a whole tensor what is to be copied into the model's, its second argument.
+    """
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS), assign=assign)
+        weights, there = load_file(folder / WEIGHTS), model.state_dict()
+        if cut:
+            weights = {name: cut(t, there[name]) if name in there else t for name, t in weights.items()}
+        model.load_state_dict(weights, assign=assign)
     except (RuntimeError, SafetensorError) as why:
         raise UserError(f"{folder / WEIGHTS} does not fit its config: {str(why).splitlines()[-1].strip()}") from None
 
 
-def load_train_state(folder: Path) -> dict:
-    """What `save` was given as train_state; loaded without unpickling anything but tensors and plain types."""
-    return torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True)
+def load_train_state(folder: Path, mmap: bool = False) -> dict:
+    """What `save` was given as train_state; loaded without unpickling anything but tensors and plain types.
+
+    Args:
+        mmap: read only what is used of it.
+    """
+    return torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)

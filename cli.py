@@ -1,6 +1,7 @@
 """How it is set: TOML recipes, the command line generated from config.py's dataclasses, `--help`, and `error:` lines.
 
-Precedence: a field's default < `--config recipe.toml` (after the recipe's own `base`) < `--key value`.
+Precedence: a field's default < the shape of init_from's model < `--config recipe.toml` (after the recipe's own `base`)
+< `--key value`.
 Standard library only, so that `--help` and a mistyped flag answer before torch is loaded.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from config import EXCLUSIVE, VERBS, UserError
+from pretrained import pretrained_shape
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 
@@ -194,6 +196,12 @@ def parse(cls, words: Sequence[str]):
                 if layer.get(name) is not None and rival in _fields(cls):
                     settings[rival] = None
         settings.update(layer)
+    if settings.get("init_from"):
+        try:
+            settings = pretrained_shape(settings["init_from"]) | settings
+        except UserError as why:
+            if not settings.get("resume"):  # a run that goes on needs those weights no more
+                problems.append(str(why))
     if not problems:
         config = cls(**settings)
         problems = config.problems()
@@ -205,7 +213,7 @@ def parse(cls, words: Sequence[str]):
 
 def recipe_text(config) -> str:
     """A resolved config as a recipe: `--config` with it gives the same config again."""
-    left_out = {"config", "resume", "overwrite"}  # these say how it was called
+    left_out = {"config", "resume", "overwrite", "plan", "gpus", "mfu"}  # these say how it was called
     left_out |= {one for one, other in EXCLUSIVE if getattr(config, other, None) is not None}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
     # JSON's texts, numbers and booleans are TOML's too
@@ -275,14 +283,19 @@ def write_json(figures: dict, target: str) -> None:
         raise UserError(f"json = {target}: cannot be written: {why.strerror}") from None
 
 
-def run_verb(verb: Callable, config):
-    """verb(config), with mistakes as one `error:` line (exit 2) and Ctrl-C as exit 130; the verb's result."""
+def run_verb(verb: Callable, config, every_rank: bool = False):
+    """verb(config), with mistakes as one `error:` line (exit 2) and Ctrl-C as exit 130; the verb's result.
+
+    Args:
+        every_rank: torchrun's ranks see to it by themselves that each mistake is said once; else the first of each
+            machine speaks, as all of them make the same.
+    """
     try:
         answer = verb(config)
         sys.stdout.flush()  # while a closed pipe can still be answered for
         return answer
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun one voice is enough
+        if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Two keys that say the same thing in two units: the one set at the later level wins, both at one level is an error.
-EXCLUSIVE = (("epochs", "max_iters"), ("dataset", "test_data_path"))
+EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("dataset", "test_data_path"))
 
 
 class UserError(Exception):
@@ -92,15 +92,30 @@ class TrainConfig(ModelConfig, MachineConfig):
     seed: int = opt(1337, "of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
     dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
-    batch_size: int = opt(8, "sequences that go through the device at once", low=1)
-    grad_accum_steps: int = opt(1, "such passes that make one update", low=1)
+    batch_size: int = opt(8, "sequences that go through a device at once", low=1)
+    grad_accum_steps: int = opt(1, "such passes, on all devices together, that make one update", low=1)
     stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
     max_iters: int | None = opt(2000, "updates to train for", low=1, none="from epochs", section="Length")
     epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0)
-    lr: float = opt(2e-3, "highest learning rate", above=0, section="Optimizer (AdamW)")
+    patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
+    max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
+    init_from: str | None = opt(
+        None, "begin with these weights: a run, a checkpoint, or a Hugging Face folder of GPT-2's kind", none="random"
+    )
+    optimizer: str = opt(
+        "adamw",
+        "muon: Muon for the blocks' matrices, at AdamW's settings, and AdamW for the rest",
+        choices=("adamw", "muon"),
+        section="Optimizer",
+    )
+    lr: float = opt(2e-3, "highest learning rate", above=0)
     min_lr: float = opt(2e-4, "learning rate at lr_decay_iters and after", low=0)
-    schedule: str = opt("cosine", "from lr to min_lr after the warm-up", choices=("cosine", "linear", "constant"))
-    warmup_iters: int = opt(100, "updates of linear warm-up", low=0)
+    schedule: str = opt(
+        "cosine", "from lr to min_lr after the warm-up", choices=("cosine", "linear", "constant", "onecycle", "wsd")
+    )
+    warmup_iters: int | None = opt(100, "updates of warm-up", low=0, none="from warmup_fraction")
+    warmup_fraction: float | None = opt(None, "warm-up as a share of lr_decay_iters", low=0, below=1)
+    decay_fraction: float = opt(0.2, "wsd: share of lr_decay_iters, at its end, in which lr falls", above=0, high=1)
     lr_decay_iters: int | None = opt(None, "update at which min_lr is reached", low=1, none="max_iters")
     weight_decay: float = opt(0.1, "decoupled decay, on matrices only", low=0)
     beta1: float = opt(0.9, "decay of the mean of the gradients", low=0, below=1)
@@ -114,6 +129,7 @@ class TrainConfig(ModelConfig, MachineConfig):
         section="Speed",
     )
     compile: bool | None = opt(None, "torch.compile the training forward", none="auto")
+    fsdp: bool = opt(False, "under torchrun: weights, gradients and optimizer in parts, one on each device")
     eval_interval: int = opt(
         200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
     )
@@ -141,12 +157,19 @@ class TrainConfig(ModelConfig, MachineConfig):
     overwrite: bool = opt(False, "start again; the old run moves to <out_dir>.old-<time>")
     wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
     wandb_project: str = opt("flatgpt", "its project there")
+    plan: bool = opt(False, "print size, memory and time, and train nothing", section="Plan")
+    gpus: int = opt(1, "devices that --plan reckons with", low=1)
+    mfu: float = opt(0.4, "share of the devices' peak that --plan reckons with", above=0, high=1)
 
     def problems(self) -> list[str]:
         """ModelConfig's, and those of the training fields."""
         found = super().problems()
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
+        if self.warmup_iters is None and self.warmup_fraction is None:
+            found.append("warmup_iters and warmup_fraction are both none: set one of them (0: no warm-up)")
+        if self.optimizer == "muon" and self.fsdp:
+            found.append("optimizer = muon needs whole matrices, fsdp = true cuts them: leave out one of the two")
         if self.schedule != "constant" and self.min_lr > self.lr:
             found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}: set it too, a tenth of lr is usual")
         if self.resume and self.overwrite:
@@ -172,6 +195,7 @@ class BenchConfig(TrainConfig):
     def problems(self) -> list[str]:
         """TrainConfig's; and what only a run has is refused rather than ignored."""
         asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
+        asked |= {"plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         return super().problems() + [
             f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]
         ]

@@ -167,27 +167,29 @@ class Windows:
 
 
 def eval_batches(
-    tokens: Tokens, context_length: int, batch_size: int, limit: int = 0
+    tokens: Tokens, context_length: int, batch_size: int, limit: int = 0, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Non-overlapping windows in order, the incomplete last one too: every token but the first is a target once.
 
     Args:
         limit: stop after so many batches; 0: go through all of the split.
+        share: (rank, world): every world-th batch from the rank-th on. All ranks get equally many (models in parts
+            have to compute together): some a last one in which nothing is to be scored.
 
     Yields:
         inputs and targets, (B, T) int64 each; targets past the end of the split are IGNORE.
     """
     T, last = context_length, len(tokens) - 1
-    starts = range(0, last, T)
-    for n, first in enumerate(range(0, len(starts), batch_size)):
-        if limit and n == limit:
-            return
-        rows = starts[first : first + batch_size]
+    starts, (rank, world) = range(0, last, T), share
+    count = -(-len(starts) // batch_size)
+    count = min(limit, count) if limit else count
+    for n in range(rank, -(-count // world) * world, world):
+        rows = starts[n * batch_size : (n + 1) * batch_size] if n < count else starts[:1]
         x = np.zeros((len(rows), T), dtype=np.int64)
         y = np.full((len(rows), T), IGNORE, dtype=np.int64)
         for row, start in enumerate(rows):
             ids = tokens[start : min(start + T, last) + 1].astype(np.int64)
-            x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
+            x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:] if n < count else IGNORE
         yield x, y
 
 

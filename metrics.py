@@ -56,6 +56,7 @@ def score(
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     to_device: Callable[[np.ndarray], Tensor],
     token_bytes: np.ndarray,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Scores:
     """Score a model on batches of inputs and targets, (B, T) each, -1 where a target is not scored.
 
@@ -64,6 +65,7 @@ def score(
     Args:
         to_device: moves one array to the model's device.
         token_bytes: (vocabulary,) bytes of text per id.
+        total: sums a float64 tensor over ranks, each of which scores batches of its own.
     """
     was_training = model.training
     model.eval()
@@ -83,7 +85,8 @@ def score(
             correct += (logits.argmax(-1) == targets).sum().cpu()
     finally:
         model.train(was_training)
-    return Scores(float(loss_sum), tokens, int(correct), text_bytes)
+    sums = total(torch.tensor([loss_sum, tokens, correct, text_bytes], dtype=torch.float64))  # counts: exact to 2^53
+    return Scores(float(sums[0]), *(int(count) for count in sums[1:]))
 
 
 def require_finite(model: nn.Module, name: str, loss: float, i: int) -> None:
@@ -91,7 +94,8 @@ def require_finite(model: nn.Module, name: str, loss: float, i: int) -> None:
 
     The weights are looked at too, because the loss of an update is of the weights before it.
     """
-    weights = torch.stack([p.detach().sum() for p in model.parameters()])
+    parts = [p.detach() for p in model.parameters()]
+    weights = torch.stack([(p.to_local() if hasattr(p, "to_local") else p).sum() for p in parts])  # fully_shard's
     if not math.isfinite(loss) or not weights.isfinite().all():
         what = f"the {name} is {loss}" if not math.isfinite(loss) else "a weight is not finite"
         raise UserError(

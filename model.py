@@ -88,10 +88,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # torch's CPU kernel for bf16 is slower than plain products up to 512 tokens (docs/speed.md)
         plain = self.manual or (x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 512)
-        if plain:
-            y = manual_attention(q, k, v, causal, dropout)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)  # (B, H, T, D)
+        attention = manual_attention if plain else fused_attention
+        y = attention(q, k, v, causal, dropout)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -104,6 +102,19 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: flo
         scores = scores.masked_fill(future, -math.inf)  # no token sees the ones after it
     weights = F.softmax(scores, dim=-1)  # each row sums to 1
     return F.dropout(weights, dropout) @ v
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+    """The same by torch's kernels, which never hold all scores at once. Shapes as in manual_attention.
+
+    Kernels for cards before Ampere (a T4) take head sizes that are multiples of 8 only; zeros fill others up, add
+    nothing to a score, and are cut off again.
+    """
+    D = q.size(-1)
+    if D % 8:
+        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))  # (B, H, ..., D rounded up)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=1 / math.sqrt(D))
+    return y[..., :D]
 
 
 class MLP(nn.Module):

@@ -1,41 +1,103 @@
-"""Parameter groups, AdamW, and learning-rate schedules as pure functions of the update."""
+"""Parameter groups, AdamW and Muon, and learning-rate schedules as pure functions of the update."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import TrainConfig
 
+ONECYCLE_START = 1 / 25  # of lr, at update 0: torch's OneCycleLR has the same default
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+
+def param_groups(params: list[Tensor], weight_decay: float) -> list[dict]:
     """Two AdamW groups: matrices decay (embeddings among them, as GPT-2's trainers do), vectors do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in params if p.dim() >= 2]
+    vectors = [p for p in params if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019), in torch's fused form, which CUDA, mps and CPUs have."""
-    groups = param_groups(model, config.weight_decay)
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
+    """AdamW (Loshchilov and Hutter, 2019), in torch's fused form, which CUDA, mps and CPUs have; or Muon beside it."""
+    params = list(model.parameters())
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
+    known = {id(p) for p in hidden}
+    groups = param_groups([p for p in params if id(p) not in known], config.weight_decay)
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    if config.optimizer == "adamw":
+        return adamw
+    # Moonlight (Liu et al., 2025): steps of AdamW's usual size, so that lr and weight decay mean the same for both
+    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)
+
+
+class MuonAndAdamW:
+    """Two optimizers that the training loop, a GradScaler and a checkpoint see as one.
+
+    One, so that a float16 update with an overflow anywhere is skipped by both.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+        self.param_groups = [*muon.param_groups, *adamw.param_groups]
+
+    def step(self) -> None:
+        """Apply the gradients that are there."""
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget them."""
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        """Both states, by name."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take both back."""
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @property
+    def state(self) -> dict:
+        """Per parameter, of both."""
+        return {**self.adamw.state, **self.muon.state}
 
 
 def learning_rate(update: int, config: TrainConfig) -> float:
-    """The learning rate of update `update` (from 0).
+    """The learning rate of update `update` (from 0). warmup_iters and lr_decay_iters have to be resolved.
 
-    A linear warm-up that starts above zero and meets lr at update warmup_iters, then `schedule` down to min_lr at
-    update lr_decay_iters, and min_lr from there on. lr_decay_iters has to be resolved.
+    A linear warm-up that starts above zero and meets lr at update warmup_iters; from there
+        cosine, linear: down to min_lr at update lr_decay_iters, and min_lr after it;
+        constant: lr;
+        wsd (warm-up, stable, decay: Hu et al., MiniCPM, 2024): lr, then linear to min_lr over the last decay_fraction.
+    onecycle is torch's OneCycleLR: from lr / 25 up to lr by a cosine, which update warmup_iters - 1 meets, and by
+    another one down to min_lr, which update lr_decay_iters - 1 meets.
     """
-    if update < config.warmup_iters:
-        return config.lr * (update + 1) / (config.warmup_iters + 1)
+    warmup, end = config.warmup_iters, config.lr_decay_iters
+    if config.schedule == "onecycle":
+        if update < warmup - 1:
+            return _cosine(update / (warmup - 1), config.lr * ONECYCLE_START, config.lr)
+        peak = max(warmup - 1, 0)
+        return _cosine(min(1.0, (update - peak) / max(end - 1 - peak, 1)), config.lr, config.min_lr)
+    if update < warmup:
+        return config.lr * (update + 1) / (warmup + 1)
     if config.schedule == "constant":
         return config.lr
-    if update >= config.lr_decay_iters:
+    if update >= end:
         return config.min_lr
-    done = (update - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)  # 0 to 1
-    share = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.min_lr + share * (config.lr - config.min_lr)
+    if config.schedule == "cosine":
+        return _cosine((update - warmup) / (end - warmup), config.lr, config.min_lr)
+    start = warmup if config.schedule == "linear" else max(warmup, end - math.ceil(config.decay_fraction * end))
+    return config.lr + max(0, update - start) / (end - start) * (config.min_lr - config.lr)
+
+
+def _cosine(done: float, first: float, last: float) -> float:
+    """Half a cosine wave from `first` (done = 0) to `last` (done = 1)."""
+    return last + 0.5 * (1 + math.cos(math.pi * done)) * (first - last)

@@ -87,24 +87,27 @@ class RunLog:
     """Writes rows of KEYS for one run.
 
     Args:
-        run_dir: metrics.csv lies here.
+        run_dir: metrics.csv lies here; None on ranks that keep no log.
         start_iter: 0, or the iteration that a resumed run goes on from: later rows move to metrics.lost.csv, and the
             row of that iteration makes way for the one that is written again.
         max_iters: the end of the bar.
         wandb_run: what `start_wandb` gave, or None.
     """
 
-    def __init__(self, run_dir: Path, start_iter: int, max_iters: int, wandb_run=None):
-        self.path = run_dir / "metrics.csv"
+    def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, wandb_run=None):
+        self.path = run_dir / "metrics.csv" if run_dir else Path(os.devnull)
         self.wandb_run = wandb_run
-        _rewind(self.path, start_iter)
+        if run_dir:
+            _rewind(self.path, start_iter)
         self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._csv = csv.DictWriter(self._file, KEYS, lineterminator="\n")
         if self._file.tell() == 0:
             self._csv.writeheader()
             self._file.flush()
         # disable=None: no bar where stderr is no terminal; there every row is a line instead
-        self.bar = tqdm(total=max_iters, initial=start_iter, unit="iter", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=max_iters, initial=start_iter, unit="iter", disable=None if run_dir else True, dynamic_ncols=True
+        )
 
     def say(self, text: str) -> None:
         """Print lines on standard output, above the bar."""

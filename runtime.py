@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import resource
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,7 +71,8 @@ class Machine:
 
     def describe(self) -> str:
         """One line for people."""
-        threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f" ({count} thread{'s' * (count > 1)})" if self.device.type == "cpu" else ""
         dtype = str(self.dtype).removeprefix("torch.") + self._reason("dtype")
         return f"{self.name}{threads}, {dtype}, {'compiled' if self.compile else 'eager'}{self._reason('compile')}"
 
@@ -75,33 +80,56 @@ class Machine:
         return f" ({self.why[choice]})" if choice in self.why else ""
 
 
-def machine(device: str, dtype: str, compile: bool | None = False, logits: float = 0) -> Machine:
-    """Settle what is `auto` (compile: None).
+def find_device(device: str, local_rank: int | None = None) -> torch.device:
+    """The device that `auto` or a name means; of several GPUs the one that belongs to the rank.
 
     Args:
-        logits: how many the whole run will compute, tokens x vocabulary; decides about compiling on a CPU.
+        local_rank: this process's number among torchrun's on this machine; None: the verb uses a single device.
 
     Raises:
-        UserError: a device that is not there, or a launch on several devices.
+        UserError: a device that is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if local_rank is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version uses one device; start it without torchrun"
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this verb uses one device; start it without torchrun"
         )
     # Huge pages for large CPU tensors (Linux): with 50,257 ids over half of an update was page faults on the logits
     # (docs/speed.md). torch reads this once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    why = {}
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, there in available.items() if there)
     elif not available[device]:
         there = " or ".join(name for name, yes in available.items() if yes)
         raise UserError(f"device = {device}: torch {torch.__version__} sees none here; take --device {there}")
-    place = torch.device(device)
+    if device != "cuda":
+        return torch.device(device)
+    if local_rank and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK = {local_rank}, and this machine has {torch.cuda.device_count()} GPUs: "
+            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+        )
+    if local_rank:
+        torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank or 0)
+
+
+def machine(
+    device: str, dtype: str, compile: bool | None = False, logits: float = 0, local_rank: int | None = None
+) -> Machine:
+    """Settle what is `auto` (compile: None).
+
+    Args:
+        logits: how many the whole run will compute here, tokens x vocabulary; decides about compiling on a CPU.
+        local_rank: as find_device takes it.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    place, why = find_device(device, local_rank), {}
     if dtype == "auto":
         dtype, why["dtype"] = _auto_dtype(place)
-    elif dtype == "float16" and device == "cpu":
+    elif dtype == "float16" and place.type == "cpu":
         print("note: float16 is slow on a CPU; bfloat16 or float32 is faster", file=sys.stderr)
     if compile is None:
         compile, why["compile"] = _auto_compile(place, logits)
@@ -132,19 +160,38 @@ def _auto_compile(device: torch.device, logits: float) -> tuple[bool, str]:
     return False, "would take longer than it saves"
 
 
-def compile_forward(model: nn.Module) -> Callable[..., Tensor]:
-    """torch.compile of the model's forward; where the compiler fails, one warning and the plain forward."""
+def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> Callable[..., Tensor]:
+    """torch.compile of the model's forward; where the compiler fails, one warning and the plain forward.
+
+    Args:
+        model: as the ranks share it; of one that fully_shard has cut, each part is compiled on its own.
+        agree: whether something holds on every rank.
+    """
+    if hasattr(model, "unshard"):
+        for block in model.transformer.h:
+            for part in (block.attn, block.mlp):
+                part.compile(dynamic=False)
+        return model
+    # DDP's splitting of graphs, for sums during the backward pass, does not know checkpointed blocks
+    torch._dynamo.config.optimize_ddp = not getattr(model, "module", model).config.activation_checkpointing
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 
     def forward(x: Tensor, y: Tensor) -> Tensor:
         nonlocal chosen
         if chosen is None:
-            chosen = compiled if _compiles(compiled, x, y) else model
+            with getattr(model, "no_sync", contextlib.nullcontext)():  # a rank that fails is waited for by none
+                works = _compiles(compiled, x, y)
+            chosen = compiled if agree(works) else model
             model.zero_grad(set_to_none=True)
         return chosen(x, y)
 
     return forward
+
+
+def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
+    """For text: the parts that compile_forward compiled would be compiled anew for each of its lengths."""
+    return torch.compiler.set_stance("force_eager") if hasattr(model, "unshard") else contextlib.nullcontext()
 
 
 def _compiles(compiled: Callable[..., Tensor], x: Tensor, y: Tensor) -> bool:
@@ -174,18 +221,48 @@ def reseed(*key: int) -> None:
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM so that the loop can end after an update; a SIGINT after that interrupts at once."""
+    """Notes SIGINT, SIGTERM and the end of a run's time, so that the loop can end after an update.
 
-    def __init__(self):
+    A SIGINT after that interrupts at once. So does, ten seconds after it, a SIGTERM that was not even noted: the
+    process waits in a collective for a rank that is gone, where Python's handlers do not run.
+
+    Args:
+        max_minutes: from here on, None: no end.
+    """
+
+    TIME_IS_UP = 1  # below every signal that is noted
+    GRACE = 10.0  # seconds; torchrun kills after 30
+
+    def __init__(self, max_minutes: float | None = None):
         self.signal: int | None = None
+        self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def _note(self, number: int, frame) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
+    def _watch(self) -> None:
+        """The system writes each signal's number to the socket when it comes, whatever the main thread does."""
+        with self._reader:
+            while number := self._reader.recv(1):
+                if number[0] == signal.SIGTERM:
+                    time.sleep(self.GRACE)
+                    if self.signal is None:
+                        os._exit(128 + signal.SIGTERM)
+
+    def asked(self) -> int:
+        """What asks the loop to end: a signal's number, TIME_IS_UP, or 0 for nothing."""
+        return self.signal or (self.TIME_IS_UP if time.monotonic() >= self.end else 0)
+
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()  # ends the thread

@@ -4,11 +4,13 @@ python train.py                                   # the Python reference, in byt
 python train.py --config shakespeare              # a recipe from configs/
 python train.py --config mine.toml --lr 1e-3      # your own, with a change
 python train.py --config shakespeare --resume     # go on where a run was stopped
+python train.py --config gpt2_124m --plan         # how large, how long, on which GPU; trains nothing
+torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
 python train.py --help                            # every key
 """
 
 from cli import from_command_line, recipe_text, run_verb
-from config import PrepareConfig, TrainConfig, run_dir
+from config import TrainConfig, run_dir
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__)
@@ -16,287 +18,176 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import shlex
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
-import tokenizer
+import resume
 from config import UserError
-from dataset import Dataset, TrainingBatches, Windows, eval_batches, open_dataset
+from dataset import eval_batches
 from metrics import require_finite, score
-from model import GPT
-from optim import learning_rate, make_optimizer
-from preparation import prepare
+from optim import learning_rate
+from ranks import Ranks, full_tensor, gradients, join, whole
+from run import Run, describe, print_plan, setup
 from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
-from runtime import Machine, Stop, compile_forward, machine, reseed
+from runtime import Stop, find_device, reseed, uncompiled
 from sampling import generate, stream_text
-from shards import write_whole
-
-
-@dataclass
-class Run:
-    """All that an update needs."""
-
-    config: TrainConfig  # resolved: sizes, lengths, dtype and compile are settled
-    machine: Machine
-    dataset: Dataset
-    encoding: tiktoken.Encoding | None  # for samples; training needs ids alone
-    batches: TrainingBatches
-    model: GPT  # the raw module: saved, evaluated and sampled
-    forward: Callable[..., Tensor]  # the same, compiled where that pays: inputs, targets -> loss
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
 
 
 def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
-    """One optimizer update, number i (from 0). Returns its loss and gradient norm, on the device: no waiting here."""
-    config = run.config
+    """One optimizer update, number i (from 0), on the device: no waiting here.
+
+    Returns:
+        this rank's share of the loss, to be summed over ranks; the gradient's norm.
+    """
+    config, mine = run.config, run.ranks.micro_batches(run.config.grad_accum_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(i, config)
     loss = torch.zeros((), device=run.machine.device)
-    for micro in range(config.grad_accum_steps):
+    for micro in mine:
         x, y = (run.machine.to_device(array) for array in run.batches(i, micro))  # (B, T) each
         reseed(config.seed, i, micro)
-        with run.machine.autocast():
-            micro_loss = run.forward(x, y) / config.grad_accum_steps
-        run.scaler.scale(micro_loss).backward()
+        with gradients(run.spread, last=micro == mine[-1]):
+            with run.machine.autocast():
+                micro_loss = run.forward(x, y) / config.grad_accum_steps
+            run.scaler.scale(micro_loss * run.ranks.world).backward()  # ranks' gradients are averaged, not summed
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
-    norm = clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
-def setup(config: TrainConfig, chosen: dict | None = None) -> Run:
-    """Machine, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
-
-    Args:
-        chosen: what `auto` had chosen when the run that is resumed began; reused.
-    """
-    chosen = chosen or {}
-    folder = Path(config.data_dir) / config.dataset
-    if config.dataset == "pydoc" and not (folder / "meta.json").exists():
-        print(f"{folder} is not there yet: preparing the reference that ships inside Python")
-        prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
-    dataset = open_dataset(folder)
-    meta = dataset.meta
-    vocab_size = config.vocab_size or meta["vocab_size"]
-    if vocab_size < meta["vocab_size"]:
-        raise UserError(
-            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
-            f"{meta['vocab_size']:,} ids; leave vocab_size out, or take at least that"
-        )
-    encoding = None
-    if config.sample_tokens:
-        try:
-            encoding = tokenizer.load(meta["tokenizer"])
-        except UserError as why:  # training needs ids alone, and a night's run should not end for a sample
-            print(f"warning: no samples will be written: {why}", file=sys.stderr)
-    windows = Windows(dataset.tokens("train"), config.context_length, config.stride)
-    for split, tokens in (("train", windows.tokens), ("val", dataset.tokens("val"))):
-        if len(tokens) <= config.context_length:
-            raise UserError(
-                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window takes "
-                f"context_length + 1 = {config.context_length + 1:,}; give more text, or a smaller --context_length"
-            )
-    per_update = config.batch_size * config.grad_accum_steps
-    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
-    dtype = chosen.get("dtype", config.dtype) if config.dtype == "auto" else config.dtype
-    compiled = chosen.get("compile") if config.compile is None else config.compile
-    place = machine(config.device, dtype, compiled, max_iters * per_update * config.context_length * vocab_size)
-    config = dataclasses.replace(
-        config,
-        vocab_size=vocab_size,
-        max_iters=max_iters,
-        lr_decay_iters=config.lr_decay_iters or max_iters,
-        save_interval=config.save_interval or config.eval_interval,
-        stride=windows.stride,
-        dtype=str(place.dtype).removeprefix("torch."),
-        compile=place.compile,
-        out_dir=str(run_dir(config)),
-    )
-    if config.warmup_iters >= max_iters:
-        print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
-    if place.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in training; eval.py leaves it off
-    torch.manual_seed(config.seed)
-    model = GPT(config.model()).to(place.device)  # drawn on the CPU: the same weights on every device
-    return Run(
-        config=config,
-        machine=place,
-        dataset=dataset,
-        encoding=encoding,
-        batches=TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed),
-        model=model,
-        forward=compile_forward(model) if place.compile else model,
-        optimizer=make_optimizer(model, config),
-        scaler=place.scaler(),
-    )
-
-
-def describe(run: Run) -> str:
-    """The arithmetic of a run, before its first update."""
-    config, W = run.config, len(run.batches.windows)
-    per_update, params, data = run.batches.per_update, run.model.num_params(), run.dataset.notice or run.dataset.folder
-    tokens = config.max_iters * per_update * config.context_length
-    return "\n".join(
-        (
-            f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-            f"context {config.context_length}, {config.vocab_size:,} ids ({run.dataset.meta['tokenizer']})",
-            f"data     {data}: {len(run.batches.windows.tokens):,} training tokens, {W:,} windows",
-            f"update   {config.batch_size} sequences x {config.grad_accum_steps} x {config.context_length} tokens = "
-            f"{per_update * config.context_length:,} tokens; {W / per_update:,.1f} updates an epoch",
-            f"run      {config.max_iters:,} updates = {tokens:,} tokens = {config.max_iters * per_update / W:.2f} "
-            f"epochs, {tokens / params:.1f} tokens per parameter",
-            f"machine  {run.machine.describe()}",
-            f"folder   {config.out_dir}",
-        )
-    )
-
-
 def evaluate(run: Run) -> float:
     """Validation loss, nats per token, over the first eval_batches batches of the split (0: all of it)."""
-    config = run.config
-    batches = eval_batches(run.dataset.tokens("val"), config.context_length, config.batch_size, config.eval_batches)
+    config, ranks = run.config, run.ranks
+    tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
+    batches = eval_batches(tokens, config.context_length, config.batch_size, config.eval_batches, share)
     no_bytes = np.zeros(config.vocab_size, dtype=np.int64)  # bits per byte are eval.py's
     with run.machine.autocast():
-        return score(run.model, batches, run.machine.to_device, no_bytes).loss
+        return score(run.model, batches, run.machine.to_device, no_bytes, ranks.sum).loss
 
 
 def sample(run: Run, seed: int) -> str:
     """A text by the model as it is now, the prompt included."""
-    config = run.config
-    with run.machine.autocast():
+    config, end = run.config, run.encoding.eot_token
+    prompt = run.encoding.encode_ordinary(config.sample_prompt) or [end]
+
+    def draw() -> list[int]:  # always as many: ranks that hold parts of the model compute together
         ids = generate(
-            run.model,
-            run.encoding.encode_ordinary(config.sample_prompt) or [run.encoding.eot_token],
-            config.sample_tokens,
-            temperature=0.8,
-            seed=seed,
-            n_vocab=run.encoding.n_vocab,
-            stop_ids=(run.encoding.eot_token,),
+            run.model, prompt, config.sample_tokens, temperature=0.8, seed=seed, n_vocab=run.encoding.n_vocab
         )
-        text = config.sample_prompt + "".join(stream_text(ids, run.encoding))
+        with run.machine.autocast(), uncompiled(run.model):
+            return list(ids)
+
+    ids = draw() if run.model is run.spread else run.ranks.from_first(draw)
+    ids = ids[: ids.index(end)] if end in ids else ids
+    text = config.sample_prompt + "".join(stream_text(iter(ids), run.encoding))
     # a young model draws control characters, which could change the terminal's state
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# resuming and saving
-
-
-def restore(run: Run, folder: Path, state: dict) -> dict:
-    """Load weights, optimizer and scaler of a verified checkpoint into a run; returns the rest of its train state."""
-    changed = checkpoint.check_same_run(folder, state, run.config, run.dataset.manifest_hash)
-    print(f"resuming from {folder}" + (f", with {'; '.join(changed)}" if changed else ""))
-    checkpoint.load_weights(run.model, folder)
-    train_state = checkpoint.load_train_state(folder)
-    settings = [{k: group[k] for k in ("weight_decay", "betas", "eps")} for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(train_state["optimizer"])
-    for group, now in zip(run.optimizer.param_groups, settings, strict=True):
-        group.update(now)  # load_state_dict brings back the old ones, whatever this call asks for
-    if train_state["scaler"]:  # empty where the run has not been float16 so far
-        run.scaler.load_state_dict(train_state["scaler"])
-    return train_state
-
-
-def run_facts(run: Run) -> dict:
-    """What every state.json of a run says alike."""
-    meta, place = run.dataset.meta, run.machine
-    return {
-        "config": dataclasses.asdict(run.config),
-        "chosen": {"dtype": run.config.dtype, "compile": run.config.compile, "why": place.why},
-        "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
-        "data": {
-            "folder": str(run.dataset.folder),
-            "manifest_sha256": run.dataset.manifest_hash,
-            "end_of_text": meta["end_of_text"],
-            "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
-        },
-        **checkpoint.provenance(place.name),
-    }
+# saving and running
 
 
 def save(run: Run, row: dict, progress: dict, facts: dict) -> None:
     """Write the checkpoint of iteration row["iter"]; the row goes with it, to be logged again after a resume."""
+    config, first = run.config, run.ranks.first
+    weights, optimizer = (whole(part.state_dict(), keep=first) for part in (run.model, run.optimizer))
     state = {key: row[key] for key in ("iter", "tokens", "epoch")} | progress | facts
-    train_state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "row": row, **progress}
-    checkpoint.save(Path(run.config.out_dir), state, run.model, train_state, run.config.keep_checkpoints)
+    state["finished"] = row["iter"] >= config.max_iters
+    train_state = {"optimizer": optimizer, "scaler": run.scaler.state_dict(), "row": row, **progress}
+    run.ranks.from_first(
+        lambda: checkpoint.save(Path(config.out_dir), state, weights, train_state, config.keep_checkpoints)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def train(config: TrainConfig) -> None:
-    """Train as the config says, from the beginning or from a checkpoint, to max_iters or until a signal."""
-    start = checkpoint.find_start(run_dir(config), config.resume, config.overwrite)
+    """Train as the config says, from the beginning or from a checkpoint, until its end or until it is stopped."""
+    if config.plan:
+        print_plan(config)
+        return
+    with join(config, find_device) as ranks:
+        train_on(ranks, config)
+
+
+def train_on(ranks: Ranks, config: TrainConfig) -> None:
+    """What each rank does."""
+    start = ranks.from_first(lambda: resume.find_start(run_dir(config), config.resume, config.overwrite))
     if start and config.lr_decay_iters is None and config.epochs is None:
         # the schedule that the run was started with stays, also when max_iters is raised
         config = dataclasses.replace(config, lr_decay_iters=start[1]["config"]["lr_decay_iters"])
-    run = setup(config, chosen=start[1]["chosen"] if start else None)
+    run = setup(config, ranks, chosen=start[1]["chosen"] if start else None)
     config = run.config
     print(describe(run))
     row = {"iter": 0, "tokens": 0, "epoch": 0.0}
-    progress = {"val_loss": None, "best_loss": None, "best_iter": None}
+    progress = {"val_loss": None, "best_loss": None, "best_iter": None, "since_best": 0}
     folder, saved, evaluated, wandb_id = Path(config.out_dir), None, None, None
     if start:
-        train_state = restore(run, *start)
+        changed = resume.check_same_run(*start, config, run.dataset.manifest_hash)
+        print(f"resuming from {start[0]}" + (f", with {'; '.join(changed)}" if changed else ""))
+        if not ranks.all(start[0].is_dir()):
+            raise UserError(
+                f"{start[0]} is not there on every machine: out_dir has to be a folder that they share"
+            )
+        train_state = resume.restore(start[0], run.model, run.optimizer, run.scaler)
         row = train_state["row"]
         if start[0].resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
-            progress = {key: train_state[key] for key in progress}
+            progress |= {key: train_state[key] for key in progress if key in train_state}
             saved, wandb_id, before = row["iter"], start[1]["wandb_id"], start[1]["config"]
             if saved % before["eval_interval"] == 0 or saved >= before["max_iters"]:
                 evaluated = saved  # after it was saved: done again, for the log and for `best`
-    if config.overwrite:
-        checkpoint.move_away(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.set_aside(folder, after=row["iter"])
-    if progress["best_iter"] and not checkpoint.point(folder, "best", progress["best_iter"]):
+    at = row["iter"], progress["best_iter"]
+    if not ranks.from_first(lambda: resume.open_folder(config, recipe_text(config), *at)):
         progress["best_loss"] = progress["best_iter"] = None
-    write_whole(folder / "config.toml", recipe_text(config).encode())
-    wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), wandb_id)
-    facts = run_facts(run) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
-    log = RunLog(folder, row["iter"], config.max_iters, wandb_run)
-    i, began, clock, stop, stopping = row["iter"], time.perf_counter(), StepClock(), Stop(), False
+    wandb_run = None
+    if ranks.first:
+        wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), wandb_id)
+    log = RunLog(folder if ranks.first else None, row["iter"], config.max_iters, wandb_run)
+    ranks.wait()  # wandb's servers may take their time
+    facts = resume.facts(config, run.machine, run.dataset) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
+    i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes)
+    asked, over = 0, False  # a stop, from outside; the end of patience
     try:
         while True:
             done = i >= config.max_iters
-            last = done or stopping
             evaluating = i % config.eval_interval == 0 or done or i == evaluated
-            if i > 0 and saved != i and (evaluating or last or i % config.save_interval == 0):
+            if i > 0 and saved != i and (evaluating or asked or i % config.save_interval == 0):
                 save(run, row, progress, facts)  # before evaluation and samples get a chance to fail
                 saved = i
-            if evaluating and (done or not stopping):  # whoever stops it is in a hurry: resuming evaluates
+            if evaluating and (done or not asked):  # whoever stops it is in a hurry: resuming evaluates
                 row["val_loss"] = progress["val_loss"] = evaluate(run)
                 require_finite(run.model, "validation loss", row["val_loss"], i)
+                progress["since_best"] += 1
                 if saved == i and (progress["best_loss"] is None or row["val_loss"] < progress["best_loss"]):
-                    progress["best_loss"], progress["best_iter"] = row["val_loss"], i
-                    checkpoint.point(folder, "best", i)
+                    progress |= {"best_loss": row["val_loss"], "best_iter": i, "since_best": 0}
+                    ranks.from_first(lambda: checkpoint.point(folder, "best", i))  # noqa: B023 - called at once
+                over = config.patience is not None and progress["since_best"] >= config.patience and saved == i
             if row["iter"] == i:
                 log.write(row)
                 if "val_loss" in row and run.encoding:
                     log.say(f"--- sample after {i} updates\n{sample(run, seed=config.seed + i)}\n---")
                 clock.start()
-            if last:
+            if done or over or asked:
                 break
             loss, norm = update(run, i)
             i += 1
             log.bar.update()
             clock.count(loss)
-            stopping = stop.signal is not None  # looked at once an update, so that row and checkpoint agree
+            asked = ranks.largest(stop.asked())  # once an update, so that row and checkpoint of all ranks agree
             due = (config.log_interval, config.eval_interval, config.save_interval, config.max_iters)
-            if stopping or any(i % interval == 0 for interval in due):
+            if asked or any(i % interval == 0 for interval in due):
                 row = log_row(run, i, loss, norm, clock)
                 require_finite(run.model, "training loss", row["train_loss"], i)
     except torch.OutOfMemoryError:
@@ -308,21 +199,26 @@ def train(config: TrainConfig) -> None:
     finally:
         log.close()
         stop.restore()
-    if done:
+    if done or over:
+        if over and not done:
+            ranks.from_first(lambda: checkpoint.mark_finished(folder / "ckpt" / "last"))
+            print(f"stopped at iter {i}: no new best in {progress['since_best']} evaluations (patience)")
         best = f"best validation loss {progress['best_loss']:.4f} at iter {progress['best_iter']}"
         print(f"done: {i:,} updates, {best}, {duration(time.perf_counter() - began)}. Next:")
         print(f"  python infer.py --model_path {folder} --prompt 'The '")
         print(f"  python eval.py --model_path {folder}")
         print("  python prepare_data.py text --input YOUR_FILES --name mine")
     else:
-        print(f"stopped at iter {i} of {config.max_iters}, and saved; to go on:")
-        print(f"  python train.py --config {shlex.quote(str(folder / 'config.toml'))} --resume")
-        raise SystemExit(128 + stop.signal)
+        why = f": max_minutes = {config.max_minutes} are over" if asked == Stop.TIME_IS_UP else ""
+        print(f"stopped at iter {i} of {config.max_iters}{why}, and saved; to go on:")
+        print(f"  {ranks.launcher} train.py --config {shlex.quote(str(folder / 'config.toml'))} --resume")
+        if asked != Stop.TIME_IS_UP:
+            raise SystemExit(128 + asked)
 
 
 def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> dict:
     """The row of the update that was just made, the i-th. Waits for the device: the one sync of a logged update."""
-    loss, norm = loss.item(), norm.item()
+    loss, norm = run.ranks.sum(loss).item(), norm.item()
     tokens = run.batches.per_update * run.config.context_length
     step_ms = clock.ms_per_update()
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
@@ -336,15 +232,15 @@ def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> d
         "grad_norm": norm,
         "step_ms": step_ms,
         "tok_per_s": tok_per_s,
-        "mfu": tok_per_s * run.model.flops_per_token() / peak if peak and tok_per_s else None,
+        "mfu": tok_per_s * run.model.flops_per_token() / (peak * run.ranks.world) if peak and tok_per_s else None,
         "peak_mem_gb": run.machine.peak_memory_gb(),
     }
     if run.scaler.is_enabled():
         # AdamW does not count a step that the scaler skips, so what it lacks was skipped
-        steps = next(iter(run.optimizer.state.values()))["step"]
+        steps = next(iter(run.optimizer.state.values()), {"step": 0})["step"]
         row |= {"loss_scale": run.scaler.get_scale(), "skipped": i - int(steps)}
     return row
 
 
 if __name__ == "__main__":
-    run_verb(train, CONFIG)
+    run_verb(train, CONFIG, every_rank=True)

@@ -15,7 +15,7 @@ VERBS = {"prepare_data", "train", "eval", "infer", "bench"}
 # What each module may import of the house, besides config and (verbs only) cli: DESIGN's arrows.
 ARROWS = {
     "config": set(),
-    "cli": set(),
+    "cli": {"pretrained"},
     "bpe": set(),
     "tokenizer": {"bpe"},
     "shards": {"tokenizer"},
@@ -34,11 +34,20 @@ ARROWS = {
     "throughput": {"tokenizer", "documents", "sources", "workers"},
     "model": set(),
     "sampling": {"model"},
-    "checkpoint": {"tokenizer", "shards", "model"},
+    "pretrained": set(),
+    "formats": {"model"},
+    "checkpoint": {"tokenizer", "shards", "model", "formats", "pretrained"},
+    "resume": {"checkpoint", "dataset", "model", "ranks", "runtime", "shards"},
     "metrics": set(),
     "runlog": set(),
     "optim": set(),
     "runtime": set(),
+    "ranks": set(),
+    "run": {
+        *("budget", "checkpoint", "dataset", "model", "optim", "preparation", "pretrained", "ranks", "runlog"),
+        *("runtime", "tokenizer"),
+    },
+    "budget": {"model", "runlog"},
 }
 WITHOUT_TORCH = ("config", "cli", "prepare_data", "throughput")  # and with the last two all of the data side
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed")

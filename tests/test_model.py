@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from config import ModelConfig
-from model import GPT, KVCache, Rotary, manual_attention
+from model import GPT, KVCache, Rotary, fused_attention, manual_attention
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50257)
 B, T, V = 3, 16, 50  # V is no multiple of 64: the vocabulary is padded inside
@@ -235,6 +236,36 @@ def test_manual_attention_equals_a_loop(causal, n_embd, heads):
         likeness = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(n_embd // heads)) for s in seen]
         expected[b, h, t] = sum(w / sum(likeness) * v[b, h, s] for w, s in zip(likeness, seen, strict=True))
     torch.testing.assert_close(manual_attention(q, k, v, causal, 0.0), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_odd_head_sizes_are_filled_up_for_the_kernel(causal, monkeypatch):
+    """57, GPT2's: the kernel sees 64, the result and the gradients are those of 57."""
+    seen = []
+    torchs = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a[0].shape[-1]) or torchs(*a, **k)
+    )
+    qkv = torch.randn(3, 2, 3, 6, 57, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    results = {}
+    for attention in (fused_attention, manual_attention):
+        y = attention(*qkv, causal, 0.0)
+        results[attention] = y, *torch.autograd.grad(y.square().sum(), qkv)
+    assert seen == [64]
+    assert results[fused_attention][0].shape == (2, 3, 6, 57)
+    for fused, manual in zip(*results.values(), strict=True):
+        torch.testing.assert_close(fused, manual, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [32, 57, 64])
+def test_gpu_has_a_fused_kernel_for_every_head_size(head_size):
+    """The only kernels that a T4 has, in float16; where none fits, torch raises."""
+    q, k, v = torch.randn(3, 2, 4, 128, head_size, device="cuda", dtype=torch.float16).requires_grad_()
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        y = fused_attention(q, k, v, True, 0.0)
+        y.sum().backward()
+    torch.testing.assert_close(y, manual_attention(q, k, v, True, 0.0), rtol=0, atol=5e-3)
 
 
 def test_rotary_is_a_turn_of_complex_numbers():

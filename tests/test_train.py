@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 import cli
+import resume
+import tokenizer
 import train
 from config import BenchConfig, TrainConfig, UserError
 
@@ -322,9 +324,9 @@ def test_resume_takes_the_optimizer_settings_of_the_call(tiny_data):
     """torch's load_state_dict brings back the old ones."""
     train_here("--max_iters", 3)
     config = cli.parse(TrainConfig, [*TINY, "--weight_decay", "0.5", "--beta2", "0.9", "--resume"])
-    folder, state = checkpoint.find_start(Path("out/quickstart"), "latest", False)
+    folder, _ = resume.find_start(Path("out/quickstart"), "latest", False)
     run = train.setup(config)
-    train.restore(run, folder, state)
+    resume.restore(folder, run.model, run.optimizer, run.scaler)
     assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.5, 0.0]
     assert all(g["betas"] == (0.9, 0.9) for g in run.optimizer.param_groups)
     assert all(float(s["step"]) == 3 for s in run.optimizer.state.values())
@@ -363,8 +365,117 @@ def test_overwrite_deletes_nothing(tiny_data):
     assert (old / "ckpt/last/model.safetensors").exists()
 
 
+def test_update_may_be_cut_otherwise_but_keeps_its_sequences(tiny_data, capsys):
+    words = ("--lr_decay_iters", 6)
+    train_here(*words, "--max_iters", 3, "--grad_accum_steps", 2)
+    train_here(*words, "--max_iters", 6, "--grad_accum_steps", 4, "--batch_size", 2, "--resume")
+    assert "batch_size = 2 (was 4); grad_accum_steps = 4 (was 2)" in capsys.readouterr().out
+    whole = train_here("--max_iters", 6, "--grad_accum_steps", 2, "--out_dir", "out/whole")
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(Path("out/quickstart"))[name], rtol=0, atol=2e-5, msg=name)
+    with pytest.raises(UserError, match=r"batch_size = 3 \(was 2\)"):
+        train_here("--grad_accum_steps", 4, "--batch_size", 3, "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run begins with
+
+
+def test_init_from_begins_with_those_weights_and_their_shape(tiny_data, capsys):
+    first = train_here("--tie_weights", "false", "--n_layer", 1, "--out_dir", "out/first")
+    best = load_file(first / "ckpt/best/model.safetensors")
+    shape = "--n_layer 2 --n_head 2 --n_embd 32 --context_length 32 "
+    words = " ".join(TINY).replace(shape, "").split()
+    config = cli.parse(TrainConfig, [*words, "--init_from", str(first), "--context_length", "16", "--dropout", "0.1"])
+    assert (config.n_layer, config.n_embd, config.tie_weights, config.dropout) == (1, 32, False, 0.1)
+    run = train.setup(config)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, best[name][:16] if "wpe" in name else best[name]), name
+    with pytest.raises(UserError, match="n_layer"):
+        train_here("--init_from", first)  # TINY says 2 layers
+    state = json.loads((first / "ckpt/best/state.json").read_text())
+    (first / "ckpt/best/state.json").write_text(
+        json.dumps(state | {"tokenizer": state["tokenizer"] | {"name": "p50k_base"}})
+    )
+    with pytest.raises(UserError, match="was trained with tokenizer p50k_base, data/tiny is tokenised with byte"):
+        train.setup(config)
+
+
+def test_resumed_run_needs_the_weights_it_began_with_no_more(tiny_data):
+    first = train_here("--out_dir", "out/first")
+    run = train_here("--init_from", first, "--max_iters", 3)
+    assert float(rows(run)[0]["val_loss"]) == pytest.approx(float(rows(first)[-1]["val_loss"]), rel=1e-6)
+    first.rename("out/gone")
+    train_here("--init_from", first, "--max_iters", 4, "--resume")
+    again = cli.parse(TrainConfig, ["--config", str(run / "config.toml"), "--max_iters", "5", "--resume"])
+    train.train(again)
+    assert [row["iter"] for row in rows(run)] == ["0", "1", "2", "3", "4", "5"]
+    with pytest.raises(UserError, match="init_from = out/first: no such folder"):
+        train_here("--init_from", first, "--out_dir", "out/new")
+
+
+def test_warm_up_as_a_fraction_stays_what_it_was_when_the_run_grows(tiny_data):
+    words = shlex.split(" ".join(TINY).replace("--warmup_iters 2 --max_iters 6", "--warmup_fraction 0.5"))
+    run = train.setup(cli.parse(TrainConfig, [*words, "--max_iters", "6"]))
+    assert run.config.warmup_iters == 3
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "6"]))
+    train.train(cli.parse(TrainConfig, [*words, "--max_iters", "8", "--resume"]))
+    state = checkpoint.read_state(Path("out/quickstart/ckpt/last"))
+    assert (state["config"]["lr_decay_iters"], state["config"]["warmup_iters"]) == (6, 3)
+
+
+def test_muon_trains_and_resumes(tiny_data):
+    words = ("--optimizer", "muon", "--lr", "5e-3", "--lr_decay_iters", 40, "--eval_interval", 10)
+    whole = train_here(*words, "--max_iters", 40, "--out_dir", "out/whole")
+    train_here(*words, "--max_iters", 17)
+    resumed = train_here(*words, "--max_iters", 40, "--resume")
+    assert same(weights(whole), weights(resumed))
+    adamw = train_here(*words[2:], "--max_iters", 40, "--out_dir", "out/adamw")
+    # at AdamW's learning rate
+    assert float(rows(whole)[-1]["val_loss"]) == pytest.approx(float(rows(adamw)[-1]["val_loss"]), abs=0.3)
+
+
+def test_muon_in_float16_counts_what_its_scaler_skips(tiny_data):
+    run = train.setup(cli.parse(TrainConfig, [*TINY, "--dtype", "float16", "--optimizer", "muon"]))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the first gradients overflow
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    loss, norm = train.update(run, 0)
+    assert same(before, run.model.state_dict())
+    assert train.log_row(run, 1, loss, norm, train.StepClock())["skipped"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ends of all kinds
+
+
+def test_patience_ends_a_run_that_gets_no_better(tiny_data, capsys):
+    """The learning rate rises so far that the loss does too. The run is over, for Slurm's script as well."""
+    words = ("--lr", 1, "--warmup_iters", 11, "--max_iters", 40, "--eval_interval", 2, "--keep_checkpoints", 99)
+    run = train_here(*words, "--patience", 3)
+    losses = [float(row["val_loss"]) for row in rows(run) if row["val_loss"]]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 3
+    state = checkpoint.read_state(run / "ckpt/last")
+    assert state["finished"]
+    assert state["iter"] == 2 * (len(losses) - 1)
+    assert not checkpoint.read_state(run / "ckpt/best")["finished"]
+    assert "no new best in 3 evaluations" in capsys.readouterr().out
+    train_here(*words, "--patience", 3, "--resume")  # ends at once: the count went with the checkpoint
+    assert checkpoint.read_state(run / "ckpt/last")["iter"] == state["iter"]
+    train_here(*words, "--patience", 5, "--resume")
+    losses = [float(row["val_loss"]) for row in rows(run) if row["val_loss"]]
+    assert len(losses) - 1 - losses.index(min(losses)) == 5
+
+
+def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
+    run = train_here("--max_iters", 100_000, "--eval_interval", 100_000, "--max_minutes", 0.02)
+    state = checkpoint.verify(run / "ckpt/last")
+    assert 0 < state["iter"] < 100_000
+    assert not state["finished"]
+    printed = capsys.readouterr().out
+    assert "max_minutes = 0.02 are over, and saved; to go on" in printed
+    train_here("--max_iters", state["iter"] + 1, "--resume")
+    assert checkpoint.read_state(run / "ckpt/last")["finished"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -451,7 +562,7 @@ def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch,
     def out_of_reach(name):
         raise UserError(f"tokenizer {name}: could not be fetched")
 
-    monkeypatch.setattr(train.tokenizer, "load", out_of_reach)
+    monkeypatch.setattr(tokenizer, "load", out_of_reach)
     train_here()
     printed = capsys.readouterr()
     assert "warning: no samples will be written" in printed.err

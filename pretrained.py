@@ -1,0 +1,177 @@
+"""Weights that training may begin with: where they lie, their model's shape, and the tokenizer they know.
+
+Two kinds of folder: flatGPT's checkpoint (state.json, model.safetensors) and Hugging Face's GPT-2 (config.json,
+model.safetensors or its index of several). Standard library only: the command line asks before torch is loaded.
+Every function takes what init_from says and raises UserError where nothing usable is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from config import ModelConfig, UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FLATGPT, HUGGING_FACE = "state.json", "config.json"
+EXPECTED = (
+    "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors) or a Hugging Face folder of GPT-2's "
+    "kind (config.json and model.safetensors) is expected"
+)
+# The rest of ModelConfig (dropout, attention, activation_checkpointing) is how it is trained, not what it is.
+COUNTS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+SHAPE = (*COUNTS, "bias", "attn_bias", "head_bias", "tie_weights", "mlp_ratio", "activation", "position")
+# transformers' names (activations.py, ACT2FN) of what model.py has
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+# transformers' switches that change the result, and their only value that model.py computes, which is their default.
+# reorder_and_upcast_attn is none of them: it only chooses the precision of one product.
+FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "layer_norm_epsilon": 1e-5,
+}
+
+
+def find_pretrained(path: str) -> Path:
+    """The folder that holds the weights: of a run's folder ckpt/best, else ckpt/last; of a model.safetensors its own.
+
+    Raises:
+        UserError: nothing there, half of it is missing, or it is a pickle.
+    """
+    given = Path(path)
+    folder = given.parent if given.is_file() and given.name in (WEIGHTS, INDEX, *PICKLES) else given
+    if not folder.exists():
+        raise UserError(f"init_from = {path}: no such folder; {EXPECTED}")
+    if (folder / "ckpt").is_dir():
+        links = [folder / "ckpt" / name for name in ("best", "last") if (folder / "ckpt" / name).exists()]
+        if not links:
+            raise UserError(f"init_from = {path}: this run has no checkpoint yet, neither ckpt/best nor ckpt/last")
+        folder = folder / "ckpt" / links[0].resolve().name  # the links of a run in training move on
+    described = [name for name in (FLATGPT, HUGGING_FACE) if (folder / name).is_file()]
+    weights = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
+    if given.name in PICKLES or (not weights and any((folder / name).is_file() for name in PICKLES)):
+        raise UserError(
+            f"init_from = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
+            f"model.safetensors of the same model, or, where you trust it, write one with transformers: "
+            f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    if not described and not weights:
+        raise UserError(f"init_from = {path}: no weights are there; {EXPECTED}")
+    if not described:
+        raise UserError(f"init_from = {path}: {weights[0]} alone does not say its model's shape; {EXPECTED}")
+    if not weights or (FLATGPT in described and WEIGHTS not in weights):
+        raise UserError(f"init_from = {path}: {described[0]} is there, {WEIGHTS} is missing; {EXPECTED}")
+    return folder
+
+
+def is_flatgpt(folder: Path) -> bool:
+    """Whether a folder that find_pretrained gave is a checkpoint of ours; else it is Hugging Face's."""
+    return (folder / FLATGPT).is_file()
+
+
+def pretrained_shape(path: str) -> dict[str, object]:
+    """The fields of ModelConfig in SHAPE, all of them, as the model at `path` has them.
+
+    Raises:
+        UserError: what find_pretrained says, a damaged file, or a model that model.py does not compute.
+    """
+    folder = find_pretrained(path)
+    if not is_flatgpt(folder):
+        return _hugging_face_shape(folder / HUGGING_FACE)
+    saved = dataclasses.asdict(ModelConfig()) | _state(folder)["config"]
+    return {key: _count(folder / FLATGPT, key, saved[key]) if key in COUNTS else saved[key] for key in SHAPE}
+
+
+def pretrained_tokenizer(path: str) -> str | None:
+    """The tokenizer whose ids the model knows, None where its folder does not tell.
+
+    A Hugging Face folder of 50,257 ids is taken to have GPT-2's; its own vocabulary files are not read.
+    """
+    folder = find_pretrained(path)
+    if is_flatgpt(folder):
+        return _state(folder)["tokenizer"]["name"]
+    return "gpt2" if pretrained_shape(path)["vocab_size"] == 50257 else None
+
+
+def check_shape(config: ModelConfig, path: str) -> None:
+    """Refuse a shape other than that of the weights at `path`, which a recipe or the command line may have set.
+
+    context_length is left to formats.crop_positions. n_head and activation are in no weight's size: with other ones
+    the weights would load, and mean nothing.
+
+    Raises:
+        UserError: names every field that differs.
+    """
+    asked, there = dataclasses.asdict(config), pretrained_shape(path)
+    for shape in (asked, there):
+        if shape["attn_bias"] is None:
+            shape["attn_bias"] = shape["bias"]
+    differing = [
+        f"{key} = {asked[key]} (there {there[key]})"
+        for key in SHAPE
+        if key != "context_length" and asked[key] != there[key]
+    ]
+    if differing:
+        raise UserError(
+            f"init_from = {path} has a model of another shape than what is set: {', '.join(differing)}; "
+            "leave out these keys, on the command line and in the recipe"
+        )
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        answer = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as why:
+        raise UserError(f"{file} is damaged: {why}; copy it again") from None
+    if not isinstance(answer, dict):
+        raise UserError(f"{file} is damaged: an object of keys is expected; copy it again")
+    return answer
+
+
+def _state(folder: Path) -> dict:
+    """state.json of a flatGPT checkpoint, as far as it is needed here."""
+    state = _read_json(folder / FLATGPT)
+    match state:
+        case {"config": dict(), "tokenizer": {"name": str()}}:
+            return state
+    raise UserError(f"{folder / FLATGPT} is not a flatGPT checkpoint's: it says no config or no tokenizer")
+
+
+def _count(file: Path, key: str, value: object, field: str | None = None) -> int:
+    """A file's value of key: whole, and within the limits of ModelConfig's `field` (without: of that same name)."""
+    limits = ModelConfig.__dataclass_fields__[field or key].metadata
+    low, high = limits["low"], limits.get("high", sys.maxsize)
+    if type(value) is not int or not low <= value <= high:
+        most = f" and at most {high:,}" if "high" in limits else ""
+        raise UserError(f"{file}: {key} = {value}: a whole number of at least {low}{most} is expected")
+    return value
+
+
+def _hugging_face_shape(file: Path) -> dict[str, object]:
+    """The shape that a Hugging Face config.json says."""
+    theirs = _read_json(file)
+    if theirs.get("model_type") != "gpt2":
+        raise UserError(f"{file}: model_type = {theirs.get('model_type')}: only gpt2 is known")
+    for key, value in FIXED.items():
+        if theirs.get(key, value) != value:
+            raise UserError(f"{file}: {key} = {theirs[key]} changes the model's result; flatGPT computes {value} only")
+    activation = theirs.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{file}: activation_function = {activation}: one of {', '.join(ACTIVATIONS)} is expected")
+    counts = {key: _count(file, key, theirs.get(key)) for key in COUNTS if key != "context_length"}
+    positions = "n_positions" if "n_positions" in theirs else "n_ctx"
+    n_embd, inner = counts["n_embd"], theirs.get("n_inner")
+    return counts | {
+        "context_length": _count(file, positions, theirs.get(positions), "context_length"),
+        "bias": True,
+        "attn_bias": None,
+        "head_bias": False,
+        "tie_weights": theirs.get("tie_word_embeddings", True),
+        "mlp_ratio": 4.0 if inner is None else _count(file, "n_inner", inner, "n_embd") / n_embd,
+        "activation": ACTIVATIONS[activation],
+        "position": "learned",
+    }

@@ -1,0 +1,261 @@
+"""The processes that train one model: one, or those that torchrun starts, on one machine or several.
+
+Each rank has a device of its own and takes every world-th micro-batch of an update. Sums of numbers go over the CPU
+(Gloo), so that they never wait for a GPU; gradients over NCCL where there are GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import TrainConfig, UserError
+
+TIMEOUT = timedelta(minutes=10)  # of a collective; the first ones wait for ranks that still compile
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among `world`; without torchrun the only one, for whom nothing here costs anything."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among those on this machine
+    local_world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def launcher(self) -> str:
+        """The command in front of train.py that starts as many ranks again."""
+        if self.world == 1:
+            return "python"
+        return (
+            f"torchrun --standalone --nproc_per_node={self.world}" if self.world == self.local_world else "torchrun ..."
+        )
+
+    def describe(self, fsdp: bool) -> str:
+        """For the end of a line; empty for a single rank."""
+        return f"; {self.world} ranks, {'fully_shard' if fsdp else 'DDP'}" if self.world > 1 else ""
+
+    def micro_batches(self, grad_accum_steps: int) -> range:
+        """This rank's micro-batches of an update, by their number among all."""
+        return range(self.rank, grad_accum_steps, self.world)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on the CPU or on the ranks' devices."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers: how they agree to stop."""
+        if self.world > 1:
+            box = torch.tensor(number)
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+            number = int(box)
+        return number
+
+    def all(self, yes: bool) -> bool:
+        """Whether it is so on every rank."""
+        return not self.largest(int(not yes))
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        self.largest(0)
+
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 gets from work(), on every rank; the others wait. A UserError there is one everywhere."""
+        if self.world == 1:
+            return work()
+        box = [None, None]
+        if self.first:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def require_alike(self, what: str, value: str) -> None:
+        """Raise UserError where ranks (on other machines, say) have something else than rank 0."""
+        if self.world == 1:
+            return
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        if others := [str(r) for r, v in enumerate(values) if v != values[0]]:
+            raise UserError(f"{what} of rank {', '.join(others)} is not that of rank 0: copy it to every machine")
+
+
+ALONE = Ranks()
+
+
+def equal_pair(batch_size: int, grad_accum_steps: int, world: int) -> tuple[int, int]:
+    """(batch_size, grad_accum_steps) of the same update, as near as can be, that `world` ranks can share.
+
+    Sequences per update stay where `world` divides them, else become the next multiple of it.
+    """
+    total = -(-batch_size * grad_accum_steps // world) * world
+    steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= batch_size)
+    return total // steps, steps
+
+
+def _require_equal_shares(config: TrainConfig, world: int) -> None:
+    if config.grad_accum_steps % world:
+        batch_size, steps = equal_pair(config.batch_size, config.grad_accum_steps, world)
+        total = config.batch_size * config.grad_accum_steps
+        same = "the same updates" if batch_size * steps == total else f"{batch_size * steps} sequences, not {total}"
+        raise UserError(
+            f"grad_accum_steps = {config.grad_accum_steps} counts the passes of all devices together and cannot be "
+            f"shared by {world}: take --batch_size {batch_size} --grad_accum_steps {steps} ({same})"
+        )
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined; a mistake on any of them is said once and ends all.
+
+    Args:
+        find_device: of config.device and the local rank.
+
+    Raises:
+        UserError: no device for this rank, or an update that cannot be shared by so many.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun sets them
+    ranks = Ranks(*(int(os.environ[name]) for name in names)) if names[1] in os.environ else ALONE
+    if ranks.world == 1:
+        yield ranks
+        return
+    if not ranks.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the first says is enough, to the end
+    try:
+        _require_equal_shares(config, ranks.world)
+        device_type = find_device(config.device, ranks.local_rank).type
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
+            torch.set_num_threads(max(1, _cores() // ranks.local_world))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+        yield ranks
+    except UserError as error:
+        if not _first_to_say(ranks, str(error)):
+            raise SystemExit(2) from None
+        raise
+    except RuntimeError as error:
+        if not _peer_is_gone(error):
+            raise
+        print(f"rank {ranks.rank}: another rank is gone, leaving", file=sys.stderr)
+        os._exit(1)  # at once: a process group whose peers are gone can hang while it is taken down
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_to_say(ranks: Ranks, text: str) -> bool:
+    """Whether no other rank has said this yet."""
+    if not dist.is_initialized():
+        return ranks.local_rank == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"said: {text}", 1) == 1
+    except RuntimeError:  # the store went with rank 0
+        return True
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    words = ("closed by peer", "reset by peer", "Broken pipe", "Socket", "socket", "recvValue", "sendBytes")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one model on many devices
+
+
+def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype, fsdp: bool) -> nn.Module:
+    """The model as the ranks train it together: DDP, or with `fsdp` in parts; the model itself for a single rank.
+
+    DDP holds a copy of everything on each device. fully_shard changes the model in place: each rank keeps a part of
+    weights, gradients and optimizer state, and gathers what an attention or MLP needs when it needs it, in `dtype`;
+    tables and LayerNorms are gathered in float32, and so are gradients summed.
+    """
+    if ranks.world == 1:
+        return model
+    if not fsdp:
+        devices = [device.index] if device.type == "cuda" else None
+        with warnings.catch_warnings():  # 2.13 has another name for broadcast_buffers, which 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    low = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        for part in (block.attn, block.mlp):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextlib.contextmanager
+def gradients(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: gradients are summed over ranks in the last one only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard's
+        model.set_requires_gradient_sync(last)
+    yield
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of it only (a DTensor, whose class takes 0.8 s to import)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor with the parts of all ranks put together; every rank has to call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole(value: Any, keep: bool) -> Any:
+    """Dicts and lists with their sharded tensors put together, on the CPU; every rank has to call it.
+
+    Args:
+        keep: False where this rank has no use for them: it gets None, and no rank holds more than one in full.
+    """
+    if isinstance(value, dict):
+        return {key: whole(item, keep) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item, keep) for item in value]
+    if isinstance(value, Tensor) and is_sharded(value):
+        full = full_tensor(value)
+        return full.cpu() if keep else None
+    return value
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut as `like` is; all of it where that is not sharded."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

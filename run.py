@@ -1,0 +1,176 @@
+"""A run at its beginning: machine, data, model and optimizer of a config, and what they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+from torch import Tensor, nn
+
+import budget
+import checkpoint
+import tokenizer
+from config import PrepareConfig, TrainConfig, UserError, run_dir
+from dataset import Dataset, TrainingBatches, Windows, open_dataset
+from model import GPT
+from optim import make_optimizer
+from preparation import prepare
+from pretrained import pretrained_tokenizer
+from ranks import ALONE, Ranks, spread
+from runlog import peak_flops
+from runtime import Machine, compile_forward, machine
+
+
+@dataclass
+class Run:
+    """All that an update needs."""
+
+    config: TrainConfig  # resolved: sizes, lengths, dtype and compile are settled
+    machine: Machine
+    ranks: Ranks
+    dataset: Dataset
+    encoding: tiktoken.Encoding | None  # for samples; training needs ids alone
+    batches: TrainingBatches
+    model: GPT  # the raw module: saved, evaluated and sampled
+    spread: nn.Module  # the same on all ranks' devices together
+    forward: Callable[..., Tensor]  # that, compiled where it pays: inputs, targets -> loss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
+    """The dataset of a config, the same on every rank; Python's reference is prepared where it is missing."""
+    folder = Path(config.data_dir) / config.dataset
+    for place in range(ranks.world // ranks.local_world):  # one machine after the other: they may share the folder
+        mine = ranks.local_rank == 0 and ranks.rank // ranks.local_world == place
+        if config.dataset == "pydoc" and mine and not (folder / "meta.json").exists():
+            print(f"{folder} is not there yet: preparing the reference that ships inside Python")
+            prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
+        ranks.wait()
+    dataset = open_dataset(folder)
+    ranks.require_alike(f"dataset {folder}", dataset.manifest_hash)
+    return dataset
+
+
+def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None) -> Run:
+    """Machine, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
+
+    Args:
+        chosen: what `auto` had chosen when the run that is resumed began; reused.
+    """
+    dataset = find_dataset(config, ranks)
+    folder, meta = dataset.folder, dataset.meta
+    vocab_size = config.vocab_size or meta["vocab_size"]
+    if vocab_size < meta["vocab_size"]:
+        raise UserError(
+            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
+            f"{meta['vocab_size']:,} ids; leave vocab_size out, or take at least that"
+        )
+    theirs = pretrained_tokenizer(config.init_from) if config.init_from and chosen is None else None
+    if theirs not in (None, meta["tokenizer"]):
+        raise UserError(
+            f"init_from = {config.init_from} was trained with tokenizer {theirs}, {folder} is tokenised with "
+            f"{meta['tokenizer']}: prepare the text with {theirs}"
+        )
+    encoding = None
+    if config.sample_tokens:
+        try:
+            encoding = tokenizer.load(meta["tokenizer"])
+        except UserError as why:  # training needs ids alone, and a night's run should not end for a sample
+            print(f"warning: no samples will be written: {why}", file=sys.stderr)
+        if not ranks.all(encoding is not None):
+            encoding = None
+    windows = Windows(dataset.tokens("train"), config.context_length, config.stride)
+    for split, tokens in (("train", windows.tokens), ("val", dataset.tokens("val"))):
+        if len(tokens) <= config.context_length:
+            raise UserError(
+                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window takes "
+                f"context_length + 1 = {config.context_length + 1:,}; give more text, or a smaller --context_length"
+            )
+    per_update = config.batch_size * config.grad_accum_steps
+    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
+    before = chosen or {}
+    dtype = before.get("dtype", config.dtype) if config.dtype == "auto" else config.dtype
+    compiled = before.get("compile") if config.compile is None else config.compile
+    logits = max_iters * per_update * config.context_length * vocab_size / ranks.world
+    place = machine(config.device, dtype, compiled, logits, ranks.local_rank if ranks.world > 1 else None)
+    lr_decay_iters = config.lr_decay_iters or max_iters
+    warmup_iters = config.warmup_iters
+    if warmup_iters is None:
+        warmup_iters = round(config.warmup_fraction * lr_decay_iters)
+    config = dataclasses.replace(
+        config,
+        vocab_size=vocab_size,
+        max_iters=max_iters,
+        lr_decay_iters=lr_decay_iters,
+        warmup_iters=warmup_iters,
+        save_interval=config.save_interval or config.eval_interval,
+        stride=windows.stride,
+        dtype=str(place.dtype).removeprefix("torch."),
+        compile=place.compile,
+        out_dir=str(run_dir(config)),
+    )
+    if config.warmup_iters >= max_iters:
+        print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
+    if place.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in training; eval.py leaves it off
+    torch.manual_seed(config.seed)
+    model = GPT(config.model())  # drawn on the CPU: the same weights on every device
+    if config.init_from and chosen is None:
+        checkpoint.load_pretrained(model, config.init_from)
+    if not config.fsdp or ranks.world == 1:  # else it goes there part by part
+        model.to(place.device)
+    together = spread(model, ranks, place.device, place.dtype, config.fsdp)
+    return Run(
+        config=config,
+        machine=place,
+        ranks=ranks,
+        dataset=dataset,
+        encoding=encoding,
+        batches=TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed),
+        model=model,
+        spread=together,
+        forward=compile_forward(together, ranks.all) if place.compile else together,
+        optimizer=make_optimizer(model, config),
+        scaler=place.scaler(),
+    )
+
+
+def describe(run: Run) -> str:
+    """The arithmetic of a run, before its first update."""
+    config, W = run.config, len(run.batches.windows)
+    per_update, params, data = run.batches.per_update, run.model.num_params(), run.dataset.notice or run.dataset.folder
+    tokens = config.max_iters * per_update * config.context_length
+    return "\n".join(
+        (
+            f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+            f"context {config.context_length}, {config.vocab_size:,} ids ({run.dataset.meta['tokenizer']})",
+            f"data     {data}: {len(run.batches.windows.tokens):,} training tokens, {W:,} windows",
+            f"update   {config.batch_size} sequences x {config.grad_accum_steps} x {config.context_length} tokens = "
+            f"{per_update * config.context_length:,} tokens; {W / per_update:,.1f} updates an epoch",
+            f"run      {config.max_iters:,} updates = {tokens:,} tokens = {config.max_iters * per_update / W:.2f} "
+            f"epochs, {tokens / params:.1f} tokens per parameter",
+            f"machine  {run.machine.describe()}{run.ranks.describe(config.fsdp)}",
+            f"folder   {config.out_dir}",
+        )
+    )
+
+
+def print_plan(config: TrainConfig) -> None:
+    """How large a run is and how long it takes, without training; of the data only what is there."""
+    tokens, place = None, machine(config.device, config.dtype)
+    try:
+        dataset = open_dataset(Path(config.data_dir) / config.dataset)
+        config = dataclasses.replace(config, vocab_size=config.vocab_size or dataset.meta["vocab_size"])
+        tokens = len(dataset.tokens("train"))
+    except UserError as why:
+        if config.vocab_size is None:
+            raise UserError(f"{why}; or give --vocab_size, for the plan without it") from None
+    peak = peak_flops(place.name) or budget.matmul_flops(place.device, place.dtype)
+    print(budget.report(config, tokens, (place.name, peak)))
