@@ -192,8 +192,8 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
     """The model as the ranks train it together: DDP, or with `fsdp` in parts; the model itself for a single rank.
 
     DDP holds a copy of everything on each device. fully_shard changes the model in place: each rank keeps a part of
-    weights, gradients and optimizer state, and gathers what an attention or MLP needs when it needs it, in `dtype`;
-    tables and LayerNorms are gathered in float32, and so are gradients summed.
+    weights, optimizer state and, once they are summed, gradients; what an attention or MLP needs is gathered when it is
+    needed, in `dtype`, tables and LayerNorms in float32. Gradients are summed in float32.
     """
     if ranks.world == 1:
         return model
