@@ -164,7 +164,7 @@ def describe(run: Run) -> str:
 
 def print_plan(config: TrainConfig) -> None:
     """How large a run is and how long it takes, without training; of the data only what is there."""
-    tokens, place = None, machine(config.device, config.dtype)
+    tokens, place = None, machine(config.device, "auto")
     try:
         dataset = open_dataset(Path(config.data_dir) / config.dataset)
         config = dataclasses.replace(config, vocab_size=config.vocab_size or dataset.meta["vocab_size"])
