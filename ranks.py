@@ -151,7 +151,12 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
             torch.set_num_threads(max(1, _cores() // ranks.local_world))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
-        yield ranks
+        try:
+            yield ranks
+        except SystemExit:  # agreed upon
+            dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
             raise SystemExit(2) from None
@@ -161,8 +166,6 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
             raise
         print(f"rank {ranks.rank}: another rank is gone, leaving", file=sys.stderr)
         os._exit(1)  # at once: a process group whose peers are gone can hang while it is taken down
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _cores() -> int:

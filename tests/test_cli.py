@@ -368,24 +368,25 @@ def test_command_line_mistake_exits_2_with_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rank", "error", "code", "said"),
+    ("rank", "every_rank", "error", "code", "said"),
     [
-        (None, UserError("too hot"), 2, "error: too hot\n"),
-        ("0", UserError("too hot"), 2, "error: too hot\n"),
-        ("1", UserError("too hot"), 2, ""),
-        (None, KeyboardInterrupt(), 130, ""),
+        (None, False, UserError("too hot"), 2, "error: too hot\n"),
+        ("0", False, UserError("too hot"), 2, "error: too hot\n"),
+        ("1", False, UserError("too hot"), 2, ""),
+        ("1", True, UserError("too hot"), 2, "error: too hot\n"),
+        (None, False, KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_run_ends_a_verb(monkeypatch, capsys, rank, error, code, said):
-    monkeypatch.delenv("RANK", raising=False)
+def test_run_ends_a_verb(monkeypatch, capsys, rank, every_rank, error, code, said):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
 
     def verb(config):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        cli.run_verb(verb, None)
+        cli.run_verb(verb, None, every_rank)
     assert end.value.code == code
     assert capsys.readouterr() == ("", said)
 
