@@ -12,14 +12,12 @@ if __name__ == "__main__":
     CONFIG = from_command_line(BenchConfig, __doc__)
 
 import contextlib
-import functools
-import os
 import sys
 import time
 
 import torch
 
-from ranks import Ranks, join
+from ranks import ALONE, Ranks, join
 from run import describe, setup
 from runlog import peak_flops, summary
 from runtime import find_device
@@ -27,13 +25,8 @@ from throughput import bench_data
 from train import update
 
 
-def bench_train(config: BenchConfig) -> dict:
+def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
     """Time train.py's own update function, each update on its own; warm-up (and compilation) apart."""
-    with join(config, find_device) as ranks:
-        return _time_updates(config, ranks)
-
-
-def _time_updates(config: BenchConfig, ranks: Ranks) -> dict:
     with contextlib.redirect_stdout(sys.stderr if ranks.first else sys.stdout):  # standard output is for figures
         bench = setup(config, ranks)
         print(describe(bench))
@@ -67,18 +60,25 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-BENCHMARKS = {"train": bench_train, "data": functools.partial(bench_data, say=say)}
-
-
 def main(config: BenchConfig) -> None:
     """Run one benchmark and print its figures."""
-    figures = BENCHMARKS[config.what](config)
+    if config.what == "data":
+        show(bench_data(config, say), config)
+        return
+    with join(config, find_device) as ranks:
+        figures = bench_train(config, ranks)
+        if ranks.first:
+            show(figures, config)
+
+
+def show(figures: dict, config: BenchConfig) -> None:
+    """Print the figures, write them where --json says, or both."""
     width = max(map(len, figures))
     if config.json != "-":
         for key, value in figures.items():
             if value is not None:
                 print(f"{key:<{width}} {value:,.2f}" if isinstance(value, float) else f"{key:<{width}} {value}")
-    if config.json and int(os.environ.get("RANK", "0")) == 0:
+    if config.json:
         write_json(figures, config.json)
 
 

@@ -6,9 +6,11 @@ Each rank has a device of its own and takes every world-th micro-batch of an upd
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,10 +155,10 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
         try:
             yield ranks
-        except SystemExit:  # agreed upon
-            dist.destroy_process_group()
+        except SystemExit as stop:  # agreed upon
+            _part(stop.code)
             raise
-        dist.destroy_process_group()
+        _part(0)
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
             raise SystemExit(2) from None
@@ -165,7 +167,24 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         if not _peer_is_gone(error):
             raise
         print(f"rank {ranks.rank}: another rank is gone, leaving", file=sys.stderr)
+        time.sleep(3)  # torchrun names as the cause whoever leaves first, and ends the others
         os._exit(1)  # at once: a process group whose peers are gone can hang while it is taken down
+
+
+def _part(code: int) -> None:
+    """Leave the others in peace. The process then ends without taking Python down.
+
+    DDP keeps Gloo's threads alive, and one that lets go of a tensor meanwhile aborts it (pytorch issue 190489).
+    """
+    dist.destroy_process_group()
+
+    def leave() -> None:
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)
 
 
 def _cores() -> int:

@@ -223,24 +223,27 @@ def reseed(*key: int) -> None:
 class Stop:
     """Notes SIGINT, SIGTERM and the end of a run's time, so that the loop can end after an update.
 
-    A SIGINT after that interrupts at once. So does, ten seconds after it, a SIGTERM that was not even noted: the
-    process waits in a collective for a rank that is gone, where Python's handlers do not run.
+    A SIGINT after that interrupts at once.
 
     Args:
         max_minutes: from here on, None: no end.
+        among_ranks: a SIGTERM that is not even noted ends the process, before torchrun would kill it: it waits in a
+            collective for a rank that is gone, where Python's handlers do not run.
     """
 
     TIME_IS_UP = 1  # below every signal that is noted
-    GRACE = 10.0  # seconds; torchrun kills after 30
+    GRACE = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5  # seconds; then torchrun kills
 
-    def __init__(self, max_minutes: float | None = None):
+    def __init__(self, max_minutes: float | None = None, among_ranks: bool = False):
         self.signal: int | None = None
         self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._writer = None
+        if among_ranks:
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def _note(self, number: int, frame) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -264,5 +267,6 @@ class Stop:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._writer.close()  # ends the thread
+        if self._writer:
+            signal.set_wakeup_fd(self._wakeup)
+            self._writer.close()  # ends the thread

@@ -157,7 +157,7 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
     log = RunLog(folder if ranks.first else None, row["iter"], config.max_iters, wandb_run)
     ranks.wait()  # wandb's servers may take their time
     facts = resume.facts(config, run.machine, run.dataset) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
-    i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes)
+    i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes, ranks.world > 1)
     asked, over = 0, False  # a stop, from outside; the end of patience
     try:
         while True:

@@ -33,7 +33,7 @@ progress() { # "True 500" of a finished run, "False 300" of one that is not, not
 }
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # without it restarts fail now and then: two stores claim one port
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else some restarts fail: a third of those of Gloo ranks, tried
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120   # seconds to save in, once stopped; torchrun's own 30 are short for GPT-2 XL
 # scancel reaches each node's torchrun, which tells its ranks; srun would answer a SIGTERM of its own by SIGKILL to all
 signalled=
