@@ -153,12 +153,15 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
             torch.set_num_threads(max(1, _cores() // ranks.local_world))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+        atexit.register(_leave, codes := [])
         try:
             yield ranks
         except SystemExit as stop:  # agreed upon
-            _part(stop.code)
+            dist.destroy_process_group()
+            codes.append(stop.code)
             raise
-        _part(0)
+        dist.destroy_process_group()
+        codes.append(0)
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
             raise SystemExit(2) from None
@@ -171,20 +174,16 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         os._exit(1)  # at once: a process group whose peers are gone can hang while it is taken down
 
 
-def _part(code: int) -> None:
-    """Leave the others in peace. The process then ends without taking Python down.
+def _leave(codes: list[int]) -> None:
+    """End the process with its code, where it comes to its end, without taking Python down.
 
     DDP keeps Gloo's threads alive, and one that lets go of a tensor meanwhile aborts it (pytorch issue 190489).
     """
-    dist.destroy_process_group()
-
-    def leave() -> None:
-        with contextlib.suppress(OSError):  # a closed pipe
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-    atexit.register(leave)
+    with contextlib.suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if codes:
+        os._exit(codes[0])
 
 
 def _cores() -> int:
@@ -223,7 +222,9 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
         devices = [device.index] if device.type == "cuda" else None
         with warnings.catch_warnings():  # 2.13 has another name for broadcast_buffers, which 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model.register_comm_hook(None, _sum)
+        return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -233,7 +234,22 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
     for block in model.transformer.h:
         for part in (block.attn, block.mlp):
             fully_shard(part, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for part in model.modules():
+        if hasattr(part, "unshard"):
+            part.set_gradient_divide_factor(1.0)  # sums, as in DDP
+            part.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
+    return model
+
+
+def _sum(state, bucket):  # DDP does not accept annotations that are texts
+    """Gradients of ranks added up, where DDP would take their mean.
+
+    The mean of losses that were multiplied by `world` is no way out: in float16 they overflow sooner, and the scaler
+    would skip more updates on more devices.
+    """
+    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return summed.then(lambda done: done.value()[0])
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from preparation import prepare
 from pretrained import pretrained_tokenizer
 from ranks import ALONE, Ranks, spread
 from runlog import peak_flops
-from runtime import Machine, compile_forward, machine
+from runtime import Machine, compile_forward, machine, note
 
 
 @dataclass
@@ -83,7 +82,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
         try:
             encoding = tokenizer.load(meta["tokenizer"])
         except UserError as why:  # training needs ids alone, and a night's run should not end for a sample
-            print(f"warning: no samples will be written: {why}", file=sys.stderr)
+            note(f"warning: no samples will be written: {why}")
         if not ranks.all(encoding is not None):
             encoding = None
     windows = Windows(dataset.tokens("train"), config.context_length, config.stride)

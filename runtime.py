@@ -80,6 +80,12 @@ class Machine:
         return f" ({self.why[choice]})" if choice in self.why else ""
 
 
+def note(text: str) -> None:
+    """Say something on standard error, once where torchrun started several of us."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def find_device(device: str, local_rank: int | None = None) -> torch.device:
     """The device that `auto` or a name means; of several GPUs the one that belongs to the rank.
 
@@ -104,10 +110,11 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
         raise UserError(f"device = {device}: torch {torch.__version__} sees none here; take --device {there}")
     if device != "cuda":
         return torch.device(device)
-    if local_rank and local_rank >= torch.cuda.device_count():
+    asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local_rank is not None and asked > there:
         raise UserError(
-            f"LOCAL_RANK = {local_rank}, and this machine has {torch.cuda.device_count()} GPUs: "
-            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+            f"nproc_per_node = {asked}: this machine has {there} GPU{'s' * (there > 1)}, and each process takes one; "
+            f"start torchrun with --nproc_per_node={there}"
         )
     if local_rank:
         torch.cuda.set_device(local_rank)
@@ -130,7 +137,7 @@ def machine(
     if dtype == "auto":
         dtype, why["dtype"] = _auto_dtype(place)
     elif dtype == "float16" and place.type == "cpu":
-        print("note: float16 is slow on a CPU; bfloat16 or float32 is faster", file=sys.stderr)
+        note("note: float16 is slow on a CPU; bfloat16 or float32 is faster")
     if compile is None:
         compile, why["compile"] = _auto_compile(place, logits)
     return Machine(place, DTYPES[dtype], compile, why)
@@ -208,7 +215,7 @@ def _compiles(compiled: Callable[..., Tensor], x: Tensor, y: Tensor) -> bool:
                 loss.backward()
     except TorchDynamoException as error:
         first = str(error).strip().splitlines()[0]
-        print(f"warning: torch.compile failed, going on without it: {first}", file=sys.stderr)
+        note(f"warning: torch.compile failed, going on without it: {first}")
         return False
     return True
 

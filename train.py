@@ -55,7 +55,7 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
         with gradients(run.spread, last=micro == mine[-1]):
             with run.machine.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
-            run.scaler.scale(micro_loss * run.ranks.world).backward()  # ranks' gradients are averaged, not summed
+            run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))

@@ -1,0 +1,679 @@
+"""ranks.py, and that the same recipe gives the same model on 1, 2 and 4 processes, which torchrun starts here."""
+
+import contextlib
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, TINY, command, make_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from test_train import rows, weights
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import cli
+import metrics
+import runtime
+import train
+from config import ModelConfig, TrainConfig, UserError
+from dataset import IGNORE, eval_batches
+from model import GPT
+from ranks import ALONE, Ranks, equal_pair, full_tensor, gradients, is_sharded, join, part_of, whole
+
+WORLD = st.integers(1, 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shares
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "steps", "world", "pair"),
+    [
+        (16, 1, 2, (8, 2)),
+        (16, 1, 8, (2, 8)),
+        (12, 40, 8, (12, 40)),
+        (4, 3, 2, (3, 4)),  # not (6, 2): a device may have no room for more than it was given
+        (4, 6, 4, (3, 8)),
+        (3, 1, 2, (2, 2)),  # 3 sequences become 4
+        (5, 3, 2, (4, 4)),
+        (16, 1, 3, (6, 3)),
+        (1, 1, 8, (1, 8)),
+    ],
+)
+def test_equal_pair_table(batch_size, steps, world, pair):
+    assert equal_pair(batch_size, steps, world) == pair
+
+
+@given(st.integers(1, 70), st.integers(1, 70), WORLD)
+def test_equal_pair_is_the_same_update_where_there_is_one(batch_size, steps, world):
+    total, (small, many) = batch_size * steps, equal_pair(batch_size, steps, world)
+    assert many % world == 0
+    assert small <= batch_size
+    assert small * many == next(n for n in range(total, total + world) if n % world == 0)
+    larger = range(small + 1, batch_size + 1)
+    assert not [b for b in larger if small * many % (b * world) == 0], "devices are not used as fully as they could be"
+    if steps % world == 0:
+        assert (small, many) == (batch_size, steps)
+
+
+@given(st.integers(1, 70), WORLD)
+def test_every_micro_batch_is_of_one_rank(steps, world):
+    shares = [Ranks(rank, world).micro_batches(steps) for rank in range(world)]
+    assert sorted(n for share in shares for n in share) == list(range(steps))
+    assert max(map(len, shares)) - min(map(len, shares)) <= (steps % world > 0)
+
+
+def as_rank(monkeypatch, rank: int, world: int) -> None:
+    """This process's environment as torchrun sets it."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(world))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "steps", "world", "advice"),
+    [
+        (16, 1, 2, "take --batch_size 8 --grad_accum_steps 2 (the same updates)"),
+        (3, 1, 2, "take --batch_size 2 --grad_accum_steps 2 (4 sequences, not 3)"),
+        (4, 6, 4, "take --batch_size 3 --grad_accum_steps 8 (the same updates)"),
+    ],
+)
+def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, batch_size, steps, world, advice):
+    as_rank(monkeypatch, 0, world)
+    config = TrainConfig(batch_size=batch_size, grad_accum_steps=steps)
+    with pytest.raises(UserError) as caught, join(config, lambda *words: pytest.fail("a device was asked for")):
+        pytest.fail("it was let in")
+    assert f"grad_accum_steps = {steps} counts the passes of all devices together" in str(caught.value)
+    assert f"cannot be shared by {world}: {advice}" in str(caught.value)
+
+
+def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
+    as_rank(monkeypatch, 1, 2)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
+    with pytest.raises(SystemExit) as ended, join(TrainConfig(grad_accum_steps=1), runtime.find_device):
+        pytest.fail("it was let in")
+    assert ended.value.code == 2
+    print("by a rank that is not the first")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("world", [None, 1])
+def test_one_process_joins_nobody(monkeypatch, world):
+    """Also one that torchrun started: a process group would cost it time and sums that it does not need."""
+    if world:
+        as_rank(monkeypatch, 0, world)
+    said = sys.stdout
+    with join(TrainConfig(grad_accum_steps=3), runtime.find_device) as alone:
+        assert alone == ALONE
+        assert alone.first
+        assert not dist.is_initialized()
+        assert sys.stdout is said
+        value = torch.ones(2)
+        assert alone.sum(value) is value
+        assert alone.largest(3) == 3
+        assert alone.all(True)
+        assert not alone.all(False)
+        assert alone.from_first(lambda: 5) == 5
+        alone.require_alike("dataset", "hash")
+        alone.wait()
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 5), st.integers(0, 6), WORLD)
+def test_ranks_score_every_window_once(length, T, batch_size, limit, world):
+    """Ranks that are given a different number of batches would wait for each other for ever (models in parts)."""
+    tokens = np.arange(1, length + 1, dtype=np.uint16)
+    all_of_it = list(eval_batches(tokens, T, batch_size, limit))
+    shares = [list(eval_batches(tokens, T, batch_size, limit, (rank, world))) for rank in range(world)]
+    assert {len(share) for share in shares} == {-(-len(all_of_it) // world)}
+    for rank, share in enumerate(shares):
+        mine = all_of_it[rank::world]
+        for got, expected in zip(share, mine, strict=False):
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+        for x, y in share[len(mine) :]:
+            assert x.shape == y.shape == (1, T)
+            assert (y == IGNORE).all()
+    scored = [int(t) for share in shares for _, y in share for t in y[y != IGNORE]]
+    expected = tokens[1:] if not limit else tokens[1 : limit * batch_size * T + 1]
+    assert sorted(scored) == expected.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 7])
+def test_scores_are_summed_over_ranks(batch_size):
+    """Two ranks' sums, not their means, make the figures of one; in the last case the second has nothing to score."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=12))
+    text, others = np.random.default_rng(0).integers(12, size=52), []
+
+    def scores(share, total):
+        batches = eval_batches(text, 8, batch_size, 0, share)
+        return metrics.score(model, batches, torch.from_numpy, np.arange(12), total)
+
+    scores((1, 2), lambda sums: others.append(sums) or sums)
+    assert others[0].dtype == torch.float64
+    assert (others[0][1] == 0) == (batch_size == 7)
+    both, alone = scores((0, 2), lambda sums: sums + others[0]), scores((0, 1), lambda sums: sums)
+    assert (both.tokens, both.correct, both.bytes) == (alone.tokens, alone.correct, alone.bytes)
+    assert both.tokens == 51
+    assert both.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts of a model
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_sums_gradients_in_the_last_micro_batch_only(group):
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    with gradients(model, last=False):
+        assert not model.require_backward_grad_sync
+    with gradients(model, last=True):
+        assert model.require_backward_grad_sync
+    assert model.require_backward_grad_sync
+
+
+def test_fully_shard_sums_gradients_in_the_last_micro_batch_only():
+    """A flag that stays on it: `last` has to set it again, or no update would ever be shared."""
+    said = []
+    model = torch.nn.Linear(2, 2)
+    model.set_requires_gradient_sync = said.append
+    for last in (False, True):
+        with gradients(model, last):
+            assert said.pop() is last
+    assert not said
+
+
+def test_plain_model_and_tensors_are_left_alone():
+    with gradients(torch.nn.Linear(2, 2), last=False):
+        pass
+    tensor = torch.ones(3)
+    assert not is_sharded(tensor)
+    assert full_tensor(tensor) is tensor
+    assert part_of(tensor, like=torch.zeros(3)) is tensor
+    state = {"state": {0: {"step": tensor}}, "param_groups": [{"params": [0], "betas": (0.9, 0.99), "fused": None}]}
+    for keep in (True, False):
+        assert whole(state, keep) == state
+        assert whole(state, keep)["state"][0]["step"] is tensor
+
+
+def test_parts_are_put_together_and_cut_again(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    full = torch.arange(6.0).reshape(3, 2)
+    part = distribute_tensor(full, init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert is_sharded(part)
+    assert torch.equal(full_tensor(part), full)
+    for value in (full_tensor(part), whole({"a": [part]}, keep=True)["a"][0]):
+        assert type(value) is torch.Tensor
+        assert torch.equal(value, full)
+    assert whole({"a": [part, 1]}, keep=False) == {"a": [None, 1]}
+    again = part_of(full + 1, like=part)
+    assert isinstance(again, DTensor)
+    assert again.placements == part.placements
+    assert torch.equal(again.to_local(), full + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# real processes
+
+BASE = [*TINY, *shlex.split("--dropout 0.1 --grad_accum_steps 4 --lr 5e-3 --max_iters 20 --eval_interval 10")]
+BASE += ["--keep_checkpoints", "9"]
+HALF = "ckpt/iter_000010"
+
+# Several runs in one job, since each start costs seconds: the ranks stay joined from one to the next.
+SEVERAL = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, torch, train
+import torch.distributed as dist
+from config import TrainConfig
+{{before}}
+join, leave = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda *words, **more: dist.is_initialized() or join(*words, **more)
+dist.destroy_process_group = lambda: None
+for words in json.loads(sys.argv[1]):
+    train.train(cli.parse(TrainConfig, words))
+    torch.compiler.reset()
+leave()
+"""
+
+
+def torchrun(number: int, script: Path, *words, cwd: Path, threads: str | None = "1") -> subprocess.CompletedProcess:
+    """Run a script in so many processes; threads: OMP_NUM_THREADS, None where the user has not set it."""
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": threads}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}", str(script)]
+        + [str(word) for word in words],
+        cwd=cwd,
+        env={key: value for key, value in environment.items() if value is not None},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def several(number: int, home: Path, runs: list[tuple[str, str]], before: str = "") -> subprocess.CompletedProcess:
+    """BASE with changes, one run after the other into out/<name>, in one job; before: code."""
+    script = home / f"several_{runs[0][0]}.py"
+    script.write_text(SEVERAL.format(before=before))
+    jobs = [[*BASE, *shlex.split(words), "--out_dir", f"out/{name}"] for name, words in runs]
+    done = torchrun(number, script, json.dumps(jobs), cwd=home)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def wrapped(home: Path, code: str) -> Path:
+    """A script that does something before it is train.py."""
+    script = home / "wrapped.py"
+    script.write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return script
+
+
+def alone(home: Path, name: str, words: str = "") -> Path:
+    """BASE with changes, in this process; the run's folder."""
+    with contextlib.chdir(home):
+        train.train(cli.parse(TrainConfig, [*BASE, *shlex.split(words), "--out_dir", f"out/{name}"]))
+    return home / "out" / name
+
+
+def copied(run: Path, name: str) -> Path:
+    """A copy of a run, to go on from its middle and in its place."""
+    return shutil.copytree(run, run.with_name(name), symlinks=True)
+
+
+def assert_alike(run: Path, other: Path, loss: float = 1e-5, norm: float = 1e-4, val: float = 1e-6) -> None:
+    """Every iteration is logged once, and alike: relative tolerances."""
+    ours, theirs = rows(run), rows(other)
+    assert [row["iter"] for row in ours] == [row["iter"] for row in theirs] == [str(i) for i in range(len(ours))]
+    assert len(ours) > 1
+    for key, tolerance in (("train_loss", loss), ("grad_norm", norm), ("val_loss", val), ("lr", 0), ("tokens", 0)):
+        assert [bool(row[key]) for row in ours] == [bool(row[key]) for row in theirs], key
+        values = [[float(row[key]) for row in table if row[key]] for table in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance, abs=0, nan_ok=key == "grad_norm"), key
+
+
+def assert_weights_alike(run: Path, other: Path, tolerance: float = 1e-5) -> None:
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """The current folder of the jobs, with data/tiny and, in out/, all runs of this file."""
+    folder = tmp_path_factory.mktemp("ranks")
+    make_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(home) -> Path:
+    """The run of one process: what all others are compared with."""
+    return alone(home, "one")
+
+
+@pytest.fixture(scope="module")
+def two_said(home) -> subprocess.CompletedProcess:
+    done = torchrun(2, ROOT / "train.py", *BASE, "--out_dir", "out/two", cwd=home, threads=None)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def two(home, two_said) -> Path:
+    """The same by two ranks, as a user starts them."""
+    return home / "out/two"
+
+
+def test_two_ranks_make_the_updates_of_one(one, two):
+    assert_alike(two, one)
+    assert_weights_alike(two, one)
+
+
+def test_only_the_first_of_two_ranks_speaks_and_writes(home, one, two, two_said):
+    """torchrun's choice of one thread a rank is not ours: it gives them the cores there are."""
+    assert {p.relative_to(two) for p in two.rglob("*")} == {p.relative_to(one) for p in one.rglob("*")}
+    said = two_said.stdout.splitlines()
+    for start in ("model ", "data ", "update ", "run ", "machine ", "folder ", "done: "):
+        assert len([line for line in said if line.startswith(start)]) == 1, start
+    assert [int(line.split()[1]) for line in said if line.startswith("iter ")] == list(range(21))
+    assert len([line for line in said if line.startswith("--- sample after")]) == 3
+    threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else os.cpu_count() // 2
+    assert re.search(rf"^machine  cpu \({threads} threads?\), float32", two_said.stdout, re.M)
+    assert "Traceback" not in two_said.stderr
+    assert "warning" not in two_said.stderr.lower().replace("userwarning", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# more ranks, and from one number of them to another
+
+
+@pytest.fixture(scope="module")
+def on_four(home, two) -> Path:
+    copied(two, "two_then_four")
+    several(4, home, [("four", ""), ("two_then_four", f"--resume out/two_then_four/{HALF}")])
+    return home / "out"
+
+
+@pytest.mark.slow
+def test_four_ranks_make_the_updates_of_one(one, on_four):
+    assert_alike(on_four / "four", one)
+    assert_weights_alike(on_four / "four", one)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_resumed_by_four(one, on_four):
+    run = on_four / "two_then_four"
+    assert (run / "metrics.lost.csv").exists(), "it did go back to the middle"
+    assert_alike(run, one)
+    assert_weights_alike(run, one)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_resumed_by_one(home, one, two):
+    run = copied(two, "two_then_one")
+    alone(home, run.name, f"--resume out/{run.name}/{HALF}")
+    assert (run / "metrics.lost.csv").exists()
+    assert_alike(run, one)
+    assert_weights_alike(run, one)
+
+
+# float16's scale begins so high that the first updates overflow, some of them only in a rank's part of the gradients;
+# and it is by the first rank alone that the second one knows of the time.
+def high_scale(machine: "runtime.Machine") -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(machine.device.type, init_scale=2.0**24, enabled=machine.dtype == torch.float16)
+
+
+PREPARED = f"""
+import os, runtime, torch
+{inspect.getsource(high_scale)}
+runtime.Machine.scaler = high_scale
+if os.environ["RANK"] == "1":
+    runtime.Stop.asked = lambda self: 0
+"""
+# What a model in parts has gathered while it computes.
+WATCHED = """
+import model
+from pathlib import Path
+seen, mlp, block = set(), model.MLP.forward, model.Block.forward
+def note(what, dtype):
+    seen.add((what, str(dtype)))
+    Path("gathered_" + os.environ["RANK"]).write_text(json.dumps(sorted(seen)))
+def watched_mlp(self, x):
+    note("mlp", self.c_fc.weight.dtype)
+    return mlp(self, x)
+def watched_block(self, x, *words):
+    note("norm", self.ln_1.weight.dtype)
+    return block(self, x, *words)
+model.MLP.forward, model.Block.forward = watched_mlp, watched_block
+"""
+VARIANTS = {
+    "untied": "--no-tie_weights",
+    "checkpointed": "--activation_checkpointing",
+    "bfloat16": "--dtype bfloat16",
+    "float16": "--dtype float16",
+    "rope": "--position rope",
+    "muon": "--optimizer muon",
+    "pair": "--batch_size 3 --grad_accum_steps 4 --dropout 0",
+    "patience": "--lr 1 --warmup_iters 11 --eval_interval 2 --patience 1 --max_iters 100 --lr_decay_iters 20",
+}
+
+
+@pytest.fixture(scope="module")
+def on_two(home, one, two) -> Path:
+    """DDP on two ranks."""
+    copied(one, "one_then_two")
+    runs = [*VARIANTS.items(), ("one_then_two", f"--resume out/one_then_two/{HALF}")]
+    several(2, home, [*runs, ("timed", "--max_minutes 1e-4")], PREPARED)
+    return home / "out"
+
+
+@pytest.fixture(scope="module")
+def on_one_in_float16(home) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Machine, "scaler", high_scale)
+        return alone(home, "one_float16", VARIANTS["float16"])
+
+
+@pytest.fixture(scope="module")
+def in_parts(home, two, on_two) -> Path:
+    """fully_shard on two ranks: out/fsdp_<variant>."""
+    names = ("untied", "checkpointed", "bfloat16", "float16", "rope")
+    runs = [("fsdp", "--fsdp"), *((f"fsdp_{name}", f"{VARIANTS[name]} --fsdp") for name in names)]
+    several(2, home, runs, PREPARED + WATCHED)
+    copied(home / "out/fsdp", "fsdp_then_fsdp")
+    copied(two, "two_then_fsdp")
+    resumed = [(name, f"--fsdp --resume out/{name}/{HALF}") for name in ("fsdp_then_fsdp", "two_then_fsdp")]
+    several(2, home, resumed)
+    return home / "out"
+
+
+@pytest.mark.slow
+def test_one_process_is_resumed_by_two(one, on_two):
+    assert (on_two / "one_then_two/metrics.lost.csv").exists()
+    assert_alike(on_two / "one_then_two", one)
+    assert_weights_alike(on_two / "one_then_two", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["untied", "checkpointed", "rope"])
+def test_variants_on_two_ranks_make_the_updates_of_one(home, on_two, name):
+    run = alone(home, f"{name}_alone", VARIANTS[name])
+    assert_alike(on_two / name, run)
+    assert_weights_alike(on_two / name, run)
+
+
+@pytest.mark.slow
+def test_muon_on_two_ranks_makes_the_updates_of_one(home, on_two):
+    """Its steps come from bfloat16 products, which show the last digit of a gradient earlier."""
+    run = alone(home, "muon_alone", VARIANTS["muon"])
+    assert_alike(on_two / "muon", run, loss=1e-4, norm=1e-3, val=1e-4)
+
+
+@pytest.mark.slow
+def test_equal_pair_makes_the_same_updates(home, on_two):
+    """Dropout aside: its masks follow the micro-batches."""
+    assert equal_pair(4, 3, 2) == (3, 4)
+    run = alone(home, "pair_alone", "--batch_size 4 --grad_accum_steps 3 --dropout 0")
+    assert_alike(on_two / "pair", run)
+
+
+def test_muon_is_refused_in_parts():
+    with pytest.raises(UserError, match="optimizer = muon needs whole matrices, fsdp = true cuts them"):
+        cli.parse(TrainConfig, [*BASE, "--optimizer", "muon", "--fsdp"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in parts
+
+
+@pytest.mark.slow
+def test_model_in_parts_makes_the_updates_of_ddp(two, on_two, in_parts):
+    for name in ("untied", "checkpointed", "rope"):
+        assert_alike(in_parts / f"fsdp_{name}", on_two / name, loss=1e-4, norm=1e-4, val=1e-4)
+    assert_alike(in_parts / "fsdp", two, loss=1e-4, norm=1e-4, val=1e-4)
+    assert_weights_alike(in_parts / "fsdp", two, 1e-4)
+
+
+@pytest.mark.slow
+def test_model_in_parts_makes_nearly_the_updates_of_ddp_in_bfloat16(on_two, in_parts):
+    """bfloat16 has 8 bits; DDP's autocast and fully_shard's policy round at different places."""
+    assert_alike(in_parts / "fsdp_bfloat16", on_two / "bfloat16", loss=2e-4, norm=5e-3, val=2e-4)
+
+
+@pytest.mark.slow
+def test_parts_are_gathered_in_the_dtype_of_the_run(home, in_parts):
+    """Autocast would hide it: twice the traffic between GPUs for the same numbers."""
+    for rank in range(2):
+        seen = [tuple(pair) for pair in json.loads((home / f"gathered_{rank}").read_text())]
+        assert seen == [
+            *(("mlp", f"torch.{dtype}") for dtype in ("bfloat16", "float16", "float32")),
+            ("norm", "torch.float32"),
+        ]
+
+
+@pytest.mark.slow
+def test_float16_skips_the_same_updates_everywhere(on_one_in_float16, on_two, in_parts):
+    """An overflow in one rank's part of the gradients has to be every rank's, or their weights would part. And a loss
+    multiplied by the number of ranks, to undo a mean over them, would overflow sooner on more."""
+    skipped = [int(row["skipped"]) for row in rows(on_two / "float16")[1:]]
+    assert skipped[:2] == [1, 2]
+    assert 3 < skipped[-1] < 10
+    for other in (in_parts / "fsdp_float16", on_one_in_float16):
+        for key in ("skipped", "loss_scale"):
+            assert [row[key] for row in rows(other)] == [row[key] for row in rows(on_two / "float16")]
+        assert_alike(other, on_two / "float16", loss=2e-4, norm=5e-3, val=2e-4)
+
+
+def layout(value):
+    """Dicts and lists with each tensor's shape and dtype in its place, and plain values as they are."""
+    if isinstance(value, dict):
+        return {key: layout(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [layout(item) for item in value]
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", "_untied"])
+def test_checkpoint_of_a_model_in_parts_is_ddps(home, two, on_two, in_parts, name):
+    pair = in_parts / f"fsdp{name}", on_two / name[1:] if name else two
+    assert len({frozenset(p.relative_to(run) for p in run.rglob("*")) for run in pair}) == 1
+    assert layout(weights(pair[0])) == layout(weights(pair[1]))
+    ours, theirs = (checkpoint.load_train_state(run / "ckpt/last") for run in pair)
+    assert layout(ours["optimizer"]) == layout(theirs["optimizer"])
+    assert ours.keys() == theirs.keys()
+    for index, entries in theirs["optimizer"]["state"].items():
+        for key, tensor in entries.items():
+            torch.testing.assert_close(ours["optimizer"]["state"][index][key], tensor, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_model_in_parts_is_read_by_eval_and_infer(home, in_parts):
+    done = command("eval", "--model_path", "out/fsdp", "--device", "cpu", "--json", "-", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] == pytest.approx(float(rows(in_parts / "fsdp")[-1]["val_loss"]), abs=1e-5)
+    words = ("--prompt", "99 green", "--temperature", 0, "--max_new_tokens", 8, "--device", "cpu")
+    done = command("infer", "--model_path", "out/fsdp", *words, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("99 green")
+
+
+@pytest.mark.slow
+def test_model_in_parts_is_resumed_by_all(home, one, in_parts):
+    copied(in_parts / "fsdp", "fsdp_then_one")
+    alone(home, "fsdp_then_one", f"--resume out/fsdp_then_one/{HALF}")
+    for name in ("fsdp_then_one", "fsdp_then_fsdp", "two_then_fsdp"):
+        assert (in_parts / name / "metrics.lost.csv").exists()
+        assert_alike(in_parts / name, one, loss=1e-4, norm=1e-4, val=1e-4)
+        assert_weights_alike(in_parts / name, one, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ends, threads, data, the compiler
+
+
+@pytest.mark.slow
+def test_patience_ends_all_ranks(on_two):
+    """torchrun starts again what does not exit with 0; the job would not have come to its next run."""
+    state = checkpoint.read_state(on_two / "patience/ckpt/last")
+    assert state["finished"]
+    assert state["iter"] == int(rows(on_two / "patience")[-1]["iter"]) < 100
+
+
+@pytest.mark.slow
+def test_time_ends_all_ranks_and_the_run_goes_on(home, one, on_two):
+    state = checkpoint.read_state(on_two / "timed/ckpt/last")
+    assert not state["finished"]
+    assert 0 < state["iter"] < 20
+    done = torchrun(2, ROOT / "train.py", *BASE, "--out_dir", "out/timed", "--resume", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert_alike(on_two / "timed", one)
+    assert checkpoint.read_state(on_two / "timed/ckpt/last")["finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("theirs", "threads"), [(None, 3), ("2", 2)])
+def test_threads_of_each_rank(home, theirs, threads):
+    """Six cores for two ranks; what the user asks for counts, what torchrun sets by itself does not."""
+    script = wrapped(home, "import ranks\nranks._cores = lambda: 6")
+    done = torchrun(2, script, *BASE, "--max_iters", 1, "--out_dir", f"out/threads_{threads}", cwd=home, threads=theirs)
+    assert done.returncode == 0, done.stderr
+    assert f"machine  cpu ({threads} threads)" in done.stdout
+
+
+@pytest.mark.slow
+def test_data_that_differ_between_ranks_are_refused(tmp_path):
+    """Two machines, of which one has an older copy."""
+    for rank, text in enumerate(("The same text. ", "The same text? ")):
+        (tmp_path / f"machine{rank}").mkdir()
+        make_dataset(tmp_path / f"machine{rank}", text=text * 500)
+    done = torchrun(2, wrapped(tmp_path, "os.chdir('machine' + os.environ['RANK'])"), *BASE, cwd=tmp_path)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: copy it to every machine"]
+    assert "in run_verb" not in done.stderr
+    assert not list(tmp_path.glob("machine*/out"))
+
+
+@pytest.mark.slow
+def test_compiled_ranks_make_nearly_the_updates_of_eager_ones(home):
+    """The compiler draws other dropout masks and rounds to bfloat16 at other places."""
+    words = "--dtype bfloat16 --n_layer 1 --dropout 0 --lr 1e-3 --max_iters 6 --sample_tokens 0"
+    runs = [
+        ("eager", f"{words} --no-compile"),
+        ("compiled", f"{words} --compile"),
+        ("compiled_checkpointed", f"{words} --compile --activation_checkpointing"),
+        ("compiled_fsdp", f"{words} --compile --fsdp"),
+    ]
+    done = several(2, home, runs)
+    assert done.stdout.count("bfloat16, compiled") == 3
+    assert "torch.compile failed" not in done.stderr
+    for name, _ in runs[1:]:
+        assert_alike(home / "out" / name, home / "out/eager", loss=1e-3, norm=2e-2, val=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what only GPUs show
+
+
+@pytest.mark.gpu
+def test_gpus_make_nearly_the_updates_of_one(home):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, this machine has {torch.cuda.device_count()}")
+    words = "--device cuda --dtype bfloat16 --compile --dropout 0"
+    runs = [
+        ("nccl", words),
+        ("nccl_fsdp", f"{words} --fsdp"),
+        ("nccl_checkpointed", f"{words} --fsdp --activation_checkpointing"),
+    ]
+    done = several(2, home, runs)
+    assert "torch.compile failed" not in done.stderr
+    alone(home, "one_gpu", words)
+    for name, _ in runs:
+        assert_alike(home / "out" / name, home / "out/one_gpu", loss=5e-3, norm=5e-2, val=5e-3)
