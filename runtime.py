@@ -179,8 +179,6 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
             for part in (block.attn, block.mlp):
                 part.compile(dynamic=False)
         return model
-    # DDP's splitting of graphs, for sums during the backward pass, does not know checkpointed blocks
-    torch._dynamo.config.optimize_ddp = not getattr(model, "module", model).config.activation_checkpointing
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 
