@@ -169,7 +169,7 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
     except RuntimeError as error:
         if not _peer_is_gone(error):
             raise
-        print(f"rank {ranks.rank}: another rank is gone, leaving", file=sys.stderr)
+        print(f"rank {ranks.rank}: another rank is gone, leaving ({str(error).splitlines()[0]})", file=sys.stderr)
         time.sleep(3)  # torchrun names as the cause whoever leaves first, and ends the others
         os._exit(1)  # at once: a process group whose peers are gone can hang while it is taken down
 
@@ -201,8 +201,8 @@ def _first_to_say(ranks: Ranks, text: str) -> bool:
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:
-    words = ("closed by peer", "reset by peer", "Broken pipe", "Socket", "socket", "recvValue", "sendBytes")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    words = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")  # Gloo and the store
+    return any(word in str(error) for word in (*words, "ncclRemoteError", "remote process exited"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

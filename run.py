@@ -46,9 +46,8 @@ class Run:
 def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
     """The dataset of a config, the same on every rank; Python's reference is prepared where it is missing."""
     folder = Path(config.data_dir) / config.dataset
-    for place in range(ranks.world // ranks.local_world):  # one machine after the other: they may share the folder
-        mine = ranks.local_rank == 0 and ranks.rank // ranks.local_world == place
-        if config.dataset == "pydoc" and mine and not (folder / "meta.json").exists():
+    for turn in (ranks.first, ranks.local_rank == 0):  # then other machines, where they do not share the folder
+        if config.dataset == "pydoc" and turn and not (folder / "meta.json").exists():
             print(f"{folder} is not there yet: preparing the reference that ships inside Python")
             prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
         ranks.wait()

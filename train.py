@@ -138,9 +138,7 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
         changed = resume.check_same_run(*start, config, run.dataset.manifest_hash)
         print(f"resuming from {start[0]}" + (f", with {'; '.join(changed)}" if changed else ""))
         if not ranks.all(start[0].is_dir()):
-            raise UserError(
-                f"{start[0]} is not there on every machine: out_dir has to be a folder that they share"
-            )
+            raise UserError(f"{start[0]} is not there on every machine: out_dir has to be a folder that they share")
         train_state = resume.restore(start[0], run.model, run.optimizer, run.scaler)
         row = train_state["row"]
         if start[0].resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
