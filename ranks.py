@@ -140,8 +140,15 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
     Raises:
         UserError: no device for this rank, or an update that cannot be shared by so many.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun sets them
-    ranks = Ranks(*(int(os.environ[name]) for name in names)) if names[1] in os.environ else ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = [os.environ[name] for name in names if name in os.environ]
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and not (len(given) == 4 and all(word.isdecimal() for word in given)):
+        raise UserError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(names)} are not all numbers: start several ranks "
+            "with torchrun, which sets them, and a single one with WORLD_SIZE unset"
+        )
+    ranks = Ranks(*map(int, given)) if several else ALONE
     if ranks.world == 1:
         yield ranks
         return

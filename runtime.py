@@ -95,7 +95,7 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     Raises:
         UserError: a device that is not there.
     """
-    if local_rank is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if local_rank is None and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this verb uses one device; start it without torchrun"
         )

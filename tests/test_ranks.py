@@ -110,6 +110,17 @@ def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0"}])
+def test_environment_that_is_not_torchruns_is_refused(monkeypatch, given):
+    """Some clusters set WORLD_SIZE alone."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="WORLD_SIZE = 2, and RANK"), join(TrainConfig(), runtime.find_device):
+        pytest.fail("it was let in")
+
+
 @pytest.mark.parametrize("world", [None, 1])
 def test_one_process_joins_nobody(monkeypatch, world):
     """Also one that torchrun started: a process group would cost it time and sums that it does not need."""
