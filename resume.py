@@ -21,7 +21,7 @@ from runtime import Machine
 from shards import write_whole
 
 # Keys that decide, with the model's, which run it is; and keys that only say how it was called.
-ORDER = ("stride", "seed")
+FIXED = ("stride", "seed", "optimizer")
 BATCH = ("batch_size", "grad_accum_steps")  # their product does
 CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "plan", "gpus", "mfu")
 
@@ -76,7 +76,7 @@ def check_same_run(folder: Path, state: dict, config: TrainConfig, manifest_hash
         UserError: names all of the latter: the model's shape, the batch, the seed, the data.
     """
     saved, now = state["config"], dataclasses.asdict(config)
-    fixed = {*ORDER, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
+    fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
     if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # the sequences of an update
         fixed |= set(BATCH)

@@ -430,6 +430,8 @@ def test_muon_trains_and_resumes(tiny_data):
     train_here(*words, "--max_iters", 17)
     resumed = train_here(*words, "--max_iters", 40, "--resume")
     assert same(weights(whole), weights(resumed))
+    with pytest.raises(UserError, match=r"optimizer = adamw \(was muon\)"):
+        train_here(*words[2:], "--max_iters", 40, "--resume")
     adamw = train_here(*words[2:], "--max_iters", 40, "--out_dir", "out/adamw")
     # at AdamW's learning rate
     assert float(rows(whole)[-1]["val_loss"]) == pytest.approx(float(rows(adamw)[-1]["val_loss"]), abs=0.3)
