@@ -295,7 +295,7 @@ def run_verb(verb: Callable, config, every_rank: bool = False):
         sys.stdout.flush()  # while a closed pipe can still be answered for
         return answer
     except UserError as error:
-        if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        if every_rank or "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

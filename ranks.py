@@ -1,7 +1,7 @@
 """The processes that train one model: one, or those that torchrun starts, on one machine or several.
 
-Each rank has a device of its own and takes every world-th micro-batch of an update. Sums of numbers go over the CPU
-(Gloo), so that they never wait for a GPU; gradients over NCCL where there are GPUs.
+Each rank has a device of its own and takes every world-th micro-batch of an update. What ranks agree on goes over the
+CPU (Gloo), so that it never waits for a GPU; gradients and losses go over NCCL where there are GPUs.
 """
 
 from __future__ import annotations
@@ -91,19 +91,25 @@ class Ranks:
                 box[0] = work()
             except UserError as error:
                 box[1] = str(error)
+            except OSError as why:
+                box[1] = f"{why.filename or 'a file'}: {why.strerror or why}"
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
 
-    def require_alike(self, what: str, value: str) -> None:
-        """Raise UserError where ranks (on other machines, say) have something else than rank 0."""
+    def require_alike(self, facts: dict[str, Any]) -> None:
+        """Raise UserError, with the key, where ranks (on other machines, say) have another value than rank 0."""
         if self.world == 1:
             return
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        if others := [str(r) for r, v in enumerate(values) if v != values[0]]:
-            raise UserError(f"{what} of rank {', '.join(others)} is not that of rank 0: copy it to every machine")
+        everyones: list[dict] = [{}] * self.world
+        dist.all_gather_object(everyones, facts)
+        for rank, theirs in enumerate(everyones):
+            if differing := [key for key, value in everyones[0].items() if theirs[key] != value]:
+                raise UserError(
+                    f"{', '.join(differing)} of rank {rank} is not that of rank 0: every machine has to have the same "
+                    "files and settings"
+                )
 
 
 ALONE = Ranks()
@@ -143,12 +149,13 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = [os.environ[name] for name in names if name in os.environ]
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and not (len(given) == 4 and all(word.isdecimal() for word in given)):
+    whole_numbers = len(given) == 4 and all(word.isdecimal() for word in given)
+    ranks = Ranks(*map(int, given)) if several and whole_numbers else ALONE
+    if several and not (ranks.rank < ranks.world and ranks.local_rank < ranks.local_world <= ranks.world != 1):
         raise UserError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(names)} are not all numbers: start several ranks "
-            "with torchrun, which sets them, and a single one with WORLD_SIZE unset"
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(names)} do not fit each other: start several "
+            "ranks with torchrun, which sets them, and a single one with WORLD_SIZE unset"
         )
-    ranks = Ranks(*map(int, given)) if several else ALONE
     if ranks.world == 1:
         yield ranks
         return

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 from checkpoint import TRAIN_STATE, WEIGHTS
-from config import TrainConfig, UserError
+from config import EXCLUSIVE, TrainConfig, UserError
 from dataset import Dataset
 from model import GPT
 from ranks import is_sharded, part_of
@@ -77,6 +77,7 @@ def check_same_run(folder: Path, state: dict, config: TrainConfig, manifest_hash
     """
     saved, now = state["config"], dataclasses.asdict(config)
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
+    now = {k: v for k, v in now.items() if k not in dict(EXCLUSIVE) or v is not None}  # resolved into its other unit
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
     if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # the sequences of an update
         fixed |= set(BATCH)

@@ -52,7 +52,7 @@ def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
             prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
         ranks.wait()
     dataset = open_dataset(folder)
-    ranks.require_alike(f"dataset {folder}", dataset.manifest_hash)
+    ranks.require_alike({f"dataset {folder}": dataset.manifest_hash})
     return dataset
 
 
@@ -62,6 +62,8 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     Args:
         chosen: what `auto` had chosen when the run that is resumed began; reused.
     """
+    own = ("config", "out_dir", "data_dir", "resume", "init_from")  # paths, which machines may have their own of
+    ranks.require_alike({key: value for key, value in dataclasses.asdict(config).items() if key not in own})
     dataset = find_dataset(config, ranks)
     folder, meta = dataset.folder, dataset.meta
     vocab_size = config.vocab_size or meta["vocab_size"]
@@ -114,6 +116,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
         compile=place.compile,
         out_dir=str(run_dir(config)),
     )
+    ranks.require_alike({"dtype": config.dtype, "compile": config.compile})  # auto may choose for each its own
     if config.warmup_iters >= max_iters:
         print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
     if place.device.type == "cuda":
@@ -122,6 +125,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     model = GPT(config.model())  # drawn on the CPU: the same weights on every device
     if config.init_from and chosen is None:
         checkpoint.load_pretrained(model, config.init_from)
+    ranks.require_alike({"initial weights": [float(p.detach().double().sum()) for p in model.parameters()]})
     if not config.fsdp or ranks.world == 1:  # else it goes there part by part
         model.to(place.device)
     together = spread(model, ranks, place.device, place.dtype, config.fsdp)

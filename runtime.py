@@ -237,7 +237,9 @@ class Stop:
     """
 
     TIME_IS_UP = 1  # below every signal that is noted
-    GRACE = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5  # seconds; then torchrun kills
+    GRACE = 25.0  # seconds; torchrun kills after 30, or after what this variable says
+    if (_seconds := os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")).isdecimal():
+        GRACE = max(0.0, float(_seconds) - 5)
 
     def __init__(self, max_minutes: float | None = None, among_ranks: bool = False):
         self.signal: int | None = None

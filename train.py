@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+import os
 import shlex
 import time
 from pathlib import Path
@@ -116,6 +117,8 @@ def save(run: Run, row: dict, progress: dict, facts: dict) -> None:
 def train(config: TrainConfig) -> None:
     """Train as the config says, from the beginning or from a checkpoint, until its end or until it is stopped."""
     if config.plan:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2)  # the first says that it takes no torchrun
         print_plan(config)
         return
     with join(config, find_device) as ranks:
@@ -139,6 +142,7 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
         print(f"resuming from {start[0]}" + (f", with {'; '.join(changed)}" if changed else ""))
         if not ranks.all(start[0].is_dir()):
             raise UserError(f"{start[0]} is not there on every machine: out_dir has to be a folder that they share")
+        ranks.require_alike({f"checkpoint {start[0]}": checkpoint.read_state(start[0])})  # its files' hashes too
         train_state = resume.restore(start[0], run.model, run.optimizer, run.scaler)
         row = train_state["row"]
         if start[0].resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours

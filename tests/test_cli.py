@@ -381,6 +381,7 @@ def test_run_ends_a_verb(monkeypatch, capsys, rank, every_rank, error, code, sai
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
 
     def verb(config):
         raise error

@@ -110,14 +110,25 @@ def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+    ],
+)
 def test_environment_that_is_not_torchruns_is_refused(monkeypatch, given):
     """Some clusters set WORLD_SIZE alone."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="WORLD_SIZE = 2, and RANK"), join(TrainConfig(), runtime.find_device):
+    with (
+        pytest.raises(UserError, match=r"WORLD_SIZE = 2, .* do not fit"),
+        join(TrainConfig(), runtime.find_device),
+    ):
         pytest.fail("it was let in")
 
 
@@ -138,7 +149,7 @@ def test_one_process_joins_nobody(monkeypatch, world):
         assert alone.all(True)
         assert not alone.all(False)
         assert alone.from_first(lambda: 5) == 5
-        alone.require_alike("dataset", "hash")
+        alone.require_alike({"dataset": "hash"})
         alone.wait()
 
 
@@ -638,6 +649,20 @@ def test_threads_of_each_rank(home, theirs, threads):
     assert f"machine  cpu ({threads} threads)" in done.stdout
 
 
+ALIKE = "every machine has to have the same files and settings"
+
+
+@pytest.mark.slow
+def test_settings_that_differ_between_ranks_are_refused(home):
+    """An older copy of a recipe: ranks would drift apart, as only gradients are summed, or wait for each other."""
+    code = "sys.argv += ['--lr', '1e-2', '--eval_interval', '7'] if os.environ['RANK'] == '1' else []"
+    done = torchrun(2, wrapped(home, code), *BASE, "--out_dir", "out/apart", cwd=home)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: lr, eval_interval of rank 1 is not that of rank 0: " + ALIKE]
+    assert not (home / "out/apart").exists()
+
+
 @pytest.mark.slow
 def test_data_that_differ_between_ranks_are_refused(tmp_path):
     """Two machines, of which one has an older copy."""
@@ -647,7 +672,7 @@ def test_data_that_differ_between_ranks_are_refused(tmp_path):
     done = torchrun(2, wrapped(tmp_path, "os.chdir('machine' + os.environ['RANK'])"), *BASE, cwd=tmp_path)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: copy it to every machine"]
+    assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: " + ALIKE]
     assert "in run_verb" not in done.stderr
     assert not list(tmp_path.glob("machine*/out"))
 
