@@ -35,9 +35,9 @@ def opt(default, help: str, **meta):
 class ModelConfig:
     """The shape of the network; all that model.py needs."""
 
-    n_layer: int = opt(4, "transformer blocks", low=1, section="Model")
+    n_layer: int = opt(4, "transformer blocks", low=1, high=10_000, section="Model")
     n_head: int = opt(4, "attention heads per block; divides n_embd", low=1)
-    n_embd: int = opt(192, "width of the residual stream (C)", low=1)
+    n_embd: int = opt(192, "width of the residual stream (C)", low=1, high=1_000_000)
     context_length: int = opt(128, "tokens that the model sees at once (T)", low=1)
     vocab_size: int | None = opt(None, "token ids the model knows", low=1, high=65536, none="the tokenizer's")
     dropout: float = opt(0.0, "share of activations dropped in training", low=0, below=1)
@@ -92,11 +92,11 @@ class TrainConfig(ModelConfig, MachineConfig):
     seed: int = opt(1337, "of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
     dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
-    batch_size: int = opt(8, "sequences that go through a device at once", low=1)
+    batch_size: int = opt(8, "sequences that go through a device at once", low=1, high=1_000_000)
     grad_accum_steps: int = opt(1, "such passes, on all devices together, that make one update", low=1)
     stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
-    max_iters: int | None = opt(2000, "updates to train for", low=1, none="from epochs", section="Length")
-    epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0)
+    max_iters: int | None = opt(2000, "updates to train for", low=1, high=10**12, none="from epochs", section="Length")
+    epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0, high=1e6)
     patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
     max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
     init_from: str | None = opt(
