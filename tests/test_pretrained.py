@@ -165,7 +165,7 @@ def test_every_width_of_the_hidden_layer_survives_as_a_ratio():
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True changes"),
         ({"add_cross_attention": True}, "add_cross_attention = True changes"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06 changes"),
-        ({"n_layer": "12"}, "n_layer = 12: a whole number of at least 1 is expected"),
+        ({"n_layer": "12"}, "n_layer = 12: a whole number of at least 1 and at most 10,000 is expected"),
         ({"n_head": 0}, "n_head = 0"),
         ({"n_embd": None}, "n_embd = None"),
         ({"n_positions": True}, "n_positions = True"),
