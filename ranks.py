@@ -82,7 +82,7 @@ class Ranks:
         self.largest(0)
 
     def from_first(self, work: Callable[[], Any]) -> Any:
-        """What rank 0 gets from work(), on every rank; the others wait. A UserError there is one everywhere."""
+        """What rank 0 gets from work(), on every rank; the others wait. A UserError or OSError there is everyone's."""
         if self.world == 1:
             return work()
         box = [None, None]
