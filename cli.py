@@ -15,13 +15,14 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, VERBS, UserError
+from config import EXCLUSIVE, VERBS, SaidElsewhere, UserError
 from pretrained import pretrained_shape
 
 RECIPES = Path(__file__).resolve().parent / "configs"
@@ -295,7 +296,10 @@ def run_verb(verb: Callable, config, every_rank: bool = False):
         sys.stdout.flush()  # while a closed pipe can still be answered for
         return answer
     except UserError as error:
-        if every_rank or "WORLD_SIZE" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+        others = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        if others or isinstance(error, SaidElsewhere):
+            time.sleep(20)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
+        else:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import TrainConfig, UserError
+from config import SaidElsewhere, TrainConfig, UserError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective; the first ones wait for ranks that still compile
 
@@ -178,7 +178,7 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         codes.append(0)
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
-            raise SystemExit(2) from None
+            raise SaidElsewhere from None
         raise
     except RuntimeError as error:
         if not _peer_is_gone(error):

@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import resume
-from config import UserError
+from config import SaidElsewhere, UserError
 from dataset import eval_batches
 from metrics import require_finite, score
 from optim import learning_rate
@@ -118,7 +118,7 @@ def train(config: TrainConfig) -> None:
     """Train as the config says, from the beginning or from a checkpoint, until its end or until it is stopped."""
     if config.plan:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(2)  # the first says that it takes no torchrun
+            raise SaidElsewhere  # the first says that it takes no torchrun
         print_plan(config)
         return
     with join(config, find_device) as ranks:

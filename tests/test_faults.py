@@ -240,6 +240,25 @@ def test_mistake_is_said_once_by_the_whole_job(request, start, tmp_path, words, 
     assert not (tmp_path / "run").exists()
 
 
+LATE = f"""
+import os, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+time.sleep(3 * (os.environ["RANK"] == "0"))
+runpy.run_path({TRAIN!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("--lrr", "1"), ("--grad_accum_steps", "3"), ("--plan",)])
+def test_mistake_is_said_when_the_rank_that_says_it_comes_last(start, tmp_path, words):
+    """torchrun ends all ranks with the first that leaves: the silent one had left, and nobody said a word."""
+    (tmp_path / "late.py").write_text(LATE)
+    job = start(*words, script=str(tmp_path / "late.py"))
+    assert job.end(60) == 1
+    assert len(errors(job)) == 1, job.printed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # signals
 
