@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import cut, finished, llmc, shard, tokens
 
+import dataset
 import tokenizer
 from config import UserError
 from dataset import IGNORE, Shuffle, TrainingBatches, Windows, eval_batches, open_dataset
@@ -297,6 +300,131 @@ def test_shards_of_others_have_no_hash_to_compare(tmp_path):
     assert "cannot be read" in dict(data.damaged())["train.bin"]
 
 
+def test_uint32_ids_in_a_folder_of_nanogpts(tmp_path):
+    folder = nanogpt(tmp_path / "owt", train=range(100))
+    np.arange(100, dtype="<u4").tofile(folder / "val.bin")
+    with pytest.raises(UserError, match=rf"{folder}/val\.bin looks like uint32 ids"):
+        open_dataset(folder)
+
+
+def three_splits(folder: Path) -> Path:
+    """train, val and test of 30 ids in three files each."""
+    parts = {split: finished(folder / split, [range(30)], 10, split) for split in ("train", "val", "test")}
+    splits = {split: open_dataset(part).meta["splits"][split] for split, part in parts.items()}
+    whole = finished(folder / "d", [range(30)], 10, splits=splits)
+    for split in ("val", "test"):
+        for path in parts[split].glob("*.bin"):
+            shutil.copy(path, whole)
+    return whole
+
+
+def wrong_id(path: Path) -> None:
+    """The last id is the first that is none."""
+    raw = bytearray(path.read_bytes())
+    raw[-2:] = (257).to_bytes(2, "little")
+    path.write_bytes(raw)
+
+
+def check(data, full: bool) -> str:
+    """What it says."""
+    try:
+        return data.check(full) or ""
+    except UserError as why:
+        return str(why)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_check_names_all_files_that_are_damaged(tmp_path, full):
+    """Sizes of every split; without `full` the ids of train and val, and no hash."""
+    folder = three_splits(tmp_path)
+    data = open_dataset(folder)
+    assert check(data, full) == ""
+    damage = {"train_000002": cut, "val_000000": wrong_id, "test_000001": Path.unlink, "val_000002": flip}
+    damage |= {"test_000000": wrong_id, "train_000000": cut}
+    for name, harm in damage.items():
+        harm(folder / f"{name}.bin")
+    said = check(data, full)
+    assert "\n" not in said
+    only_full = {"test_000000": "id 257 at byte 18 is not in the vocabulary of 257", "val_000002": "its SHA-256 is not"}
+    always = {"train_000000": "18 bytes, meta.json says 20", "train_000002": "18 bytes, meta.json says 20"}
+    always |= {"val_000000": "id 257 at byte 18 is not in the vocabulary of 257", "test_000001": "No such file"}
+    for name, why in (always | only_full).items():
+        found = re.search(rf"{folder}/{name}\.bin[^;]*", said)
+        assert bool(found) == (full or name in always), name
+        assert found is None or why in found[0]
+    for name in ("train_000001", "val_000001", "test_000002"):
+        assert name not in said
+
+
+def test_check_says_what_to_do(tmp_path):
+    folder = three_splits(tmp_path)
+    flip(folder / "val_000001.bin")
+    assert check(open_dataset(folder), True).endswith(f"; move {folder} away and make it again")
+    cut(folder / "val_000001.bin")
+    assert check(open_dataset(folder), True).endswith(f"; move {folder} away and run prepare_data.py again")
+
+
+def test_check_leaves_the_ids_of_large_splits_alone(tmp_path, monkeypatch):
+    folder = three_splits(tmp_path)
+    data = open_dataset(folder)
+    wrong_id(folder / "train_000001.bin")
+    monkeypatch.setattr(dataset, "CHECKED_AT_START", 30)
+    assert "train_000001.bin: id 257 at byte 18" in check(data, False)
+    monkeypatch.setattr(dataset, "CHECKED_AT_START", 29)
+    assert check(data, False) == ""
+    assert "train_000001.bin: id 257 at byte 18" in check(data, True)
+    cut(folder / "train_000002.bin")
+    assert "train_000002.bin has 18 bytes" in check(data, False)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_check_of_shards_of_others(tmp_path, full):
+    folder = nanogpt(tmp_path / "owt", train=range(100), val=[1, 2])
+    data = open_dataset(folder)
+    assert check(data, full) == ""
+    nanogpt(folder, val=[1, 50_257])
+    assert f"{folder}/val.bin: id 50257 at byte 2 is not in the vocabulary of 50,257" in check(data, full)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ids outside the vocabulary, in batches
+
+
+@pytest.mark.parametrize("place", [0, 5, 9, 10, 16])
+def test_batches_never_hold_an_id_outside_the_vocabulary(tmp_path, place):
+    """At the first place, the last, and on both sides of the border of two files; others can be had."""
+    folder, T = finished(tmp_path / "d", [[256] * 17], 10), 4
+    data = open_dataset(folder)
+    split = data.tokens("train")  # what is open sees what is written now
+    path, at = folder / f"train_{place // 10:06d}.bin", 2 * (place % 10)
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write((257).to_bytes(2, "little"))
+    said = rf"{path}: id 257 at byte {at} is not in the vocabulary of 257 ids"
+    windows = Windows(split, T)
+    assert len(windows) == 4
+    for w in range(4):
+        if T * w <= place <= T * (w + 1):
+            with pytest.raises(UserError, match=said):
+                windows.batch(np.array([w]))
+            with pytest.raises(UserError, match=said):
+                windows.batch(np.arange(4))
+        else:
+            assert windows.batch(np.array([w]))[1].tolist() == [[256] * T]
+    for batch_size in (1, 3):
+        with pytest.raises(UserError, match=said):
+            list(eval_batches(split, T, batch_size))
+
+
+def test_batches_of_llmcs_shards_never_hold_an_id_outside_gpt2s_vocabulary(tmp_path):
+    path = llmc(tmp_path / "x_train_1.bin", range(10))
+    windows = Windows(open_dataset(tmp_path).tokens("train"), 3)
+    llmc(path, [*range(9), 50_257])
+    windows.batch(np.array([0, 1]))
+    with pytest.raises(UserError, match=r"x_train_1\.bin: id 50257 at byte 1,042 is not in the vocabulary of 50,257"):
+        windows.batch(np.array([0, 2]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # windows and their order
 
@@ -339,6 +467,43 @@ def test_an_epoch_visits_each_window_once(tmp_path, n, batch_size, accum):
     found = order(batches(tmp_path, n, batch_size, accum), 3 * n)
     for epoch in range(3):
         assert sorted(found[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.data())
+def test_ranks_together_see_every_window_once_an_epoch_however_often_they_are_stopped(data):
+    """And each window is what plain slicing of all ids gives; after a stop, perhaps on another number of ranks."""
+    sizes = data.draw(st.lists(st.just(1) | st.integers(1, 15), min_size=1, max_size=6).filter(lambda s: sum(s) > 1))
+    ids = np.random.default_rng(sum(sizes)).permutation(65_536)[: sum(sizes)].tolist()  # each once: it tells its place
+    T = data.draw(st.integers(1, min(len(ids) - 1, 9)), label="T")
+    S = data.draw(st.integers(1, 11), label="stride")
+    plain = {ids[s]: (ids[s : s + T], ids[s + 1 : s + T + 1]) for s in range(0, len(ids) - T, S)}
+    W, batch_size = len(plain), data.draw(st.integers(1, 5), label="batch_size")
+    accum, seed = data.draw(st.sampled_from([1, 2, 3, 4, 8]), label="accum"), data.draw(st.integers(0, 9), label="seed")
+    worlds = [world for world in (1, 2, 4) if accum % world == 0]
+    updates = -(-2 * W // (batch_size * accum))  # two epochs
+    stops = {0} | data.draw(st.sets(st.integers(0, updates - 1), max_size=4), label="stops")
+    with tempfile.TemporaryDirectory() as folder:
+        cuts = np.cumsum(sizes)[:-1]
+        seen = []
+        for update in range(updates):
+            if update in stops:
+                world = data.draw(st.sampled_from(worlds), label="world")
+                ranks = [
+                    TrainingBatches(Windows(tokens(Path(folder), *np.split(ids, cuts)), T, S), batch_size, accum, seed)
+                    for _ in range(world)
+                ]
+            of_update = {}
+            for rank, run in enumerate(ranks):
+                assert len(run.windows) == W
+                for micro in range(rank, accum, world):
+                    x, y = run(update, micro)
+                    assert x.shape == y.shape == (batch_size, T)
+                    of_update[micro] = list(zip(x.tolist(), y.tolist(), strict=True))
+            seen += [row for micro in range(accum) for row in of_update[micro]]
+    assert all((x, y) == plain[x[0]] for x, y in seen)
+    for epoch in range(2):
+        assert sorted(x[0] for x, _ in seen[epoch * W : (epoch + 1) * W]) == sorted(plain)
 
 
 def test_order_depends_on_seed_and_epoch_alone(tmp_path):

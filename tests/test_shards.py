@@ -1,12 +1,13 @@
 """The shard format: what is written is read, also by a writer that goes on after a stop; and what damage is called."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -312,7 +313,9 @@ def test_shard_with_a_manifest_is_never_taken_for_llmcs(tmp_path, magic):
     [
         (lambda f: f.write_bytes(f.read_bytes()[:-2]), ["18 bytes", "meta.json says 20", "prepare_data.py"]),
         (lambda f: f.write_bytes(f.read_bytes()[:-1]), ["19 bytes", "meta.json says 20", "prepare_data.py"]),
+        (lambda f: f.write_bytes(f.read_bytes() + b"\0"), ["21 bytes", "meta.json says 20", "truncated or changed"]),
         (lambda f: f.write_bytes(f.read_bytes() + b"\0\0"), ["22 bytes", "meta.json says 20", "prepare_data.py"]),
+        (lambda f: np.arange(10, dtype="<u4").tofile(f), ["40 bytes", "meta.json says 20: looks like uint32 ids"]),
         (lambda f: f.write_bytes(b""), ["0 bytes", "meta.json says 20", "prepare_data.py"]),
         (Path.unlink, ["cannot be read", "No such file"]),
     ],
@@ -331,6 +334,107 @@ def test_file_that_cannot_be_uint16(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(UserError, match=rf"x\.bin has {len(content)} bytes.*uint16"):
         Tokens([(tmp_path / "x.bin", None)])
+
+
+@pytest.mark.parametrize("count", [8, 100, 5000])
+@pytest.mark.parametrize("dtype", ["<u4", "<i4", "<i8"])
+def test_wider_ids_without_a_manifest_are_told_by_their_zeros(tmp_path, dtype, count):
+    np.arange(count, dtype=dtype).tofile(tmp_path / "x.bin")
+    with pytest.raises(UserError) as caught:
+        Tokens([(tmp_path / "x.bin", None)])
+    size = min(4096, (tmp_path / "x.bin").stat().st_size)
+    for part in (f"{tmp_path}/x.bin looks like uint32 ids", f"its first {size:,} bytes", "again with dtype uint16"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "ids", [[0] * 100, [5, 0] * 7, [5, 0] * 8 + [5], [*[5, 0] * 8, 0, 1], [*[5, 0] * 1000, 7, 7], [0, 5] * 50]
+)
+def test_zeros_alone_are_ids(tmp_path, ids):
+    """All of them, too few to tell, an odd number, or not at every second place."""
+    path, _ = shard(tmp_path / "x.bin", ids)
+    assert Tokens([(path, None)])[:].tolist() == ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# while a file is open
+
+
+@pytest.mark.parametrize("left", [0, 1, 5000, 5999, 6000, 19_998])
+@pytest.mark.parametrize("header", [0, 1024])
+def test_file_that_is_truncated_while_it_is_read_is_named(tmp_path, header, left):
+    """A memory map would end the process, without a word, or give zeros up to the end of the page."""
+    before, path = shard(tmp_path / "a.bin", range(10)), tmp_path / "b.bin"
+    if header:
+        llmc(path, range(10_000))
+    else:
+        shard(path, range(10_000))
+    found = Tokens([before, (path, None)])
+    whole = path.read_bytes()
+    assert found[5:5000].tolist() == [*range(5, 10), *range(4990)]
+    os.truncate(path, header + left)
+    readable = 10 + left // 2
+    assert found[: readable - 1].tolist() == [*range(10), *range(10_000)][: readable - 1]
+    for span in (slice(readable, readable + 1), slice(0, None), slice(10_005, None)):
+        with pytest.raises(UserError) as caught:
+            found[span]
+        said = f"{path}: truncated or replaced while it was in use: it now ends at byte {header + left:,}, had "
+        assert str(caught.value).startswith(f"{said}{header + 20_000:,}; ")
+    with open(path, "r+b") as file:
+        file.write(whole)
+    assert found[readable:].tolist() == [*range(10), *range(10_000)][readable:], "put back"
+
+
+def test_file_that_is_renamed_over_stays_what_it_was(tmp_path):
+    found = tokens(tmp_path, range(10))
+    write_whole(tmp_path / "train_000000.bin", b"")
+    assert found[:].tolist() == list(range(10))
+
+
+def test_what_is_read_in_several_parts_is_whole(tmp_path, monkeypatch):
+    """A read may give less than it was asked for, also half an id."""
+    found, read = tokens(tmp_path, range(100)), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read(file, min(size, 7), at))
+    assert found[3:90].tolist() == list(range(3, 90))
+
+
+def test_disk_that_cannot_be_read_is_said_with_the_place(tmp_path, monkeypatch):
+    def fail(file, size, at):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    found = tokens(tmp_path, range(100))
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match=r"train_000000\.bin: cannot be read at byte 20: Input/output error"):
+        found[10:20]
+
+
+def open_files() -> set[int]:
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # what listed them is closed by now
+            os.fstat(int(name))
+            found.add(int(name))
+    return found
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_are_closed_with_their_tokens_and_not_inherited(tmp_path):
+    before = open_files()
+    found = tokens(tmp_path, range(10), range(5), range(3))
+    files = open_files() - before
+    assert len(files) == 3
+    assert not any(map(os.get_inheritable, files))
+    part = found[:]
+    del found
+    assert open_files() == before
+    assert part.tolist() == [*range(10), *range(5), *range(3)]
+    with suppress(UserError):
+        Tokens([(tmp_path / "train_000000.bin", 10), (tmp_path / "train_000001.bin", 6)])
+    assert open_files() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# manifests
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 1, "sou', b"\xff\xfe", b"[1]", b"{}", b'{"format": 1}'])
@@ -353,6 +457,28 @@ def test_manifest_of_another_format(tmp_path):
         read_meta(tmp_path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# ids that are none
+
+
+@pytest.mark.parametrize("id", [257, 65_535])
+@pytest.mark.parametrize(("file", "at"), [(0, 0), (0, 5), (0, 9), (1, 0), (1, 6)])
+def test_id_outside_the_vocabulary_is_not_read(tmp_path, file, at, id):
+    parts = [np.full(10, 256), np.full(7, 256)]
+    files = [shard(tmp_path / f"{n}.bin", part) for n, part in enumerate(parts)]
+    assert Tokens(files, 257)[:].tolist() == [256] * 17
+    parts[file][at] = id
+    shard(files[file][0], parts[file])
+    found, place = Tokens(files, 257), 10 * file + at
+    assert found[:place].tolist() + found[place + 1 :].tolist() == [256] * 16
+    for span in (slice(None), slice(place, place + 1), slice(max(0, place - 3), place + 3)):
+        with pytest.raises(UserError) as caught:
+            found[span]
+        said = f"{files[file][0]}: id {id} at byte {2 * at} is not in the vocabulary of 257 ids"
+        assert str(caught.value).startswith(said)
+    assert Tokens(files)[:][place] == id, "nobody knows the vocabulary"
+
+
 @pytest.mark.parametrize(("file", "at"), [(0, 0), (0, 3), (1, (1 << 22) + 2)])
 def test_check_ids_names_file_and_byte(tmp_path, file, at):
     """The last place lies in the second piece of the second file."""
@@ -364,6 +490,10 @@ def test_check_ids_names_file_and_byte(tmp_path, file, at):
         tokens(tmp_path, *parts).check_ids(257)
     id = int(parts[file][at])
     assert f"train_{file:06d}.bin: id {id} at byte {2 * at:,} is not in the vocabulary of 257" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pickles
 
 
 class Trap:
@@ -389,6 +519,28 @@ def test_pickle_is_refused_and_not_run(tmp_path, content, protocol):
     if content == "trap":
         pickle.loads(pickled)  # the trap does work
         assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickle_of_a_shards_name_and_size_is_refused_and_not_run(tmp_path, protocol):
+    folder, canary = finished(tmp_path / "d", [range(9)]), tmp_path / "canary"
+    pickled = pickle.dumps(Trap(canary), protocol)
+    if len(pickled) % 2:
+        canary = tmp_path / "canary_"
+        pickled = pickle.dumps(Trap(canary), protocol)
+    path = folder / "train_000000.bin"
+    path.write_bytes(pickled)
+    with pytest.raises(UserError, match=f"{path} is a Python pickle"):
+        Tokens([(path, len(pickled) // 2)])
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickle_in_the_place_of_a_manifest_is_refused_and_not_run(tmp_path, protocol):
+    (tmp_path / "meta.json").write_bytes(pickle.dumps(Trap(tmp_path / "canary"), protocol))
+    with pytest.raises(UserError, match=rf"{tmp_path}/meta\.json is damaged"):
+        read_meta(tmp_path)
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("second", [[], [0x0195], [0x4E4E] * 4])
