@@ -108,7 +108,7 @@ def _matrix_elements(config: ModelConfig) -> int:
 
 
 def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", gpus: int = 1) -> dict[str, int]:
-    """Bytes by piece: on each of `gpus` devices, and (`save buffers`) in the host's memory while it saves.
+    """Bytes by piece: on each of `gpus` devices, and (`save buffers`) in the host's memory.
 
     `peak` is the most of the pieces before it that is there at one moment: when the gradient of the loss arrives at
     the logits, or, where no earlier pass has left gradients, at the end of the backward pass. vocab_size has to be
@@ -139,9 +139,7 @@ def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", g
     apart = not several and (gpus == 1 or sharded)
     moving = max(pieces["gradients"], passing) if apart else pieces["gradients"] + passing
     pieces["peak"] = pieces["weights"] + pieces["optimizer"] + moving
-    # safetensors brings all weights of a GPU into the host's memory before it writes, and copies nothing that is
-    # there; of a sharded run, rank 0 puts weights and optimizer together
-    pieces["save buffers"] = weights + moments if sharded else weights if device_type != "cpu" else 0
+    pieces["save buffers"] = weights + moments  # saver.py's, of rank 0
     return pieces
 
 

@@ -11,12 +11,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -43,8 +47,15 @@ class Damaged(Exception):  # noqa: N818 - it names what the checkpoint is
 # saving
 
 
-def save(run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: dict, keep: int) -> Path:
-    """Write one checkpoint and move `last` to it; of the others keep the newest K - 1, and `best`.
+def save(
+    run_dir: Path,
+    state: dict,
+    weights: dict[str, Tensor],
+    train_state: dict,
+    keep: int,
+    keep_every: int | None = None,
+) -> Path:
+    """Write one checkpoint and move `last` to it; of the others keep the newest K - 1, `best`, and every N-th.
 
     Args:
         run_dir: the run's folder.
@@ -52,6 +63,7 @@ def save(run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: di
         weights: of the raw module, never of a compiled or wrapped one.
         train_state: tensors and plain types, for resuming.
         keep: how many of the newest checkpoints stay.
+        keep_every: those whose iteration is a multiple of it stay too.
 
     Returns:
         the checkpoint's folder.
@@ -64,30 +76,56 @@ def save(run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: di
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        writing = WEIGHTS
         save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
+        writing = TRAIN_STATE
         torch.save(train_state, partial / TRAIN_STATE)
         files = {name: _fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
+        writing = STATE
         write_whole(partial / STATE, json.dumps({"format": FORMAT, **state, "files": files}, indent=1).encode())
-        for name in (*files, "."):
-            _flush(partial / name)
-        if folder.exists() and read_state(folder) is None:
-            shutil.rmtree(folder)  # without a valid state.json it never was a checkpoint
+        for writing in (*files, "."):
+            _flush(partial / writing)
+        if folder.exists():  # damaged, else the run would have gone on from there
+            move_aside(folder, "in the way of a new one")
         os.rename(partial, folder)
         _flush(folder.parent)
         point(run_dir, "last", state["iter"])
     except (OSError, RuntimeError, SafetensorError) as why:
+        reason = why.strerror if isinstance(why, OSError) and why.strerror else (str(why).splitlines() or [""])[0]
+        if "inline_container" in reason:  # torch's "unexpected pos 64 vs 0"
+            reason = "only a part of it was taken: a full disk, a quota or a limit of file sizes"
+        partly = sum(path.stat().st_size for path in partial.glob("*"))
         shutil.rmtree(partial, ignore_errors=True)
+        needed = sum(t.nbytes for t in _tensors([weights, train_state]))
         free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
+        there = [f"iter {read_state(p)['iter']}" for p in checkpoints(run_dir)]
         raise UserError(
-            f"checkpoint {folder} could not be written ({why}); {free / 1e6:,.0f} MB are free there. "
-            "Make room and start again with --resume; earlier checkpoints are untouched"
+            f"checkpoint {folder} could not be written: {writing}: {reason}. {needed / 1e6:,.1f} MB are needed, "
+            f"{partly / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free now. "
+            f"{'Still there: ' + ', '.join(there) if there else 'No earlier one is there'}. Make room, then --resume"
         ) from None
     linked = {(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
     for old in checkpoints(run_dir)[keep:]:
-        if old.resolve() not in linked:
-            (old / STATE).unlink()  # first: half a folder must not look like a checkpoint
-            shutil.rmtree(old)
+        if old.resolve() not in linked and not (keep_every and read_state(old)["iter"] % keep_every == 0):
+            os.rename(old, partial)  # first: half a folder must not look like a checkpoint
+            shutil.rmtree(partial)
     return folder
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def move_aside(folder: Path, why: str) -> None:
+    """Move a checkpoint to ckpt/lost-<time>/ beside it: nothing is deleted."""
+    lost = folder.parent / f"lost-{time.strftime('%Y%m%d-%H%M%S')}"
+    lost.mkdir(exist_ok=True)
+    os.rename(folder, lost / folder.name)
+    print(f"{folder}, {why}, is now in {lost}")
 
 
 def mark_finished(folder: Path) -> None:
@@ -130,8 +168,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def provenance(device: str) -> dict:
-    """What made this: command line, code and machine (`device`: its name), for state.json."""
+def provenance() -> dict:
+    """What made this: command line, code and Python, for state.json. Secrets of the environment are left out."""
 
     def git(*words: str) -> str | None:
         here = Path(__file__).resolve().parent
@@ -141,14 +179,15 @@ def provenance(device: str) -> dict:
         except (OSError, subprocess.SubprocessError):
             return None
 
-    status = git("status", "--porcelain")
+    status, command = git("status", "--porcelain"), "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    for name, value in os.environ.items():
+        if re.search("KEY|TOKEN|SECRET|PASSW", name, re.IGNORECASE) and len(value) >= 8:
+            command = command.replace(value, f"${name}")
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command.split("\0"),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device,
     }
 
 
@@ -298,5 +337,17 @@ def load_train_state(folder: Path, mmap: bool = False) -> dict:
 
     Args:
         mmap: read only what is used of it.
+
+    Raises:
+        UserError: it holds something else, or is no such file.
     """
-    return torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)
+    try:
+        state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)
+        if isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state):
+            return state
+        why = "it is no train state"
+    except pickle.UnpicklingError:  # its own text explains how to run what is in there
+        why = "it holds more than tensors and plain types, and reading that could run anybody's code"
+    except (RuntimeError, EOFError) as error:
+        why = str(error).split("\n")[0]
+    raise UserError(f"{folder / TRAIN_STATE} is not loaded: {why}")

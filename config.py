@@ -96,6 +96,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     seed: int = opt(1337, "of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
     dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
+    verify_data: bool = opt(False, "hash all shards before the first update")
     batch_size: int = opt(8, "sequences that go through a device at once", low=1, high=1_000_000)
     grad_accum_steps: int = opt(1, "such passes, on all devices together, that make one update", low=1)
     stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
@@ -103,6 +104,9 @@ class TrainConfig(ModelConfig, MachineConfig):
     epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0, high=1e6)
     patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
     max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
+    on_nonfinite: str = opt(
+        "stop", "a loss or gradient that is not finite: end the run, or leave that update out", choices=("stop", "skip")
+    )
     init_from: str | None = opt(
         None, "begin with these weights: a run, a checkpoint, or a Hugging Face folder of GPT-2's kind", none="random"
     )
@@ -133,7 +137,9 @@ class TrainConfig(ModelConfig, MachineConfig):
         section="Speed",
     )
     compile: bool | None = opt(None, "torch.compile the training forward", none="auto")
+    deterministic: bool = opt(False, "CUDA: kernels that give the same bits twice, slower; a CPU's do anyway")
     fsdp: bool = opt(False, "under torchrun: weights, gradients and optimizer in parts, one on each device")
+    rank_timeout: float = opt(300, "seconds that ranks wait for each other; in the first update twice as long", above=0)
     eval_interval: int = opt(
         200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
     )
@@ -150,7 +156,12 @@ class TrainConfig(ModelConfig, MachineConfig):
         none="eval_interval",
         alias=("save_chkpt_epoch",),
     )
+    save_minutes: float | None = opt(None, "minutes between checkpoints, besides the others", above=0, none="no limit")
     keep_checkpoints: int = opt(2, "newest checkpoints to keep (best is kept besides)", low=1)
+    keep_every: int | None = opt(None, "keep those of every N-th update for good", low=1, none="newest and best only")
+    on_save_error: str = opt(
+        "stop", "a checkpoint that cannot be written: end the run, or go on without it", choices=("stop", "warn")
+    )
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,

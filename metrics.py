@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -87,18 +85,3 @@ def score(
         model.train(was_training)
     sums = total(torch.tensor([loss_sum, tokens, correct, text_bytes], dtype=torch.float64))  # counts: exact to 2^53
     return Scores(float(sums[0]), *(int(count) for count in sums[1:]))
-
-
-def require_finite(model: nn.Module, name: str, loss: float, i: int) -> None:
-    """Raise UserError where a loss or a weight is nan or infinite, before that is saved; `name` is the loss's.
-
-    The weights are looked at too, because the loss of an update is of the weights before it.
-    """
-    parts = [p.detach() for p in model.parameters()]
-    weights = torch.stack([(p.to_local() if hasattr(p, "to_local") else p).sum() for p in parts])  # fully_shard's
-    if not math.isfinite(loss) or not weights.isfinite().all():
-        what = f"the {name} is {loss}" if not math.isfinite(loss) else "a weight is not finite"
-        raise UserError(
-            f"{what} at iter {i}: the run has diverged, earlier checkpoints stay. "
-            "Start again with a smaller --lr, more --warmup_iters or --dtype float32"
-        )

@@ -43,9 +43,12 @@ class MuonAndAdamW:
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
         self.muon, self.adamw = muon, adamw
         self.param_groups = [*muon.param_groups, *adamw.param_groups]
+        self.found_inf: Tensor | None = None
 
     def step(self) -> None:
-        """Apply the gradients that are there."""
+        """Apply the gradients that are there, unless `found_inf` is set to 1, as AdamW does by itself on the device."""
+        if self.found_inf is not None and self.found_inf.item():  # Muon has no such thing: the host has to wait
+            return
         self.muon.step()
         self.adamw.step()
 

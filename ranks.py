@@ -10,8 +10,8 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,12 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from config import SaidElsewhere, TrainConfig, UserError
-
-TIMEOUT = timedelta(minutes=10)  # of a collective; the first ones wait for ranks that still compile
 
 
 @dataclass(frozen=True)
@@ -65,21 +62,28 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers: how they agree to stop."""
-        if self.world > 1:
-            box = torch.tensor(number)
-            dist.all_reduce(box, dist.ReduceOp.MAX)
-            number = int(box)
-        return number
+    def largest(self, *numbers: int) -> list[int]:
+        """Of each of these numbers the largest that a rank has: how they agree to stop."""
+        if self.world == 1:
+            return list(numbers)
+        box = torch.tensor(numbers)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return box.tolist()
 
     def all(self, yes: bool) -> bool:
         """Whether it is so on every rank."""
-        return not self.largest(int(not yes))
+        return not self.largest(not yes)[0]
 
     def wait(self) -> None:
         """Until all ranks have come here."""
         self.largest(0)
+
+    def everyones(self, value: Any) -> list:
+        """The values that all ranks have here, by rank; plain types."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def from_first(self, work: Callable[[], Any]) -> Any:
         """What rank 0 gets from work(), on every rank; the others wait. A UserError or OSError there is everyone's."""
@@ -100,10 +104,7 @@ class Ranks:
 
     def require_alike(self, facts: dict[str, Any]) -> None:
         """Raise UserError, with the key, where ranks (on other machines, say) have another value than rank 0."""
-        if self.world == 1:
-            return
-        everyones: list[dict] = [{}] * self.world
-        dist.all_gather_object(everyones, facts)
+        everyones = self.everyones(facts)
         for rank, theirs in enumerate(everyones):
             if differing := [key for key, value in everyones[0].items() if theirs[key] != value]:
                 raise UserError(
@@ -136,6 +137,16 @@ def _require_equal_shares(config: TrainConfig, world: int) -> None:
         )
 
 
+def shorten_timeout(config: TrainConfig) -> None:
+    """After the first update: from now on ranks wait for each other only as long as rank_timeout says.
+
+    NCCL keeps the longer limit, so that what is heard first is Gloo's, which can say who is missing.
+    """
+    if dist.is_initialized():
+        gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
+        gloo._set_default_timeout(timedelta(seconds=config.rank_timeout))
+
+
 @contextlib.contextmanager
 def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined; a mistake on any of them is said once and ends all.
@@ -166,7 +177,9 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         device_type = find_device(config.device, ranks.local_rank).type
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
             torch.set_num_threads(max(1, _cores() // ranks.local_world))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        longer = timedelta(seconds=2 * config.rank_timeout)  # in the first update some ranks still compile
+        dist.init_process_group(backend, timeout=longer)
         atexit.register(_leave, codes := [])
         try:
             yield ranks
@@ -181,9 +194,13 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
             raise SaidElsewhere from None
         raise
     except RuntimeError as error:
-        if not _peer_is_gone(error):
+        first_line = str(error).splitlines()[0]
+        if "imed out" in first_line:
+            _name_the_silent(ranks, config.rank_timeout)
+        elif not _peer_is_gone(error):
             raise
-        print(f"rank {ranks.rank}: another rank is gone, leaving ({str(error).splitlines()[0]})", file=sys.stderr)
+        else:
+            print(f"rank {ranks.rank}: another rank is gone, leaving ({first_line})", file=sys.stderr)
         time.sleep(3)  # torchrun names as the cause whoever leaves first, and ends the others
         os._exit(1)  # at once: a process group whose peers are gone can hang while it is taken down
 
@@ -214,100 +231,28 @@ def _first_to_say(ranks: Ranks, text: str) -> bool:
         return True
 
 
+def _name_the_silent(ranks: Ranks, seconds: float) -> None:
+    """Say which rank the others have waited for in vain: every one of these comes here, that one does not."""
+    store, silent = dist.distributed_c10d._get_default_store(), [0]  # a store that does not answer is rank 0's
+
+    def ask() -> None:
+        store.set(f"waits {ranks.rank}", "")
+        time.sleep(2)  # for the others' clocks to come to the same end
+        missing = [rank for rank in range(ranks.world) if not store.check([f"waits {rank}"])]
+        silent[:] = missing if _first_to_say(ranks, "silent") else []
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(5)
+    if silent:
+        print(
+            f"error: rank {', '.join(map(str, silent))} has not answered for {seconds:g} s (--rank_timeout): it hangs, "
+            "or its machine does; the run ends, and goes on from its last checkpoint with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _peer_is_gone(error: RuntimeError) -> bool:
     words = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")  # Gloo and the store
     return any(word in str(error) for word in (*words, "ncclRemoteError", "remote process exited"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one model on many devices
-
-
-def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype, fsdp: bool) -> nn.Module:
-    """The model as the ranks train it together: DDP, or with `fsdp` in parts; the model itself for a single rank.
-
-    DDP holds a copy of everything on each device. fully_shard changes the model in place: each rank keeps a part of
-    weights, optimizer state and, once they are summed, gradients; what an attention or MLP needs is gathered when it is
-    needed, in `dtype`, tables and LayerNorms in float32. Gradients are summed in float32.
-    """
-    if ranks.world == 1:
-        return model
-    if not fsdp:
-        devices = [device.index] if device.type == "cuda" else None
-        with warnings.catch_warnings():  # 2.13 has another name for broadcast_buffers, which 2.11 does not know
-            warnings.simplefilter("ignore", FutureWarning)
-            model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-        model.register_comm_hook(None, _sum)
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (ranks.world,))
-    low = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
-    for part in model.modules():
-        if hasattr(part, "unshard"):
-            part.set_gradient_divide_factor(1.0)  # sums, as in DDP
-            part.set_force_sum_reduction_for_comms(True)  # Gloo knows no other
-    return model
-
-
-def _sum(state, bucket):  # DDP does not accept annotations that are texts
-    """Gradients of ranks added up, where DDP would take their mean.
-
-    The mean of losses that were multiplied by `world` is no way out: in float16 they overflow sooner, and the scaler
-    would skip more updates on more devices.
-    """
-    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return summed.then(lambda done: done.value()[0])
-
-
-@contextlib.contextmanager
-def gradients(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around forward and backward of a micro-batch: gradients are summed over ranks in the last one only."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-        return
-    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard's
-        model.set_requires_gradient_sync(last)
-    yield
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of it only (a DTensor, whose class takes 0.8 s to import)."""
-    return hasattr(tensor, "device_mesh")
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with the parts of all ranks put together; every rank has to call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def whole(value: Any, keep: bool) -> Any:
-    """Dicts and lists with their sharded tensors put together, on the CPU; every rank has to call it.
-
-    Args:
-        keep: False where this rank has no use for them: it gets None, and no rank holds more than one in full.
-    """
-    if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
-    if isinstance(value, list):
-        return [whole(item, keep) for item in value]
-    if isinstance(value, Tensor) and is_sharded(value):
-        full = full_tensor(value)
-        return full.cpu() if keep else None
-    return value
-
-
-def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, cut as `like` is; all of it where that is not sharded."""
-    if not is_sharded(like):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

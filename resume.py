@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import math
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import checkpoint
 from checkpoint import TRAIN_STATE, WEIGHTS
 from config import EXCLUSIVE, TrainConfig, UserError
-from dataset import Dataset
-from model import GPT
-from ranks import is_sharded, part_of
-from runtime import Machine
+from optim import MuonAndAdamW
+from parallel import is_sharded, part_of
+from run import Run
+from runtime import cpu_name, note
 from shards import write_whole
 
 # Keys that decide, with the model's, which run it is; and keys that only say how it was called.
@@ -26,16 +29,61 @@ BATCH = ("batch_size", "grad_accum_steps")  # their product does
 CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "plan", "gpus", "mfu")
 
 
-def find_start(run_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
+class Claim:
+    """A run's folder belongs to one process: a lock of the system's on <folder>/.lock, which ends with its owner."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self._file = run_dir, None
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *why) -> None:
+        if self._file:
+            self._file.close()
+
+    def take(self) -> None:
+        """Lock the folder, where it is there; anew where it is not the one that was locked.
+
+        Raises:
+            UserError: another process has it.
+        """
+        path = self.run_dir / ".lock"
+        while self.run_dir.is_dir() and not self._holds(path):
+            if self._file:
+                self._file.close()
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.seek(0)
+                owner = self._file.read() or "another process"
+                raise UserError(
+                    f"{self.run_dir} is in use by {owner}: wait for it, stop it, or take another --out_dir"
+                ) from None
+            except OSError as why:  # a file system without locks
+                note(f"warning: {path} cannot be locked ({why.strerror}): no second process may train there")
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+
+    def _holds(self, path: Path) -> bool:
+        return self._file is not None and path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
+
+
+def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
     """The verified checkpoint that training goes on from, with its state; None to start anew.
 
     Args:
+        claim: to the run's folder, which is taken.
         resume: None, `latest`, `auto` (start anew when there is none), or a run's or checkpoint's folder.
         overwrite: a run that is there is no mistake; `move_away` takes care of it.
 
     Raises:
-        UserError: there is a run and neither was asked for, or nothing to resume.
+        UserError: there is a run and neither was asked for, or nothing to resume, or somebody trains there.
     """
+    claim.take()
+    run_dir = claim.run_dir
     there = checkpoint.checkpoints(run_dir)
     if resume in ("latest", "auto"):
         found = checkpoint.first_good(there, (WEIGHTS, TRAIN_STATE), print)
@@ -69,27 +117,38 @@ def find_start(run_dir: Path, resume: str | None, overwrite: bool) -> tuple[Path
     return None
 
 
-def check_same_run(folder: Path, state: dict, config: TrainConfig, manifest_hash: str) -> list[str]:
-    """The settings that a resumed run changes, as sentences; those that would make it another run are refused.
+def check_same_run(folder: Path, state: dict, run: Run) -> list[str]:
+    """What a user should know of the resuming: the checkpoint, what is different now, what stays as it was.
 
     Raises:
-        UserError: names all of the latter: the model's shape, the batch, the seed, the data.
+        UserError: names all differences that would make it another run: model, batch, seed, data, tokenizer.
     """
-    saved, now = state["config"], dataclasses.asdict(config)
+    config, saved = run.config, state["config"]
+    now = dataclasses.asdict(config)
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
     now = {k: v for k, v in now.items() if k not in dict(EXCLUSIVE) or v is not None}  # resolved into its other unit
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
     if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # the sequences of an update
         fixed |= set(BATCH)
     differing = [changed[k] for k in sorted(fixed & set(changed))]
-    if state["data"]["manifest_sha256"] != manifest_hash:
+    then, there = state["tokenizer"], run.dataset.meta
+    if (then["name"], then["ranks_sha256"]) != (there["tokenizer"], there["ranks_sha256"]):
+        differing.append(f"tokenizer = {there['tokenizer']} (was {then['name']})")
+    if state["data"]["manifest_sha256"] != run.dataset.manifest_hash:
         differing.append(f"the data: {config.data_dir}/{config.dataset} is not the dataset it was trained on")
     if differing:
         raise UserError(
             f"{folder} cannot go on with these settings: {'; '.join(differing)}. "
             "Set them back, or start a run of its own with another --out_dir"
         )
-    return [text for key, text in changed.items() if key not in {*fixed, *CALL}]
+    allowed = [text for key, text in changed.items() if key not in {*fixed, *CALL}]
+    lines = [f"resuming from {folder}" + (f", with {'; '.join(allowed)}" if allowed else "")]
+    if "max_iters" in changed and "lr_decay_iters" not in changed:
+        lines.append(f"note: the schedule stays: lr_decay_iters = {config.lr_decay_iters}, as the run began")
+    exact = [f"{key} = {now} (was {state.get(key)})" for key, now in _exact(run).items() if state.get(key) != now]
+    if exact:
+        lines.append(f"note: equal to rounding, not to the bit: {'; '.join(exact)}")
+    return lines
 
 
 def move_away(run_dir: Path) -> None:
@@ -109,33 +168,38 @@ def set_aside(run_dir: Path, after: int) -> None:
         shutil.rmtree(partial)
     for folder in checkpoint.checkpoints(run_dir):
         if int(folder.name.removeprefix("iter_")) > after:
-            lost = run_dir / "ckpt" / f"lost-{time.strftime('%Y%m%d-%H%M%S')}"
-            lost.mkdir(exist_ok=True)
-            os.rename(folder, lost / folder.name)
-            print(f"{folder}, later than what is resumed, is now in {lost}")
+            checkpoint.move_aside(folder, "later than what is resumed")
 
 
-def facts(config: TrainConfig, place: Machine, dataset: Dataset) -> dict:
+def facts(run: Run) -> dict:
     """What every state.json of a run says alike."""
-    meta = dataset.meta
+    config, meta = run.config, run.dataset.meta
     return {
         "config": dataclasses.asdict(config),
-        "chosen": {"dtype": config.dtype, "compile": config.compile, "why": place.why},
+        "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.machine.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
         "data": {
-            "folder": str(dataset.folder),
-            "manifest_sha256": dataset.manifest_hash,
+            "folder": str(run.dataset.folder),
+            "manifest_sha256": run.dataset.manifest_hash,
             "end_of_text": meta["end_of_text"],
             "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
         },
-        **checkpoint.provenance(place.name),
+        **checkpoint.provenance(),
+        **_exact(run),
     }
 
 
-def open_folder(config: TrainConfig, recipe: str, iteration: int, best_iter: int | None) -> bool:
+def _exact(run: Run) -> dict:
+    """Where these are the same, a resumed run is equal to the bit."""
+    machine = {"device": run.machine.name, "cpu": cpu_name(), "threads": torch.get_num_threads()}
+    return machine | {"ranks": run.ranks.world, "torch": torch.__version__}
+
+
+def open_folder(claim: Claim, config: TrainConfig, recipe: str, iteration: int, best_iter: int | None) -> bool:
     """Make a run's folder ready to go on at an iteration: older runs and later checkpoints move aside.
 
     Args:
+        claim: to the folder, which is taken.
         config: resolved.
         recipe: the same as TOML, which is written there.
         best_iter: of the best checkpoint so far.
@@ -143,25 +207,32 @@ def open_folder(config: TrainConfig, recipe: str, iteration: int, best_iter: int
     Returns:
         whether `best` leads to that checkpoint; it may have moved aside.
     """
-    folder = Path(config.out_dir)
+    folder = claim.run_dir
     if config.overwrite:
         move_away(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    claim.take()
     set_aside(folder, after=iteration)
     write_whole(folder / "config.toml", recipe.encode())
     return best_iter is None or checkpoint.point(folder, "best", best_iter)
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
-    """Load weights, optimizer and scaler of a verified checkpoint; returns the rest of its train state.
+def restore(folder: Path, run: Run) -> dict:
+    """Load weights, optimizer, scaler and health of a verified checkpoint; returns the rest of its train state.
 
     Model and optimizer may be in parts (fully_shard): every rank reads the folder and keeps its own.
+
+    Raises:
+        UserError: a tensor is missing or of another shape than the model's; nothing has been loaded then.
     """
-    checkpoint.load_weights(model, folder, cut=part_of)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer, params = run.optimizer, [p for group in run.optimizer.param_groups for p in group["params"]]
     sharded = is_sharded(params[0])
     train_state = checkpoint.load_train_state(folder, mmap=sharded)
     saved = train_state["optimizer"]
+    if unlike := _unlike(saved, optimizer, {p: name for name, p in run.model.named_parameters()}):
+        more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+        raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
+    checkpoint.load_weights(run.model, folder, cut=part_of)
     if sharded:  # and so AdamW's
         for index, entries in saved["state"].items():
             entries.update({k: part_of(v, params[index]) for k, v in entries.items() if v.dim()})  # all but the steps
@@ -170,5 +241,30 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, scaler: 
     for group, now in zip(optimizer.param_groups, settings, strict=True):
         group.update(now)  # load_state_dict brings back the old ones, whatever this call asks for
     if train_state["scaler"]:  # empty where the run has not been float16 so far
-        scaler.load_state_dict(train_state["scaler"])
+        run.scaler.load_state_dict(train_state["scaler"])
+    if "health" in train_state:
+        run.health.load_state_dict(train_state["health"])
     return train_state
+
+
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+
+
+def _unlike(saved: dict, optimizer: torch.optim.Optimizer | MuonAndAdamW, names: dict[Tensor, str]) -> list[str]:
+    """What of a saved optimizer is not this one's: torch itself takes other shapes, and goes without some."""
+    if isinstance(optimizer, MuonAndAdamW):
+        pairs = (saved.get("muon"), optimizer.muon), (saved.get("adamw"), optimizer.adamw)
+        return [text for part, its in pairs for text in _unlike(part or {}, its, names)]
+    groups, theirs = optimizer.param_groups, saved.get("param_groups", [])
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in groups]:
+        return ["its groups of parameters"]
+    found = []
+    indices, params = ([p for group in side for p in group["params"]] for side in (theirs, groups))
+    for index, param in zip(indices, params, strict=True):
+        entries = saved["state"].get(index, {})
+        for moment in MOMENTS[type(optimizer)] if saved["state"] else ():  # none before the first update
+            tensor = entries.get(moment)
+            there = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else "missing"
+            if there != (expected := f"{tuple(param.shape)} {param.dtype}"):
+                found.append(f"{moment} of {names[param]} is {there}, not {expected}")
+    return found

@@ -17,13 +17,15 @@ import checkpoint
 import tokenizer
 from config import PrepareConfig, TrainConfig, UserError, run_dir
 from dataset import Dataset, TrainingBatches, Windows, open_dataset
+from health import Health
 from model import GPT
 from optim import make_optimizer
+from parallel import spread
 from preparation import prepare
 from pretrained import pretrained_tokenizer
-from ranks import ALONE, Ranks, spread
+from ranks import ALONE, Ranks
 from runlog import peak_flops
-from runtime import Machine, compile_forward, machine, note
+from runtime import Machine, compile_forward, machine, make_deterministic, note
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Run:
     forward: Callable[..., Tensor]  # that, compiled where it pays: inputs, targets -> loss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    health: Health
 
 
 def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
@@ -52,6 +55,8 @@ def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
             prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
         ranks.wait()
     dataset = open_dataset(folder)
+    if ranks.local_rank == 0:
+        dataset.check(full=config.verify_data)
     ranks.require_alike({f"dataset {folder}": dataset.manifest_hash})
     return dataset
 
@@ -119,6 +124,8 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     ranks.require_alike({"dtype": config.dtype, "compile": config.compile})  # auto may choose for each its own
     if config.warmup_iters >= max_iters:
         print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
+    if config.deterministic:
+        make_deterministic(place.device)
     if place.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in training; eval.py leaves it off
     torch.manual_seed(config.seed)
@@ -128,7 +135,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     ranks.require_alike({"initial weights": [float(p.detach().double().sum()) for p in model.parameters()]})
     if not config.fsdp or ranks.world == 1:  # else it goes there part by part
         model.to(place.device)
-    together = spread(model, ranks, place.device, place.dtype, config.fsdp)
+    together, scaler = spread(model, ranks, place.device, place.dtype, config.fsdp), place.scaler()
     return Run(
         config=config,
         machine=place,
@@ -140,7 +147,8 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
         spread=together,
         forward=compile_forward(together, ranks.all) if place.compile else together,
         optimizer=make_optimizer(model, config),
-        scaler=place.scaler(),
+        scaler=scaler,
+        health=Health(config, place.device, scaler.is_enabled()),
     )
 
 

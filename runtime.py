@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import os
+import platform
 import resource
 import signal
 import socket
@@ -99,6 +100,7 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
         raise UserError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this verb uses one device; start it without torchrun"
         )
+    _require_safe_torch()
     # Huge pages for large CPU tensors (Linux): with 50,257 ids over half of an update was page faults on the logits
     # (docs/speed.md). torch reads this once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -119,6 +121,32 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     if local_rank:
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank or 0)
+
+
+def _require_safe_torch() -> None:
+    release = torch.__version__.split("+")[0]
+    if tuple(map(int, release.split(".")[:2])) < (2, 10):
+        raise UserError(
+            f"torch {release} can be made to run code by a file that it only reads (weights_only=True: CVE-2025-32434 "
+            "before 2.6, CVE-2026-24747 before 2.10): pip install -r requirements.txt"
+        )
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Have CUDA give the same bits twice, for this process; a CPU does so anyway, with the same number of threads."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses matrix products
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, for memory that nobody reads
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system calls it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine(
@@ -226,9 +254,9 @@ def reseed(*key: int) -> None:
 
 
 class Stop:
-    """Notes SIGINT, SIGTERM and the end of a run's time, so that the loop can end after an update.
+    """Notes SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and the end of a run's time, for the loop to look at.
 
-    A SIGINT after that interrupts at once.
+    A second SIGINT ends the process at once, whatever it is doing.
 
     Args:
         max_minutes: from here on, None: no end.
@@ -244,27 +272,33 @@ class Stop:
     def __init__(self, max_minutes: float | None = None, among_ranks: bool = False):
         self.signal: int | None = None
         self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        self._writer = None
-        if among_ranks:
-            self._reader, self._writer = socket.socketpair()
-            self._writer.setblocking(False)
-            self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, daemon=True).start()
+        self._among_ranks = among_ranks
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def _note(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self.signal = number
 
     def _watch(self) -> None:
-        """The system writes each signal's number to the socket when it comes, whatever the main thread does."""
+        """The system writes each signal's number to the socket when it comes, also while the main thread waits in C."""
+        interrupts = 0
         with self._reader:
             while number := self._reader.recv(1):
-                if number[0] == signal.SIGTERM:
-                    time.sleep(self.GRACE)
-                    if self.signal is None:
-                        os._exit(128 + signal.SIGTERM)
+                interrupts += number[0] == signal.SIGINT
+                if interrupts == 2:
+                    os.write(2, b"interrupted twice: leaving at once; earlier checkpoints stay\n")
+                    os._exit(128 + signal.SIGINT)
+                if number[0] == signal.SIGTERM and self._among_ranks:
+                    grace = threading.Timer(self.GRACE, self._leave_unless_noted)
+                    grace.daemon = True
+                    grace.start()
+
+    def _leave_unless_noted(self) -> None:
+        if self.signal is None:
+            os._exit(128 + signal.SIGTERM)
 
     def asked(self) -> int:
         """What asks the loop to end: a signal's number, TIME_IS_UP, or 0 for nothing."""
@@ -274,6 +308,5 @@ class Stop:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._writer:
-            signal.set_wakeup_fd(self._wakeup)
-            self._writer.close()  # ends the thread
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()  # ends the thread

@@ -20,6 +20,7 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +32,23 @@ import checkpoint
 import resume
 from config import SaidElsewhere, UserError
 from dataset import eval_batches
-from metrics import require_finite, score
+from health import out_of_memory, require_finite
+from metrics import score
 from optim import learning_rate
-from ranks import Ranks, full_tensor, gradients, join, whole
+from parallel import full_tensor, gradients, own_gradients
+from ranks import Ranks, join, shorten_timeout
 from run import Run, describe, print_plan, setup
 from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
 from runtime import Stop, find_device, reseed, uncompiled
 from sampling import generate, stream_text
+from saver import Saver
 
 
 def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
-    """One optimizer update, number i (from 0), on the device: no waiting here.
+    """One optimizer update, number i (from 0), on the device: no waiting here. It is left out if it is not finite.
 
     Returns:
-        this rank's share of the loss, to be summed over ranks; the gradient's norm.
+        the loss and the gradient's norm, of all ranks together.
     """
     config, mine = run.config, run.ranks.micro_batches(run.config.grad_accum_steps)
     for group in run.optimizer.param_groups:
@@ -60,20 +64,35 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+    own, loss = loss + own_gradients(run.spread), run.ranks.sum(loss)
+    run.optimizer.found_inf = run.health.note(i, loss, norm, own)  # AdamW's kernels then leave all as it is
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
-def evaluate(run: Run) -> float:
-    """Validation loss, nats per token, over the first eval_batches batches of the split (0: all of it)."""
-    config, ranks = run.config, run.ranks
+def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
+    """Validation loss, nats per token, over the first eval_batches batches of the split (0: all of it).
+
+    Args:
+        asked: whether this rank is asked to stop: then there is no loss.
+    """
+    config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
     batches = eval_batches(tokens, config.context_length, config.batch_size, config.eval_batches, share)
     no_bytes = np.zeros(config.vocab_size, dtype=np.int64)  # bits per byte are eval.py's
+
+    def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal stopped
+        for batch in batches:
+            if stopped := bool(ranks.largest(asked())[0]):
+                return
+            yield batch
+
     with run.machine.autocast():
-        return score(run.model, batches, run.machine.to_device, no_bytes, ranks.sum).loss
+        scores = score(run.model, until_asked(), run.machine.to_device, no_bytes, ranks.sum)
+    return None if stopped else scores.loss
 
 
 def sample(run: Run, seed: int) -> str:
@@ -99,19 +118,19 @@ def sample(run: Run, seed: int) -> str:
 # saving and running
 
 
-def save(run: Run, row: dict, progress: dict, facts: dict) -> None:
-    """Write the checkpoint of iteration row["iter"]; the row goes with it, to be logged again after a resume."""
-    config, first = run.config, run.ranks.first
-    weights, optimizer = (whole(part.state_dict(), keep=first) for part in (run.model, run.optimizer))
+def parts(run: Run, row: dict, progress: dict) -> dict:
+    """What a checkpoint is made of; the row is logged again after a resume."""
+    train_state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    train_state |= {"health": run.health.state_dict(), "row": row, **progress}
+    return {"weights": run.model.state_dict(), "train_state": train_state}
+
+
+def save(run: Run, saver: Saver, row: dict, progress: dict, facts: dict) -> None:
+    """Begin to write the checkpoint of iteration row["iter"]."""
+    require_finite(run.model, row["iter"])
     state = {key: row[key] for key in ("iter", "tokens", "epoch")} | progress | facts
-    state["finished"] = row["iter"] >= config.max_iters
-    train_state = {"optimizer": optimizer, "scaler": run.scaler.state_dict(), "row": row, **progress}
-    run.ranks.from_first(
-        lambda: checkpoint.save(Path(config.out_dir), state, weights, train_state, config.keep_checkpoints)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+    state["finished"] = False  # until its end has been evaluated too
+    saver.save(state, parts(run, row, progress))
 
 
 def train(config: TrainConfig) -> None:
@@ -121,14 +140,14 @@ def train(config: TrainConfig) -> None:
             raise SaidElsewhere  # the first says that it takes no torchrun
         print_plan(config)
         return
-    with join(config, find_device) as ranks:
-        train_on(ranks, config)
+    with join(config, find_device) as ranks, resume.Claim(run_dir(config)) as claim:
+        train_on(ranks, claim, config)
 
 
-def train_on(ranks: Ranks, config: TrainConfig) -> None:
+def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
     """What each rank does."""
-    start = ranks.from_first(lambda: resume.find_start(run_dir(config), config.resume, config.overwrite))
-    if start and config.lr_decay_iters is None and config.epochs is None:
+    start = ranks.from_first(lambda: resume.find_start(claim, config.resume, config.overwrite))
+    if start and config.lr_decay_iters is None:
         # the schedule that the run was started with stays, also when max_iters is raised
         config = dataclasses.replace(config, lr_decay_iters=start[1]["config"]["lr_decay_iters"])
     run = setup(config, ranks, chosen=start[1]["chosen"] if start else None)
@@ -138,12 +157,12 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
     progress = {"val_loss": None, "best_loss": None, "best_iter": None, "since_best": 0}
     folder, saved, evaluated, wandb_id = Path(config.out_dir), None, None, None
     if start:
-        changed = resume.check_same_run(*start, config, run.dataset.manifest_hash)
-        print(f"resuming from {start[0]}" + (f", with {'; '.join(changed)}" if changed else ""))
+        for line in resume.check_same_run(*start, run):
+            print(line)
         if not ranks.all(start[0].is_dir()):
             raise UserError(f"{start[0]} is not there on every machine: out_dir has to be a folder that they share")
         ranks.require_alike({f"checkpoint {start[0]}": checkpoint.read_state(start[0])})  # its files' hashes too
-        train_state = resume.restore(start[0], run.model, run.optimizer, run.scaler)
+        train_state = resume.restore(start[0], run)
         row = train_state["row"]
         if start[0].resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
             progress |= {key: train_state[key] for key in progress if key in train_state}
@@ -151,32 +170,37 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
             if saved % before["eval_interval"] == 0 or saved >= before["max_iters"]:
                 evaluated = saved  # after it was saved: done again, for the log and for `best`
     at = row["iter"], progress["best_iter"]
-    if not ranks.from_first(lambda: resume.open_folder(config, recipe_text(config), *at)):
+    if not ranks.from_first(lambda: resume.open_folder(claim, config, recipe_text(config), *at)):
         progress["best_loss"] = progress["best_iter"] = None
     wandb_run = None
     if ranks.first:
         wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), wandb_id)
     log = RunLog(folder if ranks.first else None, row["iter"], config.max_iters, wandb_run)
     ranks.wait()  # wandb's servers may take their time
-    facts = resume.facts(config, run.machine, run.dataset) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
+    facts = resume.facts(run) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
     i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes, ranks.world > 1)
-    asked, over = 0, False  # a stop, from outside; the end of patience
+    saver = Saver(config, ranks.first, full_tensor)
+    asked, save_now, over = 0, 0, False  # a stop, from outside; save_minutes; the end of patience
+    intervals = config.log_interval, config.eval_interval, config.save_interval, config.max_iters
     try:
         while True:
             done = i >= config.max_iters
             evaluating = i % config.eval_interval == 0 or done or i == evaluated
-            if i > 0 and saved != i and (evaluating or asked or i % config.save_interval == 0):
-                save(run, row, progress, facts)  # before evaluation and samples get a chance to fail
+            if i > 0 and saved != i and (evaluating or asked or save_now or i % config.save_interval == 0):
+                save(run, saver, row, progress, facts)  # before evaluation and samples get a chance to fail
                 saved = i
-            if evaluating and (done or not asked):  # whoever stops it is in a hurry: resuming evaluates
-                row["val_loss"] = progress["val_loss"] = evaluate(run)
-                require_finite(run.model, "validation loss", row["val_loss"], i)
+            # whoever stops it is in a hurry: what is left out, a resumed run does
+            if evaluating and not asked and (loss := evaluate(run, stop.asked)) is None:
+                asked = ranks.largest(stop.asked())[0]
+            elif evaluating and not asked:
+                require_finite(run.model, i, loss)
+                row["val_loss"] = progress["val_loss"] = loss
                 progress["since_best"] += 1
-                if saved == i and (progress["best_loss"] is None or row["val_loss"] < progress["best_loss"]):
-                    progress |= {"best_loss": row["val_loss"], "best_iter": i, "since_best": 0}
-                    ranks.from_first(lambda: checkpoint.point(folder, "best", i))  # noqa: B023 - called at once
+                if saved == i and (progress["best_loss"] is None or loss < progress["best_loss"]):
+                    progress |= {"best_loss": loss, "best_iter": i, "since_best": 0}
+                    saver.then(checkpoint.point, folder, "best", i)
                 over = config.patience is not None and progress["since_best"] >= config.patience and saved == i
-            if row["iter"] == i:
+            if row["iter"] == i and (asked or "val_loss" in row or any(i % n == 0 for n in intervals)):
                 log.write(row)
                 if "val_loss" in row and run.encoding:
                     log.say(f"--- sample after {i} updates\n{sample(run, seed=config.seed + i)}\n---")
@@ -186,24 +210,31 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
             loss, norm = update(run, i)
             i += 1
             log.bar.update()
+            if not clock.warm:  # compiled by now, and the optimizer has its tensors
+                shorten_timeout(config)
+                saver.reserve(parts(run, row, progress))
             clock.count(loss)
-            asked = ranks.largest(stop.asked())  # once an update, so that row and checkpoint of all ranks agree
-            due = (config.log_interval, config.eval_interval, config.save_interval, config.max_iters)
-            if asked or any(i % interval == 0 for interval in due):
+            saver.check()
+            # once an update, so that row and checkpoint of all ranks agree
+            asked, save_now = ranks.largest(stop.asked(), saver.due())
+            due = any(i % n == 0 for n in intervals)
+            if due or asked or save_now:
                 row = log_row(run, i, loss, norm, clock)
-                require_finite(run.model, "training loss", row["train_loss"], i)
+                for text in run.health.look(row, run.batches, ranks) + (run.health.spike(row) if due else []):
+                    log.say(text)
+        if not asked:
+            saver.then(checkpoint.mark_finished, folder / "ckpt" / "last")
+        saver.wait()
+        if saver.failure:
+            raise UserError(f"the run ends at iter {i}, and its last checkpoint is not there: {saver.failure}")
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{run.machine.name} has not enough memory for batch_size = {config.batch_size}: halve it and double "
-            f"grad_accum_steps = {config.grad_accum_steps} (the same updates, dropout aside), or add "
-            "--activation_checkpointing"
-        ) from None
+        raise UserError(out_of_memory(config, run.machine.name, run.machine.peak_memory_gb(), ranks.world)) from None
     finally:
+        saver.close()  # what is in flight arrives
         log.close()
         stop.restore()
-    if done or over:
+    if (done or over) and not asked:
         if over and not done:
-            ranks.from_first(lambda: checkpoint.mark_finished(folder / "ckpt" / "last"))
             print(f"stopped at iter {i}: no new best in {progress['since_best']} evaluations (patience)")
         best = f"best validation loss {progress['best_loss']:.4f} at iter {progress['best_iter']}"
         print(f"done: {i:,} updates, {best}, {duration(time.perf_counter() - began)}. Next:")
@@ -212,15 +243,17 @@ def train_on(ranks: Ranks, config: TrainConfig) -> None:
         print("  python prepare_data.py text --input YOUR_FILES --name mine")
     else:
         why = f": max_minutes = {config.max_minutes} are over" if asked == Stop.TIME_IS_UP else ""
-        print(f"stopped at iter {i} of {config.max_iters}{why}, and saved; to go on:")
-        print(f"  {ranks.launcher} train.py --config {shlex.quote(str(folder / 'config.toml'))} --resume")
+        kept = ", and saved; to go on:" if saved == i else ", before there was anything to save; to start again:"
+        print(f"stopped at iter {i} of {config.max_iters}{why}{kept}")
+        command = f"{ranks.launcher} train.py --config {shlex.quote(str(folder / 'config.toml'))}"
+        print(f"  {command}{' --resume' * (saved == i)}")
         if asked != Stop.TIME_IS_UP:
             raise SystemExit(128 + asked)
 
 
 def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> dict:
     """The row of the update that was just made, the i-th. Waits for the device: the one sync of a logged update."""
-    loss, norm = run.ranks.sum(loss).item(), norm.item()
+    loss, norm = loss.item(), norm.item()
     tokens = run.batches.per_update * run.config.context_length
     step_ms = clock.ms_per_update()
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
@@ -238,9 +271,7 @@ def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> d
         "peak_mem_gb": run.machine.peak_memory_gb(),
     }
     if run.scaler.is_enabled():
-        # AdamW does not count a step that the scaler skips, so what it lacks was skipped
-        steps = next(iter(run.optimizer.state.values()), {"step": 0})["step"]
-        row |= {"loss_scale": run.scaler.get_scale(), "skipped": i - int(steps)}
+        row["loss_scale"] = run.scaler.get_scale()
     return row
 
 

@@ -19,17 +19,16 @@ from conftest import ROOT, TINY, command, make_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import rows, weights
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
 import metrics
 import runtime
 import train
-from config import ModelConfig, TrainConfig, UserError
+from config import ModelConfig, SaidElsewhere, TrainConfig, UserError
 from dataset import IGNORE, eval_batches
 from model import GPT
-from ranks import ALONE, Ranks, equal_pair, full_tensor, gradients, is_sharded, join, part_of, whole
+from ranks import ALONE, Ranks, equal_pair, join
 
 WORLD = st.integers(1, 9)
 
@@ -103,9 +102,8 @@ def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, ba
 def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    with pytest.raises(SystemExit) as ended, join(TrainConfig(grad_accum_steps=1), runtime.find_device):
+    with pytest.raises(SaidElsewhere), join(TrainConfig(grad_accum_steps=1), runtime.find_device):
         pytest.fail("it was let in")
-    assert ended.value.code == 2
     print("by a rank that is not the first")
     assert capsys.readouterr() == ("", "")
 
@@ -145,7 +143,8 @@ def test_one_process_joins_nobody(monkeypatch, world):
         assert sys.stdout is said
         value = torch.ones(2)
         assert alone.sum(value) is value
-        assert alone.largest(3) == 3
+        assert alone.largest(3, 1) == [3, 1]
+        assert alone.everyones(5) == [5]
         assert alone.all(True)
         assert not alone.all(False)
         assert alone.from_first(lambda: 5) == 5
@@ -190,69 +189,6 @@ def test_scores_are_summed_over_ranks(batch_size):
     assert (both.tokens, both.correct, both.bytes) == (alone.tokens, alone.correct, alone.bytes)
     assert both.tokens == 51
     assert both.loss == pytest.approx(alone.loss, rel=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# parts of a model
-
-
-@pytest.fixture
-def group():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_ddp_sums_gradients_in_the_last_micro_batch_only(group):
-    model = DistributedDataParallel(torch.nn.Linear(2, 2))
-    with gradients(model, last=False):
-        assert not model.require_backward_grad_sync
-    with gradients(model, last=True):
-        assert model.require_backward_grad_sync
-    assert model.require_backward_grad_sync
-
-
-def test_fully_shard_sums_gradients_in_the_last_micro_batch_only():
-    """A flag that stays on it: `last` has to set it again, or no update would ever be shared."""
-    said = []
-    model = torch.nn.Linear(2, 2)
-    model.set_requires_gradient_sync = said.append
-    for last in (False, True):
-        with gradients(model, last):
-            assert said.pop() is last
-    assert not said
-
-
-def test_plain_model_and_tensors_are_left_alone():
-    with gradients(torch.nn.Linear(2, 2), last=False):
-        pass
-    tensor = torch.ones(3)
-    assert not is_sharded(tensor)
-    assert full_tensor(tensor) is tensor
-    assert part_of(tensor, like=torch.zeros(3)) is tensor
-    state = {"state": {0: {"step": tensor}}, "param_groups": [{"params": [0], "betas": (0.9, 0.99), "fused": None}]}
-    for keep in (True, False):
-        assert whole(state, keep) == state
-        assert whole(state, keep)["state"][0]["step"] is tensor
-
-
-def test_parts_are_put_together_and_cut_again(group):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-
-    full = torch.arange(6.0).reshape(3, 2)
-    part = distribute_tensor(full, init_device_mesh("cpu", (1,)), [Shard(0)])
-    assert is_sharded(part)
-    assert torch.equal(full_tensor(part), full)
-    for value in (full_tensor(part), whole({"a": [part]}, keep=True)["a"][0]):
-        assert type(value) is torch.Tensor
-        assert torch.equal(value, full)
-    assert whole({"a": [part, 1]}, keep=False) == {"a": [None, 1]}
-    again = part_of(full + 1, like=part)
-    assert isinstance(again, DTensor)
-    assert again.placements == part.placements
-    assert torch.equal(again.to_local(), full + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

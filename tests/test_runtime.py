@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from conftest import ROOT
 
 from config import ModelConfig, UserError
 from model import GPT
-from runtime import Stop, compile_forward, machine, reseed
+from runtime import compile_forward, machine, reseed
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -158,22 +157,6 @@ def test_draws_follow_the_key_alone():
     reseed(*keys[0])
     torch.rand(4)
     assert torch.equal(torch.nn.functional.dropout(torch.ones(64), 0.5), mask)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_notes_a_signal_and_a_second_interrupt_ends_at_once(number):
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    stop = Stop()
-    try:
-        assert stop.signal is None
-        signal.raise_signal(number)
-        assert stop.signal == number
-        signal.raise_signal(signal.SIGTERM)  # a second one of a scheduler changes nothing
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        stop.restore()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

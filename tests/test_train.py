@@ -1,8 +1,10 @@
 """train.py: updates, evaluation, resuming, stopping, and the command line that users of older projects type."""
 
+import copy
 import csv
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -180,7 +182,8 @@ def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
     fresh.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the next gradients overflow
     loss, norm = train.update(fresh, 1)
     assert same(before, fresh.model.state_dict())
-    assert train.log_row(fresh, 2, loss, norm, clock)["skipped"] == 1
+    fresh.health.look(row := train.log_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
+    assert row["skipped"] == 1
 
 
 def test_epochs_count_updates(tiny_data):
@@ -194,6 +197,45 @@ def test_evaluation_does_not_touch_training(tiny_data):
     often = train_here("--eval_interval", 1, "--save_interval", 6, "--dropout", 0.2, "--out_dir", "out/often")
     seldom = train_here("--eval_interval", 6, "--dropout", 0.2, "--sample_tokens", 0, "--out_dir", "out/seldom")
     assert same(weights(often), weights(seldom))
+
+
+def test_fifty_updates_are_those_of_a_slow_plain_loop(tiny_data):
+    """Accumulation, clipping, schedule and AdamW, each written out here; only the model and autograd are shared."""
+    words = "--max_iters 50 --warmup_iters 10 --lr_decay_iters 45 --lr 5e-3 --min_lr 1e-3 --schedule cosine "
+    words += "--weight_decay 0.1 --beta1 0.9 --beta2 0.95 --eps 1e-8 --grad_clip 1.5 --grad_accum_steps 2 --dropout 0"
+    run = train.setup(cli.parse(TrainConfig, [*TINY, *words.split(), "--compile", "false"]))
+    files = sorted((tiny_data / "data/tiny").glob("train_*.bin"))
+    ids = torch.from_numpy(np.concatenate([np.fromfile(file, dtype="<u2") for file in files]).astype(np.int64))
+    model, T, clipped = copy.deepcopy(run.model), 32, 0
+    params = list(model.parameters())
+    first, second = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    for i in range(50):
+        total = 0.0
+        for micro in range(2):
+            starts = [T * int(w) for w in run.batches.indices(i, micro)]
+            x, y = (torch.stack([ids[s + later : s + later + T] for s in starts]) for later in (0, 1))
+            loss = model(x, y) / 2
+            loss.backward()
+            total += loss.item()
+        norm = sum(float((p.grad.double() ** 2).sum()) for p in params) ** 0.5
+        clipped += norm > 1.5
+        lr = 5e-3 * (i + 1) / 11 if i < 10 else 1e-3
+        if 10 <= i < 45:
+            lr = 1e-3 + 4e-3 * (1 + math.cos(math.pi * (i - 10) / 35)) / 2
+        with torch.no_grad():
+            for p, m, v in zip(params, first, second, strict=True):
+                grad = p.grad * min(1.0, 1.5 / norm)
+                m.copy_(0.9 * m + 0.1 * grad)
+                v.copy_(0.95 * v + 0.05 * grad**2)
+                if p.dim() >= 2:
+                    p -= lr * 0.1 * p
+                p -= lr * (m / (1 - 0.9 ** (i + 1))) / ((v / (1 - 0.95 ** (i + 1))).sqrt() + 1e-8)
+                p.grad = None
+        got_loss, got_norm = train.update(run, i)
+        assert float(got_loss) == pytest.approx(total, rel=1e-5), i
+        assert float(got_norm) == pytest.approx(norm, rel=1e-4), i
+    assert 5 < clipped < 45, "clipping is seen at work and at rest"
+    assert total < 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,9 +366,10 @@ def test_resume_takes_the_optimizer_settings_of_the_call(tiny_data):
     """torch's load_state_dict brings back the old ones."""
     train_here("--max_iters", 3)
     config = cli.parse(TrainConfig, [*TINY, "--weight_decay", "0.5", "--beta2", "0.9", "--resume"])
-    folder, _ = resume.find_start(Path("out/quickstart"), "latest", False)
+    with resume.Claim(Path("out/quickstart")) as claim:
+        folder, _ = resume.find_start(claim, "latest", False)
     run = train.setup(config)
-    resume.restore(folder, run.model, run.optimizer, run.scaler)
+    resume.restore(folder, run)
     assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.5, 0.0]
     assert all(g["betas"] == (0.9, 0.9) for g in run.optimizer.param_groups)
     assert all(float(s["step"]) == 3 for s in run.optimizer.state.values())
@@ -443,7 +486,8 @@ def test_muon_in_float16_counts_what_its_scaler_skips(tiny_data):
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     loss, norm = train.update(run, 0)
     assert same(before, run.model.state_dict())
-    assert train.log_row(run, 1, loss, norm, train.StepClock())["skipped"] == 1
+    run.health.look(row := train.log_row(run, 1, loss, norm, train.StepClock()), run.batches, run.ranks)
+    assert row["skipped"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

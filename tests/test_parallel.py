@@ -1,0 +1,98 @@
+"""parallel.py: one model on the devices of many ranks. With real processes: test_ranks.py."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from config import ModelConfig
+from model import GPT
+from parallel import full_tensor, gradients, is_sharded, own_gradients, part_of, spread
+from ranks import Ranks
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_sums_gradients_in_the_last_micro_batch_only(group):
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    with gradients(model, last=False):
+        assert not model.require_backward_grad_sync
+    with gradients(model, last=True):
+        assert model.require_backward_grad_sync
+    assert model.require_backward_grad_sync
+
+
+def test_fully_shard_sums_gradients_in_the_last_micro_batch_only():
+    """A flag that stays on it: `last` has to set it again, or no update would ever be shared."""
+    said = []
+    model = torch.nn.Linear(2, 2)
+    model.set_requires_gradient_sync = said.append
+    for last in (False, True):
+        with gradients(model, last):
+            assert said.pop() is last
+    assert not said
+
+
+def test_plain_model_and_tensors_are_left_alone():
+    with gradients(torch.nn.Linear(2, 2), last=False):
+        pass
+    tensor = torch.ones(3)
+    assert not is_sharded(tensor)
+    assert full_tensor(tensor) is tensor
+    assert part_of(tensor, like=torch.zeros(3)) is tensor
+
+
+def test_parts_are_put_together_and_cut_again(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    full = torch.arange(6.0).reshape(3, 2)
+    part = distribute_tensor(full, init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert is_sharded(part)
+    assert type(full_tensor(part)) is torch.Tensor
+    assert torch.equal(full_tensor(part), full)
+    again = part_of(full + 1, like=part)
+    assert isinstance(again, DTensor)
+    assert again.placements == part.placements
+    assert torch.equal(again.to_local(), full + 1)
+
+
+def test_own_gradients_tell_of_what_is_not_finite(group):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=4, vocab_size=9))
+    assert own_gradients(model) == 0.0
+    ddp = spread(model, Ranks(world=2), torch.device("cpu"), torch.float32, fsdp=False)
+    assert all(p.grad is None for p in model.parameters()), "of the pass that settles the buckets"
+    idx = torch.arange(4)[None]
+    own_gradients(ddp)
+    for weight, finite in ((1.0, True), (float("nan"), False), (1.0, True)):
+        (weight * ddp(idx, idx)).backward()
+        assert own_gradients(ddp).isfinite() == finite
+        model.zero_grad()
+
+
+def test_buckets_keep_one_order(group, monkeypatch):
+    """Else DDP sums the first gradients after a resume in another order than the same ones of an undisturbed run."""
+    seen = []
+    real = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer, **more: seen.append(buffer.clone()) or real(buffer, **more))
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=3, n_head=2, n_embd=192, context_length=8, vocab_size=300)  # several buckets
+    model = spread(GPT(config), Ranks(world=2), torch.device("cpu"), torch.float32, fsdp=False)
+    idx = torch.arange(8)[None]
+    passes = []
+    for _ in range(3):
+        seen.clear()
+        model(idx, idx).backward()
+        passes.append(list(seen))
+        model.zero_grad()
+    assert len(passes[0]) > 1
+    for later in passes[1:]:
+        assert [len(bucket) for bucket in later] == [len(bucket) for bucket in passes[0]]
+        assert all(torch.equal(a, b) for a, b in zip(passes[0], later, strict=True))
