@@ -104,9 +104,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0, high=1e6)
     patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
     max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
-    on_nonfinite: str = opt(
-        "stop", "a loss or gradient that is not finite: end the run, or leave that update out", choices=("stop", "skip")
-    )
+    on_nonfinite: str = opt("stop", "an update with nan or inf: end the run, or leave it out", choices=("stop", "skip"))
     init_from: str | None = opt(
         None, "begin with these weights: a run, a checkpoint, or a Hugging Face folder of GPT-2's kind", none="random"
     )
@@ -159,9 +157,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     save_minutes: float | None = opt(None, "minutes between checkpoints, besides the others", above=0, none="no limit")
     keep_checkpoints: int = opt(2, "newest checkpoints to keep (best is kept besides)", low=1)
     keep_every: int | None = opt(None, "keep those of every N-th update for good", low=1, none="newest and best only")
-    on_save_error: str = opt(
-        "stop", "a checkpoint that cannot be written: end the run, or go on without it", choices=("stop", "warn")
-    )
+    on_save_error: str = opt("stop", "a save that fails: end the run, or only say it", choices=("stop", "warn"))
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,
@@ -196,9 +192,9 @@ class TrainConfig(ModelConfig, MachineConfig):
 class BenchConfig(TrainConfig):
     """bench.py: speed and memory of what the other verbs run."""
 
-    what: str = opt("train", "what to time", choices=("train", "data"), positional=True)
+    what: str = opt("train", "what to time", choices=("train", "save", "data"), positional=True)
     warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
-    timed_updates: int = opt(20, "updates that are", low=2)
+    timed_updates: int = opt(20, "updates that are; of save: in each round", low=2)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
     input: tuple[str, ...] = opt(
         (), "files whose documents are repeated; without: Python's reference", section="Benchmark of data"

@@ -73,6 +73,18 @@ class MuonAndAdamW:
         return {**self.adamw.state, **self.muon.state}
 
 
+def apply_gradients(
+    optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, left_out: Tensor
+) -> None:
+    """One step, and no gradients after it. Where left_out, (), is 1.0, weights, moments and counts stay as they are."""
+    optimizer.found_inf = left_out  # AdamW's fused kernels look at it on the device
+    # but mps's do not before torch has pull request 186360: there the host waits for it
+    if left_out.device.type != "mps" or not left_out.item():
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(update: int, config: TrainConfig) -> float:
     """The learning rate of update `update` (from 0). warmup_iters and lr_decay_iters have to be resolved.
 

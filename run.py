@@ -61,6 +61,16 @@ def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
     return dataset
 
 
+def _vocab_size(config: TrainConfig, dataset: Dataset) -> int:
+    meta = dataset.meta
+    if config.vocab_size is not None and config.vocab_size < meta["vocab_size"]:
+        raise UserError(
+            f"vocab_size = {config.vocab_size:,}: {dataset.folder} is tokenised with {meta['tokenizer']}, which has "
+            f"{meta['vocab_size']:,} ids; leave vocab_size out, or take at least that"
+        )
+    return config.vocab_size or meta["vocab_size"]
+
+
 def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None) -> Run:
     """Machine, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
 
@@ -71,12 +81,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     ranks.require_alike({key: value for key, value in dataclasses.asdict(config).items() if key not in own})
     dataset = find_dataset(config, ranks)
     folder, meta = dataset.folder, dataset.meta
-    vocab_size = config.vocab_size or meta["vocab_size"]
-    if vocab_size < meta["vocab_size"]:
-        raise UserError(
-            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
-            f"{meta['vocab_size']:,} ids; leave vocab_size out, or take at least that"
-        )
+    vocab_size = _vocab_size(config, dataset)
     theirs = pretrained_tokenizer(config.init_from) if config.init_from and chosen is None else None
     if theirs not in (None, meta["tokenizer"]):
         raise UserError(
@@ -124,8 +129,9 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     ranks.require_alike({"dtype": config.dtype, "compile": config.compile})  # auto may choose for each its own
     if config.warmup_iters >= max_iters:
         print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
-    if config.deterministic:
-        make_deterministic(place.device)
+    # eager CPUs give the same bits anyway; compiled ones add up the embedding's gradient as threads come
+    if config.deterministic or (place.device.type == "cpu" and place.compile):
+        make_deterministic()
     if place.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in training; eval.py leaves it off
     torch.manual_seed(config.seed)
@@ -175,12 +181,13 @@ def describe(run: Run) -> str:
 def print_plan(config: TrainConfig) -> None:
     """How large a run is and how long it takes, without training; of the data only what is there."""
     tokens, place = None, machine(config.device, "auto")
-    try:
-        dataset = open_dataset(Path(config.data_dir) / config.dataset)
-        config = dataclasses.replace(config, vocab_size=config.vocab_size or dataset.meta["vocab_size"])
-        tokens = len(dataset.tokens("train"))
-    except UserError as why:
-        if config.vocab_size is None:
+    folder = Path(config.data_dir) / config.dataset
+    if (folder / "meta.json").exists() or any(folder.glob("*.bin")) or config.vocab_size is None:
+        try:
+            dataset = open_dataset(folder)
+        except UserError as why:
             raise UserError(f"{why}; or give --vocab_size, for the plan without it") from None
+        config = dataclasses.replace(config, vocab_size=_vocab_size(config, dataset))
+        tokens = len(dataset.tokens("train"))
     peak = peak_flops(place.name) or budget.matmul_flops(place.device, place.dtype)
     print(budget.report(config, tokens, (place.name, peak)))

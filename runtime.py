@@ -132,12 +132,11 @@ def _require_safe_torch() -> None:
         )
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Have CUDA give the same bits twice, for this process; a CPU does so anyway, with the same number of threads."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses matrix products
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, for memory that nobody reads
+def make_deterministic() -> None:
+    """Have this process compute the same bits twice, where it computes with the same number of threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses CUDA's matrix products
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, for memory that nobody reads
 
 
 def cpu_name() -> str:

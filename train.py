@@ -34,7 +34,7 @@ from config import SaidElsewhere, UserError
 from dataset import eval_batches
 from health import out_of_memory, require_finite
 from metrics import score
-from optim import learning_rate
+from optim import apply_gradients, learning_rate
 from parallel import full_tensor, gradients, own_gradients
 from ranks import Ranks, join, shorten_timeout
 from run import Run, describe, print_plan, setup
@@ -65,10 +65,7 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
     run.scaler.unscale_(run.optimizer)
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     own, loss = loss + own_gradients(run.spread), run.ranks.sum(loss)
-    run.optimizer.found_inf = run.health.note(i, loss, norm, own)  # AdamW's kernels then leave all as it is
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    apply_gradients(run.optimizer, run.scaler, left_out=run.health.note(i, loss, norm, own))
     return loss, norm
 
 

@@ -41,3 +41,17 @@ def test_figures_alone_on_standard_output(tiny_data, capsys):
 def test_what_only_a_run_has_is_refused(words):
     with pytest.raises(UserError, match=rf"^{words[0][2:]} belongs to train\.py"):
         cli.parse(BenchConfig, ["train", *words])
+
+
+def test_figures_of_a_save(tiny_data):
+    words = ["save", *TINY, "--warmup_updates", "1", "--timed_updates", "2", "--rounds", "2", "--json", "figures.json"]
+    before = set(tiny_data.iterdir())
+    bench.main(cli.parse(BenchConfig, words))
+    figures = json.loads((tiny_data / "figures.json").read_text())
+    assert figures["during_to_outside"] == pytest.approx(figures["ms_during"] / figures["ms_outside"])
+    assert figures["updates_during"] >= 2
+    assert 0 < figures["copy_ms"] < 1e3 * figures["save_s"] + figures["first_copy_ms"] + 1e3
+    # weights, and two moments for each of them, in float32
+    params = train.setup(cli.parse(BenchConfig, words)).model.num_params()
+    assert 0 < figures["checkpoint_mb"] - 12e-6 * params < 0.1
+    assert set(tiny_data.iterdir()) == before | {tiny_data / "figures.json"}, "the benchmark's checkpoints are gone"

@@ -343,6 +343,7 @@ def test_resume_keeps_the_schedule_and_what_auto_chose(tiny_data):
     state_path = Path("out/quickstart/ckpt/last/state.json")
     state = json.loads(state_path.read_text())
     state["chosen"]["dtype"] = "float16"  # as if the run had begun on a T4
+    state.pop("sha256", None)  # its own
     state_path.write_text(json.dumps(state))
     train.train(cli.parse(TrainConfig, [*words, "--max_iters", "6", "--resume"]))
     after = checkpoint.read_state(Path("out/quickstart/ckpt/last"))
@@ -616,12 +617,23 @@ def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch,
 
 
 @pytest.mark.slow
-def test_compiled_run_equals_eager_run(tiny_data):
-    eager = train_here("--out_dir", "out/eager")
-    compiled = train_here("--compile", "--out_dir", "out/compiled")
+def test_compiled_run_equals_eager_run_and_itself(tiny_data):
+    """Two threads of compiled code added up the gradient of the embedding in any order."""
+    torch.set_num_threads(2)
+    try:
+        words = ("--grad_accum_steps", 2, "--max_iters", 30, "--eval_interval", 30)
+        eager, compiled, again = (
+            train_here(*words, *more, "--out_dir", f"out/{n}")
+            for n, more in enumerate(((), ("--compile",), ("--compile",)))
+        )
+    finally:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(False)
     for a, b in zip(rows(eager)[1:], rows(compiled)[1:], strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
     assert weights(compiled).keys() == weights(eager).keys()
+    assert same(weights(compiled), weights(again))
+    assert rows(compiled) == rows(again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,6 +654,22 @@ def test_gpu_trains_and_resumes(tiny_data, dtype, compiled):
     assert float(whole[-1]["val_loss"]) < float(whole[0]["val_loss"]) - 1
     # atomics in CUDA's backward kernels: equal to tolerance, not to the bit
     assert float(resumed[-1]["val_loss"]) == pytest.approx(float(whole[-1]["val_loss"]), abs=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_gpu_resumes_bit_for_bit_when_it_is_deterministic(tmp_path, dtype, compiled):
+    """In processes of their own: cuBLAS reads its setting once."""
+    make_dataset(tmp_path)
+    words = [*GPU, "--device", "cuda", "--dtype", dtype, compiled, "--deterministic", "--dropout", "0.1"]
+    words += ["--grad_accum_steps", "2", "--lr_decay_iters", "30", "--eval_interval", "10"]
+    for more in (("--max_iters", 20), ("--max_iters", 30, "--resume"), ("--max_iters", 30, "--out_dir", "out/whole")):
+        done = command("train", *words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    resumed, whole = tmp_path / "out/quickstart", tmp_path / "out/whole"
+    assert same(weights(resumed), weights(whole))
+    assert rows(resumed) == rows(whole)
 
 
 @pytest.mark.gpu
