@@ -68,6 +68,7 @@ def bench_save(config: BenchConfig) -> dict:
             saver.then(written.set)
             while not written.is_set():
                 during.append(one())
+                saver.check()  # a save that failed does not set it
             seconds.append(time.perf_counter() - began)
             saver.wait()
         size = sum(path.stat().st_size for path in (Path(folder) / "ckpt" / "last").iterdir())

@@ -1,6 +1,6 @@
 """Save, find, verify and load: `out/<run>/ckpt/iter_000500/` with model.safetensors, train_state.pt and state.json.
 
-state.json is written last and holds size and SHA-256 of the other two: a folder without a valid one does not exist.
+state.json, written last, holds size and SHA-256 of the other two, and its own: a folder without a valid one is none.
 `ckpt/last` and `ckpt/best` are relative symlinks, replaced by rename. Nothing here unpickles: weights are safetensors,
 train_state.pt is read with weights_only=True.
 """
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,7 @@ class Damaged(Exception):  # noqa: N818 - it names what the checkpoint is
 
 
 def save(
-    run_dir: Path,
-    state: dict,
-    weights: dict[str, Tensor],
-    train_state: dict,
-    keep: int,
-    keep_every: int | None = None,
+    run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: dict, keep: int, keep_every: int | None = None
 ) -> Path:
     """Write one checkpoint and move `last` to it; of the others keep the newest K - 1, `best`, and every N-th.
 
@@ -71,18 +66,17 @@ def save(
     Raises:
         UserError: it could not be written; what was there before is untouched.
     """
-    folder = run_dir / "ckpt" / _name(state["iter"])
+    folder, writing = run_dir / "ckpt" / _name(state["iter"]), WEIGHTS
     partial = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        writing = WEIGHTS
         save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
         writing = TRAIN_STATE
         torch.save(train_state, partial / TRAIN_STATE)
         files = {name: _fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
         writing = STATE
-        write_whole(partial / STATE, json.dumps({"format": FORMAT, **state, "files": files}, indent=1).encode())
+        _write_state(partial, {"format": FORMAT, **state, "files": files})
         for writing in (*files, "."):
             _flush(partial / writing)
         if folder.exists():  # damaged, else the run would have gone on from there
@@ -94,15 +88,14 @@ def save(
         reason = why.strerror if isinstance(why, OSError) and why.strerror else (str(why).splitlines() or [""])[0]
         if "inline_container" in reason:  # torch's "unexpected pos 64 vs 0"
             reason = "only a part of it was taken: a full disk, a quota or a limit of file sizes"
-        partly = sum(path.stat().st_size for path in partial.glob("*"))
+        size, partly = _size([weights, train_state]), sum(path.stat().st_size for path in partial.glob("*"))
         shutil.rmtree(partial, ignore_errors=True)
-        needed = sum(t.nbytes for t in _tensors([weights, train_state]))
         free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
-        there = [f"iter {read_state(p)['iter']}" for p in checkpoints(run_dir)]
+        there = ", ".join(f"iter {read_state(p)['iter']}" for p in checkpoints(run_dir))
         raise UserError(
-            f"checkpoint {folder} could not be written: {writing}: {reason}. {needed / 1e6:,.1f} MB are needed, "
+            f"checkpoint {folder} could not be written: {writing}: {reason}. {size / 1e6:,.1f} MB are needed, "
             f"{partly / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free now. "
-            f"{'Still there: ' + ', '.join(there) if there else 'No earlier one is there'}. Make room, then --resume"
+            f"Still there: {there or 'none'}. Make room; a run that ended goes on with --resume"
         ) from None
     linked = {(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
     for old in checkpoints(run_dir)[keep:]:
@@ -112,12 +105,10 @@ def save(
     return folder
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+def _size(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def move_aside(folder: Path, why: str) -> None:
@@ -130,9 +121,16 @@ def move_aside(folder: Path, why: str) -> None:
 
 def mark_finished(folder: Path) -> None:
     """Have a checkpoint's state.json say that its run is over, where that was decided after it was written."""
-    state = read_state(folder)
-    if state:
-        write_whole(folder / STATE, json.dumps({**state, "finished": True}, indent=1).encode())
+    if state := read_state(folder):
+        _write_state(folder, {**state, "finished": True})
+
+
+def _write_state(folder: Path, state: dict) -> None:
+    write_whole(folder / STATE, json.dumps({**state, "sha256": _hash(state)}, indent=1).encode())
+
+
+def _hash(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def point(run_dir: Path, name: str, iteration: int) -> bool:
@@ -172,10 +170,9 @@ def provenance() -> dict:
     """What made this: command line, code and Python, for state.json. Secrets of the environment are left out."""
 
     def git(*words: str) -> str | None:
-        here = Path(__file__).resolve().parent
+        call = ["git", "-C", Path(__file__).resolve().parent, *words]
         try:
-            answer = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10, check=True)
-            return answer.stdout.strip()
+            return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
@@ -199,14 +196,17 @@ def read_state(folder: Path) -> dict | None:
     """A checkpoint's state.json, None where there is no valid one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return state if isinstance(state, dict) and {"format", "iter", "config", "files"} <= set(state) else None
     except (OSError, ValueError):
         return None
+    if not isinstance(state, dict) or not {"format", "iter", "config", "files"} <= set(state):
+        return None
+    written = state.pop("sha256", None)  # earlier versions wrote none
+    return state if written in (None, _hash(state)) else None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, newest first."""
-    found = [p for p in run_dir.glob("ckpt/iter_*") if read_state(p)]
+    """The run's checkpoints, newest first; a copy that somebody made, iter_000500.old, is none."""
+    found = [p for p in run_dir.glob("ckpt/iter_*") if p.name.removeprefix("iter_").isdecimal() and read_state(p)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("iter_")), reverse=True)
 
 
@@ -223,11 +223,11 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
     if state["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
     for name in names:
-        path, written = folder / name, state["files"].get(name)
-        if not path.is_file():
-            raise Damaged(f"{path} is missing")
-        if _fingerprint(path) != written:
-            raise Damaged(f"{path} is damaged: its size or SHA-256 is not the one in state.json")
+        try:
+            if _fingerprint(folder / name) != state["files"].get(name):
+                raise Damaged(f"{folder / name} is damaged: its size or SHA-256 is not the one in state.json")
+        except OSError as why:  # a bad sector, say
+            raise Damaged(f"{folder / name} is missing or cannot be read: {why.strerror}") from None
     return state
 
 
@@ -269,8 +269,7 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
     found = first_good(list(dict.fromkeys([*linked, *checkpoints(path.resolve())])), (WEIGHTS,), say)
     if found is None:
         raise UserError(f"model_path {path}: this run has no usable checkpoint yet")
-    folder, state = found
-    return path / "ckpt" / folder.name, state
+    return path / "ckpt" / found[0].name, found[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,9 +284,7 @@ def load_model(folder: Path, state: dict, device: torch.device) -> tuple[GPT, ti
     """
     encoding = tokenizer.load(state["tokenizer"]["name"])
     if tokenizer.ranks_hash(encoding) != state["tokenizer"]["ranks_sha256"]:
-        raise UserError(
-            f"{folder}: tokenizer {encoding.name} has not the vocabulary here that the model was trained with"
-        )
+        raise UserError(f"{folder}: tokenizer {encoding.name} has not the vocabulary that the model was trained with")
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     with torch.device("meta"):  # no time is spent on initial weights
         model = GPT(ModelConfig(**{k: v for k, v in state["config"].items() if k in known}))

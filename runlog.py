@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -99,11 +101,10 @@ class RunLog:
         self.wandb_run = wandb_run
         if run_dir:
             _rewind(self.path, start_iter)
-        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._csv = csv.DictWriter(self._file, KEYS, lineterminator="\n")
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._unwritten, self._told = b"", False
         if self._file.tell() == 0:
-            self._csv.writeheader()
-            self._file.flush()
+            self._append(KEYS)
         # disable=None: no bar where stderr is no terminal; there every row is a line instead
         self.bar = tqdm(
             total=max_iters, initial=start_iter, unit="iter", disable=None if run_dir else True, dynamic_ncols=True
@@ -117,8 +118,7 @@ class RunLog:
     def write(self, row: dict) -> None:
         """Log one row; missing keys and None stay empty."""
         row = {key: row.get(key) for key in KEYS}
-        self._csv.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
-        self._file.flush()
+        self._append([f"{v:.9g}" if isinstance(v, float) else v for v in row.values()])
         if row["val_loss"] is not None or self.bar.disable:
             self.say(line(row))
         if row["train_loss"] is not None:
@@ -126,9 +126,24 @@ class RunLog:
         if self.wandb_run is not None:
             self.wandb_run.log({key: value for key, value in row.items() if value is not None})
 
+    def _append(self, values: Sequence) -> None:
+        """One line more in the file. Where the disk is full it waits, as part of a line does, for the next one."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        self._unwritten += text.getvalue().encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as why:
+            if not self._told:
+                print(f"warning: {self.path}: {why.strerror}; rows wait until there is room", file=sys.stderr)
+            self._told = True
+
     def close(self) -> None:
         """End the bar, the file and the wandb run."""
         self.bar.close()
+        if self._unwritten:
+            print(f"warning: {self.path}: its last {self._unwritten.count(10)} rows found no room", file=sys.stderr)
         self._file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()

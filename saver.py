@@ -1,6 +1,7 @@
 """Checkpoints beside training: the loop waits for one copy into buffers, a thread hashes and writes them.
 
-One save is in flight at most. What has to come after it, moving `best` for one, is done by the same thread in its turn.
+One save is in flight at most. What has to come after it, moving `best` for one, is done by the same thread in its turn,
+and only where the save has arrived: else `best` would lead to nothing, and the checkpoint that it led to be pruned.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "save")
         self._tasks: list[Future] = []
+        self._arrived = True  # the newest save, as far as the thread has come
 
     def due(self) -> bool:
         """Whether save_minutes are over since the newest save."""
@@ -50,13 +52,15 @@ class Saver:
         room on the disk.
 
         Raises:
-            UserError: not even one checkpoint fits, and on_save_error is `stop`.
+            UserError: not even one checkpoint fits, and on_save_error is `stop`; or a save has failed, as in `save`.
         """
+        self.wait()  # a save may be in flight, and its copies are in these buffers
         self._copy(parts)
         if not self.writes:
             return
         size, free = sum(b.nbytes for b in self._buffers.values()), shutil.disk_usage(self.run_dir).free
-        kept = self.config.keep_checkpoints + 1 - len(checkpoint.checkpoints(self.run_dir))
+        for_good = self.config.max_iters // self.config.keep_every if self.config.keep_every else 0
+        kept = self.config.keep_checkpoints + 1 + for_good - len(checkpoint.checkpoints(self.run_dir))
         if free < size:
             text = f"{self.run_dir} has {free / 1e6:,.0f} MB free, a checkpoint of this run takes {size / 1e6:,.0f} MB"
             self._fail(UserError(f"{text}: make room, or take an --out_dir on another disk"))
@@ -75,21 +79,30 @@ class Saver:
             UserError: the save before it failed, and on_save_error is `stop`.
         """
         self.wait()
-        copied, self._began = self._copy(parts), time.monotonic()
-        keep = {"keep": self.config.keep_checkpoints, "keep_every": self.config.keep_every}
-        self.then(checkpoint.save, self.run_dir, dict(state), copied["weights"], copied["train_state"], **keep)
+        state, copied, self._began = dict(state), self._copy(parts), time.monotonic()
 
-    def then(self, work: Callable, *args, **kwargs) -> None:
-        """Do this work when all that was begun before it is on the disk."""
+        def write() -> None:
+            self._arrived, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
+            checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
+            self._arrived = True
+
+        self._submit(write)
+
+    def then(self, work: Callable, *args) -> None:
+        """Do this work when all that was begun before it is on the disk; where a save failed, leave it out."""
+        self._submit(lambda: self._arrived and work(*args))
+
+    def _submit(self, work: Callable) -> None:
         if self.writes:
-            self._tasks.append(self._thread.submit(work, *args, **kwargs))
+            self._tasks.append(self._thread.submit(work))
 
     def check(self) -> None:
         """Raise UserError, or warn, as on_save_error says, where a save has failed; waits for nothing."""
         while self._tasks and self._tasks[0].done():
             try:
                 self._tasks.pop(0).result()
-                self.failure = None
+                if self._arrived:  # else this is what was left out
+                    self.failure = None
             except (UserError, OSError) as why:
                 self._fail(why)
 
@@ -98,6 +111,12 @@ class Saver:
             raise why
         self.failure = why
         print(f"warning: {why}. Training goes on (on_save_error = warn)", file=sys.stderr)
+
+    def arrived(self) -> bool:
+        """Whether the newest save can be counted on: where a failed one does not end the run, that is waited for."""
+        if self.config.on_save_error == "warn":
+            self.wait()
+        return self.failure is None
 
     def wait(self) -> None:
         """Until nothing is in flight; then as `check`."""

@@ -193,7 +193,8 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
                 require_finite(run.model, i, loss)
                 row["val_loss"] = progress["val_loss"] = loss
                 progress["since_best"] += 1
-                if saved == i and (progress["best_loss"] is None or loss < progress["best_loss"]):
+                better = progress["best_loss"] is None or loss < progress["best_loss"]
+                if saved == i and better and ranks.all(saver.arrived()):
                     progress |= {"best_loss": loss, "best_iter": i, "since_best": 0}
                     saver.then(checkpoint.point, folder, "best", i)
                 over = config.patience is not None and progress["since_best"] >= config.patience and saved == i

@@ -89,6 +89,34 @@ def test_half_a_last_line_is_dropped(tmp_path, gone, start):
 # for people
 
 
+def test_rows_wait_while_the_disk_is_full(tmp_path):
+    """A limit of the file's size stands in for it, in a process of its own; the row that is cut there comes whole."""
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from runlog import RunLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = RunLog(Path({str(tmp_path)!r}), 0, 9)
+for i in range(9):
+    size = log.path.stat().st_size
+    limit = {{3: size + 2, 6: resource.RLIM_INFINITY, 8: size + 2}}.get(i)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    log.write({{"iter": i, "tokens": 10 * i}})
+log.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "metrics.csv"
+    lines = path.read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [*([str(i), str(10 * i)] for i in range(8)), ["8", ""]]
+    assert [line for line in done.stderr.splitlines() if "metrics.csv" in line] == [
+        f"warning: {path}: File too large; rows wait until there is room",
+        f"warning: {path}: its last 1 rows found no room",
+    ]
+
+
 def test_line():
     row = {"iter": 20, "train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
     assert line({**row, "val_loss": 2.0, "mfu": 0.4123}) == (

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from config import ModelConfig, UserError
 from model import GPT
-from runtime import compile_forward, machine, reseed
+from runtime import compile_forward, find_device, machine, reseed
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -266,3 +266,26 @@ def test_peak_memory_on_the_gpu():
     place.synchronize()
     assert ballast.is_cuda
     assert before < 1 <= place.peak_memory_gb() < before + 1.1
+
+
+@pytest.mark.parametrize(
+    ("release", "refused"),
+    [
+        ("2.5.1+cu124", True),
+        ("2.6.0", True),
+        ("2.9.1+cpu", True),
+        ("2.10.0", False),
+        ("2.13.0+cpu", False),
+        ("3.0", False),
+    ],
+)
+def test_torch_whose_weights_only_runs_code_is_refused(monkeypatch, release, refused):
+    """CVE-2025-32434 and CVE-2026-24747: nothing of ours is read with it, before anything is read."""
+    monkeypatch.setattr(torch, "__version__", release)
+    if not refused:
+        assert find_device("cpu").type == "cpu"
+        return
+    with pytest.raises(
+        UserError, match=rf"^torch {release.split('+')[0]} can be made to run code by a file .* CVE-2026"
+    ):
+        find_device("cpu")
