@@ -7,6 +7,7 @@ Standard library only, so that `--help` and a mistyped flag answer before torch 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -22,7 +23,7 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, VERBS, SaidElsewhere, UserError
+from config import EXCLUSIVE, VERBS, SaidElsewhere, UserError, run_dir
 from pretrained import pretrained_shape
 
 RECIPES = Path(__file__).resolve().parent / "configs"
@@ -199,7 +200,7 @@ def parse(cls, words: Sequence[str]):
         settings.update(layer)
     if settings.get("init_from"):
         try:
-            settings = pretrained_shape(settings["init_from"]) | settings
+            settings = _given_shape(cls, settings) | settings
         except UserError as why:
             if not settings.get("resume"):  # a run that goes on needs those weights no more
                 problems.append(str(why))
@@ -210,6 +211,15 @@ def parse(cls, words: Sequence[str]):
         several = "".join(f"\n  {n}. {p}" for n, p in enumerate(problems, 1))
         raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{several}")
     return config
+
+
+def _given_shape(cls, settings: dict) -> dict:
+    """The model's shape where init_from gives it; a run that goes on has it, and those weights may be others by now."""
+    resume = settings.get("resume")
+    if resume:
+        with contextlib.suppress(UserError):  # nothing there yet to go on from
+            return pretrained_shape(str(run_dir(cls(**settings))) if resume in ("latest", "auto") else resume)
+    return pretrained_shape(settings["init_from"])
 
 
 def recipe_text(config) -> str:

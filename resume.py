@@ -58,6 +58,8 @@ class Claim:
             except BlockingIOError:
                 self._file.seek(0)
                 owner = self._file.read() or "another process"
+                self._file.close()
+                self._file = None
                 raise UserError(
                     f"{self.run_dir} is in use by {owner}: wait for it, stop it, or take another --out_dir"
                 ) from None
@@ -228,8 +230,9 @@ def restore(folder: Path, run: Run) -> dict:
     optimizer, params = run.optimizer, [p for group in run.optimizer.param_groups for p in group["params"]]
     sharded = is_sharded(params[0])
     train_state = checkpoint.load_train_state(folder, mmap=sharded)
-    saved = train_state["optimizer"]
-    if unlike := _unlike(saved, optimizer, {p: name for name, p in run.model.named_parameters()}):
+    saved, left_out = train_state["optimizer"], train_state.get("health", {}).get("skipped", 0)
+    names = {p: name for name, p in run.model.named_parameters()}
+    if unlike := _unlike(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
         more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
     checkpoint.load_weights(run.model, folder, cut=part_of)
@@ -247,24 +250,31 @@ def restore(folder: Path, run: Run) -> dict:
     return train_state
 
 
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
-def _unlike(saved: dict, optimizer: torch.optim.Optimizer | MuonAndAdamW, names: dict[Tensor, str]) -> list[str]:
-    """What of a saved optimizer is not this one's: torch itself takes other shapes, and goes without some."""
+def _unlike(
+    saved: dict, optimizer: torch.optim.Optimizer | MuonAndAdamW, names: dict[Tensor, str], applied: bool
+) -> list[str]:
+    """What of a saved optimizer is not this one's: torch itself takes other shapes, and goes without some.
+
+    Args:
+        applied: whether it has made an update; before the first one it has nothing.
+    """
     if isinstance(optimizer, MuonAndAdamW):
         pairs = (saved.get("muon"), optimizer.muon), (saved.get("adamw"), optimizer.adamw)
-        return [text for part, its in pairs for text in _unlike(part or {}, its, names)]
-    groups, theirs = optimizer.param_groups, saved.get("param_groups", [])
-    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in groups]:
-        return ["its groups of parameters"]
-    found = []
-    indices, params = ([p for group in side for p in group["params"]] for side in (theirs, groups))
+        return [text for part, its in pairs for text in _unlike(part or {}, its, names, applied)]
+    sides = saved.get("param_groups", []), optimizer.param_groups
+    sizes, expected = ([len(group["params"]) for group in side] for side in sides)
+    if sizes != expected:
+        return [f"its groups have {sizes} parameters, not {expected}"]
+    found, moments = [], saved.get("state", {})
+    indices, params = ([p for group in side for p in group["params"]] for side in sides)
     for index, param in zip(indices, params, strict=True):
-        entries = saved["state"].get(index, {})
-        for moment in MOMENTS[type(optimizer)] if saved["state"] else ():  # none before the first update
-            tensor = entries.get(moment)
+        for name in MOMENTS[type(optimizer)] if moments or applied else ():
+            tensor = moments.get(index, {}).get(name)
             there = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else "missing"
-            if there != (expected := f"{tuple(param.shape)} {param.dtype}"):
-                found.append(f"{moment} of {names[param]} is {there}, not {expected}")
+            like = f"() {torch.float32}" if name == "step" else f"{tuple(param.shape)} {param.dtype}"
+            if there != like:
+                found.append(f"{name} of {names[param]} is {there}, not {like}")
     return found

@@ -39,7 +39,7 @@ from parallel import full_tensor, gradients, own_gradients
 from ranks import Ranks, join, shorten_timeout
 from run import Run, describe, print_plan, setup
 from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
-from runtime import Stop, find_device, reseed, uncompiled
+from runtime import Stop, find_device, machine, reseed, uncompiled
 from sampling import generate, stream_text
 from saver import Saver
 
@@ -60,7 +60,8 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
         with gradients(run.spread, last=micro == mine[-1]):
             with run.machine.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
-            run.scaler.scale(micro_loss).backward()
+            # nan where the loss is not finite: its gradients can be, and float16's scaler looks at those alone
+            run.scaler.scale(micro_loss).backward(1 + 0 * micro_loss.detach())
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
@@ -138,7 +139,11 @@ def train(config: TrainConfig) -> None:
         print_plan(config)
         return
     with join(config, find_device) as ranks, resume.Claim(run_dir(config)) as claim:
-        train_on(ranks, claim, config)
+        try:
+            train_on(ranks, claim, config)
+        except torch.OutOfMemoryError:
+            place = machine(config.device, config.dtype, False, 0, ranks.local_rank if ranks.world > 1 else None)
+            raise UserError(out_of_memory(config, place.name, place.peak_memory_gb(), ranks.world)) from None
 
 
 def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
@@ -225,8 +230,6 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
         saver.wait()
         if saver.failure:
             raise UserError(f"the run ends at iter {i}, and its last checkpoint is not there: {saver.failure}")
-    except torch.OutOfMemoryError:
-        raise UserError(out_of_memory(config, run.machine.name, run.machine.peak_memory_gb(), ranks.world)) from None
     finally:
         saver.close()  # what is in flight arrives
         log.close()
