@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import TRAIN_STATE, WEIGHTS
-from config import EXCLUSIVE, TrainConfig, UserError
+from config import EXCLUSIVE, UserError
 from optim import MuonAndAdamW
 from parallel import is_sharded, part_of
 from run import Run
@@ -197,26 +198,59 @@ def _exact(run: Run) -> dict:
     return machine | {"ranks": run.ranks.world, "torch": torch.__version__}
 
 
-def open_folder(claim: Claim, config: TrainConfig, recipe: str, iteration: int, best_iter: int | None) -> bool:
-    """Make a run's folder ready to go on at an iteration: older runs and later checkpoints move aside.
+@dataclass
+class Position:
+    """Where a run is when its loop begins."""
+
+    row: dict  # of the newest update
+    progress: dict  # what evaluations have found so far
+    saved: int | None = None  # iteration of the checkpoint in the run's own folder that it goes on from
+    evaluated: int | None = None  # the same, where an evaluation came after it: to be made again
+    wandb_id: str | None = None
+
+
+def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) -> Position:
+    """Make a run's folder ready, and bring the run to where its checkpoint is; every rank calls it.
+
+    Older runs, and checkpoints later than the one that it goes on from, move aside.
 
     Args:
+        start: what find_start gave.
         claim: to the folder, which is taken.
-        config: resolved.
-        recipe: the same as TOML, which is written there.
-        best_iter: of the best checkpoint so far.
+        recipe: run.config as TOML, which is written there.
 
-    Returns:
-        whether `best` leads to that checkpoint; it may have moved aside.
+    Raises:
+        UserError: another run's checkpoint, or not the same one on every machine.
     """
-    folder = claim.run_dir
-    if config.overwrite:
-        move_away(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    claim.take()
-    set_aside(folder, after=iteration)
-    write_whole(folder / "config.toml", recipe.encode())
-    return best_iter is None or checkpoint.point(folder, "best", best_iter)
+    config, ranks, folder = run.config, run.ranks, claim.run_dir
+    progress = {"val_loss": None, "best_loss": None, "best_iter": None, "since_best": 0}
+    at = Position({"iter": 0, "tokens": 0, "epoch": 0.0}, progress)
+    if start:
+        path, state = start
+        print("\n".join(check_same_run(path, state, run)))
+        if not ranks.all(path.is_dir()):
+            raise UserError(f"{path} is not there on every machine: out_dir has to be a folder that they share")
+        ranks.require_alike({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
+        train_state = restore(path, run)
+        at.row = train_state["row"]
+        if path.resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
+            progress |= {key: train_state[key] for key in progress if key in train_state}
+            at.saved, at.wandb_id, before = at.row["iter"], state["wandb_id"], state["config"]
+            if at.saved % before["eval_interval"] == 0 or at.saved >= before["max_iters"]:
+                at.evaluated = at.saved  # for the log and for `best`
+
+    def make_ready() -> bool:
+        if config.overwrite:
+            move_away(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        claim.take()
+        set_aside(folder, after=at.row["iter"])
+        write_whole(folder / "config.toml", recipe.encode())
+        return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])
+
+    if not ranks.from_first(make_ready):  # the best checkpoint has moved aside, too
+        progress["best_loss"] = progress["best_iter"] = None
+    return at
 
 
 def restore(folder: Path, run: Run) -> dict:

@@ -155,31 +155,14 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
     run = setup(config, ranks, chosen=start[1]["chosen"] if start else None)
     config = run.config
     print(describe(run))
-    row = {"iter": 0, "tokens": 0, "epoch": 0.0}
-    progress = {"val_loss": None, "best_loss": None, "best_iter": None, "since_best": 0}
-    folder, saved, evaluated, wandb_id = Path(config.out_dir), None, None, None
-    if start:
-        for line in resume.check_same_run(*start, run):
-            print(line)
-        if not ranks.all(start[0].is_dir()):
-            raise UserError(f"{start[0]} is not there on every machine: out_dir has to be a folder that they share")
-        ranks.require_alike({f"checkpoint {start[0]}": checkpoint.read_state(start[0])})  # its files' hashes too
-        train_state = resume.restore(start[0], run)
-        row = train_state["row"]
-        if start[0].resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
-            progress |= {key: train_state[key] for key in progress if key in train_state}
-            saved, wandb_id, before = row["iter"], start[1]["wandb_id"], start[1]["config"]
-            if saved % before["eval_interval"] == 0 or saved >= before["max_iters"]:
-                evaluated = saved  # after it was saved: done again, for the log and for `best`
-    at = row["iter"], progress["best_iter"]
-    if not ranks.from_first(lambda: resume.open_folder(claim, config, recipe_text(config), *at)):
-        progress["best_loss"] = progress["best_iter"] = None
+    at = resume.begin(start, run, claim, recipe_text(config))
+    folder, row, progress, saved = Path(config.out_dir), at.row, at.progress, at.saved
     wandb_run = None
     if ranks.first:
-        wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), wandb_id)
+        wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), at.wandb_id)
     log = RunLog(folder if ranks.first else None, row["iter"], config.max_iters, wandb_run)
     ranks.wait()  # wandb's servers may take their time
-    facts = resume.facts(run) | {"wandb_id": wandb_run.id if wandb_run else wandb_id}
+    facts = resume.facts(run) | {"wandb_id": wandb_run.id if wandb_run else at.wandb_id}
     i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes, ranks.world > 1)
     saver = Saver(config, ranks.first, full_tensor)
     asked, save_now, over = 0, 0, False  # a stop, from outside; save_minutes; the end of patience
@@ -187,7 +170,7 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
     try:
         while True:
             done = i >= config.max_iters
-            evaluating = i % config.eval_interval == 0 or done or i == evaluated
+            evaluating = i % config.eval_interval == 0 or done or i == at.evaluated
             if i > 0 and saved != i and (evaluating or asked or save_now or i % config.save_interval == 0):
                 save(run, saver, row, progress, facts)  # before evaluation and samples get a chance to fail
                 saved = i
