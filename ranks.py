@@ -185,8 +185,9 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
             yield ranks
         except SystemExit as stop:  # agreed upon
             dist.destroy_process_group()
-            codes.append(stop.code)
-            raise
+            # Here and not at the end of Python: DDP, which the frames of this exception hold, would take Gloo down with
+            # the interpreter's lock held, and wait for a thread of Gloo's that waits for that lock (one in 10 did).
+            _leave([stop.code])
         dist.destroy_process_group()
         codes.append(0)
     except UserError as error:
@@ -245,9 +246,11 @@ def _name_the_silent(ranks: Ranks, seconds: float) -> None:
     asking.start()
     asking.join(5)
     if silent:
+        # where no store counts who has said it, one of them speaks to the user
+        speaker = "error" if not asking.is_alive() or ranks.rank == 1 else f"rank {ranks.rank}"
         print(
-            f"error: rank {', '.join(map(str, silent))} has not answered for {seconds:g} s (--rank_timeout): it hangs, "
-            "or its machine does; the run ends, and goes on from its last checkpoint with --resume",
+            f"{speaker}: rank {', '.join(map(str, silent))} has not answered for {seconds:g} s (--rank_timeout): it "
+            "hangs, or its machine does; the run ends, and goes on from its last checkpoint with --resume",
             file=sys.stderr,
             flush=True,
         )

@@ -255,7 +255,7 @@ def reseed(*key: int) -> None:
 class Stop:
     """Notes SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and the end of a run's time, for the loop to look at.
 
-    A second SIGINT ends the process at once, whatever it is doing.
+    A second SIGINT ends the process at once, whatever it is doing; so does a SIGTERM after one among ranks.
 
     Args:
         max_minutes: from here on, None: no end.
@@ -286,7 +286,9 @@ class Stop:
         interrupts = 0
         with self._reader:
             while number := self._reader.recv(1):
-                interrupts += number[0] == signal.SIGINT
+                # torchrun passes its first Ctrl-C on as it is, the second as SIGTERM
+                again = self._among_ranks and interrupts and number[0] == signal.SIGTERM
+                interrupts += bool(again) or number[0] == signal.SIGINT
                 if interrupts == 2:
                     os.write(2, b"interrupted twice: leaving at once; earlier checkpoints stay\n")
                     os._exit(128 + signal.SIGINT)

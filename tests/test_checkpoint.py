@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import shlex
 import shutil
 import subprocess
 import sys
@@ -489,27 +488,3 @@ def test_state_says_what_made_it(tiny_home):
     assert state["torch"] == torch.__version__
     assert state["chosen"]["dtype"] == "float32"
     assert {"git_commit", "git_dirty", "python", "device", "wandb_id", "val_loss", "best_loss", "epoch"} <= set(state)
-
-
-def test_killed_while_saving_all_the_time(tiny_home, tmp_path):
-    """kill -9 at any moment leaves a run that resumes."""
-    shutil.copytree(tiny_home / "data", tmp_path / "data")
-    words = shlex.split(
-        "--dataset tiny --n_layer 1 --n_head 1 --n_embd 8 --context_length 16 --batch_size 2 --device cpu "
-        "--save_interval 1 --eval_interval 100000 --eval_batches 1 --sample_tokens 0 --log_interval 1 --resume auto"
-    )
-    started = [sys.executable, str(ROOT / "train.py"), *words, "--max_iters", "1000000"]
-    for goal in (7, 19, 31):
-        process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.startswith("iter ") and int(line.split()[1]) >= goal:
-                process.kill()
-                break
-        process.wait()
-    state = checkpoint.verify(tmp_path / "out/quickstart/ckpt/last")
-    assert state["iter"] >= 30
-    done = command("train", *words, "--max_iters", state["iter"] + 3, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    with open(tmp_path / "out/quickstart/metrics.csv") as file:
-        iters = [int(line.split(",")[0]) for line in file.readlines()[1:]]
-    assert iters == list(range(state["iter"] + 4))
