@@ -12,10 +12,7 @@ import hashlib
 import json
 import os
 import pickle
-import platform
-import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -100,8 +97,11 @@ def save(
     linked = {(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
     for old in checkpoints(run_dir)[keep:]:
         if old.resolve() not in linked and not (keep_every and read_state(old)["iter"] % keep_every == 0):
-            os.rename(old, partial)  # first: half a folder must not look like a checkpoint
-            shutil.rmtree(partial)
+            try:
+                os.rename(old, partial)  # first: half a folder must not look like a checkpoint
+                shutil.rmtree(partial)
+            except OSError as why:  # somebody reads it on a network's disk, say
+                print(f"warning: {old}, which is not needed any more, stays: {why.strerror}", file=sys.stderr)
     return folder
 
 
@@ -166,28 +166,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def provenance() -> dict:
-    """What made this: command line, code and Python, for state.json. Secrets of the environment are left out."""
-
-    def git(*words: str) -> str | None:
-        call = ["git", "-C", Path(__file__).resolve().parent, *words]
-        try:
-            return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    status, command = git("status", "--porcelain"), "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    for name, value in os.environ.items():
-        if re.search("KEY|TOKEN|SECRET|PASSW", name, re.IGNORECASE) and len(value) >= 8:
-            command = command.replace(value, f"${name}")
-    return {
-        "command": command.split("\0"),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
-        "python": platform.python_version(),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # finding
 
@@ -196,18 +174,25 @@ def read_state(folder: Path) -> dict | None:
     """A checkpoint's state.json, None where there is no valid one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(state, dict) or not {"format", "iter", "config", "files"} <= set(state):
+        return None
+    if not isinstance(state["files"], dict) or not isinstance(state["config"], dict):
         return None
     written = state.pop("sha256", None)  # earlier versions wrote none
     return state if written in (None, _hash(state)) else None
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, newest first; a copy that somebody made, iter_000500.old, is none."""
-    found = [p for p in run_dir.glob("ckpt/iter_*") if p.name.removeprefix("iter_").isdecimal() and read_state(p)]
+def folders(run_dir: Path) -> list[Path]:
+    """The run's folders of checkpoints, newest first, damaged ones too; a copy, iter_000500.old, is none."""
+    found = [p for p in run_dir.glob("ckpt/iter_*") if p.name.removeprefix("iter_").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("iter_")), reverse=True)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Those with a valid state.json."""
+    return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
 def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dict:
@@ -266,7 +251,7 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
             hint = f"; other checkpoints lie in {path.resolve().parent}" if path.name.startswith("iter_") else ""
             raise UserError(f"model_path {path} is no usable checkpoint: {why}{hint}") from None
     linked = [(path / "ckpt" / name).resolve() for name in ("best", "last") if (path / "ckpt" / name).exists()]
-    found = first_good(list(dict.fromkeys([*linked, *checkpoints(path.resolve())])), (WEIGHTS,), say)
+    found = first_good(list(dict.fromkeys([*linked, *folders(path.resolve())])), (WEIGHTS,), say)
     if found is None:
         raise UserError(f"model_path {path}: this run has no usable checkpoint yet")
     return path / "ckpt" / found[0].name, found[1]

@@ -137,7 +137,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     compile: bool | None = opt(None, "torch.compile the training forward", none="auto")
     deterministic: bool = opt(False, "CUDA: kernels that give the same bits twice, slower; a CPU's do anyway")
     fsdp: bool = opt(False, "under torchrun: weights, gradients and optimizer in parts, one on each device")
-    rank_timeout: float = opt(300, "seconds that ranks wait for each other; in the first update twice as long", above=0)
+    rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other; at first twice that", low=1)
     eval_interval: int = opt(
         200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
     )
@@ -154,10 +154,10 @@ class TrainConfig(ModelConfig, MachineConfig):
         none="eval_interval",
         alias=("save_chkpt_epoch",),
     )
-    save_minutes: float | None = opt(None, "minutes between checkpoints, besides the others", above=0, none="no limit")
+    save_minutes: float | None = opt(None, "minutes between checkpoints, besides the others", above=0)
     keep_checkpoints: int = opt(2, "newest checkpoints to keep (best is kept besides)", low=1)
     keep_every: int | None = opt(None, "keep those of every N-th update for good", low=1, none="newest and best only")
-    on_save_error: str = opt("stop", "a save that fails: end the run, or only say it", choices=("stop", "warn"))
+    on_save_error: str = opt("stop", "a save that fails: end the run, or warn and try again", choices=("stop", "warn"))
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,

@@ -67,14 +67,14 @@ class Health:
             text = self._where(first, loss, norm, ranks.everyones(math.isfinite(own)), batches, ranks)
             if self.config.on_nonfinite == "stop":
                 raise UserError(
-                    f"{text}. It was not applied, and the run ends here; earlier checkpoints stay. Resume with a "
-                    "smaller --lr or --dtype float32, or leave such updates out: --resume --on_nonfinite skip"
+                    f"{text}. It was not applied, and the run ends here; what was saved stays. Go on from it with "
+                    "a smaller --lr or --dtype float32, or leave such updates out with --on_nonfinite skip"
                 )
             said.append(f"warning: {text}. It was not applied (on_nonfinite = skip); {row['skipped']} left out so far")
         if longest >= LIMIT:
             raise UserError(
                 f"{longest} updates in a row, up to iter {row['iter']}, had a loss or gradient that is not finite: the "
-                "run has diverged; earlier checkpoints stay. Resume with a smaller --lr, or start again with more "
+                "run has diverged; what was saved stays. Go on from it, or start again, with a smaller --lr, more "
                 "--warmup_iters or --dtype float32"
             )
         self.longest = self.in_a_row.clone()
@@ -130,8 +130,8 @@ def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
     if not math.isfinite(loss) or not weights.isfinite().all():
         what = f"the validation loss is {loss}" if not math.isfinite(loss) else "a weight is not finite"
         raise UserError(
-            f"{what} at iter {i}: the run has diverged, earlier checkpoints stay. "
-            "Start again with a smaller --lr, more --warmup_iters or --dtype float32"
+            f"{what} at iter {i}: the run has diverged. Go back to a checkpoint before it (--resume FOLDER/ckpt/best, "
+            "say) or start again, with a smaller --lr, more --warmup_iters or --dtype float32"
         )
 
 

@@ -32,7 +32,7 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
         model.register_comm_hook(model.own_gradients, _sum)
         # After its first backward pass DDP lays out its buckets anew, as gradients came. Let that be before any update:
         # else a resumed run sums its first gradients in another order, from three ranks up with another result.
-        nothing = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        nothing = torch.zeros((1, 1), dtype=torch.int64, device=device)
         model(nothing, nothing).backward()
         model.zero_grad(set_to_none=True)
         return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -77,6 +78,11 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks have come here."""
         self.largest(0)
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Until it is done on every rank: by asking, as no single collective may take as long as that can."""
+        while not self.all(done()):
+            time.sleep(0.02)
 
     def everyones(self, value: Any) -> list:
         """The values that all ranks have here, by rank; plain types."""
@@ -196,7 +202,7 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
         raise
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
-        if "imed out" in first_line:
+        if re.search("timed? ?out", first_line, re.IGNORECASE):
             _name_the_silent(ranks, config.rank_timeout)
         elif not _peer_is_gone(error):
             raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import math
 import os
+import platform
+import re
 import shutil
-import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,12 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import TRAIN_STATE, WEIGHTS
+from claim import Claim
 from config import EXCLUSIVE, UserError
 from optim import MuonAndAdamW
 from parallel import is_sharded, part_of
 from run import Run
-from runtime import cpu_name, note
+from runtime import cpu_name
 from shards import write_whole
 
 # Keys that decide, with the model's, which run it is; and keys that only say how it was called.
@@ -30,64 +33,20 @@ BATCH = ("batch_size", "grad_accum_steps")  # their product does
 CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "plan", "gpus", "mfu")
 
 
-class Claim:
-    """A run's folder belongs to one process: a lock of the system's on <folder>/.lock, which ends with its owner."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir, self._file = run_dir, None
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(self, *why) -> None:
-        if self._file:
-            self._file.close()
-
-    def take(self) -> None:
-        """Lock the folder, where it is there; anew where it is not the one that was locked.
-
-        Raises:
-            UserError: another process has it.
-        """
-        path = self.run_dir / ".lock"
-        while self.run_dir.is_dir() and not self._holds(path):
-            if self._file:
-                self._file.close()
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._file.seek(0)
-                owner = self._file.read() or "another process"
-                self._file.close()
-                self._file = None
-                raise UserError(
-                    f"{self.run_dir} is in use by {owner}: wait for it, stop it, or take another --out_dir"
-                ) from None
-            except OSError as why:  # a file system without locks
-                note(f"warning: {path} cannot be locked ({why.strerror}): no second process may train there")
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._file.flush()
-
-    def _holds(self, path: Path) -> bool:
-        return self._file is not None and path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
-
-
 def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
     """The verified checkpoint that training goes on from, with its state; None to start anew.
 
     Args:
         claim: to the run's folder, which is taken.
         resume: None, `latest`, `auto` (start anew when there is none), or a run's or checkpoint's folder.
-        overwrite: a run that is there is no mistake; `move_away` takes care of it.
+        overwrite: a run that is there is no mistake; Claim.enter takes care of it.
 
     Raises:
         UserError: there is a run and neither was asked for, or nothing to resume, or somebody trains there.
     """
     claim.take()
     run_dir = claim.run_dir
-    there = checkpoint.checkpoints(run_dir)
+    there = checkpoint.folders(run_dir)
     if resume in ("latest", "auto"):
         found = checkpoint.first_good(there, (WEIGHTS, TRAIN_STATE), print)
         if found is None and (resume == "latest" or there):
@@ -98,7 +57,7 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
     if resume:
         path = Path(resume)
         if (path / "ckpt").is_dir():
-            found = checkpoint.first_good(checkpoint.checkpoints(path), (WEIGHTS, TRAIN_STATE), print)
+            found = checkpoint.first_good(checkpoint.folders(path), (WEIGHTS, TRAIN_STATE), print)
             if found is None:
                 raise UserError(f"resume = {resume}: this run has no usable checkpoint")
             path = found[0]
@@ -114,7 +73,7 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
         return path.resolve(), state
     if there and not overwrite:
         raise UserError(
-            f"{run_dir} already holds a run (at iter {checkpoint.read_state(there[0])['iter']}): "
+            f"{run_dir} already holds a run (at iter {int(there[0].name.removeprefix('iter_'))}): "
             "add --resume to go on with it, or --overwrite to start again (the old run moves away, nothing is deleted)"
         )
     return None
@@ -146,20 +105,14 @@ def check_same_run(folder: Path, state: dict, run: Run) -> list[str]:
         )
     allowed = [text for key, text in changed.items() if key not in {*fixed, *CALL}]
     lines = [f"resuming from {folder}" + (f", with {'; '.join(allowed)}" if allowed else "")]
+    if state["iter"] > config.max_iters:
+        lines.append(f"note: it is past max_iters = {config.max_iters} already: nothing is left to train")
     if "max_iters" in changed and "lr_decay_iters" not in changed:
         lines.append(f"note: the schedule stays: lr_decay_iters = {config.lr_decay_iters}, as the run began")
     exact = [f"{key} = {now} (was {state.get(key)})" for key, now in _exact(run).items() if state.get(key) != now]
     if exact:
         lines.append(f"note: equal to rounding, not to the bit: {'; '.join(exact)}")
     return lines
-
-
-def move_away(run_dir: Path) -> None:
-    """Rename a run's folder, where there is one, to <run_dir>.old-<time>, for --overwrite."""
-    if run_dir.exists():
-        old = run_dir.with_name(f"{run_dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        os.rename(run_dir, old)
-        print(f"the run that was in {run_dir} is now in {old}")
 
 
 def set_aside(run_dir: Path, after: int) -> None:
@@ -169,9 +122,31 @@ def set_aside(run_dir: Path, after: int) -> None:
     """
     for partial in run_dir.glob("ckpt/.iter_*.tmp"):
         shutil.rmtree(partial)
-    for folder in checkpoint.checkpoints(run_dir):
+    for folder in checkpoint.folders(run_dir):
         if int(folder.name.removeprefix("iter_")) > after:
             checkpoint.move_aside(folder, "later than what is resumed")
+
+
+def provenance() -> dict:
+    """What made this: command line, code and Python, for state.json. Secrets of the environment are left out."""
+
+    def git(*words: str) -> str | None:
+        call = ["git", "-C", Path(__file__).resolve().parent, *words]
+        try:
+            return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    status, command = git("status", "--porcelain"), "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    for name, value in os.environ.items():
+        if re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name, re.IGNORECASE) and len(value) >= 8:
+            command = command.replace(value, f"${name}")
+    return {
+        "command": command.split("\0"),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+    }
 
 
 def facts(run: Run) -> dict:
@@ -187,7 +162,7 @@ def facts(run: Run) -> dict:
             "end_of_text": meta["end_of_text"],
             "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
         },
-        **checkpoint.provenance(),
+        **provenance(),
         **_exact(run),
     }
 
@@ -229,7 +204,8 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
         path, state = start
         print("\n".join(check_same_run(path, state, run)))
         if not ranks.all(path.is_dir()):
-            raise UserError(f"{path} is not there on every machine: out_dir has to be a folder that they share")
+            reason = "out_dir has to be a folder that all machines share" if ranks.world > 1 else "start again"
+            raise UserError(f"{path} has gone meanwhile, or is not there on every machine: {reason}")
         ranks.require_alike({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
         train_state = restore(path, run)
         at.row = train_state["row"]
@@ -240,10 +216,10 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
                 at.evaluated = at.saved  # for the log and for `best`
 
     def make_ready() -> bool:
-        if config.overwrite:
-            move_away(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        claim.take()
+        claim.enter(config.overwrite)
+        toml = folder / "config.toml"
+        if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # somebody's own
+            os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         set_aside(folder, after=at.row["iter"])
         write_whole(folder / "config.toml", recipe.encode())
         return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,11 @@ def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
             prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
         ranks.wait()
     dataset = open_dataset(folder)
-    if ranks.local_rank == 0:
-        dataset.check(full=config.verify_data)
+    with ThreadPoolExecutor(1) as thread:  # hashing takes as long as the data is large
+        checked = [thread.submit(dataset.check, config.verify_data)] if ranks.local_rank == 0 else []
+        ranks.until(lambda: all(work.done() for work in checked))
+        for work in checked:
+            work.result()
     ranks.require_alike({f"dataset {folder}": dataset.manifest_hash})
     return dataset
 

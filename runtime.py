@@ -271,7 +271,7 @@ class Stop:
     def __init__(self, max_minutes: float | None = None, among_ranks: bool = False):
         self.signal: int | None = None
         self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._among_ranks = among_ranks
+        self._among_ranks, self._parent = among_ranks, os.getppid()
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -303,6 +303,8 @@ class Stop:
 
     def asked(self) -> int:
         """What asks the loop to end: a signal's number, TIME_IS_UP, or 0 for nothing."""
+        if self._among_ranks and os.getppid() != self._parent:  # torchrun is gone, and nobody could stop us
+            return signal.SIGTERM
         return self.signal or (self.TIME_IS_UP if time.monotonic() >= self.end else 0)
 
     def restore(self) -> None:

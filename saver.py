@@ -36,13 +36,21 @@ class Saver:
         config: resolved: its folder, what is kept there, and what a failed save means.
         writes: False on ranks that only help to put sharded tensors together.
         whole: makes a sharded tensor whole; called on every rank, for every tensor in the same order.
+        owned: whether the folder still is the one that the run began in.
 
     Attributes:
         failure: of the newest save, where that failed and training went on.
     """
 
-    def __init__(self, config: TrainConfig, writes: bool = True, whole: Callable[[Tensor], Tensor] = lambda t: t):
+    def __init__(
+        self,
+        config: TrainConfig,
+        writes: bool = True,
+        whole: Callable[[Tensor], Tensor] = lambda t: t,
+        owned: Callable[[], bool] = lambda: True,
+    ):
         self.run_dir, self.config, self.writes, self.whole = Path(config.out_dir), config, writes, whole
+        self.owned = owned
         self.failure: Exception | None = None
         self._began = time.monotonic()  # the newest save, or before it this
         self._buffers: dict[str, Tensor] = {}
@@ -91,6 +99,8 @@ class Saver:
 
         def write() -> None:
             self._arrived, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
+            if not self.owned():
+                raise UserError(f"{self.run_dir} is no longer the folder that this run began in: nothing is saved")
             checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
             self._arrived = True
 
@@ -103,6 +113,10 @@ class Saver:
     def _submit(self, work: Callable) -> None:
         if self.writes:
             self._tasks.append(self._thread.submit(work))
+
+    def idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return all(task.done() for task in self._tasks)
 
     def check(self) -> None:
         """Raise UserError, or warn, as on_save_error says, where a save has failed; waits for nothing."""
@@ -119,12 +133,6 @@ class Saver:
             raise why
         self.failure = why
         print(f"warning: {why}. Training goes on (on_save_error = warn)", file=sys.stderr)
-
-    def arrived(self) -> bool:
-        """Whether the newest save can be counted on: where a failed one does not end the run, that is waited for."""
-        if self.config.on_save_error == "warn":
-            self.wait()
-        return self.failure is None
 
     def wait(self) -> None:
         """Until nothing is in flight; then as `check`."""

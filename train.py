@@ -30,6 +30,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import resume
+from claim import Claim
 from config import SaidElsewhere, UserError
 from dataset import eval_batches
 from health import out_of_memory, require_finite
@@ -124,11 +125,21 @@ def parts(run: Run, row: dict, progress: dict) -> dict:
 
 
 def save(run: Run, saver: Saver, row: dict, progress: dict, facts: dict) -> None:
-    """Begin to write the checkpoint of iteration row["iter"]."""
+    """Begin to write the checkpoint of iteration row["iter"], when the one before it has arrived."""
+    run.ranks.until(saver.idle)
     require_finite(run.model, row["iter"])
     state = {key: row[key] for key in ("iter", "tokens", "epoch")} | progress | facts
     state["finished"] = False  # until its end has been evaluated too
     saver.save(state, parts(run, row, progress))
+
+
+def look(run: Run, saver: Saver, row: dict) -> list[str]:
+    """What Health has to say of the newest update; where that ends the run, what is in flight arrives before it."""
+    try:
+        return run.health.look(row, run.batches, run.ranks)
+    except UserError:
+        run.ranks.until(saver.idle)  # torchrun would end rank 0 with the first that leaves
+        raise
 
 
 def train(config: TrainConfig) -> None:
@@ -138,7 +149,7 @@ def train(config: TrainConfig) -> None:
             raise SaidElsewhere  # the first says that it takes no torchrun
         print_plan(config)
         return
-    with join(config, find_device) as ranks, resume.Claim(run_dir(config)) as claim:
+    with join(config, find_device) as ranks, Claim(run_dir(config)) as claim:
         try:
             train_on(ranks, claim, config)
         except torch.OutOfMemoryError:
@@ -146,7 +157,7 @@ def train(config: TrainConfig) -> None:
             raise UserError(out_of_memory(config, place.name, place.peak_memory_gb(), ranks.world)) from None
 
 
-def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
+def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
     """What each rank does."""
     start = ranks.from_first(lambda: resume.find_start(claim, config.resume, config.overwrite))
     if start and config.lr_decay_iters is None:
@@ -164,7 +175,7 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
     ranks.wait()  # wandb's servers may take their time
     facts = resume.facts(run) | {"wandb_id": wandb_run.id if wandb_run else at.wandb_id}
     i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes, ranks.world > 1)
-    saver = Saver(config, ranks.first, full_tensor)
+    saver = Saver(config, ranks.first, full_tensor, claim.held)
     asked, save_now, over = 0, 0, False  # a stop, from outside; save_minutes; the end of patience
     intervals = config.log_interval, config.eval_interval, config.save_interval, config.max_iters
     try:
@@ -172,8 +183,10 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
             done = i >= config.max_iters
             evaluating = i % config.eval_interval == 0 or done or i == at.evaluated
             if i > 0 and saved != i and (evaluating or asked or save_now or i % config.save_interval == 0):
+                began_save = time.perf_counter()
                 save(run, saver, row, progress, facts)  # before evaluation and samples get a chance to fail
                 saved = i
+                clock.began += time.perf_counter() - began_save
             # whoever stops it is in a hurry: what is left out, a resumed run does
             if evaluating and not asked and (loss := evaluate(run, stop.asked)) is None:
                 asked = ranks.largest(stop.asked())[0]
@@ -182,7 +195,10 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
                 row["val_loss"] = progress["val_loss"] = loss
                 progress["since_best"] += 1
                 better = progress["best_loss"] is None or loss < progress["best_loss"]
-                if saved == i and better and ranks.all(saver.arrived()):
+                if better and config.on_save_error == "warn":  # else a save that fails ends the run
+                    ranks.until(saver.idle)
+                    saver.check()
+                if saved == i and better and ranks.all(saver.failure is None):
                     progress |= {"best_loss": loss, "best_iter": i, "since_best": 0}
                     saver.then(checkpoint.point, folder, "best", i)
                 over = config.patience is not None and progress["since_best"] >= config.patience and saved == i
@@ -206,11 +222,12 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
             due = any(i % n == 0 for n in intervals)
             if due or asked or save_now:
                 row = log_row(run, i, loss, norm, clock)
-                for text in run.health.look(row, run.batches, ranks) + (run.health.spike(row) if due else []):
+                for text in look(run, saver, row) + (run.health.spike(row) if due else []):
                     log.say(text)
         if not asked:
             saver.then(checkpoint.mark_finished, folder / "ckpt" / "last")
-        saver.wait()
+        ranks.until(saver.idle)
+        saver.check()
         if saver.failure:
             raise UserError(f"the run ends at iter {i}, and its last checkpoint is not there: {saver.failure}")
     finally:
@@ -222,8 +239,8 @@ def train_on(ranks: Ranks, claim: resume.Claim, config: TrainConfig) -> None:
             print(f"stopped at iter {i}: no new best in {progress['since_best']} evaluations (patience)")
         best = f"best validation loss {progress['best_loss']:.4f} at iter {progress['best_iter']}"
         print(f"done: {i:,} updates, {best}, {duration(time.perf_counter() - began)}. Next:")
-        print(f"  python infer.py --model_path {folder} --prompt 'The '")
-        print(f"  python eval.py --model_path {folder}")
+        print(f"  python infer.py --model_path {shlex.quote(str(folder))} --prompt 'The '")
+        print(f"  python eval.py --model_path {shlex.quote(str(folder))}")
         print("  python prepare_data.py text --input YOUR_FILES --name mine")
     else:
         why = f": max_minutes = {config.max_minutes} are over" if asked == Stop.TIME_IS_UP else ""

@@ -368,7 +368,7 @@ def test_planted_pickle_and_what_a_user_types(tiny_data, name, monkeypatch):
             refused(lambda words=words: train.train(cli.parse(TrainConfig, [*words, "--init_from", str(folder)])))
             refused(lambda: checkpoint.load_model(*checkpoint.find(str(folder), print), torch.device("cpu")))
         if name == "state.json":
-            assert "no checkpoint" in refused(train_here, "--resume", "latest")
+            assert "every checkpoint there is damaged" in refused(train_here, "--resume", "latest")
         else:
             assert "is not loaded" in (said := refused(train_here, "--resume", "latest")) or "does not fit" in said
         shutil.copy(folder / name, "ckpt.pt")
@@ -488,3 +488,19 @@ def test_state_says_what_made_it(tiny_home):
     assert state["torch"] == torch.__version__
     assert state["chosen"]["dtype"] == "float32"
     assert {"git_commit", "git_dirty", "python", "device", "wandb_id", "val_loss", "best_loss", "epoch"} <= set(state)
+
+
+def test_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, model, monkeypatch, capsys):
+    """On a network's disk somebody may read it; the new one is whole, and training goes on."""
+    save(tmp_path, 1, model)
+
+    def busy(path, **how):
+        if not how:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    save(tmp_path, 2, model, keep=1)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/ckpt/iter_000001, which is not needed any more, stays: Device or resource busy\n"
+    )
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["iter_000002"]

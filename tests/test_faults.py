@@ -794,6 +794,62 @@ def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
         endless.restore()
 
 
+def test_ranks_whose_launcher_is_gone_are_asked_to_stop(monkeypatch):
+    """A signal that torchrun does not handle, SIGUSR1 say, ends it; its ranks trained on, and held the folder."""
+    stop, alone = Stop(among_ranks=True), Stop()
+    try:
+        assert stop.asked() == 0
+        monkeypatch.setattr(runtime.os, "getppid", lambda: 1)
+        assert stop.asked() == signal.SIGTERM
+        assert alone.asked() == 0, "a single process may outlive its shell: nohup"
+    finally:
+        alone.restore()
+        stop.restore()
+
+
+SLOW = f"""
+import runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, dataset
+def save(*words, real=checkpoint.save):
+    time.sleep(2.5)
+    return real(*words)
+def check(self, full, real=dataset.Dataset.check):
+    time.sleep(2.5)
+    return real(self, full)
+checkpoint.save, dataset.Dataset.check = save, check
+runpy.run_path({TRAIN!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [0, 128 + signal.SIGUSR1])
+def test_saves_longer_than_the_timeout_are_waited_for(start, tmp_path, ends):
+    """Rank 0 was said to hang; and at a stop the other rank left at once, so that torchrun ended rank 0 as it saved."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = (
+        "--max_iters",
+        2 if ends == 0 else 100_000,
+        "--save_interval",
+        2,
+        "--eval_interval",
+        4,
+        "--rank_timeout",
+        1,
+    )
+    env = RESTARTS | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    job = start(*words, "--on_save_error", "warn", script=str(tmp_path / "slow.py"), env=env)
+    if ends:
+        job.until(lambda: logged(tmp_path / "run") > 1)
+        os.kill(job.rank(1), signal.SIGUSR1)
+    assert job.end(60) == (1 if ends else 0), job.printed
+    assert errors(job) == []
+    assert GONE not in job.printed
+    newest = checkpoint.checkpoints(tmp_path / "run")[0]
+    assert checkpoint.verify(newest)["iter"] == int(rows(tmp_path / "run")[-1]["iter"])
+    assert not list((tmp_path / "run/ckpt").glob(".*.tmp"))
+
+
 def test_stop_gives_everything_back():
     ours, end = socket.socketpair()
     ours.setblocking(False)

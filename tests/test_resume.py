@@ -1,8 +1,7 @@
-"""resume.py: who owns a run's folder, which checkpoint a run goes on from, whether it may, and the exact way back."""
+"""resume.py: which checkpoint a run goes on from, whether it may, and the exact way back."""
 
 import copy
 import csv
-import errno
 import hashlib
 import itertools
 import json
@@ -10,15 +9,12 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, make_dataset, train_here
+from conftest import TINY, command, make_dataset, train_here
 from safetensors.torch import load_file
 
 import checkpoint
@@ -63,141 +59,6 @@ def here(home, monkeypatch) -> Path:
     """That folder, as the current one."""
     monkeypatch.chdir(home)
     return home
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# whose folder it is
-
-
-@pytest.fixture
-def owner(tiny_data):
-    """A process that trains in out/quickstart, has saved, and stands still for now."""
-    words = [sys.executable, str(ROOT / "train.py"), *TINY, *map(str, QUIET), "--save_interval", "10"]
-    words += ["--max_iters", "100000", "--eval_interval", "100000", "--eval_batches", "1"]
-    with open("printed.txt", "wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 120
-        while not (RUN / "ckpt/last").exists():
-            assert process.poll() is None, Path("printed.txt").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{process.pid}/task")
-        while any(") T" not in (task / "stat").read_text() for task in tasks.glob("*")):
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner):
-    before = snapshot(Path.cwd())
-    expected = (
-        f"{RUN} is in use by process {owner.pid} on {socket.gethostname()}: wait for it, stop it, or take another"
-    )
-    ways = [(), ("--resume",), ("--resume", "auto"), ("--resume", RUN / "ckpt/last"), ("--overwrite",)]
-    for words in ways:
-        with pytest.raises(UserError) as caught:
-            train_here(*QUIET, *words)
-        assert str(caught.value).startswith(expected), words
-        assert snapshot(Path.cwd()) == before, words
-    done = command("train", *TINY, "--overwrite", cwd=Path.cwd())
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {expected}")
-    assert done.stderr.count("\n") == 1
-    assert snapshot(Path.cwd()) == before
-    saved = checkpoint.read_state(RUN / "ckpt/last")["iter"]
-
-    owner.kill()
-    owner.wait()
-    assert (RUN / ".lock").exists(), "it could not remove it"
-    words = (*QUIET, "--lr_decay_iters", saved + 2, "--max_iters")
-    train_here(*words, saved + 1, "--resume", "auto")
-    train_here(*words, saved + 2, "--resume")  # and nothing is left of that one's in this process
-    assert checkpoint.read_state(RUN / "ckpt/last")["iter"] == saved + 2
-
-
-def test_overwrite_moves_the_old_folder_and_locks_the_new_one(tiny_data, monkeypatch):
-    train_here(*QUIET)
-    before, real, looked = snapshot(RUN), train.update, []
-
-    def update(run, i):
-        (old,) = Path("out").glob("quickstart.old-*")
-        with resume.Claim(RUN) as another, pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
-            another.take()
-        with resume.Claim(old) as free:
-            free.take()
-        looked.append(i)
-        return real(run, i)
-
-    monkeypatch.setattr(train, "update", update)
-    train_here(*QUIET, "--overwrite")
-    (old,) = Path("out").glob("quickstart.old-*")
-    assert looked == list(range(6))
-    theirs = {key.replace(str(old), str(RUN)): value for key, value in snapshot(old).items()}
-    assert theirs == before
-
-
-def test_lock_follows_a_folder_that_is_moved_and_made_anew(tmp_path):
-    folder, moved = tmp_path / "run", tmp_path / "moved"
-    with resume.Claim(folder) as claim:
-        claim.take()
-        assert not folder.exists(), "a claim makes no folder"
-        folder.mkdir()
-        claim.take()
-        claim.take()  # a second time costs nothing
-        folder.rename(moved)
-        folder.mkdir()
-        with resume.Claim(folder) as other:
-            claim.take()
-            with pytest.raises(UserError, match="is in use by"):
-                other.take()
-        with resume.Claim(moved) as other:
-            other.take()
-    with resume.Claim(folder) as other:
-        other.take()
-
-
-def test_folder_of_another_that_came_in_its_place_is_not_taken_for_its_own(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    with resume.Claim(one) as claim, resume.Claim(two) as other:
-        claim.take()
-        other.take()
-        one.rename(tmp_path / "away")
-        two.rename(one)
-        for _ in range(2):  # a refusal is no lock either
-            with pytest.raises(UserError, match="is in use by"):
-                claim.take()
-
-
-def test_file_system_without_locks_is_a_warning(tiny_data, monkeypatch, capsys):
-    def flock(*words):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(resume.fcntl, "flock", flock)
-    train_here(*QUIET, "--max_iters", 3)
-    train_here(*QUIET, "--max_iters", 4, "--resume")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert (
-        warnings
-        == [f"warning: {RUN}/.lock cannot be locked (No locks available): no second process may train there"] * 2
-    )
-    assert checkpoint.read_state(RUN / "ckpt/last")["iter"] == 4
-
-
-def test_run_that_fails_gives_its_folder_back(tiny_data, monkeypatch):
-    def fails(run, i):
-        raise UserError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "update", fails)
-        with pytest.raises(UserError, match="no"):
-            train_here(*QUIET)
-    train_here(*QUIET)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,6 +122,23 @@ def test_checkpoint_of_another_run_needs_a_folder_of_its_own(damaged):
     (RUN / "ckpt/iter_000004").rename("out/other/ckpt/iter_000004")
     with pytest.raises(UserError, match=r"is of another run, and out/quickstart holds checkpoints of its own"):
         find("out/other/ckpt/iter_000004")
+
+
+def test_damaged_state_is_named_too_and_nothing_begins_anew_over_it(tiny_data, capsys):
+    """It was passed over in silence: with a single checkpoint `auto` began from nothing."""
+    run = train_here(*QUIET)
+    for content in ("[]", "", "null", "[" * 200_000, '{"format": 1, "iter": 6, "config": {}, "files": []}'):
+        (run / "ckpt/iter_000006/state.json").write_text(content)
+        found = find("auto")
+        assert found == 3
+        assert f"warning: {RUN}/ckpt/iter_000006/state.json is missing or damaged; trying" in capsys.readouterr().out
+    shutil.rmtree(run / "ckpt/iter_000003")
+    for how in ("auto", "latest"):
+        with pytest.raises(UserError, match="every checkpoint there is damaged"):
+            find(how)
+    with pytest.raises(UserError, match="already holds a run"):
+        find(None)
+    assert (run / "ckpt/iter_000006").is_dir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
