@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY, command, make_dataset, train_here
 from safetensors.torch import load_file
+from test_claim import QUIET, RUN, snapshot
 
 import checkpoint
 import cli
@@ -24,23 +24,11 @@ import train
 from config import TrainConfig, UserError
 from runtime import Stop
 
-RUN = Path("out/quickstart")
-QUIET = ("--sample_tokens", 0)
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
 
 def make_config(*words) -> TrainConfig:
     return cli.parse(TrainConfig, [*TINY, *map(str, (*QUIET, *words))])
-
-
-def snapshot(folder: Path) -> dict:
-    """What is in a folder, to the byte."""
-    return {
-        str(path): os.readlink(path)
-        if path.is_symlink()
-        else path.is_file() and hashlib.sha256(path.read_bytes()).digest()
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture(scope="module")
