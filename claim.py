@@ -74,6 +74,10 @@ class Claim:
                 raise UserError(f"{folder}: another process has trained there meanwhile; take another --out_dir")
         if not self.held():
             raise UserError(f"{folder} was moved away by another process meanwhile: start again")
+        if (folder / "ckpt").is_file() and not overwrite:
+            raise UserError(
+                f"{folder / 'ckpt'} is a file, where checkpoints go: move it away, or take another --out_dir"
+            )
         if overwrite and (folder / "ckpt").exists():
             here = Path.cwd()
             if folder.resolve() in (here, *here.parents):

@@ -198,6 +198,11 @@ def parse(cls, words: Sequence[str]):
                 if layer.get(name) is not None and rival in _fields(cls):
                     settings[rival] = None
         settings.update(layer)
+    for key, value in settings.items():
+        if isinstance(value, str) and any(
+            "\ud800" <= c <= "\udfff" for c in value
+        ):  # Python's for bytes it cannot read
+            problems.append(f"{key} = {value!r} is no text here: set LC_ALL=C.UTF-8, or take another name")
     if settings.get("init_from"):
         try:
             settings = _given_shape(cls, settings) | settings

@@ -239,6 +239,15 @@ def test_overwrite_moves_runs_only_and_not_where_we_are(in_tmp):
     assert (old / "ckpt/iter_000003").is_dir()
 
 
+def test_file_where_checkpoints_go_is_noticed_before_training(tmp_path):
+    (tmp_path / "ckpt").write_text("mine")
+    with Claim(tmp_path) as claimed:
+        claimed.take()
+        with pytest.raises(UserError, match="ckpt is a file, where checkpoints go"):
+            claimed.enter(overwrite=False)
+    assert (tmp_path / "ckpt").read_text() == "mine"
+
+
 def test_config_of_the_users_own_is_kept(tiny_data):
     mine = RUN / "config.toml"
     mine.parent.mkdir(parents=True)

@@ -417,3 +417,9 @@ def test_write_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == figures
     with pytest.raises(UserError, match=r"json = .*b\.json.*cannot be written"):
         cli.write_json(figures, str(tmp_path / "no" / "b.json"))
+
+
+def test_bytes_that_are_no_text_are_a_mistake():
+    """Python reads them as lone surrogates; config.toml could not be written with them, hours later."""
+    with pytest.raises(UserError, match=r"out_dir = 'x\\udcff' is no text here: set LC_ALL=C.UTF-8"):
+        cli.parse(TrainConfig, ["--out_dir", "x\udcff"])

@@ -520,7 +520,7 @@ def test_nan_on_one_rank_ends_the_job_and_names_it(start, home, tmp_path):
     shown = windows(home, 7, (1, 3))
     said = f"error: iter 8: the loss is nan on rank 1; its batch there: training windows {shown} (window w begins at"
     assert error.startswith(said)
-    assert "earlier checkpoints stay" in error
+    assert "what was saved stays" in error
     assert "in run_verb" not in job.printed
     assert [folder.name for folder in checkpoint.checkpoints(run)] == ["iter_000006", "iter_000004"]
     for folder in checkpoint.checkpoints(run):
