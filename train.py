@@ -187,8 +187,10 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
                 save(run, saver, row, progress, facts)  # before evaluation and samples get a chance to fail
                 saved = i
                 clock.began += time.perf_counter() - began_save
-            # whoever stops it is in a hurry: what is left out, a resumed run does
-            if evaluating and not asked and (loss := evaluate(run, stop.asked)) is None:
+            # Whoever stops it is in a hurry: what is left out, a resumed run does. But max_minutes does not cut the
+            # evaluation that a run begins with, so that each slot of time makes an update at least.
+            cut = stop.asked if i > at.row["iter"] else lambda: stop.signal or 0
+            if evaluating and not asked and (loss := evaluate(run, cut)) is None:
                 asked = ranks.largest(stop.asked())[0]
             elif evaluating and not asked:
                 require_finite(run.model, i, loss)

@@ -458,7 +458,7 @@ class Impatient(Stop):
         return signal.SIGTERM if next(self.seen) >= self.looks else 0
 
 
-@pytest.mark.parametrize(("dtype", "looks", "more"), [("float32", 5, ()), ("float16", 7, ("--save_minutes", 1e-9))])
+@pytest.mark.parametrize(("dtype", "looks", "more"), [("float32", 4, ()), ("float16", 7, ("--save_minutes", 1e-9))])
 def test_run_that_was_stopped_anywhere_ends_as_the_undisturbed_one(tiny_data, monkeypatch, dtype, looks, more):
     words, real, stops = (*ODD, "--dtype", dtype), train.evaluate, set()
     whole = end(train_here(*words, "--out_dir", "out/whole"))

@@ -573,6 +573,13 @@ def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tiny_data):
         assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
 
 
+def test_each_slot_of_time_makes_an_update(tiny_data):
+    """Also one that is shorter than the evaluation which it begins with: else a queue would run it for ever."""
+    for slot in (1, 2, 3):
+        run = train_here("--max_minutes", 1e-7, "--resume", "auto", "--eval_interval", 2)
+        assert checkpoint.read_state(run / "ckpt/last")["iter"] == slot
+
+
 def test_best_is_the_best_and_stays(tiny_data):
     """The learning rate rises so far that the loss does too: best must not follow last."""
     run = train_here("--lr", 1, "--warmup_iters", 11, "--max_iters", 12, "--eval_interval", 2, "--keep_checkpoints", 1)
