@@ -4,6 +4,7 @@ python bench.py train                                   # the update of the defa
 python bench.py train --config shakespeare --dtype float32 --no-compile --json -
 python bench.py save --config gpt2_124m --batch_size 1   # updates beside a save, and the wait for its copy
 python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, beside plain encoding and datasets.map
+python bench.py infer --config gpt2_124m                # tokens/s of text, beside transformers and llama.cpp
 """
 
 from cli import from_command_line, run_verb, write_json
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from latency import bench_infer
 from ranks import ALONE, Ranks, join
 from run import Run, describe, setup
 from runlog import peak_flops, summary
@@ -120,11 +122,9 @@ def say(line: str) -> None:
 
 def main(config: BenchConfig) -> None:
     """Run one benchmark and print its figures."""
-    if config.what == "data":
-        show(bench_data(config, say), config)
-        return
-    if config.what == "save":
-        show(bench_save(config), config)
+    alone = {"data": partial(bench_data, say=say), "save": bench_save, "infer": partial(bench_infer, say=say)}
+    if config.what in alone:
+        show(alone[config.what](config), config)
         return
     with join(config, find_device) as ranks:
         figures = bench_train(config, ranks)

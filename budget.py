@@ -40,8 +40,10 @@ def activation_bytes(
     """
     tokens, C, V = batch_size * config.context_length, config.n_embd, config.vocab_size
     stream = FLOAT32 * tokens * C
-    positions = config.context_length if config.position == "learned" else 0
-    embedding = INT64 * (tokens + positions) + _dropout_bytes(config, tokens * C, FLOAT32, device_type)
+    # of rope: cosines and sines, for all blocks and heads
+    position = INT64 if config.position == "learned" else FLOAT32 * (C // config.n_head)
+    embedding = INT64 * tokens + position * config.context_length
+    embedding += _dropout_bytes(config, tokens * C, FLOAT32, device_type)
     head = _norm_bytes(tokens, C, dtype) + (FLOAT32 * V + INT64) * tokens  # log-probabilities of V ids, and targets
     block = _block_bytes(config, batch_size, dtype, device_type)
     if dtype != torch.float32:
@@ -114,7 +116,7 @@ def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", g
     the logits, or, where no earlier pass has left gradients, at the end of the backward pass. vocab_size has to be
     set. The terms of sharded training are those of ranks.py.
     """
-    model = _empty_model(config)
+    model = GPT.without_values(config.model())
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
     tables = sum(p.numel() for p in model.parameters()) - in_blocks  # the vocabulary's padding is memory too
     sharded = config.fsdp and gpus > 1
@@ -168,7 +170,7 @@ def report(config: TrainConfig, train_tokens: int | None, here: tuple[str, float
         train_tokens: of the training split, None where the data is not prepared.
         here: name and FLOP/s of the device at hand, beside those of GPUS.
     """
-    model, T, gpus = _empty_model(config), config.context_length, config.gpus
+    model, T, gpus = GPT.without_values(config.model()), config.context_length, config.gpus
     params, per_token = model.num_params(), model.flops_per_token()
     per_update = config.batch_size * config.grad_accum_steps  # sequences
     windows = max(0, (train_tokens - 1 - T) // (config.stride or T) + 1) if train_tokens else 0
@@ -231,9 +233,3 @@ def _time_table(config: TrainConfig, flops: float, here: tuple[str, float] | Non
         span = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
         lines.append(f"         {name:<{width}}{peak / 1e12:>10,.4g} TFLOP/s{span:>14}")
     return lines
-
-
-def _empty_model(config: TrainConfig) -> GPT:
-    """The model without memory for its numbers."""
-    with torch.device("meta"):
-        return GPT(config.model())

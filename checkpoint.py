@@ -271,8 +271,7 @@ def load_model(folder: Path, state: dict, device: torch.device) -> tuple[GPT, ti
     if tokenizer.ranks_hash(encoding) != state["tokenizer"]["ranks_sha256"]:
         raise UserError(f"{folder}: tokenizer {encoding.name} has not the vocabulary that the model was trained with")
     known = {f.name for f in dataclasses.fields(ModelConfig)}
-    with torch.device("meta"):  # no time is spent on initial weights
-        model = GPT(ModelConfig(**{k: v for k, v in state["config"].items() if k in known}))
+    model = GPT.without_values(ModelConfig(**{k: v for k, v in state["config"].items() if k in known}))
     load_weights(model, folder, assign=True)
     return model.to(device).eval(), encoding
 

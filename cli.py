@@ -23,9 +23,11 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, VERBS, SaidElsewhere, UserError, run_dir
+from config import EXCLUSIVE, BenchConfig, EvalConfig, InferConfig, SaidElsewhere, TrainConfig, UserError, run_dir
+from data_config import PrepareConfig
 from pretrained import pretrained_shape
 
+VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig)
 RECIPES = Path(__file__).resolve().parent / "configs"
 
 
@@ -162,7 +164,7 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 continue
             elif not equals:
                 many = kind is tuple
-                while words and not words[0].startswith("--") and (many or not values):
+                while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
                     values.append(words.pop(0))
             if not values and "bare" in field.metadata:
                 layer.setdefault(field.name, field.metadata["bare"])  # a value given under an alias stays

@@ -1,6 +1,6 @@
 """What can be set: one frozen dataclass per verb, each field with its help, limits and default; and UserError.
 
-cli.py fills these from TOML recipes and the command line. Standard library only.
+cli.py fills these from TOML recipes and the command line; data_config.py has prepare_data.py's. Standard library only.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class TrainConfig(ModelConfig, MachineConfig):
 class BenchConfig(TrainConfig):
     """bench.py: speed and memory of what the other verbs run."""
 
-    what: str = opt("train", "what to time", choices=("train", "save", "data"), positional=True)
+    what: str = opt("train", "what to time", choices=("train", "save", "data", "infer"), positional=True)
     warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
     timed_updates: int = opt(20, "updates that are; of save: in each round", low=2)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
@@ -202,6 +202,9 @@ class BenchConfig(TrainConfig):
     size_mb: int = opt(300, "text to encode", low=1)
     workers: int | None = opt(None, "processes that encode", low=1, none="one a core")
     rounds: int = opt(3, "times that each way is measured, in turn", low=1)
+    prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
+    new_tokens: int = opt(64, "tokens to write after it", low=2)
+    samples: int = opt(8, "texts at once, for the row that has several", low=2)
 
     def problems(self) -> list[str]:
         """TrainConfig's; and what only a run has is refused rather than ignored."""
@@ -210,86 +213,6 @@ class BenchConfig(TrainConfig):
         return super().problems() + [
             f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]
         ]
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """prepare_data.py: text -> uint16 token shards."""
-
-    source: str | None = opt(
-        None,
-        "where the text comes from",
-        choices=("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb", "hub", "text"),
-        positional=True,
-        section="Source",
-    )
-    input: tuple[str, ...] = opt(
-        (), "for text: files, folders and quoted patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
-    )
-    repo: str | None = opt(None, "for hub: a dataset repository, user/name")
-    files: tuple[str, ...] = opt((), "for hub: quoted patterns of its files")
-    column: str = opt("text", "for hub and text: where the text is, in parquet and JSON lines")
-    dump: str | None = opt(None, "for wikipedia: date and language, 20231101.simple, say", none="20231101.en")
-    revision: str | None = opt(None, "for sources on the hub: commit, branch or tag", none="a fixed commit")
-    sample_size: int | None = opt(None, "documents to take, from the start of each split", low=1, none="all")
-    splits: tuple[str, ...] = opt((), "make these splits only, of train val test")
-    val_fraction: float | None = opt(
-        None,
-        "share of validation documents, where the source has none",
-        above=0,
-        below=1,
-        none="0.1 of text, 0.0005 of the hub's",
-    )
-    test_fraction: float | None = opt(None, "share of test documents, likewise", above=0, below=1, none="no test split")
-    name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
-    tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
-    data_dir: str = opt("data", "folder that the shards' folder goes into")
-    raw_dir: str = opt("data/raw", "folder of downloads; a file already in <raw_dir>/<source>/ is used as it is")
-    shard_tokens: int = opt(100_000_000, "tokens per shard file", low=1)
-    workers: int | None = opt(None, "processes that encode", low=1, none="one a core", section="Work")
-    cluster: str | None = opt(None, "encode on a Dask cluster instead, tcp://scheduler:8786; its workers see our files")
-    verify: str | None = opt(None, "instead of a source: a dataset's folder, to hash all its files again")
-    info: str | None = opt(None, "instead of a source: a dataset's folder, to show what it holds")
-
-    def problems(self) -> list[str]:
-        """The rules between source and the fields that only some sources have."""
-        found = []
-        if self.source is None:
-            if not (self.verify or self.info):
-                found.append(
-                    "source: missing; one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text is "
-                    "expected, or --verify FOLDER, or --info FOLDER"
-                )
-            return found
-        if self.verify or self.info:
-            found.append(f"--verify and --info read a folder of shards: leave out {self.source}")
-        if self.source == "text" and not self.input:
-            found.append("source text needs --input FILE, FOLDER or 'PATTERN' (several are allowed)")
-        if self.source == "hub" and not self.repo:
-            found.append("source hub needs --repo USER/NAME, a dataset repository")
-        hub = ("wikitext103", "wikipedia", "fineweb", "hub")
-        for key, sources in (
-            ("input", ("text",)),
-            ("repo", ("hub",)),
-            ("files", ("hub",)),
-            ("dump", ("wikipedia",)),
-            ("revision", hub),
-            ("val_fraction", ("text", "wikipedia", "fineweb", "hub")),
-            ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
-        ):
-            if getattr(self, key) and self.source not in sources:
-                found.append(f"--{key} belongs to source {', '.join(sources)}, not to {self.source}")
-        if self.column != "text" and self.source not in ("hub", "text"):
-            found.append(f"--column belongs to source hub, text, not to {self.source}")
-        if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
-            found.append("val_fraction and test_fraction together leave nothing to train on")
-        if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:
-            found.append(f"splits = {unknown[0]}: one of train, val, test is expected")
-        if self.repo and self.repo.count("/") != 1:
-            found.append(f"repo = {self.repo}: the hub's form is user/name")
-        if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):
-            found.append(f"name = {self.name!r} has to be a plain folder name")
-        return found
 
 
 @dataclass(frozen=True)
@@ -323,19 +246,71 @@ class EvalConfig(ReaderConfig):
 
 
 @dataclass(frozen=True)
-class InferConfig(ReaderConfig):
+class SamplingConfig:
+    """How the next token is chosen; all that sampling.py needs."""
+
+    temperature: float | None = opt(
+        None, "below 1 safer, above 1 wilder; 0: greedy", low=0, none="0.8", section="Sampling"
+    )
+    greedy: bool = opt(False, "always take the likeliest token")
+    top_k: int = opt(0, "draw from the k likeliest tokens only; 0: from all", low=0)
+    top_p: float = opt(1.0, "draw from the likeliest tokens that together reach this probability", above=0, high=1)
+    min_p: float = opt(0.0, "draw from tokens at least this likely, the likeliest being 1", low=0, high=1)
+    repetition_penalty: float = opt(1.0, "above 1: tokens that were there before are less likely", above=0)
+    seed: int = opt(1337, "of the random numbers; the n-th text has its own", low=0, below=2**63, recipe=False)
+
+    @property
+    def heat(self) -> float:
+        """The temperature that counts; 0: greedy."""
+        return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
+
+    def problems(self) -> list[str]:
+        """Options that could not all be meant."""
+        if self.heat:
+            return []
+        why = "greedy" if self.greedy else "temperature = 0"
+        asked = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}
+        return [f"{why} takes the likeliest token: leave out {key}" for key in asked if asked[key]]
+
+
+@dataclass(frozen=True)
+class InferConfig(SamplingConfig, ReaderConfig):
     """infer.py: checkpoint + prompt -> text."""
 
-    prompt: str = opt("", "the text to continue; empty: start a new one", section="Text")
+    dtype: str = opt(
+        "auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
+    )
+    quantize: str | None = opt(None, "weights of 8 bits: half of bfloat16's memory, and time", choices=("int8",))
+    compile: bool | None = opt(None, "torch.compile the step from token to token", none="auto", recipe=False)
+    standard_input: str | None = opt(
+        None, "the prompt comes from standard input", choices=("-",), positional=True, section="Text"
+    )
+    prompt: str | None = opt(None, "the text to continue", none="a new text")
+    prompt_file: str | None = opt(None, "a file with one prompt; a newline at its end is left out")
+    prompts_file: str | None = opt(None, "a file with a prompt a line")
+    interactive: bool = opt(False, "ask for prompts, one after the other")
+    num_samples: int = opt(1, "texts to write from each prompt", low=1)
+    batch_size: int = opt(32, "texts that are written at once", low=1, recipe=False)
     max_new_tokens: int = opt(200, "tokens to write", low=1)
-    temperature: float = opt(0.8, "below 1 safer, above 1 wilder; 0 takes the likeliest token", low=0)
-    top_k: int | None = opt(None, "draw from the k likeliest tokens only", low=1, none="all")
-    num_samples: int = opt(1, "texts to write", low=1)
-    seed: int = opt(1337, "of the first text; the others count on from it", low=0, below=2**62, recipe=False)
+    stop: tuple[str, ...] = opt((), "strings that end a text, and are not printed")
+    ignore_eot: bool = opt(False, "write on after end-of-text")
     stream_text: bool = opt(True, "print text while it is made")
+    json: str | None = opt(None, "write texts, settings and figures to this file, - for standard output")
 
-
-VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig)
+    def problems(self) -> list[str]:
+        """SamplingConfig's; and one prompt at a time."""
+        found = super().problems()
+        given = {"-": self.standard_input, "--prompt": self.prompt is not None, "--prompt_file": self.prompt_file}
+        given |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
+        if len(names := [name for name in given if given[name]]) > 1:
+            found.append(f"{' and '.join(names)} exclude each other: give one of them")
+        if self.interactive and (self.json or self.num_samples > 1):
+            found.append("--interactive writes one text at a time, to no file: leave out json and num_samples")
+        if "" in self.stop:
+            found.append("stop = '': an empty string is everywhere; give one to look for, or leave it out")
+        if self.quantize and self.dtype == "float32":
+            found.append("quantize = int8 takes bfloat16 or float16 products: leave out dtype")
+        return found
 
 
 def run_dir(config: TrainConfig) -> Path:

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import tokenizer
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from shards import LLMC_EVAL_MAGIC, LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, magic_number, read_meta
 
 PROGRESS = "progress.json"  # in a folder whose dataset is not finished

@@ -37,8 +37,7 @@ def hugging_face_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]
         UserError: a damaged or missing file; the first tensor that is missing, not the model's or of another size.
     """
     listing, files = _files(folder)
-    with torch.device("meta"):  # sizes only
-        expected = {name: tuple(p.shape) for name, p in GPT(config).state_dict().items()}
+    expected = {name: tuple(p.shape) for name, p in GPT.without_values(config).state_dict().items()}
     weights, head = {}, None
     for file in files:
         for name, tensor in _read(file).items():

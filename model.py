@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
@@ -21,24 +22,45 @@ ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.g
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in memory set aside once: (L, B, H, context_length, D) each.
+    """Keys and values of the tokens seen so far, in memory set aside once: (B, H, S, D) a layer, S places for tokens.
 
-    `length` tokens are filled. GPT.forward(idx, cache=...) appends idx's.
+    `start` is the place of the next tokens. An int, the same for all rows: the places before it are computed with. Or
+    (B,) int64 on the device, a place for each row: all places before `stop` are computed with, those not filled yet
+    masked, so that rows may differ in length, and each step has the same shapes, as suits a compiler. Whoever calls the
+    model sets both.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.context_length, head_size)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+    def __init__(self, config: ModelConfig, batch_size: int, places: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch_size, config.n_head, places, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.start: int | Tensor = 0
+        self.stop = places
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, (B, H, T, D), and return all of that layer, (B, H, length + T, D)."""
-        start, stop = self.length, self.length + k.size(2)
-        self.k[layer, :, :, start:stop] = k
-        self.v[layer, :, :, start:stop] = v
-        return self.k[layer, :, :, :stop], self.v[layer, :, :, :stop]
+        """Store a layer's new keys and values, (B, H, T, D); T is 1 where `start` is a tensor.
+
+        Returns those to attend to, (B, H, start + T, D) or (B, H, stop, D).
+        """
+        all_k, all_v = self.k[layer], self.v[layer]
+        if isinstance(self.start, int):
+            stop = self.start + k.size(2)
+            all_k[:, :, self.start : stop] = k
+            all_v[:, :, self.start : stop] = v
+            return all_k[:, :, :stop], all_v[:, :, :stop]
+        rows = torch.arange(k.size(0), device=k.device)
+        all_k[rows, :, self.start] = k[:, :, 0].type_as(all_k)
+        all_v[rows, :, self.start] = v[:, :, 0].type_as(all_v)
+        return all_k[:, :, : self.stop], all_v[:, :, : self.stop]
+
+    def hidden(self) -> Tensor | None:
+        """(B, 1, 1, stop) bool, true where a place holds nothing yet for a new token to see; None: all are filled."""
+        if isinstance(self.start, int):
+            return None
+        return (torch.arange(self.stop, device=self.k[0].device) > self.start[:, None])[:, None, None]
+
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines
 
 
 class Rotary(nn.Module):
@@ -52,12 +74,16 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (context_length, D/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Turn (B, H, T, D), whose first token stands at position `start`."""
-        cos = self.cos[start : start + x.size(2)]  # (T, D/2), broadcast over B and H
-        sin = self.sin[start : start + x.size(2)]
-        a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    def forward(self, positions: Tensor) -> Turn:
+        """Positions (T) or (B, T) -> cosines and sines of their angles, ([B,] 1, T, D/2): the same for all heads."""
+        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
+
+
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """Queries or keys, (B, H, T, D), turned by their positions' angles."""
+    cos, sin = turn
+    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
@@ -72,40 +98,53 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.manual = config.attention == "manual"
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        if rotary is not None:
-            start = cache.length if cache else 0
-            q, k = rotary(q, start), rotary(k, start)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
-            assert T == 1 or cache.length == 0, (T, cache.length)  # a prompt into an empty cache, then one by one
-            k, v = cache.append(self.layer, k, v)  # (B, H, length + T, D)
-        causal = T > 1  # a single new token may look at everything
-        dropout = self.dropout if self.training else 0.0
-        # torch's CPU kernel for bf16 is slower than plain products up to 512 tokens (docs/speed.md)
-        plain = self.manual or (x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 512)
-        attention = manual_attention if plain else fused_attention
-        y = attention(q, k, v, causal, dropout)  # (B, H, T, D)
+            stored_k, stored_v = cache.append(self.layer, k, v)
+        if cache is not None and T == 1:  # in the cache's precision
+            y = last_token_attention(q.to(stored_k.dtype), stored_k, stored_v, cache.hidden())
+        else:  # a text from its start: its tokens see each other only
+            dropout = self.dropout if self.training else 0.0
+            # torch's CPU kernel for bf16 is slower than plain products up to 512 tokens (docs/speed.md)
+            plain = self.manual or (x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512)
+            y = (causal_attention if plain else fused_attention)(q, k, v, dropout)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
-    """What the fused kernels compute, written out. q: (B, H, T, D); k, v: (B, H, S, D); returns (B, H, T, D)."""
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention, written out.
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, H, S, D).
+        hidden: bool, broadcast to (B, H, T, S): which keys a query does not see; None: it sees all.
+
+    Returns:
+        (B, H, T, D).
+    """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S): likeness of each query to each key
-    if causal:
-        future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)  # (T, S)
-        scores = scores.masked_fill(future, -math.inf)  # no token sees the ones after it
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1
     return F.dropout(weights, dropout) @ v
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
-    """The same by torch's kernels, which never hold all scores at once. Shapes as in manual_attention.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """What the fused kernels compute, plain: no token sees the ones after it. q, k, v: (B, H, T, D)."""
+    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)  # (T, T)
+    return manual_attention(q, k, v, future, dropout)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The same by torch's kernels, which never hold all scores at once.
 
     Kernels for cards before Ampere (a T4) take head sizes that are multiples of 8 only; zeros fill others up, add
     nothing to a score, and are cut off again.
@@ -113,8 +152,16 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: floa
     D = q.size(-1)
     if D % 8:
         q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))  # (B, H, ..., D rounded up)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=1 / math.sqrt(D))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=1 / math.sqrt(D))
     return y[..., :D]
+
+
+def last_token_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    """manual_attention for T = 1, by what is fastest; on a GPU, kernels that the compiler makes of plain products."""
+    if q.device.type != "cpu":
+        return manual_attention(q, k, v, hidden)
+    seen = None if hidden is None else ~hidden
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1 / math.sqrt(q.size(-1)))
 
 
 class MLP(nn.Module):
@@ -142,9 +189,19 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, cache)
+    def forward(self, x: Tensor, turn: Turn | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), turn, cache)
         return x + self.mlp(self.ln_2(x))
+
+
+class _NoInitialWeights(TorchFunctionMode):
+    """Leaves parameters as they are: random numbers on the meta device load torch's compiler, which takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):  # of a tensor, or torch.nn.init's
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class GPT(nn.Module):
@@ -195,7 +252,7 @@ class GPT(nn.Module):
         Args:
             idx: (B, T) int64 token ids, T at most context_length (what is in the cache counts).
             targets: (B, T) int64, the next token of each place; -1 where there is none to score.
-            cache: keys and values of the tokens before idx; idx's are appended. T > 1 needs an empty one.
+            cache: keys and values of the tokens before idx; idx's go to `cache.start`, which T > 1 needs to be 0.
 
         Returns:
             targets given: the mean cross-entropy in nats, a float32 scalar.
@@ -203,20 +260,27 @@ class GPT(nn.Module):
             otherwise: (B, T, V) logits.
         """
         _, T = idx.shape
-        start = cache.length if cache else 0
-        assert start + T <= self.config.context_length, (start, T, self.config.context_length)
+        assert self.config.context_length >= T, (T, self.config.context_length)
+        if cache is None or isinstance(cache.start, int):
+            start = cache.start if cache else 0
+            assert start == 0 or T == 1, (start, T)
+            positions = torch.arange(start, start + T, device=idx.device)  # (T)
+        else:
+            positions = cache.start[:, None]  # (B, 1)
         x = self.transformer.wte(idx)  # (B, T, C)
+        turn = None
         if self.rotary is None:
-            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))  # (T, C), over B
+            x = x + self.transformer.wpe(positions)  # ([B,] T, C)
+        else:
+            turn = self.rotary(positions)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, self.rotary, use_reentrant=False)
+                x = checkpoint(block, x, turn, use_reentrant=False)
             else:
-                x = block(x, self.rotary, cache)
+                x = block(x, turn, cache)
         x = self.transformer.ln_f(x)  # (B, T, C)
         if cache is not None:
-            cache.length += T
             x = x[:, -1:]  # (B, 1, C): only the last place is asked for
         if self.lm_head is None:
             logits = F.linear(x, self.transformer.wte.weight)
@@ -227,6 +291,12 @@ class GPT(nn.Module):
             return logits
         # float32: the sum over V of exponentials is where bf16 would lose the loss's third digit
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @classmethod
+    def without_values(cls, config: ModelConfig) -> GPT:
+        """The network on the meta device: names and sizes, and no time or memory for weights that a file will give."""
+        with torch.device("meta"), _NoInitialWeights():
+            return cls(config)
 
     def num_params(self) -> int:
         """Parameters, the vocabulary's padding left out: 124,439,808 for GPT-2 124M."""

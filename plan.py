@@ -12,7 +12,8 @@ from pathlib import Path
 
 import documents
 import tasks
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from documents import Corpus, Part, RawFile
 from shards import SPLITS
 from sources import SOURCES

@@ -14,7 +14,8 @@ from pathlib import Path
 import tasks
 import tokenizer
 import workers
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from dataset import PROGRESS, Dataset, open_dataset
 from plan import Pass, Plan, make_plan
 from progress import KEPT, check_settings, done_bytes, locked, read_progress, remove_unfinished, writing

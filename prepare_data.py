@@ -10,7 +10,7 @@ python prepare_data.py --info data/mine                   # or --verify data/min
 """
 
 from cli import RECIPES, from_command_line, run_verb
-from config import PrepareConfig
+from data_config import PrepareConfig
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PrepareConfig, __doc__)

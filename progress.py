@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from dataset import PROGRESS
 from documents import Corpus
 from shards import OUR_FILES

@@ -12,7 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import hub
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from documents import Corpus, RawFile
 from shards import SPLITS
 

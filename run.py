@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import budget
 import checkpoint
 import tokenizer
-from config import PrepareConfig, TrainConfig, UserError, run_dir
+from config import TrainConfig, UserError, run_dir
+from data_config import PrepareConfig
 from dataset import Dataset, TrainingBatches, Windows, open_dataset
 from health import Health
 from model import GPT

@@ -245,11 +245,16 @@ def _compiles(compiled: Callable[..., Tensor], x: Tensor, y: Tensor) -> bool:
     return True
 
 
+def seed_of(*key: int) -> int:
+    """A seed for a generator, of its own for each key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def reseed(*key: int) -> None:
     """Seed torch's generators from a key (seed, update, micro-batch): dropout masks follow the key, and no random
     state has to be stored to resume."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    torch.manual_seed(seed_of(*key))
 
 
 class Stop:

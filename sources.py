@@ -17,7 +17,8 @@ from pathlib import Path
 
 import documents
 import repositories
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from documents import Corpus, RawFile
 from repositories import HubFiles, open_files
 from shards import write_whole

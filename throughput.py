@@ -19,7 +19,8 @@ from pathlib import Path
 import documents
 import tokenizer
 import workers
-from config import BenchConfig, PrepareConfig, UserError
+from config import BenchConfig, UserError
+from data_config import PrepareConfig
 from sources import expand, open_pydoc
 
 HOUSE = Path(__file__).resolve().parent

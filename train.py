@@ -31,8 +31,9 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint
 import resume
 from claim import Claim
-from config import SaidElsewhere, UserError
+from config import SaidElsewhere, SamplingConfig, UserError
 from dataset import eval_batches
+from decoder import Decoder
 from health import out_of_memory, require_finite
 from metrics import score
 from optim import apply_gradients, learning_rate
@@ -100,9 +101,8 @@ def sample(run: Run, seed: int) -> str:
     prompt = run.encoding.encode_ordinary(config.sample_prompt) or [end]
 
     def draw() -> list[int]:  # always as many: ranks that hold parts of the model compute together
-        ids = generate(
-            run.model, prompt, config.sample_tokens, temperature=0.8, seed=seed, n_vocab=run.encoding.n_vocab
-        )
+        options = SamplingConfig(temperature=0.8, seed=seed)
+        ids = generate(Decoder(run.model), prompt, config.sample_tokens, options, n_vocab=run.encoding.n_vocab)
         with run.machine.autocast(), uncompiled(run.model):
             return list(ids)
 

@@ -1,9 +1,14 @@
 """What several test files share: a tiny dataset, a tiny trained run, the command line, real text where it is."""
 
+import contextlib
+import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,7 +71,7 @@ TINY = shlex.split(
 
 def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte"):
     """A dataset of the text in folder/data/<name>."""
-    from config import PrepareConfig
+    from data_config import PrepareConfig
     from preparation import prepare
 
     file = folder / f"{name}.txt"
@@ -101,3 +106,162 @@ def tiny_home(tmp_path_factory) -> Path:
     done = command("train", *TINY, "--max_iters", 60, "--eval_interval", 30, "--lr", "5e-3", cwd=home)
     assert done.returncode == 0, done.stderr
     return home
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many short lives: processes forked where torch is imported already (3 s of a core otherwise, torchrun's ranks each)
+
+
+NURSERY = f"""
+import atexit, gc, json, multiprocessing, os, runpy, select, signal, subprocess, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+# what a life imports; no thread has begun yet
+import numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
+gc.freeze()  # else each life takes 0.7 s to go through all that at its end
+children = {{}}
+while True:
+    if select.select([sys.stdin], [], [], 0.005)[0]:
+        if not (line := sys.stdin.readline()):
+            [os.kill(pid, signal.SIGKILL) for pid in children]
+            sys.exit()
+        born, pid = json.loads(line), os.fork()
+        if not pid:
+            break
+        children[pid] = born["folder"]
+        print(pid, flush=True)
+    for pid in list(children):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            with open(children.pop(pid) + "/code.tmp", "w") as file:
+                file.write(str(os.waitstatus_to_exitcode(status)))
+            os.rename(file.name, file.name.removesuffix(".tmp"))
+folder = born["folder"]
+for key, value in born["env"].items():
+    os.environ.pop(key, None) if value is None else os.environ.update({{key: value}})
+output = os.open(folder + "/printed.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+[os.dup2(descriptor, number) for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), output, output))]
+os.chdir(born["cwd"])
+sys.argv = born["words"]
+exec(born["code"])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# torchrun, whose ranks are forked from it: its Popen does that, and the rest of it is as it is.
+LAUNCHER = """
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+class Rank(multiprocessing.get_context("fork").Process):
+    def __init__(self, args, env, **streams):
+        super().__init__(args=(list(args[2:]), env))  # without `python -u`
+        sys.stdout.flush()
+        self.start()
+
+    def run(self):
+        os.setsid()
+        gc.freeze()  # the launcher's objects, some with threads that are not here
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.closerange(3, 1024)
+        atexit._clear()
+        sys.argv, env = self._args
+        os.environ.clear()
+        os.environ.update(env)
+        with open(folder + "/rank" + env["RANK"], "w") as file:
+            file.write(str(os.getpid()))
+        sys.stdout.reconfigure(line_buffering=True)
+        for name, module in list(sys.modules.items()):  # ours read the environment as they are imported
+            if os.path.dirname(getattr(module, "__file__", None) or "") == sys.path[0]:
+                del sys.modules[name]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except BaseException:
+            time.sleep(1)  # as long as Python takes to end: the store of rank 0 is there for the others until then
+            raise
+        finally:
+            atexit._run_exitfuncs()
+
+    def poll(self):
+        return self.exitcode
+
+    def wait(self, seconds):
+        end = time.monotonic() + seconds
+        while self.exitcode is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("rank", seconds)
+            time.sleep(0.01)
+
+subprocess_handler.Popen = Rank
+sys.exit(torch.distributed.run.main())
+"""
+
+
+class Life:
+    """One process of train.py; what it printed and its exit code lie in its folder."""
+
+    def __init__(self, nursery: subprocess.Popen, folder: Path, cwd: Path, words: list, code: str, env: dict):
+        folder.mkdir()
+        self.folder = folder
+        born = {"folder": str(folder), "cwd": str(cwd), "words": [str(w) for w in words], "code": code, "env": env}
+        nursery.stdin.write(json.dumps(born) + "\n")
+        nursery.stdin.flush()
+        self.pid = int(nursery.stdout.readline())
+
+    @property
+    def printed(self) -> str:
+        file = self.folder / "printed.txt"
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, as subprocess has it; None while it lives."""
+        file = self.folder / "code"
+        return int(file.read_text()) if file.exists() else None
+
+    def rank(self, number: int) -> int:
+        """The process of a rank, where this is their launcher."""
+        return int((self.folder / f"rank{number}").read_text())
+
+    def until(self, reached: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait, while it lives."""
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert self.code is None, self.printed
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.002)
+
+    def until_marked(self) -> None:
+        """Wait until its code has come to here()."""
+        self.until((self.folder / "here").exists)
+
+    def send(self, number: int) -> None:
+        """A signal, if it is still there."""
+        if self.code is None:
+            os.kill(self.pid, number)
+
+    def end(self, seconds: float = 120) -> int:
+        """The exit code, once there is one."""
+        deadline = time.monotonic() + seconds
+        while self.code is None:
+            assert time.monotonic() < deadline, self.printed
+            time.sleep(0.002)
+        return self.code
+
+    def kill(self) -> None:
+        """It and all that print where it does: its ranks."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(process / "fd/1") == str(self.folder / "printed.txt"):
+                    os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    env = {**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    yield process
+    process.stdin.close()
+    process.wait()

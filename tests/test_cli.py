@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 import cli
-import config
 from cli import parse
-from config import BenchConfig, EvalConfig, InferConfig, PrepareConfig, TrainConfig, UserError
+from config import BenchConfig, EvalConfig, InferConfig, TrainConfig, UserError
+from data_config import PrepareConfig
 
 
 def recipe(folder, text, name="mine.toml") -> str:
@@ -323,7 +323,7 @@ def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path, by_recip
 # what a verb does with them
 
 
-@pytest.mark.parametrize("cls", config.VERBS)
+@pytest.mark.parametrize("cls", cli.VERBS)
 @pytest.mark.parametrize("columns", [80, 200])
 def test_help_tells_all_there_is_to_know(monkeypatch, cls, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -386,10 +386,19 @@ def test_run_ends_a_verb(monkeypatch, capsys, rank, every_rank, error, code, sai
     def verb(config):
         raise error
 
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
     with pytest.raises(SystemExit) as end:
         cli.run_verb(verb, None, every_rank)
     assert end.value.code == code
     assert capsys.readouterr() == ("", said)
+    assert bool(waited) is (code == 2 and not said)  # for the rank that speaks to leave first
+
+
+def test_standard_input_is_no_value_of_a_list():
+    config = cli.parse(InferConfig, ["--stop", "a", "b", "-"])
+    assert (config.stop, config.standard_input) == (("a", "b"), "-")
+    assert cli.parse(InferConfig, ["--prompt", "-"]).prompt == "-"
 
 
 def test_run_gives_the_result_and_lets_bugs_through():

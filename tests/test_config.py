@@ -5,9 +5,11 @@ import tomllib
 
 import pytest
 
+import cli
 import config
 from cli import RECIPES, parse
-from config import BenchConfig, EvalConfig, InferConfig, PrepareConfig, TrainConfig, UserError
+from config import BenchConfig, EvalConfig, InferConfig, TrainConfig, UserError
+from data_config import PrepareConfig
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -35,7 +37,7 @@ def test_quickstart_is_what_train_does_without_a_recipe():
     assert dataclasses.replace(parse(TrainConfig, ["--config", "quickstart"]), config=None) == TrainConfig()
 
 
-@pytest.mark.parametrize("cls", config.VERBS)
+@pytest.mark.parametrize("cls", cli.VERBS)
 def test_defaults_obey_their_own_limits(cls):
     for field in dataclasses.fields(cls):
         meta, value = field.metadata, field.default
@@ -50,7 +52,7 @@ def test_defaults_obey_their_own_limits(cls):
         assert cls().problems() == []
 
 
-@pytest.mark.parametrize("cls", config.VERBS)
+@pytest.mark.parametrize("cls", cli.VERBS)
 def test_every_name_reaches_one_field(cls):
     names = [n for f in dataclasses.fields(cls) for n in (f.name, *f.metadata.get("alias", ()))]
     assert len(names) == len(set(names))
@@ -73,6 +75,28 @@ def test_every_name_reaches_one_field(cls):
         (PrepareConfig, "pydoc --name a/b", ["'a/b'", "folder name"]),
         (PrepareConfig, "pydoc --name ..", ["'..'", "folder name"]),
         (EvalConfig, "--dataset pydoc --test_data_path x.bin", ["dataset", "test_data_path"]),
+        (InferConfig, "--greedy --temperature 0.5", ["greedy takes the likeliest", "leave out temperature"]),
+        (InferConfig, "--greedy --top_k 5", ["greedy", "leave out top_k"]),
+        (InferConfig, "--temperature 0 --top_p 0.9", ["temperature = 0 takes the likeliest", "leave out top_p"]),
+        (InferConfig, "--temperature 0 --min_p 0.1", ["temperature = 0", "leave out min_p"]),
+        (InferConfig, "--greedy --top_k 5 --top_p 0.9 --min_p 0.1", ["3 problems", "top_k", "top_p", "min_p"]),
+        (InferConfig, "--temperature -0.1", ["--temperature = -0.1", "at least 0"]),
+        (InferConfig, "--top_k -1", ["--top_k = -1", "at least 0"]),
+        (InferConfig, "--top_p 0", ["--top_p = 0", "more than 0"]),
+        (InferConfig, "--top_p 1.5", ["--top_p = 1.5", "at most 1"]),
+        (InferConfig, "--min_p 1.5", ["--min_p = 1.5", "at most 1"]),
+        (InferConfig, "--min_p -0.5", ["--min_p = -0.5", "at least 0"]),
+        (InferConfig, "--repetition_penalty 0", ["--repetition_penalty = 0", "more than 0"]),
+        (InferConfig, "--stop= --stop x", ["stop = ''"]),
+        (InferConfig, "--quantize int8 --dtype float32", ["quantize = int8", "leave out dtype"]),
+        (InferConfig, "--quantize int4", ["--quantize = int4", "int8"]),
+        (InferConfig, "- --interactive", ["- and --interactive exclude each other"]),
+        (InferConfig, "--prompt= --prompts_file x --json y", ["--prompt and --prompts_file exclude each other"]),
+        (InferConfig, "--interactive --json x", ["--interactive writes one text at a time"]),
+        (InferConfig, "--interactive --num_samples 2", ["leave out json and num_samples"]),
+        (InferConfig, "--num_samples 0", ["--num_samples = 0", "at least 1"]),
+        (InferConfig, "--batch_size 0", ["--batch_size = 0", "at least 1"]),
+        (InferConfig, "--max_new_tokens 0", ["--max_new_tokens = 0", "at least 1"]),
     ],
 )
 def test_fields_that_do_not_fit_are_named_with_their_values(cls, words, said):
@@ -92,10 +116,30 @@ def test_fields_that_do_not_fit_are_named_with_their_values(cls, words, said):
         (TrainConfig, "--lr 1e-4 --min_lr 1e-4"),
         (PrepareConfig, "text --input a.txt b.txt --val_fraction 0.2 --name mine.v2"),
         (EvalConfig, "--test_data_path x.bin"),
+        (InferConfig, "--greedy --temperature 0"),
+        (InferConfig, "--greedy --repetition_penalty 1.2 --top_p 1"),
+        (InferConfig, "--temperature 0.1 --top_k 5 --top_p 0.9 --min_p 0.1"),
+        (InferConfig, "--quantize int8 --dtype bfloat16"),
+        (InferConfig, "--quantize int8 --dtype float16"),
+        (InferConfig, "--dtype float32 --quantize none"),
+        (InferConfig, "- --json -"),
     ],
 )
 def test_neighbours_of_those_are_allowed(cls, words):
     parse(cls, words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "heat"),
+    [("", 0.8), ("--temperature 0.3", 0.3), ("--temperature 0", 0), ("--greedy", 0), ("--greedy --no-greedy", 0.8)],
+)
+def test_temperature_that_counts(words, heat):
+    assert parse(InferConfig, words.split()).heat == heat
+
+
+def test_strings_that_stop_add_up():
+    assert parse(InferConfig, ["--stop", "a", "b c", "--stop=--", "--stop", "\n"]).stop == ("a", "b c", "--", "\n")
+    assert InferConfig().stop == ()
 
 
 def test_model_keeps_the_shape_and_nothing_else():

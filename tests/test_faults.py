@@ -1,6 +1,5 @@
 """What goes wrong with a run, of one process or of several, and how it ends: real ones, and Slurm's script."""
 
-import contextlib
 import json
 import os
 import random
@@ -12,12 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, make_dataset
+from conftest import LAUNCHER, ROOT, TINY, Life, make_dataset
 from safetensors.torch import load_file
 from test_train import TIMES, rows, same, weights
 
@@ -27,7 +25,6 @@ from config import TrainConfig
 from dataset import TrainingBatches, Windows, open_dataset
 from runtime import Stop
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 HERE = ("--standalone", "--nproc_per_node=2")
 RUN = [*TINY, "--dropout", "0.1", "--grad_accum_steps", "4", "--sample_tokens", "0", "--lr_decay_iters", "200"]
 LONG = ("--max_iters", "100", "--eval_interval", "20", "--save_interval", "10")
@@ -37,57 +34,21 @@ GONE = "another rank is gone"
 NOTED = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
-class Job:
-    """A launcher, its ranks, and what all of them print (in a file, so that no pipe fills up)."""
+class Submitted(Life):
+    """A process that is not of the nursery: bash, and what it starts."""
 
-    def __init__(self, folder: Path, command: list, script: str, cwd: Path, env: dict):
-        self.script, self.output, self.mark = script, folder / "printed.txt", f"FLATGPT_TEST_JOB={folder}"
-        env = {**os.environ, "PYTHONPATH": "", "FLATGPT_TEST_JOB": str(folder), **env}
-        with open(self.output, "ab") as file:
-            self.launcher = subprocess.Popen(
-                [str(word) for word in command], cwd=cwd, env=env, stdout=file, stderr=subprocess.STDOUT
+    def __init__(self, folder: Path, command: list, cwd: Path, env: dict):
+        folder.mkdir()
+        self.folder = folder
+        with open(folder / "printed.txt", "ab") as file:
+            self.process = subprocess.Popen(
+                [str(word) for word in command], cwd=cwd, env=os.environ | env, stdout=file, stderr=subprocess.STDOUT
             )
+        self.pid = self.process.pid
 
     @property
-    def printed(self) -> str:
-        return self.output.read_text(encoding="utf-8", errors="replace")
-
-    def processes(self, *variables: str) -> list[int]:
-        """Those of the job that run train.py, or what stands for it, with `RANK=1`, say, in their environment."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                env = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if {self.mark, *variables} <= set(env) and self.script in words:
-                    found.append(int(folder.name))
-        return found
-
-    def rank(self, number: int) -> int:
-        """The process of a rank."""
-        (pid,) = self.processes(f"RANK={number}")
-        return pid
-
-    def until(self, reached: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait, while the job runs."""
-        deadline = time.monotonic() + seconds
-        while not reached():
-            assert self.launcher.poll() is None, self.printed
-            assert time.monotonic() < deadline, self.printed
-            time.sleep(0.02)
-
-    def end(self, seconds: float = 120) -> int:
-        """The launcher's exit code."""
-        return self.launcher.wait(seconds)
-
-    def kill(self) -> None:
-        """All that is left of it."""
-        if self.launcher.poll() is None:
-            self.launcher.kill()
-            self.launcher.wait()
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def code(self) -> int | None:
+        return self.process.poll()
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +60,14 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(home, tmp_path):
-    """start(*words) -> Job: torchrun train.py with RUN and the words, or another command. What is left is killed."""
+def start(nursery, home, tmp_path):
+    """start(*words) -> Life of torchrun, with train.py or a script, RUN and the words. What is left is killed."""
     jobs = []
 
-    def launch(*words, options: tuple = HERE, script: str = TRAIN, command: tuple = (), cwd=home, env=RESTARTS) -> Job:
-        (folder := tmp_path / f"job{len(jobs)}").mkdir()
-        command = command or (*TORCHRUN, *options, script)
+    def launch(*words, options: tuple = HERE, script: str = TRAIN, env=RESTARTS) -> Life:
         settings = (*RUN, "--data_dir", home / "data", "--out_dir", tmp_path / "run", *words)
-        jobs.append(Job(folder, [*command, *settings], script, cwd, env))
+        words = ("torchrun", *options, script, *settings)
+        jobs.append(Life(nursery, tmp_path / f"job{len(jobs)}", home, words, LAUNCHER, env))
         return jobs[-1]
 
     yield launch
@@ -120,7 +80,7 @@ def logged(run: Path) -> int:
     return (run / "metrics.csv").read_text().count("\n") - 1 if (run / "metrics.csv").exists() else 0
 
 
-def errors(job: Job) -> list[str]:
+def errors(job: Life) -> list[str]:
     """What it says to its user."""
     return [line for line in job.printed.splitlines() if line.startswith("error: ")]
 
@@ -146,98 +106,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# many short lives: each is train.py in a process of its own, forked where torch is imported already (3 s otherwise)
-
-
-NURSERY = f"""
-import gc, json, os, runpy, select, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import numpy.random, torch._dynamo, checkpoint, model, optim, train  # what a life imports; no thread has begun yet
-gc.freeze()  # else each life takes 0.7 s to go through all that at its end
-children = {{}}
-while True:
-    if select.select([sys.stdin], [], [], 0.005)[0]:
-        if not (line := sys.stdin.readline()):
-            [os.kill(pid, signal.SIGKILL) for pid in children]
-            sys.exit()
-        born, pid = json.loads(line), os.fork()
-        if not pid:
-            break
-        children[pid] = born["folder"]
-        print(pid, flush=True)
-    for pid in list(children):
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            with open(children.pop(pid) + "/code.tmp", "w") as file:
-                file.write(str(os.waitstatus_to_exitcode(status)))
-            os.rename(file.name, file.name.removesuffix(".tmp"))
-folder = born["folder"]
-os.environ.update(born["env"])
-output = os.open(folder + "/printed.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-[os.dup2(descriptor, number) for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), output, output))]
-os.chdir(born["cwd"])
-sys.argv = [{TRAIN!r}, *born["words"]]
-exec(born["code"])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-class Life:
-    """One process of train.py; what it printed and its exit code lie in its folder."""
-
-    def __init__(self, nursery: subprocess.Popen, folder: Path, cwd: Path, words: list, code: str, env: dict):
-        folder.mkdir()
-        self.folder = folder
-        born = {"folder": str(folder), "cwd": str(cwd), "words": [str(w) for w in words], "code": code, "env": env}
-        nursery.stdin.write(json.dumps(born) + "\n")
-        nursery.stdin.flush()
-        self.pid = int(nursery.stdout.readline())
-
-    @property
-    def printed(self) -> str:
-        file = self.folder / "printed.txt"
-        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-
-    @property
-    def code(self) -> int | None:
-        """The exit code, as subprocess has it; None while it lives."""
-        file = self.folder / "code"
-        return int(file.read_text()) if file.exists() else None
-
-    def until(self, reached: Callable[[], bool], seconds: float = 60) -> None:
-        """Wait, while it lives."""
-        deadline = time.monotonic() + seconds
-        while not reached():
-            assert self.code is None, self.printed
-            assert time.monotonic() < deadline, self.printed
-            time.sleep(0.002)
-
-    def until_marked(self) -> None:
-        """Wait until its code has come to here()."""
-        self.until((self.folder / "here").exists)
-
-    def send(self, number: int) -> None:
-        """A signal, if it is still there."""
-        if self.code is None:
-            os.kill(self.pid, number)
-
-    def end(self, seconds: float = 60) -> int:
-        """The exit code, once there is one."""
-        deadline = time.monotonic() + seconds
-        while self.code is None:
-            assert time.monotonic() < deadline, self.printed
-            time.sleep(0.002)
-        return self.code
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    process = subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
-    )
-    yield process
-    process.stdin.close()
-    process.wait()
+# many short lives
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +119,7 @@ def forked(nursery, home, tmp_path_factory):
 
     def give_birth(run: Path, *words, world: int = 1, code: str = "") -> list[Life]:
         folder, port = tmp_path_factory.mktemp("lives"), free_port()
-        words = (*RUN, "--out_dir", run, *words)
+        words = (TRAIN, *RUN, "--out_dir", run, *words)
         alike = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(world):
             env = {"RANK": rank, "LOCAL_RANK": rank, **alike} if world > 1 else {}
@@ -326,11 +195,11 @@ def whole(forked, home) -> Path:
     return home / "whole"
 
 
-@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", NOTED)
+@pytest.mark.parametrize(("number", "world"), [(n, w) for n in NOTED for w in (1, 2) if (n, w) != (signal.SIGUSR1, 1)])
 def test_stopped_at_any_moment_it_goes_on_as_if_nothing_had_been(forked, undisturbed, tmp_path, number, moment, world):
-    """SIGTERM and SIGUSR1 come twice, the second time to rank 0 alone, SIGUSR1 at first to the last one alone."""
+    """SIGTERM and SIGUSR1 come twice, the second time to rank 0 alone, SIGUSR1 at first to the last one alone (to a
+    single process it is what SIGTERM is)."""
     run = tmp_path / "run"
     lives = forked(run, *SHORT, world=world, code=HOOKS + MOMENTS[moment])
     lives[0].until_marked()
@@ -677,13 +546,10 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
         ("os._exit(3)", "1", "exitcode  : 3 ", 0),
     ],
 )
-def test_rank_that_raises_ends_the_job_with_its_own_message(
-    start, tmp_path, monkeypatch, code, ranks, once, tracebacks
-):
+def test_rank_that_raises_ends_the_job_with_its_own_message(start, tmp_path, code, ranks, once, tracebacks):
     (tmp_path / "faulty.py").write_text(FAULTY)
-    for key, value in {"CODE": code, "FAULTY_RANKS": ranks, "FAULT": str(tmp_path / "fault")}.items():
-        monkeypatch.setenv(key, value)
-    job = start("--max_iters", 100_000, "--eval_interval", 10, script=str(tmp_path / "faulty.py"))
+    env = RESTARTS | {"CODE": code, "FAULTY_RANKS": ranks, "FAULT": str(tmp_path / "fault")}
+    job = start("--max_iters", 100_000, "--eval_interval", 10, script=str(tmp_path / "faulty.py"), env=env)
     assert job.end() == 1
     seconds = time.time() - (tmp_path / "fault").stat().st_mtime
     assert seconds < 30, job.printed
@@ -717,8 +583,7 @@ def test_mistake_is_said_once_by_the_whole_job(request, start, tmp_path, words, 
 LATE = f"""
 import os, runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import torch
-time.sleep(3 * (os.environ["RANK"] == "0"))
+time.sleep(os.environ["RANK"] == "0")
 runpy.run_path({TRAIN!r}, run_name="__main__")
 """
 
@@ -743,7 +608,7 @@ def test_stopped_job_goes_on_as_if_nothing_had_been(start, forked, whole, tmp_pa
     run = tmp_path / "run"
     job = start(*LONG, options=(*HERE, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"))  # SIGUSR1 ends it otherwise
     job.until(lambda: logged(run) > 25)
-    job.launcher.send_signal(number)
+    job.send(number)
     assert job.end(30) == 1  # torchrun's, whatever its ranks say
     state = checkpoint.verify(run / "ckpt/last")
     assert not state["finished"]
@@ -766,7 +631,7 @@ def test_rank_that_waits_for_one_that_does_not_answer_can_be_stopped(start, tmp_
     os.kill(silent, signal.SIGSTOP)
     time.sleep(1)  # rank 0 now waits
     os.kill(waiting, signal.SIGTERM)
-    job.until(lambda: not job.processes("RANK=0"), seconds=8)
+    job.until(lambda: not Path(f"/proc/{waiting}").exists(), seconds=8)
     os.kill(silent, signal.SIGKILL)  # torchrun would wait longer for it
     assert job.end(10) == 1
     assert "failed (exitcode: 143) local_rank: 0" in job.printed
@@ -812,7 +677,7 @@ import runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import checkpoint, dataset
 def save(*words, real=checkpoint.save):
-    time.sleep(2.5)
+    time.sleep(1.5)
     return real(*words)
 def check(self, full, real=dataset.Dataset.check):
     time.sleep(2.5)
@@ -901,27 +766,34 @@ def test_sigterm_that_is_not_noted_ends_the_process(doing, code):
 
 
 @pytest.fixture
-def slurm(start, tmp_path):
-    """slurm(srun, *words) -> Job of docs/slurm.sh. Its commands are replaced: scontrol and scancel write what they are
-    asked for into tmp_path/asked, srun is the shell command given, with what it is to run in "$@"."""
+def slurm(home, tmp_path):
+    """slurm(srun, *words) -> docs/slurm.sh at work, with RUN and the words. Its commands are replaced: scontrol and
+    scancel write what they are asked for into tmp_path/asked, srun is the shell command given, with what it is to run
+    in "$@"."""
     python = f'exec {sys.executable} "$@"'
     scontrol = f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked'
     scancel = f'echo "$@" >> {tmp_path}/asked; kill -TERM "$(cat {tmp_path}/srun)"'
     options = f"echo $$ > {tmp_path}/srun; while [[ $1 == --* ]]; do shift; done"
     allocated = {"JOB_ID": 77, "JOB_NODELIST": "here", "JOB_NUM_NODES": 1, "GPUS_ON_NODE": 2, "CPUS_PER_TASK": 1}
     env = {f"SLURM_{key}": str(value) for key, value in allocated.items()}
-    env["PATH"] = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
+    env |= {"PATH": f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
+    jobs = []
 
-    def submit(srun: str, *words) -> Job:
+    def submit(srun: str, *words) -> Submitted:
         commands = {"python": python, "scontrol": scontrol, "scancel": scancel, "srun": f"{options}; {srun}"}
         (tmp_path / "bin").mkdir(exist_ok=True)
         for name, line in commands.items():
             (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
             (tmp_path / "bin" / name).chmod(0o755)
         (tmp_path / "asked").write_text("")
-        return start(*words, command=("bash", "docs/slurm.sh"), script="train.py", cwd=ROOT, env=env)
+        settings = (*RUN, "--data_dir", home / "data", "--out_dir", tmp_path / "run", *words)
+        jobs.append(Submitted(tmp_path / f"job{len(jobs)}", ["bash", "docs/slurm.sh", *settings], ROOT, env))
+        return jobs[-1]
 
-    return submit
+    yield submit
+    for job in jobs:
+        job.kill()
+        job.end()
 
 
 @pytest.mark.slow
@@ -929,7 +801,7 @@ def test_slurm_queues_a_stopped_run_again_until_it_is_finished(slurm, whole, tmp
     run = tmp_path / "run"
     job = slurm('exec "$@"', *LONG)
     job.until(lambda: logged(run) > 25)
-    job.launcher.send_signal(signal.SIGUSR1)
+    job.send(signal.SIGUSR1)
     assert job.end(60) == 0, job.printed
     assert (tmp_path / "asked").read_text() == "--signal=TERM 77\nrequeue 77\n"
     assert 25 <= checkpoint.read_state(run / "ckpt/last")["iter"] < 100

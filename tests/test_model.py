@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from config import ModelConfig
-from model import GPT, KVCache, Rotary, fused_attention, manual_attention
+from model import GPT, KVCache, Rotary, causal_attention, fused_attention, manual_attention, rotate
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50257)
 B, T, V = 3, 16, 50  # V is no multiple of 64: the vocabulary is padded inside
@@ -98,8 +101,15 @@ def test_rope_stores_no_positions():
 
 
 def on_meta(**changes) -> GPT:
-    with torch.device("meta"):
-        return GPT(dataclasses.replace(GPT2, **changes))
+    return GPT.without_values(dataclasses.replace(GPT2, **changes))
+
+
+def test_a_model_without_values_takes_no_memory_and_no_compiler():
+    """Random numbers on the meta device import torch._dynamo, which takes a second."""
+    assert {p.device.type for p in on_meta(tie_weights=False, head_bias=True).parameters()} == {"meta"}
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import GPT; from config import ModelConfig; "
+    code += "GPT.without_values(ModelConfig(vocab_size=99, tie_weights=False)); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(
@@ -162,8 +172,7 @@ def test_padding_of_the_vocabulary_has_no_say(changes):
             table[V:] = 100.0
     assert torch.equal(model(IDS), logits)
     assert torch.equal(model(IDS, TARGETS), loss)
-    cache = KVCache(model.config, B, torch.device("cpu"), torch.float32)
-    assert model(IDS, cache=cache).shape == (B, 1, V)
+    assert model(IDS, cache=new_cache(model)).shape == (B, 1, V)
 
 
 def test_targets_of_minus_one_are_not_scored():
@@ -235,11 +244,20 @@ def test_manual_attention_equals_a_loop(causal, n_embd, heads):
         seen = range(t + 1) if causal else range(5)
         likeness = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(n_embd // heads)) for s in seen]
         expected[b, h, t] = sum(w / sum(likeness) * v[b, h, s] for w, s in zip(likeness, seen, strict=True))
-    torch.testing.assert_close(manual_attention(q, k, v, causal, 0.0), expected)
+    got = causal_attention(q, k, v, 0.0) if causal else manual_attention(q, k, v, None)
+    torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_odd_head_sizes_are_filled_up_for_the_kernel(causal, monkeypatch):
+def test_manual_attention_does_not_see_what_is_hidden():
+    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    hidden = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
+    hidden[0, ..., 2:] = True
+    got = manual_attention(q, k, v, hidden)
+    torch.testing.assert_close(got[0], manual_attention(q[:1], k[:1, :, :2], v[:1, :, :2], None)[0])
+    torch.testing.assert_close(got[1], manual_attention(q, k, v, None)[1])
+
+
+def test_odd_head_sizes_are_filled_up_for_the_kernel(monkeypatch):
     """57, GPT2's: the kernel sees 64, the result and the gradients are those of 57."""
     seen = []
     torchs = F.scaled_dot_product_attention
@@ -248,8 +266,8 @@ def test_odd_head_sizes_are_filled_up_for_the_kernel(causal, monkeypatch):
     )
     qkv = torch.randn(3, 2, 3, 6, 57, generator=torch.Generator().manual_seed(0)).requires_grad_()
     results = {}
-    for attention in (fused_attention, manual_attention):
-        y = attention(*qkv, causal, 0.0)
+    for attention in (fused_attention, causal_attention):
+        y = attention(*qkv, 0.0)
         results[attention] = y, *torch.autograd.grad(y.square().sum(), qkv)
     assert seen == [64]
     assert results[fused_attention][0].shape == (2, 3, 6, 57)
@@ -263,9 +281,9 @@ def test_gpu_has_a_fused_kernel_for_every_head_size(head_size):
     """The only kernels that a T4 has, in float16; where none fits, torch raises."""
     q, k, v = torch.randn(3, 2, 4, 128, head_size, device="cuda", dtype=torch.float16).requires_grad_()
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        y = fused_attention(q, k, v, True, 0.0)
+        y = fused_attention(q, k, v, 0.0)
         y.sum().backward()
-    torch.testing.assert_close(y, manual_attention(q, k, v, True, 0.0), rtol=0, atol=5e-3)
+    torch.testing.assert_close(y, causal_attention(q, k, v, 0.0), rtol=0, atol=5e-3)
 
 
 def test_rotary_is_a_turn_of_complex_numbers():
@@ -276,19 +294,27 @@ def test_rotary_is_a_turn_of_complex_numbers():
     angle = torch.outer(torch.arange(7, 12).double(), speed)
     turned = pairs * torch.polar(torch.ones_like(angle), angle)
     rotary = Rotary(config(position="rope"))
-    torch.testing.assert_close(rotary(x, 7), torch.cat((turned.real, turned.imag), -1).float(), rtol=0, atol=1e-5)
-    assert rotary(x.bfloat16(), 7).dtype == torch.bfloat16
+    places = torch.arange(7, 12)
+    expected = torch.cat((turned.real, turned.imag), -1).float()
+    torch.testing.assert_close(rotate(x, rotary(places)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rotate(x, rotary(torch.stack((places, places)))), expected, rtol=0, atol=1e-5
+    )  # a row each
+    assert rotate(x.bfloat16(), rotary(places)).dtype == torch.bfloat16
 
 
 def test_rotary_sees_distances_only_and_keeps_lengths():
     rotary = Rotary(config(position="rope"))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
-    products = {(m, n): (rotary(q, m) * rotary(k, n)).sum().item() for m in range(T) for n in range(T)}
+    at = torch.arange(T)[:, None]
+    products = {
+        (m, n): (rotate(q, rotary(at[m])) * rotate(k, rotary(at[n]))).sum().item() for m in range(T) for n in range(T)
+    }
     for (m, n), product in products.items():
         first = products[(m - n, 0)] if m >= n else products[(0, n - m)]
         assert product == pytest.approx(first, abs=1e-5)
     assert max(products.values()) - min(products.values()) > 1
-    lengths = torch.stack([rotary(q, m).norm() for m in range(T)])
+    lengths = torch.stack([rotate(q, rotary(m)).norm() for m in at])
     torch.testing.assert_close(lengths, q.norm().expand(T))
 
 
@@ -304,14 +330,35 @@ def test_order_of_the_past_matters(position):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
 @pytest.mark.parametrize("prompt", [1, 5, T])
 def test_logits_through_the_cache_equal_those_without(kind, prompt):
+    """With one place for all rows, and with a place for each."""
     model = lively(**kind)
+    expected = model(IDS).detach()
+    for place in (int, lambda t: torch.full((B,), t)):
+        cache, got = new_cache(model), []
+        with torch.no_grad():
+            for t in range(prompt - 1, T):
+                cache.start = place(t) if t >= prompt else 0
+                got.append(model(IDS[:, : t + 1] if t < prompt else IDS[:, t : t + 1], cache=cache))
+        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_rows_of_a_cache_may_differ_in_length(position):
+    """Each row's logits are those of its own text; what lies in places that it has not come to does not matter."""
+    model, cache = lively(position=position), None
+    lengths = [3, T - 2, 5, 1][:B]
+    assert len(set(lengths)) == B
     with torch.no_grad():
-        expected = model(IDS)
-        cache = KVCache(model.config, B, torch.device("cpu"), torch.float32)
-        got = [model(IDS[:, :prompt], cache=cache)] + [model(IDS[:, t : t + 1], cache=cache) for t in range(prompt, T)]
-    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
-    with pytest.raises(AssertionError):
-        model(IDS[:, :1], cache=cache)  # it is full
+        cache = new_cache(model)
+        model(IDS, cache=cache)  # all places hold something
+        cache.start, cache.stop = torch.tensor(lengths), T - 1
+        got = model(torch.stack([IDS[row, n] for row, n in enumerate(lengths)])[:, None], cache=cache)
+        for row, n in enumerate(lengths):
+            torch.testing.assert_close(got[row, 0], model(IDS[row : row + 1, : n + 1])[0, -1], rtol=0, atol=1e-5)
+
+
+def new_cache(model: GPT) -> KVCache:
+    return KVCache(model.config, B, T, torch.device("cpu"), torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

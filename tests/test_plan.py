@@ -16,7 +16,8 @@ from test_sources import content, files, from_text, prepare, refusal, texts
 import documents
 import plan
 import tasks
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from sources import Corpus, RawFile
 
 

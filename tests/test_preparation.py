@@ -24,7 +24,8 @@ import progress
 import shards
 import tasks
 import tokenizer
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 from dataset import open_dataset
 
 __all__ = ["small_blocks"]  # a fixture

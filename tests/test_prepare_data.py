@@ -12,7 +12,8 @@ from test_plan import WRITTEN, hub_data, write
 
 import cli
 import prepare_data
-from config import PrepareConfig, TrainConfig
+from config import TrainConfig
+from data_config import PrepareConfig
 
 
 def run(capsys, *words) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY, command, make_dataset
+from conftest import LAUNCHER, ROOT, TINY, Life, command, make_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import rows, weights
@@ -231,14 +231,41 @@ def torchrun(number: int, script: Path, *words, cwd: Path, threads: str | None =
     )
 
 
-def several(number: int, home: Path, runs: list[tuple[str, str]], before: str = "") -> subprocess.CompletedProcess:
-    """BASE with changes, one run after the other into out/<name>, in one job; before: code."""
+@pytest.fixture(scope="module")
+def forked(nursery, tmp_path_factory):
+    """forked(number, script, *words) -> Life: torchrun, as above, to its end; it and its ranks begin in no time."""
+
+    def launch(number: int, script: Path, *words, cwd: Path, threads: str | None = "1") -> Life:
+        words = ("torchrun", "--standalone", f"--nproc_per_node={number}", script, *words)
+        folder = tmp_path_factory.mktemp("life") / "0"
+        life = Life(nursery, folder, cwd, words, LAUNCHER, {"OMP_NUM_THREADS": threads})
+        try:
+            life.end(300)
+        finally:
+            life.kill()
+        return life
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def several(forked, home):
+    """several(number, runs, before) -> Life: BASE with changes, one run after the other into out/<name>, in one job;
+    before: code."""
+
+    def launch(number: int, runs: list[tuple[str, str]], before: str = "") -> Life:
+        done = forked(number, *in_one_job(home, runs, before), cwd=home)
+        assert done.code == 0, done.printed
+        return done
+
+    return launch
+
+
+def in_one_job(home: Path, runs: list[tuple[str, str]], before: str = "") -> tuple[Path, str]:
+    """A script that makes these runs, and its argument."""
     script = home / f"several_{runs[0][0]}.py"
     script.write_text(SEVERAL.format(before=before))
-    jobs = [[*BASE, *shlex.split(words), "--out_dir", f"out/{name}"] for name, words in runs]
-    done = torchrun(number, script, json.dumps(jobs), cwd=home)
-    assert done.returncode == 0, done.stderr
-    return done
+    return script, json.dumps([[*BASE, *shlex.split(words), "--out_dir", f"out/{name}"] for name, words in runs])
 
 
 def wrapped(home: Path, code: str) -> Path:
@@ -332,9 +359,9 @@ def test_only_the_first_of_two_ranks_speaks_and_writes(home, one, two, two_said)
 
 
 @pytest.fixture(scope="module")
-def on_four(home, two) -> Path:
+def on_four(several, home, two) -> Path:
     copied(two, "two_then_four")
-    several(4, home, [("four", ""), ("two_then_four", f"--resume out/two_then_four/{HALF}")])
+    several(4, [("four", ""), ("two_then_four", f"--resume out/two_then_four/{HALF}")])
     return home / "out"
 
 
@@ -403,11 +430,11 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def on_two(home, one, two) -> Path:
+def on_two(several, home, one, two) -> Path:
     """DDP on two ranks."""
     copied(one, "one_then_two")
     runs = [*VARIANTS.items(), ("one_then_two", f"--resume out/one_then_two/{HALF}")]
-    several(2, home, [*runs, ("timed", "--max_minutes 1e-4")], PREPARED)
+    several(2, [*runs, ("timed", "--max_minutes 1e-4")], PREPARED)
     return home / "out"
 
 
@@ -419,15 +446,15 @@ def on_one_in_float16(home) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_parts(home, two, on_two) -> Path:
+def in_parts(several, home, two, on_two) -> Path:
     """fully_shard on two ranks: out/fsdp_<variant>."""
     names = ("untied", "checkpointed", "bfloat16", "float16", "rope")
     runs = [("fsdp", "--fsdp"), *((f"fsdp_{name}", f"{VARIANTS[name]} --fsdp") for name in names)]
-    several(2, home, runs, PREPARED + WATCHED)
+    several(2, runs, PREPARED + WATCHED)
     copied(home / "out/fsdp", "fsdp_then_fsdp")
     copied(two, "two_then_fsdp")
     resumed = [(name, f"--fsdp --resume out/{name}/{HALF}") for name in ("fsdp_then_fsdp", "two_then_fsdp")]
-    several(2, home, resumed)
+    several(2, resumed)
     return home / "out"
 
 
@@ -565,51 +592,62 @@ def test_patience_ends_all_ranks(on_two):
 
 
 @pytest.mark.slow
-def test_time_ends_all_ranks_and_the_run_goes_on(home, one, on_two):
+def test_time_ends_all_ranks_and_the_run_goes_on(forked, home, one, on_two):
     state = checkpoint.read_state(on_two / "timed/ckpt/last")
     assert not state["finished"]
     assert 0 < state["iter"] < 20
-    done = torchrun(2, ROOT / "train.py", *BASE, "--out_dir", "out/timed", "--resume", cwd=home)
-    assert done.returncode == 0, done.stderr
+    done = forked(2, ROOT / "train.py", *BASE, "--out_dir", "out/timed", "--resume", cwd=home)
+    assert done.code == 0, done.printed
     assert_alike(on_two / "timed", one)
     assert checkpoint.read_state(on_two / "timed/ckpt/last")["finished"]
 
 
+SIX = "import ranks\nranks._cores = lambda: 6"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("theirs", "threads"), [(None, 3), ("2", 2)])
-def test_threads_of_each_rank(home, theirs, threads):
-    """Six cores for two ranks; what the user asks for counts, what torchrun sets by itself does not."""
-    script = wrapped(home, "import ranks\nranks._cores = lambda: 6")
-    done = torchrun(2, script, *BASE, "--max_iters", 1, "--out_dir", f"out/threads_{threads}", cwd=home, threads=theirs)
+def test_ranks_share_the_cores(forked, home):
+    """Six for two; torchrun's own choice of one thread does not count."""
+    words = (*BASE, "--max_iters", 1, "--out_dir", "out/threads_3")
+    done = forked(2, wrapped(home, SIX), *words, cwd=home, threads=None)
+    assert done.code == 0, done.printed
+    assert "machine  cpu (3 threads)" in done.printed
+
+
+@pytest.mark.slow
+def test_number_of_threads_that_the_user_asks_for_counts(home):
+    """Not forked: torch reads it as it is imported."""
+    words = (*BASE, "--max_iters", 1, "--out_dir", "out/threads_2")
+    done = torchrun(2, wrapped(home, SIX), *words, cwd=home, threads="2")
     assert done.returncode == 0, done.stderr
-    assert f"machine  cpu ({threads} threads)" in done.stdout
+    assert "machine  cpu (2 threads)" in done.stdout
 
 
 ALIKE = "every machine has to have the same files and settings"
 
 
 @pytest.mark.slow
-def test_settings_that_differ_between_ranks_are_refused(home):
+def test_settings_that_differ_between_ranks_are_refused(forked, home):
     """An older copy of a recipe: ranks would drift apart, as only gradients are summed, or wait for each other."""
     code = "sys.argv += ['--lr', '1e-2', '--eval_interval', '7'] if os.environ['RANK'] == '1' else []"
-    done = torchrun(2, wrapped(home, code), *BASE, "--out_dir", "out/apart", cwd=home)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    done = forked(2, wrapped(home, code), *BASE, "--out_dir", "out/apart", cwd=home)
+    assert done.code == 1
+    said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
     assert said == ["error: lr, eval_interval of rank 1 is not that of rank 0: " + ALIKE]
     assert not (home / "out/apart").exists()
 
 
 @pytest.mark.slow
-def test_data_that_differ_between_ranks_are_refused(tmp_path):
+def test_data_that_differ_between_ranks_are_refused(forked, tmp_path):
     """Two machines, of which one has an older copy."""
     for rank, text in enumerate(("The same text. ", "The same text? ")):
         (tmp_path / f"machine{rank}").mkdir()
         make_dataset(tmp_path / f"machine{rank}", text=text * 500)
-    done = torchrun(2, wrapped(tmp_path, "os.chdir('machine' + os.environ['RANK'])"), *BASE, cwd=tmp_path)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    done = forked(2, wrapped(tmp_path, "os.chdir('machine' + os.environ['RANK'])"), *BASE, cwd=tmp_path)
+    assert done.code == 1
+    said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
     assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: " + ALIKE]
-    assert "in run_verb" not in done.stderr
+    assert "in run_verb" not in done.printed
     assert not list(tmp_path.glob("machine*/out"))
 
 
@@ -623,7 +661,8 @@ def test_compiled_ranks_make_nearly_the_updates_of_eager_ones(home):
         ("compiled_checkpointed", f"{words} --compile --activation_checkpointing"),
         ("compiled_fsdp", f"{words} --compile --fsdp"),
     ]
-    done = several(2, home, runs)
+    done = torchrun(2, *in_one_job(home, runs), cwd=home)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("bfloat16, compiled") == 3
     assert "torch.compile failed" not in done.stderr
     for name, _ in runs[1:]:
@@ -644,7 +683,8 @@ def test_gpus_make_nearly_the_updates_of_one(home):
         ("nccl_fsdp", f"{words} --fsdp"),
         ("nccl_checkpointed", f"{words} --fsdp --activation_checkpointing"),
     ]
-    done = several(2, home, runs)
+    done = torchrun(2, *in_one_job(home, runs), cwd=home)
+    assert done.returncode == 0, done.stderr
     assert "torch.compile failed" not in done.stderr
     alone(home, "one_gpu", words)
     for name, _ in runs:

@@ -11,7 +11,8 @@ from conftest import TEXT
 import preparation
 import sources
 import tokenizer
-from config import PrepareConfig, UserError
+from config import UserError
+from data_config import PrepareConfig
 
 
 def prepare(source, say=lambda line: None, **keys):

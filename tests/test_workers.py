@@ -253,13 +253,17 @@ def test_lock_ends_with_the_process_though_a_worker_hangs(work, big):
 # Dask
 
 
-@pytest.fixture
-def cluster(tmp_path_factory):
-    """A scheduler and workers of one thread each, as `dask scheduler` and `dask worker` start them, elsewhere: they
-    have neither our folder, nor our modules, nor GPT-2's vocabulary. Gives its address and the processes."""
+@pytest.fixture(scope="module")
+def dask() -> None:
     if importlib.util.find_spec("distributed") is None:
         reason = "distributed is not installed: pip install -r requirements-extra.txt"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def new_cluster(tmp_path_factory):
+    """A scheduler and workers of one thread each, as `dask scheduler` and `dask worker` start them, elsewhere: they
+    have neither our folder, nor our modules, nor GPT-2's vocabulary. Gives its address and the processes."""
     folder, processes = tmp_path_factory.mktemp("cluster"), []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -272,14 +276,30 @@ def cluster(tmp_path_factory):
             output = {"stdout": log, "stderr": log}
             processes.append(subprocess.Popen(call, cwd=folder, env=environment, **output))
 
-    start("scheduler", "--host", "127.0.0.1", "--port", address.split(":")[-1], "--dashboard-address", "127.0.0.1:0")
-    for _ in range(2):
-        start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-    wait_for(lambda: (folder / "0.log").read_text().count("Register worker addr") == 2)
-    yield address, *processes
-    for process in processes:
-        process.kill()
-        process.wait()
+    where = ("--host", "127.0.0.1", "--port", address.split(":")[-1], "--dashboard-address", "127.0.0.1:0")
+    try:
+        start("scheduler", *where)
+        for _ in range(2):
+            start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
+        wait_for(lambda: (folder / "0.log").read_text().count("Register worker addr") == 2)
+        yield address, *processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(dask, tmp_path_factory):
+    """For those that leave it as it was."""
+    with new_cluster(tmp_path_factory) as there:
+        yield there
+
+
+@pytest.fixture
+def doomed(dask, tmp_path_factory):
+    with new_cluster(tmp_path_factory) as there:
+        yield there
 
 
 @pytest.mark.extra
@@ -295,8 +315,8 @@ def test_dask_gives_the_same_bytes(cluster, in_tmp, name):
 
 @pytest.mark.extra
 @pytest.mark.parametrize("dies", [1, 2])
-def test_dask_worker_that_is_killed_changes_nothing(cluster, work, big, dies):
-    address, *processes = cluster
+def test_dask_worker_that_is_killed_changes_nothing(doomed, work, big, dies):
+    address, *processes = doomed
     process = work("--cluster", address)
     processes[dies].kill()
     out, err = process.communicate(timeout=60)
@@ -315,8 +335,8 @@ def test_ctrl_c_while_dask_works(cluster, work, big):
 
 
 @pytest.mark.extra
-def test_dask_scheduler_that_is_killed_is_an_error(cluster, work, big):
-    address, scheduler, *_ = cluster
+def test_dask_scheduler_that_is_killed_is_an_error(doomed, work, big):
+    address, scheduler, *_ = doomed
     process = work("--cluster", address)
     scheduler.kill()
     out, err = process.communicate(timeout=60)
@@ -327,8 +347,8 @@ def test_dask_scheduler_that_is_killed_is_an_error(cluster, work, big):
 
 
 @pytest.mark.extra
-def test_no_dask_workers(cluster, in_tmp):
-    address, _, *processes = cluster
+def test_no_dask_workers(doomed, in_tmp):
+    address, _, *processes = doomed
     for process in processes:
         process.terminate()
         process.wait(20)
@@ -340,7 +360,7 @@ def test_no_dask_workers(cluster, in_tmp):
 
 @pytest.mark.extra
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
-def test_no_dask_scheduler(cluster, in_tmp, address):
+def test_no_dask_scheduler(dask, in_tmp, address):
     Path("a.txt").write_text("some text\n" * 100)
     begun = time.monotonic()
     done = command("prepare_data", "text", "--input", "a.txt", "--tokenizer=byte", "--cluster", address, cwd=in_tmp)
