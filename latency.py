@@ -171,7 +171,8 @@ def _llama_cpp(model: GPT, ids: list[int], new: int, device: torch.device) -> di
             )
 
         def write(peer=peer) -> list[float]:
-            tokens = peer.generate(ids, temp=0.0, reset=True)
+            peer.reset()  # else it keeps what it knows of the prompt
+            tokens = peer.generate(ids, temp=0.0)
             began = time.perf_counter()
             return _arrivals((token for token, _ in zip(tokens, range(new), strict=False)), began)
 

@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """nn.Linear with its matrix in int8 and a scale for each output row; the products take inputs in `dtype`."""
 
-    FEW = 16  # tokens for which torch's kernel on CPUs is faster than products with the matrix made whole again
+    FEW = 48  # tokens for which torch's kernel on CPUs is faster than products with the matrix made whole again
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
