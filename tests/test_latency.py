@@ -1,0 +1,139 @@
+"""latency.py: each way writes the same text, and the figures are those of the ways."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import bench
+import cli
+import latency
+from config import BenchConfig, SamplingConfig, UserError
+from decoder import Decoder
+from model import GPT
+from packing import Int8Linear, pack
+from sampling import generate
+
+SMALL = ["infer", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--context_length", "64", "--device", "cpu"]
+SHORT = [*SMALL, "--vocab_size", "300", "--prompt_tokens", "16", "--new_tokens", "5", "--samples", "3", "--rounds", "2"]
+
+
+@pytest.fixture
+def figures(in_tmp, monkeypatch):
+    """The figures of a small shape, loading left out, and what each way was measured at."""
+
+    def run(*words) -> dict:
+        monkeypatch.setattr(latency, "_load", lambda model, config, say: 1.5)
+        monkeypatch.setattr(latency, "read_bandwidth", lambda device: 40.0)
+        bench.main(cli.parse(BenchConfig, [*SHORT, *words, "--json", "figures.json"]))
+        return json.loads((in_tmp / "figures.json").read_text())
+
+    return run
+
+
+def test_figures_fit_each_other(figures):
+    found = figures()
+    for way in ("float32", "bfloat16", "int8", "transformers_float32", "transformers_bfloat16"):
+        assert found[f"{way}_tokens_per_s"] > 0
+        assert 0 < found[f"{way}_first_ms"] < 5e3 / found[f"{way}_tokens_per_s"]
+    # 2 layers of 12 x 32 x 32 weights, and the head's 320 x 32
+    steps = found["float32_gb_per_s"] * 1e9 / (4 * (2 * 12 * 32 * 32 + 320 * 32))
+    assert steps > found["float32_tokens_per_s"]  # without the prompt
+    assert found["int8_of_bandwidth"] == pytest.approx(found["int8_gb_per_s"] / 40)
+    assert found["bfloat16_x3_tokens_per_s"] > 0
+    assert "prefill_tokens_per_s" not in found  # 512 tokens are more than the context
+    assert found["load_to_first_token_s"] == 1.5
+
+
+def test_ways_write_so_many_tokens(monkeypatch):
+    """Ours and transformers': as many times as tokens, rising; the prompt is no token."""
+    config = cli.parse(BenchConfig, SHORT)
+    model = GPT(config.model())
+    ways = latency._transformers(model, [1, 2, 3], 4, torch.device("cpu"))
+    ways["ours"] = latency._ours(Decoder(model), [[1, 2, 3]], 4)
+    for way in ways.values():
+        times = way()
+        assert len(times) == 4
+        assert sorted(times) == times
+        assert times[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*SMALL, "--context_length", "192"], "--vocab_size"),
+        ([*SMALL, "--vocab_size", "300"], "prompt_tokens \\+ new_tokens = 192 do not fit context_length = 64"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(words, said):
+    with pytest.raises(UserError, match=said):
+        bench.main(cli.parse(BenchConfig, words))
+
+
+@pytest.mark.slow
+def test_loading_is_timed_up_to_the_first_token(in_tmp):
+    """Two starts of infer.py."""
+    config = cli.parse(BenchConfig, [*SHORT, "--rounds", "1"])
+    assert 0.1 < latency._load(GPT(config.model()), config, print) < 60
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.extra
+def test_llama_cpps_file_holds_the_model(in_tmp):
+    """Read back by gguf: names, shapes and values; Q8_0 within half a step of its blocks of 32."""
+    from gguf import GGMLQuantizationType as Kind
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    model = GPT(cli.parse(BenchConfig, SHORT).model())
+    for kind in (Kind.F32, Kind.BF16, Kind.Q8_0):
+        latency.write_gguf(model, in_tmp / "model.gguf", kind)
+        tensors = {t.name: t for t in GGUFReader(in_tmp / "model.gguf").tensors}
+        assert len(tensors) == len(model.state_dict())
+        head = tensors["token_embd.weight"]
+        got = torch.tensor(dequantize(head.data, head.tensor_type))
+        expected = model.transformer.wte.weight[:300].detach()
+        assert got.shape == expected.shape
+        step = {Kind.F32: 0.0, Kind.BF16: 2.0**-8, Kind.Q8_0: 1 / 127}[kind] * expected.abs().max()
+        assert (got - expected).abs().max() <= step
+        block = tensors["blk.1.ffn_down.weight"]
+        assert torch.tensor(dequantize(block.data, block.tensor_type)).shape == (32, 128)
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python compiles for a quarter of an hour"
+)
+def test_llama_cpp_writes_what_we_write(in_tmp):
+    """Greedy, float32: the file means the same to llama.cpp."""
+    torch.manual_seed(0)
+    model = GPT(cli.parse(BenchConfig, SHORT).model()).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # lively: each next token clear
+            p.mul_(5 if p.dim() == 2 else 1)
+    import llama_cpp
+    from gguf import GGMLQuantizationType as Kind
+
+    latency.write_gguf(model, in_tmp / "model.gguf", Kind.F32)
+    peer = llama_cpp.Llama("model.gguf", n_ctx=64, n_threads=1, verbose=False)
+    prompt = [5, 200, 17, 3]
+    theirs = [token for token, _ in zip(peer.generate(prompt, temp=0.0), range(20), strict=False)]
+    assert theirs == list(generate(Decoder(model), prompt, 20, SamplingConfig(greedy=True)))
+    assert len(set(theirs)) > 3
+
+
+def test_packed_models_are_what_is_measured(monkeypatch, figures):
+    """int8 means Int8Linear, the head's too."""
+    seen = []
+    real = pack
+
+    def spy(model, dtype, quantize=None, compile=False):
+        seen.append((dtype, quantize, compile))
+        return real(model, dtype, quantize, compile)
+
+    monkeypatch.setattr(latency, "pack", spy)
+    figures("--rounds", "1")
+    low = torch.bfloat16
+    assert seen == [(torch.float32, None, False), (low, None, False), (low, "int8", False)]
+    assert isinstance(real(GPT(cli.parse(BenchConfig, SHORT).model()), low, "int8").lm_head, Int8Linear)
