@@ -201,9 +201,8 @@ def parse(cls, words: Sequence[str]):
                     settings[rival] = None
         settings.update(layer)
     for key, value in settings.items():
-        if isinstance(value, str) and any(
-            "\ud800" <= c <= "\udfff" for c in value
-        ):  # Python's for bytes it cannot read
+        words_of_it = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+        if any("\ud800" <= c <= "\udfff" for c in "".join(words_of_it)):  # Python's for bytes it cannot read
             problems.append(f"{key} = {value!r} is no text here: set LC_ALL=C.UTF-8, or take another name")
     if settings.get("init_from"):
         try:
@@ -284,6 +283,9 @@ def from_command_line(cls, usage: str):
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         run_verb(print, help_text(cls, usage))
         sys.exit(0)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
     # Ctrl-C while the heavy imports run, before run_verb takes care of it
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     return run_verb(lambda words: parse(cls, words), sys.argv[1:])
@@ -291,14 +293,28 @@ def from_command_line(cls, usage: str):
 
 def write_json(figures: dict, target: str) -> None:
     """Write figures as JSON to a file, or to standard output for `-`."""
-    text = json.dumps(figures, indent=1) + "\n"
+    text, path = json.dumps(figures, indent=1) + "\n", Path(target).resolve()
     if target == "-":
         sys.stdout.write(text)
         return
+    whole = (
+        path if path.exists() and not path.is_file() else path.with_name(f".{path.name}.partial")
+    )  # a device: as it is
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        whole.write_text(text, encoding="utf-8")
+        if whole != path:
+            os.replace(whole, path)
     except OSError as why:
+        if whole != path:
+            whole.unlink(missing_ok=True)
         raise UserError(f"json = {target}: cannot be written: {why.strerror}") from None
+
+
+def require_writable(target: str | None) -> None:
+    """Raise UserError where write_json would for want of a folder: before hours of work, not after."""
+    folder = Path(target or "-").resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target or "-").is_dir():
+        raise UserError(f"json = {target}: cannot be written: no file can be made there")
 
 
 def run_verb(verb: Callable, config, every_rank: bool = False):

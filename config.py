@@ -285,7 +285,7 @@ class InferConfig(SamplingConfig, ReaderConfig):
     standard_input: str | None = opt(
         None, "the prompt comes from standard input", choices=("-",), positional=True, section="Text"
     )
-    prompt: str | None = opt(None, "the text to continue", none="a new text")
+    prompt: str = opt("", "the text to continue; empty: a new text")
     prompt_file: str | None = opt(None, "a file with one prompt; a newline at its end is left out")
     prompts_file: str | None = opt(None, "a file with a prompt a line")
     interactive: bool = opt(False, "ask for prompts, one after the other")
@@ -300,7 +300,7 @@ class InferConfig(SamplingConfig, ReaderConfig):
     def problems(self) -> list[str]:
         """SamplingConfig's; and one prompt at a time."""
         found = super().problems()
-        given = {"-": self.standard_input, "--prompt": self.prompt is not None, "--prompt_file": self.prompt_file}
+        given = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
         given |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
         if len(names := [name for name in given if given[name]]) > 1:
             found.append(f"{' and '.join(names)} exclude each other: give one of them")

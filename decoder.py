@@ -37,7 +37,9 @@ class Decoder:
         self.compiling = 0.0  # seconds that went into it so far
         self._compiled = torch.compile(self._forward, dynamic=False) if compile else None
         self._fails = False  # the compiler did, once
-        self._shape: tuple[int, int, torch.dtype] | None = None
+        self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, places, precision
+        self._cache: KVCache | None = None
+        self._replay: Callable[[Tensor], Tensor] | None = None  # the compiled step for that shape
 
     @torch.inference_mode()
     def reset(self, rows: int, places: int) -> None:

@@ -7,7 +7,7 @@ python infer.py --prompts_file prompts.txt --json texts.json
 echo "Once upon a time" | python infer.py -
 """
 
-from cli import from_command_line, run_verb, write_json
+from cli import from_command_line, require_writable, run_verb, write_json
 from config import InferConfig, SamplingConfig, UserError, model_path
 
 if __name__ == "__main__":
@@ -81,13 +81,14 @@ class Writer:
 
     def write(self, texts: list[Text], look: Callable[[], None]) -> None:
         """Continue texts to their ends, all at once; `look` is called whenever they grew."""
-        needed = max(len(text.ids) for text in texts) + self.config.max_new_tokens
-        if needed > self.context and self.may_slide:
-            say(
-                f"note: up to {needed:,} tokens with the prompt, and the model sees {self.context:,} at once: then it "
-                f"goes on from the newer {max(1, self.context // 2):,} of them"
-            )
+        longest = max(len(text.ids) for text in texts)
+        if longest + self.config.max_new_tokens - 1 > self.context and self.may_slide:
             self.may_slide = False
+            dropped = f", the prompt's last {self.context:,} at first" if longest > self.context else ""
+            say(
+                f"note: up to {longest + self.config.max_new_tokens:,} tokens with the prompt; the model sees "
+                f"{self.context:,} at once{dropped}, and then goes on from the newer {max(1, self.context // 2):,}"
+            )
         began, came, compiling = time.perf_counter(), None, self.decoder.compiling
         batch = generate_batch(
             self.decoder,
@@ -110,13 +111,12 @@ class Writer:
                         text.take(token)
                         taken += 1
                 self.tokens += taken
+                compiled, compiling = self.decoder.compiling - compiling, self.decoder.compiling
                 if before is None:
                     self.first = self.first or came - began
                 else:
                     self.later += taken
-                    self.seconds += came - before
-                    self.seconds -= self.decoder.compiling - compiling
-                    compiling = self.decoder.compiling
+                    self.seconds += came - before - compiled
                 look()
                 if all(text.ended for text in texts):
                     break
@@ -173,7 +173,7 @@ def read_prompts(config: InferConfig) -> list[str]:
         return lines
     if config.prompt_file or config.standard_input:
         return [_read(config.prompt_file or "-").removesuffix("\n")]
-    return [config.prompt or ""]
+    return [config.prompt]
 
 
 def _read(name: str) -> str:
@@ -188,6 +188,8 @@ def _read(name: str) -> str:
 def load(config: InferConfig) -> tuple[Writer, dict]:
     """The model that config asks for, laid out for writing, and the facts about it."""
     place = machine(config.device, config.dtype)
+    if config.quantize and config.dtype == "float16" and place.device.type == "cpu":
+        raise UserError("quantize = int8 takes bfloat16 products on a CPU: leave out dtype")
     folder, state = checkpoint.find(model_path(config), say)
     model, encoding = checkpoint.load_model(folder, state, place.device)
     facts = {"model": str(folder), "iter": state["iter"], "parameters": model.num_params()}
@@ -245,6 +247,7 @@ def report(config: InferConfig, writer: Writer, texts: list[Text]) -> dict:
 def main(config: InferConfig) -> None:
     """Write num_samples texts from each prompt; what was chosen is said on standard error."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
+    require_writable(config.json)
     prompts = [] if config.interactive else read_prompts(config)
     writer, facts = load(config)
     if config.interactive:

@@ -223,7 +223,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def _load(model: GPT, config: BenchConfig, say: Callable[[str], None]) -> float:
-    """Seconds from the start of `infer.py` until it prints its first token: imports, loading, packing, the prompt."""
+    """Seconds from the start of `infer.py`, eager, to its first token: imports, loading, packing, the prompt."""
     try:
         encoding = tokenizer.load("gpt2" if model.config.vocab_size >= 50257 else "byte")
     except UserError as why:

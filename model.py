@@ -260,10 +260,10 @@ class GPT(nn.Module):
             otherwise: (B, T, V) logits.
         """
         _, T = idx.shape
-        assert self.config.context_length >= T, (T, self.config.context_length)
         if cache is None or isinstance(cache.start, int):
             start = cache.start if cache else 0
             assert start == 0 or T == 1, (start, T)
+            assert start + T <= self.config.context_length, (start, T)
             positions = torch.arange(start, start + T, device=idx.device)  # (T)
         else:
             positions = cache.start[:, None]  # (B, 1)

@@ -164,8 +164,9 @@ def generate_batch(
         for n in range(1, max_new_tokens + 1):
             tokens = sampler(logits)
             copied = _copy(tokens)
-            ahead = decoder.device.type == "cuda" and n < max_new_tokens and not _full(decoder, live)
-            if ahead:  # the device computes on while the host reads and prints
+            # On CUDA the device computes on while the host reads and prints; the first step may have to be compiled.
+            ahead = decoder.device.type == "cuda" and 1 < n < max_new_tokens and not _full(decoder, live)
+            if ahead:
                 logits = decoder.step(tokens)
             found = copied()
             live -= {row for row in live if found[row] in stop_ids}

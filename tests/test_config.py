@@ -91,7 +91,7 @@ def test_every_name_reaches_one_field(cls):
         (InferConfig, "--quantize int8 --dtype float32", ["quantize = int8", "leave out dtype"]),
         (InferConfig, "--quantize int4", ["--quantize = int4", "int8"]),
         (InferConfig, "- --interactive", ["- and --interactive exclude each other"]),
-        (InferConfig, "--prompt= --prompts_file x --json y", ["--prompt and --prompts_file exclude each other"]),
+        (InferConfig, "--prompt p --prompts_file x --json y", ["--prompt and --prompts_file exclude each other"]),
         (InferConfig, "--interactive --json x", ["--interactive writes one text at a time"]),
         (InferConfig, "--interactive --num_samples 2", ["leave out json and num_samples"]),
         (InferConfig, "--num_samples 0", ["--num_samples = 0", "at least 1"]),

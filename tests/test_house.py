@@ -114,7 +114,7 @@ def test_packages_imported_are_packages_declared():
     assert extras <= used, "an extra that nothing imports"
     tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
     in_tests = third_party(set().union(*(imports(f"tests/{name}") for name in tests))) - tests
-    assert in_tests <= declared("requirements-dev.txt") | extras
+    assert in_tests <= declared("requirements-dev.txt") | extras | PEERS
 
 
 def test_every_config_field_is_read_somewhere():

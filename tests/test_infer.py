@@ -294,7 +294,7 @@ def test_place_of_the_byte_that_is_no_text_is_told(run):
     [
         [*one, *other]
         for one, other in itertools.combinations(
-            (["-"], ["--prompt", ""], ["--prompt_file", "a"], ["--prompts_file", "a"], ["--interactive"]), 2
+            (["-"], ["--prompt", "x"], ["--prompt_file", "a"], ["--prompts_file", "a"], ["--interactive"]), 2
         )
     ],
     ids=" ".join,
@@ -334,13 +334,13 @@ def test_prompt_longer_than_the_context(run):
     assert done.code == 0
     assert done.err.count("note: ") == 1
     assert "5,040 tokens" in done.err
-    assert "sees 40 at once" in done.err
+    assert "sees 40 at once, the prompt's last 40 at first" in done.err
     report = json.loads(Path("a.json").read_text())
     assert report["texts"][0]["prompt_tokens"] == 5010
     assert done.out.count(long) == 3
     assert words_of(report)[0] == words_of(json.loads(run("--prompt", end, *words[:-1], "-").out))[0]
-    assert run("--prompt", "abc", "--max_new_tokens", 37).err.count("note: ") == 0
-    assert run("--prompt", "abc", "--max_new_tokens", 38).err.count("note: ") == 1
+    assert run("--prompt", "abc", "--max_new_tokens", 38).err.count("note: ") == 0
+    assert run("--prompt", "abc", "--max_new_tokens", 39).err.count("note: ") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -785,3 +785,52 @@ def test_conversation_for_real(tiny_home):
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "Traceback" not in said.decode()
+
+
+def test_speed_leaves_compiling_out(run, monkeypatch):
+    """However long the compiler takes at the second token, the figure is that of the others."""
+    real = infer.Decoder.step
+
+    def slow(self, tokens):
+        if not self.compiling:
+            time.sleep(0.5)
+            self.compiling = 0.5
+        return real(self, tokens)
+
+    monkeypatch.setattr(infer.Decoder, "step", slow)
+    done = run("--model_path", by_heart("abcdefgh"), "--prompt", "a", "--max_new_tokens", 6, "--json", "a.json")
+    assert "; compiling took 0.5 s" in done.err
+    assert 5 / json.loads(Path("a.json").read_text())["tokens_per_s"] < 0.4
+
+
+def test_report_is_whole_or_the_one_before(run, monkeypatch):
+    """A disk that fills while the second report is written leaves the first; a missing folder is said at once."""
+    words = ["--model_path", by_heart("abcdefgh"), "--prompt", "a", "--max_new_tokens", 3, "--json"]
+    assert run(*words, "a.json").code == 0
+    before = Path("a.json").read_bytes()
+
+    def full(self, *more, **words):
+        self.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert "a.json: cannot be written: No space left on device" in run(*words, "a.json").error
+    assert Path("a.json").read_bytes() == before
+    assert not list(Path().glob(".a.json*"))
+    done = run(*words, "nowhere/a.json")
+    assert done.out == ""
+    assert "nowhere/a.json: cannot be written" in done.error
+
+
+def test_the_word_none_is_a_prompt(run):
+    assert run("--model_path", by_heart("abcdefgh"), "--prompt", "none", "--max_new_tokens", 3).out == "nonedef\n"
+
+
+def test_closed_streams_are_no_traceback(tiny_home):
+    for closed in ("<&-", ">&-", "2>&-"):
+        words = f"{sys.executable} {ROOT / 'infer.py'} - --device cpu --max_new_tokens 3 {closed}"
+        done = subprocess.run(["sh", "-c", words], cwd=tiny_home, capture_output=True, text=True, input="green")
+        assert "Traceback" not in done.stderr + done.stdout
+        assert "parameters" not in done.stdout
+        assert done.returncode == 0, done
