@@ -280,7 +280,9 @@ class InferConfig(SamplingConfig, ReaderConfig):
     dtype: str = opt(
         "auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
     )
-    quantize: str | None = opt(None, "weights of 8 bits: half of bfloat16's memory, and time", choices=("int8",))
+    quantize: str | None = opt(
+        None, "weights of 8 bits: half of bfloat16's memory, and faster", choices=("int8",), section="Speed"
+    )
     compile: bool | None = opt(None, "torch.compile the step from token to token", none="auto", recipe=False)
     standard_input: str | None = opt(
         None, "the prompt comes from standard input", choices=("-",), positional=True, section="Text"
