@@ -199,6 +199,8 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
             raise SaidElsewhere from None
+        if ranks.world > 1:
+            time.sleep(1)  # the store that the others ask goes with rank 0
         raise
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]

@@ -176,9 +176,6 @@ class Rank(multiprocessing.get_context("fork").Process):
                 del sys.modules[name]
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
-        except BaseException:
-            time.sleep(1)  # as long as Python takes to end: the store of rank 0 is there for the others until then
-            raise
         finally:
             atexit._run_exitfuncs()
 
