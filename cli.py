@@ -295,26 +295,31 @@ def write_json(figures: dict, target: str) -> None:
     """Write figures as JSON to a file, or to standard output for `-`."""
     text, path = json.dumps(figures, indent=1) + "\n", Path(target).resolve()
     if target == "-":
-        sys.stdout.write(text)
-        return
-    whole = (
-        path if path.exists() and not path.is_file() else path.with_name(f".{path.name}.partial")
-    )  # a device: as it is
+        return print(text, end="")
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        whole.write_text(text, encoding="utf-8")
-        if whole != path:
-            os.replace(whole, path)
+        if _is_device(target):
+            Path(target).write_text(text, encoding="utf-8")
+        else:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
     except OSError as why:
-        if whole != path:
-            whole.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"json = {target}: cannot be written: {why.strerror}") from None
 
 
 def require_writable(target: str | None) -> None:
     """Raise UserError where write_json would for want of a folder: before hours of work, not after."""
-    folder = Path(target or "-").resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target or "-").is_dir():
+    if target in (None, "-") or _is_device(target):
+        return
+    folder = Path(target).resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target).is_dir():
         raise UserError(f"json = {target}: cannot be written: no file can be made there")
+
+
+def _is_device(target: str) -> bool:
+    return target.startswith("/dev/") or Path(target).is_fifo()  # written to as it is
 
 
 def run_verb(verb: Callable, config, every_rank: bool = False):

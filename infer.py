@@ -193,7 +193,7 @@ def load(config: InferConfig) -> tuple[Writer, dict]:
     folder, state = checkpoint.find(model_path(config), say)
     model, encoding = checkpoint.load_model(folder, state, place.device)
     facts = {"model": str(folder), "iter": state["iter"], "parameters": model.num_params()}
-    # On a CPU oneDNN's packed weights are as fast as compiled ones, from the first token on (docs/speed.md).
+    # On a CPU compiling pays for long int8 texts only; else oneDNN's packed weights are faster (docs/speed.md).
     compile = place.device.type == "cuda" if config.compile is None else config.compile
     decoder = Decoder(pack(model, place.dtype, config.quantize, compile), compile)
     precision = config.quantize or str(place.dtype).removeprefix("torch.")

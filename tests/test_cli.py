@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -399,6 +400,19 @@ def test_standard_input_is_no_value_of_a_list():
     config = cli.parse(InferConfig, ["--stop", "a", "b", "-"])
     assert (config.stop, config.standard_input) == (("a", "b"), "-")
     assert cli.parse(InferConfig, ["--prompt", "-"]).prompt == "-"
+
+
+def test_json_goes_to_devices_as_they_are(tmp_path, monkeypatch):
+    """A pipe is written to, /dev/stdout is not replaced; without --json a read-only folder will do."""
+    cli.write_json({"a": 1}, "/dev/null")
+    cli.require_writable("/dev/null")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli; cli.write_json({{'a': 1}}, '/dev/stdout')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b'{\n "a": 1\n}\n'
+    monkeypatch.setattr(os, "access", lambda *words: False)  # a folder that is read-only
+    cli.require_writable(None)
+    cli.require_writable("-")
+    with pytest.raises(UserError, match="no file can be made there"):
+        cli.require_writable(str(tmp_path / "a.json"))
 
 
 def test_run_gives_the_result_and_lets_bugs_through():

@@ -46,7 +46,7 @@ def test_figures_fit_each_other(figures):
     assert found["load_to_first_token_s"] == 1.5
 
 
-def test_ways_write_so_many_tokens(monkeypatch):
+def test_ways_write_so_many_tokens():
     """Ours and transformers': as many times as tokens, rising; the prompt is no token."""
     config = cli.parse(BenchConfig, SHORT)
     model = GPT(config.model())
