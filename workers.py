@@ -76,8 +76,11 @@ def local_pool(workers: int):
         # (in part https://github.com/python/cpython/issues/94777): nobody is left, so close the other ends.
         for process in list((pool._processes or {}).values()):
             process.kill()
-        pool._call_queue._reader.close()
         pool._result_queue._writer.close()
+        # Newer Pythons close this end in that thread: two who close at once can meet "Bad file descriptor".
+        pool._executor_manager_thread.join(2)
+        if pool._executor_manager_thread.is_alive():
+            pool._call_queue._reader.close()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
