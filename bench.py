@@ -5,9 +5,10 @@ python bench.py train --config shakespeare --dtype float32 --no-compile --json -
 python bench.py save --config gpt2_124m --batch_size 1   # updates beside a save, and the wait for its copy
 python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, beside plain encoding and datasets.map
 python bench.py infer --config gpt2_124m                # tokens/s of text, beside transformers and llama.cpp
+python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # beside transformers
 """
 
-from cli import from_command_line, run_verb, write_json
+from cli import from_command_line, run_verb
 from config import BenchConfig
 
 if __name__ == "__main__":
@@ -29,11 +30,13 @@ from typing import Any
 import torch
 
 from latency import bench_infer
+from outputs import write_json
 from ranks import ALONE, Ranks, join
 from run import Run, describe, setup
 from runlog import peak_flops, summary
 from runtime import find_device
 from saver import Saver
+from strided import bench_eval
 from throughput import bench_data
 from train import parts, save, update
 
@@ -123,6 +126,7 @@ def say(line: str) -> None:
 def main(config: BenchConfig) -> None:
     """Run one benchmark and print its figures."""
     alone = {"data": partial(bench_data, say=say), "save": bench_save, "infer": partial(bench_infer, say=say)}
+    alone["eval"] = partial(bench_eval, say=say)
     if config.what in alone:
         show(alone[config.what](config), config)
         return

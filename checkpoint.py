@@ -7,7 +7,6 @@ train_state.pt is read with weights_only=True.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,17 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import tokenizer
-from config import ModelConfig, UserError
-from formats import crop_positions, hugging_face_weights
+from config import UserError
 from model import GPT
-from pretrained import check_shape, find_pretrained, is_flatgpt
 from shards import write_whole
 
 FORMAT = 1
@@ -259,40 +254,6 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
 
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
-
-
-def load_model(folder: Path, state: dict, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
-    """The model of a verified checkpoint, in evaluation mode, and the tokenizer that it was trained with.
-
-    Raises:
-        UserError: a tokenizer that encodes differently now, or weights that do not fit the config.
-    """
-    encoding = tokenizer.load(state["tokenizer"]["name"])
-    if tokenizer.ranks_hash(encoding) != state["tokenizer"]["ranks_sha256"]:
-        raise UserError(f"{folder}: tokenizer {encoding.name} has not the vocabulary that the model was trained with")
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    model = GPT.without_values(ModelConfig(**{k: v for k, v in state["config"].items() if k in known}))
-    load_weights(model, folder, assign=True)
-    return model.to(device).eval(), encoding
-
-
-def load_pretrained(model: GPT, path: str) -> None:
-    """Copy the weights that init_from names into a model of their shape; its context_length may be smaller.
-
-    Raises:
-        UserError: nothing usable there, damaged, or of another shape.
-    """
-    folder = find_pretrained(path)
-    check_shape(model.config, path)
-    if is_flatgpt(folder):
-        try:
-            verify(folder, (WEIGHTS,))
-            weights = crop_positions(load_file(folder / WEIGHTS), model.config.context_length)
-        except (Damaged, SafetensorError) as why:
-            raise UserError(f"init_from = {path}: {why}") from None
-    else:
-        weights = hugging_face_weights(folder, model.config)
-    model.load_state_dict(weights)
 
 
 def load_weights(

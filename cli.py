@@ -23,11 +23,12 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, BenchConfig, EvalConfig, InferConfig, SaidElsewhere, TrainConfig, UserError, run_dir
+from config import EXCLUSIVE, BenchConfig, SaidElsewhere, TrainConfig, UserError, run_dir
 from data_config import PrepareConfig
 from pretrained import pretrained_shape
+from reader_config import EvalConfig, ExportConfig, InferConfig
 
-VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig)
+VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig)
 RECIPES = Path(__file__).resolve().parent / "configs"
 
 
@@ -289,37 +290,6 @@ def from_command_line(cls, usage: str):
     # Ctrl-C while the heavy imports run, before run_verb takes care of it
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     return run_verb(lambda words: parse(cls, words), sys.argv[1:])
-
-
-def write_json(figures: dict, target: str) -> None:
-    """Write figures as JSON to a file, or to standard output for `-`."""
-    text, path = json.dumps(figures, indent=1) + "\n", Path(target).resolve()
-    if target == "-":
-        return print(text, end="")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        if _is_device(target):
-            Path(target).write_text(text, encoding="utf-8")
-        else:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-    except OSError as why:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"json = {target}: cannot be written: {why.strerror}") from None
-
-
-def require_writable(target: str | None) -> None:
-    """Raise UserError where write_json would for want of a folder: before hours of work, not after."""
-    if target in (None, "-") or _is_device(target):
-        return
-    folder = Path(target).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target).is_dir():
-        raise UserError(f"json = {target}: cannot be written: no file can be made there")
-
-
-def _is_device(target: str) -> bool:
-    return target.startswith("/dev/") or Path(target).is_fifo()  # written to as it is
 
 
 def run_verb(verb: Callable, config, every_rank: bool = False):

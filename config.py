@@ -1,16 +1,19 @@
 """What can be set: one frozen dataclass per verb, each field with its help, limits and default; and UserError.
 
-cli.py fills these from TOML recipes and the command line; data_config.py has prepare_data.py's. Standard library only.
+cli.py fills these from TOML recipes and the command line; data_config.py has prepare_data.py's, reader_config.py
+those of the verbs that read a trained model. Standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 # Two keys that say the same thing in two units: the one set at the later level wins, both at one level is an error.
-EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("dataset", "test_data_path"))
+TEXTS = ("dataset", "test_data_path", "text", "choices")  # what eval.py scores: one of them
+EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
 
 
 class UserError(Exception):
@@ -106,7 +109,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
     on_nonfinite: str = opt("stop", "an update with nan or inf: end the run, or leave it out", choices=("stop", "skip"))
     init_from: str | None = opt(
-        None, "begin with these weights: a run, a checkpoint, or a Hugging Face folder of GPT-2's kind", none="random"
+        None, "begin with these weights: a run, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt", none="random"
     )
     optimizer: str = opt(
         "adamw",
@@ -192,7 +195,7 @@ class TrainConfig(ModelConfig, MachineConfig):
 class BenchConfig(TrainConfig):
     """bench.py: speed and memory of what the other verbs run."""
 
-    what: str = opt("train", "what to time", choices=("train", "save", "data", "infer"), positional=True)
+    what: str = opt("train", "what to time", choices=("train", "save", "data", "infer", "eval"), positional=True)
     warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
     timed_updates: int = opt(20, "updates that are; of save: in each round", low=2)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
@@ -205,6 +208,11 @@ class BenchConfig(TrainConfig):
     prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
     new_tokens: int = opt(64, "tokens to write after it", low=2)
     samples: int = opt(8, "texts at once, for the row that has several", low=2)
+    model_path: str | None = opt(
+        None, "the trained model that scores data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
+    )
+    split: str = opt("val", "which split of it", choices=("train", "val", "test"))
+    text_tokens: int = opt(0, "tokens of it, from its start; 0: all", low=0)
 
     def problems(self) -> list[str]:
         """TrainConfig's; and what only a run has is refused rather than ignored."""
@@ -215,111 +223,6 @@ class BenchConfig(TrainConfig):
         ]
 
 
-@dataclass(frozen=True)
-class ReaderConfig(MachineConfig):
-    """What the verbs that read a trained model share."""
-
-    model_path: str | None = opt(None, "a run's folder (its best checkpoint) or a checkpoint", none="the newest run")
-    out_dir: str | None = opt(None, "a run's folder, when model_path is not given", none="out/<recipe>")
-    dtype: str = opt(
-        "float32", "precision of the matrix products", choices=("float32", "bfloat16", "float16"), recipe=False
-    )
-
-    def problems(self) -> list[str]:
-        """None: the fields do not touch each other."""
-        return []
-
-
-@dataclass(frozen=True)
-class EvalConfig(ReaderConfig):
-    """eval.py: checkpoint + shards -> report."""
-
-    data_dir: str = opt("data", "folder that holds one folder of shards per dataset", section="Data")
-    dataset: str | None = opt(None, "name of the folder of shards in data_dir", none="the model's")
-    split: str = opt("val", "which split to score", choices=("train", "val", "test"))
-    test_data_path: str | None = opt(None, "one .bin file of uint16 ids, instead of dataset and split")
-    eval_batches: int = opt(
-        0, "batches, from the start; 0: the whole split", low=0, alias=("eval_epochs",), recipe=False
-    )
-    batch_size: int | None = opt(None, "windows per pass", low=1, none="by memory", recipe=False)
-    json: str | None = opt(None, "write the report to this file, - for standard output")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen; all that sampling.py needs."""
-
-    temperature: float | None = opt(
-        None, "below 1 safer, above 1 wilder; 0: greedy", low=0, none="0.8", section="Sampling"
-    )
-    greedy: bool = opt(False, "always take the likeliest token")
-    top_k: int = opt(0, "draw from the k likeliest tokens only; 0: from all", low=0)
-    top_p: float = opt(1.0, "draw from the likeliest tokens that together reach this probability", above=0, high=1)
-    min_p: float = opt(0.0, "draw from tokens at least this likely, the likeliest being 1", low=0, high=1)
-    repetition_penalty: float = opt(1.0, "above 1: tokens that were there before are less likely", above=0)
-    seed: int = opt(1337, "of the random numbers; the n-th text has its own", low=0, below=2**63, recipe=False)
-
-    @property
-    def heat(self) -> float:
-        """The temperature that counts; 0: greedy."""
-        return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
-
-    def problems(self) -> list[str]:
-        """Options that could not all be meant."""
-        if self.heat:
-            return []
-        why = "greedy" if self.greedy else "temperature = 0"
-        asked = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}
-        return [f"{why} takes the likeliest token: leave out {key}" for key in asked if asked[key]]
-
-
-@dataclass(frozen=True)
-class InferConfig(SamplingConfig, ReaderConfig):
-    """infer.py: checkpoint + prompt -> text."""
-
-    dtype: str = opt(
-        "auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
-    )
-    quantize: str | None = opt(
-        None, "weights of 8 bits: half of bfloat16's memory, and faster", choices=("int8",), section="Speed"
-    )
-    compile: bool | None = opt(None, "torch.compile the step from token to token", none="auto", recipe=False)
-    standard_input: str | None = opt(
-        None, "the prompt comes from standard input", choices=("-",), positional=True, section="Text"
-    )
-    prompt: str = opt("", "the text to continue; empty: a new text")
-    prompt_file: str | None = opt(None, "a file with one prompt; a newline at its end is left out")
-    prompts_file: str | None = opt(None, "a file with a prompt a line")
-    interactive: bool = opt(False, "ask for prompts, one after the other")
-    num_samples: int = opt(1, "texts to write from each prompt", low=1)
-    batch_size: int = opt(32, "texts that are written at once", low=1, recipe=False)
-    max_new_tokens: int = opt(200, "tokens to write", low=1)
-    stop: tuple[str, ...] = opt((), "strings that end a text, and are not printed")
-    ignore_eot: bool = opt(False, "write on after end-of-text")
-    stream_text: bool = opt(True, "print text while it is made")
-    json: str | None = opt(None, "write texts, settings and figures to this file, - for standard output")
-
-    def problems(self) -> list[str]:
-        """SamplingConfig's; and one prompt at a time."""
-        found = super().problems()
-        given = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
-        given |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
-        if len(names := [name for name in given if given[name]]) > 1:
-            found.append(f"{' and '.join(names)} exclude each other: give one of them")
-        if self.interactive and (self.json or self.num_samples > 1):
-            found.append("--interactive writes one text at a time, to no file: leave out json and num_samples")
-        if "" in self.stop:
-            found.append("stop = '': an empty string is everywhere; give one to look for, or leave it out")
-        if self.quantize and self.dtype == "float32":
-            found.append("quantize = int8 takes bfloat16 or float16 products: leave out dtype")
-        return found
-
-
 def run_dir(config: TrainConfig) -> Path:
     """The folder of a training run: out_dir, else out/<recipe>, `quickstart` without a recipe."""
     return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))
-
-
-def model_path(config: ReaderConfig) -> str | None:
-    """The model that eval and infer are asked for: model_path, else the recipe's run; None: the newest run."""
-    return config.model_path or (str(run_dir(config)) if config.config or config.out_dir else None)

@@ -18,7 +18,6 @@ from data_config import PrepareConfig
 from shards import LLMC_EVAL_MAGIC, LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, magic_number, read_meta
 
 PROGRESS = "progress.json"  # in a folder whose dataset is not finished
-IGNORE = -1  # target of a place that is not scored
 CHECKED_AT_START = 100_000_000  # ids of a split: 200 MB, 0.01 to 0.04 s in memory, else a read of the disk
 
 
@@ -182,33 +181,6 @@ class Windows:
         starts = [int(w) * self.stride for w in windows]
         rows = np.stack([self.tokens[s : s + self.T + 1] for s in starts]).astype(np.int64)  # (B, T + 1)
         return rows[:, :-1], rows[:, 1:]
-
-
-def eval_batches(
-    tokens: Tokens, context_length: int, batch_size: int, limit: int = 0, share: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Non-overlapping windows in order, the incomplete last one too: every token but the first is a target once.
-
-    Args:
-        limit: stop after so many batches; 0: go through all of the split.
-        share: (rank, world): every world-th batch from the rank-th on. All ranks get equally many (models in parts
-            have to compute together): some a last one in which nothing is to be scored.
-
-    Yields:
-        inputs and targets, (B, T) int64 each; targets past the end of the split are IGNORE.
-    """
-    T, last = context_length, len(tokens) - 1
-    starts, (rank, world) = range(0, last, T), share
-    count = -(-len(starts) // batch_size)
-    count = min(limit, count) if limit else count
-    for n in range(rank, -(-count // world) * world, world):
-        rows = starts[n * batch_size : (n + 1) * batch_size] if n < count else starts[:1]
-        x = np.zeros((len(rows), T), dtype=np.int64)
-        y = np.full((len(rows), T), IGNORE, dtype=np.int64)
-        for row, start in enumerate(rows):
-            ids = tokens[start : min(start + T, last) + 1].astype(np.int64)
-            x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:] if n < count else IGNORE
-        yield x, y
 
 
 class Shuffle:

@@ -1,119 +1,257 @@
-"""Score a model over a whole split: loss, perplexity, bits per byte, accuracy.
+"""Score models over a whole split, with the protocol and every normaliser named.
 
-python eval.py                                          # the newest run, on its own validation split
-python eval.py --model_path out/shakespeare
-python eval.py --model_path out/shakespeare --dataset mine --split val --json report.json
-python eval.py --model_path out/shakespeare --test_data_path some/ids.bin
+python eval.py                                              # the newest run, on its own validation split
+python eval.py --model_path out/shakespeare --protocol stride
+python eval.py --model_path out/a out/b gpt2 --text book.txt --json report.json        # side by side
+python eval.py --model_path out/wikitext103_22m --dataset wikitext103 --split test --protocol rolling
+python eval.py --model_path out/shakespeare --generate 100 --sampled --plot positions.png
+python eval.py --model_path gpt2 --choices hellaswag_val.jsonl
+torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
-from cli import from_command_line, run_verb, write_json
-from config import EvalConfig, model_path
+from cli import from_command_line, run_verb
+from reader_config import EvalConfig, model_paths
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)
 
-import functools
+import contextlib
+import dataclasses
+import itertools
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import continuation
+import report
+import tokenizer
+import trained
+from choices import read_choices, score_choices
 from config import UserError
-from dataset import eval_batches, open_dataset
-from metrics import Scores, score
-from runtime import machine
+from dataset import open_dataset
+from decoder import Decoder
+from metrics import measure, windows_a_pass
+from model import GPT
+from outputs import require_writable, write_json, write_output
+from protocols import Prefixed, Protocol, eval_batches
+from ranks import Ranks, join
+from runtime import Machine, find_device, machine, seed_of
 from shards import Tokens, read_meta
-from tokenizer import token_bytes
+from trained import Trained
+from words import TextCounts, count_text
 
-LOGITS_BYTES = 256e6  # float32 logits of one pass stay below this
+
+@dataclass
+class Judge:
+    """Who scores: a machine among ranks, of which the first speaks."""
+
+    config: EvalConfig
+    place: Machine
+    ranks: Ranks
+
+    def say(self, line: str) -> None:
+        """Facts that are no figures; standard output is for the report."""
+        if self.ranks.first:
+            print(line, file=sys.stderr)
+
+    def watch(self, work: list | None = None, **more) -> tqdm:
+        """Progress on a terminal, of the first rank's share."""
+        return tqdm(work, leave=False, disable=None if self.ranks.first else True, **more)
 
 
-def open_tokens(config: EvalConfig, state: dict, say: Callable[[str], None]) -> tuple[Tokens, str]:
+def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
+    """The ids of a text file, in pieces."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            blocks = iter(lambda: file.read(1 << 20), "")
+            for piece, _ in tokenizer.pieces(blocks, tokenizer.RUN):
+                yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
+    except UnicodeDecodeError as why:
+        raise UserError(f"text = {path}: no UTF-8 text: {why.reason} at byte {why.start}; convert it first") from None
+
+
+@contextlib.contextmanager
+def open_tokens(judge: Judge, found: Trained, encoding: tiktoken.Encoding) -> Iterator[tuple[Tokens, str]]:
     """The ids to score and what they are called.
 
     Raises:
         UserError: nothing there, or the ids of another tokenizer than the model's.
     """
-    if config.test_data_path:
-        path = Path(config.test_data_path)
-        meta = read_meta(path.parent)
-        entries = [f for split in meta["splits"].values() for f in split["files"]] if meta else []
-        entry = next((f for f in entries if f["name"] == path.name), None)
-        if entry is None:
-            say(f"{path} is in no dataset folder: taken as ids of the model's tokenizer, {state['tokenizer']['name']}")
-        tokens, name, encoding = Tokens([(path, entry and entry["tokens"])]), str(path), entry and meta["tokenizer"]
-    else:
-        folder = Path(state["data"]["folder"])
-        if config.dataset or not folder.is_dir():
-            folder = Path(config.data_dir) / (config.dataset or folder.name)
-        dataset = open_dataset(folder)
-        if dataset.notice:
-            say(dataset.notice)
-        tokens, name, encoding = dataset.tokens(config.split), f"{folder} {config.split}", dataset.meta["tokenizer"]
-    if encoding and encoding != state["tokenizer"]["name"]:
-        raise UserError(
-            f"{name} is tokenised with {encoding}, the model was trained with {state['tokenizer']['name']}: "
-            "prepare the text with the model's tokenizer"
-        )
-    tokens.check_ids(state["config"]["vocab_size"])
-    if len(tokens) < 2:
-        raise UserError(f"{name} has {len(tokens)} token: it takes two to score one")
-    return tokens, name
+    config, name_of_ids = judge.config, None
+    with tempfile.TemporaryDirectory(prefix="flatgpt-") as folder:
+        if config.text:
+            path = Path(folder) / "text.bin"
+            with open(path, "wb") as file:
+                for ids in encode_file(config.text, encoding):
+                    file.write(ids.tobytes())
+            if not path.stat().st_size:
+                raise UserError(f"text = {config.text}: it is empty; a text to score is expected")
+            tokens, name = Tokens([(path, None)]), config.text
+        elif config.test_data_path:
+            tokens, name_of_ids = _one_file(judge, Path(config.test_data_path), found.tokenizer)
+            name = config.test_data_path
+        else:
+            dataset = open_dataset(_dataset_folder(config, found))
+            if dataset.notice:
+                judge.say(dataset.notice)
+            tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
+            name_of_ids = dataset.meta["tokenizer"]
+        if name_of_ids not in (None, found.tokenizer):
+            raise UserError(
+                f"{name} is tokenised with {name_of_ids}, the model {found.path} was trained with {found.tokenizer}: "
+                "prepare the text with the model's tokenizer, or give the text itself: --text FILE"
+            )
+        tokens.check_ids(found.config.vocab_size)
+        if len(tokens) < 2 and config.protocol != "rolling":
+            raise UserError(f"{name} has {len(tokens)} token: it takes two to score one, or --protocol rolling")
+        yield tokens, name
 
 
-def report(config: EvalConfig, scores: Scores, **facts) -> dict:
-    """The figures by name, each with its unit in docs or name; facts come first."""
+def _one_file(judge: Judge, path: Path, taken_for: str) -> tuple[Tokens, str | None]:
+    meta = read_meta(path.parent)
+    entries = [f for split in meta["splits"].values() for f in split["files"]] if meta else []
+    entry = next((f for f in entries if f["name"] == path.name), None)
+    if entry is None:
+        judge.say(f"{path} is in no dataset folder: taken as ids of the model's tokenizer, {taken_for}")
+    return Tokens([(path, entry and entry["tokens"])]), entry and meta["tokenizer"]
+
+
+def _dataset_folder(config: EvalConfig, found: Trained) -> Path:
+    if not (config.dataset or found.state):
+        raise UserError(f"{found.path} does not say what it was trained on: give --dataset, --test_data_path or --text")
+    folder = Path(found.state["data"]["folder"]) if found.state else Path()
+    if config.dataset or not folder.is_dir():
+        folder = Path(config.data_dir) / (config.dataset or folder.name)
+    return folder
+
+
+def score_text(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Trained) -> dict:
+    """The report of a model on the text that the config asks for."""
+    config, place, T = judge.config, judge.place, model.config.context_length
+    stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
+    if stride > T:
+        raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
+    with open_tokens(judge, found, encoding) as (tokens, name):
+        rolling = config.protocol == "rolling"
+        text = Prefixed(tokens, encoding.eot_token) if rolling else tokens
+        protocol = Protocol(len(text), T, stride, full=rolling)
+        batch_size = config.batch_size or windows_a_pass(T, place.device)
+        windows = min(len(protocol), config.eval_batches * batch_size or len(protocol))
+        targets = protocol.scored(windows)
+        counts = count_text(tokens, 0, targets + (not rolling), encoding)
+        if not rolling:  # the first token is read; its bytes are not scored
+            first = count_text(tokens, 0, 1, encoding)
+            counts = TextCounts(counts.bytes - first.bytes, counts.words, counts.lines)
+        share = judge.ranks.rank, judge.ranks.world
+        batches = eval_batches(text, T, batch_size, config.eval_batches, share, stride=stride, full=rolling)
+        generator = torch.Generator(place.device)
+        with place.autocast(), judge.watch(total=targets // judge.ranks.world, unit="token", unit_scale=True) as bar:
+            scores = measure(
+                model,
+                _reseeding(batches, generator, config.seed, share),
+                place.to_device,
+                sampled=_drawing(generator) if config.sampled else None,
+                total=judge.ranks.sum,
+                each=bar.update,
+            )
+        answer = {"text": name, "protocol": _describe(config, found), "window": T, "batch_size": batch_size}
+        answer |= {"stride": stride} if config.protocol == "stride" else {}
+        answer |= report.figures(scores, counts)
+        if config.generate:
+            answer |= score_continuations(judge, model, encoding, tokens)
+    return answer
+
+
+def _describe(config: EvalConfig, found: Trained) -> str:
+    never = "" if found.end_of_text else ", which the model's data never had"
+    words = {
+        "window": "windows that do not overlap; every token but the first is scored once",
+        "stride": "overlapping windows, each scores the tokens that no earlier one has; all but the first, once",
+        "rolling": f"as lm-evaluation-harness: every token once, the first after end-of-text{never}",
+    }
+    only = f"; first {config.eval_batches} batches" if config.eval_batches else ""
+    return f"{config.protocol}: {words[config.protocol]}{only}"
+
+
+def _reseeding(batches: Iterator, generator: torch.Generator, seed: int, share: tuple[int, int]) -> Iterator:
+    """The batches; each begins with random numbers of its own number, whichever rank has it."""
+    for n, batch in zip(itertools.count(*share), batches, strict=False):
+        generator.manual_seed(seed_of(seed, n))
+        yield batch
+
+
+def _drawing(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    return lambda logits: torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def score_continuations(judge: Judge, model: GPT, encoding: tiktoken.Encoding, tokens: Tokens) -> dict:
+    """BLEU and the others, of continuations that begin at equal distances in the text."""
+    config, ranks = judge.config, judge.ranks
+    length = config.max_new_tokens
+    places = continuation.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
+    shared = {"share": (ranks.rank, ranks.world), "everyones": ranks.everyones, "watch": judge.watch}
+    with judge.place.autocast():
+        written = continuation.continue_all(Decoder(model), encoding, places, length, config, **shared)
+    return dataclasses.asdict(continuation.compare(encoding, places, written))
+
+
+def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Trained) -> dict:
+    """The report of a model on multiple-choice questions."""
+    config, ranks, place = judge.config, judge.ranks, judge.place
+    questions = read_choices(config.choices)
+    shared = {"share": (ranks.rank, ranks.world), "total": ranks.sum, "watch": judge.watch}
+    with place.autocast():
+        scores = score_choices(model, encoding, questions, place.to_device, **shared)
     return {
-        **facts,
-        "protocol": "non-overlapping windows, every token but the first scored once"
-        + (f", first {config.eval_batches} batches" if config.eval_batches else ""),
-        "dtype": config.dtype,
-        "tokens": scores.tokens,
-        "bytes": scores.bytes,
-        "loss": scores.loss,
-        "perplexity": scores.perplexity,
-        "bits_per_byte": scores.bits_per_byte,
-        "accuracy": scores.accuracy,
+        "text": config.choices,
+        "protocol": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
+        "window": model.config.context_length,
+        "questions": scores.questions,
+        "choice_accuracy": scores.accuracy,
+        "choice_accuracy_stderr": scores.accuracy_stderr,
+        "choice_accuracy_norm": scores.accuracy_norm,
+        "choice_accuracy_norm_stderr": scores.accuracy_norm_stderr,
     }
 
 
-def table(figures: dict) -> str:
-    """The report for a person: one figure a line, with its unit."""
-    units = {
-        "loss": "nats per token",
-        "perplexity": "per token",
-        "bits_per_byte": "bits per byte of text",
-        "accuracy": "share of tokens that were the likeliest (top-1)",
-        "tokens": "scored",
-        "bytes": "of text scored",
-        "window": "tokens",
-    }
-    lines = []
-    for key, value in figures.items():
-        text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        lines.append(f"{key.replace('_', ' '):<14} {text}  {units.get(key, '')}".rstrip())
-    return "\n".join(lines)
+def judge_model(judge: Judge, path: str | None) -> dict:
+    """The report of one model."""
+    config = judge.config
+    found = trained.find(path, judge.say)
+    model, encoding = trained.load(found, judge.place.device, config.context_length)
+    facts = {"model": str(found.path), "iter": found.state.get("iter")}
+    facts["dtype"] = str(judge.place.dtype).removeprefix("torch.")
+    answer = (score_answers if config.choices else score_text)(judge, model, encoding, found)
+    return facts | answer | {"units": report.units(answer)}
 
 
 def main(config: EvalConfig) -> None:
-    """Score one model on one split and print the report."""
-
-    say = functools.partial(print, file=sys.stderr)
-    place = machine(config.device, config.dtype)
-    folder, state = checkpoint.find(model_path(config), say)
-    model, encoding = checkpoint.load_model(folder, state, place.device)
-    tokens, name = open_tokens(config, state, say)
-    T, V = model.config.context_length, model.config.vocab_size
-    batch_size = config.batch_size or max(1, min(64, int(LOGITS_BYTES / (4 * T * V))))
-    batches = eval_batches(tokens, T, batch_size, config.eval_batches)
-    with place.autocast():
-        scores = score(model, batches, place.to_device, token_bytes(encoding))
-    figures = report(config, scores, model=str(folder), iter=state["iter"], data=name, window=T, batch_size=batch_size)
+    """Score each model on the text, and print the report."""
+    require_writable(config.json, "json")
+    require_writable(config.plot, "plot")
+    if config.generate:
+        continuation.require()
+    with join(config, find_device) as ranks:
+        local_rank = ranks.local_rank if ranks.world > 1 else None
+        judge = Judge(config, machine(config.device, config.dtype, local_rank=local_rank), ranks)
+        reports = [judge_model(judge, path) for path in model_paths(config)]
+    if not ranks.first:
+        return
     if config.json != "-":
-        print(table(figures))
+        print("\n\n".join(map(report.smol, reports)) if config.format == "smol" else report.table(reports))
+    if config.plot:
+        write_output(report.draw_positions(reports), config.plot, "plot")
     if config.json:
-        write_json(figures, config.json)
+        write_json(reports[0] if len(reports) == 1 else {"models": reports}, config.json)
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_verb(main, CONFIG, every_rank=True)

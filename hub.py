@@ -1,7 +1,7 @@
 """Files of dataset repositories on the Hugging Face hub: what there is at a commit, and fetching it.
 
 Downloads, progress bars and tokens are huggingface_hub's (1.x and 2.x). What the hub said is written down beside the
-files, so that a folder can be told whole from half without a network.
+files, so that a folder can be told whole from half without a network. `patiently` is how models are asked for too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from shards import write_whole
 ATTEMPTS = 4  # with 1, 2 and 4 seconds in between
 PATIENCE = 15  # seconds after which no further attempt is made to ask; the library has made its own by then
 COMMIT = re.compile("[0-9a-f]{40}")
+PASSING = (408, 409, 412, 425, 429)  # HTTP's of a hub that is busy: later the same request may do
+LOG_IN = "log in with `hf auth login` (or set HF_TOKEN) and run again"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def ask(root: Path, repo: str, revision: str, patterns: tuple[str, ...], check: 
         return Listing(repo, commit, {file.path: file.size for file in files}, hashes)
 
     what = f"folder {folder}" if folder else "list of files"
-    found = _patiently(listing, repo, revision, what, root, check, PATIENCE)
+    found = patiently(listing, what, _sentences(repo, revision, what, root, check), PATIENCE)
     if not found.files:
         raise UserError(
             f"dataset {repo} at revision {revision} has no file {' '.join(patterns)}: check {check}; the hub converts "
@@ -116,11 +118,36 @@ def fetch(listing: Listing, path: str, root: Path, check: str) -> Path:
         where = {"repo_type": "dataset", "revision": listing.commit, "local_dir": root}
         return Path(hf_hub_download(listing.repo, path, **where))
 
-    return _patiently(download, listing.repo, listing.commit, path, root, check)
+    return patiently(download, path, _sentences(listing.repo, listing.commit, path, root, check))
 
 
-def _patiently(call: Callable, repo: str, revision: str, what: str, root: Path, check: str, patience: float = math.inf):
-    """call(), again after a broken connection; other failures as UserError."""
+def _sentences(repo: str, revision: str, what: str, root: Path, check: str) -> dict[str, str]:
+    """What to tell the user of each failure; for `patiently`."""
+    page = f"https://huggingface.co/datasets/{repo}"
+    return {
+        "offline": f"HF_HUB_OFFLINE is set, and {what} of dataset {repo} is not in {root}: unset it, or put the files "
+        "there",
+        "gated": f"dataset {repo} is gated: accept its terms at {page}, then {LOG_IN}",
+        "unknown": f"dataset {repo}: the hub has none of this name, or it is private: check it; if it is yours, "
+        f"{LOG_IN}",
+        "revision": f"dataset {repo} has no revision {revision}: check --revision",
+        "form": f"repo = {repo}: the hub's form is user/name",
+        "absent": f"dataset {repo} has no {what} at revision {revision}: check {check}",
+        "denied": f"dataset {repo}: the hub refuses access ({{reason}}): {LOG_IN}",
+        "network": f"{what} of dataset {repo} could not be fetched ({{reason}}): check the network and run again "
+        f"(whole files are kept, this one starts anew), or put the files into {root} yourself",
+    }
+
+
+def patiently(call: Callable, what: str, sentences: dict[str, str], patience: float = math.inf):
+    """call(), again after a broken connection; other failures as UserError.
+
+    Args:
+        what: what is asked for, in the lines about further attempts.
+        sentences: the error line of each kind of failure (`_kind`), {reason} in it for the error's own words. Kinds
+            that are left out are tried again, or are no mistake of the user's: `network` there has to be.
+        patience: seconds after which no further attempt is made.
+    """
     from huggingface_hub import constants, errors
 
     began = time.monotonic()
@@ -128,46 +155,45 @@ def _patiently(call: Callable, repo: str, revision: str, what: str, root: Path, 
         try:
             return call()
         except Exception as why:
-            if isinstance(why, errors.LocalEntryNotFoundError) and why.__cause__:
-                why = why.__cause__  # what went wrong when it asked for the file
-            if refusal := _refusal(why, repo, revision, what, root, check):
-                raise UserError(refusal) from None
+            if isinstance(why, (errors.LocalEntryNotFoundError, RuntimeError)) and why.__cause__:
+                why = why.__cause__  # what went wrong when it asked for the file, or sent it
+            kind, reason = _kind(why)
+            if kind in sentences and kind != "network":
+                raise UserError(sentences[kind].replace("{reason}", reason)) from None
             # huggingface_hub speaks through httpx (1.x) or httpx2 (2.x), whose errors are no OSErrors; and through
             # hf_xet, which has RuntimeErrors, after minutes of trying: then plain HTTP is left
             xet = type(why) is RuntimeError and not constants.HF_HUB_DISABLE_XET
             network = type(why).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
-            of_disk = getattr(why, "errno", None) and not isinstance(why, (ConnectionError, TimeoutError))
-            if of_disk or not (xet or network or isinstance(why, OSError)):
+            if kind == "disk" or not (xet or network or isinstance(why, OSError)):
                 raise
             constants.HF_HUB_DISABLE_XET |= xet
-            reason = (str(why).strip() or type(why).__name__).splitlines()[0]
             if attempt + 1 == ATTEMPTS or time.monotonic() - began > patience:
-                raise UserError(
-                    f"{what} of dataset {repo} could not be fetched ({reason}): check the network and run again "
-                    f"(whole files are kept, this one starts anew), or put the files into {root} yourself"
-                ) from None
+                raise UserError(sentences["network"].replace("{reason}", reason)) from None
             print(f"{what}: the connection broke ({reason}); again", file=sys.stderr)
             time.sleep(2**attempt)
 
 
-def _refusal(why: Exception, repo: str, revision: str, what: str, root: Path, check: str) -> str:
-    """What to tell the user of an error that another attempt would not mend; empty for others."""
+def _kind(why: Exception) -> tuple[str, str]:
+    """(which kind of failure it is, in one line what it says). `network` is all that another attempt may mend."""
     from huggingface_hub import errors
 
+    reason = (str(why).strip() or type(why).__name__).splitlines()[0]
     status = getattr(getattr(why, "response", None), "status_code", None)
-    log_in = "log in with `hf auth login` (or set HF_TOKEN) and run again"
     if isinstance(why, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set, and {what} of dataset {repo} is not in {root}: unset it, or put the files there"
+        return "offline", reason
     if isinstance(why, errors.GatedRepoError):
-        return f"dataset {repo} is gated: accept its terms at https://huggingface.co/datasets/{repo}, then {log_in}"
+        return "gated", reason
     if isinstance(why, errors.RepositoryNotFoundError):
-        return f"dataset {repo}: the hub has none of this name, or it is private: check it; if it is yours, {log_in}"
+        return "unknown", reason
     if isinstance(why, errors.RevisionNotFoundError):
-        return f"dataset {repo} has no revision {revision}: check --revision"
+        return "revision", reason
     if isinstance(why, errors.HFValidationError):
-        return f"repo = {repo}: the hub's form is user/name"
+        return "form", reason
     if status == 404 or isinstance(why, errors.RemoteEntryNotFoundError):
-        return f"dataset {repo} has no {what} at revision {revision}: check {check}"
-    if status in (401, 403):
-        return f"dataset {repo}: the hub refuses access (HTTP {status}): {log_in}"
-    return ""
+        return "absent", reason
+    if status and 400 <= status < 500 and status not in PASSING:
+        words = (getattr(why, "server_message", None) or "").strip().splitlines()[:1]
+        return "denied" if status in (401, 403) else "refused", ": ".join([f"HTTP {status}", *words])
+    if getattr(why, "errno", None) and not isinstance(why, (ConnectionError, TimeoutError)):
+        return "disk", getattr(why, "strerror", None) or reason
+    return "network", reason

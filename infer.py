@@ -7,8 +7,9 @@ python infer.py --prompts_file prompts.txt --json texts.json
 echo "Once upon a time" | python infer.py -
 """
 
-from cli import from_command_line, require_writable, run_verb, write_json
-from config import InferConfig, SamplingConfig, UserError, model_path
+from cli import from_command_line, run_verb
+from config import UserError
+from reader_config import InferConfig, SamplingConfig, model_path
 
 if __name__ == "__main__":
     CONFIG = from_command_line(InferConfig, __doc__)
@@ -23,8 +24,9 @@ from pathlib import Path
 
 import tiktoken
 
-import checkpoint
+import trained
 from decoder import Decoder
+from outputs import require_writable, write_json
 from packing import pack
 from runtime import machine
 from sampling import TextStream, generate_batch
@@ -190,16 +192,16 @@ def load(config: InferConfig) -> tuple[Writer, dict]:
     place = machine(config.device, config.dtype)
     if config.quantize and config.dtype == "float16" and place.device.type == "cpu":
         raise UserError("quantize = int8 takes bfloat16 products on a CPU: leave out dtype")
-    folder, state = checkpoint.find(model_path(config), say)
-    model, encoding = checkpoint.load_model(folder, state, place.device)
-    facts = {"model": str(folder), "iter": state["iter"], "parameters": model.num_params()}
+    found = trained.find(model_path(config), say)
+    model, encoding = trained.load(found, place.device, config.context_length)
+    facts = {"model": str(found.path), "iter": found.state.get("iter"), "parameters": model.num_params()}
     # On a CPU compiling pays for long int8 texts only; else oneDNN's packed weights are faster (docs/speed.md).
     compile = place.device.type == "cuda" if config.compile is None else config.compile
     decoder = Decoder(pack(model, place.dtype, config.quantize, compile), compile)
     precision = config.quantize or str(place.dtype).removeprefix("torch.")
     facts["machine"] = f"{place.name}, {precision}, {'compiled' if compile else 'eager'}"
-    say(f"{folder}: {facts['parameters']:,} parameters, iter {state['iter']}, on {facts['machine']}")
-    start = [encoding.eot_token] if state["data"]["end_of_text"] else encoding.encode_ordinary("\n")
+    say(f"{found.describe()}: {facts['parameters']:,} parameters, on {facts['machine']}")
+    start = [encoding.eot_token] if found.end_of_text else encoding.encode_ordinary("\n")
     return Writer(config, decoder, encoding, start), facts
 
 
@@ -247,7 +249,7 @@ def report(config: InferConfig, writer: Writer, texts: list[Text]) -> dict:
 def main(config: InferConfig) -> None:
     """Write num_samples texts from each prompt; what was chosen is said on standard error."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
-    require_writable(config.json)
+    require_writable(config.json, "json")
     prompts = [] if config.interactive else read_prompts(config)
     writer, facts = load(config)
     if config.interactive:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 import checkpoint
 import tokenizer
-from config import BenchConfig, SamplingConfig, UserError
+from config import BenchConfig, UserError
 from decoder import Decoder
 from model import GPT
 from packing import pack, packed_bytes
+from reader_config import SamplingConfig
 from runtime import find_device
 from sampling import generate_batch
 

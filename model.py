@@ -259,6 +259,17 @@ class GPT(nn.Module):
             cache given: (B, 1, V) logits of the last place only.
             otherwise: (B, T, V) logits.
         """
+        x = self.hidden(idx, cache)  # (B, T, C)
+        if cache is not None:
+            x = x[:, -1:]  # (B, 1, C): only the last place is asked for
+        logits = self.head(x)  # (B, T, V)
+        if targets is None:
+            return logits
+        # float32: the sum over V of exponentials is where bf16 would lose the loss's third digit
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head makes logits of: (B, T, C), for ids and cache as forward takes them."""
         _, T = idx.shape
         if cache is None or isinstance(cache.start, int):
             start = cache.start if cache else 0
@@ -279,18 +290,12 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, turn, use_reentrant=False)
             else:
                 x = block(x, turn, cache)
-        x = self.transformer.ln_f(x)  # (B, T, C)
-        if cache is not None:
-            x = x[:, -1:]  # (B, 1, C): only the last place is asked for
-        if self.lm_head is None:
-            logits = F.linear(x, self.transformer.wte.weight)
-        else:
-            logits = self.lm_head(x)
-        logits = logits[..., : self.config.vocab_size]  # (B, T, V): the padding stays inside
-        if targets is None:
-            return logits
-        # float32: the sum over V of exponentials is where bf16 would lose the loss's third digit
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return self.transformer.ln_f(x)  # (B, T, C)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of what `hidden` gave, (..., C)."""
+        logits = F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
+        return logits[..., : self.config.vocab_size]  # the padding stays inside
 
     @classmethod
     def without_values(cls, config: ModelConfig) -> GPT:

@@ -1,25 +1,29 @@
 """Weights that training may begin with: where they lie, their model's shape, and the tokenizer they know.
 
 Two kinds of folder: flatGPT's checkpoint (state.json, model.safetensors) and Hugging Face's GPT-2 (config.json,
-model.safetensors or its index of several). Standard library only: the command line asks before torch is loaded.
+model.safetensors or its index of several), on the hub too; and nanoGPT's file, ckpt.pt. The command line asks before
+torch is loaded: the hub's library and torch are imported where a hub's name or nanoGPT's file is given.
 Every function takes what init_from says and raises UserError where nothing usable is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 
 from config import ModelConfig, UserError
+from model_hub import hub_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-FLATGPT, HUGGING_FACE = "state.json", "config.json"
+FLATGPT, HUGGING_FACE, NANOGPT = "state.json", "config.json", "ckpt.pt"
 EXPECTED = (
-    "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors) or a Hugging Face folder of GPT-2's "
-    "kind (config.json and model.safetensors) is expected"
+    "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
+    "kind (config.json and model.safetensors), a name on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
 # The rest of ModelConfig (dropout, attention, activation_checkpointing) is how it is trained, not what it is.
 COUNTS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
@@ -36,41 +40,74 @@ FIXED = {
 }
 
 
-def find_pretrained(path: str) -> Path:
+def is_ours(path: str) -> bool:
+    """Whether a name means a run of ours or one of its checkpoints, or nothing at all."""
+    place = Path(path)
+    if not place.exists():
+        return hub_name(path) is None
+    folder = place.parent if place.name == WEIGHTS else place
+    return (folder / "ckpt").is_dir() or (folder / FLATGPT).exists()
+
+
+def find_pretrained(path: str, key: str = "init_from") -> Path:
     """The folder that holds the weights: of a run's folder ckpt/best, else ckpt/last; of a model.safetensors its own.
+
+    A name on the hub is fetched first. Of nanoGPT's it is the file.
+
+    Args:
+        key: what gave the path, for messages.
 
     Raises:
         UserError: nothing there, half of it is missing, or it is a pickle.
     """
     given = Path(path)
+    if repo := hub_name(path):
+        given = _fetched(repo)
+    for file in (given, given / NANOGPT):
+        if is_nanogpt(file) and not any((given / name).exists() for name in (FLATGPT, HUGGING_FACE)):
+            return file
     folder = given.parent if given.is_file() and given.name in (WEIGHTS, INDEX, *PICKLES) else given
     if not folder.exists():
-        raise UserError(f"init_from = {path}: no such folder; {EXPECTED}")
+        raise UserError(f"{key} = {path}: no such folder; {EXPECTED}")
     if (folder / "ckpt").is_dir():
         links = [folder / "ckpt" / name for name in ("best", "last") if (folder / "ckpt" / name).exists()]
         if not links:
-            raise UserError(f"init_from = {path}: this run has no checkpoint yet, neither ckpt/best nor ckpt/last")
+            raise UserError(f"{key} = {path}: this run has no checkpoint yet, neither ckpt/best nor ckpt/last")
         folder = folder / "ckpt" / links[0].resolve().name  # the links of a run in training move on
     described = [name for name in (FLATGPT, HUGGING_FACE) if (folder / name).is_file()]
     weights = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
     if given.name in PICKLES or (not weights and any((folder / name).is_file() for name in PICKLES)):
         raise UserError(
-            f"init_from = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
+            f"{key} = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
             f"model.safetensors of the same model, or, where you trust it, write one with transformers: "
             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     if not described and not weights:
-        raise UserError(f"init_from = {path}: no weights are there; {EXPECTED}")
+        raise UserError(f"{key} = {path}: no weights are there; {EXPECTED}")
     if not described:
-        raise UserError(f"init_from = {path}: {weights[0]} alone does not say its model's shape; {EXPECTED}")
+        raise UserError(f"{key} = {path}: {weights[0]} alone does not say its model's shape; {EXPECTED}")
     if not weights or (FLATGPT in described and WEIGHTS not in weights):
-        raise UserError(f"init_from = {path}: {described[0]} is there, {WEIGHTS} is missing; {EXPECTED}")
+        raise UserError(f"{key} = {path}: {described[0]} is there, {WEIGHTS} is missing; {EXPECTED}")
     return folder
 
 
+@functools.cache
+def _fetched(repo: str) -> Path:
+    """A hub's model, once a process; under torchrun the first one says its commit."""
+    from model_hub import fetch_model
+
+    first = os.environ.get("RANK", "0") == "0"
+    return fetch_model(repo, lambda line: print(line, file=sys.stderr) if first else None)
+
+
 def is_flatgpt(folder: Path) -> bool:
-    """Whether a folder that find_pretrained gave is a checkpoint of ours; else it is Hugging Face's."""
+    """Whether what find_pretrained gave is a checkpoint of ours."""
     return (folder / FLATGPT).is_file()
+
+
+def is_nanogpt(file: Path) -> bool:
+    """Whether it is a file of nanoGPT's; else, if not of ours, it is Hugging Face's folder."""
+    return file.suffix == ".pt" and file.is_file()
 
 
 def pretrained_shape(path: str) -> dict[str, object]:
@@ -80,6 +117,10 @@ def pretrained_shape(path: str) -> dict[str, object]:
         UserError: what find_pretrained says, a damaged file, or a model that model.py does not compute.
     """
     folder = find_pretrained(path)
+    if is_nanogpt(folder):
+        from formats import nanogpt_shape
+
+        return nanogpt_shape(folder)
     if not is_flatgpt(folder):
         return _hugging_face_shape(folder / HUGGING_FACE)
     saved = dataclasses.asdict(ModelConfig()) | _state(folder)["config"]
@@ -87,14 +128,24 @@ def pretrained_shape(path: str) -> dict[str, object]:
 
 
 def pretrained_tokenizer(path: str) -> str | None:
-    """The tokenizer whose ids the model knows, None where its folder does not tell.
+    """The tokenizer whose ids the model knows, None where nothing tells.
 
-    A Hugging Face folder of 50,257 ids is taken to have GPT-2's; its own vocabulary files are not read.
+    Raises:
+        UserError: a Hugging Face folder with a vocabulary that is none of ours.
     """
-    folder = find_pretrained(path)
-    if is_flatgpt(folder):
-        return _state(folder)["tokenizer"]["name"]
-    return "gpt2" if pretrained_shape(path)["vocab_size"] == 50257 else None
+    return tokenizer_there(find_pretrained(path))
+
+
+def tokenizer_there(place: Path) -> str | None:
+    """The same, of what find_pretrained gave. GPT-2's counts of ids, nanoGPT's 50,304 too, are taken for GPT-2's."""
+    if is_flatgpt(place):
+        return _state(place)["tokenizer"]["name"]
+    if not is_nanogpt(place):
+        from vocabulary import recognise
+
+        if name := recognise(place):
+            return name
+    return "gpt2" if pretrained_shape(str(place))["vocab_size"] in (50257, 50304) else None
 
 
 def check_shape(config: ModelConfig, path: str) -> None:

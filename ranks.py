@@ -1,4 +1,4 @@
-"""The processes that train one model: one, or those that torchrun starts, on one machine or several.
+"""The processes that train or score one model: one, or those that torchrun starts, on one machine or several.
 
 Each rank has a device of its own and takes every world-th micro-batch of an update. What ranks agree on goes over the
 CPU (Gloo), so that it never waits for a GPU; gradients and losses go over NCCL where there are GPUs.
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import SaidElsewhere, TrainConfig, UserError
+from reader_config import EvalConfig
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def shorten_timeout(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -> Iterator[Ranks]:
+def join(config: TrainConfig | EvalConfig, find_device: Callable[[str, int], torch.device]) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined; a mistake on any of them is said once and ends all.
 
     Args:
@@ -179,7 +180,8 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
     if not ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what the first says is enough, to the end
     try:
-        _require_equal_shares(config, ranks.world)
+        if isinstance(config, TrainConfig):
+            _require_equal_shares(config, ranks.world)
         device_type = find_device(config.device, ranks.local_rank).type
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
             torch.set_num_threads(max(1, _cores() // ranks.local_world))
@@ -205,7 +207,8 @@ def join(config: TrainConfig, find_device: Callable[[str, int], torch.device]) -
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         if re.search("timed? ?out", first_line, re.IGNORECASE):
-            _name_the_silent(ranks, config.rank_timeout)
+            goes_on = ", and goes on from its last checkpoint with --resume" * isinstance(config, TrainConfig)
+            _name_the_silent(ranks, config.rank_timeout, goes_on)
         elif not _peer_is_gone(error):
             raise
         else:
@@ -240,7 +243,7 @@ def _first_to_say(ranks: Ranks, text: str) -> bool:
         return True
 
 
-def _name_the_silent(ranks: Ranks, seconds: float) -> None:
+def _name_the_silent(ranks: Ranks, seconds: float, goes_on: str) -> None:
     """Say which rank the others have waited for in vain: every one of these comes here, that one does not."""
     store, silent = dist.distributed_c10d._get_default_store(), [0]  # a store that does not answer is rank 0's
 
@@ -258,7 +261,7 @@ def _name_the_silent(ranks: Ranks, seconds: float) -> None:
         speaker = "error" if not asking.is_alive() or ranks.rank == 1 else f"rank {ranks.rank}"
         print(
             f"{speaker}: rank {', '.join(map(str, silent))} has not answered for {seconds:g} s (--rank_timeout): it "
-            "hangs, or its machine does; the run ends, and goes on from its last checkpoint with --resume",
+            f"hangs, or its machine does; the run ends{goes_on}",
             file=sys.stderr,
             flush=True,
         )

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import budget
-import checkpoint
 import tokenizer
 from config import TrainConfig, UserError, run_dir
 from data_config import PrepareConfig
@@ -28,6 +27,7 @@ from pretrained import pretrained_tokenizer
 from ranks import ALONE, Ranks
 from runlog import peak_flops
 from runtime import Machine, compile_forward, machine, make_deterministic, note
+from trained import load_pretrained
 
 
 @dataclass
@@ -142,7 +142,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     torch.manual_seed(config.seed)
     model = GPT(config.model())  # drawn on the CPU: the same weights on every device
     if config.init_from and chosen is None:
-        checkpoint.load_pretrained(model, config.init_from)
+        load_pretrained(model, config.init_from)
     ranks.require_alike({"initial weights": [float(p.detach().double().sum()) for p in model.parameters()]})
     if not config.fsdp or ranks.world == 1:  # else it goes there part by part
         model.to(place.device)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import SamplingConfig
 from decoder import Decoder
+from reader_config import SamplingConfig
 from runtime import seed_of
 
 NUCLEUS = 2048  # tokens in which top_p looks for its mass first: the likeliest few are found faster than all are sorted

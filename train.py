@@ -31,14 +31,15 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint
 import resume
 from claim import Claim
-from config import SaidElsewhere, SamplingConfig, UserError
-from dataset import eval_batches
+from config import SaidElsewhere, UserError
 from decoder import Decoder
 from health import out_of_memory, require_finite
-from metrics import score
+from metrics import mean_loss
 from optim import apply_gradients, learning_rate
 from parallel import full_tensor, gradients, own_gradients
+from protocols import eval_batches
 from ranks import Ranks, join, shorten_timeout
+from reader_config import SamplingConfig
 from run import Run, describe, print_plan, setup
 from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
 from runtime import Stop, find_device, machine, reseed, uncompiled
@@ -81,7 +82,6 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
     config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
     batches = eval_batches(tokens, config.context_length, config.batch_size, config.eval_batches, share)
-    no_bytes = np.zeros(config.vocab_size, dtype=np.int64)  # bits per byte are eval.py's
 
     def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal stopped
@@ -91,8 +91,8 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
             yield batch
 
     with run.machine.autocast():
-        scores = score(run.model, until_asked(), run.machine.to_device, no_bytes, ranks.sum)
-    return None if stopped else scores.loss
+        loss = mean_loss(run.model, until_asked(), run.machine.to_device, ranks.sum)
+    return None if stopped else loss
 
 
 def sample(run: Run, seed: int) -> str:

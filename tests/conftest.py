@@ -92,6 +92,22 @@ def train_here(*words) -> Path:
 
 
 @pytest.fixture
+def host(monkeypatch, tmp_path):
+    """A Hugging Face hub on this machine, with nothing on it."""
+    from hub_host import serving
+
+    yield from serving(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """Nobody waits; for how long they would have."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
 def tiny_data(in_tmp):
     """The current, temporary folder, with data/tiny in it."""
     make_dataset(in_tmp)

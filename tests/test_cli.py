@@ -1,8 +1,6 @@
 """How it is set: recipes, the command line, which of them wins, and what is said about mistakes."""
 
 import dataclasses
-import json
-import os
 import subprocess
 import sys
 
@@ -11,8 +9,9 @@ from conftest import ROOT
 
 import cli
 from cli import parse
-from config import BenchConfig, EvalConfig, InferConfig, TrainConfig, UserError
+from config import BenchConfig, TrainConfig, UserError
 from data_config import PrepareConfig
+from reader_config import EvalConfig, InferConfig
 
 
 def recipe(folder, text, name="mine.toml") -> str:
@@ -402,19 +401,6 @@ def test_standard_input_is_no_value_of_a_list():
     assert cli.parse(InferConfig, ["--prompt", "-"]).prompt == "-"
 
 
-def test_json_goes_to_devices_as_they_are(tmp_path, monkeypatch):
-    """A pipe is written to, /dev/stdout is not replaced; without --json a read-only folder will do."""
-    cli.write_json({"a": 1}, "/dev/null")
-    cli.require_writable("/dev/null")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli; cli.write_json({{'a': 1}}, '/dev/stdout')"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b'{\n "a": 1\n}\n'
-    monkeypatch.setattr(os, "access", lambda *words: False)  # a folder that is read-only
-    cli.require_writable(None)
-    cli.require_writable("-")
-    with pytest.raises(UserError, match="no file can be made there"):
-        cli.require_writable(str(tmp_path / "a.json"))
-
-
 def test_run_gives_the_result_and_lets_bugs_through():
     assert cli.run_verb(lambda config: config + 1, 1) == 2
     with pytest.raises(ZeroDivisionError):
@@ -430,16 +416,6 @@ def test_closed_pipe_is_silent():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(30) == 141
-
-
-def test_write_json(tmp_path, capsys):
-    figures = {"loss": 1.5, "name": "é", "none": None}
-    cli.write_json(figures, str(tmp_path / "a.json"))
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == figures
-    cli.write_json(figures, "-")
-    assert json.loads(capsys.readouterr().out) == figures
-    with pytest.raises(UserError, match=r"json = .*b\.json.*cannot be written"):
-        cli.write_json(figures, str(tmp_path / "no" / "b.json"))
 
 
 def test_bytes_that_are_no_text_are_a_mistake():

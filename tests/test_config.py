@@ -7,9 +7,11 @@ import pytest
 
 import cli
 import config
+import reader_config
 from cli import RECIPES, parse
-from config import BenchConfig, EvalConfig, InferConfig, TrainConfig, UserError
+from config import BenchConfig, TrainConfig, UserError
 from data_config import PrepareConfig
+from reader_config import EvalConfig, ExportConfig, InferConfig
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -163,6 +165,9 @@ def test_train_writes_where_eval_and_infer_look(in_tmp, words, folder, model):
     (in_tmp / "somewhere").mkdir()
     (in_tmp / "somewhere" / "mine.toml").write_text("n_layer = 2\n")
     assert config.run_dir(parse(TrainConfig, words.split())).as_posix() == folder
-    for cls in (EvalConfig, InferConfig):
-        assert config.model_path(parse(cls, words.split())) == model
-        assert config.model_path(parse(cls, [*words.split(), "--model_path", "x"])) == "x"
+    for cls in (ExportConfig, InferConfig):
+        assert reader_config.model_path(parse(cls, words.split())) == model
+        assert reader_config.model_path(parse(cls, [*words.split(), "--model_path", "x"])) == "x"
+    assert reader_config.model_paths(parse(EvalConfig, words.split())) == (model,)
+    several = [*words.split(), "--model_path", "x", "y"]
+    assert reader_config.model_paths(parse(EvalConfig, several)) == ("x", "y")

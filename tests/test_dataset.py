@@ -19,7 +19,8 @@ from test_shards import cut, finished, llmc, shard, tokens
 import dataset
 import tokenizer
 from config import UserError
-from dataset import IGNORE, Shuffle, TrainingBatches, Windows, eval_batches, open_dataset
+from dataset import Shuffle, TrainingBatches, Windows, open_dataset
+from protocols import eval_batches
 
 quick = settings(max_examples=60, deadline=None, database=None)
 
@@ -593,37 +594,3 @@ def test_order_takes_no_memory():
     assert max(found) < len(run.windows) == 10**12 - 1
     assert min(found) < 10**11  # spread over all of it
     assert max(found) > 9 * 10**11
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 10, 11, 12, 23])
-def test_every_token_but_the_first_is_a_target_once(tmp_path, length, batch_size):
-    T, seen = 5, []
-    for x, y in eval_batches(tokens(tmp_path, *np.array_split(np.arange(length), 1 + length // 4)), T, batch_size):
-        assert x.dtype == y.dtype == np.int64
-        assert x.shape == y.shape
-        assert x.shape[1] == T
-        assert 1 <= len(x) <= batch_size
-        for row_x, row_y in zip(x, y, strict=True):
-            scored = (row_y != IGNORE).sum()
-            assert (row_y[scored:] == IGNORE).all()
-            start = row_x[0]
-            assert start % T == 0, "windows do not overlap"
-            assert row_x[:scored].tolist() == list(range(start, start + scored))
-            assert row_y[:scored].tolist() == list(range(start + 1, start + scored + 1))
-            assert (row_x < length).all()
-            assert (row_x >= 0).all()
-            seen += row_y[:scored].tolist()
-    assert seen == list(range(1, length))
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 99])
-def test_limit_takes_the_first_batches(tmp_path, limit):
-    split = tokens(tmp_path, range(24))
-    every = [y.tolist() for _, y in eval_batches(split, 5, 2)]
-    assert len(every) == 3
-    assert [y.tolist() for _, y in eval_batches(split, 5, 2, limit)] == every[:limit]

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decoder as decoder_module
-from config import ModelConfig, SamplingConfig
+from config import ModelConfig
 from decoder import Decoder
 from model import GPT, KVCache
 from packing import pack
+from reader_config import SamplingConfig
 from sampling import generate_batch
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=12, vocab_size=30)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import pretrained
+import tokenizer
+import trained
 from config import ModelConfig, UserError
 from formats import crop_positions, hugging_face_weights
 from model import GPT
@@ -216,8 +218,8 @@ def test_a_damaged_index(tmp_path, index):
 def save_ours(run: Path, **changes) -> GPT:
     torch.manual_seed(0)
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=T, vocab_size=257, **changes)).eval()
-    encoding = checkpoint.tokenizer.load("byte")
-    named = {"name": "byte", "ranks_sha256": checkpoint.tokenizer.ranks_hash(encoding)}
+    encoding = tokenizer.load("byte")
+    named = {"name": "byte", "ranks_sha256": tokenizer.ranks_hash(encoding)}
     state = {"iter": 7, "config": dataclasses.asdict(model.config), "tokenizer": named}
     checkpoint.save(run, state, model.state_dict(), {}, keep=1)
     return model
@@ -228,20 +230,20 @@ def save_ours(run: Path, **changes) -> GPT:
 def test_begin_with_a_run(tmp_path, position, context_length):
     there = save_ours(tmp_path / "run", position=position, bias=False, tie_weights=False)
     model = GPT(shape(tmp_path / "run", context_length=context_length)).eval()
-    checkpoint.load_pretrained(model, str(tmp_path / "run"))
+    trained.load_pretrained(model, str(tmp_path / "run"))
     ids = IDS[:, :context_length] % 257
     torch.testing.assert_close(model(ids), there(ids), rtol=0, atol=1e-6)
 
 
 def test_rope_has_no_longest_context(tmp_path):
     save_ours(tmp_path / "run", position="rope")
-    checkpoint.load_pretrained(GPT(shape(tmp_path / "run", context_length=2 * T)), str(tmp_path / "run"))
+    trained.load_pretrained(GPT(shape(tmp_path / "run", context_length=2 * T)), str(tmp_path / "run"))
 
 
 def test_begin_with_a_hugging_face_folder(saved):
     folder, theirs = saved
     model = GPT(shape(folder)).eval()
-    checkpoint.load_pretrained(model, str(folder / "model.safetensors"))
+    trained.load_pretrained(model, str(folder / "model.safetensors"))
     assert_same(model, theirs)
 
 
@@ -249,13 +251,13 @@ def test_beginning_refuses_what_does_not_fit(tmp_path):
     save_ours(tmp_path / "run")
     run = str(tmp_path / "run")
     with pytest.raises(UserError, match=r"n_head = 4 \(there 2\)"):  # it would load
-        checkpoint.load_pretrained(GPT(shape(tmp_path / "run", n_head=4)), run)
+        trained.load_pretrained(GPT(shape(tmp_path / "run", n_head=4)), run)
     with pytest.raises(UserError, match="context_length = 48: the model to begin with has 24"):
-        checkpoint.load_pretrained(GPT(shape(tmp_path / "run", context_length=48)), run)
+        trained.load_pretrained(GPT(shape(tmp_path / "run", context_length=48)), run)
     file = tmp_path / "run/ckpt/last/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"init_from = .*model.safetensors is damaged"):
-        checkpoint.load_pretrained(GPT(shape(tmp_path / "run")), run)
+        trained.load_pretrained(GPT(shape(tmp_path / "run")), run)
 
 
 def test_cropping_leaves_what_it_was_given(saved):

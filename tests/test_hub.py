@@ -4,8 +4,6 @@ The hub is a server on this machine that answers huggingface_hub as the real one
 """
 
 import gzip
-import hashlib
-import http.server
 import itertools
 import json
 import os
@@ -16,13 +14,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, command
+from hub_host import hub_environment
 from huggingface_hub import constants
 from test_sources import content, prepare, texts
 
@@ -34,163 +32,6 @@ from dataset import open_dataset
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 WIKIPEDIA = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
 FINEWEB = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-
-
-def hashes(path: str, body: bytes) -> dict:
-    """The hub's: git's of small files; of those in its large file storage SHA-256 besides."""
-    sha256 = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
-    return {"oid": hashlib.sha1(body).hexdigest(), **({"lfs": sha256} if path.endswith(".parquet") else {})}
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Large files (parquet) come from another host, to which the hub redirects."""
-
-    def do_GET(self):
-        host = self.server
-        match [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]:
-            case ["api", "datasets", user, name, "revision", revision]:
-                what = "revision"
-            case ["api", "datasets", user, name, "tree", revision, *folder]:
-                what = "/".join(["tree", *folder])
-            case ["storage-token"]:
-                expires = int(time.time()) + 3600
-                facts = {"Cas-Url": host.storage, "Access-Token": "-", "Token-Expiration": expires}
-                return self.answer(200, {f"X-Xet-{key}": value for key, value in facts.items()})
-            case ["datasets" | "cdn" as place, user, name, "resolve", revision, *path]:
-                what = "/".join(path)
-            case _:
-                return self.answer(404)
-        redirect = what.endswith(".parquet") and place == "datasets"
-        asked = f"{self.command} {what}"
-        fault = None
-        if not redirect or self.command == "HEAD":
-            host.asked.append(asked)
-            fault = next(host.faults.get(asked, iter(())), None)
-        if fault == "drop":
-            return None
-        if isinstance(fault, tuple):
-            return self.answer(fault[0], {"X-Error-Code": fault[1]})
-        repo = f"{user}/{name}"
-        if repo not in host.repos:
-            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
-        commit = host.branches[repo].get(revision, revision)
-        if commit not in host.repos[repo]:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        files = host.repos[repo][commit]
-        if what == "revision":
-            return self.answer(200, body=json.dumps({"id": repo, "sha": commit}).encode())
-        if what.startswith("tree"):
-            start, deep = what[5:] and what[5:] + "/", "recursive=true" in self.path.lower()
-            tree = [{"type": "directory", "path": start + "folder", "oid": "0" * 40}] + [
-                {"type": "file", "path": path, "size": len(body), **hashes(path, body)}
-                for path, body in files.items()
-                if path.startswith(start) and (deep or "/" not in path[len(start) :])
-            ]
-            if len(tree) == 1:
-                return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-            return self.answer(200, body=json.dumps(tree).encode())
-        if what not in files:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        body = fault if isinstance(fault, bytes) else files[what]
-        digest = hashlib.sha256 if what.endswith(".parquet") else hashlib.sha1
-        facts = {"X-Repo-Commit": commit, "ETag": f'"{digest(files[what]).hexdigest()}"'}
-        if redirect:
-            facts |= {"X-Linked-Etag": facts["ETag"], "X-Linked-Size": str(len(body))}
-            if host.storage:
-                facts |= {"X-Xet-Hash": "c" * 64, "X-Xet-Refresh-Route": f"{host.url}/storage-token"}
-            place = f"http://localhost:{host.server_port}/cdn/{repo}/resolve/{commit}/{what}"
-            return self.answer(302, {**facts, "Location": place})
-        return self.answer(200, facts, body, fault)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def answer(self, status, facts=None, body=b"", fault=None):
-        total = len(body)
-        if status == 200 and "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            status, body = 206, body[start:]
-            facts = {**facts, "Content-Range": f"bytes {start}-{total - 1}/{total}"}
-        self.send_response(status)
-        for key, value in {**(facts or {}), "Content-Length": len(body)}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if callable(fault):
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            fault()
-        else:
-            self.wfile.write(body[:fault] if isinstance(fault, int) else body)
-
-    def log_message(self, *_):
-        pass
-
-
-class Host(http.server.ThreadingHTTPServer):
-    """A hub on this machine.
-
-    Args:
-        asked: requests so far: `GET revision`, `GET tree/folder`, `HEAD path`, `GET path`.
-        faults: {such a request: what goes wrong, one after the other}: `drop` the connection; (status, code) is the
-            answer; cut after so many bytes; other bytes; or call something in the middle.
-        storage: the address of Xet storage, for large files.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repos, self.branches, self.faults, self.asked, self.storage = {}, {}, {}, [], None
-
-    def publish(self, repo: str, files: dict[str, bytes], branch: str = "main", commit: str | None = None) -> str:
-        commit = commit or hashlib.sha1(f"{repo} {branch} {sorted(files.items())}".encode()).hexdigest()
-        self.repos.setdefault(repo, {})[commit] = files
-        self.branches.setdefault(repo, {}).update({branch: commit, commit[:7]: commit})
-        return commit
-
-    def fetched(self) -> list[str]:
-        """Files of which the content was asked, each request."""
-        return [
-            what[4:] for what in self.asked if what.startswith("GET ") and what.endswith((".parquet", ".jsonl", ".gz"))
-        ]
-
-    def stop(self):
-        self.shutdown()
-        self.server_close()
-
-
-@pytest.fixture
-def host(monkeypatch, tmp_path):
-    """A hub that huggingface_hub takes for its own, in this process; `verb` does so for others."""
-    monkeypatch.setenv("no_proxy", "*")
-    host = Host()
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, host.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", host.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.close_session()
-    thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield host
-    host.stop()
-    thread.join()
-    huggingface_hub.close_session()
-
-
-@pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """Nobody waits; for how long they would have."""
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    return waits
-
-
-def hub_environment(host, **more) -> dict[str, str]:
-    home = {"HF_HOME": "home", "HF_TOKEN": "", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {"HF_ENDPOINT": host.url, "no_proxy": "*", "HF_HUB_OFFLINE": "0", **home, **more}
 
 
 def verb(host, *words, **env):

@@ -23,8 +23,9 @@ import checkpoint
 import cli
 import infer
 import tokenizer
-from config import InferConfig, ModelConfig
+from config import ModelConfig
 from model import GPT
+from reader_config import InferConfig
 
 BYTE = tokenizer.load("byte")
 EOT = BYTE.eot_token
@@ -154,7 +155,7 @@ def test_text_follows_the_prompt_and_the_seed(trained):
     assert len(first.out.encode(errors="replace")) > len(prompt) + 20
     assert trained("--prompt", prompt, "--seed", 5, *words).out == first.out
     assert trained("--prompt", prompt, "--seed", 6, *words).out != first.out
-    assert "out/quickstart/ckpt/iter_000060: " in first.err
+    assert "out/quickstart/ckpt/iter_000060, iter 60: " in first.err
     assert "iter 60" in first.err
     assert "float32" in first.err
     assert "40 tokens, the first after " in first.err

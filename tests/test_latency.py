@@ -9,10 +9,11 @@ import torch
 import bench
 import cli
 import latency
-from config import BenchConfig, SamplingConfig, UserError
+from config import BenchConfig, UserError
 from decoder import Decoder
 from model import GPT
 from packing import Int8Linear, pack
+from reader_config import SamplingConfig
 from sampling import generate
 
 SMALL = ["infer", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--context_length", "64", "--device", "cpu"]

@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import cli
 import train
 from config import ModelConfig, TrainConfig, run_dir
 from data_config import PrepareConfig
-from dataset import eval_batches, open_dataset
-from metrics import score
+from dataset import open_dataset
+from metrics import mean_loss
 from model import GPT, KVCache
 from packing import CastLinear, Int8Linear, PackedLinear, pack, packed_bytes
 from preparation import prepare
-from tokenizer import token_bytes
+from protocols import eval_batches
+from trained import find, load
 
 CPU = torch.device("cpu")
 SIZES = [(64, 192), (32, 65), (57, 65), (30, 3), (1, 1)]  # (in, out)
@@ -286,18 +286,17 @@ def test_int8_costs_less_than_a_hundredth_of_the_loss(in_tmp, real_text):
     words = "--max_iters 300 --eval_interval 300 --sample_tokens 0 --device cpu --compile false"
     config = cli.parse(TrainConfig, ["--config", "shakespeare_char_cpu", *words.split()])
     train.train(config)
-    folder, state = checkpoint.find(str(run_dir(config)), print)
-    losses = {}
+    found = find(str(run_dir(config)), print)
+    tokens, losses = open_dataset(Path(found.state["data"]["folder"])).tokens("val"), {}
     for name, dtype, quantize in (
         ("float32", torch.float32, None),
         ("bfloat16", torch.bfloat16, None),
         ("int8", torch.bfloat16, "int8"),
     ):
-        model, encoding = checkpoint.load_model(folder, state, CPU)
+        model, _ = load(found, CPU)
         if name != "float32":  # which is the model as it was trained
             pack(model, dtype, quantize)
-        batches = eval_batches(open_dataset(Path(state["data"]["folder"])).tokens("val"), config.context_length, 64, 0)
-        losses[name] = score(model, batches, torch.from_numpy, token_bytes(encoding)).loss
+        losses[name] = mean_loss(model, eval_batches(tokens, config.context_length, 64), torch.from_numpy)
     print(losses)
     assert losses["float32"] < 2.6, losses
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-3), losses

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 import sampling
 import tokenizer
-from config import ModelConfig, SamplingConfig
+from config import ModelConfig
 from decoder import Decoder
 from model import GPT
 from packing import pack
+from reader_config import SamplingConfig
 from sampling import (
     NUCLEUS,
     Sampler,
