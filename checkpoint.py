@@ -66,6 +66,7 @@ def save(
         save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
         writing = TRAIN_STATE
         torch.save(train_state, partial / TRAIN_STATE)
+        (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors lets nobody else read it
         files = {name: _fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
         writing = STATE
         _write_state(partial, {"format": FORMAT, **state, "files": files})

@@ -38,6 +38,7 @@ from choices import read_choices, score_choices
 from config import UserError
 from dataset import open_dataset
 from decoder import Decoder
+from documents import text_blocks
 from metrics import measure, windows_a_pass
 from model import GPT
 from outputs import require_writable, write_json, write_output
@@ -68,14 +69,9 @@ class Judge:
 
 
 def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
-    """The ids of a text file, in pieces."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            blocks = iter(lambda: file.read(1 << 20), "")
-            for piece, _ in tokenizer.pieces(blocks, tokenizer.RUN):
-                yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
-    except UnicodeDecodeError as why:
-        raise UserError(f"text = {path}: no UTF-8 text: {why.reason} at byte {why.start}; convert it first") from None
+    """The ids of a text file, in pieces, as prepare_data.py gives them."""
+    for piece, _ in tokenizer.pieces(text_blocks(Path(path)), tokenizer.RUN):
+        yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
 
 
 @contextlib.contextmanager
@@ -222,10 +218,9 @@ def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: 
     }
 
 
-def judge_model(judge: Judge, path: str | None) -> dict:
+def judge_model(judge: Judge, found: Trained) -> dict:
     """The report of one model."""
     config = judge.config
-    found = trained.find(path, judge.say)
     model, encoding = trained.load(found, judge.place.device, config.context_length)
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
     facts["dtype"] = str(judge.place.dtype).removeprefix("torch.")
@@ -242,7 +237,8 @@ def main(config: EvalConfig) -> None:
     with join(config, find_device) as ranks:
         local_rank = ranks.local_rank if ranks.world > 1 else None
         judge = Judge(config, machine(config.device, config.dtype, local_rank=local_rank), ranks)
-        reports = [judge_model(judge, path) for path in model_paths(config)]
+        models = [trained.find(path, judge.say) for path in model_paths(config)]  # all, before the first is scored
+        reports = [judge_model(judge, found) for found in models]
     if not ranks.first:
         return
     if config.json != "-":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BUCKETS, BINS = 8, 15
-LOGITS_BYTES = {"cpu": 16e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once: a CPU's stay in its cache
+LOGITS_BYTES = {"cpu": 32e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once
 
 # tokens that go through the blocks at once; on a CPU more are no faster
 TOKENS_A_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}
@@ -206,7 +206,7 @@ def measure(
             rows = rows or max(16, int(LOGITS_BYTES[hidden.device.type] / 4 / V))
             targets, found = to_device(y.ravel()[places]), []
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-                found.append(_look(model.head(h).float(), t, sampled))
+                found.append(_look(model.head(h, padded=True).float(), t, V, sampled))
             columns = {name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]}
             scores.add(targets=y.ravel()[places], positions=places % y.shape[1], **columns)
             each(len(places))
@@ -214,11 +214,11 @@ def measure(
     return scores
 
 
-def _look(logits: Tensor, targets: Tensor, sampled: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
-    """What Scores.add takes, of logits (N, V) and targets (N)."""
-    found = {"sampled": sampled(logits)} if sampled else {}
+def _look(logits: Tensor, targets: Tensor, V: int, sampled: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+    """What Scores.add takes, of logits (N, V), padded with -inf, and targets (N)."""
+    found = {"sampled": sampled(logits[:, :V])} if sampled else {}
     log_p = logits.log_softmax(-1)  # six times as fast on a CPU as logsumexp, whose exp is not vectorised
-    best = log_p.topk(min(5, log_p.shape[-1]))  # sorted
+    best = log_p.topk(min(5, V))  # sorted
     found |= {"greedy": best.indices[:, 0], "in_top5": (best.indices == targets[:, None]).any(-1)}
     losses = -log_p.gather(-1, targets[:, None])[:, 0]
     return found | {"losses": losses, "confidences": best.values[:, 0].exp()}

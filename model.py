@@ -292,9 +292,16 @@ class GPT(nn.Module):
                 x = block(x, turn, cache)
         return self.transformer.ln_f(x)  # (B, T, C)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of what `hidden` gave, (..., C)."""
+    def head(self, x: Tensor, padded: bool = False) -> Tensor:
+        """Logits (..., V) of what `hidden` gave, (..., C).
+
+        Args:
+            padded: leave the vocabulary's padding there, as -inf, where a softmax would copy rows that lie apart.
+        """
         logits = F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
+        if padded:
+            logits[..., self.config.vocab_size :] = -torch.inf
+            return logits
         return logits[..., : self.config.vocab_size]  # the padding stays inside
 
     @classmethod

@@ -60,6 +60,7 @@ def rewrite(folder: Path, state: dict) -> None:
 def test_round_trip(tmp_path, model):
     folder = save(tmp_path / "run", 12, model)
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "state.json", "train_state.pt"]
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "colleagues read the weights too"
     loaded, encoding = load(folder)
     assert encoding.name == "byte"
     assert not loaded.training

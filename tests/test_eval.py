@@ -27,6 +27,7 @@ import words as counting
 from config import UserError
 from data_config import PrepareConfig
 from preparation import prepare
+from ranks import Ranks
 from reader_config import EvalConfig
 
 __all__ = ["extras", "forked"]  # fixtures
@@ -852,6 +853,21 @@ def test_ranks_give_the_figures_of_one(forked, home, tmp_path):
         for buckets in zip(alone.pop("loss_by_position", []), ranks.pop("loss_by_position", []), strict=True):
             assert alike(*buckets, 1e-6)
         assert alike(alone, ranks, 1e-6), (alone, ranks)
+
+
+def test_the_first_rank_alone_writes(monkeypatch, capsys):
+    class Second(Ranks):
+        def sum(self, value):
+            return value
+
+    @contextlib.contextmanager
+    def join(*words):
+        yield Second(1, 2, 1, 2)
+
+    monkeypatch.setattr(verb, "join", join)
+    verb.main(asked("--model_path", RUN, "--json", "second.json", "--plot", "second.png", "--batch_size", 8))
+    assert capsys.readouterr() == ("", "")
+    assert not [*Path().glob("second.*")]
 
 
 def test_ranks_say_a_mistake_once(forked, home):

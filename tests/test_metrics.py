@@ -163,7 +163,7 @@ def test_batches_and_parts_do_not_show(monkeypatch, size, logits_bytes):
     model, data, rows = lively(), text(), []
     whole = measure(model, batches(data), torch.from_numpy)
     head = model.head
-    monkeypatch.setattr(model, "head", lambda hidden: rows.append(len(hidden)) or head(hidden))
+    monkeypatch.setattr(model, "head", lambda hidden, **more: rows.append(len(hidden)) or head(hidden, **more))
     monkeypatch.setitem(metrics.LOGITS_BYTES, "cpu", logits_bytes)
     same(measure(model, batches(data, size), torch.from_numpy), whole, rel=1e-6)
     assert sum(rows) == whole.tokens, "places that are not scored cost nothing"

@@ -505,3 +505,17 @@ def test_manual_attention_equals_flash_on_the_gpu():
     difference = (logits["manual"] - logits["flash"]).abs()
     assert difference.max() < 0.05 * logits["flash"].abs().max()
     assert difference.mean() < 0.005 * logits["flash"].abs().max()
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_head_of_hidden_is_forward_and_its_padding_has_no_say(tie_weights):
+    model = fresh(vocab_size=70, tie_weights=tie_weights).eval()
+    idx = torch.randint(70, (2, 5))
+    hidden = model.hidden(idx)
+    assert hidden.shape == (2, 5, 32)
+    with torch.no_grad():
+        padded = model.head(hidden, padded=True)
+    assert torch.equal(model.head(hidden), model(idx))
+    assert padded.shape == (2, 5, 128)
+    assert torch.equal(padded[..., :70], model(idx))
+    assert (padded[..., 70:] == -torch.inf).all()
