@@ -21,6 +21,7 @@ from dataset import open_dataset
 from formats import hugging_face_config, to_hugging_face, unexportable
 from metrics import measure, windows_a_pass
 from model import GPT
+from packing import pack
 from protocols import eval_batches
 from runtime import Machine, machine
 
@@ -38,7 +39,8 @@ def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
     if len(ids) < model.config.context_length:
         raise UserError(f"text_tokens = {len(ids):,}: one window has {model.config.context_length:,}; take more")
     say(f"{found.describe()}; {len(ids):,} tokens of {dataset.folder} {config.split}; {place.describe()}")
-    ways = {"ours": ours(model, ids, place), "transformers": theirs(model, ids, place.device)}
+    peer = theirs(model, ids, place.device)
+    ways = {"ours": ours(pack(model, place.dtype), ids, place), "transformers": peer}
     seconds, losses = {name: [] for name in ways}, {}
     for number in range(config.rounds):
         for name, way in ways.items():

@@ -34,7 +34,7 @@ ARROWS = {
         *("tokenizer", "shards", "dataset", "repositories", "sources", "tasks", "workers", "plan", "progress")
     },
     "latency": {"checkpoint", "decoder", "model", "packing", "runtime", "sampling", "tokenizer"},
-    "strided": {"dataset", "formats", "metrics", "model", "protocols", "runtime", "trained"},
+    "strided": {"dataset", "formats", "metrics", "model", "packing", "protocols", "runtime", "trained"},
     "throughput": {"tokenizer", "documents", "sources", "workers"},
     "model": set(),
     "packing": {"model"},
