@@ -74,7 +74,7 @@ def _question(line: str) -> Question:
         raise ValueError(f"no key {missing[0]!r}, its keys are {', '.join(row)}")
     ctx, endings, label = row["ctx"], row["endings"], row["label"]
     if not isinstance(ctx, str):
-        raise ValueError(f"ctx is a {type(ctx).__name__}, not a text")
+        raise ValueError(f"ctx = {ctx!r}: a text is expected")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
         raise ValueError("endings: a list of two or more texts is expected, none of them empty")
     if isinstance(label, str) and re.fullmatch("[0-9]+", label):

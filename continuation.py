@@ -58,7 +58,7 @@ def cut(tokens: Tokens, n: int, prompt_tokens: int, new_tokens: int, end_of_text
             f"a prompt of {prompt_tokens:,} tokens and {new_tokens:,} to compare with do not fit into a split of "
             f"{len(tokens):,}: lower --prompt_tokens or --max_new_tokens"
         )
-    places = []
+    places, n = [], min(n, room + 1)
     for i in range(n):
         start = i * room // max(1, n - 1)
         ids = tokens[start : start + span].tolist()

@@ -10,7 +10,7 @@ torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
 from cli import from_command_line, run_verb
-from reader_config import EvalConfig, model_paths
+from reader_config import EvalConfig, SamplingConfig, model_paths
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)
@@ -85,9 +85,10 @@ def open_tokens(judge: Judge, found: Trained, encoding: tiktoken.Encoding) -> It
     config, name_of_ids = judge.config, None
     with tempfile.TemporaryDirectory(prefix="flatgpt-") as folder:
         if config.text:
+            source = "/dev/stdin" if config.text == "-" else config.text
             path = Path(folder) / "text.bin"
             with open(path, "wb") as file:
-                for ids in encode_file(config.text, encoding):
+                for ids in encode_file(source, encoding):
                     file.write(ids.tobytes())
             if not path.stat().st_size:
                 raise UserError(f"text = {config.text}: it is empty; a text to score is expected")
@@ -116,9 +117,12 @@ def _one_file(judge: Judge, path: Path, taken_for: str) -> tuple[Tokens, str | N
     meta = read_meta(path.parent)
     entries = [f for split in meta["splits"].values() for f in split["files"]] if meta else []
     entry = next((f for f in entries if f["name"] == path.name), None)
+    if path.suffix in (".txt", ".md", ".json", ".jsonl"):
+        raise UserError(f"test_data_path = {path}: uint16 ids are expected there; a text is scored by --text {path}")
+    tokens = Tokens([(path, entry and entry["tokens"])])
     if entry is None:
         judge.say(f"{path} is in no dataset folder: taken as ids of the model's tokenizer, {taken_for}")
-    return Tokens([(path, entry and entry["tokens"])]), entry and meta["tokenizer"]
+    return tokens, entry and meta["tokenizer"]
 
 
 def _dataset_folder(config: EvalConfig, found: Trained) -> Path:
@@ -159,7 +163,8 @@ def score_text(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Tra
                 total=judge.ranks.sum,
                 each=bar.update,
             )
-        answer = {"text": name, "protocol": _describe(config, found), "window": T, "batch_size": batch_size}
+        answer = {"text": name, "protocol": config.protocol, "protocol_means": _describe(config, found), "window": T}
+        answer |= {"batch_size": batch_size, "eval_batches": config.eval_batches or None}
         answer |= {"stride": stride} if config.protocol == "stride" else {}
         answer |= report.figures(scores, counts)
         if config.generate:
@@ -175,7 +180,7 @@ def _describe(config: EvalConfig, found: Trained) -> str:
         "rolling": f"as lm-evaluation-harness: every token once, the first after end-of-text{never}",
     }
     only = f"; first {config.eval_batches} batches" if config.eval_batches else ""
-    return f"{config.protocol}: {words[config.protocol]}{only}"
+    return words[config.protocol] + only
 
 
 def _reseeding(batches: Iterator, generator: torch.Generator, seed: int, share: tuple[int, int]) -> Iterator:
@@ -196,7 +201,11 @@ def score_continuations(judge: Judge, model: GPT, encoding: tiktoken.Encoding, t
     places = continuation.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
     shared = {"share": (ranks.rank, ranks.world), "everyones": ranks.everyones, "watch": judge.watch}
     written = continuation.continue_all(Decoder(model), encoding, places, length, config, **shared)
-    return dataclasses.asdict(continuation.compare(encoding, places, written))
+    chosen = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
+    means = [f"{length} tokens after {config.prompt_tokens}", f"temperature {config.heat:g}", f"seed {config.seed}"]
+    means += [f"{key} {getattr(config, key)}" for key in chosen if key not in ("temperature", "greedy", "seed")]
+    scores = dataclasses.asdict(continuation.compare(encoding, places, written))
+    return {"prompts_mean": ", ".join(means), **scores}
 
 
 def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Trained) -> dict:
@@ -207,7 +216,8 @@ def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: 
     scores = score_choices(model, encoding, questions, place.to_device, **shared)
     return {
         "text": config.choices,
-        "protocol": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
+        "protocol": "choices",
+        "protocol_means": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
         "window": model.config.context_length,
         "questions": scores.questions,
         "choice_accuracy": scores.accuracy,
@@ -225,7 +235,13 @@ def judge_model(judge: Judge, found: Trained) -> dict:
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
     facts["dtype"] = str(judge.place.dtype).removeprefix("torch.")
     answer = (score_answers if config.choices else score_text)(judge, model, encoding, found)
+    if answer.get("loss", 0.0) != answer.get("loss", 0.0):
+        judge.say(f"warning: {found.path}: the loss is no number: the weights are damaged, or the run diverged")
     return facts | answer | {"units": report.units(answer)}
+
+
+def _is_stream(path: str) -> bool:
+    return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
 
 
 def main(config: EvalConfig) -> None:
@@ -236,13 +252,17 @@ def main(config: EvalConfig) -> None:
         continuation.require()
     with join(config, find_device) as ranks:
         local_rank = ranks.local_rank if ranks.world > 1 else None
+        models = model_paths(config)
+        for key, path in (("text", config.text), ("choices", config.choices)):
+            if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
+                raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
         judge = Judge(config, machine(config.device, config.dtype, local_rank=local_rank), ranks)
-        models = [trained.find(path, judge.say) for path in model_paths(config)]  # all, before the first is scored
-        reports = [judge_model(judge, found) for found in models]
+        found = [trained.find(path, judge.say) for path in models]  # all, before the first is scored
+        reports = [judge_model(judge, each) for each in found]
     if not ranks.first:
         return
     if config.json != "-":
-        print("\n\n".join(map(report.smol, reports)) if config.format == "smol" else report.table(reports))
+        print(report.smol(reports) if config.format == "smol" else report.table(reports))
     if config.plot:
         write_output(report.draw_positions(reports), config.plot, "plot")
     if config.json:

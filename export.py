@@ -74,6 +74,11 @@ def make(config: ExportConfig, found: Trained) -> tuple[dict[str, Tensor], dict[
     model, encoding = trained.load(found, torch.device("cpu"), config.context_length)
     tensors = to_hugging_face(model.state_dict(), model.config)
     tensors = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in tensors.items()}
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(
+            f"{found.path}: {broken[0]} has nan or inf in {config.dtype}: the run diverged, or float16 is too narrow "
+            "for it; take an earlier checkpoint, or --dtype bfloat16"
+        )
     text = card(
         found.path,
         found.state,
@@ -96,7 +101,8 @@ def make(config: ExportConfig, found: Trained) -> tuple[dict[str, Tensor], dict[
 def title(config: ExportConfig, found: Trained) -> str:
     """The model's name: its repository's, else its run's, else that of what was given."""
     given = config.push or found.state.get("config", {}).get("out_dir") or config.model_path or found.path
-    return Path(os.path.abspath(given)).name
+    path = Path(os.path.abspath(given))
+    return path.parent.name if path.is_file() else path.name  # of nanoGPT's ckpt.pt
 
 
 def recipe(state: dict) -> str:
@@ -178,11 +184,14 @@ def main(config: ExportConfig) -> None:
             write(Path(folder), tensors, files)
             upload(config, Path(folder), [WEIGHTS, *files])
         return
-    place = Path(os.path.abspath(out))
+    place = Path(os.path.realpath(out))  # of a link to an empty folder, on another disk say, that folder
     partial = place.with_name(f".{place.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as why:
+            raise UserError(f"out = {out}: cannot be written: {why.strerror}") from None
         write(partial, tensors, files)
         os.rename(partial, place)  # an empty folder makes way
     finally:

@@ -117,6 +117,16 @@ def pretrained_shape(path: str) -> dict[str, object]:
         UserError: what find_pretrained says, a damaged file, or a model that model.py does not compute.
     """
     folder = find_pretrained(path)
+    shape = _shape(folder)
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(
+            f"{path}: n_embd = {shape['n_embd']} is no multiple of n_head = {shape['n_head']}: it is damaged"
+        )
+    return shape
+
+
+def _shape(folder: Path) -> dict[str, object]:
+    """Of what find_pretrained gave."""
     if is_nanogpt(folder):
         from formats import nanogpt_shape
 
@@ -198,7 +208,7 @@ def _count(file: Path, key: str, value: object, field: str | None = None) -> int
     low, high = limits["low"], limits.get("high", sys.maxsize)
     if type(value) is not int or not low <= value <= high:
         most = f" and at most {high:,}" if "high" in limits else ""
-        raise UserError(f"{file}: {key} = {value}: a whole number of at least {low}{most} is expected")
+        raise UserError(f"{file}: {key} = {value!r}: a whole number of at least {low}{most} is expected")
     return value
 
 

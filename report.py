@@ -17,12 +17,13 @@ ROWS = {
     "iter": ("iter", ""),
     "text": ("text", ""),
     "protocol": ("protocol", ""),
+    "protocol_means": ("", ""),
     "window": ("window", "tokens"),
     "stride": ("stride", "tokens"),
     "dtype": ("dtype", "of the matrix products"),
     "tokens": ("tokens", "scored"),
     "bytes": ("bytes", "of text scored"),
-    "words": ("words", "split at white space; line ends are not counted"),
+    "words": ("words", "of the text, its first token's too; split at white space, line ends are not counted"),
     "lines": ("line ends", ""),
     "loss": ("loss", "nats per token scored"),
     "perplexity": ("token perplexity", "exp(loss)"),
@@ -43,6 +44,7 @@ ROWS = {
     "choice_accuracy_norm": ("accuracy, normalised", "share of questions; the likeliest ending per character"),
     "choice_accuracy_norm_stderr": ("  standard error", ""),
     "prompts": ("prompts continued", ""),
+    "prompts_mean": ("", ""),
     "bleu": ("BLEU", "0 to 100, of all continuations"),
     "bleu_signature": ("  sacrebleu", ""),
     "rouge_l": ("ROUGE-L", "mean F-measure, 0 to 1"),
@@ -93,7 +95,9 @@ def table(reports: Sequence[dict]) -> str:
         if any(value is not None for value in values):
             once = isinstance(values[0], str) and len(set(values)) == 1
             rows.append((label, [_text(value) for value in (values[:1] if once else values)], unit))
-    if len({report["window"] for report in reports}) == 1:
+    if len({report["window"] for report in reports}) > 1:
+        rows.append(("loss by position", ["the windows differ: see --json or --plot"], ""))
+    else:
         for n, bucket in enumerate(reports[0].get("loss_by_position", [])):
             label, unit = f"at {bucket['first']:,} to {bucket['last']:,}", "loss by position in the context" * (n == 0)
             rows.append((label, [_text(report["loss_by_position"][n]["loss"]) for report in reports], unit))
@@ -108,23 +112,28 @@ def table(reports: Sequence[dict]) -> str:
 
 
 def _text(value: object) -> str:
-    if value is None or value != value:
+    if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.4f}"  # of text without blanks, per word, say
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def smol(report: dict) -> str:
-    """smol-GPT's six lines; precision, recall, F1 and accuracy of a sampled token where one was scored, as there.
+def smol(reports: Sequence[dict]) -> str:
+    """smol-GPT's six lines of each report, below the model's name where there are several.
 
-    Its accuracy divided the matches by the batch size, this one by the tokens: it is recall, weighted, by definition.
+    Precision, recall, F1 and accuracy are a sampled token's where one was scored, as there. Its accuracy divided the
+    matches by the batch size, this one by the tokens: it is recall, weighted, by definition.
     """
-    prefix = "sampled_" if "sampled_f1" in report else ""
-    values = {"loss": report["loss"], "perplexity": report["perplexity"]}
-    values |= {name: report[f"{prefix}{name}"] for name in ("precision", "recall", "f1")}
-    values["accuracy"] = report["sampled_recall"] if prefix else report["accuracy"]
-    return "\n".join(f"Test {name}: {value:.4f}" for name, value in values.items())
+    blocks = []
+    for report in reports:
+        prefix = "sampled_" if "sampled_f1" in report else ""
+        values = {"loss": report["loss"], "perplexity": report["perplexity"]}
+        values |= {name: report[f"{prefix}{name}"] for name in ("precision", "recall", "f1")}
+        values["accuracy"] = report["sampled_recall"] if prefix else report["accuracy"]
+        name = [str(report["model"])] * (len(reports) > 1)
+        blocks.append("\n".join(name + [f"Test {key}: {value:.4f}" for key, value in values.items()]))
+    return "\n\n".join(blocks)
 
 
 def draw_positions(reports: Sequence[dict]) -> bytes:
@@ -139,7 +148,7 @@ def draw_positions(reports: Sequence[dict]) -> bytes:
         axes.stairs([b["loss"] for b in buckets], edges, baseline=None, linewidth=2, label=report["model"])
     axes.set_xlabel("position in the context (tokens before it)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"{reports[0]['text']}, protocol {reports[0]['protocol'].partition(':')[0]}", fontsize="medium")
+    axes.set_title(f"{reports[0]['text']}, protocol {reports[0]['protocol']}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize="small")

@@ -19,7 +19,16 @@ from checkpoint import WEIGHTS, Damaged, verify
 from config import ModelConfig, UserError
 from formats import crop_positions, hugging_face_weights, nanogpt_weights
 from model import GPT
-from pretrained import check_shape, find_pretrained, is_flatgpt, is_nanogpt, is_ours, pretrained_shape, tokenizer_there
+from pretrained import (
+    EXPECTED,
+    check_shape,
+    find_pretrained,
+    is_flatgpt,
+    is_nanogpt,
+    is_ours,
+    pretrained_shape,
+    tokenizer_there,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ def find(model_path: str | None, say: Callable[[str], None]) -> Trained:
     Raises:
         UserError: nothing there, nothing undamaged, or a tokenizer that nobody knows.
     """
+    if model_path is not None and is_ours(model_path) and not Path(model_path).exists():
+        raise UserError(f"model_path {model_path}: no such folder; {EXPECTED}")
     if model_path is None or is_ours(model_path):
         folder, state = checkpoint.find(model_path, say)
         known = {f.name for f in dataclasses.fields(ModelConfig)}

@@ -115,7 +115,7 @@ def test_questions_are_read(tmp_path):
         (line(ctx=None), "no key 'ctx', its keys are ind, activity_label, ctx_a, endings, label"),
         (line(endings=None), "no key 'endings'"),
         (line(label=None), "no key 'label'"),
-        (line(ctx=7), "ctx is a int, not a text"),
+        (line(ctx=7), "ctx = 7: a text is expected"),
         (line(endings="ab"), "endings: a list of two or more texts is expected, none of them empty"),
         (line(endings=["a"], label=0), "endings: a list of two or more texts"),
         (line(endings=["a", ""]), "endings: a list of two or more texts"),

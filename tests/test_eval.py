@@ -193,13 +193,15 @@ def test_the_report_names_how_it_was_made(capsys):
     got = report("--protocol", "stride", "--dtype", "bfloat16")
     assert (got["model"], got["iter"], got["dtype"]) == (f"{RUN}/ckpt/iter_000060", 60, "bfloat16")
     assert (got["window"], got["stride"]) == (T, T // 2)
-    assert got["protocol"].startswith("stride: ")
+    assert got["protocol"] == "stride"
+    assert got["protocol_means"].startswith("overlapping windows")
     assert got["units"]["loss"] == "nats per token scored"
     assert set(got["units"]) > {"perplexity", "word_perplexity", "bits_per_byte", "accuracy", "top5_accuracy"}
     assert "line ends" in got["units"]["words"]
     printed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     printed = {cells[0]: [cell.strip() for cell in cells[1:] if cell.strip()] for cells in printed}
-    assert printed["protocol"] == [got["protocol"]]
+    assert printed["protocol"] == ["stride"]
+    assert printed[""] == [got["protocol_means"]]
     assert printed["window"] == [f"{T}", "tokens"]
     assert printed["stride"] == [f"{T // 2}", "tokens"]
     assert printed["dtype"] == ["bfloat16", "of the matrix products"]
@@ -214,10 +216,10 @@ def test_the_report_names_how_it_was_made(capsys):
 
 def test_rolling_says_when_the_data_never_had_end_of_text(capsys):
     never = "which the model's data never had"
-    assert never not in report("--protocol", "rolling")["protocol"]
-    assert report("--protocol", "rolling", model="out/joined")["protocol"].endswith(never)
+    assert never not in report("--protocol", "rolling")["protocol_means"]
+    assert report("--protocol", "rolling", model="out/joined")["protocol_means"].endswith(never)
     assert never in capsys.readouterr().out
-    assert never not in report(model="out/joined")["protocol"]
+    assert never not in report(model="out/joined")["protocol_means"]
 
 
 def test_twice_the_same_digits_and_any_batch_size():
@@ -229,7 +231,8 @@ def test_twice_the_same_digits_and_any_batch_size():
 def test_first_batches_only():
     got = report("--eval_batches", 2, "--batch_size", 4)
     assert got["tokens"] == 2 * 4 * T
-    assert got["protocol"].endswith("; first 2 batches")
+    assert got["eval_batches"] == 2
+    assert got["protocol_means"].endswith("; first 2 batches")
     ids = np.fromfile("data/tiny/val_000000.bin", dtype="<u2")[: 2 * 4 * T + 1]
     text = bytes(ids[ids != EOT].astype(np.uint8)).decode(errors="replace")
     assert (got["words"], got["lines"]) == (len(text.split()), text.count("\n"))
@@ -417,7 +420,25 @@ def test_a_model_that_has_diverged(tmp_path, capsys, gpt2_vocabulary):
     model.save_pretrained(tmp_path)
     got = report("--text", write("t.txt", WORDS), "--format", "smol", model=tmp_path)
     assert (got["loss"], got["perplexity"], got["bits_per_byte"]) == (None, None, None)
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 6
+    assert f"warning: {tmp_path}: the loss is no number" in printed.err
+
+
+def test_a_pipe_is_read_once():
+    """By the first of two models, or in part by each rank: wrong figures without a word."""
+    read, wrote = os.pipe()
+    os.write(wrote, WORDS.encode())
+    os.close(wrote)
+    assert report("--text", f"/dev/fd/{read}", "--protocol", "rolling")["bytes"] == len(WORDS.encode())
+    for key in ("text", "choices"):
+        assert "a pipe is read once" in refusal(f"--{key}", f"/dev/fd/{read}", model=[RUN, RUN])
+    os.close(read)
+
+
+def test_a_text_is_no_file_of_ids():
+    message = refusal("--test_data_path", write("book.txt", WORDS * 2))
+    assert message == "test_data_path = book.txt: uint16 ids are expected there; a text is scored by --text book.txt"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

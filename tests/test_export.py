@@ -338,6 +338,29 @@ def test_into_an_empty_folder_and_a_new_one_below(in_tmp):
     assert len(modes) == 1  # safetensors makes its file for the owner alone
 
 
+def test_a_link_to_an_empty_folder_stays_one(in_tmp):
+    """The big disk is elsewhere."""
+    save()
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk")
+    run("--out", "link")
+    assert Path("link").is_symlink()
+    assert {p.name for p in Path("disk").iterdir()} == FILES
+
+
+def test_where_nothing_can_be_made(in_tmp):
+    save()
+    Path("file").write_text("mine")
+    refused("out = file/hf: cannot be written: Not a directory", "--out", "file/hf")
+
+
+def test_weights_that_are_no_numbers(in_tmp):
+    """Of a run that diverged, or too large for float16."""
+    save(alter=lambda model: model.transformer.ln_f.weight.fill_(1e5))
+    run("--out", "hf", "--dtype", "bfloat16")
+    refused(r"ln_f.weight has nan or inf in float16: .*--dtype bfloat16", "--out", "half", "--dtype", "float16")
+
+
 def test_into_the_current_folder(in_tmp, monkeypatch):
     save(str(in_tmp / "out/r"))
     Path("here").mkdir()

@@ -109,6 +109,12 @@ def test_what_is_not_usable_is_said(tmp_path, files, named, message):
         assert "\n" not in str(error.value)
 
 
+def test_heads_that_do_not_share_the_width(tmp_path):
+    path = hugging_face(tmp_path, n_embd=48, n_head=5)
+    with pytest.raises(UserError, match="n_embd = 48 is no multiple of n_head = 5"):
+        pretrained_shape(path)
+
+
 def test_a_run_without_checkpoints(tmp_path):
     (tmp_path / "run/ckpt").mkdir(parents=True)
     with pytest.raises(UserError, match="no checkpoint yet, neither ckpt/best nor ckpt/last"):
@@ -169,7 +175,7 @@ def test_every_width_of_the_hidden_layer_survives_as_a_ratio():
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True changes"),
         ({"add_cross_attention": True}, "add_cross_attention = True changes"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06 changes"),
-        ({"n_layer": "12"}, "n_layer = 12: a whole number of at least 1 and at most 10,000 is expected"),
+        ({"n_layer": "12"}, "n_layer = '12': a whole number of at least 1 and at most 10,000 is expected"),
         ({"n_head": 0}, "n_head = 0"),
         ({"n_embd": None}, "n_embd = None"),
         ({"n_positions": True}, "n_positions = True"),

@@ -13,7 +13,14 @@ from report import ROWS, draw_positions, figures, smol, table, units
 from words import TextCounts
 
 COUNTS = TextCounts(bytes=20, words=4, lines=1)
-FACTS = {"model": "out/a", "iter": 1500, "dtype": "float32", "text": "data/x val", "protocol": "window: once"}
+FACTS = {
+    "model": "out/a",
+    "iter": 1500,
+    "dtype": "float32",
+    "text": "data/x val",
+    "protocol": "window",
+    "protocol_means": "once",
+}
 
 
 def scored(losses: list[float], T: int = 16, sampled: bool = False) -> Scores:
@@ -104,12 +111,13 @@ ONE = """\
 model              out/a
 iter               1,500
 text               data/x val
-protocol           window: once
+protocol           window
+                   once
 window             16  tokens
 dtype              float32  of the matrix products
 tokens             16  scored
 bytes              12,345,678  of text scored
-words              4  split at white space; line ends are not counted
+words              4  of the text, its first token's too; split at white space, line ends are not counted
 line ends          0
 loss               0.5000  nats per token scored
 token perplexity   1.6487  exp(loss)
@@ -139,7 +147,8 @@ TWO = """\
 model              out/a      user/large
 iter               1,500      -
 text               data/x val
-protocol           window: once
+protocol           window
+                   once
 window             16         16          tokens
 dtype              float32  of the matrix products
 tokens             1,234,567  1           scored
@@ -166,7 +175,8 @@ def test_table_of_several_models():
 def test_positions_of_different_windows_are_not_put_side_by_side():
     one, other = reported(scored([1] * 16)), reported(scored([1] * 16, T=8))
     assert "loss by position" in table([one, one])
-    assert "loss by position" not in table([one, other])
+    assert "loss by position   the windows differ" in table([one, other])
+    assert "at 0 to" not in table([one, other])
     assert "window             16       8        tokens" in table([one, other]).splitlines()
 
 
@@ -187,7 +197,7 @@ def test_table_without_what_there_is_nothing_to_divide_by():
 
 
 def test_smols_six_lines():
-    got = smol(reported(scored([3.73066] * 8)))
+    got = smol([reported(scored([3.73066] * 8))])
     assert got == (
         "Test loss: 3.7307\nTest perplexity: 41.7066\nTest precision: 0.5625\nTest recall: 0.7500\n"
         "Test f1: 0.6429\nTest accuracy: 0.7500"
@@ -195,15 +205,21 @@ def test_smols_six_lines():
 
 
 def test_smols_lines_are_of_the_sampled_token_where_one_was_scored():
-    got = smol(reported(scored([3.73066] * 8, sampled=True)))
+    got = smol([reported(scored([3.73066] * 8, sampled=True))])
     assert got == (
         "Test loss: 3.7307\nTest perplexity: 41.7066\nTest precision: 0.0625\nTest recall: 0.2500\n"
         "Test f1: 0.1000\nTest accuracy: 0.2500"
     )
 
 
+def test_smols_lines_of_several_models():
+    one = reported(scored([1] * 8))
+    names = [line for line in smol([one, one | {"model": "b"}]).splitlines() if not line.startswith("Test ")]
+    assert names == ["out/a", "", "b"]
+
+
 def test_smols_lines_of_a_model_that_diverged():
-    assert smol(reported(scored([800] * 8))).splitlines()[1] == "Test perplexity: inf"
+    assert smol([reported(scored([800] * 8))]).splitlines()[1] == "Test perplexity: inf"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,8 +275,7 @@ def test_places_that_no_token_had_are_not_drawn(drawn):
 
 
 def test_nothing_is_cut_off(drawn):
-    """With the longest protocol, and a file's long name: the picture's edge is white."""
-    protocol = "stride: overlapping windows, each scores the tokens that no earlier one has; all but the first, once"
-    _, image = drawn(reported(scored([1] * 16), text="../texts/of/others/war_and_peace.txt", protocol=protocol))
+    """With a file's long name: the picture's edge is white."""
+    _, image = drawn(reported(scored([1] * 16), text="../texts/of/others/war_and_peace.txt"))
     for edge in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
         assert (edge == 1).all()
