@@ -241,7 +241,7 @@ def judge_model(judge: Judge, found: Trained) -> dict:
 
 
 def _is_stream(path: str) -> bool:
-    return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
+    return path == "-" or (Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()))
 
 
 def main(config: EvalConfig) -> None:

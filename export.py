@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face GPT-2 folder, for transformers, lm_eval, vLLM and llama.cpp; and onto the hub.
+"""A trained model as a Hugging Face GPT-2 folder, for transformers, lm_eval and llama.cpp; and onto the hub.
 
 python export.py                                                   # the newest run: out/<run>/hugging_face
 python export.py --model_path out/shakespeare --out exported --dtype bfloat16
