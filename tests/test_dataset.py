@@ -233,7 +233,7 @@ def test_manifest_hash_of_shards_of_others_tells_sizes(tmp_path):
 
 
 def test_train_and_eval_on_shards_of_others(tmp_path, monkeypatch, capsys, gpt2_vocabulary):
-    from test_eval import figures
+    from test_eval import report
 
     ids = np.random.default_rng(0).integers(0, 300, 500)
     (tmp_path / "data").mkdir()
@@ -243,10 +243,11 @@ def test_train_and_eval_on_shards_of_others(tmp_path, monkeypatch, capsys, gpt2_
     assert done.returncode == 0, done.stderr
     notice = open_dataset(folder).notice.removeprefix(f"{tmp_path}/")
     assert notice in done.stdout
-    assert figures(tmp_path, monkeypatch)["tokens"] == 99
+    monkeypatch.chdir(tmp_path)
+    assert report()["tokens"] == 99
     assert notice in capsys.readouterr().err
     llmc(tmp_path / "fineweb_val_000000.bin", ids[:50])
-    assert figures(tmp_path, monkeypatch, "--test_data_path", "fineweb_val_000000.bin")["tokens"] == 49
+    assert report("--test_data_path", "fineweb_val_000000.bin")["tokens"] == 49
 
 
 # ---------------------------------------------------------------------------------------------------------------------

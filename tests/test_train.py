@@ -129,7 +129,7 @@ def test_what_users_of_smol_gpt_type(tmp_path, gpt2_vocabulary, real_text):
     score = ("--test_data_path", "x.bin", "--device", "cpu", "--eval_epochs", 3, "--json", "-")
     done = command("eval", "--model_path", "runs/wiki", *score, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "first 3 batches" in json.loads(done.stdout)["protocol"]
+    assert json.loads(done.stdout)["eval_batches"] == 3
     assert "taken as ids of the model's tokenizer, gpt2" in done.stderr
 
 
