@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
+from metrics import alone, evaluating, rows_at_once
 from model import GPT
-
-LOGITS_BYTES = 64e6  # of float32 logits computed at once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading
@@ -140,14 +139,13 @@ def encode_pair(encoding: tiktoken.Encoding, ctx: str, endings: Sequence[str]) -
     return [(context or [encoding.eot_token], ending) for context, ending in pairs]
 
 
-@torch.no_grad()
 def log_likelihoods(
     model: GPT,
     pairs: Sequence[tuple[list[int], list[int]]],
     to_device: Callable[[np.ndarray], Tensor],
     batch_tokens: int = 8192,
     share: tuple[int, int] = (0, 1),
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    total: Callable[[Tensor], Tensor] = alone,
     watch: Callable[[list], Iterable] = iter,
 ) -> np.ndarray:
     """The log-likelihood of each ending after its context, in nats: (n,) float64.
@@ -168,10 +166,7 @@ def log_likelihoods(
     assert all(0 < n < len(ids) for ids, n in sequences), [(len(ids), n) for ids, n in sequences]
     sums = np.zeros(len(pairs))
     batches = _batches([len(ids) - 1 for ids, _ in sequences], batch_tokens)
-    some = max(1, int(LOGITS_BYTES / (4 * model.config.vocab_size)))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in watch(batches[share[0] :: share[1]]):
             rows = [sequences[n] for n in batch]
             x = np.zeros((len(rows), len(rows[0][0]) - 1), dtype=np.int64)  # the first is the longest
@@ -182,14 +177,13 @@ def log_likelihoods(
                 scored[row, T - n : T] = True
             targets = to_device(np.concatenate([ids[-n:] for ids, n in rows]))  # (N)
             hidden = model.hidden(to_device(x))[to_device(scored)]  # (N, C): the head is spared the contexts
+            some = rows_at_once(model.config.vocab_size, hidden.device)
             losses = [
                 F.cross_entropy(model.head(h).float(), y, reduction="none")
                 for h, y in zip(hidden.split(some), targets.split(some), strict=True)
             ]
             lengths = np.array([n for _, n in rows])
             sums[batch] = -np.add.reduceat(torch.cat(losses).cpu().double().numpy(), lengths.cumsum() - lengths)
-    finally:
-        model.train(was_training)
     return total(torch.from_numpy(sums)).numpy()
 
 

@@ -31,6 +31,11 @@ def windows_a_pass(T: int, device: torch.device) -> int:
     return max(1, TOKENS_A_PASS[device.type] // T)
 
 
+def rows_at_once(V: int, device: torch.device) -> int:
+    """Rows of V logits that are computed at once."""
+    return max(16, int(LOGITS_BYTES[device.type] / 4 / V))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and what was before afterwards. No random number is drawn, so training is not disturbed."""
@@ -198,12 +203,11 @@ def measure(
     """
     V = model.config.vocab_size
     scores = Scores(V, model.config.context_length, sampled is not None)
-    rows = None
     with evaluating(model):
         for x, y in batches:
             places = np.flatnonzero(y.ravel() >= 0)
             hidden = model.hidden(to_device(x)).flatten(0, 1)[to_device(places)]  # (N, C)
-            rows = rows or max(16, int(LOGITS_BYTES[hidden.device.type] / 4 / V))
+            rows = rows_at_once(V, hidden.device)
             targets, found = to_device(y.ravel()[places]), []
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
                 found.append(_look(model.head(h, padded=True).float(), t, V, sampled))

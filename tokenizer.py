@@ -82,14 +82,6 @@ def ranks_hash(encoding: tiktoken.Encoding) -> str:
     return digest.hexdigest()
 
 
-def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """How many bytes of text each id stands for: (n_vocab,) int64; special tokens stand for none."""
-    lengths = np.zeros(encoding.n_vocab, dtype=np.int64)
-    for token in encoding.token_byte_values():
-        lengths[encoding.encode_single_token(token)] = len(token)
-    return lengths
-
-
 def pieces(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]:
     """The text of the blocks in pieces of at most `length` characters that encode to the ids of the whole.
 

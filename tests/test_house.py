@@ -46,7 +46,7 @@ ARROWS = {
     "trained": {"checkpoint", "formats", "model", "pretrained", "tokenizer"},
     "vocabulary": {"tokenizer"},
     "model_hub": {"hub"},
-    "choices": {"model"},
+    "choices": {"metrics", "model"},
     "continuation": {"decoder", "sampling", "shards"},
     "card": {"model_hub", "repositories"},
     "resume": {"checkpoint", "claim", "optim", "parallel", "run", "runtime", "shards"},

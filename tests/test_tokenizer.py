@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken.registry
-from conftest import TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,19 +126,6 @@ def test_ranks_hash_sees_two_ids_swapped():
     ranks[b"a"], ranks[b"b"] = ranks[b"b"], ranks[b"a"]
     swapped = tiktoken.Encoding("byte", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
     assert tokenizer.ranks_hash(swapped) != tokenizer.ranks_hash(tokenizer.load("byte"))
-
-
-@pytest.mark.parametrize("name", ["byte", "gpt2"])
-def test_token_bytes_sum_to_the_text(name, request):
-    if name == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
-    encoding = tokenizer.load(name)
-    lengths = tokenizer.token_bytes(encoding)
-    assert lengths.shape == (encoding.n_vocab,)
-    for text in (TEXT, *ODD.values()):
-        assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
-    assert lengths[encoding.eot_token] == 0
-    assert (lengths == 0).sum() == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
