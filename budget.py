@@ -12,6 +12,7 @@ import time
 
 import torch
 
+import fused_loss
 from config import ModelConfig, TrainConfig
 from model import GPT
 from runlog import duration, peak_flops
@@ -25,33 +26,83 @@ GPUS = ("T4", "A10G", "A100", "H100", "H200")  # of runlog's table, those that r
 
 def activation_bytes(
     config: ModelConfig, batch_size: int, dtype: torch.dtype, device_type: str = "cuda", sharded: bool = False
-) -> int:
+) -> tuple[int, int]:
     """Bytes that autograd keeps from the training forward of one batch, (B, T) ids, until its backward pass.
 
     autocast's copies of weights in `dtype` are among them, parameters and buffers are not. The residual stream, and
     with it what LayerNorm reads, is float32 whatever `dtype` is; products read and write `dtype`.
-    With activation_checkpointing: the most at any moment. Each block's input is kept, and first the head's tensors,
-    then those of one block, which was computed again.
 
     Args:
         dtype: of autocast; float32 means without.
         device_type: "cuda" or "cpu": kernels differ in what they keep.
         sharded: by ranks.py, which gathers the matrices of blocks in `dtype`: there is nothing to copy.
+
+    Returns:
+        when the loss was computed; with activation_checkpointing, which keeps each block's input only:
+        when the last block has been computed again, else 0.
     """
-    tokens, C, V = batch_size * config.context_length, config.n_embd, config.vocab_size
+    tokens, C = batch_size * config.context_length, config.n_embd
     stream = FLOAT32 * tokens * C
     # of rope: cosines and sines, for all blocks and heads
     position = INT64 if config.position == "learned" else FLOAT32 * (C // config.n_head)
     embedding = INT64 * tokens + position * config.context_length
     embedding += _dropout_bytes(config, tokens * C, FLOAT32, device_type)
-    head = _norm_bytes(tokens, C, dtype) + (FLOAT32 * V + INT64) * tokens  # log-probabilities of V ids, and targets
     block = _block_bytes(config, batch_size, dtype, device_type)
-    if dtype != torch.float32:
-        head += dtype.itemsize * -(-V // 64) * 64 * C  # the matrix has the vocabulary's padding
-        block += 0 if sharded else dtype.itemsize * _matrix_elements(config)
+    if dtype != torch.float32 and not sharded:
+        block += dtype.itemsize * _matrix_elements(config)
+    head = _head_bytes(config, tokens, dtype)
     if config.activation_checkpointing:
-        return embedding + config.n_layer * stream + max(head, block - stream)
-    return embedding + config.n_layer * block + head
+        inputs = embedding + config.n_layer * stream
+        return inputs + head, inputs - stream + block + _head_gradient_bytes(config)
+    return embedding + config.n_layer * block + head, 0
+
+
+def workspace_bytes(
+    config: ModelConfig, batch_size: int, dtype: torch.dtype, device_type: str = "cuda", sharded: bool = False
+) -> tuple[int, int]:
+    """What is there beside activation_bytes at the same two moments, at the most."""
+    tokens, C, size, V = batch_size * config.context_length, config.n_embd, dtype.itemsize, _padded(config)
+    low = dtype != torch.float32
+    # on their way through the MLP: the gradient of the stream, its copy for a product in `dtype`, and what that made
+    in_block = FLOAT32 * tokens * C + size * tokens * (low * C + round(config.mlp_ratio * C))
+    in_block = in_block if config.activation_checkpointing else 0
+    if not _is_fused(config, tokens):
+        # two gradients in float32, of the log-probabilities and of the logits, while the log-probabilities are there
+        return 2 * FLOAT32 * tokens * config.vocab_size, in_block
+    matrix, hidden = size * V * C, size * tokens * C
+    rows = math.ceil(tokens / math.ceil(tokens / fused_loss.ROWS[device_type]))
+    at_once = min(rows, max(1, fused_loss.SOFTMAX_BYTES[device_type] // (FLOAT32 * V)))
+    # the head's input, also without the rows of no target, the matrix in `dtype`, and the logits of a chunk; then a
+    # softmax's input and result, and after these the chunk's gradient of the matrix
+    at_loss = FLOAT32 * tokens * C + hidden + low * matrix + size * rows * V
+    at_loss += max(2 * FLOAT32 * at_once * V, matrix)
+    if config.activation_checkpointing and low and not sharded:
+        at_loss += config.n_layer * size * _matrix_elements(config)  # autocast's copies, there to the forward's end
+    return at_loss, in_block
+
+
+def _padded(config: ModelConfig) -> int:
+    """V with the vocabulary's padding: the rows of the head's matrix."""
+    return -(-config.vocab_size // 64) * 64
+
+
+def _is_fused(config: ModelConfig, tokens: int) -> bool:
+    """Whether head_loss computes gradients beside the loss."""
+    return tokens * _padded(config) > fused_loss.SMALL
+
+
+def _head_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """The part of the last LayerNorm, the head and the loss in activation_bytes."""
+    C = config.n_embd
+    if _is_fused(config, tokens):  # not the LayerNorm's result, but its gradient
+        return _norm_bytes(tokens, C, torch.float32) + _head_gradient_bytes(config)
+    copy = 0 if dtype == torch.float32 else dtype.itemsize * _padded(config) * C
+    logits = (FLOAT32 * config.vocab_size + INT64) * tokens  # log-probabilities of V ids, and targets
+    return _norm_bytes(tokens, C, dtype) + copy + logits
+
+
+def _head_gradient_bytes(config: ModelConfig) -> int:
+    return FLOAT32 * _padded(config) * (config.n_embd + config.head_bias)
 
 
 def _block_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, device_type: str) -> int:
@@ -72,9 +123,10 @@ def _attention_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, d
     # q, k and v lie in the one tensor that c_attn wrote. What makes some of them anew, apart from each other, leaves
     # the whole of it in memory for those that it does not make anew.
     if config.attention == "manual" or (on_cpu and dtype == torch.bfloat16 and T <= 512):
-        qkv = 5 * C if rope and one else 3 * C  # products want heads apart: copies, unless B or H is 1
+        # products want heads apart: copies, unless B or H is 1; and q is made anew, divided by the root of D
+        qkv = (5 if rope else 4) * C if one else 3 * C
         weights = size if on_cpu else FLOAT32  # autocast has softmax in float32 on CUDA, in `dtype` on a CPU
-        kept = size * tokens * qkv + T * T + weights * pairs  # and the mask of the future, a byte each; softmax
+        kept = size * tokens * qkv + weights * pairs  # and softmax's result
         if config.dropout or weights != size:
             kept += size * pairs  # what v is multiplied with is a tensor of its own
         return kept + _dropout_bytes(config, pairs, weights, device_type) + result
@@ -112,9 +164,10 @@ def _matrix_elements(config: ModelConfig) -> int:
 def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", gpus: int = 1) -> dict[str, int]:
     """Bytes by piece: on each of `gpus` devices, and (`save buffers`) in the host's memory.
 
-    `peak` is the most of the pieces before it that is there at one moment: when the gradient of the loss arrives at
-    the logits, or, where no earlier pass has left gradients, at the end of the backward pass. vocab_size has to be
-    set. The terms of sharded training are those of ranks.py.
+    `peak` is the most of the pieces before it that is there at one moment: at the loss, with activation_checkpointing
+    also where the backward pass begins with the last block (activations and workspace are those of the larger of the
+    two), or, where no earlier pass has left gradients, at the end of the backward pass. vocab_size has to be set. The
+    terms of sharded training are those of ranks.py.
     """
     model = GPT.without_values(config.model())
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
@@ -126,17 +179,18 @@ def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", g
     # AdamW has two moments; Muon has one, of the blocks' matrices
     muon = config.n_layer * _matrix_elements(config) if config.optimizer == "muon" else 0
     moments = 2 * weights - FLOAT32 * muon
+    way = config, config.batch_size, dtype, device_type, sharded
+    activations, workspace = max(zip(activation_bytes(*way), workspace_bytes(*way), strict=True), key=sum)
     pieces = {
         "weights": weights // part,
         "gradients": weights // (1 if several else part),
         "optimizer": moments // part,
-        "activations": activation_bytes(config, config.batch_size, dtype, device_type, sharded),
-        # two gradients in float32, of the log-probabilities and of the logits, while the log-probabilities are there
-        "loss workspace": 2 * FLOAT32 * config.batch_size * config.context_length * config.vocab_size,
+        "activations": activations,
+        "workspace": workspace,
     }
     if sharded:  # whole at one time: the tables in float32, from forward to backward, and a block in `dtype`
         pieces["gathered"] = FLOAT32 * tables + dtype.itemsize * in_blocks // config.n_layer
-    passing = pieces["activations"] + pieces["loss workspace"] + pieces.get("gathered", 0)
+    passing = activations + workspace + pieces.get("gathered", 0)
     # a single pass's gradients come when its activations go; but DDP sets memory aside for them once
     apart = not several and (gpus == 1 or sharded)
     moving = max(pieces["gradients"], passing) if apart else pieces["gradients"] + passing

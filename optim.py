@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
+from muon import Muon
 
 ONECYCLE_START = 1 / 25  # of lr, at update 0: torch's OneCycleLR has the same default
 
@@ -29,9 +30,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW |
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     if config.optimizer == "adamw":
         return adamw
-    # Moonlight (Liu et al., 2025): steps of AdamW's usual size, so that lr and weight decay mean the same for both
-    muon = torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return MuonAndAdamW(muon, adamw)
+    stacked = {id(block.attn.c_attn.weight) for block in model.transformer.h}  # queries', keys' and values'
+    split = [
+        {"params": [p for p in hidden if id(p) in stacked], "parts": 3},
+        {"params": [p for p in hidden if id(p) not in stacked]},
+    ]
+    return MuonAndAdamW(Muon(split, config.lr, config.weight_decay, momentum=config.beta1), adamw)
 
 
 class MuonAndAdamW:
@@ -40,15 +44,14 @@ class MuonAndAdamW:
     One, so that a float16 update with an overflow anywhere is skipped by both.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.muon, self.adamw = muon, adamw
         self.param_groups = [*muon.param_groups, *adamw.param_groups]
         self.found_inf: Tensor | None = None
 
     def step(self) -> None:
         """Apply the gradients that are there, unless `found_inf` is set to 1, as AdamW does by itself on the device."""
-        if self.found_inf is not None and self.found_inf.item():  # Muon has no such thing: the host has to wait
-            return
+        self.muon.found_inf = self.adamw.found_inf = self.found_inf
         self.muon.step()
         self.adamw.step()
 

@@ -21,6 +21,7 @@ import checkpoint
 from checkpoint import TRAIN_STATE, WEIGHTS
 from claim import Claim
 from config import EXCLUSIVE, UserError
+from muon import Muon
 from optim import MuonAndAdamW
 from parallel import is_sharded, part_of
 from run import Run
@@ -260,7 +261,7 @@ def restore(folder: Path, run: Run) -> dict:
     return train_state
 
 
-MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
 def _unlike(

@@ -18,6 +18,7 @@ import tokenizer
 from config import TrainConfig, UserError, run_dir
 from data_config import PrepareConfig
 from dataset import Dataset, TrainingBatches, Windows, open_dataset
+from feed import Feed
 from health import Health
 from model import GPT
 from optim import make_optimizer
@@ -40,6 +41,7 @@ class Run:
     dataset: Dataset
     encoding: tiktoken.Encoding | None  # for samples; training needs ids alone
     batches: TrainingBatches
+    feed: Feed  # the same, on the device
     model: GPT  # the raw module: saved, evaluated and sampled
     spread: nn.Module  # the same on all ranks' devices together
     forward: Callable[..., Tensor]  # that, compiled where it pays: inputs, targets -> loss
@@ -113,8 +115,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     before = chosen or {}
     dtype = before.get("dtype", config.dtype) if config.dtype == "auto" else config.dtype
     compiled = before.get("compile") if config.compile is None else config.compile
-    logits = max_iters * per_update * config.context_length * vocab_size / ranks.world
-    place = machine(config.device, dtype, compiled, logits, ranks.local_rank if ranks.world > 1 else None)
+    place = machine(config.device, dtype, compiled, ranks.local_rank if ranks.world > 1 else None)
     lr_decay_iters = config.lr_decay_iters or max_iters
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
@@ -147,13 +148,15 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     if not config.fsdp or ranks.world == 1:  # else it goes there part by part
         model.to(place.device)
     together, scaler = spread(model, ranks, place.device, place.dtype, config.fsdp), place.scaler()
+    batches = TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed)
     return Run(
         config=config,
         machine=place,
         ranks=ranks,
         dataset=dataset,
         encoding=encoding,
-        batches=TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed),
+        batches=batches,
+        feed=Feed(batches, place.device, ranks.micro_batches(config.grad_accum_steps)),
         model=model,
         spread=together,
         forward=compile_forward(together, ranks.all) if place.compile else together,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import math
 import os
@@ -104,6 +105,7 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     # Huge pages for large CPU tensors (Linux): with 50,257 ids over half of an update was page faults on the logits
     # (docs/speed.md). torch reads this once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _keep_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, there in available.items() if there)
@@ -121,6 +123,18 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     if local_rank:
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank or 0)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep freed memory for the next tensors, else each update gives it back and finds it anew.
+
+    That took a fifth of an update on a CPU (docs/speed.md). Pieces over 256 MB are given back: holes would cost more.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS and musl have none
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h's numbers
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**28)
 
 
 def _require_safe_torch() -> None:
@@ -148,13 +162,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine(
-    device: str, dtype: str, compile: bool | None = False, logits: float = 0, local_rank: int | None = None
-) -> Machine:
+def machine(device: str, dtype: str, compile: bool | None = False, local_rank: int | None = None) -> Machine:
     """Settle what is `auto` (compile: None).
 
     Args:
-        logits: how many the whole run will compute here, tokens x vocabulary; decides about compiling on a CPU.
         local_rank: as find_device takes it.
 
     Raises:
@@ -166,7 +177,7 @@ def machine(
     elif dtype == "float16" and place.type == "cpu":
         note("note: float16 is slow on a CPU; bfloat16 or float32 is faster")
     if compile is None:
-        compile, why["compile"] = _auto_compile(place, logits)
+        compile, why["compile"] = _auto_compile(place)
     return Machine(place, DTYPES[dtype], compile, why)
 
 
@@ -182,16 +193,12 @@ def _auto_dtype(device: torch.device) -> tuple[str, str]:
     return "float32", f"this {'CPU' if device.type == 'cpu' else 'device'} has no fast bfloat16"
 
 
-def _auto_compile(device: torch.device, logits: float) -> tuple[bool, str]:
+def _auto_compile(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         return True, "pays on CUDA"
     if device.type == "mps":
         return False, "mps runs eager"
-    # On a CPU the compiler speeds up the loss over a large vocabulary: 0.4 to 2 ns a logit on two cores, against
-    # up to half a minute of compiling (docs/speed.md).
-    if logits > 5e10:
-        return True, "pays over this many logits"
-    return False, "would take longer than it saves"
+    return False, "on a CPU it saves little and takes half a minute"  # docs/speed.md
 
 
 def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> Callable[..., Tensor]:
@@ -206,6 +213,7 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
             for part in (block.attn, block.mlp):
                 part.compile(dynamic=False)
         return model
+    getattr(model, "module", model).leave_loss_out()  # DDP's module is the model
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 

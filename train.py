@@ -16,6 +16,7 @@ if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__)
 
 import dataclasses
+import gc
 import math
 import os
 import shlex
@@ -34,7 +35,7 @@ from claim import Claim
 from config import SaidElsewhere, UserError
 from decoder import Decoder
 from health import out_of_memory, require_finite
-from metrics import mean_loss
+from metrics import mean_loss, windows_a_pass
 from optim import apply_gradients, learning_rate
 from parallel import full_tensor, gradients, own_gradients
 from protocols import eval_batches
@@ -58,8 +59,9 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
         group["lr"] = learning_rate(i, config)
     loss = torch.zeros((), device=run.machine.device)
     for micro in mine:
-        x, y = (run.machine.to_device(array) for array in run.batches(i, micro))  # (B, T) each
-        reseed(config.seed, i, micro)
+        x, y = run.feed(i, micro)  # (B, T) each
+        if config.dropout:
+            reseed(config.seed, i, micro)
         with gradients(run.spread, last=micro == mine[-1]):
             with run.machine.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
@@ -81,7 +83,9 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
     """
     config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
-    batches = eval_batches(tokens, config.context_length, config.batch_size, config.eval_batches, share)
+    T = config.context_length
+    rows = config.batch_size if config.eval_batches else windows_a_pass(T, run.machine.device)
+    batches = eval_batches(tokens, T, rows, config.eval_batches, share)
 
     def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal stopped
@@ -153,7 +157,7 @@ def train(config: TrainConfig) -> None:
         try:
             train_on(ranks, claim, config)
         except torch.OutOfMemoryError:
-            place = machine(config.device, config.dtype, False, 0, ranks.local_rank if ranks.world > 1 else None)
+            place = machine(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
             raise UserError(out_of_memory(config, place.name, place.peak_memory_gb(), ranks.world)) from None
 
 
@@ -216,6 +220,7 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
             log.bar.update()
             if not clock.warm:  # compiled by now, and the optimizer has its tensors
                 shorten_timeout(config)
+                gc.freeze()  # what is there now stays; looking through all of it takes as long as many small updates
                 saver.reserve(parts(run, row, progress))
             clock.count(loss)
             saver.check()

@@ -143,7 +143,18 @@ def ends(lives: list[Life], seconds: float = 60) -> list[int]:
     return [life.end(seconds) for life in lives]
 
 
-SHORT = ("--max_iters", "12", "--eval_interval", "6", "--save_interval", "4", "--keep_checkpoints", "9")
+SHORT = (
+    "--max_iters",
+    "12",
+    "--eval_interval",
+    "6",
+    "--save_interval",
+    "4",
+    "--keep_checkpoints",
+    "9",
+    "--eval_batches",
+    "12",
+)
 HOOKS = """
 import time
 from pathlib import Path
@@ -167,8 +178,8 @@ hook(optim, "learning_rate", count)  # the first thing that update i asks for
 """
 MOMENTS = {
     "step": 'hook(optim, "learning_rate", lambda i, config: here(0.3) if i == 7 else None)',
-    # 0.2 s a batch of 12
-    "evaluation": 'hook(model.GPT, "forward", lambda self, *words: updates and not self.training and here(0.4))',
+    # 0.4 s a batch
+    "evaluation": 'hook(model.GPT, "hidden", lambda self, *words: updates and not self.training and here(0.4))',
     "save": 'hook(checkpoint, "save", lambda run_dir, state, *words: here(0.8) if state["iter"] == 8 else None)',
 }
 

@@ -34,7 +34,7 @@ def figures(in_tmp, monkeypatch):
 
 
 def test_figures_fit_each_other(figures):
-    found = figures()
+    found = figures("--rounds", "1")  # of which each inequality holds by itself
     for way in ("float32", "bfloat16", "int8", "transformers_float32", "transformers_bfloat16"):
         assert found[f"{way}_tokens_per_s"] > 0
         assert 0 < found[f"{way}_first_ms"] < 5e3 / found[f"{way}_tokens_per_s"]

@@ -222,6 +222,7 @@ def test_sums_are_float64():
     """A float32 sum that stands at 2^26 does not move when 1 is added."""
     large, one = 2.0**26, math.log(math.e - 1)
     model = torch.nn.Embedding.from_pretrained(torch.tensor([[0.0, large], [0.0, one]]))  # id -> logits
+    model.hidden, model.head, model.config = model.forward, torch.nn.Identity(), ModelConfig(vocab_size=2)
     rows = [(0, 0)] + [(1, 0)] * 50  # input, target: a loss of 2^26, then losses of ln(1 + e - 1) = 1
     pairs = ((np.array([[x]]), np.array([[y]])) for x, y in rows)
     assert mean_loss(model, pairs, torch.from_numpy) * 51 == pytest.approx(large + 50, abs=1e-3)

@@ -68,15 +68,6 @@ def test_what_is_asked_for_is_taken(hardware):
     assert chosen.describe().endswith(f"bfloat16 ({chosen.why['dtype']}), eager ({chosen.why['compile']})")
 
 
-@pytest.mark.parametrize(("logits", "compiles"), [(1e6 * 257, False), (2e7 * 50257, True)])
-def test_compiling_on_a_cpu_is_for_long_runs_over_large_vocabularies(hardware, logits, compiles):
-    hardware()
-    assert machine("cpu", "auto", None, logits).compile is compiles
-    assert machine("cpu", "auto", not compiles, logits).compile is not compiles
-    hardware(mps=True)
-    assert not machine("auto", "auto", None, logits).compile
-
-
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_float16_on_a_cpu_comes_with_a_notice(hardware, device, capsys):
     hardware(avx512_bf16=True)
