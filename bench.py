@@ -2,14 +2,19 @@
 
 python bench.py train                                   # the update of the default recipe
 python bench.py train --config shakespeare --dtype float32 --no-compile --json -
+python bench.py train --config shakespeare_char_cpu --peer nanoGPT ../nanoGPT    # beside a checkout of it, in turn
+python bench.py train --config gpt2_124m --grad_accum_steps 1 --profile          # what takes the time; trace.json
+python bench.py loss --config shakespeare_char_cpu --target 1.9 --peer nanoGPT ../nanoGPT    # seconds to that loss
 python bench.py save --config gpt2_124m --batch_size 1   # updates beside a save, and the wait for its copy
 python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, beside plain encoding and datasets.map
 python bench.py infer --config gpt2_124m                # tokens/s of text, beside transformers and llama.cpp
 python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # beside transformers
+python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # docs/speed.md's tables: cpu.json, cpu.md
+python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # the same for a GPU, in 8 minutes
 """
 
-from cli import from_command_line, run_verb
-from config import BenchConfig
+from cli import from_command_line, recipe_text, run_verb
+from config import BenchConfig, TrainConfig
 
 if __name__ == "__main__":
     CONFIG = from_command_line(BenchConfig, __doc__)
@@ -17,6 +22,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import itertools
+import shlex
 import statistics
 import sys
 import tempfile
@@ -29,15 +35,20 @@ from typing import Any
 
 import torch
 
+import peer
+import suites
+from budget import matmul_flops
 from latency import bench_infer
-from outputs import write_json
+from outputs import require_writable, write_json
 from ranks import ALONE, Ranks, join
 from run import Run, describe, setup
-from runlog import peak_flops, summary
+from runlog import peak_flops
 from runtime import find_device
 from saver import Saver
+from speed import ops_table, seconds_since_start, table, times_as_fast, top_ops, update_figures
 from strided import bench_eval
 from throughput import bench_data
+from time_to_loss import bench_loss, loss_table
 from train import parts, save, update
 
 
@@ -93,29 +104,64 @@ def bench_save(config: BenchConfig) -> dict:
 
 
 def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
-    """Time train.py's own update function, each update on its own; warm-up (and compilation) apart."""
+    """Time train.py's own update function, each update on its own, and another project's beside it, in turn."""
+    require_writable(config.profile, "profile")
+    if config.peer:
+        peer.require_same(config, ranks.world)
+        peer.folder(config, "model.py")
     with contextlib.redirect_stdout(sys.stderr if ranks.first else sys.stdout):  # standard output is for figures
         bench = setup(config, ranks)
         print(describe(bench))
-    times = [
-        milliseconds(bench, partial(update, bench, i)) for i in range(config.warmup_updates + config.timed_updates)
-    ]
-    median, p10, p90 = summary(times[config.warmup_updates :])
-    tokens = bench.batches.per_update * bench.config.context_length
-    peak = peak_flops(bench.machine.name)
-    flops = 1e3 * tokens / median * bench.model.flops_per_token()
-    return {
-        "ms": median,
-        "ms_p10": p10,
-        "ms_p90": p90,
-        "first_ms": times[0],
-        "tokens_per_s": 1e3 * tokens / median,
-        "tflop_per_s": flops / 1e12,
-        "mfu": flops / peak / ranks.world if peak else None,
-        "peak_mem_gb": bench.machine.peak_memory_gb(),
-        "machine": bench.machine.describe(),
-        "torch": torch.__version__,
-    }
+    made, place = itertools.count(), bench.machine
+
+    def ours(updates: int) -> list[float]:
+        return [milliseconds(bench, partial(update, bench, next(made))) for _ in range(updates)]
+
+    with contextlib.ExitStack() as stack:
+        others, peers = peer.ways(config.device) if config.peer else {}, {}
+
+        def begin(name: str) -> None:
+            peers[name] = stack.enter_context(peer.Peer(name, bench.config, others[name]))
+            peers[name].ask(config.warmup_updates)
+
+        for name in others if place.device.type == "cuda" else ():
+            begin(name)  # its compiler beside ours: hosts of GPUs have cores
+        warm = {"ours": ours(1)}
+        start_s = seconds_since_start()
+        warm["ours"] += ours(config.warmup_updates - 1)
+        for name in others:
+            if name not in peers:
+                begin(name)
+            warm[name] = peers[name].answer()
+        contenders = {"ours": ours, **{name: each.run for name, each in peers.items()}}
+        rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
+        for number in range(1, 1 + (config.rounds if peers else 1)):
+            for name, run in contenders.items():
+                rounds[name].append(run(config.timed_updates))
+                if name in peers:
+                    pair = [statistics.median(rounds[each][-1]) for each in ("ours", name)]
+                    times = f"{pair[1] / pair[0]:.2f} times as fast"
+                    say(f"round {number} ours {pair[0]:,.1f} ms, {name} {pair[1]:,.1f} ms: {times}")
+        facts = {name: each.facts for name, each in peers.items()}
+    facts["ours"] = {"start_s": start_s, "peak_mem_gb": place.peak_memory_gb(), "machine": place.describe()}
+    tokens, peak = bench.batches.per_update * bench.config.context_length, peak_flops(place.name)
+    dtypes = {name: others[name].dtype if name in others else place.dtype for name in contenders}
+    products = {dtype: ranks.world * matmul_flops(place.device, dtype) for dtype in set(dtypes.values())}
+    per_token, peak = bench.model.flops_per_token(), peak and ranks.world * peak
+    found = {}
+    for name, each in rounds.items():
+        timed = list(itertools.chain(*each))
+        found[name] = update_figures(warm[name], timed, tokens, per_token, peak, products[dtypes[name]]) | facts[name]
+    answer = found.pop("ours") | {"torch": torch.__version__}
+    if found:
+        medians = {name: [statistics.median(each) for each in rounds[name]] for name in rounds}
+        answer["peers"] = found
+        answer["ratios"] = {name: times_as_fast(medians["ours"], medians[name]) for name in found}
+        answer["memory_ratios"] = {name: answer["peak_mem_gb"] / found[name]["peak_mem_gb"] for name in found}
+    if config.profile:  # all ranks, as they update together
+        trace = config.profile if ranks.first else None
+        answer["top_ops"] = top_ops(lambda: update(bench, next(made)), place.device, trace)
+    return answer
 
 
 def say(line: str) -> None:
@@ -125,24 +171,38 @@ def say(line: str) -> None:
 
 def main(config: BenchConfig) -> None:
     """Run one benchmark and print its figures."""
+    require_writable(config.json, "json")
     alone = {"data": partial(bench_data, say=say), "save": bench_save, "infer": partial(bench_infer, say=say)}
     alone["eval"] = partial(bench_eval, say=say)
+    recipe = recipe_text(TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}))
+    alone["loss"] = partial(bench_loss, recipe=recipe, say=say)
+    command = f"bench.py {shlex.join(sys.argv[1:])}"
+    if config.what in suites.SUITES:
+        suites.bench_suite(config, f"python {command}", say)
+        return
     if config.what in alone:
-        show(alone[config.what](config), config)
+        show({"command": f"python {command}"} | alone[config.what](config), config)
         return
     with join(config, find_device) as ranks:
         figures = bench_train(config, ranks)
         if ranks.first:
-            show(figures, config)
+            show({"command": f"{ranks.launcher} {command}"} | figures, config)
 
 
 def show(figures: dict, config: BenchConfig) -> None:
     """Print the figures, write them where --json says, or both."""
-    width = max(map(len, figures))
     if config.json != "-":
-        for key, value in figures.items():
-            if value is not None:
-                print(f"{key:<{width}} {value:,.2f}" if isinstance(value, float) else f"{key:<{width}} {value}")
+        if config.what == "train":
+            print(table(figures))
+        elif config.what == "loss":
+            print(loss_table(figures))
+        else:
+            width = max(map(len, figures))
+            for key, value in figures.items():
+                if value is not None:
+                    print(f"{key:<{width}} {value:,.2f}" if isinstance(value, float) else f"{key:<{width}} {value}")
+        if "top_ops" in figures:
+            print("\n" + ops_table(figures["top_ops"]))
     if config.json:
         write_json(figures, config.json)
 

@@ -196,16 +196,25 @@ class TrainConfig(ModelConfig, MachineConfig):
 class BenchConfig(TrainConfig):
     """bench.py: speed and memory of what the other verbs run."""
 
-    what: str = opt("train", "what to time", choices=("train", "save", "data", "infer", "eval"), positional=True)
+    what: str = opt(
+        "train",
+        "what to time",
+        choices=("train", "loss", "save", "data", "infer", "eval", "all", "gpu"),
+        positional=True,
+    )
     warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
-    timed_updates: int = opt(20, "updates that are; of save: in each round", low=2)
+    timed_updates: int = opt(20, "updates that are; of save and beside a peer: in each round", low=2)
+    rounds: int = opt(3, "times that each way is measured, in turn", low=1)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
+    peer: tuple[str, ...] = opt((), "run another project beside it, in turn: nanoGPT and the folder it lies in")
+    profile: str | None = opt(None, "train: torch.profiler's trace of a few updates, to this file", bare="trace.json")
+    target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
+    seeds: int = opt(3, "runs, with seeds from 1", low=1)
     input: tuple[str, ...] = opt(
         (), "files whose documents are repeated; without: Python's reference", section="Benchmark of data"
     )
     size_mb: int = opt(300, "text to encode", low=1)
     workers: int | None = opt(None, "processes that encode", low=1, none="one a core")
-    rounds: int = opt(3, "times that each way is measured, in turn", low=1)
     prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
     new_tokens: int = opt(64, "tokens to write after it", low=2)
     samples: int = opt(8, "texts at once, for the row that has several", low=2)
@@ -219,9 +228,28 @@ class BenchConfig(TrainConfig):
         """TrainConfig's; and what only a run has is refused rather than ignored."""
         asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
         asked |= {"plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
-        return super().problems() + [
-            f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]
-        ]
+        found = [f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]]
+        if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):
+            found.append(f"peer = {' '.join(self.peer)}: --peer nanoGPT PATH is expected")
+        for key, values, verbs in (
+            ("peer", self.peer, ("train", "loss", "all", "gpu")),
+            ("profile", self.profile, ("train",)),
+            ("target", self.target, ("loss",)),
+        ):
+            if values and self.what not in verbs:
+                found.append(f"{key} belongs to bench.py {', '.join(verbs)}, not to {self.what}")
+        if self.what == "loss" and self.target is None:
+            found.append("bench.py loss needs the validation loss to reach: --target X")
+        if self.what in ("all", "gpu"):
+            if self.json in (None, "-"):
+                found.append(f"bench.py {self.what} writes after each row: --json FILE")
+            taken = ("what", "json", "peer", "data_dir")
+            found += [
+                f"{field.name}: the rows of bench.py {self.what} have settings of their own; time a row by itself"
+                for field in dataclasses.fields(self)
+                if field.name not in taken and getattr(self, field.name) != field.default
+            ]
+        return super().problems() + found
 
 
 def run_dir(config: TrainConfig) -> Path:
