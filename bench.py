@@ -117,46 +117,45 @@ def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
     def ours(updates: int) -> list[float]:
         return [milliseconds(bench, partial(update, bench, next(made))) for _ in range(updates)]
 
+    others = peer.ways(config.device) if config.peer else {}
     with contextlib.ExitStack() as stack:
-        others, peers = peer.ways(config.device) if config.peer else {}, {}
 
-        def begin(name: str) -> None:
-            peers[name] = stack.enter_context(peer.Peer(name, bench.config, others[name]))
-            peers[name].ask(config.warmup_updates)
+        def begin(name: str) -> peer.Peer:
+            other = stack.enter_context(peer.Peer(name, bench.config, others[name]))
+            other.ask(config.warmup_updates)
+            return other
 
-        for name in others if place.device.type == "cuda" else ():
-            begin(name)  # its compiler beside ours: hosts of GPUs have cores
+        # on CUDA its compiler runs beside ours: hosts of GPUs have cores
+        early = {name: begin(name) for name in others if place.device.type == "cuda"}
         warm = {"ours": ours(1)}
         start_s = seconds_since_start()
         warm["ours"] += ours(config.warmup_updates - 1)
-        for name in others:
-            if name not in peers:
-                begin(name)
-            warm[name] = peers[name].answer()
-        contenders = {"ours": ours, **{name: each.run for name, each in peers.items()}}
-        rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
-        for number in range(1, 1 + (config.rounds if peers else 1)):
-            for name, run in contenders.items():
-                rounds[name].append(run(config.timed_updates))
-                if name in peers:
-                    pair = [statistics.median(rounds[each][-1]) for each in ("ours", name)]
-                    times = f"{pair[1] / pair[0]:.2f} times as fast"
-                    say(f"round {number} ours {pair[0]:,.1f} ms, {name} {pair[1]:,.1f} ms: {times}")
-        facts = {name: each.facts for name, each in peers.items()}
+        timed = {"ours": [] if others else ours(config.timed_updates)}
+        facts, ratios = {}, {}
+        for name in others:  # one at a time: three models of a size may not fit the memory
+            other, pairs = early.get(name) or begin(name), []
+            warm[name], timed[name] = other.answer(), []
+            for number in range(1, config.rounds + 1):
+                times = ours(config.timed_updates), other.run(config.timed_updates)
+                timed["ours"] += times[0]
+                timed[name] += times[1]
+                pairs.append(tuple(map(statistics.median, times)))
+                mine, its = pairs[-1]
+                say(f"round {number} ours {mine:,.1f} ms, {name} {its:,.1f} ms: {its / mine:.2f} times as fast")
+            ratios[name], facts[name] = times_as_fast(*map(list, zip(*pairs, strict=True))), other.facts
+            other.close()
     facts["ours"] = {"start_s": start_s, "peak_mem_gb": place.peak_memory_gb(), "machine": place.describe()}
     tokens, peak = bench.batches.per_update * bench.config.context_length, peak_flops(place.name)
-    dtypes = {name: others[name].dtype if name in others else place.dtype for name in contenders}
+    dtypes = {name: others[name].dtype if name in others else place.dtype for name in timed}
     products = {dtype: ranks.world * matmul_flops(place.device, dtype) for dtype in set(dtypes.values())}
     per_token, peak = bench.model.flops_per_token(), peak and ranks.world * peak
-    found = {}
-    for name, each in rounds.items():
-        timed = list(itertools.chain(*each))
-        found[name] = update_figures(warm[name], timed, tokens, per_token, peak, products[dtypes[name]]) | facts[name]
+    found = {
+        name: update_figures(warm[name], times, tokens, per_token, peak, products[dtypes[name]]) | facts[name]
+        for name, times in timed.items()
+    }
     answer = found.pop("ours") | {"torch": torch.__version__}
     if found:
-        medians = {name: [statistics.median(each) for each in rounds[name]] for name in rounds}
-        answer["peers"] = found
-        answer["ratios"] = {name: times_as_fast(medians["ours"], medians[name]) for name in found}
+        answer |= {"peers": found, "ratios": ratios}
         answer["memory_ratios"] = {name: answer["peak_mem_gb"] / found[name]["peak_mem_gb"] for name in found}
     if config.profile:  # all ranks, as they update together
         trace = config.profile if ranks.first else None

@@ -129,15 +129,19 @@ class Peer:
         self.ask(updates)
         return self.answer()
 
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._process.kill()  # it has nothing to save
+    def close(self) -> None:
+        """End the process, which has nothing to save."""
+        self._process.kill()
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._said):
             with contextlib.suppress(BrokenPipeError):
                 file.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
