@@ -52,7 +52,6 @@ class ModelConfig:
     attn_bias: bool | None = opt(None, "biases in the attention's two Linear layers", none="as bias")
     head_bias: bool = opt(False, "a bias on the output head (only with an untied head)")
     tie_weights: bool = opt(True, "the output head uses the token embedding's matrix")
-    zero_init: bool = opt(False, "the projections onto the residual stream begin at zero: each block as no change")
     mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, in n_embd", above=0)
     activation: str = opt("gelu_tanh", "the MLP's non-linearity", choices=("gelu_tanh", "gelu", "relu"))
     position: str = opt("learned", "how positions enter", choices=("learned", "rope"))

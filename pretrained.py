@@ -25,7 +25,7 @@ EXPECTED = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
     "kind (config.json and model.safetensors), a name on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
-# The rest of ModelConfig (dropout, attention, activation_checkpointing, zero_init) is how it is trained.
+# The rest of ModelConfig (dropout, attention, activation_checkpointing) is how it is trained, not what it is.
 COUNTS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 SHAPE = (*COUNTS, "bias", "attn_bias", "head_bias", "tie_weights", "mlp_ratio", "activation", "position")
 # transformers' names (activations.py, ACT2FN) of what model.py has

@@ -126,7 +126,7 @@ def test_a_run_without_checkpoints(tmp_path):
 
 
 def test_shape_is_every_field_but_those_of_training():
-    training = {"dropout", "attention", "activation_checkpointing", "zero_init"}
+    training = {"dropout", "attention", "activation_checkpointing"}
     assert set(pretrained.SHAPE) == {f.name for f in dataclasses.fields(ModelConfig)} - training
 
 
