@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 BUCKETS, BINS = 8, 15
@@ -61,11 +60,7 @@ def mean_loss(
     with evaluating(model):
         for x, y in batches:
             tokens += int((y >= 0).sum())
-            hidden, targets = model.hidden(to_device(x)).flatten(0, 1), to_device(y).flatten()  # (B T, C), (B T)
-            rows = rows_at_once(model.config.vocab_size, hidden.device)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-                losses = F.cross_entropy(model.head(h).float(), t, ignore_index=-1, reduction="none")
-                loss_sum += losses.double().sum().cpu()
+            loss_sum += model(to_device(x), to_device(y), each=True).double().sum().cpu()
     sums = total(torch.tensor([loss_sum, tokens], dtype=torch.float64))  # counts: exact to 2^53
     return float(sums[0] / sums[1])
 

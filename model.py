@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from fused_loss import for_compiled, fused_loss, pays
+from fused_loss import ROWS, for_compiled, fused_loss, pays
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 
@@ -248,31 +248,40 @@ class GPT(nn.Module):
             if table is not None:
                 table.weight[self.config.vocab_size :] = 0  # the padding
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, each: bool = False
+    ) -> Tensor:
         """Logits, or the loss where targets are given.
 
         Args:
             idx: (B, T) int64 token ids, T at most context_length (what is in the cache counts).
             targets: (B, T) int64, the next token of each place; -1 where there is none to score.
             cache: keys and values of the tokens before idx; idx's go to `cache.start`, which T > 1 needs to be 0.
+            each: the loss of each target instead of their mean; 0 where there is none to score.
 
         Returns:
-            targets given: the mean cross-entropy in nats, a float32 scalar.
+            targets given: the mean cross-entropy in nats, a float32 scalar, or with `each` (B T) of them.
             cache given: (B, 1, V) logits of the last place only.
             otherwise: (B, T, V) logits.
         """
         x = self.hidden(idx, cache)  # (B, T, C)
         if cache is not None:
             x = x[:, -1:]  # (B, 1, C): only the last place is asked for
+        if each:  # some rows at a time, for evaluation: float32 logits of all would be more than training takes
+            x, rows = x.flatten(0, 1), ROWS[x.device.type]
+            parts = zip(x.split(rows), targets.flatten().split(rows), strict=True)
+            return torch.cat([self._losses(hidden, their, "none") for hidden, their in parts])
         if targets is not None and pays(idx.numel(), self.transformer.wte.num_embeddings):
             head = self.lm_head or self.transformer.wte
             weight, bias = head.weight, getattr(head, "bias", None)
             return self.fused_loss(x.flatten(0, 1), weight, bias, targets.flatten(), self.config.vocab_size)
-        logits = self.head(x)  # (B, T, V)
         if targets is None:
-            return logits
+            return self.head(x)  # (B, T, V)
+        return self._losses(x.flatten(0, 1), targets.flatten(), "mean")
+
+    def _losses(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         # float32: the sum over V of exponentials is where bf16 would lose the loss's third digit
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return F.cross_entropy(self.head(x).float(), targets, ignore_index=-1, reduction=reduction)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head makes logits of: (B, T, C), for ids and cache as forward takes them."""

@@ -220,7 +220,7 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
             log.bar.update()
             if not clock.warm:  # compiled by now, and the optimizer has its tensors
                 shorten_timeout(config)
-                gc.freeze()  # what is there now stays; looking through all of it takes as long as many small updates
+                gc.freeze()  # what is there now stays; looking through all of it takes 0.16 s now and then
                 saver.reserve(parts(run, row, progress))
             clock.count(loss)
             saver.check()
@@ -240,6 +240,7 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
     finally:
         saver.close()  # what is in flight arrives
         log.close()
+        gc.unfreeze()
         stop.restore()
     if (done or over) and not asked:
         if over and not done:
