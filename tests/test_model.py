@@ -12,6 +12,7 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import fused_loss
 import model as model_module
 from config import ModelConfig
 from model import GPT, KVCache, Rotary, causal_attention, fused_attention, manual_attention, rotate
@@ -519,3 +520,15 @@ def test_head_of_hidden_is_forward_and_its_padding_has_no_say(tie_weights):
     assert padded.shape == (2, 5, 128)
     assert torch.equal(padded[..., :70], model(idx))
     assert (padded[..., 70:] == -torch.inf).all()
+
+
+def test_each_loss_by_itself(monkeypatch):
+    """Some rows at a time, the last of them fewer; 0 where there is nothing to score."""
+    monkeypatch.setitem(fused_loss.ROWS, "cpu", 4)
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=5, vocab_size=70))
+    idx, targets = torch.randint(70, (2, 2, 5))
+    targets[1, 2:4] = -1
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    found = model(idx, targets, each=True)
+    torch.testing.assert_close(found, expected)
+    assert found[7:9].tolist() == [0, 0]

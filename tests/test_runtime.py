@@ -1,6 +1,7 @@
 """runtime.py: what `auto` chooses on which hardware, precision, random state, signals, the compiler and its failure."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -130,6 +131,18 @@ def test_peak_memory_is_what_linux_says():
     kib = int(status.split("VmHWM:")[1].split()[0])
     assert machine("cpu", "float32").peak_memory_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.01)
     assert machine("cpu", "float32").peak_memory_gb() > ballast.nbytes / 1e9
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+def test_freed_memory_stays_for_the_next_tensors():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    machine("cpu", "float32")
+    tensor = torch.ones(20_000_000)
+    there, size = resident(), tensor.nbytes
+    del tensor
+    assert resident() > there - size / 2
 
 
 def draws(*key: int) -> list[float]:
