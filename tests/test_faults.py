@@ -143,18 +143,7 @@ def ends(lives: list[Life], seconds: float = 60) -> list[int]:
     return [life.end(seconds) for life in lives]
 
 
-SHORT = (
-    "--max_iters",
-    "12",
-    "--eval_interval",
-    "6",
-    "--save_interval",
-    "4",
-    "--keep_checkpoints",
-    "9",
-    "--eval_batches",
-    "12",
-)
+SHORT = "--max_iters 12 --eval_interval 6 --save_interval 4 --keep_checkpoints 9 --eval_batches 12".split()
 HOOKS = """
 import time
 from pathlib import Path
@@ -278,7 +267,8 @@ def test_second_interrupt_leaves_at_once_and_loses_nothing_saved(forked, undistu
             life.send(signal.SIGINT)
     assert ends(lives, 2) == [130] * world
     assert "interrupted twice: leaving at once" in lives[0].printed  # the others may be through with the first by then
-    assert checkpoint.verify(run / "ckpt/last")["iter"] == {"evaluation": 6, "save": 6}[moment]
+    # a save that is being written when the evaluation after it begins may not have arrived
+    assert checkpoint.verify(run / "ckpt/last")["iter"] in {"evaluation": (4, 6), "save": (6,)}[moment]
     again = forked(run, *SHORT, "--resume", world=world)
     assert ends(again) == [0] * world, again[0].printed
     assert_same_run(run, undisturbed(world))
@@ -361,8 +351,8 @@ def test_ranks_1_2_4_2_1_make_the_updates_of_one(forked, tmp_path):
 POISON = """
 import health, math, torch
 
-def forward(self, *words, real=model.GPT.forward):
-    loss = real(self, *words)
+def forward(self, *words, real=model.GPT.forward, **more):
+    loss = real(self, *words, **more)
     if self.training and updates == 8 and os.environ["RANK"] == "1":
         if KIND == "loss":
             loss = loss * math.nan
