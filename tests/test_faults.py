@@ -143,7 +143,8 @@ def ends(lives: list[Life], seconds: float = 60) -> list[int]:
     return [life.end(seconds) for life in lives]
 
 
-SHORT = "--max_iters 12 --eval_interval 6 --save_interval 4 --keep_checkpoints 9 --eval_batches 12".split()
+SHORT = ("--max_iters", "12", "--eval_interval", "6", "--save_interval", "4", "--keep_checkpoints", "9")
+SHORT += ("--eval_batches", "12")  # else the split is a single pass, and nobody looks for a stop in it
 HOOKS = """
 import time
 from pathlib import Path
