@@ -87,7 +87,7 @@ def _padded(config: ModelConfig) -> int:
 
 
 def _is_fused(config: ModelConfig, tokens: int) -> bool:
-    """Whether head_loss computes gradients beside the loss."""
+    """Whether the loss is fused_loss.py's, which computes gradients beside it."""
     return tokens * _padded(config) > fused_loss.SMALL
 
 
