@@ -1,8 +1,9 @@
 """Muon: steps for matrices along the orthogonal matrix nearest to the gradients' mean.
 
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. All matrices of one shape go through its
-iteration together, which suits small ones (docs/speed.md); torch.optim.Muon takes one after the other. Step sizes are Moonlight's (Liu et al., "Muon is scalable for LLM training", 2025): as large as AdamW's usually
-are, so that learning rate and weight decay mean the same for both.
+iteration together, which suits small ones (docs/speed.md); torch.optim.Muon takes one after the other. Step sizes are
+Moonlight's (Liu et al., "Muon is scalable for LLM training", 2025): as large as AdamW's usually are, so that learning
+rate and weight decay mean the same for both.
 """
 
 from __future__ import annotations
