@@ -79,6 +79,15 @@ class ModelConfig:
             found.append(f"mlp_ratio = {self.mlp_ratio} leaves no hidden unit at n_embd = {self.n_embd}")
         return found
 
+    def num_params(self) -> int:
+        """Parameters, a shared matrix once, for a vocab_size that is settled; without torch, as GPT.num_params."""
+        C, V, hidden = self.n_embd, self.vocab_size, round(self.mlp_ratio * self.n_embd)
+        biased = self.bias if self.attn_bias is None else self.attn_bias
+        norm = C + C * self.bias
+        block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * self.bias
+        embeddings = V * C + self.context_length * C * (self.position == "learned")
+        return embeddings + self.n_layer * block + norm + V * C * (not self.tie_weights) + V * self.head_bias
+
     def model(self) -> ModelConfig:
         """The model's part of a larger config, on its own."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})

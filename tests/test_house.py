@@ -56,6 +56,7 @@ ARROWS = {
     "choices": {"metrics", "model"},
     "continuation": {"decoder", "sampling", "shards"},
     "card": {"model_hub", "repositories"},
+    "history": set(),
     "resume": {"checkpoint", "claim", "muon", "optim", "parallel", "run", "runtime", "shards"},
     "claim": set(),
     "saver": {"checkpoint"},

@@ -1,0 +1,109 @@
+"""A run as it lies on the disk: metrics.csv -> columns, and what its checkpoints say of it. Neither torch nor numpy.
+
+history = read(Path("out/shakespeare"))
+history["train_loss"]   # a number for each row, nan where the log has none
+history.best            # (iter, loss)
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import ModelConfig, UserError
+
+LOG, STATE, RECIPE = "metrics.csv", "state.json", "config.toml"
+
+
+@dataclass(frozen=True)
+class History:
+    """What is known of a run.
+
+    Args:
+        name: its folder's.
+        columns: metrics.csv by key, all of one length; nan where a row has no value, or none that is a number.
+        state: state.json of its last checkpoint; {} before the first one.
+        settings: of the run, by key; {} where nobody says.
+    """
+
+    name: str
+    columns: dict[str, list[float]]
+    state: dict
+    settings: dict
+
+    def __getitem__(self, key: str) -> list[float]:
+        return self.columns.get(key, [math.nan] * len(self))
+
+    def __len__(self) -> int:
+        return len(self.columns.get("iter", ()))
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Iteration and nats per token of the lowest validation loss."""
+        found = [(loss, i) for i, loss in zip(self["iter"], self["val_loss"], strict=True) if math.isfinite(loss)]
+        return (int(min(found)[1]), min(found)[0]) if found else None
+
+    @property
+    def parameters(self) -> int | None:
+        """How many the model has."""
+        known = {key: self.settings[key] for key in ModelConfig.__dataclass_fields__ if key in self.settings}
+        return ModelConfig(**known).num_params() if known.get("vocab_size") else None
+
+    @property
+    def device(self) -> str | None:
+        """What computed: `NVIDIA H200`, `2 x Tesla T4`, `AMD EPYC`."""
+        name = self.state.get("cpu") if self.state.get("device") == "cpu" else self.state.get("device")
+        ranks = self.state.get("ranks", 1)
+        return f"{ranks} x {name}" if name and ranks > 1 else name
+
+
+def read(folder: Path) -> History:
+    """The history of a run's folder, or of a folder with one checkpoint's files and a log; without a log, no rows.
+
+    A run may be writing: half a last line does not count, nor does a line that is not a row.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
+    state = _json(folder / STATE) or _json(folder / "ckpt" / "last" / STATE)
+    settings = state.get("config") or _recipe(folder / RECIPE)
+    return History(folder.resolve().name, _columns(folder / LOG), state, settings)
+
+
+def _columns(file: Path) -> dict[str, list[float]]:
+    try:
+        text = file.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return {}
+    whole, _, _ = text.replace("\0", "").rpartition("\n")
+    keys, *rows = csv.reader(whole.splitlines()) if whole else [[]]
+    rows = [row for row in rows if len(row) == len(keys) and math.isfinite(_number(row[0]))]
+    return {key: [_number(row[n]) for row in rows] for n, key in enumerate(keys)}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _recipe(file: Path) -> dict:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,85 @@
+"""history.py: a log as it is written, cut, damaged or missing; what is known of a run without torch."""
+
+import json
+import math
+
+import pytest
+
+import history
+from config import ModelConfig, UserError
+from model import GPT
+from runlog import RunLog
+
+
+def test_a_log_comes_back(tmp_path):
+    run = tmp_path / "small"
+    run.mkdir()
+    log = RunLog(run, 0, max_iters=20)
+    log.write({"iter": 0, "val_loss": 5.5})
+    log.write({"iter": 10, "train_loss": 2.5, "val_loss": 3.0})
+    log.write({"iter": 20, "train_loss": float("nan"), "val_loss": float("inf")})
+    log.close()
+    found = history.read(run)
+    assert (found.name, len(found), found["iter"], found.best) == ("small", 3, [0, 10, 20], (10, 3.0))
+    assert found["train_loss"][1] == 2.5
+    assert math.isnan(found["train_loss"][0])
+    assert math.isnan(found["train_loss"][2])
+    assert all(map(math.isnan, found["loss_scale"] + found["no such key"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "iters"),
+    [
+        (b"", []),
+        (b"iter,val_l", []),
+        (b"iter,val_loss\n", []),
+        (b"iter,val_loss\n0,5", []),
+        (b"iter,val_loss\n0,5\n10,4.12345", [0]),
+        (b"iter,val_loss\n0,5\n10\n\xff\xfe\0\n20,3,1\nx,1\n30,2\n", [0, 30]),
+    ],
+)
+def test_what_a_writer_or_a_crash_leaves(tmp_path, content, iters):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    found = history.read(tmp_path)
+    assert found["iter"] == iters
+    assert len(found["val_loss"]) == len(found) == len(iters)
+
+
+def test_an_empty_folder_and_none(tmp_path):
+    found = history.read(tmp_path)
+    assert (len(found), found.best, found.parameters, found.device) == (0, None, None, None)
+    with pytest.raises(UserError, match="no such folder"):
+        history.read(tmp_path / "none")
+
+
+def test_facts_of_a_checkpoint_else_of_the_recipe(tmp_path):
+    (tmp_path / "config.toml").write_text("n_layer = 1\nn_embd = 8\nvocab_size = 10\n")
+    assert history.read(tmp_path).parameters == ModelConfig(n_layer=1, n_embd=8, vocab_size=10).num_params()
+    state = {"config": {"n_embd": 16, "vocab_size": 10}, "device": "cpu", "cpu": "Abacus", "ranks": 2}
+    last = tmp_path / "ckpt" / "last"
+    last.mkdir(parents=True)
+    (last / "state.json").write_text(json.dumps(state))
+    found = history.read(tmp_path)
+    assert found.parameters == ModelConfig(n_embd=16, vocab_size=10).num_params()
+    assert found.device == "2 x Abacus"
+    (last / "state.json").write_text("[")
+    assert history.read(tmp_path).settings["n_embd"] == 8
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"bias": False},
+        {"bias": False, "attn_bias": True},
+        {"attn_bias": False, "tie_weights": False, "head_bias": True},
+        {"position": "rope", "mlp_ratio": 2.7},
+    ],
+)
+def test_parameters_are_the_models(shape):
+    config = ModelConfig(n_layer=3, n_head=2, n_embd=20, context_length=12, vocab_size=71, **shape)
+    assert config.num_params() == GPT(config).num_params()
+
+
+def test_gpt2_has_as_many_as_published():
+    assert ModelConfig(12, 12, 768, 1024, 50257).num_params() == 124_439_808
