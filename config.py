@@ -157,7 +157,7 @@ class TrainConfig(ModelConfig, MachineConfig):
         0, "validation batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",)
     )
     sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
-    sample_prompt: str = opt("\n", "what the sample continues")
+    sample_prompt: tuple[str, ...] = opt(("\n",), "what the samples continue, a sample each; without: a line end")
     log_interval: int = opt(10, "updates between two rows of the log", low=1)
     save_interval: int | None = opt(
         None,
@@ -191,6 +191,10 @@ class TrainConfig(ModelConfig, MachineConfig):
             found.append("max_iters and epochs are both none: set one of them")
         if self.warmup_iters is None and self.warmup_fraction is None:
             found.append("warmup_iters and warmup_fraction are both none: set one of them (0: no warm-up)")
+        if not self.sample_prompt:
+            found.append(
+                "sample_prompt is empty: give a text for the samples to continue; sample_tokens = 0: no samples"
+            )
         if self.optimizer == "muon" and self.fsdp:
             found.append("optimizer = muon needs whole matrices, fsdp = true cuts them: leave out one of the two")
         if self.schedule != "constant" and self.min_lr > self.lr:

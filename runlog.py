@@ -1,9 +1,9 @@
-"""One run's log: metrics.csv always, a progress bar, wandb when asked; throughput and MFU."""
+"""One run's log: metrics.csv, samples.txt, lines, a progress bar, wandb when asked; throughput and MFU."""
 
 from __future__ import annotations
 
-import csv
 import io
+import json
 import math
 import os
 import re
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
+
+from outputs import write_output
 
 KEYS = (
     "iter",  # updates done
@@ -31,6 +33,9 @@ KEYS = (
     "mfu",  # share of the device's peak, where that is known
     "peak_mem_gb",  # 10^9 bytes
 )
+
+ROWS, SAMPLES, PICTURE = "metrics.csv", "samples.txt", "metrics.png"
+SAMPLE = r"^=== iter (\d+) (?:.*\n)(?:(?!===).*\n)*"
 
 # Dense half-precision peak in TFLOP/s, by the words in torch.cuda.get_device_name(), from NVIDIA's data sheets; the
 # first entry that fits counts.
@@ -85,27 +90,66 @@ class StepClock:
         return 1e3 * (time.perf_counter() - self.began) / self.updates
 
 
-class RunLog:
-    """Writes rows of KEYS for one run.
+class Record:
+    """A file that grows by pieces. Those that find no room on the disk, or no whole one, wait for the next.
 
     Args:
-        run_dir: metrics.csv lies here; None on ranks that keep no log.
+        what: the pieces' name in messages.
+        header: what the file begins with.
+    """
+
+    def __init__(self, path: Path, what: str, header: str = ""):
+        self.path, self.what, self.header = path, what, header.encode()
+        self._file: io.FileIO | None = None  # until the first piece
+        self._waiting: list[bytes] = []
+        self._told = False
+
+    def append(self, piece: str) -> None:
+        """Write it to the file, after what waits."""
+        self._waiting.append(piece.encode())
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+                if self._file.tell() == 0:
+                    self._waiting[0] = self.header + self._waiting[0]
+            while self._waiting:
+                written = self._file.write(self._waiting[0])
+                self._waiting[0] = self._waiting[0][written:]
+                self._waiting = self._waiting[not self._waiting[0] :]
+        except OSError as why:
+            if not self._told:
+                print(f"warning: {self.path}: {why.strerror}; {self.what} wait until there is room", file=sys.stderr)
+            self._told = True
+
+    def close(self) -> None:
+        """Say what did not find room."""
+        if self._waiting:
+            print(f"warning: {self.path}: its last {len(self._waiting)} {self.what} found no room", file=sys.stderr)
+        if self._file:
+            self._file.close()
+
+
+class RunLog:
+    """Writes rows of KEYS and samples for one run.
+
+    Args:
+        run_dir: metrics.csv and samples.txt lie here; None on ranks that keep no log.
         start_iter: 0, or the iteration that a resumed run goes on from: later rows move to metrics.lost.csv, and the
-            row of that iteration makes way for the one that is written again.
+            row of that iteration makes way for the one that is written again; samples likewise.
         max_iters: the end of the bar.
         wandb_run: what `start_wandb` gave, or None.
     """
 
     def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, wandb_run=None):
-        self.path = run_dir / "metrics.csv" if run_dir else Path(os.devnull)
-        self.wandb_run = wandb_run
+        self.folder, self.max_iters, self.wandb_run = run_dir, max_iters, wandb_run
+        rows, samples = (run_dir / name if run_dir else Path(os.devnull) for name in (ROWS, SAMPLES))
+        header = ",".join(KEYS) + "\n"
         if run_dir:
-            _rewind(self.path, start_iter)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._unwritten, self._told = b"", False
-        if self._file.tell() == 0:
-            self._append(KEYS)
-        # disable=None: no bar where stderr is no terminal; there every row is a line instead
+            _rewind(rows, start_iter, r"^(\d+),.*\n", header)
+            _rewind(samples, start_iter, SAMPLE, "")
+        self._rows, self._samples = Record(rows, "rows", header), Record(samples, "samples")
+        self._first: tuple[float, int] | None = None  # when and at which iteration the updates' time was known first
+        # disable=None: no bar where stderr is no terminal
         self.bar = tqdm(
             total=max_iters, initial=start_iter, unit="iter", disable=None if run_dir else True, dynamic_ncols=True
         )
@@ -118,69 +162,110 @@ class RunLog:
     def write(self, row: dict) -> None:
         """Log one row; missing keys and None stay empty."""
         row = {key: row.get(key) for key in KEYS}
-        self._append([f"{v:.9g}" if isinstance(v, float) else v for v in row.values()])
-        if row["val_loss"] is not None or self.bar.disable:
-            self.say(line(row))
+        cells = ("" if v is None else f"{v:.9g}" if isinstance(v, float) else str(v) for v in row.values())
+        self._rows.append(",".join(cells) + "\n")
+        text = line(row, len(str(self.max_iters)), self._seconds_left(row))
+        self.say(_bold(text) if row["val_loss"] is not None else text)
         if row["train_loss"] is not None:
             self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}", refresh=False)
         if self.wandb_run is not None:
             self.wandb_run.log({key: value for key, value in row.items() if value is not None})
 
-    def _append(self, values: Sequence) -> None:
-        """One line more in the file. Where the disk is full it waits, as part of a line does, for the next one."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(values)
-        self._unwritten += text.getvalue().encode()
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as why:
-            if not self._told:
-                print(f"warning: {self.path}: {why.strerror}; rows wait until there is room", file=sys.stderr)
-            self._told = True
+    def _seconds_left(self, row: dict) -> float | None:
+        """Until max_iters: by the updates' time at first, then by all that passed, evaluations and saves too."""
+        i, seconds = row["iter"], row["step_ms"] and row["step_ms"] / 1e3
+        if seconds is None:
+            return None
+        self._first = self._first or (time.perf_counter(), i)
+        if i > self._first[1]:
+            seconds = (time.perf_counter() - self._first[0]) / (i - self._first[1])
+        return seconds * (self.max_iters - i)
+
+    def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Print what a model made of prompts at an evaluation, and keep it in samples.txt.
+
+        Args:
+            row: the evaluation's.
+            texts: they begin with their prompts.
+        """
+        i = row["iter"]
+        self.say("\n---\n".join([f"--- sample after {i} updates\n{texts[0]}", *texts[1:]]) + "\n---")
+        for prompt, text in zip(prompts, texts, strict=True):
+            title = f"=== iter {i} | val {row['val_loss']:.4f} | prompt {json.dumps(prompt, ensure_ascii=False)}"
+            # no line of the text looks like a title
+            self._samples.append(f"{title}\n{re.sub('^===', ' ===', text, flags=re.M)}\n\n")
+        if self.wandb_run is not None:
+            import wandb
+
+            table = wandb.Table(["iter", "prompt", "text"], [[i, *pair] for pair in zip(prompts, texts, strict=True)])
+            self.wandb_run.log({"iter": i, "samples": table})
+
+    def write_picture(self, png: bytes) -> None:
+        """Keep a picture of the run as metrics.png, whole or not at all."""
+        write_output(png, str(self.folder / PICTURE), "picture")
+        if self.wandb_run is not None:
+            import wandb
+
+            self.wandb_run.log({"metrics": wandb.Image(str(self.folder / PICTURE))})
 
     def close(self) -> None:
-        """End the bar, the file and the wandb run."""
+        """End the bar, the files and the wandb run."""
         self.bar.close()
-        if self._unwritten:
-            print(f"warning: {self.path}: its last {self._unwritten.count(10)} rows found no room", file=sys.stderr)
-        self._file.close()
+        self._rows.close()
+        self._samples.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
 
 
-def line(row: dict) -> str:
-    """One row for a person."""
-    parts = (
-        ("train_loss", "loss {:.4f}"),
-        ("val_loss", "val {:.4f}"),
+def line(row: dict, width: int = 6, seconds_left: float | None = None) -> str:
+    """One row for a person; what it has not leaves its column empty.
+
+    Args:
+        width: characters of an iteration.
+    """
+    columns = (
+        ("train_loss", "loss {:7.4f}"),
+        ("val_loss", "val {:7.4f}"),
         ("lr", "lr {:.2e}"),
-        ("grad_norm", "norm {:.2f}"),
-        ("step_ms", "{:,.1f} ms"),
-        ("tok_per_s", "{:,.0f} tok/s"),
-        ("mfu", "mfu {:.1%}"),
+        ("grad_norm", "norm {:5.2f}"),
+        ("step_ms", "{:8,.1f} ms"),
+        ("tok_per_s", "{:7,.0f} tok/s"),
     )
-    shown = [form.format(row[key]) for key, form in parts if row.get(key) is not None]
-    return " | ".join([f"iter {row['iter']:>6}", *shown])
+    texts = [f"iter {row['iter']:>{width}}"]
+    for key, form in columns:
+        text = form.format(0 if row.get(key) is None else row[key])
+        texts.append(" " * len(text) if row.get(key) is None else text)
+    texts += [f"mfu {row['mfu']:5.1%}"] if row.get("mfu") is not None else []
+    texts += [f"eta {duration(seconds_left)}"] if seconds_left is not None else []
+    return " | ".join(texts).rstrip(" |")
 
 
-def _rewind(path: Path, start_iter: int) -> None:
-    """Keep the rows before start_iter; those after it move to metrics.lost.csv beside it."""
+def _bold(text: str) -> str:
+    """For a terminal that shows it, and a person who has not set NO_COLOR (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return text if plain else f"\033[1m{text}\033[0m"
+
+
+def _rewind(path: Path, start_iter: int, entry: str, header: str) -> None:
+    """Keep the entries before start_iter; those after it move to a file beside it, metrics.lost.csv for metrics.csv.
+
+    Args:
+        entry: a pattern of them; its first group is the iteration.
+        header: what comes before the first one.
+    """
     if not path.exists():
         return
-    # a killed process can leave half a line, a power cut anything
-    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
-    header, *lines = whole.split("\n")
-    iters = [int(first) if (first := line.partition(",")[0]).isdigit() else math.inf for line in lines]
-    lost = [line for line, i in zip(lines, iters, strict=True) if i > start_iter]
+    # a killed process can leave half an entry, a power cut anything
+    text = path.read_text(encoding="utf-8", errors="replace")
+    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, text, re.M)]
+    lost = [each for i, each in entries if i > start_iter]
     if lost:
-        lost_path = path.with_name("metrics.lost.csv")
+        lost_path = path.with_name(f"{path.stem}.lost{path.suffix}")
         known = lost_path.exists()
         with open(lost_path, "a", encoding="utf-8") as file:
-            file.write("\n".join([*([] if known else [header]), *lost]) + "\n")
-    kept = [line for line, i in zip(lines, iters, strict=True) if i < start_iter]
+            file.write("".join([*([] if known else [header]), *lost]))
     partial = path.with_suffix(".tmp")
-    partial.write_text("\n".join([",".join(KEYS), *kept]) + "\n", encoding="utf-8")
+    partial.write_text(header + "".join(each for i, each in entries if i < start_iter), encoding="utf-8")
     os.replace(partial, path)
 
 

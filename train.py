@@ -31,20 +31,18 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import resume
+import samples
 from claim import Claim
 from config import SaidElsewhere, UserError
-from decoder import Decoder
 from health import out_of_memory, require_finite
 from metrics import mean_loss, windows_a_pass
 from optim import apply_gradients, learning_rate
 from parallel import full_tensor, gradients, own_gradients
 from protocols import eval_batches
 from ranks import Ranks, join, shorten_timeout
-from reader_config import SamplingConfig
 from run import Run, describe, print_plan, setup
 from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
-from runtime import Stop, find_device, machine, reseed, uncompiled
-from sampling import generate, stream_text
+from runtime import Stop, find_device, machine, reseed
 from saver import Saver
 
 
@@ -97,24 +95,6 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
     with run.machine.autocast():
         loss = mean_loss(run.model, until_asked(), run.machine.to_device, ranks.sum)
     return None if stopped else loss
-
-
-def sample(run: Run, seed: int) -> str:
-    """A text by the model as it is now, the prompt included."""
-    config, end = run.config, run.encoding.eot_token
-    prompt = run.encoding.encode_ordinary(config.sample_prompt) or [end]
-
-    def draw() -> list[int]:  # always as many: ranks that hold parts of the model compute together
-        options = SamplingConfig(temperature=0.8, seed=seed)
-        ids = generate(Decoder(run.model), prompt, config.sample_tokens, options, n_vocab=run.encoding.n_vocab)
-        with run.machine.autocast(), uncompiled(run.model):
-            return list(ids)
-
-    ids = draw() if run.model is run.spread else run.ranks.from_first(draw)
-    ids = ids[: ids.index(end)] if end in ids else ids
-    text = config.sample_prompt + "".join(stream_text(iter(ids), run.encoding))
-    # a young model draws control characters, which could change the terminal's state
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +191,7 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
             if row["iter"] == i and (asked or "val_loss" in row or any(i % n == 0 for n in intervals)):
                 log.write(row)
                 if "val_loss" in row and run.encoding:
-                    log.say(f"--- sample after {i} updates\n{sample(run, seed=config.seed + i)}\n---")
+                    log.write_samples(row, config.sample_prompt, samples.draw(run, config.seed))
                 clock.start()
             if done or over or asked:
                 break

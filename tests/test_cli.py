@@ -60,8 +60,9 @@ def refusal(cls, words) -> str:
         (["--attn_bias", "--attn_bias", "none"], "attn_bias", None),
         (["--stride", "5", "--stride", "none"], "stride", None),
         (["--stride", "5", "--stride", "context_length"], "stride", None),
-        (["--sample_prompt=--x=y"], "sample_prompt", "--x=y"),
-        (["--sample_prompt="], "sample_prompt", ""),
+        (["--sample_prompt=--x=y"], "sample_prompt", ("--x=y",)),
+        (["--sample_prompt="], "sample_prompt", ("",)),
+        (["--sample_prompt", "a", "b"], "sample_prompt", ("a", "b")),
         (["--eval_intervel", "7"], "eval_interval", 7),
         (["--eval-intervel=7"], "eval_interval", 7),
         (["--save_chkpt_epoch", "7"], "save_interval", 7),
@@ -181,7 +182,8 @@ def test_wrong_value_in_a_recipe(tmp_path, key, value, allowed):
         ('vocab_size = "the tokenizer\'s"', "vocab_size", None),
         ("eval_intervel = 7", "eval_interval", 7),
         ("bias = false", "bias", False),
-        ('sample_prompt = "日本"', "sample_prompt", "日本"),
+        ('sample_prompt = "日本"', "sample_prompt", ("日本",)),
+        ('sample_prompt = ["日本", ""]', "sample_prompt", ("日本", "")),
     ],
 )
 def test_right_value_in_a_recipe(tmp_path, text, key, value):

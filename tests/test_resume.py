@@ -524,10 +524,10 @@ def test_key_in_a_setting_is_masked_in_the_command_and_kept_as_a_setting(tiny_da
     state = checkpoint.read_state(run / "ckpt/last")
     masked = "$AWS_SECRET_ACCESS_KEY"
     assert state["command"] == ["train.py", "--sample_prompt", masked, f"--data_dir=x{masked}y", "--lr", "1"]
-    assert state["config"]["sample_prompt"] == value
-    assert cli.parse(TrainConfig, ["--config", str(run / "config.toml")]).sample_prompt == value
+    assert state["config"]["sample_prompt"] == [value]
+    assert cli.parse(TrainConfig, ["--config", str(run / "config.toml")]).sample_prompt == (value,)
     found = [path.name for path in run.rglob("*") if path.is_file() and value.encode() in path.read_bytes()]
-    assert sorted(set(found)) == ["config.toml", "state.json"]
+    assert sorted(set(found)) == ["config.toml", "samples.txt", "state.json"]
     assert re.sub("AWS.*", "", json.dumps(state["command"])).count("$") == 1
 
 

@@ -1,11 +1,14 @@
 """runlog.py: the CSV through resumes and kills, the bar, wandb without a key or a network, clocks and peaks."""
 
+import base64
+import contextlib
 import csv
-import io
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ import torch
 from conftest import ROOT
 
 import runlog
-from runlog import KEYS, RunLog, StepClock, duration, line, peak_flops, start_wandb, summary
+from runlog import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
 
 
 def rows(path: Path) -> list[dict]:
@@ -99,7 +102,7 @@ from runlog import RunLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = RunLog(Path({str(tmp_path)!r}), 0, 9)
 for i in range(9):
-    size = log.path.stat().st_size
+    size = i and (log.folder / "metrics.csv").stat().st_size
     limit = {{3: size + 2, 6: resource.RLIM_INFINITY, 8: size + 2}}.get(i)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -117,46 +120,111 @@ log.close()
     ]
 
 
-def test_line():
-    row = {"iter": 20, "train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
-    assert line({**row, "val_loss": 2.0, "mfu": 0.4123}) == (
-        "iter     20 | loss 1.2346 | val 2.0000 | lr 1.00e-03 | norm 0.46 | 1,234.6 ms | 98,765 tok/s | mfu 41.2%"
-    )
-    assert line({"iter": 0, "val_loss": 3.0, "train_loss": None}) == "iter      0 | val 3.0000"
+def test_rows_are_aligned_and_say_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    """By the updates' own time at first, later by all the time that passed."""
+    now = 0.0
+    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: now))
+    row = {"train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
+    run = RunLog(tmp_path, 0, max_iters=2000)
+    run.write({"iter": 0, "val_loss": 10.8})
+    run.write({**row, "iter": 10})
+    now = 20.0
+    run.write({**row, "iter": 20, "val_loss": 2.0, "mfu": 0.4123})
+    run.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "iter    0 |              | val 10.8000",
+        "iter   10 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 40m57s",
+        "iter   20 | loss  1.2346 | val  2.0000 | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | mfu 41.2% "
+        "| eta 1h06m",
+    ]
+
+
+LINES = """
+import sys; from pathlib import Path; from runlog import RunLog, start_wandb
+log = RunLog(Path('.'), 0, 300, start_wandb('disabled', 'p', Path('.'), {}))
+for i in range(1, 301):
+    log.bar.update()
+    if i % 100 == 0: log.write({'iter': i, 'train_loss': 1.5, 'val_loss': 2.5 if i == 200 else None})
+log.close(); print('wandb' in sys.modules)
+"""
+ROWS = ["iter 100 | loss  1.5000", "iter 200 | loss  1.5000 | val  2.5000", "iter 300 | loss  1.5000", "False"]
 
 
 def test_no_bar_where_nobody_watches(tmp_path):
-    """stderr is no terminal: a line for each row, no carriage return, and nothing of wandb is loaded."""
-    code = (
-        "import sys; from pathlib import Path; from runlog import RunLog, start_wandb\n"
-        "log = RunLog(Path('.'), 0, 3, start_wandb('disabled', 'p', Path('.'), {}))\n"
-        "for i in (1, 2, 3): log.bar.update(); log.write({'iter': i, 'train_loss': 1.5})\n"
-        "log.close(); print('wandb' in sys.modules)"
-    )
+    """stderr is no terminal: no carriage return, no colour, and nothing of wandb is loaded."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=True)
-    expected = [f"iter      {i} | loss 1.5000" for i in (1, 2, 3)]
-    assert done.stdout.decode() == "\n".join([*expected, "False\n"])
+    done = subprocess.run([sys.executable, "-c", LINES], cwd=tmp_path, env=env, capture_output=True, check=True)
+    assert done.stdout.decode().split("\n") == [*ROWS, ""]
     assert done.stderr == b""
 
 
-def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
-    """Rows go to the bar; only those with a validation loss are lines as well."""
+@pytest.mark.parametrize(("setting", "bold"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_rows_and_bar_on_a_terminal(tmp_path, setting, bold):
+    """Whole lines above the bar, which is there to the end; evaluations stand out, where colour is welcome."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", **setting}
+    process = subprocess.Popen([sys.executable, "-c", LINES], cwd=tmp_path, env=env, stdout=its, stderr=its)
+    os.close(its)
+    seen = b""
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while data := os.read(ours, 1 << 16):
+            seen += data
+    os.close(ours)
+    assert process.wait() == 0
+    # what each line of the screen shows in the end: a carriage return begins it anew
+    lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
+    expected = [f"\033[1m{row}\033[0m" if bold and "val" in row else row for row in ROWS]
+    assert [line for line in lines if line.removeprefix("\033[1m").startswith(("iter", "False"))] == expected
+    assert "100%" in lines[-3]
+    assert "300/300" in lines[-3]
+    assert "loss 1.500" in lines[-3]
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    run = RunLog(tmp_path, 5, max_iters=8)
-    run.write({"iter": 6, "train_loss": 1.5})
-    run.write({"iter": 7, "train_loss": 1.25, "val_loss": 2.5})
-    run.bar.update(2)
-    run.bar.refresh()
+# ---------------------------------------------------------------------------------------------------------------------
+# samples.txt
+
+
+def sampled(run: RunLog, i: int, *texts: str) -> None:
+    run.write_samples({"iter": i, "val_loss": 1.0 + i}, [text[:1] for text in texts], texts)
+
+
+def test_samples_are_kept_with_their_iteration(tmp_path, capsys):
+    run = RunLog(tmp_path, 0, max_iters=20)
+    sampled(run, 0, "a b\n=== iter 9 | val", "\n東京 🎈")
+    sampled(run, 10, "ab", "\n")
     run.close()
-    assert capsys.readouterr().out == "iter      7 | loss 1.2500 | val 2.5000\n"
-    assert "7/8" in sys.stderr.getvalue()
-    assert "loss 1.250" in sys.stderr.getvalue()
+    assert (tmp_path / "samples.txt").read_text(encoding="utf-8") == (
+        '=== iter 0 | val 1.0000 | prompt "a"\na b\n === iter 9 | val\n\n'
+        '=== iter 0 | val 1.0000 | prompt "\\n"\n\n東京 🎈\n\n'
+        '=== iter 10 | val 11.0000 | prompt "a"\nab\n\n=== iter 10 | val 11.0000 | prompt "\\n"\n\n\n\n'
+    )
+    assert capsys.readouterr().out.startswith("--- sample after 0 updates\na b\n")
+
+
+def test_samples_go_on_where_the_run_does(tmp_path):
+    """Half a sample, which a kill leaves, goes; those after the checkpoint move aside."""
+    run = RunLog(tmp_path, 0, max_iters=20)
+    for i in (0, 10, 20, 30):
+        sampled(run, i, f"text {i}\n\nof two parts")
+    run.close()
+    file = tmp_path / "samples.txt"
+    before = file.read_text()
+    file.write_text(before[:-3])
+    run = RunLog(tmp_path, 10, max_iters=20)
+    for i in (10, 20, 30):
+        sampled(run, i, f"text {i}\n\nof two parts")
+    run.close()
+    assert file.read_text() == before
+    lost = (tmp_path / "samples.lost.txt").read_text()
+    assert lost == before[before.index("=== iter 20") :][: len(lost)]
+    assert "text 30" in lost
+
+
+def test_a_run_without_samples_has_no_file_of_them(tmp_path):
+    log(tmp_path, 0, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 @pytest.mark.parametrize(
@@ -237,28 +305,31 @@ def test_clock_leaves_out_the_first_update_and_what_happens_between_rows(monkeyp
 # wandb
 
 WANDB = """
-import sys
+import base64, sys
 from pathlib import Path
 from runlog import RunLog, start_wandb
 run = start_wandb(sys.argv[1], "flatgpt", Path("."), {"lr": 0.25}, sys.argv[2])
 log = RunLog(Path("."), 0, 3, run)
 log.write({"iter": 20, "train_loss": 2.5, "val_loss": None})
 log.write({"iter": 10, "train_loss": 2.25, "val_loss": 3.5})
+log.write_samples({"iter": 10, "val_loss": 3.5}, ["a", "東"], ["ab <b>", "東京 🎈"])
+log.write_picture(base64.b64decode(sys.argv[3]))
 log.close()
 """
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="  # PNG, 1 x 1
 
 
-def with_wandb(folder: Path, mode: str, **env: str) -> tuple[str, list]:
-    """Log two rows as a user without settings of wandb's does; standard error, and what wandb stored."""
+def with_wandb(folder: Path, mode: str, **env: str) -> tuple[str, Path]:
+    """Log as a user without settings of wandb's does; standard error, and the file that wandb stored."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), **env}
-    argv = [sys.executable, "-c", WANDB, mode, "abcd1234"]
+    argv = [sys.executable, "-c", WANDB, mode, "abcd1234", DOT]
     done = subprocess.run(
         argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     (stored,) = folder.glob("wandb/offline-run-*/run-abcd1234.wandb")
-    return done.stderr, records(stored.read_bytes())
+    return done.stderr, stored
 
 
 def records(data: bytes) -> list:
@@ -280,11 +351,22 @@ def records(data: bytes) -> list:
     return found
 
 
-def check_stored(stored: list) -> None:
-    """Both rows, also the one of a lower iteration, without the empty values; and the config."""
-    items = [{i.nested_key[0]: json.loads(i.value_json) for i in r.history.item} for r in stored if r.history.item]
+def check_stored(file: Path) -> None:
+    """Rows, also the one of a lower iteration, without the empty values; samples, the picture, and the config."""
+    stored = records(file.read_bytes())
+    items = [
+        {".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in stored if r.history.item
+    ]
     logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in items]
-    assert logged == [{"iter": 20, "train_loss": 2.5}, {"iter": 10, "train_loss": 2.25, "val_loss": 3.5}]
+    *rows, samples, picture = logged
+    assert rows == [{"iter": 20, "train_loss": 2.5}, {"iter": 10, "train_loss": 2.25, "val_loss": 3.5}]
+    assert samples["iter"] == 10
+    table = json.loads((file.parent / "files" / samples["samples.path"]).read_text())
+    assert table["columns"] == ["iter", "prompt", "text"]
+    assert table["data"] == [[10, "a", "ab <b>"], [10, "東", "東京 🎈"]]
+    assert (file.parent / "files" / picture["metrics.path"]).read_bytes() == base64.b64decode(DOT)
+    (metric,) = (r.metric for r in stored if r.HasField("metric"))
+    assert (metric.glob_name, metric.step_metric) == ("*", "iter")
     config = {u.key: u.value_json for r in stored for u in r.run.config.update}
     assert config["lr"] == "0.25"
 

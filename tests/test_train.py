@@ -71,21 +71,13 @@ def test_prepare_train_eval_infer_as_a_user_types_them(tmp_path):
     assert done.stdout.startswith("The quick brown fox")
 
 
-def test_sample_has_no_control_characters(tiny_data):
-    """A young model draws them, and the terminal would obey."""
-    run = train.setup(cli.parse(TrainConfig, [*TINY, "--sample_tokens", "300"]))
-    text = "".join(train.sample(run, seed) for seed in range(30))
-    assert len(text) > 1000
-    assert all(c.isprintable() or c in "\n\t" for c in text)
-
-
 def test_resolved_config_lies_in_the_run_as_a_recipe(tiny_data):
     """It gives the same config again, also where a text holds what TOML has to escape."""
-    run = train_here("--sample_prompt", 'a "quoted"\n\t\\ 東京 🎈', "--epochs", 1, "--max_iters", "none")
+    run = train_here("--sample_prompt", 'a "quoted"\n\t\\ 東京 🎈', "", "--epochs", 1, "--max_iters", "none")
     again = cli.parse(TrainConfig, ["--config", str(run / "config.toml")])
     assert again.vocab_size == 257
     saved = checkpoint.read_state(run / "ckpt/last")["config"]
-    differing = {k for k, v in dataclasses.asdict(again).items() if v != saved[k]}
+    differing = {k for k, v in json.loads(json.dumps(dataclasses.asdict(again))).items() if v != saved[k]}
     assert differing == {"config", "epochs"}, "the recipe's own name; epochs have become max_iters"
 
 
