@@ -258,7 +258,7 @@ def test_card_of_a_run(tiny_home, tmp_path, monkeypatch):
     assert "data_dir" not in text
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(text.partition("```toml\n")[2].partition("```")[0])
-    again = dataclasses.asdict(cli.parse(TrainConfig, ["--config", str(recipe)]))
+    again = json.loads(json.dumps(dataclasses.asdict(cli.parse(TrainConfig, ["--config", str(recipe)]))))
     local = {*export.LOCAL, "resume", "overwrite", "plan", "gpus", "mfu"}
     assert {k: v for k, v in again.items() if k not in local} == {
         k: v for k, v in state["config"].items() if k not in local
