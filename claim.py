@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from config import UserError
 
@@ -37,7 +38,7 @@ class Claim:
                 self._file.close()
             self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(self._file)
             except BlockingIOError:
                 self._file.seek(0)
                 owner = self._file.read() or "another process"
@@ -90,3 +91,27 @@ class Claim:
 
     def _holds(self, path: Path) -> bool:
         return self._file is not None and path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
+
+
+def _lock(file: TextIO) -> None:
+    """Lock an open file for this process alone; BlockingIOError where another one has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.1)  # it may only look: in_use
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a process trains in a folder now, as far as its file system has locks; nothing is written there.
+
+    The lock is tried as one of many, who only look, and given back at once.
+    """
+    try:
+        with open(run_dir / ".lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never locked, or not to be read
+        return False
+    return False

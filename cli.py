@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -32,9 +33,12 @@ VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, Expor
 RECIPES = Path(__file__).resolve().parent / "configs"
 
 
+_types = functools.cache(typing.get_type_hints)  # 1 ms for each key of each recipe otherwise
+
+
 def _kind(cls, field) -> tuple[type, bool]:
     """(type of the field's value or of its items, whether None is allowed)."""
-    hint = typing.get_type_hints(cls)[field.name]
+    hint = _types(cls)[field.name]
     if typing.get_origin(hint) is tuple:
         return tuple, False
     if isinstance(hint, types.UnionType):
@@ -183,8 +187,11 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
     return layer
 
 
-def parse(cls, words: Sequence[str]):
+def parse(cls, words: Sequence[str], weights: bool = True):
     """Config of type `cls` from command-line words.
+
+    Args:
+        weights: False: those of init_from are not looked for, and the model's shape is not theirs.
 
     Raises:
         UserError: with every problem found in recipe, command line and their combination.
@@ -205,7 +212,7 @@ def parse(cls, words: Sequence[str]):
         words_of_it = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
         if any("\ud800" <= c <= "\udfff" for c in "".join(words_of_it)):  # Python's for bytes it cannot read
             problems.append(f"{key} = {value!r} is no text here: set LC_ALL=C.UTF-8, or take another name")
-    if settings.get("init_from"):
+    if weights and settings.get("init_from"):
         try:
             settings = _given_shape(cls, settings) | settings
         except UserError as why:
@@ -220,6 +227,22 @@ def parse(cls, words: Sequence[str]):
     return config
 
 
+def recipes(cls, words: Sequence[str]) -> dict:
+    """Each recipe in configs/ by its name: the config that it makes with these words, or the UserError.
+
+    Weights to begin with are not looked for: on the hub that could take minutes.
+    """
+    found = {}
+    for path in sorted(RECIPES.glob("*.toml")):
+        try:
+            found[path.stem] = parse(cls, [*words, "--config", path.stem], weights=False)
+        except UserError as why:
+            found[path.stem] = UserError(str(why).replace(f"{path}: ", ""))
+        except OSError as why:
+            found[path.stem] = UserError(f"cannot be read: {why.strerror}")
+    return found
+
+
 def _given_shape(cls, settings: dict) -> dict:
     """The model's shape where init_from gives it; a run that goes on has it, and those weights may be others by now."""
     resume = settings.get("resume")
@@ -231,7 +254,7 @@ def _given_shape(cls, settings: dict) -> dict:
 
 def recipe_text(config) -> str:
     """A resolved config as a recipe: `--config` with it gives the same config again."""
-    left_out = {"config", "resume", "overwrite", "plan", "gpus", "mfu"}  # these say how it was called
+    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # these say how it was called
     left_out |= {one for one, other in EXCLUSIVE if getattr(config, other, None) is not None}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
     # JSON's texts, numbers and booleans are TOML's too

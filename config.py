@@ -180,7 +180,8 @@ class TrainConfig(ModelConfig, MachineConfig):
     overwrite: bool = opt(False, "start again; the old run moves to <out_dir>.old-<time>")
     wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
     wandb_project: str = opt("flatgpt", "its project there")
-    plan: bool = opt(False, "print size, memory and time, and train nothing", section="Plan")
+    list: bool = opt(False, "print recipes and the runs in out/, and train nothing", section="Plan")
+    plan: bool = opt(False, "print size, memory and time, and train nothing")
     gpus: int = opt(1, "devices that --plan reckons with", low=1)
     mfu: float = opt(0.4, "share of the devices' peak that --plan reckons with", above=0, high=1)
 
@@ -239,7 +240,7 @@ class BenchConfig(TrainConfig):
     def problems(self) -> list[str]:
         """TrainConfig's; and what only a run has is refused rather than ignored."""
         asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
-        asked |= {"plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
+        asked |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]]
         if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):
             found.append(f"peer = {' '.join(self.peer)}: --peer nanoGPT PATH is expected")

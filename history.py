@@ -7,9 +7,9 @@ history.best            # (iter, loss)
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,10 @@ class History:
     def parameters(self) -> int | None:
         """How many the model has."""
         known = {key: self.settings[key] for key in ModelConfig.__dataclass_fields__ if key in self.settings}
-        return ModelConfig(**known).num_params() if known.get("vocab_size") else None
+        try:
+            return ModelConfig(**known).num_params() if known.get("vocab_size") else None
+        except TypeError:  # somebody's own state.json
+            return None
 
     @property
     def device(self) -> str | None:
@@ -67,13 +70,14 @@ def read(folder: Path) -> History:
     A run may be writing: half a last line does not count, nor does a line that is not a row.
 
     Raises:
-        UserError: no such folder.
+        UserError: no such folder, or a log that cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
     state = _json(folder / STATE) or _json(folder / "ckpt" / "last" / STATE)
-    settings = state.get("config") or _recipe(folder / RECIPE)
-    return History(folder.resolve().name, _columns(folder / LOG), state, settings)
+    config = state.get("config")
+    settings = config if isinstance(config, dict) else _recipe(folder / RECIPE)
+    return History(Path(os.path.abspath(folder)).name, _columns(folder / LOG), state, settings)
 
 
 def _columns(file: Path) -> dict[str, list[float]]:
@@ -81,8 +85,10 @@ def _columns(file: Path) -> dict[str, list[float]]:
         text = file.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return {}
+    except OSError as why:
+        raise UserError(f"{file} cannot be read: {why.strerror}") from None
     whole, _, _ = text.replace("\0", "").rpartition("\n")
-    keys, *rows = csv.reader(whole.splitlines()) if whole else [[]]
+    keys, *rows = (line.split(",") for line in whole.splitlines() or [""])  # numbers alone: nothing is quoted
     rows = [row for row in rows if len(row) == len(keys) and math.isfinite(_number(row[0]))]
     return {key: [_number(row[n]) for row in rows] for n, key in enumerate(keys)}
 
@@ -97,7 +103,7 @@ def _number(text: str) -> float:
 def _json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -31,7 +31,7 @@ from shards import write_whole
 # Keys that decide, with the model's, which run it is; and keys that only say how it was called.
 FIXED = ("stride", "seed", "optimizer")
 BATCH = ("batch_size", "grad_accum_steps")  # their product does
-CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "plan", "gpus", "mfu")
+CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "list", "plan", "gpus", "mfu")
 
 
 def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:

@@ -4,16 +4,23 @@ python train.py                                   # the Python reference, in byt
 python train.py --config shakespeare              # a recipe from configs/
 python train.py --config mine.toml --lr 1e-3      # your own, with a change
 python train.py --config shakespeare --resume     # go on where a run was stopped
+python train.py --list                            # the recipes, and the runs so far
 python train.py --config gpt2_124m --plan         # how large, how long, on which GPU; trains nothing
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
 python train.py --help                            # every key
 """
 
-from cli import from_command_line, recipe_text, run_verb
+import sys
+
+from cli import from_command_line, recipe_text, recipes, run_verb
 from config import TrainConfig, run_dir
+from listing import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__)
+    if CONFIG.list:
+        run_verb(print_list, recipes(TrainConfig, sys.argv[1:]))
+        sys.exit()
 
 import dataclasses
 import gc

@@ -1,6 +1,7 @@
 """claim.py: one process at a time trains in a run's folder, and nobody's folder is taken from him."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -255,3 +256,26 @@ def test_config_of_the_users_own_is_kept(tiny_data):
     train_here(*QUIET, "--config", mine, "--out_dir", RUN)
     (kept,) = RUN.glob("config.toml.old-*")
     assert kept.read_text() == "# mine\nlr = 1e-3\n"
+
+
+def test_in_use_is_seen_and_nothing_is_touched(owner):
+    before = snapshot(RUN)
+    assert claim.in_use(RUN)
+    assert snapshot(RUN) == before
+    owner.kill()
+    owner.wait()
+    assert not claim.in_use(RUN)
+    assert snapshot(RUN) == before
+    assert not claim.in_use(Path("data"))
+    assert not Path("data/.lock").exists()
+
+
+def test_who_only_looks_keeps_nobody_out(tmp_path, monkeypatch):
+    """A run that began while `train.py --list` looked at its folder would have been refused."""
+    with open(tmp_path / ".lock", "w") as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        assert not claim.in_use(tmp_path)  # nor each other
+        monkeypatch.setattr(time, "sleep", lambda seconds: looks.close())
+        with Claim(tmp_path) as claimed:
+            claimed.take()
+            assert claim.in_use(tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -292,6 +293,22 @@ def test_bare_name_is_a_recipe_of_ours_and_a_path_is_a_path(in_tmp):
 def test_folder_of_that_name_does_not_hide_the_recipe(in_tmp):
     (in_tmp / "quickstart").mkdir()  # a run's folder, say
     assert parse(TrainConfig, ["--config", "quickstart"]).config == "quickstart"
+
+
+def test_recipes_are_configs_or_what_is_wrong_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "RECIPES", tmp_path)
+    recipe(tmp_path, "n_layer = 2\nlr = 1.0", "small.toml")
+    recipe(tmp_path, 'base = "small"\ninit_from = "no/such/model"', "tuned.toml")
+    recipe(tmp_path, "n_layer = 'two'\nn_lare = 2", "wrong.toml")
+    recipe(tmp_path, "n_layer = ", "broken.toml")
+    found = cli.recipes(TrainConfig, ["--lr", "2", "--config", "tuned", "--list"])
+    assert sorted(found) == ["broken", "small", "tuned", "wrong"]
+    assert (found["small"].n_layer, found["small"].lr, found["small"].config) == (2, 2.0, "small")
+    assert (found["tuned"].n_layer, found["tuned"].init_from) == (2, "no/such/model")
+    assert str(found["wrong"]).startswith("2 problems:\n  1. n_layer = 'two': a whole number is expected\n  2. n_lare")
+    assert str(found["broken"]).startswith("not valid TOML: ")
+    monkeypatch.setattr(Path, "read_text", lambda *words, **keys: (_ for _ in ()).throw(PermissionError(13, "No")))
+    assert [str(why) for why in cli.recipes(TrainConfig, []).values()] == ["cannot be read: No"] * 4
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_a_log_comes_back(tmp_path):
         (b"iter,val_loss\n", []),
         (b"iter,val_loss\n0,5", []),
         (b"iter,val_loss\n0,5\n10,4.12345", [0]),
+        (b"iter,val_loss\n0,5\n10," + 200_000 * b"4" + b'\n20,"3\n', [0, 10, 20]),
         (b"iter,val_loss\n0,5\n10\n\xff\xfe\0\n20,3,1\nx,1\n30,2\n", [0, 30]),
     ],
 )
@@ -50,6 +51,15 @@ def test_an_empty_folder_and_none(tmp_path):
     assert (len(found), found.best, found.parameters, found.device) == (0, None, None, None)
     with pytest.raises(UserError, match="no such folder"):
         history.read(tmp_path / "none")
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        history.read(tmp_path)
+
+
+def test_a_link_has_its_own_name(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "newest").symlink_to("run")
+    assert history.read(tmp_path / "newest").name == "newest"
 
 
 def test_facts_of_a_checkpoint_else_of_the_recipe(tmp_path):
@@ -62,8 +72,11 @@ def test_facts_of_a_checkpoint_else_of_the_recipe(tmp_path):
     found = history.read(tmp_path)
     assert found.parameters == ModelConfig(n_embd=16, vocab_size=10).num_params()
     assert found.device == "2 x Abacus"
-    (last / "state.json").write_text("[")
-    assert history.read(tmp_path).settings["n_embd"] == 8
+    for broken in ("[", "[]", 100_000 * "[", '{"config": [1]}'):
+        (last / "state.json").write_text(broken)
+        assert history.read(tmp_path).settings["n_embd"] == 8
+    (last / "state.json").write_text('{"config": {"n_embd": "16", "vocab_size": 10}}')
+    assert history.read(tmp_path).parameters is None
 
 
 @pytest.mark.parametrize(

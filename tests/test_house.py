@@ -58,6 +58,7 @@ ARROWS = {
     "card": {"model_hub", "repositories"},
     "history": set(),
     "samples": {"decoder", "run", "runtime", "sampling"},
+    "listing": {"claim", "history"},
     "resume": {"checkpoint", "claim", "muon", "optim", "parallel", "run", "runtime", "shards"},
     "claim": set(),
     "saver": {"checkpoint"},
