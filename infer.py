@@ -18,11 +18,12 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
+from torch import Tensor
 
 import trained
 from decoder import Decoder
@@ -30,6 +31,7 @@ from outputs import require_writable, write_json
 from packing import pack
 from runtime import machine
 from sampling import TextStream, generate_batch
+from trained import Trained
 
 
 def say(line: str) -> None:
@@ -81,8 +83,8 @@ class Writer:
         stream = TextStream(self.encoding, self.config.stop)
         return Text(prompt, self.encoding.encode_ordinary(prompt) or self.start, stream)
 
-    def write(self, texts: list[Text], look: Callable[[], None]) -> None:
-        """Continue texts to their ends, all at once; `look` is called whenever they grew."""
+    def write(self, texts: list[Text], watch: Callable[[Tensor, Tensor], None] | None = None) -> Iterator[None]:
+        """Continue texts to their ends, all at once; yields whenever they grew. `watch` as in generate_batch."""
         longest = max(len(text.ids) for text in texts)
         if longest + self.config.max_new_tokens - 1 > self.context and self.may_slide:
             self.may_slide = False
@@ -100,6 +102,7 @@ class Writer:
             n_vocab=self.encoding.n_vocab,
             stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),
             first_row=self.rows,
+            watch=watch,
         )
         self.rows += len(texts)
         with contextlib.closing(batch):
@@ -119,12 +122,12 @@ class Writer:
                 else:
                     self.later += taken
                     self.seconds += came - before - compiled
-                look()
+                yield
                 if all(text.ended for text in texts):
                     break
         for text in texts:
             text.end("length" if text.tokens == self.config.max_new_tokens else "end_of_text")
-        look()
+        yield
 
     def pace(self) -> str:
         """What was written and how fast, for people."""
@@ -187,8 +190,8 @@ def _read(name: str) -> str:
         raise UserError(f"{where}: no UTF-8 text: {why.reason} at byte {why.start}; convert it first") from None
 
 
-def load(config: InferConfig) -> tuple[Writer, dict]:
-    """The model that config asks for, laid out for writing, and the facts about it."""
+def load(config: InferConfig) -> tuple[Writer, Trained, dict]:
+    """The model that config asks for, laid out for writing; where it was found; and facts about it."""
     place = machine(config.device, config.dtype)
     if config.quantize and config.dtype == "float16" and place.device.type == "cpu":
         raise UserError("quantize = int8 takes bfloat16 products on a CPU: leave out dtype")
@@ -202,7 +205,7 @@ def load(config: InferConfig) -> tuple[Writer, dict]:
     facts["machine"] = f"{place.name}, {precision}, {'compiled' if compile else 'eager'}"
     say(f"{found.describe()}: {facts['parameters']:,} parameters, on {facts['machine']}")
     start = [encoding.eot_token] if found.end_of_text else encoding.encode_ordinary("\n")
-    return Writer(config, decoder, encoding, start), facts
+    return Writer(config, decoder, encoding, start), found, facts
 
 
 def converse(writer: Writer) -> None:
@@ -220,7 +223,8 @@ def converse(writer: Writer) -> None:
         text = writer.text(prompt)
         page = Page([""], [text], writer.config.stream_text)
         try:
-            writer.write([text], page.look)
+            for _ in writer.write([text]):
+                page.look()
         except KeyboardInterrupt:
             page.end()
 
@@ -251,7 +255,7 @@ def main(config: InferConfig) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     require_writable(config.json, "json")
     prompts = [] if config.interactive else read_prompts(config)
-    writer, facts = load(config)
+    writer, _, facts = load(config)
     if config.interactive:
         return converse(writer)
     texts, titles = [], []
@@ -265,7 +269,8 @@ def main(config: InferConfig) -> None:
     look = page.look if config.json != "-" else lambda: None
     try:
         for start in range(0, len(texts), config.batch_size):
-            writer.write(texts[start : start + config.batch_size], look)
+            for _ in writer.write(texts[start : start + config.batch_size]):
+                look()
             if config.json not in (None, "-"):  # what there is, in case that a long night ends early
                 write_json({**facts, **report(config, writer, texts)}, config.json)
     except KeyboardInterrupt:

@@ -121,6 +121,19 @@ class Sampler:
         return tokens
 
 
+def likeliest(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
+    """Of each row of logits (B, V): the id that was drawn, one of tokens (B), then the k likeliest, falling.
+
+    Returns:
+        pairs of id and probability, by softmax: as the model has it, before temperature and filters.
+    """
+    probabilities = F.softmax(logits.float(), dim=-1)
+    best = probabilities.topk(min(k, logits.size(-1)), dim=-1)
+    ids = torch.cat([tokens[:, None], best.indices], dim=-1)  # (B, 1 + k)
+    found = torch.cat([probabilities.gather(-1, tokens[:, None]), best.values], dim=-1)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), found.tolist(), strict=True)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # token after token
 
@@ -135,6 +148,7 @@ def generate_batch(
     n_vocab: int | None = None,
     stop_ids: Sequence[int] = (),
     first_row: int = 0,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """New ids after each prompt, a list of one per row at a time; None where a row has ended.
 
@@ -146,6 +160,7 @@ def generate_batch(
         n_vocab: ids from here on are never drawn (the tokenizer's size, where the model's vocabulary is larger).
         stop_ids: ids that end a row; they are not yielded.
         first_row: number of the first row, which its random numbers belong to.
+        watch: is given each step's logits (B, V), of the ids that can be drawn, and the ids (B) that were.
     """
     model = decoder.model
     context = model.config.context_length
@@ -163,6 +178,8 @@ def generate_batch(
         logits = _in_rows([(rows, decoder.read(rows, ids)) for ids, rows in alike.items()])
         for n in range(1, max_new_tokens + 1):
             tokens = sampler(logits)
+            if watch:
+                watch(logits[:, :drawable], tokens)
             copied = _copy(tokens)
             # On CUDA the device computes on while the host reads and prints; the first step may have to be compiled.
             ahead = decoder.device.type == "cuda" and 1 < n < max_new_tokens and not _full(decoder, live)

@@ -30,6 +30,7 @@ from sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    likeliest,
     penalize_seen,
     stream_text,
 )
@@ -331,6 +332,36 @@ def test_top_p_keeps_the_likeliest_that_reach_it(vocabulary, scale, top_p):
     kept = keep_top_p(logits, top_p)
     assert_kept(logits, kept, [slow_top_p(row, top_p) for row in logits])
     assert torch.equal(kept, transformers.TopPLogitsWarper(top_p)(NO_IDS, logits))
+
+
+def test_likeliest_have_the_models_probabilities():
+    """The one that was drawn first, however unlikely; others by softmax of the plain logits."""
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    drawn = torch.tensor([4, 19, 0])
+    for row, found, token in zip(logits.double().numpy(), likeliest(logits, drawn, 5), drawn.tolist(), strict=True):
+        probabilities = np.exp(row) / np.exp(row).sum()
+        ids = [token, *np.argsort(-probabilities, kind="stable")[:5].tolist()]
+        assert [p for _, p in found] == pytest.approx(probabilities[ids].tolist(), rel=1e-5)
+        assert found[0][0] == token
+    assert [len(row) for row in likeliest(logits[:, :3], torch.zeros(3, dtype=torch.int64), 5)] == [4, 4, 4]
+
+
+def test_watch_sees_what_each_token_is_drawn_from():
+    """Logits as a pass without a cache has them, of ids that can be drawn; the tokens are those that are given out."""
+    model, seen = GPT(CONFIG).eval(), []
+    prompts, options = [[3, 1], [4]], dataclasses.replace(FREE, top_k=3, repetition_penalty=2.0)
+    steps = list(
+        generate_batch(
+            Decoder(model), prompts, 4, options, n_vocab=25, watch=lambda logits, ids: seen.append((logits, ids))
+        )
+    )
+    assert [ids.tolist() for _, ids in seen] == steps
+    texts = [list(ids) for ids in prompts]
+    for logits, ids in seen:
+        expected = torch.stack([model(torch.tensor([text]))[0, -1, :25] for text in texts])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            text.append(token)
 
 
 def test_top_p_of_a_row_does_not_depend_on_the_others():
