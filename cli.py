@@ -27,9 +27,9 @@ from pathlib import Path
 from config import EXCLUSIVE, BenchConfig, SaidElsewhere, TrainConfig, UserError, run_dir
 from data_config import PrepareConfig
 from pretrained import pretrained_shape
-from reader_config import EvalConfig, ExportConfig, InferConfig
+from reader_config import EvalConfig, ExportConfig, InferConfig, PlotConfig
 
-VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig)
+VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig)
 RECIPES = Path(__file__).resolve().parent / "configs"
 
 
@@ -147,7 +147,8 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
             if not positional:
                 problems.append(f"{word}: not expected here (every setting is --key value)")
                 continue
-            field, key, values = positional.pop(0), word, [word]
+            several = _kind(cls, positional[0])[0] is tuple  # takes every such word that is left
+            field, key, values = positional[0] if several else positional.pop(0), word, [word]
         else:
             key, equals, value = word[2:].partition("=")
             name = key.replace("-", "_")
@@ -275,7 +276,7 @@ def help_text(cls, usage: str) -> str:
         if "section" in meta:
             lines += ["", f"{meta['section']}:"]
         if meta.get("positional"):
-            flag = field.name
+            flag = field.name + " ..." * (kind is tuple)
         elif kind is bool:
             flag = f"--[no-]{field.name}"
         else:
@@ -283,7 +284,7 @@ def help_text(cls, usage: str) -> str:
             value = "|".join(meta["choices"]) if "choices" in meta else value
             flag = f"--{field.name} " + (f"[{value}]" if "bare" in meta else value)
         text = meta["help"]
-        if meta.get("positional"):
+        if meta.get("positional") and "choices" in meta:
             text += f": {', '.join(meta['choices'])}"
         default = meta.get("none", "none") if field.default is None else field.default
         if kind is tuple or (meta.get("positional") and field.default is None):

@@ -32,8 +32,8 @@ def opt(default, help: str, **meta):
         help: one sentence for `--help`.
         meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
             `none` (the word for None), `bare` (value of the flag alone), `alias` (other spellings),
-            `section` (a heading in `--help`, above this field), `positional` (no dashes), `recipe` (False: a recipe's
-            key of this name is meant for training).
+            `section` (a heading in `--help`, above this field), `positional` (no dashes; a tuple takes all such words),
+            `recipe` (False: a recipe's key of this name is meant for training).
     """
     return dataclasses.field(default=default, metadata={"help": help, **meta})
 

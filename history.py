@@ -3,6 +3,7 @@
 history = read(Path("out/shakespeare"))
 history["train_loss"]   # a number for each row, nan where the log has none
 history.best            # (iter, loss)
+history.seconds         # of training, up to each row
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from config import ModelConfig, UserError
 
 LOG, STATE, RECIPE = "metrics.csv", "state.json", "config.toml"
+CHECKPOINT = f"ckpt/last/{STATE}"
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,31 @@ class History:
     def __len__(self) -> int:
         return len(self.columns.get("iter", ()))
 
+    def along(self, x: str) -> list[float]:
+        """Where each row lies on an axis: iter, tokens, or time in seconds."""
+        return self.seconds if x == "time" else self[x]
+
     @property
     def best(self) -> tuple[int, float] | None:
         """Iteration and nats per token of the lowest validation loss."""
         found = [(loss, i) for i, loss in zip(self["iter"], self["val_loss"], strict=True) if math.isfinite(loss)]
         return (int(min(found)[1]), min(found)[0]) if found else None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all updates up to each row; nan where the log never says how long one takes.
+
+        The log has no clock: evaluations and saves are not in step_ms, so not in this. A row without step_ms, as the
+        first one is, counts with the speed of the row before it, else of the one after it.
+        """
+        known = [ms for ms in self["step_ms"] if math.isfinite(ms)]
+        speed, before, total, answer = known[0] if known else math.nan, 0.0, 0.0, []
+        for i, ms in zip(self["iter"], self["step_ms"], strict=True):
+            speed = ms if math.isfinite(ms) else speed
+            total += (i - before) * speed / 1e3 if i > before else 0.0
+            before = i
+            answer.append(total)
+        return answer
 
     @property
     def parameters(self) -> int | None:
@@ -64,6 +86,18 @@ class History:
         return f"{ranks} x {name}" if name and ranks > 1 else name
 
 
+def newest(runs: Path = Path("out")) -> Path:
+    """The run's folder whose log was written last.
+
+    Raises:
+        UserError: there is none.
+    """
+    logs = sorted(runs.glob(f"*/{LOG}"), key=lambda file: file.stat().st_mtime)
+    if not logs:
+        raise UserError(f"no run in {runs}/ yet: train one (python train.py), or name the folder of one")
+    return logs[-1].parent
+
+
 def read(folder: Path) -> History:
     """The history of a run's folder, or of a folder with one checkpoint's files and a log; without a log, no rows.
 
@@ -74,7 +108,7 @@ def read(folder: Path) -> History:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
-    state = _json(folder / STATE) or _json(folder / "ckpt" / "last" / STATE)
+    state = _json(folder / STATE) or _json(folder / CHECKPOINT)
     config = state.get("config")
     settings = config if isinstance(config, dict) else _recipe(folder / RECIPE)
     return History(Path(os.path.abspath(folder)).name, _columns(folder / LOG), state, settings)
@@ -95,7 +129,7 @@ def _columns(file: Path) -> dict[str, list[float]]:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        return float(text or math.nan)
     except ValueError:
         return math.nan
 

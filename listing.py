@@ -127,7 +127,7 @@ def _run(name: str, folder: Path) -> Row:
     part = f", {min(100 * last // settings['max_iters'], 100)}%" if settings.get("max_iters") else ""
     over = state.get("finished") and last <= saved
     shown = f"running{part}" if busy else "finished" if over else f"stopped{part}"
-    files = [folder / history.LOG, folder / "ckpt" / "last" / history.STATE]
+    files = [folder / history.LOG, folder / history.CHECKPOINT]
     written = max(file.stat().st_mtime for file in ([file for file in files if file.exists()] or [folder]))
     cells = (
         *(name, _count(run.parameters), _text(settings.get("dataset", "-"), DATA), _count(last)),

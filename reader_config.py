@@ -178,6 +178,39 @@ class InferConfig(SamplingConfig, ReaderConfig):
         return found
 
 
+@dataclass(frozen=True)
+class PlotConfig:
+    """plot.py: logs of runs -> picture."""
+
+    runs: tuple[str, ...] = opt(
+        (), "folders of runs; several: side by side. Without: the newest run", positional=True, section="What is drawn"
+    )
+    x: str = opt(
+        "iter",
+        "along which axis: updates done, tokens trained on, or time of the updates",
+        choices=("iter", "tokens", "time"),
+    )
+    watch: bool = opt(False, "draw it anew whenever a log has grown, until Ctrl-C")
+    out: str | None = opt(
+        None,
+        "the file to write, .png or .svg",
+        none="metrics.png in the run's folder, of several runs in the current one",
+        section="Where to",
+    )
+    svg: bool = opt(False, "metrics.svg instead")
+
+    def problems(self) -> list[str]:
+        """Names that say another format."""
+        if not self.out or self.out.endswith(".svg") or (self.out.endswith(".png") and not self.svg):
+            return []
+        return [f"out = {self.out}: a name that ends in {'.svg' if self.svg else '.png or .svg'} is expected"]
+
+    @property
+    def format(self) -> str:
+        """png or svg."""
+        return "svg" if self.svg or (self.out or "").endswith(".svg") else "png"
+
+
 def model_path(config: ModelPathConfig) -> str | None:
     """The model that is asked for: model_path, else the recipe's run; None: the newest run."""
     return config.model_path or (str(run_dir(config)) if config.config or config.out_dir else None)

@@ -12,7 +12,7 @@ import cli
 from cli import parse
 from config import BenchConfig, TrainConfig, UserError
 from data_config import PrepareConfig
-from reader_config import EvalConfig, InferConfig
+from reader_config import EvalConfig, InferConfig, PlotConfig
 
 
 def recipe(folder, text, name="mine.toml") -> str:
@@ -89,6 +89,25 @@ def test_positional_and_lists():
     assert (found.source, found.input, found.name) == ("text", ("a", "b", "c"), "n")
     assert parse(BenchConfig, ["train", "--timed_updates", "3"]).timed_updates == 3
     assert parse(BenchConfig, []).what == "train"
+
+
+@pytest.mark.parametrize(
+    ("words", "runs", "x"),
+    [
+        ([], (), "iter"),
+        (["a"], ("a",), "iter"),
+        (["a", "b", "--x", "time", "c"], ("a", "b", "c"), "time"),
+        (["--x=tokens", "a", "--svg", "b", "--watch"], ("a", "b"), "tokens"),
+    ],
+)
+def test_a_positional_list_takes_every_word_without_a_flag(words, runs, x):
+    found = parse(PlotConfig, words)
+    assert (found.runs, found.x) == (runs, x)
+    assert found.svg is ("--svg" in words)
+
+
+def test_a_positional_list_in_the_help():
+    assert "\n  runs ...  " in cli.help_text(PlotConfig, "usage")
 
 
 @pytest.mark.parametrize(

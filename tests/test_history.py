@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -96,3 +97,36 @@ def test_parameters_are_the_models(shape):
 
 def test_gpt2_has_as_many_as_published():
     assert ModelConfig(12, 12, 768, 1024, 50257).num_params() == 124_439_808
+
+
+def of(**columns) -> history.History:
+    return history.History("r", columns, {}, {})
+
+
+def test_seconds_of_the_updates():
+    """10 updates of 100 ms, 10 of the same as nobody says, 20 of 50 ms."""
+    nan = math.nan
+    run = of(iter=[0.0, 10.0, 20.0, 40.0], step_ms=[nan, 100.0, nan, 50.0], tokens=[0.0, 5.0, 10.0, 20.0])
+    assert run.seconds == pytest.approx([0, 1, 2, 3])
+    assert run.along("time") == run.seconds
+    assert run.along("tokens") == run["tokens"]
+    assert run.along("iter") == run["iter"]
+    late = of(iter=[5.0, 10.0], step_ms=[nan, 200.0])
+    assert late.seconds == pytest.approx([1, 2])
+
+
+def test_seconds_that_nobody_knows():
+    assert of(iter=[0.0]).seconds == [0.0]
+    assert math.isnan(of(iter=[0.0, 10.0]).seconds[1])
+    assert of().seconds == []
+
+
+def test_newest_run(tmp_path):
+    with pytest.raises(UserError, match=r"no run in .* yet: train one"):
+        history.newest(tmp_path)
+    for age, name in ((30, "a"), (10, "b"), (20, "c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").touch()
+        os.utime(tmp_path / name / "metrics.csv", (1e9 - age, 1e9 - age))
+    (tmp_path / "d").mkdir()
+    assert history.newest(tmp_path) == tmp_path / "b"

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import cli
 
-VERBS = {"prepare_data", "train", "eval", "infer", "export", "bench"}
+VERBS = {"prepare_data", "train", "eval", "infer", "export", "bench", "plot"}
 # What each module may import of the house, besides the configs and (verbs only) cli: DESIGN's arrows.
 ARROWS = {
     "config": set(),
@@ -59,6 +59,8 @@ ARROWS = {
     "history": set(),
     "samples": {"decoder", "run", "runtime", "sampling"},
     "listing": {"claim", "history"},
+    "curves": set(),
+    "chart": {"curves", "history"},
     "resume": {"checkpoint", "claim", "muon", "optim", "parallel", "run", "runtime", "shards"},
     "claim": set(),
     "saver": {"checkpoint"},
