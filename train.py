@@ -37,8 +37,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
+import history
 import resume
 import samples
+from chart import figure, picture
 from claim import Claim
 from config import SaidElsewhere, UserError
 from health import out_of_memory, require_finite
@@ -48,7 +50,7 @@ from parallel import full_tensor, gradients, own_gradients
 from protocols import eval_batches
 from ranks import Ranks, join, shorten_timeout
 from run import Run, describe, print_plan, setup
-from runlog import RunLog, StepClock, duration, peak_flops, start_wandb
+from runlog import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
 from runtime import Stop, find_device, machine, reseed
 from saver import Saver
 
@@ -224,6 +226,8 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
         saver.check()
         if saver.failure:
             raise UserError(f"the run ends at iter {i}, and its last checkpoint is not there: {saver.failure}")
+        if ranks.first and asked in (0, Stop.TIME_IS_UP):  # whoever stops it is in a hurry
+            draw(log, folder)
     finally:
         saver.close()  # what is in flight arrives
         log.close()
@@ -245,6 +249,14 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
         print(f"  {command}{' --resume' * (saved == i)}")
         if asked != Stop.TIME_IS_UP:
             raise SystemExit(128 + asked)
+
+
+def draw(log: RunLog, folder: Path) -> None:
+    """The run so far as metrics.png: a picture that fails ends no run."""
+    try:
+        log.write_picture(picture(figure([history.read(folder)]), "png"))
+    except Exception as why:  # a full disk, a font, a broken installation
+        print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
 
 
 def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> dict:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,14 +81,19 @@ def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: s
     return prepare(PrepareConfig(source="text", input=(str(file),), **settings), say=lambda line: None)
 
 
-def train_here(*words) -> Path:
-    """Train in this process and in the current folder, with TINY settings and changes; the run's folder."""
+def train_here(*words, picture: bool = False) -> Path:
+    """Train in this process and in the current folder, with TINY settings and changes; the run's folder.
+
+    Args:
+        picture: draw it at the end, as a user's run does; it takes half a second.
+    """
     import cli
     import train
     from config import TrainConfig, run_dir
 
     config = cli.parse(TrainConfig, [*TINY, *map(str, words)])
-    train.train(config)
+    with contextlib.nullcontext() if picture else unittest.mock.patch.object(train, "draw"):
+        train.train(config)
     return run_dir(config)
 
 
@@ -132,7 +138,7 @@ NURSERY = f"""
 import atexit, gc, json, multiprocessing, os, runpy, select, signal, subprocess, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 # what a life imports; no thread has begun yet
-import numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
+import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
 gc.freeze()  # else each life takes 0.7 s to go through all that at its end
 children = {{}}
 while True:

@@ -9,13 +9,14 @@ import pty
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY, command
 
 import runlog
 from runlog import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
@@ -351,14 +352,19 @@ def records(data: bytes) -> list:
     return found
 
 
+def history_of(file: Path) -> list[dict]:
+    """What was logged to wandb, a dict each time; keys of nested values joined by dots."""
+    logged = []
+    for record in records(file.read_bytes()):
+        row = {".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        logged += [{key: value for key, value in row.items() if not key.startswith("_")}] * bool(row)
+    return logged
+
+
 def check_stored(file: Path) -> None:
     """Rows, also the one of a lower iteration, without the empty values; samples, the picture, and the config."""
     stored = records(file.read_bytes())
-    items = [
-        {".".join(i.nested_key): json.loads(i.value_json) for i in r.history.item} for r in stored if r.history.item
-    ]
-    logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in items]
-    *rows, samples, picture = logged
+    *rows, samples, picture = history_of(file)
     assert rows == [{"iter": 20, "train_loss": 2.5}, {"iter": 10, "train_loss": 2.25, "val_loss": 3.5}]
     assert samples["iter"] == 10
     table = json.loads((file.parent / "files" / samples["samples.path"]).read_text())
@@ -391,6 +397,28 @@ def test_wandb_without_a_network(tmp_path):
     assert "warning: wandb online: " in said
     assert "wandb sync" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_wandb_under_its_id(tiny_data):
+    """A folder for each start, which `wandb sync` makes one run of; the rows go on, samples and picture are there."""
+    words = ("--wandb", "offline", "--wandb_project", "p", "--max_iters")
+    for more in ((*words, 3), (*words, 6, "--resume")):
+        done = command("train", *TINY, *more, cwd=tiny_data)
+        assert (done.returncode, done.stderr) == (0, "")
+        time.sleep(1.1)  # wandb's folders are named by the second
+    first, second = sorted(Path("out/quickstart/wandb").glob("offline-run-*/run-*.wandb"))
+    assert first.name == second.name
+    for file, there in ((first, [0, 1, 2, 3]), (second, [3, 4, 5, 6])):
+        logged = history_of(file)
+        assert [row["iter"] for row in logged if "tokens" in row] == there
+        tables = [row for row in logged if row.get("samples._type") == "table-file"]
+        assert [row["iter"] for row in tables] == [i for i in there if i % 3 == 0]
+        assert logged[-1]["metrics._type"] == "image-file"
+        picture = file.parent / "files" / logged[-1]["metrics.path"]
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes() == Path("out/quickstart/metrics.png").read_bytes()
+    assert iters(Path("out/quickstart/metrics.csv")) == [*range(7)]
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):

@@ -81,6 +81,21 @@ def test_resolved_config_lies_in_the_run_as_a_recipe(tiny_data):
     assert differing == {"config", "epochs"}, "the recipe's own name; epochs have become max_iters"
 
 
+def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
+    """Also one that goes on; where it cannot be drawn the run is whole all the same."""
+    run = train_here(picture=True)
+    first = (run / "metrics.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    train_here("--resume", "--max_iters", 7, picture=True)
+    second = (run / "metrics.png").read_bytes()
+    assert second != first
+    monkeypatch.setattr(train, "figure", lambda histories: 1 / 0)
+    train_here("--resume", "--max_iters", 8, picture=True)
+    assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
+    assert (run / "metrics.png").read_bytes() == second
+    assert checkpoint.read_state(run / "ckpt/last")["finished"]
+
+
 def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
     words = TINY[2:]  # without --dataset tiny
     config = cli.parse(TrainConfig, [*words, "--max_iters", "1", "--eval_batches", "2"])
