@@ -24,6 +24,8 @@ ON_HUB = {  # sources that are a repository there
     "fineweb": repositories.fineweb,
     "hub": repositories.hub_repository,
 }
+# Of a run's settings these are about the machine, or about the call, not about the model.
+LOCAL = ("config", "data_dir", "out_dir", "init_from", "resume", "device", "wandb", "wandb_project", "rank_timeout")
 ENGLISH = ("pydoc", "shakespeare", "wikitext103", "fineweb")
 
 
@@ -51,12 +53,37 @@ def card(
         dtype: of the weights.
         recipe: the settings it was trained with, as TOML; empty: not known.
     """
+    use = _use(repo or "user/name", named=repo is not None)
+    facts = {"name": name, "tokenizer": tokenizer, "parameters": parameters, "dtype": dtype, "recipe": recipe}
+    return f"{_metadata(state, _manifest(state))}\n\n{body(path, state, config, **facts, use=use)}"
+
+
+def body(
+    path: Path,
+    state: dict,
+    config: ModelConfig,
+    *,
+    name: str,
+    tokenizer: str,
+    parameters: int,
+    dtype: str,
+    recipe: str,
+    use: str,
+    as_trained: bool = False,
+) -> str:
+    """What a person reads of it.
+
+    Args:
+        path, state, config, name, tokenizer, dtype, recipe: as card has them.
+        use: Markdown that says how to use it.
+        as_trained: the weights are the checkpoint's own; else they are what Hugging Face's GPT-2 makes of them.
+    """
     manifest = _manifest(state)
-    parts = [_metadata(state, manifest), f"# {_code(name)}"]
+    parts = [f"# {_code(name)}"]
     whose = "trained with flatGPT" if state else "in the layout of Hugging Face's transformers, written by flatGPT"
     parts += [f"A language model of GPT-2's kind with {parameters:,} parameters, {whose}."]
-    parts += ["## Model", _table(_shape(config, state, tokenizer, dtype))]
-    parts += ["## Use", _use(repo or "user/name", named=repo is not None)]
+    parts += ["## Model", _table(_shape(config, state, tokenizer, dtype, as_trained))]
+    parts += ["## Use", use]
     if state:
         parts += ["## Data", _list(_data(state, manifest))]
         parts += ["## Training", _list(_training(state, _logged(path, state["iter"])))]
@@ -118,7 +145,7 @@ def _logged(path: Path, iteration: int) -> dict:
 
 
 def _metadata(state: dict, manifest: dict) -> str:
-    """The hub's front matter; JSON's texts and lists are YAML's too."""
+    """The hub's front matter."""
     base, repository, language = _began_with(state), _repository(manifest), _language(manifest)
     entries = {
         "library_name": "transformers",
@@ -128,16 +155,25 @@ def _metadata(state: dict, manifest: dict) -> str:
         "datasets": repository and [repository],
         "base_model": base and base.partition("@")[0],
     }
-    return "".join(["---\n", *(f"{key}: {json.dumps(value)}\n" for key, value in entries.items() if value), "---"])
+    return front_matter({key: value for key, value in entries.items() if value})
 
 
-def _shape(config: ModelConfig, state: dict, tokenizer: str, dtype: str) -> dict[str, str]:
+def front_matter(entries: dict) -> str:
+    """The hub's YAML block; JSON's texts, lists and booleans are YAML's too."""
+    # not as \u escapes: JSON has two for an emoji, which YAML takes for two characters
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()]
+    return "".join(["---\n", *lines, "---"])
+
+
+def _shape(config: ModelConfig, state: dict, tokenizer: str, dtype: str, as_trained: bool) -> dict[str, str]:
     biased = config.bias if config.attn_bias is None else config.attn_bias
-    biases = {(True, True): "everywhere", (False, False): "none (stored as zeros)"}
-    biases |= {
-        (True, False): "not in attention (there stored as zeros)",
-        (False, True): "in attention only (else zeros)",
+    biases = {
+        (True, True): "everywhere",
+        (False, False): "none" + " (stored as zeros)" * (not as_trained),
+        (True, False): "not in attention" + " (there stored as zeros)" * (not as_trained),
+        (False, True): "in attention only" + " (else zeros)" * (not as_trained),
     }
+    positions = {"learned": "learned positions", "rope": "rotary positions (RoPE)"}[config.position]
     trained = state.get("config", {}).get("context_length", config.context_length)
     cut = f" (of {trained:,} in training)" if trained != config.context_length else ""
     return {
@@ -147,8 +183,10 @@ def _shape(config: ModelConfig, state: dict, tokenizer: str, dtype: str) -> dict
         "width of the MLP": f"{round(config.mlp_ratio * config.n_embd):,}",
         "activation": config.activation,
         "biases": biases[config.bias, biased],
-        "output head": "the token embedding's matrix" if config.tie_weights else "a matrix of its own",
-        "context": f"{config.context_length:,} tokens{cut}, learned positions",
+        "output head": "the token embedding's matrix"
+        if config.tie_weights
+        else "a matrix of its own" + ", with a bias" * config.head_bias,
+        "context": f"{config.context_length:,} tokens{cut}, {positions}",
         "tokenizer": f"{tokenizer} (tiktoken's name), the model has {config.vocab_size:,} ids"
         if tokenizer != "byte"
         else "bytes of UTF-8, and end-of-text",

@@ -122,7 +122,12 @@ def mark_finished(folder: Path) -> None:
 
 
 def _write_state(folder: Path, state: dict) -> None:
-    write_whole(folder / STATE, json.dumps({**state, "sha256": _hash(state)}, indent=1).encode())
+    write_whole(folder / STATE, state_file(state))
+
+
+def state_file(state: dict) -> bytes:
+    """The content of state.json: the state, and its own SHA-256."""
+    return json.dumps({**state, "sha256": _hash(state)}, indent=1).encode()
 
 
 def _hash(state: dict) -> str:

@@ -27,9 +27,9 @@ from pathlib import Path
 from config import EXCLUSIVE, BenchConfig, SaidElsewhere, TrainConfig, UserError, run_dir
 from data_config import PrepareConfig
 from pretrained import pretrained_shape
-from reader_config import EvalConfig, ExportConfig, InferConfig, PlotConfig
+from reader_config import AppConfig, EvalConfig, ExportConfig, InferConfig, PlotConfig
 
-VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig)
+VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig, AppConfig)
 RECIPES = Path(__file__).resolve().parent / "configs"
 
 

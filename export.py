@@ -1,15 +1,16 @@
-"""A trained model as a Hugging Face GPT-2 folder, for transformers, lm_eval and llama.cpp; and onto the hub.
+"""A trained model as a Hugging Face GPT-2 folder, for transformers, lm_eval and llama.cpp; onto the hub; as a Space.
 
 python export.py                                                   # the newest run: out/<run>/hugging_face
 python export.py --model_path out/shakespeare --out exported --dtype bfloat16
 python export.py --model_path out/shakespeare --push user/name --private --dry_run   # what would go there
 python export.py --model_path out/shakespeare --push user/name --private             # after `hf auth login`
 python export.py --model_path nanoGPT/out/ckpt.pt --out exported   # of nanoGPT, or any other that is read here
+python export.py --model_path out/shakespeare --space playground   # app.py with this model, to run there or on the hub
 """
 
 from cli import from_command_line, recipe_text, run_verb
 from config import TrainConfig, UserError
-from reader_config import ExportConfig, model_path
+from reader_config import ExportConfig, model_path, upload_space
 
 if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tiktoken
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,14 +32,15 @@ from torch import Tensor
 
 import model_hub
 import trained
-from card import card
+from card import LOCAL, card
+from checkpoint import WEIGHTS
 from formats import generation_config, hugging_face_config, to_hugging_face, unexportable
+from model import GPT
+from space import space_files
 from trained import Trained
 from vocabulary import tokenizer_files
 
-WEIGHTS = "model.safetensors"
-# Of a run's settings these are about the machine, not about the model.
-LOCAL = ("config", "data_dir", "out_dir", "init_from", "device", "wandb", "wandb_project", "rank_timeout")
+Content = bytes | Path | dict[str, Tensor]  # of a file: itself, one to copy, or what safetensors is to write
 
 
 def say(line: str) -> None:
@@ -51,34 +54,44 @@ def folder_to_write(config: ExportConfig, found: Trained) -> Path | None:
     Raises:
         UserError: there is something already, or nobody says where.
     """
-    if config.out is None and config.push:
+    key, given = ("space", config.space) if config.space else ("out", config.out)
+    if given is None and config.push:
         return None
-    if config.out is None and not (found.state and found.path.parent.name == "ckpt"):
+    if given is None and not (found.state and found.path.parent.name == "ckpt"):
         raise UserError(f"{found.path} is in no run's folder, where an export goes by default: give --out FOLDER")
-    out = Path(config.out) if config.out else found.path.parent.parent / "hugging_face"
+    out = Path(given) if given else found.path.parent.parent / "hugging_face"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"out = {out} is there already: an export makes a new folder; move it away, or give another --out"
+            f"{key} = {out} is there already: an export makes a new folder; move it away, or give another --{key}"
         )
     return out
 
 
-def make(config: ExportConfig, found: Trained) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-    """The tensors of model.safetensors, and the other files by name.
+def load(config: ExportConfig, found: Trained) -> tuple[GPT, tiktoken.Encoding]:
+    """The model in the precision to be written, and its tokenizer.
+
+    Raises:
+        UserError: what trained.load says, or numbers that are none.
+    """
+    model, encoding = trained.load(found, torch.device("cpu"), config.context_length)
+    model = model.to(getattr(torch, config.dtype))
+    if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
+        why, remedy = "the run diverged", "take an earlier checkpoint"
+        if config.dtype == "float16":
+            why, remedy = f"{why}, or float16 is too narrow for it", f"{remedy}, or --dtype bfloat16"
+        raise UserError(f"{found.path}: {broken[0]} has nan or inf in {config.dtype}: {why}; {remedy}")
+    return model, encoding
+
+
+def hugging_face(config: ExportConfig, found: Trained) -> dict[str, Content]:
+    """The files of Hugging Face's folder by name.
 
     Raises:
         UserError: a model or a tokenizer that Hugging Face's GPT-2 does not know.
     """
     if reasons := unexportable(found.config):
         raise UserError(f"{found.path} cannot be exported: {'; '.join(reasons)}")
-    model, encoding = trained.load(found, torch.device("cpu"), config.context_length)
-    tensors = to_hugging_face(model.state_dict(), model.config)
-    tensors = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in tensors.items()}
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(
-            f"{found.path}: {broken[0]} has nan or inf in {config.dtype}: the run diverged, or float16 is too narrow "
-            "for it; take an earlier checkpoint, or --dtype bfloat16"
-        )
+    model, encoding = load(config, found)
     text = card(
         found.path,
         found.state,
@@ -95,7 +108,20 @@ def make(config: ExportConfig, found: Trained) -> tuple[dict[str, Tensor], dict[
         "generation_config.json": generation_config(model.config, encoding.eot_token, encoding.n_vocab),
     }
     files = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in settings.items()}
-    return tensors, files | tokenizer_files(encoding, model.config.context_length) | {"README.md": text.encode()}
+    files |= tokenizer_files(encoding, model.config.context_length) | {"README.md": text.encode()}
+    return {WEIGHTS: to_hugging_face(model.state_dict(), model.config), **files}
+
+
+def space(config: ExportConfig, found: Trained) -> dict[str, Content]:
+    """The files of a Space by name: a checkpoint of ours stays one, others come as Hugging Face's folder.
+
+    Raises:
+        UserError: a model that is not to be loaded.
+    """
+    if found.state:
+        load(config, found)
+        return space_files(found, title(config, found), recipe(found.state), config.model_path)
+    return hugging_face(config, found) | space_files(found, title(config, found), "", config.model_path)
 
 
 def title(config: ExportConfig, found: Trained) -> str:
@@ -112,32 +138,43 @@ def recipe(state: dict) -> str:
     return recipe_text(dataclasses.replace(trained_with, **dict.fromkeys(LOCAL)))
 
 
-def write(folder: Path, tensors: dict[str, Tensor], files: dict[str, bytes]) -> None:
+def write(folder: Path, files: dict[str, Content]) -> None:
     """Write all files into an empty folder, and to the disk.
 
     Raises:
         UserError: there is no room, or no right to.
     """
     try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})  # the key is what transformers asks for
         for name, content in files.items():
-            (folder / name).write_bytes(content)
-        (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read it
-        for name in (WEIGHTS, *files):
+            (folder / name).parent.mkdir(exist_ok=True)
+            if isinstance(content, dict):
+                save_file(content, folder / name, metadata={"format": "pt"})  # the key is what transformers asks for
+            elif isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                (folder / name).write_bytes(content)
+        (folder / WEIGHTS).chmod((folder / "README.md").stat().st_mode)  # safetensors lets nobody else read it
+        for name in files:
             with open(folder / name, "rb") as file:
                 os.fsync(file.fileno())
     except (OSError, SafetensorError) as why:
         reason = why.strerror if isinstance(why, OSError) and why.strerror else str(why).splitlines()[0]
-        needed, free = sum(sizes(tensors, files).values()), shutil.disk_usage(folder).free
+        needed, free = sum(sizes(files).values()), shutil.disk_usage(folder).free
         raise UserError(
             f"{folder} could not be written: {reason}; {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are "
             "free; nothing of it is kept"
         ) from None
 
 
-def sizes(tensors: dict[str, Tensor], files: dict[str, bytes]) -> dict[str, int]:
-    """Bytes of each file; of the weights without their names, a few thousand bytes more."""
-    return {WEIGHTS: sum(t.nbytes for t in tensors.values())} | {name: len(content) for name, content in files.items()}
+def sizes(files: dict[str, Content]) -> dict[str, int]:
+    """Bytes of each file; of tensors without their names, a few thousand bytes more."""
+
+    def size(content: Content) -> int:
+        if isinstance(content, dict):
+            return sum(tensor.nbytes for tensor in content.values())
+        return content.stat().st_size if isinstance(content, Path) else len(content)
+
+    return {name: size(content) for name, content in files.items()}
 
 
 def table(bytes_of: dict[str, int]) -> str:
@@ -146,12 +183,19 @@ def table(bytes_of: dict[str, int]) -> str:
     def text(size: int) -> str:
         return f"{size:,} bytes" if size < 10_000 else f"{size / 1e6:,.2f} MB"
 
-    lines = [f"  {name:<24} {text(size):>14}" for name, size in bytes_of.items()]
-    return "\n".join([*lines, f"  {'together':<24} {text(sum(bytes_of.values())):>14}"])
+    rows = bytes_of | {"together": sum(bytes_of.values())}
+    width = max(24, *map(len, rows))
+    return "\n".join(f"  {name:<{width}} {text(size):>14}" for name, size in rows.items())
 
 
 def next_steps(config: ExportConfig, found: Trained, out: Path) -> str:
     """What a user may do with the folder, ready to copy."""
+    if config.space:
+        shell = (
+            f"(cd {shlex.quote(str(out))} && python app.py)",
+            upload_space(str(out)) + "   # after `hf auth login`",
+        )
+        return "\n  ".join(["Next, in a shell:", *shell])
     folder, model = shlex.quote(str(out)), shlex.quote(config.model_path or str(found.path))
     shell = [f"lm_eval --model hf --model_args pretrained={folder} --tasks wikitext"]
     # llama.cpp computes the tanh GELU and four times the width in the MLP, whatever config.json says, and it knows
@@ -173,17 +217,31 @@ def main(config: ExportConfig) -> None:
     found = trained.find(model_path(config), say)
     out = folder_to_write(config, found)
     say(f"{found.describe()}, tokenizer {found.tokenizer}; to be written in {config.dtype}")
-    tensors, files = make(config, found)
+    files = space(config, found) if config.space else hugging_face(config, found)
     if config.dry_run:
         places = [str(out)] * (out is not None)
         places += [f"{config.push} on the hub" + ", private where it is new" * config.private] * bool(config.push)
-        print(f"would go to {' and '.join(places)}:\n{table(sizes(tensors, files))}")
+        print(f"would go to {' and '.join(places)}:\n{table(sizes(files))}")
         return
     if out is None:
         with tempfile.TemporaryDirectory(prefix="flatgpt_") as folder:
-            write(Path(folder), tensors, files)
-            upload(config, Path(folder), [WEIGHTS, *files])
+            write(Path(folder), files)
+            upload(config, Path(folder), list(files))
         return
+    place = write_whole(config, out, files)
+    print(f"{out}:\n{table({name: (place / name).stat().st_size for name in files})}")
+    if config.push:
+        upload(config, place, list(files))
+    else:
+        print(next_steps(config, found, out))
+
+
+def write_whole(config: ExportConfig, out: Path, files: dict[str, Content]) -> Path:
+    """Write the new folder, or nothing; the place that it has on the disk.
+
+    Raises:
+        UserError: as in write.
+    """
     place = Path(os.path.realpath(out))  # of a link to an empty folder, on another disk say, that folder
     partial = place.with_name(f".{place.name}.partial")
     try:
@@ -191,16 +249,13 @@ def main(config: ExportConfig) -> None:
         try:
             partial.mkdir(parents=True)
         except OSError as why:
-            raise UserError(f"out = {out}: cannot be written: {why.strerror}") from None
-        write(partial, tensors, files)
+            key = "space" if config.space else "out"
+            raise UserError(f"{key} = {out}: cannot be written: {why.strerror}") from None
+        write(partial, files)
         os.rename(partial, place)  # an empty folder makes way
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}:\n{table({name: (place / name).stat().st_size for name in (WEIGHTS, *files)})}")
-    if config.push:
-        upload(config, place, [WEIGHTS, *files])
-    else:
-        print(next_steps(config, found, out))
+    return place
 
 
 def upload(config: ExportConfig, folder: Path, names: list[str]) -> None:

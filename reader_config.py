@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from config import opt, run_dir
@@ -124,6 +125,9 @@ class ExportConfig(ModelPathConfig):
     dtype: str = opt("float32", "of the weights in it", choices=("float32", "bfloat16", "float16"), recipe=False)
     push: str | None = opt(None, "upload it to this repository of the Hugging Face hub, user/name")
     private: bool = opt(False, "where that repository is new: nobody else sees it")
+    space: str | None = opt(
+        None, "or write a folder that runs as a Hugging Face Space: app.py, what it imports, the model", none="no"
+    )
     dry_run: bool = opt(False, "list what would be written and uploaded; do neither")
 
     def problems(self) -> list[str]:
@@ -133,12 +137,19 @@ class ExportConfig(ModelPathConfig):
             found.append("private is about --push user/name: give that too, or leave private out")
         if self.push and self.push.count("/") != 1:
             found.append(f"push = {self.push}: a repository of the hub is user/name")
+        asked = {"out": self.out, "push": self.push, "context_length": self.context_length}
+        asked |= {"dtype": self.dtype != "float32"}
+        if self.space and (extra := [key for key in asked if asked[key]]):
+            found.append(
+                f"space = {self.space} is a folder of its own, with the model as it is: leave out "
+                f"{' and '.join(extra)}; it goes onto the hub with {upload_space(self.space)}"
+            )
         return found
 
 
 @dataclass(frozen=True)
-class InferConfig(SamplingConfig, ReaderConfig):
-    """infer.py: checkpoint + prompt -> text."""
+class WriterConfig(SamplingConfig, ReaderConfig):
+    """What the verbs that write texts share."""
 
     dtype: str = opt(
         "auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
@@ -146,6 +157,19 @@ class InferConfig(SamplingConfig, ReaderConfig):
     quantize: str | None = opt(
         None, "weights of 8 bits: half of bfloat16's memory, and faster", choices=("int8",), section="Speed"
     )
+
+    def problems(self) -> list[str]:
+        """SamplingConfig's; and a precision that int8 does not have."""
+        found = super().problems()
+        if self.quantize and self.dtype == "float32":
+            found.append("quantize = int8 takes bfloat16 or float16 products: leave out dtype")
+        return found
+
+
+@dataclass(frozen=True)
+class InferConfig(WriterConfig):
+    """infer.py: checkpoint + prompt -> text."""
+
     compile: bool | None = opt(None, "torch.compile the step from token to token", none="auto", recipe=False)
     standard_input: str | None = opt(
         None, "the prompt comes from standard input", choices=("-",), positional=True, section="Text"
@@ -163,7 +187,7 @@ class InferConfig(SamplingConfig, ReaderConfig):
     json: str | None = opt(None, "write texts, settings and figures to this file, - for standard output")
 
     def problems(self) -> list[str]:
-        """SamplingConfig's; and one prompt at a time."""
+        """WriterConfig's; and one prompt at a time."""
         found = super().problems()
         given = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
         given |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
@@ -173,9 +197,28 @@ class InferConfig(SamplingConfig, ReaderConfig):
             found.append("--interactive writes one text at a time, to no file: leave out json and num_samples")
         if "" in self.stop:
             found.append("stop = '': an empty string is everywhere; give one to look for, or leave it out")
-        if self.quantize and self.dtype == "float32":
-            found.append("quantize = int8 takes bfloat16 or float16 products: leave out dtype")
         return found
+
+
+@dataclass(frozen=True)
+class AppConfig(WriterConfig):
+    """app.py: a playground in the browser; its sampling options are what the page begins with."""
+
+    max_new_tokens: int = opt(200, "tokens to write", low=1, section="Text")
+    ignore_eot: bool = opt(False, "write on after end-of-text")
+    server_name: str | None = opt(
+        None,
+        "address to listen at; 0.0.0.0: other machines reach it too",
+        none="GRADIO_SERVER_NAME, else 127.0.0.1",
+        section="Server",
+    )
+    server_port: int | None = opt(
+        None, "its port", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
+    )
+    prompt_limit: int = opt(4000, "characters of a visitor's prompt, at most", low=1)
+    token_limit: int = opt(500, "tokens of a text, at most", low=1)
+    sample_limit: int = opt(4, "texts at once, at most", low=1, high=16)
+    queue_limit: int = opt(20, "visitors who may wait; one is served at a time", low=1)
 
 
 @dataclass(frozen=True)
@@ -209,6 +252,11 @@ class PlotConfig:
     def format(self) -> str:
         """png or svg."""
         return "svg" if self.svg or (self.out or "").endswith(".svg") else "png"
+
+
+def upload_space(folder: str) -> str:
+    """The command that makes a Space of a folder, or a new version of it."""
+    return f"hf upload user/name {shlex.quote(folder)} . --repo-type space --private"
 
 
 def model_path(config: ModelPathConfig) -> str | None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tiktoken
+import tiktoken.load
+import tiktoken.registry
 
 from bpe import BlockEncoder
 from config import UserError
@@ -72,6 +74,31 @@ def load(name: str) -> tiktoken.Encoding:
     if encoding.n_vocab > 65_536:
         raise UserError(f"tokenizer {name}: its {encoding.n_vocab:,} ids do not fit the shards' uint16 (65,536)")
     return encoding
+
+
+def vocabulary_files(name: str) -> dict[str, bytes]:
+    """The files that make this encoding, as a TIKTOKEN_CACHE_DIR has them; `byte` needs none.
+
+    tiktoken's constructors fetch by URL, through a cache where a file's name is the SHA-1 of its URL (its load.py).
+
+    Raises:
+        UserError: as in load.
+    """
+    load(name)  # fetched, where they were not, and checked
+    if name == "byte":
+        return {}
+    files, read = {}, tiktoken.load.read_file_cached
+
+    def recorded(url: str, *hashes: str | None, **more: str | None) -> bytes:
+        files[hashlib.sha1(url.encode()).hexdigest()] = content = read(url, *hashes, **more)
+        return content
+
+    tiktoken.load.read_file_cached = recorded
+    try:
+        tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+    finally:
+        tiktoken.load.read_file_cached = read
+    return files
 
 
 def ranks_hash(encoding: tiktoken.Encoding) -> str:

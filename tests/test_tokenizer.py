@@ -84,6 +84,22 @@ def test_right_names_pass_without_a_vocabulary(monkeypatch, tmp_path, name):
     tokenizer.check_name(name)
 
 
+def test_vocabulary_files(monkeypatch, tmp_path, gpt2_vocabulary):
+    """They are a TIKTOKEN_CACHE_DIR with which nothing is fetched; tiktoken is as before."""
+    assert tokenizer.vocabulary_files("byte") == {}
+    read = tiktoken.load.read_file_cached
+    files = tokenizer.vocabulary_files("gpt2")
+    assert tiktoken.load.read_file_cached is read
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("requests.get", lambda *_, **__: pytest.fail("nothing is to be fetched"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert tokenizer.ranks_hash(tokenizer.load.__wrapped__("gpt2")) == tokenizer.GPT2_RANKS
+    with pytest.raises(UserError, match="gpt3: unknown"):
+        tokenizer.vocabulary_files("gpt3")
+
+
 class Garbage:
     """What a captive portal answers: a page, and no error."""
 

@@ -1,0 +1,439 @@
+"""app.py: what the page shows and says, limits, and the whole of it in a real browser."""
+
+import concurrent.futures
+import html
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+
+import app
+import cli
+import tokenizer
+from config import UserError
+from reader_config import AppConfig, InferConfig
+
+
+@pytest.fixture(scope="module")
+def playground(tiny_home):
+    return app.Playground(AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", token_limit=60))
+
+
+def plain(page: app.Page) -> str:
+    """The text that a page shows."""
+    return html.unescape(re.sub("<[^>]*>", "", page.html))
+
+
+def odds(page: app.Page) -> list[str]:
+    """What it says of each token."""
+    return [html.unescape(told) for told in re.findall(r'data-odds="([^"]*)"', page.html)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pages
+
+
+def test_a_page_shows_text_as_text_and_only_grows():
+    page = app.Page('<b>"&', tokenizer.load("byte"))
+    before = [page.html]
+    for token in b"<i>'\n":
+        page.add(chr(token), [(token, 0.5), (token, 0.5), (ord("<"), 0.25)])
+        before.append(page.html)
+    assert plain(page) == "<b>\"&<i>'\n"
+    assert set(re.findall("<(/?[a-z]+)", page.html)) == {"div", "span", "/span"}
+    assert all(after.startswith(earlier) for earlier, after in itertools.pairwise(before))
+    assert "".join(odds(page)).count("“<”") == 6
+
+
+def test_odds_name_the_token_that_was_drawn_and_the_likeliest():
+    page = app.Page("", tokenizer.load("byte"))
+    page.add("a", [(97, 0.5), (97, 0.5), (10, 0.25), (0xE6, 0.125)])
+    page.add("z", [(122, 0.001), (97, 0.5), (10, 0.25)])
+    assert odds(page) == [
+        "▸  50.0%  “a”\n   25.0%  “\\n”\n   12.5%  “\\xe6”",
+        "   50.0%  “a”\n   25.0%  “\\n”\n▸   0.1%  “z”",
+    ]
+    likely, unlikely = map(float, re.findall(r"--s:([\d.]+)", page.html))
+    assert 0 < likely < unlikely < 1
+
+
+def test_a_character_of_several_tokens_has_the_odds_of_all():
+    page = app.Page("", tokenizer.load("byte"))
+    for token, characters in zip("é".encode(), ("", "é"), strict=True):
+        page.add(characters, [(token, 0.5), (token, 0.5)])
+    page.add("", None)
+    assert plain(page) == "é"
+    assert odds(page) == ["▸  50.0%  “\\xc3”\n\n▸  50.0%  “\\xa9”"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a visitor may ask for
+
+
+def asked(**changes) -> dict:
+    """What the page sends."""
+    values = {"prompt": "99 green", "stop": "", "num_samples": 1, "max_new_tokens": 20, "temperature": 0.8, "top_k": 0}
+    values |= {"top_p": 1, "min_p": 0, "repetition_penalty": 1, "seed": 5, "ignore_eot": False}
+    return values | changes
+
+
+def test_a_visitor_gets_what_infer_writes(playground, tiny_home):
+    words = (
+        "--prompt",
+        "99 green",
+        "--num_samples",
+        2,
+        "--max_new_tokens",
+        40,
+        "--top_k",
+        50,
+        "--seed",
+        5,
+        "--json",
+        "-",
+    )
+    done = command("infer", "--device", "cpu", *words, cwd=tiny_home)
+    settings = playground.settings(**asked(num_samples=2.0, max_new_tokens=40, top_k=50))
+    for _ in range(2):  # the second visitor gets the same
+        *_, (pages, told) = playground.write(settings)
+        assert [plain(page) for page in pages] == [
+            "99 green" + text["text"] for text in json.loads(done.stdout)["texts"]
+        ]
+    assert told.startswith("80 tokens, the first after ")
+
+
+def test_every_token_says_how_likely_it_was(playground):
+    *_, ((page,), _) = playground.write(playground.settings(**asked(temperature=0)))
+    assert len(odds(page)) <= 20
+    for told in odds(page):
+        for table in told.split("\n\n"):
+            lines = table.split("\n")
+            assert len(lines) == app.SHOWN
+            assert lines[0].startswith("▸"), "greedy: the likeliest is drawn"
+            shares = [float(line[2:].split("%")[0]) for line in lines]
+            assert shares == sorted(shares, reverse=True)
+
+
+def test_visitors_who_come_while_another_is_served_change_nothing(playground):
+    """Gradio may not have ended an earlier one's iterator yet."""
+    settings = playground.settings(**asked(max_new_tokens=50))
+    *_, ((alone,), _) = playground.write(settings)
+    first = playground.write(playground.settings(**asked(prompt="bottles", seed=9, max_new_tokens=50)))
+    next(first)
+    *_, ((beside,), _) = playground.write(settings)
+    assert beside.html == alone.html
+    first.close()
+
+
+def test_stop_strings(playground):
+    settings = playground.settings(**asked(stop="x y\n\\n\n"))
+    assert settings.stop == ("x y", "\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "x" * 4001}, "the prompt has 4,001 characters: at most 4,000 here"),
+        ({"max_new_tokens": 61}, "max_new_tokens = 61: at most 60 here"),
+        ({"num_samples": 5}, "num_samples = 5: at most 4 here"),
+        ({"num_samples": 0}, "num_samples = 0: at least 1 is expected"),
+        ({"top_k": 1.5}, "top_k = 1.5: a whole number is expected"),
+        ({"temperature": float("nan")}, "temperature = nan: a number is expected"),
+        ({"seed": None}, "seed = None: a whole number is expected"),
+        ({"temperature": 0, "top_k": 5}, "temperature = 0 takes the likeliest token: leave out top_k"),
+        ({"stop": "\n".join("abcdefghi")}, "stop: at most 8 strings"),
+        ({"stop": "x" * 201}, "together 200 characters"),
+        ({"top_p": "--model_path=/etc"}, "top_p = --model_path=/etc: a number is expected"),
+    ],
+)
+def test_what_is_out_of_its_limits_is_said(playground, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        playground.settings(**asked(**changes))
+
+
+def test_about_names_no_folder_of_the_machine(playground, tiny_home):
+    assert playground.name == "quickstart"
+    card, curve = playground.card, playground.curve()
+    assert card.startswith("A language model of GPT-2's kind with 34,720 parameters")
+    assert "## Training" in card
+    assert curve.startswith('<div class="curve"><img ')
+    assert str(tiny_home) not in card + curve + playground.facts
+
+
+def test_sampling_options_of_the_command_line_are_the_pages_beginning():
+    config = cli.parse(AppConfig, ["--greedy", "--max_new_tokens", "7"])
+    assert (config.heat, config.max_new_tokens) == (0.0, 7)
+    assert {f for f in InferConfig.__dataclass_fields__ if f in asked()} == set(asked())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the server
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Server:
+    """python app.py, as a user starts it, with a model that takes long: it may write 20,000 tokens."""
+
+    def __init__(self, home: Path, *words, app: Path = ROOT / "app.py", **env: str):
+        self.port, self.home = free_port(), home
+        settings = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO")}
+        settings |= {"GRADIO_SERVER_PORT": str(self.port), "HOME": str(home), "PYTHONPATH": "", **env}
+        self.process = subprocess.Popen(
+            [sys.executable, app, *map(str, words)],
+            cwd=home,
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        )
+        self.said = []
+        for line in self.process.stdout:
+            self.said.append(line)
+            if line.startswith("http"):
+                break
+        self.url = self.said[-1].split(" ")[0]
+
+    def get(self, path: str, body: object = None) -> tuple[int, str]:
+        """Status and body of an answer."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def write(self, **changes) -> str:
+        """All events of one call of the page's function, as they are sent."""
+        values = list(asked(**changes).values())
+        _, started = self.get("/gradio_api/call/write", {"data": values})
+        return self.get(f"/gradio_api/call/write/{json.loads(started)['event_id']}")[1]
+
+    def end(self) -> str:
+        """Ctrl-C; what was printed."""
+        self.process.send_signal(signal.SIGINT)
+        rest = self.process.communicate(timeout=30)[0]
+        return "".join(self.said) + rest
+
+
+def need_gradio() -> None:
+    """In continuous integration a missing extra is a failure."""
+    if not os.environ.get("CI"):
+        pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-extra.txt")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_home):
+    need_gradio()
+    words = ("--max_new_tokens", 20_000, "--token_limit", 20_000, "--device", "cpu")
+    server = Server(tiny_home, *words)
+    yield server
+    server.end()
+    assert server.process.returncode == 130
+
+
+@pytest.mark.extra
+def test_it_listens_to_this_machine_alone(server):
+    assert server.url == f"http://127.0.0.1:{server.port}"
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.2", server.port), 5):
+        pass
+
+
+@pytest.mark.extra
+def test_nothing_of_the_machine_is_in_the_page(server):
+    for path in ("/", "/config", "/gradio_api/info", "/gradio_api/app_id", "/theme.css"):
+        status, text = server.get(path)
+        assert status == 200, path
+        for private in (str(server.home), str(ROOT), sys.prefix, os.path.expanduser("~") + "/"):
+            assert private not in text, f"{path} says {private}"
+
+
+@pytest.mark.extra
+def test_no_file_of_the_machine_is_served_and_none_is_taken(server):
+    for file in (server.home / "out/quickstart/config.toml", ROOT / "app.py", "/etc/passwd", "../../etc/passwd"):
+        for route in (f"/gradio_api/file={file}", f"/file={file}", f"/gradio_api/static/{file}"):
+            assert server.get(route)[0] in (403, 404), route
+    boundary = b"--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n" + 100 * b"x" + b"\r\n--b--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    request = urllib.request.Request(f"{server.url}/gradio_api/upload", boundary, headers)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=20)
+    assert caught.value.code == 413
+    assert server.get("/monitoring")[0] in (403, 404)
+
+
+@pytest.mark.extra
+def test_limits_hold_for_whoever_leaves_the_page_out(server):
+    for changes in ({"max_new_tokens": 20_001}, {"num_samples": 5}, {"prompt": "x" * 4001}, {"seed": -1}):
+        events = server.write(**changes)
+        assert events.startswith("event: error"), events
+        assert re.search("maximum value|at most|at least", events)
+    assert "<" not in server.write(top_k="<img src=x>").partition("event: error")[2]
+    for odd in (server.write(prompt={"a": 1}, max_new_tokens=1), server.write(num_samples=[])):
+        assert "Traceback" not in odd
+        assert ".py" not in odd
+
+
+@pytest.mark.extra
+def test_visitors_at_the_same_time_wait_for_each_other(server):
+    one, other = server.write(max_new_tokens=300), server.write(max_new_tokens=300, seed=6)
+    with concurrent.futures.ThreadPoolExecutor(6) as visitors:
+        events = list(visitors.map(lambda seed: server.write(max_new_tokens=300, seed=seed), [5, 6] * 3))
+    for seed, found in zip([5, 6] * 3, events, strict=True):
+        assert "event: complete" in found
+        last, expected = (re.findall(r'<div class=\\"text\\".*', each)[-1] for each in (found, (one, other)[seed - 5]))
+        assert last.split("span")[-2:] == expected.split("span")[-2:]
+
+
+@pytest.mark.extra
+def test_the_environment_says_where_to_listen_and_a_port_in_use_is_said(server, tiny_home):
+    """GRADIO_SERVER_NAME, as Spaces set it."""
+    elsewhere = Server(tiny_home, GRADIO_SERVER_NAME="127.0.0.2")
+    assert elsewhere.url == f"http://127.0.0.2:{elsewhere.port}"
+    assert elsewhere.get("/config")[0] == 200
+    elsewhere.end()
+    taken = command("app", "--server_port", server.port, cwd=tiny_home)
+    assert (taken.returncode, taken.stderr.splitlines()[-1].partition(": ")[0]) == (2, "error")
+    assert f"server_port = {server.port}" in taken.stderr
+    assert "Traceback" not in taken.stderr
+
+
+def test_without_gradio_it_says_what_to_install(tiny_home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match="pip install gradio"):
+        app.main(AppConfig(model_path=str(tiny_home / "out/quickstart")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in Chromium
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium: nothing is downloaded."""
+    path = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(p).exists()), None)
+    if not os.environ.get("CI"):
+        pytest.importorskip("playwright", reason="playwright is not installed: pip install -r requirements-extra.txt")
+        if path is None:
+            pytest.skip("Chromium is not installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])  # which root cannot have
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[1280, 390], ids=["wide", "narrow"])
+def page(request, browser, server):
+    """The playground as a visitor sees it; nothing outside this machine is asked for, and nothing is wrong."""
+    page = browser.new_page(viewport={"width": request.param, "height": 900})
+    wrong, asked_for = [], []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked_for.append(request.url))
+    page.goto(server.url)
+    page.get_by_label("Prompt").wait_for()
+    yield page
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), "nothing hangs over the edge"
+    page.close()
+    assert not wrong
+    assert [url for url in asked_for if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+def set_option(page, name: str, value: float) -> None:
+    """Type a value into the number box of a slider, or into a number's."""
+    box = page.get_by_label(re.compile(f"(number input for )?{name}$")).and_(page.locator("input[type=number]"))
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def shown(page) -> str:
+    """The first text."""
+    return page.locator(".text").first.inner_text()
+
+
+def written(page, tokens: int) -> str:
+    """Click on Write, and wait until so many tokens are there; the text."""
+    before = page.locator("#told").inner_text()
+    page.get_by_role("button", name="Write", exact=True).click()
+    is_new = f"text => text !== {json.dumps(before)} && text.startsWith('{tokens} tokens, the first after')"
+    page.wait_for_function(f"({is_new})(document.querySelector('#told').innerText)")
+    return shown(page)
+
+
+@pytest.mark.browser
+def test_a_text_grows_until_it_is_stopped(page):
+    page.get_by_label("Prompt").fill('99 <b onclick="alert(1)">green</b> & <script>alert(2)</script> 東京 🎈')
+    page.get_by_role("button", name="Write", exact=True).click()
+    page.locator(".token").nth(20).wait_for()
+    lengths = [len(shown(page))]
+    for _ in range(2):
+        page.wait_for_function(f"document.querySelector('.text').innerText.length > {lengths[-1] + 20}")
+        lengths.append(len(shown(page)))
+    assert shown(page).startswith('99 <b onclick="alert(1)">green</b> & <script>alert(2)</script> 東京 🎈')
+    assert page.locator(".text b, .text script").count() == 0
+    page.get_by_role("button", name="Stop").click()
+    time.sleep(1)
+    stopped = shown(page)
+    time.sleep(1)
+    assert shown(page) == stopped
+    assert len(stopped) >= lengths[-1]
+
+
+@pytest.mark.browser
+def test_options_change_the_text_and_tokens_tell_their_odds(page):
+    page.get_by_label("Prompt").fill("99 green bottles")
+    page.get_by_text("Options", exact=True).click()
+    set_option(page, "max new tokens", 40)
+    set_option(page, "temperature", 0)
+    greedy = written(page, 40)
+    set_option(page, "seed", 7)
+    assert written(page, 40) == greedy
+    set_option(page, "temperature", 1.9)
+    assert written(page, 40) != greedy
+    set_option(page, "num samples", 3)
+    written(page, 120)
+    texts = page.locator(".text").all_inner_texts()
+    assert len(set(texts)) == 3
+    boxes = [page.locator(".text").nth(n).bounding_box() for n in range(3)]
+    assert all(box["width"] > 200 for box in boxes)
+    token = page.locator(".token").nth(5)
+    token.hover()
+    told = page.evaluate("getComputedStyle(document.querySelectorAll('.token')[5], '::after').content")
+    assert told.count("%") in (5, 6)
+    assert "▸" in told
+
+
+@pytest.mark.browser
+def test_about_shows_the_curve_and_the_card(page):
+    page.get_by_role("tab", name="About").click()
+    curve = page.locator(".curve img")
+    curve.wait_for()
+    assert curve.evaluate("image => image.complete && image.naturalWidth") > 300
+    assert page.get_by_role("heading", name="Training").is_visible()
+
+
+@pytest.mark.browser
+def test_a_mistake_is_said_in_words(page):
+    page.get_by_text("Options", exact=True).click()
+    set_option(page, "temperature", 0)
+    set_option(page, "top k", 5)
+    page.get_by_role("button", name="Write", exact=True).click()
+    page.get_by_text("temperature = 0 takes the likeliest token: leave out top_k").wait_for()
