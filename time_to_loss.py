@@ -27,7 +27,7 @@ from runtime import cpu_name, machine
 from speed import times_as_fast
 
 HOUSE = Path(__file__).resolve().parent
-OURS = r"iter +(\d+) .*\bval ([\d.]+)"  # runlog.line
+OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # runlog.line
 THEIRS = r"step (\d+): train loss [\d.]+, val loss ([\d.]+)"
 # nanoGPT's README, "I only have a macbook": tiny Shakespeare's characters on a CPU
 CPU_RECIPE = shlex.split(

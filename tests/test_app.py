@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -327,7 +328,7 @@ def test_without_gradio_it_says_what_to_install(tiny_home, monkeypatch):
 @pytest.fixture(scope="module")
 def browser():
     """The system's Chromium: nothing is downloaded."""
-    path = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(p).exists()), None)
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
     if not os.environ.get("CI"):
         pytest.importorskip("playwright", reason="playwright is not installed: pip install -r requirements-extra.txt")
         if path is None:
