@@ -255,6 +255,7 @@ def draw(log: RunLog, folder: Path) -> None:
     """The run so far as metrics.png: a picture that fails ends no run."""
     try:
         log.write_picture(picture(figure([history.read(folder)]), "png"))
+        log.say(f"picture  {folder / PICTURE}")
     except Exception as why:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
 
