@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import UserError
 from curves import POINTS, alone, log_ticks, plain, shorten, smooth, thin, time_unit
-from history import History
+from history import RECIPE, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +128,6 @@ def figure(histories: Sequence[History], x: str = "iter") -> Figure:
     Raises:
         UserError: none of them has anything to draw there.
     """
-    import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     runs, label = _runs(histories, x)
@@ -135,7 +135,7 @@ def figure(histories: Sequence[History], x: str = "iter") -> Figure:
         raise UserError(f"{', '.join(history.name for history in histories)}: nothing in the log to draw along {x}")
     panels = [panel for panel in PANELS if any(panel.key in run.lines for run in runs)]
     losses = any(key in run.lines for run in runs for key in LOSSES)
-    with matplotlib.rc_context(STYLE):
+    with _style():
         rows = math.ceil(len(panels) / 3)
         heights = [2.0] * losses + [1.0] * rows
         drawn = Figure(figsize=(INCHES, 0.7 + 1.6 * sum(heights)))
@@ -156,13 +156,22 @@ def figure(histories: Sequence[History], x: str = "iter") -> Figure:
 
 def picture(drawn: Figure, format: str) -> bytes:
     """The content of its file: png, 1,600 pixels wide, or svg."""
-    import matplotlib
-
     file = io.BytesIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with _style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font has not: boxes
         drawn.savefig(file, format=format, dpi=DPI, metadata={"Date": None} if format == "svg" else None)
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """STYLE over matplotlib's defaults: a matplotlibrc of the user's is for pictures of his own."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
 
 
 def _runs(histories: Sequence[History], x: str) -> tuple[list[Run], str]:
@@ -247,9 +256,9 @@ def _draw_line(axes: Axes, xs: list[float], ys: list[float], **look) -> None:
 
 
 def _scale(axes: Axes, values: Sequence[float], span: float) -> bool:
-    """Make the axis logarithmic where values span so much; whether it is."""
-    values = [y for y in values if y > 0]
-    if not values or max(values) < span * min(values):
+    """Make the axis logarithmic where values span so much, and none is negative; whether it is."""
+    known = [y for y in values if y > 0]
+    if not known or max(known) < span * min(known) or any(y < 0 for y in values):
         return False
     axes.set_yscale("log", nonpositive="mask")
     return True
@@ -317,6 +326,7 @@ def _head(drawn: Figure, runs: Sequence[Run]) -> None:
 
 def _facts(history: History) -> tuple[str, str, str]:
     """Recipe, size and device; empty where nobody knows."""
-    recipe, count = history.settings.get("config"), history.parameters
-    name = shorten([Path(recipe).stem if recipe else history.name], NAME)[0]
+    recipe, count = Path(history.settings.get("config") or RECIPE), history.parameters
+    # a run that goes on has its own recipe, which lies in its folder, and no name
+    name = shorten([history.name if recipe.name == RECIPE else recipe.stem], NAME)[0]
     return name, f"{plain(float(f'{count:.3g}'))} parameters" if count else "", history.device or ""

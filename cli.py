@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import math
 import os
@@ -305,12 +306,12 @@ def help_text(cls, usage: str) -> str:
 
 def from_command_line(cls, usage: str):
     """The verb's config from sys.argv; prints and exits on `--help` (0) and on mistakes (2)."""
-    if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        run_verb(print, help_text(cls, usage))
-        sys.exit(0)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+    if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
+        run_verb(print, help_text(cls, usage))
+        sys.exit(0)
     # Ctrl-C while the heavy imports run, before run_verb takes care of it
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     return run_verb(lambda words: parse(cls, words), sys.argv[1:])
@@ -323,6 +324,8 @@ def run_verb(verb: Callable, config, every_rank: bool = False):
         every_rank: torchrun's ranks see to it by themselves that each mistake is said once; else the first of each
             machine speaks, as all of them make the same.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     try:
         answer = verb(config)
         sys.stdout.flush()  # while a closed pipe can still be answered for

@@ -116,14 +116,17 @@ def read(folder: Path) -> History:
 
 def _columns(file: Path) -> dict[str, list[float]]:
     try:
-        text = file.read_bytes().decode(errors="replace")
+        text = file.read_bytes().decode("utf-8-sig", errors="replace")  # a spreadsheet puts a mark before it
     except FileNotFoundError:
         return {}
     except OSError as why:
         raise UserError(f"{file} cannot be read: {why.strerror}") from None
     whole, _, _ = text.replace("\0", "").rpartition("\n")
     keys, *rows = (line.split(",") for line in whole.splitlines() or [""])  # numbers alone: nothing is quoted
-    rows = [row for row in rows if len(row) == len(keys) and math.isfinite(_number(row[0]))]
+    if "iter" not in keys:
+        return {}
+    at = keys.index("iter")
+    rows = [row for row in rows if len(row) == len(keys) and math.isfinite(_number(row[at]))]
     return {key: [_number(row[n]) for row in rows] for n, key in enumerate(keys)}
 
 

@@ -252,7 +252,6 @@ def report(config: InferConfig, writer: Writer, texts: list[Text]) -> dict:
 
 def main(config: InferConfig) -> None:
     """Write num_samples texts from each prompt; what was chosen is said on standard error."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     require_writable(config.json, "json")
     prompts = [] if config.interactive else read_prompts(config)
     writer, _, facts = load(config)

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -46,7 +45,6 @@ def print_list(recipes: dict[str, TrainConfig | UserError], runs: Path = Path("o
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     if recipes:
         print(_table(RECIPES, _rows(_recipe, recipes.items())) + "\n")
     try:

@@ -36,7 +36,7 @@ def _finite(value: Any) -> Any:
 def write_output(content: bytes, target: str, key: str) -> None:
     """Write a file that the setting `key` names; errors as in write_json."""
     path = Path(target).resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # train.py and plot.py --watch write one picture
     try:
         if _is_device(target):
             Path(target).write_bytes(content)

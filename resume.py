@@ -91,6 +91,8 @@ def check_same_run(folder: Path, state: dict, run: Run) -> list[str]:
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
     now = {k: v for k, v in now.items() if k not in dict(EXCLUSIVE) or v is not None}  # resolved into its other unit
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in now.items()}  # as JSON has it
+    # sample_prompt was one text once
+    saved = {k: [v] if isinstance(v, str) and isinstance(now.get(k), list) else v for k, v in saved.items()}
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
     if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # the sequences of an update
         fixed |= set(BATCH)

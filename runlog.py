@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -35,7 +35,7 @@ KEYS = (
 )
 
 ROWS, SAMPLES, PICTURE = "metrics.csv", "samples.txt", "metrics.png"
-SAMPLE = r"^=== iter (\d+) (?:.*\n)(?:(?!===).*\n)*"
+ROW, SAMPLE = rb"^(\d+),.*\n", rb"^=== iter (\d+) .*\n(?:(?!===).*\n)*"
 
 # Dense half-precision peak in TFLOP/s, by the words in torch.cuda.get_device_name(), from NVIDIA's data sheets; the
 # first entry that fits counts.
@@ -118,7 +118,8 @@ class Record:
                 self._waiting = self._waiting[not self._waiting[0] :]
         except OSError as why:
             if not self._told:
-                print(f"warning: {self.path}: {why.strerror}; {self.what} wait until there is room", file=sys.stderr)
+                text = f"warning: {self.path}: {why.strerror}; {self.what} wait until there is room"
+                tqdm.write(text, file=sys.stderr)  # above the bar
             self._told = True
 
     def close(self) -> None:
@@ -141,12 +142,12 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, wandb_run=None):
-        self.folder, self.max_iters, self.wandb_run = run_dir, max_iters, wandb_run
+        self.folder, self.max_iters, self.wandb_run, self._told = run_dir, max_iters, wandb_run, False
         rows, samples = (run_dir / name if run_dir else Path(os.devnull) for name in (ROWS, SAMPLES))
         header = ",".join(KEYS) + "\n"
         if run_dir:
-            _rewind(rows, start_iter, r"^(\d+),.*\n", header)
-            _rewind(samples, start_iter, SAMPLE, "")
+            _rewind(rows, start_iter, ROW, header)
+            _rewind(samples, start_iter, SAMPLE)
         self._rows, self._samples = Record(rows, "rows", header), Record(samples, "samples")
         self._first: tuple[float, int] | None = None  # when and at which iteration the updates' time was known first
         # disable=None: no bar where stderr is no terminal
@@ -168,8 +169,7 @@ class RunLog:
         self.say(_bold(text) if row["val_loss"] is not None else text)
         if row["train_loss"] is not None:
             self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}", refresh=False)
-        if self.wandb_run is not None:
-            self.wandb_run.log({key: value for key, value in row.items() if value is not None})
+        self._wandb(lambda wandb, run: run.log({key: value for key, value in row.items() if value is not None}))
 
     def _seconds_left(self, row: dict) -> float | None:
         """Until max_iters: by the updates' time at first, then by all that passed, evaluations and saves too."""
@@ -179,7 +179,7 @@ class RunLog:
         self._first = self._first or (time.perf_counter(), i)
         if i > self._first[1]:
             seconds = (time.perf_counter() - self._first[0]) / (i - self._first[1])
-        return seconds * (self.max_iters - i)
+        return seconds * max(0, self.max_iters - i)  # a resumed run can be past it
 
     def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """Print what a model made of prompts at an evaluation, and keep it in samples.txt.
@@ -194,27 +194,35 @@ class RunLog:
             title = f"=== iter {i} | val {row['val_loss']:.4f} | prompt {json.dumps(prompt, ensure_ascii=False)}"
             # no line of the text looks like a title
             self._samples.append(f"{title}\n{re.sub('^===', ' ===', text, flags=re.M)}\n\n")
-        if self.wandb_run is not None:
-            import wandb
-
-            table = wandb.Table(["iter", "prompt", "text"], [[i, *pair] for pair in zip(prompts, texts, strict=True)])
-            self.wandb_run.log({"iter": i, "samples": table})
+        data = [[i, *pair] for pair in zip(prompts, texts, strict=True)]
+        self._wandb(lambda wandb, run: run.log({"iter": i, "samples": wandb.Table(["iter", "prompt", "text"], data)}))
 
     def write_picture(self, png: bytes) -> None:
         """Keep a picture of the run as metrics.png, whole or not at all."""
-        write_output(png, str(self.folder / PICTURE), "picture")
-        if self.wandb_run is not None:
-            import wandb
+        path = str(self.folder / PICTURE)
+        write_output(png, path, "picture")
+        self._wandb(lambda wandb, run: run.log({"metrics": wandb.Image(path)}))
 
-            self.wandb_run.log({"metrics": wandb.Image(str(self.folder / PICTURE))})
+    def _wandb(self, call: Callable) -> None:
+        """call(wandb, its run), where there is one; what fails there ends no run: a full disk, a service that died."""
+        if self.wandb_run is None:
+            return
+        import wandb
+
+        try:
+            call(wandb, self.wandb_run)
+        except Exception as why:
+            if not self._told:
+                said = (str(why).splitlines() or [type(why).__name__])[0]
+                tqdm.write(f"warning: wandb: {said}; what it misses is in {self.folder}", file=sys.stderr)
+            self._told = True
 
     def close(self) -> None:
         """End the bar, the files and the wandb run."""
         self.bar.close()
         self._rows.close()
         self._samples.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        self._wandb(lambda wandb, run: run.finish())
 
 
 def line(row: dict, width: int = 6, seconds_left: float | None = None) -> str:
@@ -246,7 +254,7 @@ def _bold(text: str) -> str:
     return text if plain else f"\033[1m{text}\033[0m"
 
 
-def _rewind(path: Path, start_iter: int, entry: str, header: str) -> None:
+def _rewind(path: Path, start_iter: int, entry: bytes, header: str = "") -> None:
     """Keep the entries before start_iter; those after it move to a file beside it, metrics.lost.csv for metrics.csv.
 
     Args:
@@ -255,17 +263,16 @@ def _rewind(path: Path, start_iter: int, entry: str, header: str) -> None:
     """
     if not path.exists():
         return
-    # a killed process can leave half an entry, a power cut anything
-    text = path.read_text(encoding="utf-8", errors="replace")
-    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, text, re.M)]
+    # bytes as they are: a killed process can leave half an entry, a power cut anything
+    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, path.read_bytes(), re.M)]
     lost = [each for i, each in entries if i > start_iter]
     if lost:
         lost_path = path.with_name(f"{path.stem}.lost{path.suffix}")
         known = lost_path.exists()
-        with open(lost_path, "a", encoding="utf-8") as file:
-            file.write("".join([*([] if known else [header]), *lost]))
+        with open(lost_path, "ab") as file:
+            file.write(b"".join([header.encode() * (not known), *lost]))
     partial = path.with_suffix(".tmp")
-    partial.write_text(header + "".join(each for i, each in entries if i < start_iter), encoding="utf-8")
+    partial.write_bytes(header.encode() + b"".join(each for i, each in entries if i < start_iter))
     os.replace(partial, path)
 
 

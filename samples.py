@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unicodedata import category
+
 from decoder import Decoder
 from reader_config import SamplingConfig
 from run import Run
@@ -27,5 +29,5 @@ def draw(run: Run, seed: int) -> list[str]:
         stream = TextStream(encoding)
         text = prompt + "".join(map(stream.feed, ids)) + stream.end()
         # a young model draws control characters, which could change the terminal's state
-        texts.append("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+        texts.append("".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text))
     return texts

@@ -253,6 +253,7 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
 
 def draw(log: RunLog, folder: Path) -> None:
     """The run so far as metrics.png: a picture that fails ends no run."""
+    log.bar.close()  # matplotlib may have to say something
     try:
         log.write_picture(picture(figure([history.read(folder)]), "png"))
         log.say(f"picture  {folder / PICTURE}")

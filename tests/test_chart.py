@@ -243,6 +243,7 @@ def test_skipped_updates_are_marked_where_the_count_rises():
         ({"tok_per_s": lambda i: 0.0}, []),
         ({"train_loss": lambda i: 4 + math.exp(i / 10), "val_loss": lambda i: 4 + math.exp(i / 10)}, ["loss"]),
         ({"train_loss": lambda i: 0.0 if i > 300 else 3.0 + i, "val_loss": None}, ["loss"]),
+        ({"train_loss": lambda i: 300.0 - i, "val_loss": None}, []),
     ],
 )
 def test_axes_are_logarithmic_where_values_span_much(changes, logarithmic):
@@ -390,9 +391,20 @@ def test_letters_that_the_font_has_not_are_no_warning(recwarn):
 
 
 def test_the_style_is_ours_alone():
+    """We leave a user's matplotlibrc as it is, and it leaves our pictures as they are."""
     before = dict(matplotlib.rcParams)
-    picture(figure([run()]), "png")
+    plain = picture(figure([run()]), "png")
     assert dict(matplotlib.rcParams) == before
+    his = {"lines.marker": "o", "axes.facecolor": "black", "savefig.bbox": "tight", "savefig.transparent": True}
+    with matplotlib.rc_context(his):
+        assert picture(figure([run()]), "png") == plain
+
+
+def test_a_run_that_went_on_with_its_own_recipe_has_its_folders_name():
+    """As train.py says it: --config out/small/config.toml --resume. That name says nothing."""
+    again = run(name="small")
+    again.settings["config"] = "out/small/config.toml"
+    assert figure([again]).get_suptitle().startswith("small, 28,900 parameters")
 
 
 def test_many_rows_are_no_large_file():

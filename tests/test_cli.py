@@ -1,6 +1,7 @@
 """How it is set: recipes, the command line, which of them wins, and what is said about mistakes."""
 
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -454,6 +455,22 @@ def test_closed_pipe_is_silent():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(30) == 141
+
+
+def test_no_standard_output_is_no_traceback():
+    words = f"{sys.executable} {ROOT / 'plot.py'} --help >&-"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_terminal_that_is_not_utf8(monkeypatch):
+    """What it has no letters for is a question mark, of every verb, and ends none."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    cli.run_verb(print, "東 é")
+    assert sys.stdout.buffer.getvalue() == b"? ?\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's knows no encoding
+    cli.run_verb(print, "東 é")
+    assert sys.stdout.getvalue() == "東 é\n"
 
 
 def test_bytes_that_are_no_text_are_a_mistake():

@@ -428,9 +428,6 @@ class Pieces(io.StringIO):
         self.pieces += [text] if text else []
         return super().write(text)
 
-    def reconfigure(self, **how) -> None:
-        pass
-
 
 @pytest.fixture
 def pieces(run, monkeypatch):

@@ -246,8 +246,7 @@ def test_terminal_that_is_not_utf8(in_tmp, monkeypatch):
     run("\udcff")  # Python's for a byte that is no UTF-8
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
-    print_list({})
-    output.flush()
+    cli.run_verb(print_list, {})
     assert sorted(line.split()[0] for line in output.buffer.getvalue().splitlines()[1:]) == [b"?", b"??"]
 
 

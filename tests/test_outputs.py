@@ -43,6 +43,22 @@ def test_what_json_does_not_know_is_null(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [{"c": None}, [1.5, None]]}
 
 
+def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
+    """train.py at its end, and plot.py --watch: whoever is last wins, and neither fails."""
+    path, replace = str(tmp_path / "a.png"), os.replace
+
+    def meanwhile(*names):
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        outputs.write_output(b"theirs", path, "out")
+        assert (tmp_path / "a.png").read_bytes() == b"theirs"
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    outputs.write_output(b"ours", path, "out")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"ours"]
+
+
 def test_a_file_that_was_there_stays_when_the_new_one_fails(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
     outputs.write_output(b"new", str(tmp_path / "a.png"), "plot")

@@ -219,6 +219,18 @@ def test_another_machine_is_noted(here, key, value):
     assert lines[1:] == [f"note: equal to rounding, not to the bit: {key} = {now} (was {value})"]
 
 
+def test_one_prompt_as_a_text_is_a_list_of_one(here):
+    """Runs of earlier versions have it so."""
+
+    def change(state):
+        state["config"]["sample_prompt"] = "\n"
+
+    plain = ("--eval_interval", 2, "--keep_checkpoints", 9)
+    assert check(*plain, change=change) == [f"resuming from {RUN}/ckpt/iter_000006"]
+    (line,) = check(*plain, "--sample_prompt", "a", change=change)
+    assert line.endswith(r"with sample_prompt = ['a'] (was ['\n'])")
+
+
 def test_another_machine_is_noted_in_a_run(tiny_data, capsys):
     train_here(*QUIET, "--max_iters", 3)
     path = RUN / "ckpt/iter_000003/state.json"

@@ -131,12 +131,14 @@ def test_rows_are_aligned_and_say_how_long_it_takes(tmp_path, monkeypatch, capsy
     run.write({**row, "iter": 10})
     now = 20.0
     run.write({**row, "iter": 20, "val_loss": 2.0, "mfu": 0.4123})
+    run.write({**row, "iter": 9000})  # a resumed run that is past its end
     run.close()
     assert capsys.readouterr().out.splitlines() == [
         "iter    0 |              | val 10.8000",
         "iter   10 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 40m57s",
         "iter   20 | loss  1.2346 | val  2.0000 | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | mfu 41.2% "
         "| eta 1h06m",
+        "iter 9000 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 0s",
     ]
 
 
@@ -159,14 +161,13 @@ def test_no_bar_where_nobody_watches(tmp_path):
     assert done.stderr == b""
 
 
-@pytest.mark.parametrize(("setting", "bold"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
-def test_rows_and_bar_on_a_terminal(tmp_path, setting, bold):
-    """Whole lines above the bar, which is there to the end; evaluations stand out, where colour is welcome."""
+def on_a_terminal(folder: Path, code: str, **setting: str) -> list[str]:
+    """What each line of the screen shows in the end: a carriage return begins it anew."""
     ours, its = pty.openpty()
     termios.tcsetwinsize(its, (24, 100))
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
     env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", **setting}
-    process = subprocess.Popen([sys.executable, "-c", LINES], cwd=tmp_path, env=env, stdout=its, stderr=its)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, stdout=its, stderr=its)
     os.close(its)
     seen = b""
     with contextlib.suppress(OSError):  # the terminal is closed
@@ -174,13 +175,25 @@ def test_rows_and_bar_on_a_terminal(tmp_path, setting, bold):
             seen += data
     os.close(ours)
     assert process.wait() == 0
-    # what each line of the screen shows in the end: a carriage return begins it anew
-    lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
+    return [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
+
+
+@pytest.mark.parametrize(("setting", "bold"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_rows_and_bar_on_a_terminal(tmp_path, setting, bold):
+    """Whole lines above the bar, which is there to the end; evaluations stand out, where colour is welcome."""
+    lines = on_a_terminal(tmp_path, LINES, **setting)
     expected = [f"\033[1m{row}\033[0m" if bold and "val" in row else row for row in ROWS]
     assert [line for line in lines if line.removeprefix("\033[1m").startswith(("iter", "False"))] == expected
     assert "100%" in lines[-3]
     assert "300/300" in lines[-3]
     assert "loss 1.500" in lines[-3]
+
+
+def test_a_warning_is_a_line_of_its_own_on_a_terminal(tmp_path):
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    lines = on_a_terminal(tmp_path, LINES.replace("for i", full + "for i"))
+    assert "warning: metrics.csv: File too large; rows wait until there is room" in lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,6 +234,21 @@ def test_samples_go_on_where_the_run_does(tmp_path):
     lost = (tmp_path / "samples.lost.txt").read_text()
     assert lost == before[before.index("=== iter 20") :][: len(lost)]
     assert "text 30" in lost
+
+
+def test_samples_that_are_kept_stay_as_they_are(tmp_path):
+    """To the byte, whatever ends a line elsewhere, or looks like a title there."""
+    text = "\ra\r\n=== iter 5 | v\x85\u2028=== iter 5 | v\0\n===\n"
+    for start in (0, 10):
+        run = RunLog(tmp_path, start, max_iters=20)
+        for i in range(start, 20, 5):
+            sampled(run, i, text, "\u2028\x85")
+        run.close()
+        if not start:
+            before = (tmp_path / "samples.txt").read_bytes()
+    assert (tmp_path / "samples.txt").read_bytes() == before
+    assert before.count(b"\r\n") == 4
+    assert (tmp_path / "samples.lost.txt").read_bytes() == before[before.index(b"=== iter 15") :]
 
 
 def test_a_run_without_samples_has_no_file_of_them(tmp_path):
@@ -419,6 +447,31 @@ def test_a_resumed_run_goes_on_in_wandb_under_its_id(tiny_data):
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.read_bytes() == Path("out/quickstart/metrics.png").read_bytes()
     assert iters(Path("out/quickstart/metrics.csv")) == [*range(7)]
+
+
+def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    """Its service is gone for a while, its temporary folder is full: said once, and the log is whole."""
+    took = []
+
+    def fail(*words):
+        raise OSError(28, "No space left on device")
+
+    def take(row):
+        took.append(row)
+        if row.get("iter") == 10 or row == "end":
+            raise ConnectionError
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=fail, Image=fail))
+    run = RunLog(tmp_path, 0, 20, SimpleNamespace(log=take, finish=lambda: take("end")))
+    for i in (0, 10, 20):
+        run.write({"iter": i})
+    sampled(run, 20, "ab")
+    run.write_picture(base64.b64decode(DOT))
+    run.close()
+    assert took == [{"iter": 0}, {"iter": 10}, {"iter": 20}, "end"]
+    assert capsys.readouterr().err == f"warning: wandb: ConnectionError; what it misses is in {tmp_path}\n"
+    assert iters(tmp_path / "metrics.csv") == [0, 10, 20]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.png", "samples.txt"]
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):

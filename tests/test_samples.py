@@ -1,5 +1,7 @@
 """samples.py: texts of a model in training, from fixed prompts."""
 
+import unicodedata
+
 import pytest
 from conftest import TINY
 
@@ -29,7 +31,7 @@ def test_each_prompt_is_continued_as_infer_would(tiny_data):
         n_vocab=run.encoding.n_vocab,
     )
     alone = "green" + "".join(stream_text(ids, run.encoding))
-    assert texts[0] == "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in alone)
+    assert texts[0] == "".join(c if unicodedata.category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in alone)
     assert samples.draw(run, seed=3) == texts
     assert samples.draw(run, seed=4) != texts
 
@@ -39,7 +41,14 @@ def test_no_control_characters(tiny_data):
     run = prepared("--sample_tokens", "300")
     text = "".join("".join(samples.draw(run, seed)) for seed in range(30))
     assert len(text) > 1000
-    assert all(c.isprintable() or c in "\n\t" for c in text)
+    assert {c for c in text if unicodedata.category(c) == "Cc"} <= {"\n", "\t"}
+
+
+def test_other_scripts_stay_as_they_are(tiny_data):
+    """Spaces and joiners of Japanese, French and Persian are no control characters."""
+    prompt = "東\u3000京 10\u00a0% می\u200cخواهم 👩\u200d🚀"
+    (text,) = samples.draw(prepared("--sample_prompt", prompt), seed=1)
+    assert text.startswith(prompt)
 
 
 def test_nothing_to_continue_is_a_mistake(tmp_path):

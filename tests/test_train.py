@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, make_dataset, train_here
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import checkpoint
 import cli
@@ -25,6 +27,7 @@ import resume
 import tokenizer
 import train
 from config import BenchConfig, TrainConfig, UserError
+from runlog import RunLog
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
@@ -94,6 +97,16 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == second
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
+
+
+def test_what_is_said_of_a_picture_stands_below_the_bar(tmp_path, monkeypatch, capsys):
+    """Of matplotlib's, too: on a terminal the bar's line has no end until it is closed."""
+    log = RunLog(tmp_path, 0, 3)
+    log.bar = tqdm(total=3, file=io.StringIO())
+    monkeypatch.setattr(train, "figure", lambda histories: print("\n" in log.bar.fp.getvalue()))
+    train.draw(log, tmp_path)
+    log.close()
+    assert capsys.readouterr().out == "True\n"
 
 
 def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
