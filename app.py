@@ -39,21 +39,28 @@ HERE = Path(__file__).resolve().parent
 SHOWN = 5  # alternatives to each token
 DARK = 8.0  # nats of surprise that shade a token as dark as can be
 PAUSE = 0.1  # seconds between two pictures of growing texts
+HINT = " · point at a token to see what else might have been there"
 STYLE = """
-.text { white-space: break-spaces; overflow-wrap: anywhere; font-family: var(--font-mono); font-size: 0.9rem;
-  line-height: 1.7; border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px; }
+.text { white-space: break-spaces; overflow-wrap: anywhere; unicode-bidi: plaintext; padding: 12px; line-height: 1.7;
+  font-family: var(--font-mono); font-size: 0.9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 .text .prompt { font-weight: 700; }
 .text .token { background: rgb(0 114 178 / calc(var(--s) * 0.45)); border-radius: 2px; }
 .text .token:hover { outline: 2px solid rgb(0 114 178); }
 .text .token:hover::after { content: attr(data-odds); position: fixed; bottom: 12px; left: 50%; z-index: 100;
   transform: translateX(-50%); white-space: pre; padding: 10px 14px; border-radius: 8px; line-height: 1.5;
-  background: #1b1f24; color: #fff; box-shadow: 0 2px 12px rgb(0 0 0 / 0.4); max-width: 94vw; overflow: hidden; }
+  background: #1b1f24; color: #fff; box-shadow: 0 2px 12px rgb(0 0 0 / 0.4); max-width: 94vw; overflow: hidden;
+  pointer-events: none; }
+#told { min-height: 3rem; }
+#told .wrap { height: 100%; }
 #texts { flex-wrap: wrap; }
 #texts > * { flex: 1 1 280px; min-width: 0; }
 .curve { overflow-x: auto; }
 .curve img { width: 100%; min-width: 640px; }
 footer { display: none !important; }
 """
+# A card may be somebody else's: no pictures from elsewhere, which tell who looks; Spaces have their own on the hub.
+POLICY = """<meta http-equiv="Content-Security-Policy" content="form-action 'none'; media-src 'self';
+  img-src 'self' data: https://huggingface.co https://*.huggingface.co">"""
 
 
 class Page:
@@ -112,7 +119,7 @@ class Playground:
         """The model card that lies with the model, else a new one."""
         file = self.found.path / "README.md"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8", errors="replace")
         name = self.folder.resolve().name
         return body(
             self.found.path,
@@ -188,6 +195,15 @@ def build(playground: Playground):
 
     config = playground.config
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(InferConfig)}
+    sliders = (  # from, to, step, at first; what the command line asks for may lie outside
+        ("num_samples", 1, config.sample_limit, 1, 1),
+        ("max_new_tokens", 1, config.token_limit, 1, min(config.max_new_tokens, config.token_limit)),
+        ("temperature", 0, 2, 0.05, config.heat),
+        ("top_k", 0, 200, 1, config.top_k),
+        ("top_p", 0.05, 1, 0.05, config.top_p),
+        ("min_p", 0, 1, 0.01, config.min_p),
+        ("repetition_penalty", 1, 2, 0.05, config.repetition_penalty),
+    )
 
     def labelled(key: str) -> dict:
         return {"label": key.replace("_", " "), "info": helps[key]}
@@ -199,7 +215,7 @@ def build(playground: Playground):
             raise gr.Error(html.escape(str(why).replace("--", "")), print_exception=False) from None
         empty = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
         for pages, told in playground.write(settings):
-            yield [told, *(gr.HTML(page.html, visible=True) for page in pages), *empty]
+            yield [f"{told}{HINT}", *(gr.HTML(page.html, visible=True) for page in pages), *empty]
 
     with gr.Blocks(title=f"{playground.name} · flatGPT", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {playground.name}\n{playground.facts}")
@@ -210,33 +226,21 @@ def build(playground: Playground):
             with gr.Row():
                 start = gr.Button("Write", variant="primary", min_width=100)
                 end = gr.Button("Stop", min_width=100)
-            told = gr.Markdown("Point at a token to see what else might have been there.", elem_id="told")
-            with gr.Row(elem_id="texts"):
-                texts = [gr.HTML(visible=False) for _ in range(config.sample_limit)]
             with gr.Accordion("Options", open=False):
                 with gr.Row():
                     controls = {
-                        key: gr.Slider(low, high, value, step=step, min_width=300, **labelled(key))
-                        for key, low, high, step, value in (
-                            ("num_samples", 1, config.sample_limit, 1, 1),
-                            (
-                                "max_new_tokens",
-                                1,
-                                config.token_limit,
-                                1,
-                                min(config.max_new_tokens, config.token_limit),
-                            ),
-                            ("temperature", 0, 2, 0.05, config.heat),
-                            ("top_k", 0, 200, 1, config.top_k),
-                            ("top_p", 0.05, 1, 0.05, config.top_p),
-                            ("min_p", 0, 1, 0.01, config.min_p),
-                            ("repetition_penalty", 1, 2, 0.05, config.repetition_penalty),
+                        key: gr.Slider(
+                            min(low, value), max(high, value), value, step=step, min_width=300, **labelled(key)
                         )
+                        for key, low, high, step, value in sliders
                     }
                     controls["seed"] = gr.Number(config.seed, precision=0, min_width=300, **labelled("seed"))
                 info = f"{helps['stop']}; one a line, \\n for a line's end"
                 stop = gr.Textbox("", label="stop", info=info, lines=2)
                 controls["ignore_eot"] = gr.Checkbox(config.ignore_eot, **labelled("ignore_eot"))
+            told = gr.Markdown("Shift+Enter writes too.", elem_id="told")
+            with gr.Row(elem_id="texts"):
+                texts = [gr.HTML(visible=False) for _ in range(config.sample_limit)]
         with gr.Tab("About"):
             gr.HTML(playground.curve())
             gr.Markdown(playground.card, latex_delimiters=[])
@@ -252,7 +256,7 @@ def build(playground: Playground):
             api_name="write",
         )
         end.click(None, cancels=[writing], api_visibility="private")
-    return blocks.queue(max_size=config.queue_limit)
+    return blocks.queue(max_size=config.queue_limit, api_open=False)  # open: requests may go past the queue
 
 
 def main(config: AppConfig) -> None:
@@ -262,10 +266,10 @@ def main(config: AppConfig) -> None:
     except ImportError:
         raise UserError("app.py needs gradio: pip install -r requirements-extra.txt, or pip install gradio") from None
     playground = Playground(config)
-    blocks = build(playground)
+    blocks, name = build(playground), config.server_name
     try:
-        _, url, _ = blocks.launch(
-            server_name=config.server_name,
+        server, url, _ = blocks.launch(
+            server_name=f"[{name}]" if name and ":" in name else name,  # of IPv6, as in a URL
             server_port=config.server_port,
             prevent_thread_lock=True,
             quiet=True,
@@ -278,9 +282,13 @@ def main(config: AppConfig) -> None:
             max_file_size=1,
             footer_links=[],
             css=STYLE,
+            head=POLICY,
         )
-    except OSError as why:
-        raise UserError(f"server_port = {config.server_port}: {why}") from None
+    except OSError:
+        where = f"server_name = {config.server_name}, server_port = {config.server_port}"
+        why = "the port is taken, or the address is none of this machine's"
+        raise UserError(f"{where}: cannot listen there: {why}; give others, or leave them out") from None
+    server.uploaded_file_dir = os.devnull  # where no folder can be made: not even an empty file is taken
     print(f"{url.rstrip('/')} - Ctrl-C ends it", flush=True)
     try:
         threading.Event().wait()

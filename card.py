@@ -135,7 +135,7 @@ def _logged(path: Path, iteration: int) -> dict:
     file = path.parent.parent / "metrics.csv"
     if path.parent.name != "ckpt" or not file.is_file():
         return {}
-    with open(file, encoding="utf-8", newline="") as rows:
+    with open(file, encoding="utf-8", errors="replace", newline="") as rows:
         found = [r for r in csv.DictReader(rows) if r["iter"] == str(iteration) and r["val_loss"]]
     return found[-1] if found else {}
 

@@ -172,6 +172,13 @@ def test_about_names_no_folder_of_the_machine(playground, tiny_home):
     assert str(tiny_home) not in card + curve + playground.facts
 
 
+def test_a_card_that_is_no_utf8_and_has_no_heading(tiny_home, tmp_path):
+    shutil.copytree(tiny_home / "out/quickstart/ckpt/best", tmp_path / "its name")
+    (tmp_path / "its name/README.md").write_bytes(b"---\na: b\n---\nMod\xe8le\n")
+    playground = app.Playground(AppConfig(model_path=str(tmp_path / "its name"), device="cpu"))
+    assert (playground.name, playground.card, playground.curve()) == ("its name", "Mod\ufffdle", "")
+
+
 def test_sampling_options_of_the_command_line_are_the_pages_beginning():
     config = cli.parse(AppConfig, ["--greedy", "--max_new_tokens", "7"])
     assert (config.heat, config.max_new_tokens) == (0.0, 7)
@@ -270,13 +277,23 @@ def test_no_file_of_the_machine_is_served_and_none_is_taken(server):
     for file in (server.home / "out/quickstart/config.toml", ROOT / "app.py", "/etc/passwd", "../../etc/passwd"):
         for route in (f"/gradio_api/file={file}", f"/file={file}", f"/gradio_api/static/{file}"):
             assert server.get(route)[0] in (403, 404), route
-    boundary = b"--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n" + 100 * b"x" + b"\r\n--b--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    request = urllib.request.Request(f"{server.url}/gradio_api/upload", boundary, headers)
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=20)
-    assert caught.value.code == 413
+    for size in (0, 1, 100):
+        head = b"--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n"
+        request = urllib.request.Request(
+            f"{server.url}/gradio_api/upload", head + size * b"x" + b"\r\n--b--\r\n", headers
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=20)
+        assert (caught.value.code, caught.value.read()) == (500, b"Internal Server Error")
     assert server.get("/monitoring")[0] in (403, 404)
+
+
+@pytest.mark.extra
+def test_nobody_gets_past_the_queue(server):
+    for route in ("run", "api"):
+        status, said = server.get(f"/gradio_api/{route}/write", {"data": list(asked(max_new_tokens=1).values())})
+        assert (status, "99 green" in said) == (404, False)
 
 
 @pytest.mark.extra
@@ -313,6 +330,34 @@ def test_the_environment_says_where_to_listen_and_a_port_in_use_is_said(server, 
     assert (taken.returncode, taken.stderr.splitlines()[-1].partition(": ")[0]) == (2, "error")
     assert f"server_port = {server.port}" in taken.stderr
     assert "Traceback" not in taken.stderr
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize(("name", "given"), [("::1", "[::1]"), ("256.0.0.1", "256.0.0.1"), (None, None)])
+def test_an_address_that_is_none_here_is_said(tiny_home, monkeypatch, name, given):
+    need_gradio()
+    import gradio
+
+    def launch(blocks, **settings):
+        assert settings["server_name"] == given
+        raise OSError("Cannot find empty port")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    with pytest.raises(UserError, match=re.escape(f"server_name = {name}, server_port = 7: cannot listen there")):
+        app.main(AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", server_name=name, server_port=7))
+
+
+@pytest.mark.extra
+def test_sliders_reach_what_the_command_line_asks_for(tiny_home):
+    need_gradio()
+    asked_for = {"temperature": 3.0, "top_k": 1000, "top_p": 0.01, "repetition_penalty": 0.5, "max_new_tokens": 9000}
+    config = AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", **asked_for)
+    parts = [part["props"] for part in app.build(app.Playground(config)).get_config_file()["components"]]
+    sliders = {part["label"].replace(" ", "_"): part for part in parts if "maximum" in part and "minimum" in part}
+    assert {key: sliders[key]["value"] for key in asked_for} == asked_for | {"max_new_tokens": 500}
+    assert sliders["max_new_tokens"]["maximum"] == 500
+    for key in asked_for:
+        assert sliders[key]["minimum"] <= sliders[key]["value"] <= sliders[key]["maximum"], key
 
 
 def test_without_gradio_it_says_what_to_install(tiny_home, monkeypatch):
@@ -361,8 +406,13 @@ def page(request, browser, server):
 def set_option(page, name: str, value: float) -> None:
     """Type a value into the number box of a slider, or into a number's."""
     box = page.get_by_label(re.compile(f"(number input for )?{name}$")).and_(page.locator("input[type=number]"))
-    box.fill(str(value))
-    box.press("Tab")
+    for _ in range(20):
+        box.fill(str(value))
+        box.press("Tab")
+        page.wait_for_timeout(200)
+        if float(box.input_value()) == value:  # Gradio sets those of options that were just opened once more
+            return
+    pytest.fail(f"{name} does not become {value}")
 
 
 def shown(page) -> str:
@@ -420,6 +470,49 @@ def test_options_change_the_text_and_tokens_tell_their_odds(page):
     told = page.evaluate("getComputedStyle(document.querySelectorAll('.token')[5], '::after').content")
     assert told.count("%") in (5, 6)
     assert "▸" in told
+    assert page.locator("#told").inner_text().endswith("point at a token to see what else might have been there")
+
+
+@pytest.mark.browser
+def test_text_from_right_to_left_begins_at_the_right(page):
+    page.get_by_label("Prompt").fill("مرحبا")
+    page.get_by_text("Options", exact=True).click()
+    set_option(page, "max new tokens", 2)
+    written(page, 2)
+    text, prompt = (page.locator(which).first.bounding_box() for which in (".text", ".text .prompt"))
+    assert text["x"] + text["width"] - prompt["x"] - prompt["width"] < 20
+
+
+@pytest.mark.browser
+def test_who_waits_sees_the_queue(page, browser, server):
+    page.get_by_role("button", name="Write", exact=True).click()
+    page.locator(".token").nth(5).wait_for()
+    other = browser.new_page(viewport={"width": 390, "height": 900})
+    other.goto(server.url)
+    other.get_by_label("Prompt").wait_for()
+    other.get_by_role("button", name="Write", exact=True).click()
+    waits = other.get_by_text("queue: 1/1")
+    waits.wait_for()
+    line, frame = waits.bounding_box(), waits.locator("xpath=..").bounding_box()
+    assert line["y"] + line["height"] <= frame["y"] + frame["height"] + 1, "it is not cut off"
+    for each in (other, page):
+        with each.expect_response("**/gradio_api/cancel"):
+            each.get_by_role("button", name="Stop").click()
+    other.close()
+
+
+@pytest.mark.browser
+def test_a_card_cannot_fetch_pictures_from_elsewhere(browser, server):
+    page = browser.new_page()
+    page.goto(server.url)
+    page.get_by_label("Prompt").wait_for()
+    refused = """() => new Promise(done => {
+        document.addEventListener('securitypolicyviolation', event => done(event.violatedDirective));
+        new Image().src = 'http://127.0.0.2:9/a.png';
+        setTimeout(() => done('nothing'), 3000);
+    })"""
+    assert page.evaluate(refused) == "img-src"
+    page.close()
 
 
 @pytest.mark.browser
