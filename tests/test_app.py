@@ -249,7 +249,8 @@ def need_gradio() -> None:
 @pytest.fixture(scope="module")
 def server(tiny_home):
     need_gradio()
-    words = ("--max_new_tokens", 20_000, "--token_limit", 20_000, "--device", "cpu")
+    # else a text ends when the model says so, before a test has looked
+    words = ("--max_new_tokens", 20_000, "--token_limit", 20_000, "--ignore_eot", "--device", "cpu")
     server = Server(tiny_home, *words)
     yield server
     server.end()
