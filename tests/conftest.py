@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,12 +14,135 @@ import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # One thread, also in the processes that tests start: tiny models gain nothing from more, and tests may run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# No deadline: the machine may be busy. In continuous integration the examples are the same each time.
+hypothesis.settings.register_profile("flatgpt", deadline=None, database=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("flatgpt")
+
+# A background job of a script has SIGINT ignored, nohup SIGHUP, and every process started from there would inherit
+# that. With a handler, children start with the default.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        ignored = signal.default_int_handler if number == signal.SIGINT else lambda *_: None
+        signal.signal(number, ignored)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Slow tests have ten minutes, where they do not say themselves how long."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# no process outlives its test
+
+
+MARK = f"FLATGPT_TESTS={os.getpid()}"  # in the environment of every process that tests start, theirs too
+os.environ.update([MARK.split("=")])
+SHARED = ("resource_tracker", "forkserver")  # multiprocessing's own, which end with this process
+
+
+def started_here(by: str = "") -> dict[int, str]:
+    """Processes that tests started and that still run, with their command lines.
+
+    Args:
+        by: only those that a test has started: its PYTEST_CURRENT_TEST, which pytest sets for each phase.
+    """
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended, or of another user
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            if MARK not in variables or int(folder.name) == os.getpid():
+                continue
+            test = next((line for line in variables if line.startswith("PYTEST_CURRENT_TEST=")), "")
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
+            if words and by in test and not any(name in words for name in SHARED):
+                found[int(folder.name)] = f"{words[:300]} ({test})"
+    return found
+
+
+def require_none_left(by: str = "") -> None:
+    """Fail if processes are left, and kill them. Those that are ending have half a minute."""
+    deadline = time.monotonic() + 30
+    while (left := started_here(by)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    assert not left, "processes outlive their test:\n" + "\n".join(left.values())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_outlives_the_session():
+    """The first fixture of a session, so that it is the last to end."""
+    yield
+    require_none_left()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test(request):
+    """The same for what a test itself has started; processes of shared fixtures live longer."""
+    yield
+    require_none_left(f"{request.node.nodeid} (call)")
+
+
+def deliver(process: int, number: int) -> None:
+    """Send a signal, and return once it has arrived: two of the same number are two, and SIGSTOP has stopped it."""
+    os.kill(process, number)
+    bit = 1 << (number - 1)
+    while True:
+        try:
+            lines = [
+                dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+                for task in Path(f"/proc/{process}/task").iterdir()
+            ]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        states = {task["State"][0] for task in lines}
+        if number == signal.SIGSTOP:
+            if states <= set("TZ"):
+                return
+        elif states <= set("TZX") or not any(int(t[key], 16) & bit for t in lines for key in ("SigPnd", "ShdPnd")):
+            return
+        time.sleep(0.002)
+
+
+def waits_long(process: int) -> bool:
+    """Whether its main thread waits for something, and used no processor for a while."""
+
+    def look() -> list[str]:
+        fields = Path(f"/proc/{process}/task/{process}/stat").read_text().rpartition(")")[2].split()
+        return [fields[0], *fields[11:13]]  # state, and ticks of user and system time
+
+    before = look()
+    time.sleep(0.2)
+    return before[0] == "S" and look() == before
+
+
+def free_port() -> int:
+    """A port that nobody uses. Not of those that the system hands out, one of which could be taken a moment later."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """What flatGPT keeps between calls in the user's cache folder is neither read nor written by tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 TEXT = "".join(
     f"{n} green bottles hanging on the wall, and if {n} green bottles should accidentally fall, "
@@ -139,7 +264,7 @@ import atexit, gc, json, multiprocessing, os, runpy, select, signal, subprocess,
 sys.path.insert(0, {str(ROOT)!r})
 # what a life imports; no thread has begun yet
 import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
-gc.freeze()  # else each life takes 0.7 s to go through all that at its end
+gc.freeze()  # else each life copies all that when it collects garbage
 children = {{}}
 while True:
     if select.select([sys.stdin], [], [], 0.005)[0]:
@@ -242,7 +367,7 @@ class Life:
         """The process of a rank, where this is their launcher."""
         return int((self.folder / f"rank{number}").read_text())
 
-    def until(self, reached: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, reached: Callable[[], bool], seconds: float = 90) -> None:
         """Wait, while it lives."""
         deadline = time.monotonic() + seconds
         while not reached():
@@ -254,12 +379,17 @@ class Life:
         """Wait until its code has come to here()."""
         self.until((self.folder / "here").exists)
 
+    def go_on(self) -> None:
+        """Let it leave here()."""
+        (self.folder / "go").touch()
+
     def send(self, number: int) -> None:
         """A signal, if it is still there."""
         if self.code is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                deliver(self.pid, number)
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 90) -> int:
         """The exit code, once there is one."""
         deadline = time.monotonic() + seconds
         while self.code is None:
@@ -283,4 +413,8 @@ def nursery():
     )
     yield process
     process.stdin.close()
-    process.wait()
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()

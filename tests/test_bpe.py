@@ -22,7 +22,7 @@ WORDS = """
 SPACES = [c for c in map(chr, range(0x3001)) if c.isspace()]
 PIECES = [*WORDS.split(), *SPACES, "  ", " 's", " the", "\n\n", "\r\n", " " * 20, "x" * 40, "東" * 9]
 text = st.lists(st.sampled_from(PIECES) | st.characters(codec="utf-8"), max_size=30).map("".join)
-many = settings(max_examples=300, deadline=None, database=None)
+many = settings(max_examples=300)
 
 
 def small_encoding() -> tiktoken.Encoding:

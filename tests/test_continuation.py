@@ -31,7 +31,7 @@ SMALL = tiktoken.Encoding(
     "small", pat_str=".", mergeable_ranks={b"%c" % (97 + n): n for n in range(8)}, special_tokens={"<|endoftext|>": 8}
 )
 FREE = SamplingConfig(temperature=1.0, seed=3)
-quick = settings(max_examples=100, deadline=None, database=None)
+quick = settings(max_examples=100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from config import UserError
 from dataset import Shuffle, TrainingBatches, Windows, open_dataset
 from protocols import eval_batches
 
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60)
 
 
 def nanogpt(folder: Path, **splits) -> Path:
@@ -471,7 +471,7 @@ def test_an_epoch_visits_each_window_once(tmp_path, n, batch_size, accum):
         assert sorted(found[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_ranks_together_see_every_window_once_an_epoch_however_often_they_are_stopped(data):
     """And each window is what plain slicing of all ids gives; after a stop, perhaps on another number of ranks."""

@@ -145,7 +145,7 @@ def test_reset_forgets(rows, places, compile, without_compiler):
 
 @KINDS
 @POSITIONS
-@settings(max_examples=40, deadline=None, database=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_order_of_reads_and_steps(position, compile, data):
     """Against texts kept in lists; resets in between."""

@@ -15,7 +15,7 @@ import documents
 import tokenizer
 from config import UserError
 
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60)
 BLOCKS = [3, 4, 7, 64, 1000, 4 << 20]
 BYTE = tokenizer.load("byte")
 

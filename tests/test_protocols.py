@@ -15,7 +15,7 @@ from protocols import IGNORE, Prefixed, Protocol, eval_batches
 FIRST, HERE = 7, 100  # the id in front of a text, and the text's first one: 100, 101, 102, ...
 Pairs = list[tuple[list[int], list[int]]]  # of each window its inputs, and those of its last targets that are scored
 
-quick = settings(max_examples=150, deadline=None, database=None)
+quick = settings(max_examples=150)
 
 
 def strided_loop(text: list[int], max_length: int, stride: int) -> Pairs:

@@ -49,7 +49,7 @@ OPTIONS = {
     "penalty": dataclasses.replace(FREE, repetition_penalty=1.5),
     "all": SamplingConfig(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2, seed=6),
 }
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60)
 
 
 def lively(**changes) -> GPT:

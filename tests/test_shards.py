@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from config import UserError
 from shards import ShardWriter, Tokens, read_meta, write_meta, write_whole
 
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60)
 
 # What a manifest says of the tokenizer; the tests here read ids alone.
 FACTS = {"tokenizer": "byte", "vocab_size": 257, "ranks_sha256": "", "eot_id": 256, "end_of_text": True}

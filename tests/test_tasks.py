@@ -21,7 +21,7 @@ import tokenizer
 from config import UserError
 from tasks import Job, Span, Task
 
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60)
 SPLITS = ("train", "val", "test")
 JOB = Job("byte", True, "text", 0.25, 0.15, SPLITS)
 

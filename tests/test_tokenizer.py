@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import tokenizer
 from config import UserError
 
-quick = settings(max_examples=60, deadline=None, database=None)
+quick = settings(max_examples=60)
 
 ODD = {
     "empty": "",

@@ -22,7 +22,7 @@ import vocabulary
 from config import UserError
 from vocabulary import END, recognise, tokenizer_files
 
-quick = settings(max_examples=100, deadline=None, database=None)
+quick = settings(max_examples=100)
 # GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 NAMES = ("byte", "gpt2", "r50k_base", "p50k_base", "p50k_edit")

@@ -14,7 +14,7 @@ import tokenizer
 import words
 from words import TextCounts, count_text
 
-quick = settings(max_examples=150, deadline=None, database=None)
+quick = settings(max_examples=150)
 
 # Letters of one to four bytes; all that split() takes for white space; what only looks like it (no-break: it is).
 LETTERS = "aé東🎈\u200b\ufeff\x00\ufffd"
