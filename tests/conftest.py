@@ -35,9 +35,10 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sig
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Slow tests have ten minutes, where they do not say themselves how long."""
+    """Slow tests, those in a browser and those of extras have ten minutes, where they do not say how long."""
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        marked = {mark.name for mark in item.iter_markers()}
+        if marked & {"slow", "browser", "extra"} and "timeout" not in marked:
             item.add_marker(pytest.mark.timeout(600))
 
 
@@ -163,6 +164,16 @@ def command(verb: str, *words, cwd, env: dict | None = None, timeout: int = 300)
         encoding="utf-8",
         timeout=timeout,
     )
+
+
+@contextlib.contextmanager
+def running(words: list, **settings):
+    """A process that ends with the block, and its pipes with it."""
+    with subprocess.Popen([str(word) for word in words], **settings) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture

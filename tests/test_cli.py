@@ -454,7 +454,7 @@ def test_closed_pipe_is_silent():
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(30) == 141
+        assert process.wait(60) == 141
 
 
 def test_no_standard_output_is_no_traceback():

@@ -821,7 +821,7 @@ def test_ctrl_c(life, tmp_path):
     stopped.until_marked()
     assert len(list(tmp_path.glob("flatgpt-*/text.bin"))) == 1
     stopped.send(signal.SIGINT)
-    assert stopped.end(20) == 130
+    assert stopped.end() == 130
     assert stopped.printed == ""
     assert not list(tmp_path.glob("flatgpt-*"))
 

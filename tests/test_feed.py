@@ -32,7 +32,7 @@ class Recorded:
 
     def __call__(self, update: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
         if self.wait:
-            self.wait.wait(10)
+            self.wait.wait(60)
         self.calls.append((update, micro, threading.current_thread()))
         if (update, micro) in self.broken:
             raise ValueError(f"batch {update}, {micro}")
@@ -41,7 +41,7 @@ class Recorded:
 
     def until(self, count: int) -> list[tuple[int, int]]:
         """Which were asked for, once there are as many; then a little longer, in case there are more."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while len(self.calls) < count and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(0.01)
@@ -134,7 +134,7 @@ def test_its_thread_ends_with_it():
     (thread,) = {thread for *_, thread in batches.calls if thread is not threading.current_thread()}
     assert thread.is_alive()
     del feed  # with a batch that nobody takes
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -19,7 +19,7 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, running
 from hub_host import hub_environment
 from huggingface_hub import constants
 from test_sources import content, prepare, texts
@@ -583,13 +583,14 @@ def test_killed_in_the_middle_of_a_file(in_tmp, host):
     """The next call makes the whole; what the killed one left is removed when it is older than an hour."""
     host.publish("user/name", FILES)
     halfway, gone = threading.Event(), threading.Event()
-    host.faults[f"GET {SECOND}"] = iter([lambda: (halfway.set(), gone.wait(30))])
+    host.faults[f"GET {SECOND}"] = iter([lambda: (halfway.set(), gone.wait(60))])
     words = ["hub", "--repo", "user/name", "--tokenizer", "byte"]
     env = {**os.environ, "PYTHONPATH": "", **hub_environment(host)}
-    started = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *words], env=env, stderr=subprocess.DEVNULL)
-    assert halfway.wait(30)
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL
+    call = [sys.executable, ROOT / "prepare_data.py", *words]
+    with running(call, env=env, stderr=subprocess.DEVNULL) as started:
+        assert halfway.wait(60)
+        started.kill()
+        assert started.wait() == -signal.SIGKILL
     gone.set()
     (left,) = RAW.rglob("*.incomplete")
     assert not (RAW / SECOND).exists()
