@@ -458,7 +458,7 @@ def test_closed_pipe_is_silent():
 
 
 def test_no_standard_output_is_no_traceback():
-    words = f"{sys.executable} {ROOT / 'plot.py'} --help >&-"
+    words = f"'{sys.executable}' '{ROOT / 'plot.py'}' --help >&-"
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -778,10 +779,11 @@ def slurm(home, tmp_path):
     """slurm(srun, *words) -> docs/slurm.sh at work, with RUN and the words. Its commands are replaced: scontrol and
     scancel write what they are asked for into tmp_path/asked, srun is the shell command given, with what it is to run
     in "$@"."""
-    python = f'exec {sys.executable} "$@"'
-    scontrol = f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked'
-    scancel = f'echo "$@" >> {tmp_path}/asked; kill -TERM "$(cat {tmp_path}/srun)"'
-    options = f"echo $$ > {tmp_path}/srun; while [[ $1 == --* ]]; do shift; done"
+    python = f'exec "{sys.executable}" "$@"'
+    asked, pid = (shlex.quote(str(tmp_path / name)) for name in ("asked", "srun"))
+    scontrol = f'[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> {asked}'
+    scancel = f'echo "$@" >> {asked}; kill -TERM "$(cat {pid})"'
+    options = f"echo $$ > {pid}; while [[ $1 == --* ]]; do shift; done"
     allocated = {"JOB_ID": 77, "JOB_NODELIST": "here", "JOB_NUM_NODES": 1, "GPUS_ON_NODE": 2, "CPUS_PER_TASK": 1}
     env = {f"SLURM_{key}": str(value) for key, value in allocated.items()}
     env |= {"PATH": f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": ""}
@@ -832,7 +834,7 @@ def test_slurm_tells_finished_from_paused_and_failed(slurm, tmp_path, saved, sta
     state = tmp_path / "run/ckpt/last/state.json"
     state.parent.mkdir(parents=True)
     state.write_text(json.dumps({"finished": False, "iter": 3}))
-    job = slurm(f"echo '{json.dumps(saved)}' > {state}; exit {status}")
+    job = slurm(f"echo '{json.dumps(saved)}' > {shlex.quote(str(state))}; exit {status}")
     assert job.end() == code, job.printed
     assert (tmp_path / "asked").read_text() == asked
 

@@ -813,7 +813,7 @@ def test_the_word_none_is_a_prompt(run):
 
 def test_closed_streams_are_no_traceback(tiny_home):
     for closed in ("<&-", ">&-", "2>&-"):
-        words = f"{sys.executable} {ROOT / 'infer.py'} - --device cpu --max_new_tokens 3 {closed}"
+        words = f"'{sys.executable}' '{ROOT / 'infer.py'}' - --device cpu --max_new_tokens 3 {closed}"
         done = subprocess.run(["sh", "-c", words], cwd=tiny_home, capture_output=True, text=True, input="green")
         assert "Traceback" not in done.stderr + done.stdout
         assert "parameters" not in done.stdout
