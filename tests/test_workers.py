@@ -123,9 +123,7 @@ def finish(big: Path, *words) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
-def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, request, name):
-    if name == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
+def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     pool, pools = workers.local_pool, []
     monkeypatch.setattr(workers, "local_pool", lambda n: pools.append(n) or pool(n))
     written = mixed()
