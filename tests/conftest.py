@@ -192,11 +192,40 @@ def real_text() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def gpt2_vocabulary() -> None:
-    """GPT-2's vocabulary is at hand without a network."""
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+GPT2_CACHE, GPT2_ENCODINGS = os.environ.get("TIKTOKEN_CACHE_DIR"), {}  # OpenAI's, once they are loaded
+# Environment of processes that use the synthetic vocabulary: tiktoken's plugin lies beside this file.
+SYNTHETIC = {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def synthetic_vocabulary(tmp_path_factory):
+    """A cache of tiktoken's in which "gpt2" is synthetic, of GPT-2's size and pattern; for all tests and processes."""
+    from tiktoken_ext.synthetic import files
+
+    folder = tmp_path_factory.mktemp("tiktoken_cache")
+    for name, content in files().items():
+        (folder / name).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield
+
+
+@pytest.fixture
+def gpt2_vocabulary():
+    """GPT-2's own vocabulary in place of the synthetic one, from the cache that TIKTOKEN_CACHE_DIR names."""
+    import tiktoken.registry
+
+    import tokenizer
+
+    if not GPT2_CACHE:
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: it names tiktoken's cache with GPT-2's vocabulary")
+    forget = tokenizer.load.cache_clear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", GPT2_CACHE)
+        patch.setattr(tiktoken.registry, "ENCODINGS", GPT2_ENCODINGS)
+        forget()
+        yield
+    forget()
 
 
 # A model that trains in a second; every test that needs another size changes what it needs.

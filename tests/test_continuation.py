@@ -199,7 +199,7 @@ def test_text_by_hand():
     assert text_after(BYTES, [255], [*b"x"]) == "x"
 
 
-def test_gpt2_emoji(gpt2_vocabulary):
+def test_gpt2_emoji():
     encoding = tokenizer.load("gpt2")
     ids = encoding.encode_ordinary("a 🎈 b")
     assert len(ids) > 4, "the balloon is several tokens"

@@ -344,9 +344,7 @@ def test_text_equals_the_same_text_prepared(encoding, request, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["byte", "gpt2"])
-def test_a_text_in_pieces_has_the_ids_of_the_whole(encoding, request, monkeypatch):
-    if encoding == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
+def test_a_text_in_pieces_has_the_ids_of_the_whole(encoding, monkeypatch):
     monkeypatch.setattr(tokenizer, "RUN", 70_000)
     text = "".join(f"{n} green\r\nbottles hanging 🎈, and  if {n * n} fall…\n" for n in range(40_000))
     assert len(text) > 1 << 20
@@ -413,7 +411,7 @@ def test_figures_that_no_number_holds():
     assert report("--text", write("blank.txt", " \n" * 40))["word_perplexity"] is None
 
 
-def test_a_model_that_has_diverged(tmp_path, capsys, gpt2_vocabulary):
+def test_a_model_that_has_diverged(tmp_path, capsys):
     """Its figures are no numbers; the report is JSON all the same, and smol-GPT's lines are six."""
     model = of_transformers(n_positions=8)
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
@@ -539,7 +537,7 @@ def of_transformers(**changes) -> transformers.GPT2LMHeadModel:
 
 
 @pytest.fixture(scope="module")
-def gpt2_folder(home, gpt2_vocabulary) -> str:
+def gpt2_folder(home) -> str:
     """A small model that transformers saved, without tokenizer files, as OpenAI's vocabulary has no other size."""
     of_transformers().save_pretrained(home / "theirs")
     return "theirs"
@@ -581,7 +579,7 @@ def test_a_folder_with_a_pickle_only_is_refused(gpt2_folder):
     assert message.startswith("model_path = pickled: pytorch_model.bin is a pickle")
 
 
-def test_nanogpts_checkpoint_is_scored_as_transformers_does(gpt2_vocabulary):
+def test_nanogpts_checkpoint_is_scored_as_transformers_does():
     """Written in nanoGPT's layout: linear layers, torch.compile's prefix, 50,304 rows, a head that is the embedding."""
     theirs = of_transformers(vocab_size=50304, activation_function="gelu")
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

@@ -106,7 +106,7 @@ def test_logits_equal_ours(in_tmp, changes):
     assert {p.name for p in Path("out/r/hugging_face").iterdir()} == FILES
 
 
-def test_gpt2_vocabulary(in_tmp, gpt2_vocabulary, capsys):
+def test_gpt2_vocabulary(in_tmp, capsys):
     model = save(encoding="gpt2", vocab_size=50257)
     run()  # the newest run
     assert difference(model, theirs("out/r/hugging_face")) < 1e-4
@@ -116,7 +116,7 @@ def test_gpt2_vocabulary(in_tmp, gpt2_vocabulary, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"activation": "gelu"}, {"mlp_ratio": 2.0}, {"encoding": "byte"}])
-def test_llama_cpp_is_named_for_models_that_it_computes_only(in_tmp, gpt2_vocabulary, capsys, changes):
+def test_llama_cpp_is_named_for_models_that_it_computes_only(in_tmp, capsys, changes):
     save(**{"encoding": "gpt2", "vocab_size": 50257, **changes})
     run()
     printed = capsys.readouterr().out

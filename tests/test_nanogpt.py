@@ -150,7 +150,7 @@ def test_the_file_may_be_written_anew_while_its_weights_are_in_use(file):
             assert torch.equal(weights[name][: len(tensor)], tensor), name
 
 
-def test_by_its_name(file, gpt2_vocabulary):
+def test_by_its_name(file):
     """Of GPT-2's vocabulary, padded as nanoGPT pads it."""
     torch.save(contents(tensors(vocab_size=50304), vocab_size=50304), file)
     found = trained.find(str(file), print)

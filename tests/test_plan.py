@@ -301,7 +301,6 @@ def test_too_little_room_is_said_before_anything_is_written(in_tmp, monkeypatch)
     assert from_text("a").meta
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_room_for_gpt2s_tokens(in_tmp, monkeypatch):
     files(in_tmp, a=TEXT)
     free(monkeypatch, len(TEXT.encode()) // 2 - 1)

@@ -48,9 +48,7 @@ def mixed() -> list[str]:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
-def test_ids_are_those_of_each_document_alone(in_tmp, request, name):
-    if name == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
+def test_ids_are_those_of_each_document_alone(in_tmp, name):
     there = mixed()
     if name == "byte":  # runs without a break are cut, which only in bytes changes no id
         there.append("x" * 1000 + "\ttab " + "y" * 1000)
@@ -138,9 +136,7 @@ def test_manifest_says_what_there_is(in_tmp):
         ("text", {"tokenizer": "byte", "name": "mine"}, "data/mine"),
     ],
 )
-def test_folder_is_named_after_source_and_tokenizer(in_tmp, request, source, keys, folder):
-    if keys.get("tokenizer") == "gpt2" or (source == "text" and "tokenizer" not in keys):
-        request.getfixturevalue("gpt2_vocabulary")
+def test_folder_is_named_after_source_and_tokenizer(in_tmp, source, keys, folder):
     files(in_tmp, a=TEXT)
     data = prepare(source, **({"input": ("a.txt",)} if source == "text" else {}), **keys)
     assert data.folder == Path(folder)
@@ -174,9 +170,7 @@ def test_again_with_the_same_settings_does_nothing(in_tmp):
         ({"val_fraction": 0.2, "shard_tokens": 1000}, ["val_fraction", "shard_tokens"]),
     ],
 )
-def test_again_with_others_is_refused_naming_them(in_tmp, request, change, said):
-    if change.get("tokenizer") == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
+def test_again_with_others_is_refused_naming_them(in_tmp, change, said):
     files(in_tmp, a=TEXT)
     folder = from_text("a.txt", name="mine").folder
     before, change = content(folder), dict(change)
@@ -473,7 +467,6 @@ def test_other_peoples_shards_are_left_alone(make):
     assert content(make().folder) == whole
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_cuts_are_told_at_the_end_also_of_work_that_was_stopped(make):
     said = []
     Path("in/c/run.txt").write_text("x" * 1000)

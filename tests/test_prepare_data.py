@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, command
+from conftest import SYNTHETIC, TEXT, command
 from test_plan import WRITTEN, hub_data, write
 
 import cli
@@ -225,11 +225,10 @@ def test_unfinished_dataset_is_not_looked_at(in_tmp, capsys, flag):
     assert err.startswith("error: dataset data/mine is not finished: run python prepare_data.py")
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_nothing_to_do_takes_neither_vocabulary_nor_network(tmp_path):
     write(tmp_path / "a.jsonl", WRITTEN)
     words = ["text", "--input", "a.jsonl", "--tokenizer", "gpt2", "--name"]
-    first = command("prepare_data", *words, "mine", cwd=tmp_path)
+    first = command("prepare_data", *words, "mine", cwd=tmp_path, env=SYNTHETIC)
     assert (first.returncode, first.stderr) == (0, "")
     (tmp_path / "empty").mkdir()
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")

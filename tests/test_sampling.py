@@ -608,7 +608,7 @@ def test_characters_come_whole_and_at_once():
     assert check_stream(TEXT, BYTE) == list(TEXT)  # a byte is a token, so a piece is a character
 
 
-def test_characters_cut_over_gpt2_tokens(gpt2_vocabulary):
+def test_characters_cut_over_gpt2_tokens():
     encoding = tokenizer.load("gpt2")
     assert len(encoding.encode_ordinary("🎈")) > 1
     check_stream(TEXT, encoding)

@@ -19,7 +19,7 @@ import huggingface_hub
 import pytest
 import test_house
 import torch
-from conftest import ROOT
+from conftest import ROOT, SYNTHETIC
 
 import card
 import checkpoint
@@ -312,9 +312,10 @@ print(json.dumps([[str(pathlib.Path(module.__file__).parent) for module in ours]
 """
 
 
-def alone(folder: Path, *words) -> subprocess.CompletedProcess:
+def alone(folder: Path, *words, **env) -> subprocess.CompletedProcess:
     """Python in that folder, with nothing of this repository, and a cache of vocabularies that is the folder's."""
-    env = {**os.environ, "PYTHONPATH": "", "TIKTOKEN_CACHE_DIR": str(folder / "tiktoken_cache"), "HF_HUB_OFFLINE": "1"}
+    env = {"PYTHONPATH": "", **env, "TIKTOKEN_CACHE_DIR": str(folder / "tiktoken_cache"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, **env}
     return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -328,13 +329,13 @@ def test_modules_and_model_need_nothing_else(in_tmp):
     assert ids == list("Hello é".encode())
 
 
-def test_vocabulary_is_there(in_tmp, gpt2_vocabulary):
+def test_vocabulary_is_there(in_tmp):
     save(encoding="gpt2", changes={"vocab_size": 50257, "n_embd": 4})
     run("--space", "s")
     vocabulary = {name for name in no_code() if name.startswith("tiktoken_cache/")}
     assert no_code() == OURS | vocabulary
     assert len(vocabulary) == 2  # of GPT-2: merges and ids
-    done = alone(in_tmp / "s", "-c", ALONE)
+    done = alone(in_tmp / "s", "-c", ALONE, **SYNTHETIC)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[1] == tokenizer.load("gpt2").encode_ordinary("Hello é")
 
@@ -472,7 +473,7 @@ def sizes(printed: str) -> dict[str, str]:
     return {name: " ".join(size) for name, *size in lines}
 
 
-def test_table_dry_run_and_next_steps(in_tmp, capsys, gpt2_vocabulary):
+def test_table_dry_run_and_next_steps(in_tmp, capsys):
     save(encoding="gpt2", changes={"vocab_size": 50257, "n_embd": 4})
     before = sorted(in_tmp.rglob("*"))
     run("--space", "my s", "--dry_run")

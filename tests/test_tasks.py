@@ -28,8 +28,6 @@ JOB = Job("byte", True, "text", 0.25, 0.15, SPLITS)
 
 @pytest.fixture(params=["byte", "gpt2"])
 def name(request):
-    if request.param == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
     return request.param
 
 
@@ -251,7 +249,6 @@ def test_wrong_line_is_named_by_the_task_that_has_it(tmp_path, monkeypatch, wron
         work(JOB, tasks.whole_documents([("a", path)], JOB, None))
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 @pytest.mark.parametrize("length", [3999, 4000, 4001, 4500, 8001, 12_345])
 def test_cuts_of_a_long_word_are_counted(tmp_path, monkeypatch, length):
     """In parts and in a part's runs: as many as the encoder would need for the whole, and the word is still one."""
@@ -341,7 +338,6 @@ def test_nothing_to_cut_is_no_task():
     assert list(tasks.cut_by_characters(iter([]), {"train": 0, "val": 0, "test": 0})) == []
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 @pytest.mark.parametrize("at", [1, 6, 7, 8, 15, 30, 59, 60, 61, 110])
 def test_cut_by_characters_in_gpt2s_ids(monkeypatch, at):
     """Parts of a document are encoded as the whole of what its split has of it."""
@@ -359,7 +355,6 @@ def test_cut_by_characters_in_gpt2s_ids(monkeypatch, at):
     assert cuts == 0
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_forced_cuts_of_few_documents_are_counted(monkeypatch):
     """Where the room ends is none: that is a document's end."""
     small(monkeypatch, 1, run=100)

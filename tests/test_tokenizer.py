@@ -3,11 +3,9 @@
 import base64
 import concurrent.futures
 import hashlib
-import os
 import random
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +56,15 @@ def test_gpt2_is_openais():
         assert encoding.eot_token not in ids
 
 
+def test_gpt2_is_synthetic_where_nobody_asks_for_openais():
+    """Its merges are learnt ones, and it has GPT-2's size: what the other tests of byte-pair encoding stand on."""
+    encoding = tokenizer.load("gpt2")
+    assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ("gpt2", 50257, 50256)
+    tokens = encoding.decode_tokens_bytes(encoding.encode_ordinary("It's there,  the bottles\u6771"))
+    assert tokens == [b"It", b"'s", b" there", b",", b" ", b" the", b" bottles", b"\xe6\x9d", b"\xb1"]
+    assert encoding.encode_ordinary("Hello world") != [15496, 995]
+
+
 @pytest.mark.parametrize("use", [tokenizer.load, tokenizer.check_name])
 @pytest.mark.parametrize(
     ("name", "said"),
@@ -84,18 +91,18 @@ def test_right_names_pass_without_a_vocabulary(monkeypatch, tmp_path, name):
     tokenizer.check_name(name)
 
 
-def test_vocabulary_files(monkeypatch, tmp_path, gpt2_vocabulary):
+def test_vocabulary_files(monkeypatch, tmp_path):
     """They are a TIKTOKEN_CACHE_DIR with which nothing is fetched; tiktoken is as before."""
     assert tokenizer.vocabulary_files("byte") == {}
     read = tiktoken.load.read_file_cached
-    files = tokenizer.vocabulary_files("gpt2")
+    ranks, files = tokenizer.ranks_hash(tokenizer.load("gpt2")), tokenizer.vocabulary_files("gpt2")
     assert tiktoken.load.read_file_cached is read
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("requests.get", lambda *_, **__: pytest.fail("nothing is to be fetched"))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    assert tokenizer.ranks_hash(tokenizer.load.__wrapped__("gpt2")) == tokenizer.GPT2_RANKS
+    assert tokenizer.ranks_hash(tokenizer.load.__wrapped__("gpt2")) == ranks
     with pytest.raises(UserError, match="gpt3: unknown"):
         tokenizer.vocabulary_files("gpt3")
 
@@ -179,7 +186,6 @@ BITS = (
 NASTY = st.lists(BITS, max_size=30).map("".join) | st.text(" \n\r\tab'.1", max_size=60)
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # as OpenAI published it
-P50K = "https://openaipublic.blob.core.windows.net/encodings/p50k_base.tiktoken"
 
 
 def small_bpe(name: str, pattern: str) -> tiktoken.Encoding:
@@ -193,16 +199,8 @@ def small_bpe(name: str, pattern: str) -> tiktoken.Encoding:
 
 @pytest.fixture(scope="module", params=["byte", "small", "gpt2", "p50k_base"])
 def encoding(request):
-    """`small` is GPT-2's pattern with a few merges: it needs no vocabulary."""
-    if request.param == "small":
-        return small_bpe("gpt2", GPT2_PATTERN)
-    if request.param != "byte":
-        request.getfixturevalue("gpt2_vocabulary")
-    if request.param == "p50k_base":
-        cached = Path(os.environ["TIKTOKEN_CACHE_DIR"], hashlib.sha1(P50K.encode()).hexdigest())
-        if not cached.exists():
-            pytest.skip("p50k_base's vocabulary is not in TIKTOKEN_CACHE_DIR")
-    return tokenizer.load(request.param)
+    """`small` is GPT-2's pattern with a few merges."""
+    return small_bpe("gpt2", GPT2_PATTERN) if request.param == "small" else tokenizer.load(request.param)
 
 
 def runs(text: str) -> list[str]:
@@ -330,7 +328,6 @@ LONG_RUNS = {
 }
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 @pytest.mark.parametrize("what", LONG_RUNS)
 def test_long_run_is_cut_and_comes_back(what):
     """tiktoken alone takes such a run as one match; of a million blanks before a word it overflows its stack."""
@@ -348,7 +345,6 @@ def test_long_run_is_cut_and_comes_back(what):
     assert encoding.decode(ids[: -len(tail) - 2]) == text
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 @pytest.mark.parametrize("white", [" ", "\n", "\t"])
 @pytest.mark.parametrize("less", [2, 1, 0, -1])
 def test_white_space_as_long_as_a_run_before_a_word(white, less):

@@ -28,8 +28,8 @@ PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 NAMES = ("byte", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's cache has these files
 SHA256 = {  # of r50k_base.tiktoken and p50k_base.tiktoken, as tiktoken checks them (tiktoken_ext/openai_public.py)
-    "r50k": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-    "p50k": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
 }
 
 NASTY = {
@@ -56,30 +56,14 @@ NASTY = {
 }
 
 
-@functools.cache
-def encoding(name: str) -> tiktoken.Encoding:
-    """As tokenizer.load's; but r50k's and p50k's, GPT-2's without and with runs of blanks, need not be fetched."""
-    if name in ("byte", "gpt2"):
+def openais(name: str) -> tiktoken.Encoding:
+    """tokenizer.load's; but p50k_base, which is GPT-2's with runs of blanks, need not be fetched."""
+    if name != "p50k_base":
         return tokenizer.load(name)
     gpt2 = tokenizer.load("gpt2")
     ranks = {token: gpt2.encode_single_token(token) for token in gpt2.token_byte_values()}
-    if name != "r50k_base":
-        ranks |= {b" " * n: 50255 + n for n in range(2, 26)}
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda t: t[1]))
-    assert hashlib.sha256(b"".join(lines)).hexdigest() == SHA256[name[:4]]
-    special = {END: 50256}
-    if name == "p50k_edit":
-        special |= {"<|fim_prefix|>": 50281, "<|fim_middle|>": 50282, "<|fim_suffix|>": 50283}
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-@pytest.fixture(autouse=True)
-def known_vocabularies(request, monkeypatch):
-    """Nothing is fetched; tests that need GPT-2's vocabulary are skipped where it is missing."""
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
-    if name not in (None, "byte"):
-        request.getfixturevalue("gpt2_vocabulary")
-    monkeypatch.setattr(vocabulary, "load", encoding)
+    ranks |= {b" " * n: 50255 + n for n in range(2, 26)}
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256})
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +72,7 @@ def written(tmp_path_factory):
 
     @functools.cache
     def write(name: str) -> Path:
-        return save(tmp_path_factory.mktemp(name), tokenizer_files(encoding(name), 1024))
+        return save(tmp_path_factory.mktemp(name), tokenizer_files(tokenizer.load(name), 1024))
 
     return write
 
@@ -134,7 +118,7 @@ def read(written):
 
 @pytest.mark.usefixtures("gpt2_vocabulary")
 def test_files_of_gpt2_are_openais():
-    files = tokenizer_files(encoding("gpt2"), 1024)
+    files = tokenizer_files(tokenizer.load("gpt2"), 1024)
     assert files["merges.txt"] == tiktoken.load.read_file_cached(f"{OPENAI}/vocab.bpe")
     ids = json.loads(files["vocab.json"])
     assert ids == json.loads(tiktoken.load.read_file_cached(f"{OPENAI}/encoder.json"))
@@ -143,10 +127,20 @@ def test_files_of_gpt2_are_openais():
     assert (model["vocab"], len(model["merges"])) == (ids, 50_000)
 
 
+@pytest.mark.usefixtures("gpt2_vocabulary")
+@pytest.mark.parametrize(("name", "theirs"), [("gpt2", "r50k_base"), ("p50k_base", "p50k_base")])
+def test_relatives_of_gpt2_have_its_ids(name, theirs):
+    """OpenAI's files of r50k and p50k, written from GPT-2's ids."""
+    ours = openais(name)
+    lines = [base64.b64encode(t) + b" %d\n" % ours.encode_single_token(t) for t in ours.token_byte_values()]
+    lines.sort(key=lambda line: int(line.split()[1]))
+    assert hashlib.sha256(b"".join(lines)).hexdigest() == SHA256[theirs]
+
+
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_tiktokens_and_text_comes_back(name, reader, read):
-    theirs, ours = read(name, reader), encoding(name)
+    theirs, ours = read(name, reader), tokenizer.load(name)
     for what, text in NASTY.items():
         ids = theirs.encode(text)
         assert ids == ours.encode_ordinary(text), what
@@ -156,7 +150,7 @@ def test_ids_are_tiktokens_and_text_comes_back(name, reader, read):
 @pytest.mark.parametrize("reader", ["auto", "tokenizer.json"])
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 def test_any_text(name, reader, read):
-    theirs, ours = read(name, reader), encoding(name)
+    theirs, ours = read(name, reader), tokenizer.load(name)
 
     @quick
     @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t'sdmtlvreĠ1\xa0"))))
@@ -171,7 +165,7 @@ def test_any_text(name, reader, read):
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_special_tokens_within_a_text(name, reader, read):
-    theirs, ours = read(name, reader), encoding(name)
+    theirs, ours = read(name, reader), tokenizer.load(name)
     for text in (
         END,
         f"{END}{END}",
@@ -186,7 +180,7 @@ def test_special_tokens_within_a_text(name, reader, read):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings(name, read):
-    theirs, ours = read(name), encoding(name)
+    theirs, ours = read(name), tokenizer.load(name)
     assert (type(theirs).__name__, theirs.is_fast) == ("GPT2Tokenizer", True)
     assert theirs.bos_token_id == theirs.eos_token_id == theirs.unk_token_id == ours.eot_token
     assert theirs.pad_token is None
@@ -198,7 +192,6 @@ def test_settings(name, read):
     }
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_with_a_models_config_beside_it(written, tmp_path):
     """The folder of a whole model says GPT-2 twice, and transformers asks config.json first."""
     from transformers import GPT2Config
@@ -206,7 +199,10 @@ def test_with_a_models_config_beside_it(written, tmp_path):
     folder = shutil.copytree(written("gpt2"), tmp_path / "model")
     GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(folder)
     theirs = auto(folder)
-    assert (type(theirs).__name__, theirs.encode(TEXT)) == ("GPT2Tokenizer", encoding("gpt2").encode_ordinary(TEXT))
+    assert (type(theirs).__name__, theirs.encode(TEXT)) == (
+        "GPT2Tokenizer",
+        tokenizer.load("gpt2").encode_ordinary(TEXT),
+    )
 
 
 def made_up() -> tiktoken.Encoding:
@@ -236,7 +232,7 @@ def test_made_up_vocabulary_with_holes(reader, tmp_path):
 
 
 def test_byte_has_no_merges_and_ids_of_bytes():
-    files = tokenizer_files(encoding("byte"), 64)
+    files = tokenizer_files(tokenizer.load("byte"), 64)
     assert files["merges.txt"] == b"#version: 0.2\n"
     ids = json.loads(files["vocab.json"])
     assert sorted(ids.values()) == list(range(257))
@@ -246,7 +242,7 @@ def test_byte_has_no_merges_and_ids_of_bytes():
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_both_files_of_settings_name_the_ends(file):
     """Some readers know one, some the other, and not all have GPT-2's ends without being told."""
-    said = json.loads(tokenizer_files(encoding("byte"), 64)[file])
+    said = json.loads(tokenizer_files(tokenizer.load("byte"), 64)[file])
     assert (said["bos_token"], said["eos_token"], said["unk_token"]) == (END, END, END)
 
 
@@ -259,12 +255,13 @@ def test_another_pattern_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["byte", "gpt2", "p50k_base"])
-def test_real_text(name, read, real_text):
+def test_real_text(name, gpt2_vocabulary, real_text, tmp_path):
     """WikiText-103's test split; as one text and line by line."""
     from pyarrow import parquet
 
     rows = parquet.read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"].to_pylist()
-    theirs, ours = read(name), encoding(name)
+    ours = openais(name)
+    theirs = auto(save(tmp_path, tokenizer_files(ours, 1024)))
     text = "".join(rows)
     ids = theirs.encode(text)
     assert ids == ours.encode_ordinary(text)
@@ -276,7 +273,7 @@ def test_real_text(name, read, real_text):
 @pytest.mark.parametrize("name", ["gpt2"])
 def test_every_code_point(name, read):
     """Letters, digits and white space are the same to both libraries' regular expressions."""
-    theirs, ours = read(name), encoding(name)
+    theirs, ours = read(name), tokenizer.load(name)
     points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
     for start in range(0, len(points), 1024):
         text = "".join(f"a{c}b1{c}2 {c}! {c}" for c in map(chr, points[start : start + 1024]))
@@ -355,7 +352,7 @@ def test_recognised(name, how, copy, monkeypatch):
     """And nothing is loaded, maybe over the network, that cannot be it."""
     folder = copy(name)
     SAME[how](folder)
-    monkeypatch.setattr(vocabulary, "load", {name: encoding(name)}.__getitem__)
+    monkeypatch.setattr(vocabulary, "load", {name: tokenizer.load(name)}.__getitem__)
     assert recognise(folder) == name
 
 
@@ -473,7 +470,6 @@ def test_half_a_vocabulary_is_refused(there, missing, copy):
         recognise(folder)
 
 
-@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_files_that_disagree_are_refused(written, copy):
     folder = copy("byte")
     shutil.copy(written("gpt2") / "tokenizer.json", folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, SYNTHETIC, command
 from test_plan import held, small_blocks
 from test_preparation import mixed
 from test_sources import content, from_text, refusal
@@ -123,9 +123,7 @@ def finish(big: Path, *words) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
-def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, request, name):
-    if name == "gpt2":
-        request.getfixturevalue("gpt2_vocabulary")
+def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     pool, pools = workers.local_pool, []
     monkeypatch.setattr(workers, "local_pool", lambda n: pools.append(n) or pool(n))
     written = mixed()
@@ -268,7 +266,7 @@ def new_cluster(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TIKTOKEN_CACHE_DIR")}
+    environment = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR"} | SYNTHETIC
 
     def start(what: str, *words) -> None:
         with open(folder / f"{len(processes)}.log", "w") as log:
@@ -303,7 +301,7 @@ def doomed(dask, tmp_path_factory):
 
 
 @pytest.mark.extra
-@pytest.mark.usefixtures("small_blocks", "gpt2_vocabulary")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 def test_dask_gives_the_same_bytes(cluster, in_tmp, name):
     mixed()
