@@ -116,16 +116,17 @@ def deliver(process: int, number: int) -> None:
         time.sleep(0.002)
 
 
+def main_thread(process: int) -> tuple[str, int]:
+    """State of a process's main thread, and how long it has used a processor, in hundredths of a second."""
+    fields = Path(f"/proc/{process}/task/{process}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[11]) + int(fields[12])
+
+
 def waits_long(process: int) -> bool:
     """Whether its main thread waits for something, and used no processor for a while."""
-
-    def look() -> list[str]:
-        fields = Path(f"/proc/{process}/task/{process}/stat").read_text().rpartition(")")[2].split()
-        return [fields[0], *fields[11:13]]  # state, and ticks of user and system time
-
-    before = look()
+    before = main_thread(process)
     time.sleep(0.2)
-    return before[0] == "S" and look() == before
+    return before[0] == "S" and main_thread(process) == before
 
 
 def free_port() -> int:
@@ -154,7 +155,7 @@ TEXT = "".join(
 
 def command(verb: str, *words, cwd, env: dict | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run a verb as a user does, in `cwd`; standard output and error as text."""
-    environment = {**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8", **(env or {})}
+    environment = {**os.environ, **SYNTHETIC, "PYTHONIOENCODING": "utf-8", **(env or {})}
     return subprocess.run(
         [sys.executable, str(ROOT / f"{verb}.py"), *map(str, words)],
         cwd=cwd,
@@ -447,7 +448,7 @@ class Life:
 
 @pytest.fixture(scope="session")
 def nursery():
-    env = {**os.environ, "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8"}
+    env = {**os.environ, **SYNTHETIC, "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(
         [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
     )

@@ -105,7 +105,7 @@ def test_unfinished_dataset_names_the_command(tmp_path, name, left, said):
 
 def test_command_for_a_dataset_elsewhere_says_where(tmp_path):
     """Without --data_dir the command would write to ./data, and the dataset would still be missing here."""
-    with pytest.raises(UserError, match=rf"--data_dir {tmp_path}"):
+    with pytest.raises(UserError, match=re.escape(f"--data_dir {shlex.quote(str(tmp_path))}")):
         open_dataset(tmp_path / "pydoc")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHER, ROOT, TINY, Life, deliver, free_port, make_dataset, waits_long
+from conftest import LAUNCHER, ROOT, TINY, Life, deliver, free_port, main_thread, make_dataset, waits_long
 from safetensors.torch import load_file
 from test_train import TIMES, rows, same, weights
 
@@ -735,6 +735,9 @@ def stopping(doing: str, among_ranks: bool, grace: float = 60):
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "ready\n"
+            _, before = main_thread(process.pid)
+            while doing == BLOCKED and main_thread(process.pid)[1] < before + 10:
+                time.sleep(0.01)
             yield process
         finally:
             process.kill()

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SYNTHETIC, TEXT, command
+from conftest import TEXT, command
 from test_plan import WRITTEN, hub_data, write
 
 import cli
@@ -228,7 +228,7 @@ def test_unfinished_dataset_is_not_looked_at(in_tmp, capsys, flag):
 def test_nothing_to_do_takes_neither_vocabulary_nor_network(tmp_path):
     write(tmp_path / "a.jsonl", WRITTEN)
     words = ["text", "--input", "a.jsonl", "--tokenizer", "gpt2", "--name"]
-    first = command("prepare_data", *words, "mine", cwd=tmp_path, env=SYNTHETIC)
+    first = command("prepare_data", *words, "mine", cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
     (tmp_path / "empty").mkdir()
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")
