@@ -1,4 +1,4 @@
-"""Promises of several modules together: data checked first, saved before evaluated, ranks that begin alike, plans."""
+"""Promises that several modules keep together: checked data, checkpoints, ranks that begin alike, rows, plans."""
 
 import itertools
 import json
@@ -162,6 +162,39 @@ def test_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeyp
     assert folder.parent.stat().st_ino in on_disk[names["iter_000005"] :]
 
 
+def test_weight_that_is_not_finite_is_never_saved(tiny_data, monkeypatch):
+    """Its update's loss and gradient were finite."""
+    real = train.update
+
+    def update(run, i):
+        made = real(run, i)
+        if i == 4:
+            with torch.no_grad():
+                run.model.transformer.ln_f.weight[3] = torch.inf
+        return made
+
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(UserError, match=r"^a weight is not finite at iter 5: "):
+        train_here(*QUIET, "--save_interval", 5, "--eval_interval", 100, "--max_iters", 20)
+    assert not list(RUN.glob("ckpt/iter_*"))
+
+
+def test_best_is_none_whose_save_failed(tiny_data, monkeypatch):
+    """A lower loss whose weights are lost keeps no later one from being the best."""
+    losses, save = iter((5.0, 4.0, 2.0, 3.0)), checkpoint.save
+
+    def full(run_dir, state, *rest):
+        if state["iter"] == 4:
+            raise UserError("no room")
+        return save(run_dir, state, *rest)
+
+    monkeypatch.setattr(train, "evaluate", lambda *words: next(losses))
+    monkeypatch.setattr(checkpoint, "save", full)
+    train_here(*QUIET, "--eval_interval", 2, "--on_save_error", "warn")
+    assert [row["val_loss"] for row in rows(RUN) if row["val_loss"]] == ["5", "4", "2", "3"]
+    assert os.readlink(RUN / "ckpt/best") == "iter_000006"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # two ranks
 
@@ -220,16 +253,53 @@ model.GPT.init_weights = init_weights
 """
 
 
-def test_initial_weights_that_differ_between_ranks_are_refused(two_ranks):
-    lives = two_ranks(OTHER_WEIGHTS)
-    said = "error: initial weights of rank 1 is not that of rank 0: every machine has to have the same files"
+# auto chooses on each machine
+OTHER_DTYPE = """
+import run
+
+def machine(device, dtype, *words, real=run.machine):
+    return real(device, "float16" if os.environ["RANK"] == "1" else "float32", *words)
+
+run.machine = machine
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "what"),
+    [(OTHER_WEIGHTS, (), "initial weights"), (OTHER_DTYPE, ("--dtype", "auto"), "dtype")],
+    ids=["weights", "dtype"],
+)
+def test_ranks_that_would_not_train_alike_are_refused(two_ranks, code, words, what):
+    lives = two_ranks(code, *words)
+    said = f"error: {what} of rank 1 is not that of rank 0: every machine has to have the same files and settings"
     lives[0].until(lambda: any(said in life.printed or life.code == 0 for life in lives))
     assert any(said in life.printed for life in lives), lives[0].printed
     assert not RUN.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# plans, benchmarks, samples
+# rows, plans, benchmarks, samples
+
+
+def test_row_of_the_log_has_the_figures_of_its_update(tiny_data, monkeypatch):
+    made, real = [], train.update
+
+    def update(run, i):
+        made.append(real(run, i))
+        return made[-1]
+
+    monkeypatch.setattr(train, "update", update)
+    words = ("--lr", "1e-2", "--warmup_iters", 4, "--schedule", "constant", "--grad_accum_steps", 2)
+    logged = rows(train_here(*QUIET, *words))
+    windows = (open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"] - 1) // 32
+    assert [row["iter"] for row in logged] == ["0", "1", "2", "3", "4", "5", "6"]
+    for i, (row, (loss, norm)) in enumerate(zip(logged[1:], made, strict=True), 1):
+        assert int(row["tokens"]) == i * 4 * 2 * 32
+        assert float(row["epoch"]) == pytest.approx(i * 4 * 2 / windows)
+        assert float(row["train_loss"]) == pytest.approx(loss.item())
+        assert float(row["grad_norm"]) == pytest.approx(norm.item())
+        assert float(row["lr"]) == pytest.approx(1e-2 * min(1, i / 5))
+        assert row["skipped"] == "0"
 
 
 def test_plan_prints_what_follows_from_the_config_and_trains_nothing(tiny_data, capsys):
