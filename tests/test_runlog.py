@@ -58,6 +58,17 @@ def test_values_come_back_to_the_last_bit_of_float32(tmp_path):
     run.close()
 
 
+def test_columns_keep_their_names_and_order(tmp_path):
+    """Spreadsheets and scripts lean on them, and files of earlier runs have them."""
+    run = RunLog(tmp_path, 0, max_iters=10)
+    run.write({"iter": 0})
+    run.close()
+    header, row = (tmp_path / "metrics.csv").read_text().splitlines()
+    first = "iter,tokens,epoch,train_loss,val_loss,lr,grad_norm,loss_scale,skipped,step_ms,tok_per_s,mfu,peak_mem_gb"
+    assert header == first
+    assert row == "0" + 12 * ","
+
+
 def test_resume_moves_later_rows_aside(tmp_path):
     """The row of the checkpoint's iteration makes way too: it is written again. One header, however often."""
     file, lost = tmp_path / "metrics.csv", tmp_path / "metrics.lost.csv"

@@ -1,0 +1,420 @@
+"""Promises that several modules keep together: checked data, checkpoints, ranks that begin alike, rows, plans."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiktoken
+import torch
+from conftest import ROOT, TINY, Life, train_here
+from test_train import rows
+
+import bench
+import checkpoint
+import cli
+import run
+import samples
+import throughput
+import train
+from config import BenchConfig, TrainConfig, UserError
+from dataset import open_dataset
+
+RUN = Path("out/quickstart")
+QUIET = ("--sample_tokens", 0)
+
+
+def change_id(split: str, to: int) -> str:
+    """Set the last id of a split's last shard; returns the shard's path."""
+    path = sorted(Path("data/tiny").glob(f"{split}_*.bin"))[-1]
+    raw = path.read_bytes()
+    assert raw[-2:] != to.to_bytes(2, "little")
+    path.write_bytes(raw[:-2] + to.to_bytes(2, "little"))
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_are_checked_before_the_first_update(tiny_data, split):
+    """Also ids that no batch of this run would reach."""
+    path = change_id(split, 257)
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}: id 257 at byte .* is not in the vocabulary of 257"):
+        train_here(*QUIET, "--eval_batches", 1)
+    assert not Path("out").exists()
+
+
+def test_verify_data_finds_what_only_the_hash_shows(tiny_data):
+    path = change_id("val", 7)
+    train_here(*QUIET, "--out_dir", "out/unverified")
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}: its SHA-256 is not meta\.json's"):
+        train_here(*QUIET, "--verify_data")
+    assert not RUN.exists()
+
+
+def test_each_micro_batch_of_each_update_has_dropout_masks_of_its_own(tiny_data, monkeypatch):
+    seen, real = [], torch.nn.functional.dropout
+
+    def dropout(x, *words, **more):
+        y = real(x, *words, **more)
+        seen.append(bytes((y == 0).flatten().tolist()))
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    prepared = run.setup(cli.parse(TrainConfig, [*TINY, "--dropout", "0.5", "--grad_accum_steps", "2"]))
+    for i in range(2):
+        train.update(prepared, i)
+    assert len(seen) == 4 * 5, "the embedding's, and two of each block, in each of four passes"
+    assert len(set(seen)) == len(seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.mark.parametrize("what", ["evaluation", "sample"])
+def test_failed_evaluation_or_sample_leaves_the_checkpoint_before_it(tiny_data, monkeypatch, what):
+    """The save is still in flight when the fault comes."""
+    failed, where, name = threading.Event(), *{"evaluation": (train, "evaluate"), "sample": (samples, "draw")}[what]
+    real, save = getattr(where, name), checkpoint.save
+
+    def fails(run, *words):
+        if run.optimizer.state:  # after updates
+            failed.set()
+            raise RuntimeError("the fault")
+        return real(run, *words)
+
+    def slow(*words):
+        assert failed.wait(60)
+        return save(*words)
+
+    monkeypatch.setattr(where, name, fails)
+    monkeypatch.setattr(checkpoint, "save", slow)
+    with pytest.raises(RuntimeError, match="the fault"):
+        train_here("--save_interval", 100)
+    assert checkpoint.verify(RUN / "ckpt/last")["iter"] == 3
+
+
+def test_nothing_is_written_into_what_came_in_the_place_of_a_moved_run(tiny_data, monkeypatch):
+    moved, real = Path("out/moved"), train.update
+
+    def update(run, i):
+        if i == 4:
+            deadline = time.monotonic() + 60
+            while not (RUN / "ckpt/best").exists():  # the last that comes of the save before
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            RUN.rename(moved)
+            RUN.mkdir()
+            (RUN / "theirs.txt").write_text("theirs")
+        return real(run, i)
+
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(UserError, match=f"^{RUN} is no longer the folder that this run began in: nothing is saved"):
+        train_here("--max_iters", 20)
+    assert [path.name for path in RUN.rglob("*")] == ["theirs.txt"]
+    assert [folder.name for folder in checkpoint.checkpoints(moved)] == ["iter_000003"]
+    assert 6 <= int(rows(moved)[-1]["iter"]) < 9, "it ends at the next save"
+
+
+def test_room_for_a_checkpoint_is_looked_for_after_the_first_update(tiny_data, monkeypatch):
+    updates, real = [], train.update
+    usage = namedtuple("usage", "total used free")(0, 0, 1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(train, "update", lambda run, i: updates.append(run) or real(run, i))
+    with pytest.raises(UserError) as caught:
+        train_here(*QUIET, "--n_embd", 256)
+    (made,) = updates
+    # weights and AdamW's two moments in float32; the vocabulary's padding to a multiple of 64 among them
+    megabytes = 12 * (made.model.num_params() + (320 - 257) * 256) / 1e6
+    assert str(caught.value).startswith(f"{RUN} has 1 MB free, a checkpoint of this run takes {megabytes:.0f} MB")
+    assert not list(RUN.glob("ckpt/*"))
+
+
+def test_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """And `last` leads to it when its name is, too."""
+    on_disk, names, rename = [], {}, os.rename
+
+    def fsync(descriptor):
+        on_disk.append(os.fstat(descriptor).st_ino)
+
+    def renamed(old, new):
+        inside = [path.stat().st_ino for path in Path(old).rglob("*")]
+        assert {*inside, Path(old).stat().st_ino} <= set(on_disk), "flushed before it is renamed"
+        names[Path(new).name] = len(on_disk)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    state = {"iter": 5, "config": {}, "finished": False}
+    folder = checkpoint.save(tmp_path, state, {"w": torch.ones(3)}, {"optimizer": {}, "scaler": {}, "row": {}}, 2)
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "train_state.pt", "state.json"}
+    assert folder.parent.stat().st_ino in on_disk[names["iter_000005"] :]
+
+
+def test_weight_that_is_not_finite_is_never_saved(tiny_data, monkeypatch):
+    """Its update's loss and gradient were finite."""
+    real = train.update
+
+    def update(run, i):
+        made = real(run, i)
+        if i == 4:
+            with torch.no_grad():
+                run.model.transformer.ln_f.weight[3] = torch.inf
+        return made
+
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(UserError, match=r"^a weight is not finite at iter 5: "):
+        train_here(*QUIET, "--save_interval", 5, "--eval_interval", 100, "--max_iters", 20)
+    assert not list(RUN.glob("ckpt/iter_*"))
+
+
+def test_best_is_none_whose_save_failed(tiny_data, monkeypatch):
+    """A lower loss whose weights are lost keeps no later one from being the best."""
+    losses, save = iter((5.0, 4.0, 2.0, 3.0)), checkpoint.save
+
+    def full(run_dir, state, *rest):
+        if state["iter"] == 4:
+            raise UserError("no room")
+        return save(run_dir, state, *rest)
+
+    monkeypatch.setattr(train, "evaluate", lambda *words: next(losses))
+    monkeypatch.setattr(checkpoint, "save", full)
+    train_here(*QUIET, "--eval_interval", 2, "--on_save_error", "warn")
+    assert [row["val_loss"] for row in rows(RUN) if row["val_loss"]] == ["5", "4", "2", "3"]
+    assert os.readlink(RUN / "ckpt/best") == "iter_000006"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two ranks
+
+
+@pytest.fixture
+def two_ranks(nursery, tiny_data, tmp_path):
+    """two_ranks(code, *words) -> the Life of each rank, to their ends: train.py with TINY and the words; code runs in
+    it before."""
+    lives = []
+
+    def start(code: str, *words) -> list[Life]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = (ROOT / "train.py", *TINY, *QUIET, "--grad_accum_steps", 2, *words)
+        for rank in "01":
+            env = alike | {"RANK": rank, "LOCAL_RANK": rank}
+            lives.append(Life(nursery, tmp_path / f"rank{rank}", tiny_data, words, code, env))
+        return lives
+
+    yield start
+    for life in lives:
+        life.kill()
+        life.end()
+
+
+WATCHED_TIMEOUT = """
+def learning_rate(i, config, real=optim.learning_rate):  # the first thing that update i asks for
+    gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    with open(folder + "/timeouts.txt", "a") as file:
+        print(i, int(gloo.options._timeout.total_seconds()), file=file)
+    return real(i, config)
+
+optim.learning_rate = learning_rate
+"""
+
+
+def test_ranks_wait_twice_as_long_in_the_first_update(two_ranks):
+    """Some of them may still compile."""
+    lives = two_ranks(WATCHED_TIMEOUT, "--rank_timeout", 100, "--max_iters", 3, "--log_interval", 10)
+    assert [life.end() for life in lives] == [0, 0], lives[0].printed
+    for life in lives:
+        seen = dict(line.split() for line in (life.folder / "timeouts.txt").read_text().splitlines())
+        assert seen == {"0": "200", "1": "100", "2": "100"}
+
+
+OTHER_WEIGHTS = """
+def init_weights(self, real=model.GPT.init_weights):
+    real(self)
+    if os.environ["RANK"] == "1":
+        with torch.no_grad():
+            list(self.parameters())[-1][0] += 1e-6
+
+model.GPT.init_weights = init_weights
+"""
+
+
+# auto chooses on each machine
+OTHER_DTYPE = """
+import run
+
+def machine(device, dtype, *words, real=run.machine):
+    return real(device, "float16" if os.environ["RANK"] == "1" else "float32", *words)
+
+run.machine = machine
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "what"),
+    [(OTHER_WEIGHTS, (), "initial weights"), (OTHER_DTYPE, ("--dtype", "auto"), "dtype")],
+    ids=["weights", "dtype"],
+)
+def test_ranks_that_would_not_train_alike_are_refused(two_ranks, code, words, what):
+    lives = two_ranks(code, *words)
+    said = f"error: {what} of rank 1 is not that of rank 0: every machine has to have the same files and settings"
+    lives[0].until(lambda: any(said in life.printed or life.code == 0 for life in lives))
+    assert any(said in life.printed for life in lives), lives[0].printed
+    assert not RUN.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows, plans, benchmarks, samples
+
+
+def test_row_of_the_log_has_the_figures_of_its_update(tiny_data, monkeypatch):
+    made, real = [], train.update
+
+    def update(run, i):
+        made.append(real(run, i))
+        return made[-1]
+
+    monkeypatch.setattr(train, "update", update)
+    words = ("--lr", "1e-2", "--warmup_iters", 4, "--schedule", "constant", "--grad_accum_steps", 2)
+    logged = rows(train_here(*QUIET, *words))
+    windows = (open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"] - 1) // 32
+    assert [row["iter"] for row in logged] == ["0", "1", "2", "3", "4", "5", "6"]
+    for i, (row, (loss, norm)) in enumerate(zip(logged[1:], made, strict=True), 1):
+        assert int(row["tokens"]) == i * 4 * 2 * 32
+        assert float(row["epoch"]) == pytest.approx(i * 4 * 2 / windows)
+        assert float(row["train_loss"]) == pytest.approx(loss.item())
+        assert float(row["grad_norm"]) == pytest.approx(norm.item())
+        assert float(row["lr"]) == pytest.approx(1e-2 * min(1, i / 5))
+        assert row["skipped"] == "0"
+
+
+def test_plan_prints_what_follows_from_the_config_and_trains_nothing(tiny_data, capsys):
+    L, C, T, V = 2, 32, 32, 257
+    words = [
+        "--batch_size",
+        "3",
+        "--grad_accum_steps",
+        "2",
+        "--max_iters",
+        "70",
+        "--plan",
+        "--gpus",
+        "2",
+        "--mfu",
+        "0.5",
+    ]
+    before = set(tiny_data.rglob("*"))
+    train.train(cli.parse(TrainConfig, [*TINY, *words]))
+    assert set(tiny_data.rglob("*")) == before
+    text = capsys.readouterr().out
+    # two LayerNorms, four matrices and their biases in a block; a last LayerNorm; the two tables
+    block = 2 * 2 * C + (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
+    params = L * block + 2 * C + V * C + T * C
+    flops = 6 * (params - T * C) + 12 * L * C * T
+    there = open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"]
+    windows, tokens = (there - 1) // T, 70 * 3 * 2 * T
+    assert f"{params:,} parameters: {L} layers, 2 heads, {C} wide, context {T}, {V} ids\n" in text
+    assert f"{flops:,} FLOPs per token" in text
+    assert f"data/tiny: {there:,} training tokens\n" in text
+    assert f"epoch    {windows:,} windows = {windows * T:,} tokens = {windows / 6:,.1f} updates\n" in text
+    assert f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens, 1 passes on each of 2 devices\n" in text
+    assert f"70 updates = {tokens:,} tokens = {70 * 6 / windows:.2f} epochs" in text
+    assert f"{tokens * flops:.3g} FLOPs\n" in text
+    assert re.search(r"^ +weights +0\.\d\d +0\.\d\d$", text, re.M)
+    assert re.search(r"^ +here: cpu +[\d.]+ TFLOP/s +\d+s$", text, re.M)
+
+
+def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
+    words = [*TINY, "--plan"]
+    with pytest.raises(UserError, match="or give --vocab_size, for the plan without it"):
+        train.train(cli.parse(TrainConfig, words))
+    train.train(cli.parse(TrainConfig, [*words, "--vocab_size", "300"]))
+    text = capsys.readouterr().out
+    assert "300 ids" in text
+    assert "data/tiny is not prepared: no epochs" in text
+    assert not list(in_tmp.iterdir())
+
+
+def documents(count: int) -> list[str]:
+    """As many different texts, and a file of them."""
+    texts = [f"{n} green bottles hanging on the wall, {n * n} more in the cellar." for n in range(count)]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return texts
+
+
+def test_figures_of_preparation(in_tmp, monkeypatch, gpt2_vocabulary):
+    """Of texts whose tokens tiktoken counts, encoded by processes of their own."""
+    texts = documents(3000)
+    without = SimpleNamespace(find_spec=lambda name: None)  # datasets.map takes its time
+    monkeypatch.setattr(throughput, "importlib", SimpleNamespace(util=without))
+    words = ["data", "--input", "texts.jsonl", "--size_mb", "1", "--rounds", "1", "--workers", "1", "--json", "a.json"]
+    before = set(in_tmp.iterdir())
+    bench.main(cli.parse(BenchConfig, words))
+    found = json.loads(Path("a.json").read_text())
+    assert set(in_tmp.iterdir()) == before | {in_tmp / "a.json"}
+    gpt2, size, tokens = tiktoken.get_encoding("gpt2"), 0, 0
+    for text in itertools.cycle(texts):
+        size, tokens = size + len(text), tokens + len(gpt2.encode_ordinary(text)) + 1  # and end-of-text
+        if size >= found["text_mb"] * 1e6 - 0.5:
+            break
+    assert size == pytest.approx(found["text_mb"] * 1e6)
+    assert 1 <= found["text_mb"] < 1.2
+    assert found["processes"] == 1
+    for way in ("plain", "ours"):
+        ratio = found[f"{way}_tokens_per_s"] / found[f"{way}_mb_per_s"]
+        assert ratio == pytest.approx(1e6 * tokens / size)
+        assert found[f"{way}_memory_gb"] >= 0
+    share = found["ours_mb_per_s"] / found["plain_mb_per_s"]
+    assert found["of_plain_times_processes"] == pytest.approx(share)
+    hours = 19e9 / (found["ours_mb_per_s"] * 1e6) / 3600
+    assert found["wikipedia_hours_2_cores"] == pytest.approx(hours / 2)
+    assert found["wikipedia_hours_16_cores"] == pytest.approx(hours / 16)
+    assert found["fineweb_10bt_hours_2_cores"] == pytest.approx(10e9 / found["ours_tokens_per_s"] / 3600 / 2)
+    assert "times_datasets_map" not in found
+
+
+def test_preparation_that_fails_is_no_figure(in_tmp, monkeypatch, gpt2_vocabulary, capsys):
+    """Neither of a text that is not there nor of a process that ends with an error."""
+    documents(10)
+    (in_tmp / "house").mkdir()
+    (in_tmp / "house/throughput.py").write_text("raise SystemExit('no encoder')")
+    monkeypatch.setattr(throughput, "HOUSE", in_tmp / "house")
+    for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):
+        words = ["data", "--input", given, "--size_mb", "1", "--rounds", "1", "--json", "-"]
+        with pytest.raises(SystemExit) as ended:
+            cli.run_verb(bench.main, cli.parse(BenchConfig, words))
+        printed = capsys.readouterr()
+        assert ended.value.code == 2
+        assert printed.out == ""
+        assert said in printed.err
+        assert printed.err.count("error: ") == 1
+
+
+def test_samples_of_all_evaluations_have_the_same_noise(tiny_data):
+    """Weights that stand still write the same text, and another one with another seed."""
+
+    def written(name: str, *words) -> list[str]:
+        folder = train_here("--lr", 1e-30, "--min_lr", 0, "--sample_tokens", 40, "--out_dir", f"out/{name}", *words)
+        parts = re.split(r"^=== iter \d+ .*\n", (folder / "samples.txt").read_text(), flags=re.M)
+        return parts[1:]
+
+    first = written("first")
+    assert len(first) == 3
+    assert len(set(first)) == 1
+    again, other = (written(f"seed_{seed}", "--init_from", "out/first", "--seed", seed) for seed in (1337, 1338))
+    assert again == first, "the same weights"
+    assert set(other).isdisjoint(first)
