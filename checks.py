@@ -61,7 +61,7 @@ def bench_tests(config: BenchConfig) -> dict:
         words.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
         words += ["-n", "4"]  # most of their time is compiling, on the host
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.chdir(HOUSE), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
         code = pytest.main(words, plugins=[outcomes])
     ended = list(outcomes.of.values())
     if not ended and (cuda or not outcomes.collected):
