@@ -176,7 +176,7 @@ def run_row(words: list[str], limit: float, say: Callable[[str], None]) -> dict:
     with tempfile.TemporaryFile("w+") as answer:
         streams = {"stdout": answer, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
         process, late = subprocess.Popen(command, env=peer.ENVIRONMENT, process_group=0, **streams), None
-        reader = threading.Thread(target=forward)
+        reader = threading.Thread(target=forward, daemon=True)
         reader.start()
         try:
             process.wait(limit)

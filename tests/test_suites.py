@@ -27,8 +27,8 @@ words = sys.argv[1:]
 print("working", file=sys.stderr)
 if words[0] == "hang":
     import subprocess, time
-    code = "import fcntl, time; f = open('lock', 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-    code += "print('ready', flush=True); time.sleep(600)"
+    code = "import fcntl, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); f = open('lock', 'w'); "
+    code += "fcntl.flock(f, fcntl.LOCK_EX); print('ready', flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
     try:
@@ -179,7 +179,7 @@ def test_lists_fit_their_files_and_their_time():
 
 @pytest.fixture
 def stopped(home, monkeypatch):
-    """run_row of one that hangs and has a child: what happens instead of its limit's end once both are there."""
+    """run_row of one that hangs and has a child, which ignores SIGINT; what happens, once both are there, at the limit."""
 
     def run(error: type, *words: str) -> dict:
         ready, real = threading.Event(), subprocess.Popen.wait
