@@ -179,7 +179,7 @@ def test_lists_fit_their_files_and_their_time():
 
 @pytest.fixture
 def stopped(home, monkeypatch):
-    """run_row of one that hangs and has a child, which ignores SIGINT; what happens, once both are there, at the limit."""
+    """run_row of one that hangs and has a child that ignores SIGINT; `error` is raised once both are there."""
 
     def run(error: type, *words: str) -> dict:
         ready, real = threading.Event(), subprocess.Popen.wait
