@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def bench_tests(config: BenchConfig) -> dict:
     if not cuda:
         words.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
-        words += ["-n", "4"]  # most of their time is compiling, on the host
+        # most of their time is compiling, on the host
+        words += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     with contextlib.chdir(HOUSE), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
         code = pytest.main(words, plugins=[outcomes])
     ended = list(outcomes.of.values())
