@@ -10,7 +10,10 @@ python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, besid
 python bench.py infer --config gpt2_124m                # tokens/s of text, beside transformers and llama.cpp
 python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # beside transformers
 python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # docs/speed.md's tables: cpu.json, cpu.md
-python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # the same for a GPU, in 8 minutes
+python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # for a GPU, in about 6 minutes (docs/testing.md)
+python bench.py gpu --json dry.json --dry_run            # each row of that list at toy size, on the CPU
+python bench.py resume --config shakespeare_char_cpu --max_iters 20   # a resumed run is bit for bit one not stopped
+python bench.py tests                                    # the tests that need CUDA
 """
 
 from cli import from_command_line, recipe_text, run_verb
@@ -38,6 +41,7 @@ import torch
 import peer
 import suites
 from budget import matmul_flops
+from checks import bench_resume, bench_tests
 from latency import bench_infer
 from outputs import require_writable, write_json
 from ranks import ALONE, Ranks, join
@@ -154,6 +158,8 @@ def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
         for name, times in timed.items()
     }
     answer = found.pop("ours") | {"torch": torch.__version__}
+    if bench.scaler.is_enabled():
+        answer["loss_scale"] = bench.scaler.get_scale()
     if found:
         answer |= {"peers": found, "ratios": ratios}
         answer["memory_ratios"] = {name: answer["peak_mem_gb"] / found[name]["peak_mem_gb"] for name in found}
@@ -175,6 +181,7 @@ def main(config: BenchConfig) -> None:
     alone["eval"] = partial(bench_eval, say=say)
     recipe = recipe_text(TrainConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}))
     alone["loss"] = partial(bench_loss, recipe=recipe, say=say)
+    alone |= {"resume": partial(bench_resume, recipe=recipe, say=say), "tests": bench_tests}
     command = f"bench.py {shlex.join(sys.argv[1:])}"
     if config.what in suites.SUITES:
         suites.bench_suite(config, f"python {command}", say)

@@ -44,6 +44,7 @@ ARROWS = {
     "peer": {"dataset", "runtime", "speed"},
     "time_to_loss": {"dataset", "peer", "runtime", "speed"},
     "suites": {"dataset", "outputs", "peer", "runtime"},
+    "checks": {"peer", "runtime"},
     "packing": {"model"},
     "decoder": {"model", "runtime"},
     "sampling": {"decoder", "runtime"},
@@ -83,7 +84,7 @@ ARROWS = {
     "budget": {"fused_loss", "model", "runlog"},
 }
 WITHOUT_TORCH = ("config", "cli", "prepare_data", "throughput")  # and with the last two all of the data side
-PEERS = {"transformers", "llama_cpp"}  # bench.py infer measures beside them, where they are installed
+PEERS = {"transformers", "llama_cpp", "pytest"}  # bench.py infer measures beside them and bench.py tests runs it
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
 MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
 

@@ -1,0 +1,136 @@
+"""bench.py tests and bench.py resume: on a device, the tests that need CUDA, and whether a resumed run is exact."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import peer
+from config import BenchConfig, UserError
+from runtime import find_device
+
+HOUSE = Path(__file__).resolve().parent
+TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")  # columns of metrics.csv that no two runs share
+
+
+class Outcomes:
+    """A plugin of pytest: how many tests were collected, and how each of those that ran ended, by its id."""
+
+    def __init__(self):
+        self.collected, self.of = 0, {}
+
+    def pytest_collection_finish(self, session) -> None:
+        self.collected = len(session.items)
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:  # a file that cannot be imported
+            self.of[report.nodeid] = "failed"
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.of[report.nodeid] = report.outcome
+
+
+def bench_tests(config: BenchConfig) -> dict:
+    """Run the tests marked gpu; without CUDA they are collected only, which imports every test file.
+
+    A time limit or Ctrl-C ends them early: `complete` is false, and the counts are of the tests that had ended.
+
+    Raises:
+        UserError: a package that the tests need is missing, or pytest did not run.
+    """
+    for package in ("pytest", "pytest-timeout", "hypothesis"):
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise UserError(f"bench.py tests: {package} is not installed: pip install -r requirements-dev.txt")
+    import pytest
+
+    words = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", str(HOUSE / "tests")]
+    cuda, outcomes = find_device(config.device).type == "cuda", Outcomes()
+    if not cuda:
+        words.append("--collect-only")
+    elif importlib.util.find_spec("xdist"):
+        # most of their time is compiling, on the host
+        words += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    with contextlib.chdir(HOUSE), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
+        code = pytest.main(words, plugins=[outcomes])
+    ended = list(outcomes.of.values())
+    if not ended and (cuda or not outcomes.collected):
+        raise UserError(f"pytest {shlex.join(words)} ran no test and ended with exit code {int(code)}")
+    counts = {outcome: ended.count(outcome) for outcome in ("passed", "failed", "skipped")}
+    failed = sorted(name for name, outcome in outcomes.of.items() if outcome == "failed")
+    counts |= {"failed_tests": failed, "complete": code != pytest.ExitCode.INTERRUPTED}
+    return counts if cuda else counts | {"collected_only": outcomes.collected}
+
+
+def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -> dict:
+    """Train with train.py, stop after half of max_iters and resume; compare with a run that was not stopped.
+
+    Losses in metrics.csv and the last checkpoint's weights have to be equal bit for bit.
+
+    Args:
+        recipe: the settings of train.py, as a recipe's text.
+
+    Returns:
+        the seconds of the three processes.
+
+    Raises:
+        UserError: a run failed, or the two differ.
+    """
+    whole, half, figures = config.max_iters, config.max_iters // 2, {}
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name).resolve()
+        (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
+        shared = ["--config", folder / "recipe.toml", "--lr_decay_iters", whole, "--eval_interval", half]
+        resumed, uninterrupted = folder / "resumed", folder / "uninterrupted"
+        for run, words in (
+            ("stopped", ["--out_dir", resumed, "--max_iters", half]),
+            ("resumed", ["--out_dir", resumed, "--max_iters", whole, "--resume"]),
+            ("uninterrupted", ["--out_dir", uninterrupted, "--max_iters", whole]),
+        ):
+            words, began = list(map(str, [*shared, "--log_interval", 1, *words])), time.perf_counter()
+            command = [sys.executable, str(HOUSE / "train.py"), *words]
+            done = subprocess.run(
+                command, env=peer.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            if done.returncode:
+                lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise UserError(f"train.py {shlex.join(words)} failed: {lines[-1].removeprefix('error: ')}")
+            figures[f"{run}_s"] = time.perf_counter() - began
+            say(f"{run:<13} {figures[f'{run}_s']:6.1f} s")
+        if found := difference(resumed, uninterrupted):
+            raise UserError(f"the resumed run is not the uninterrupted one: {found}")
+    return {"updates": whole, "identical": True} | figures
+
+
+def difference(one: Path, other: Path) -> str | None:
+    """Where two runs' logs or last weights differ first; None: nowhere."""
+    for a, b in zip(*map(_rows, (one, other)), strict=False):
+        for key in a:
+            if a[key] != b[key] and key not in TIMES:
+                return f"metrics.csv has {key} = {a[key]} and {b[key]} at iter {a['iter']} and {b['iter']}"
+    counts = [len(_rows(run)) for run in (one, other)]
+    if counts[0] != counts[1]:
+        return f"metrics.csv has {counts[0]} and {counts[1]} rows"
+    mine, its = (load_file(run / "ckpt" / "last" / "model.safetensors") for run in (one, other))
+    unequal = [name for name in mine if not torch.equal(mine[name], its[name])]
+    if unequal:
+        largest = max((mine[name] - its[name]).abs().max().item() for name in unequal)
+        return f"{len(unequal)} of {len(mine)} weights, by {largest:.3g} at most, {unequal[0]} for one"
+    return None
+
+
+def _rows(run: Path) -> list[dict]:
+    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
