@@ -95,6 +95,17 @@ def no_process_outlives_its_test(request):
     require_none_left(f"{request.node.nodeid} (call)")
 
 
+@pytest.fixture(autouse=True)
+def torch_as_before():
+    """A run in this process changes how torch computes; the next test begins as a new process does."""
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+
+
 def deliver(process: int, number: int) -> None:
     """Send a signal, and return once it has arrived: two of the same number are two, and SIGSTOP has stopped it."""
     os.kill(process, number)
