@@ -16,7 +16,6 @@ import os
 import runpy
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -67,9 +66,9 @@ class Scripts:
 
     def run_ranks(self, line: str, cwd: Path, world: int) -> list[Result]:
         """Run it on several ranks, with the environment that torchrun would set; the results by rank."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        from conftest import free_port  # not in the process that forks
+
+        port = free_port()
         shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environments = [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(world)]
         return self._run(line, cwd, "", [{key: str(value) for key, value in env.items()} for env in environments])
