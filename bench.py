@@ -121,7 +121,7 @@ def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
     def ours(updates: int) -> list[float]:
         return [milliseconds(bench, partial(update, bench, next(made))) for _ in range(updates)]
 
-    others = peer.ways(config.device) if config.peer else {}
+    others = peer.ways(bench.config) if config.peer else {}
     with contextlib.ExitStack() as stack:
 
         def begin(name: str) -> peer.Peer:

@@ -28,8 +28,8 @@ from torch import Tensor
 import trained
 from decoder import Decoder
 from outputs import require_writable, write_json
-from packing import pack
-from runtime import machine
+from packing import faster_on_cpu, pack
+from runtime import find_device, machine
 from sampling import TextStream, generate_batch
 from trained import Trained
 
@@ -192,16 +192,20 @@ def _read(name: str) -> str:
 
 def load(config: InferConfig) -> tuple[Writer, Trained, dict]:
     """The model that config asks for, laid out for writing; where it was found; and facts about it."""
-    place = machine(config.device, config.dtype)
-    if config.quantize and config.dtype == "float16" and place.device.type == "cpu":
+    device = find_device(config.device)
+    if config.quantize and config.dtype == "float16" and device.type == "cpu":
         raise UserError("quantize = int8 takes bfloat16 products on a CPU: leave out dtype")
     found = trained.find(model_path(config), say)
-    model, encoding = trained.load(found, place.device, config.context_length)
+    model, encoding = trained.load(found, device, config.context_length)
     facts = {"model": str(found.path), "iter": found.state.get("iter"), "parameters": model.num_params()}
     # On a CPU compiling pays for long int8 texts only; else oneDNN's packed weights are faster (docs/speed.md).
-    compile = place.device.type == "cuda" if config.compile is None else config.compile
+    compile = device.type == "cuda" if config.compile is None else config.compile
+    dtype, measured = config.dtype, None
+    if dtype == "auto" and device.type == "cpu" and not config.quantize:
+        dtype, measured = faster_on_cpu(model, compile)
+    place = machine(config.device, dtype)
     decoder = Decoder(pack(model, place.dtype, config.quantize, compile), compile)
-    precision = config.quantize or str(place.dtype).removeprefix("torch.")
+    precision = config.quantize or str(place.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")
     facts["machine"] = f"{place.name}, {precision}, {'compiled' if compile else 'eager'}"
     say(f"{found.describe()}: {facts['parameters']:,} parameters, on {facts['machine']}")
     start = [encoding.eot_token] if found.end_of_text else encoding.encode_ordinary("\n")

@@ -24,7 +24,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from config import BenchConfig, UserError
 from dataset import TrainingBatches, Windows, open_dataset
-from runtime import DTYPES, Machine, machine
+from precision import for_training
+from runtime import DTYPES, Machine, find_device, machine
 from speed import seconds_since_start
 
 ENVIRONMENT = dict(os.environ)  # as the user has it: runtime.py changes it for us alone
@@ -64,17 +65,17 @@ def their_vocab_size(vocab_size: int) -> int:
     return 50304 if vocab_size == 50257 else vocab_size
 
 
-def ways(device: str) -> dict[str, Machine]:
-    """How nanoGPT runs on a device, by name.
+def ways(config: BenchConfig) -> dict[str, Machine]:
+    """How nanoGPT runs on the config's device, by name.
 
     On a CPU: as its train.py does with --compile=False, its line for a CPU (eager float32), and the best that its
     model gives, compiled and with autocast put around it. On CUDA as its train.py does: compiled, half precision.
     """
-    auto = machine(device, "auto")
-    if auto.device.type != "cpu":
-        return {"nanoGPT": Machine(auto.device, auto.dtype, auto.device.type == "cuda", {})}
-    stock = Machine(auto.device, torch.float32, False, {})
-    return {"nanoGPT": stock, "nanoGPT_best": Machine(auto.device, auto.dtype, True, {})}
+    device = find_device(config.device)
+    if device.type != "cpu":
+        return {"nanoGPT": machine(config.device, "auto", device.type == "cuda")}
+    faster, _ = for_training(config)
+    return {"nanoGPT": machine("cpu", "float32"), "nanoGPT_best": machine("cpu", faster, True)}
 
 
 class Peer:

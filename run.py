@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import budget
+import precision
 import tokenizer
 from config import TrainConfig, UserError, run_dir
 from data_config import PrepareConfig
@@ -27,7 +28,7 @@ from preparation import prepare
 from pretrained import pretrained_tokenizer
 from ranks import ALONE, Ranks
 from runlog import peak_flops
-from runtime import Machine, compile_forward, machine, make_deterministic, note
+from runtime import Machine, compile_forward, find_device, machine, make_deterministic, note
 from trained import load_pretrained
 
 
@@ -78,6 +79,29 @@ def _vocab_size(config: TrainConfig, dataset: Dataset) -> int:
     return config.vocab_size or meta["vocab_size"]
 
 
+EARLIER = "chosen when the run began"  # a reason, and what it was then
+
+
+def _machine(config: TrainConfig, ranks: Ranks, before: dict) -> Machine:
+    """The device of a run and how it computes there, the same on all ranks.
+
+    Args:
+        before: what `auto` had chosen when the run that is resumed began.
+    """
+    settled, why = {"dtype": config.dtype, "compile": config.compile}, {}
+    for key in ("dtype", "compile"):
+        if settled[key] in ("auto", None) and before.get(key) is not None:
+            reason = before.get("why", {}).get(key, "").removeprefix(EARLIER).removeprefix(": ")
+            settled[key], why[key] = before[key], f"{EARLIER}: {reason}" if reason else EARLIER
+    local_rank = ranks.local_rank if ranks.world > 1 else None
+    device = find_device(config.device, local_rank)
+    if settled["dtype"] == "auto":  # all ranks take part, also where one of them has another device
+        found = ranks.from_first(lambda: precision.for_training(config) if device.type == "cpu" else None)
+        if found and device.type == "cpu":
+            settled["dtype"], why["dtype"] = found
+    return machine(config.device, settled["dtype"], settled["compile"], local_rank, why)
+
+
 def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None) -> Run:
     """Machine, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
 
@@ -112,10 +136,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
             )
     per_update = config.batch_size * config.grad_accum_steps
     max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
-    before = chosen or {}
-    dtype = before.get("dtype", config.dtype) if config.dtype == "auto" else config.dtype
-    compiled = before.get("compile") if config.compile is None else config.compile
-    place = machine(config.device, dtype, compiled, ranks.local_rank if ranks.world > 1 else None)
+    place = _machine(config, ranks, chosen or {})
     lr_decay_iters = config.lr_decay_iters or max_iters
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
@@ -188,7 +209,7 @@ def describe(run: Run) -> str:
 
 def print_plan(config: TrainConfig) -> None:
     """How large a run is and how long it takes, without training; of the data only what is there."""
-    tokens, place = None, machine(config.device, "auto")
+    tokens, place = None, _machine(config, ALONE, {})
     folder = Path(config.data_dir) / config.dataset
     if (folder / "meta.json").exists() or any(folder.glob("*.bin")) or config.vocab_size is None:
         try:

@@ -162,16 +162,23 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine(device: str, dtype: str, compile: bool | None = False, local_rank: int | None = None) -> Machine:
-    """Settle what is `auto` (compile: None).
+def machine(
+    device: str,
+    dtype: str,
+    compile: bool | None = False,
+    local_rank: int | None = None,
+    why: dict[str, str] | None = None,
+) -> Machine:
+    """Settle what is `auto` (compile: None). On a CPU no precision is measured here (precision.py): float32.
 
     Args:
         local_rank: as find_device takes it.
+        why: reasons for what the caller has chosen.
 
     Raises:
         UserError: a device that is not there.
     """
-    place, why = find_device(device, local_rank), {}
+    place, why = find_device(device, local_rank), dict(why or {})
     if dtype == "auto":
         dtype, why["dtype"] = _auto_dtype(place)
     elif dtype == "float16" and place.type == "cpu":
@@ -187,10 +194,7 @@ def _auto_dtype(device: torch.device) -> tuple[str, str]:
         if major >= 8:
             return "bfloat16", f"capability {major}.{minor} has it"
         return "float16", f"capability {major}.{minor} has no bfloat16 units"
-    # Private names, but the only ones from 2.11 on; a CPU without these units emulates bf16, slower than float32.
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bfloat16", "this CPU has AVX512-BF16 or AMX"
-    return "float32", f"this {'CPU' if device.type == 'cpu' else 'device'} has no fast bfloat16"
+    return "float32", "no other was measured" if device.type == "cpu" else "this device has no fast bfloat16"
 
 
 def _auto_compile(device: torch.device) -> tuple[bool, str]:

@@ -45,7 +45,7 @@ def bench_loss(config: BenchConfig, recipe: str, say: Callable[[str], None]) -> 
     Returns:
         `runs` has seed, seconds (None: never reached), iter and val_loss (of the evaluation that met it, or the last).
     """
-    place = machine(config.device, "auto")
+    place = machine(config.device, "float32")  # each run chooses its own precision
     if config.peer:
         dataset = open_dataset(Path(config.data_dir) / config.dataset)
         nanogpt = peer.folder(config, "train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")

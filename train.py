@@ -146,7 +146,7 @@ def train(config: TrainConfig) -> None:
         try:
             train_on(ranks, claim, config)
         except torch.OutOfMemoryError:
-            place = machine(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
+            place = machine(config.device, "float32", local_rank=ranks.local_rank if ranks.world > 1 else None)
             raise UserError(out_of_memory(config, place.name, place.peak_memory_gb(), ranks.world)) from None
 
 

@@ -78,8 +78,8 @@ def test_gpt2s_vocabulary_is_rounded_up_as_nanogpt_does():
     assert [peer.their_vocab_size(v) for v in (257, 50257, 50304, 50281)] == [257, 50304, 50304, 50281]
 
 
-def test_on_a_cpu_as_its_train_py_and_at_its_best():
-    ways = peer.ways("cpu")
+def test_on_a_cpu_as_its_train_py_and_at_its_best(config):
+    ways = peer.ways(config)
     assert list(ways) == ["nanoGPT", "nanoGPT_best"]
     assert (ways["nanoGPT"].dtype, ways["nanoGPT"].compile) == (torch.float32, False)
     assert ways["nanoGPT_best"].compile
@@ -155,7 +155,7 @@ def test_compiled(config):
 
 @pytest.mark.gpu
 def test_on_cuda_as_its_train_py(config):
-    ((name, how),) = peer.ways("cuda").items()
+    ((name, how),) = peer.ways(dataclasses.replace(config, device="cuda")).items()
     assert how.compile
     assert how.dtype != torch.float32
     with peer.Peer(name, config, how) as process:

@@ -621,6 +621,21 @@ def test_number_of_threads_that_the_user_asks_for_counts(home):
     assert "machine  cpu (2 threads)" in done.stdout
 
 
+@pytest.mark.slow
+def test_precision_that_rank_0_measures_is_everyones(forked, home):
+    """It measures alone; the other would have found the opposite."""
+    code = (
+        "import precision\nfirst = os.environ['RANK'] == '0'\nmeasured = 'bfloat16' if first else 'float32'\n"
+        "precision.faster = lambda *work: (measured, print(os.environ['RANK'], 'measures', file=sys.stderr) or 'found')"
+    )
+    words = (*BASE, "--dtype", "auto", "--max_iters", 1, "--out_dir", "out/measured")
+    done = forked(2, wrapped(home, code), *words, cwd=home)
+    assert done.code == 0, done.printed
+    assert re.search(r"^machine  cpu \(.*\), bfloat16 \(found\), eager", done.printed, re.M)
+    assert re.findall(r"^\d measures$", done.printed, re.M) == ["0 measures"]
+    assert checkpoint.read_state(home / "out/measured/ckpt/last")["chosen"]["dtype"] == "bfloat16"
+
+
 ALIKE = "every machine has to have the same files and settings"
 
 
