@@ -152,7 +152,10 @@ def free_port() -> int:
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory):
     """What flatGPT keeps between calls in the user's cache folder is neither read nor written by tests."""
+    before = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     with pytest.MonkeyPatch.context() as patch:
+        if "MPLCONFIGDIR" not in os.environ:  # matplotlib's list of fonts, which takes seconds to make, stays
+            patch.setenv("MPLCONFIGDIR", f"{before}/matplotlib")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -27,10 +27,8 @@ from reader_config import AppConfig, InferConfig
 
 
 @pytest.fixture(scope="module")
-def playground(tiny_home, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # infer.py finds the same precision there
-        yield app.Playground(AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", token_limit=60))
+def playground(tiny_home):
+    return app.Playground(AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", token_limit=60))
 
 
 def plain(page: app.Page) -> str:
