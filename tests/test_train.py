@@ -408,6 +408,23 @@ def test_every_evaluation_is_saved_first(tiny_data):
     assert {p.name for p in run.glob("ckpt/iter_*")} == {f"iter_{i:06d}" for i in (2, 4, 5, 6, 7)}
 
 
+@pytest.mark.parametrize(("evaluations", "i"), [(2, 2), (5, 7)], ids=["in between", "at the end"])
+def test_evaluation_that_fails_loses_no_update(tiny_data, monkeypatch, evaluations, i):
+    """The checkpoint is written before it is evaluated. Evaluations are at 0, 2, 4, 6 and 7."""
+    real, begun = train.evaluate, []
+
+    def evaluate(*args):
+        begun.append(args)
+        if len(begun) == evaluations:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(MemoryError):
+        train_here("--max_iters", 7, "--eval_interval", 2)
+    assert checkpoint.verify(Path("out/quickstart/ckpt/last"))["iter"] == i
+
+
 def test_run_folder_that_cannot_be_written_is_one_error_line(tiny_data, capfd):
     Path("out").write_text("a file")
     with pytest.raises(SystemExit) as ended:
