@@ -566,15 +566,18 @@ def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
 def test_signal_saves_and_says_how_to_go_on(tiny_data):
     """For the others: test_faults."""
     words = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters", "100000", "--eval_interval", "100000"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = Path("out/quickstart/metrics.csv")
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            printed, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGINT, printed
     words[2:] = shlex.split(printed.strip().splitlines()[-1])[2:]  # what it says to type: python train.py ...
     state = checkpoint.verify(Path("out/quickstart/ckpt/last"))
