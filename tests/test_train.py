@@ -119,6 +119,7 @@ def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
     assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
 
 
+@pytest.mark.slow
 def test_what_users_of_smol_gpt_type(tmp_path, gpt2_vocabulary, real_text):
     """Their flags, with their spelling, as they stand; pyarrow is a test's way to the raw text."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="reads WikiText's test split")
