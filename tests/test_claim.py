@@ -52,6 +52,7 @@ def owner(tiny_data):
         process.send_signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{process.pid}/task")
         while any(") T" not in (task / "stat").read_text() for task in tasks.glob("*")):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         yield process
     finally:

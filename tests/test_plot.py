@@ -211,7 +211,7 @@ def watching(*words, seconds: float = 0.02):
     try:
         yield process
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
         assert process.stdout.read() + process.stderr.read() == ""
     finally:
         process.kill()

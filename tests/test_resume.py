@@ -5,7 +5,6 @@ import csv
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -540,7 +539,6 @@ def test_key_in_a_setting_is_masked_in_the_command_and_kept_as_a_setting(tiny_da
     assert cli.parse(TrainConfig, ["--config", str(run / "config.toml")]).sample_prompt == (value,)
     found = [path.name for path in run.rglob("*") if path.is_file() and value.encode() in path.read_bytes()]
     assert sorted(set(found)) == ["config.toml", "samples.txt", "state.json"]
-    assert re.sub("AWS.*", "", json.dumps(state["command"])).count("$") == 1
 
 
 def test_resumed_run_keeps_its_shape_whatever_becomes_of_init_from(tiny_data):

@@ -9,7 +9,6 @@ import pty
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,14 +177,17 @@ def on_a_terminal(folder: Path, code: str, **setting: str) -> list[str]:
     termios.tcsetwinsize(its, (24, 100))
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
     env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", **setting}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, stdout=its, stderr=its)
-    os.close(its)
     seen = b""
-    with contextlib.suppress(OSError):  # the terminal is closed
-        while data := os.read(ours, 1 << 16):
-            seen += data
-    os.close(ours)
-    assert process.wait() == 0
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, stdout=its, stderr=its) as process:
+        try:
+            os.close(its)
+            with contextlib.suppress(OSError):  # the terminal is closed
+                while data := os.read(ours, 1 << 16):
+                    seen += data
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            os.close(ours)
     return [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
 
 
@@ -440,12 +442,13 @@ def test_wandb_without_a_network(tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_goes_on_in_wandb_under_its_id(tiny_data):
-    """A folder for each start, which `wandb sync` makes one run of; the rows go on, samples and picture are there."""
+    """A folder for each start, which `wandb sync` makes one run of; the rows go on, samples and picture are there.
+
+    wandb names the folders by the second; a start of train.py takes longer than that."""
     words = ("--wandb", "offline", "--wandb_project", "p", "--max_iters")
     for more in ((*words, 3), (*words, 6, "--resume")):
         done = command("train", *TINY, *more, cwd=tiny_data)
         assert (done.returncode, done.stderr) == (0, "")
-        time.sleep(1.1)  # wandb's folders are named by the second
     first, second = sorted(Path("out/quickstart/wandb").glob("offline-run-*/run-*.wandb"))
     assert first.name == second.name
     for file, there in ((first, [0, 1, 2, 3]), (second, [3, 4, 5, 6])):

@@ -374,11 +374,12 @@ def test_top_p_of_a_row_does_not_depend_on_the_others():
         assert torch.equal(keep_top_p(logits[n : n + 1], 0.8), kept[n : n + 1])
 
 
-@pytest.mark.parametrize("keep", [lambda x: keep_top_k(x, 2), lambda x: keep_top_p(x, 0.4)])
+@pytest.mark.parametrize("keep", [lambda x: keep_top_k(x, 2), lambda x: keep_top_p(x, 0.6)])
 def test_equally_likely_tokens_stay_together(keep):
+    """Two tokens are asked for: the likeliest, of probability 0.52, and one of two of 0.19 each. Both of these stay."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
-    assert_kept(logits, keep(logits), [{1, 2, 3} if keep(logits)[0, 2].isfinite() else {1}])
-    assert_kept(logits, keep(torch.zeros(1, 5)) + logits, [{0, 1, 2, 3, 4}])
+    assert_kept(logits, keep(logits), [{1, 2, 3}])
+    assert_kept(torch.zeros(1, 5), keep(torch.zeros(1, 5)), [{0, 1, 2, 3, 4}])
 
 
 @pytest.mark.parametrize("min_p", [1e-6, 0.05, 0.5, 1.0])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from test_train import rows, same, weights
 
 import checkpoint
+import train
 from config import TrainConfig, UserError
 from saver import Saver
 
@@ -106,6 +108,17 @@ def gate(monkeypatch):
     gate.opened.set()
 
 
+def beside(saver: Saver, call: Callable, *args) -> threading.Thread:
+    """Begin the call in a thread of its own, until it waits for the save in flight, or has ended."""
+    waiting, wait = threading.Event(), saver.wait
+    saver.wait = lambda: waiting.set() or wait()
+    thread = threading.Thread(target=call, args=args)
+    thread.start()
+    while thread.is_alive() and not waiting.wait(0.01):
+        pass
+    return thread
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is saved
 
@@ -130,9 +143,7 @@ def test_buffers_made_while_a_save_is_in_flight_are_not_written_over(start, gate
     saver.save(state(1), there)
     assert gate.reached.wait(60)
     fill_with(2.0, there)
-    reserving = threading.Thread(target=saver.reserve, args=(there,))
-    reserving.start()
-    time.sleep(0.1)
+    reserving = beside(saver, saver.reserve, there)
     gate.opened.set()
     reserving.join(60)
     saver.wait()
@@ -146,9 +157,7 @@ def test_one_save_at_a_time(start, gate, tmp_path):
     assert gate.reached.wait(60)
     fill_with(2.0, there)
     there["train_state"]["row"] = {"iter": 2, "train_loss": 2.0}
-    second = threading.Thread(target=saver.save, args=(state(2), there))
-    second.start()
-    time.sleep(0.2)
+    second = beside(saver, saver.save, state(2), there)
     assert second.is_alive()
     gate.opened.set()
     second.join(60)
@@ -238,17 +247,21 @@ def test_newest_best_and_every_nth_are_kept(start, tmp_path):
 
 
 def test_check_waits_for_nothing_and_close_for_all(start, gate, tmp_path):
-    saver = start()
+    saver, found = start(), []
     saver.save(state(1), parts(1.0))
     saver.then(Path.touch, tmp_path / "then")
-    began = time.monotonic()
-    saver.check()
-    assert time.monotonic() - began < 1
+    saver.check()  # while the gate is closed
     assert not (tmp_path / "then").exists()
-    threading.Timer(0.2, gate.opened.set).start()
-    saver.close()
-    assert iters(tmp_path) == [1]
-    assert (tmp_path / "then").exists()
+    closing = threading.Thread(
+        target=lambda: (saver.close(), found.extend([iters(tmp_path), (tmp_path / "then").exists()]))
+    )
+    closing.start()
+    with contextlib.suppress(RuntimeError):  # no new work is taken: it is closing
+        while closing.is_alive():
+            saver.then(time.sleep, 0)
+    gate.opened.set()
+    closing.join(60)
+    assert found == [[1], True]
 
 
 def test_minutes_between_saves(start, monkeypatch):
@@ -326,12 +339,15 @@ def test_what_would_come_after_a_failed_save_is_left_out(start, gate, tmp_path, 
     saver.save(state(2), parts(2.0))
     saver.then(checkpoint.point, tmp_path, "best", 2)
     saver.then(checkpoint.mark_finished, tmp_path / "ckpt/last")
-    with contextlib.suppress(UserError):
+    if on_save_error == "stop":
+        with pytest.raises(UserError, match="no room"):
+            saver.wait()
+    else:
         saver.wait()
+        assert saver.failure is gate.broken
     saver.close()
     assert os.readlink(tmp_path / "ckpt/best") == "iter_000001"
     assert checkpoint.read_state(tmp_path / "ckpt/last")["finished"] is False
-    assert on_save_error == "stop" or saver.failure is gate.broken
 
 
 @pytest.mark.parametrize("on_save_error", ["stop", "warn"])
@@ -398,10 +414,19 @@ def test_room_for_fewer_than_will_be_kept(start, room, tmp_path, capsys, keys, t
 
 
 def test_run_from_another_runs_checkpoint_saves_it_as_it_was(tiny_data, monkeypatch):
-    """The same as above, end to end: slow saves, and updates beside them."""
+    """The same as above, end to end: the save lasts until training waits for it after its first update."""
     first = train_here("--max_iters", 3)
-    real = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args: time.sleep(0.3) or real(*args))
+    save, wait, update, updates, go = checkpoint.save, Saver.wait, train.update, [], threading.Event()
+
+    def counted(run, i):
+        updates.append(i)
+        if len(updates) == 2:  # it has not waited
+            go.set()
+        return update(run, i)
+
+    monkeypatch.setattr(train, "update", counted)
+    monkeypatch.setattr(Saver, "wait", lambda saver: (updates and go.set()) or wait(saver))
+    monkeypatch.setattr(checkpoint, "save", lambda *args: go.wait(60) and save(*args))
     fork = train_here("--resume", first, "--out_dir", "out/fork", "--max_iters", 5, "--keep_checkpoints", 9)
     before, after = (load_file(run / "ckpt/iter_000003/model.safetensors") for run in (first, fork))
     assert same(before, after)

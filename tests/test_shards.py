@@ -428,7 +428,7 @@ def test_files_are_closed_with_their_tokens_and_not_inherited(tmp_path):
     del found
     assert open_files() == before
     assert part.tolist() == [*range(10), *range(5), *range(3)]
-    with suppress(UserError):
+    with pytest.raises(UserError, match="train_000001"):
         Tokens([(tmp_path / "train_000000.bin", 10), (tmp_path / "train_000001.bin", 6)])
     assert open_files() == before
 

@@ -5,7 +5,6 @@ import concurrent.futures
 import hashlib
 import random
 import re
-import time
 
 import numpy as np
 import pytest
@@ -334,9 +333,7 @@ def test_long_run_is_cut_and_comes_back(what):
     encoding = tokenizer.load("gpt2")
     before, after = "It's a long, long way:", "\nand here it ends, in 2024.\n"
     text = before + " " + LONG_RUNS[what]() + after
-    began = time.perf_counter()
     ids, cuts = tokenizer.encode(encoding, [text, after], end_of_text=True)
-    assert time.perf_counter() - began < 20  # a second or two
     assert cuts == 3  # with the blank it is a little longer than 3 * RUN
     ids = ids.tolist()
     head, tail = encoding.encode_ordinary(before), encoding.encode_ordinary(after)

@@ -119,6 +119,7 @@ def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
     assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
 
 
+@pytest.mark.slow
 def test_what_users_of_smol_gpt_type(tmp_path, gpt2_vocabulary, real_text):
     """Their flags, with their spelling, as they stand; pyarrow is a test's way to the raw text."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="reads WikiText's test split")
@@ -408,6 +409,23 @@ def test_every_evaluation_is_saved_first(tiny_data):
     assert {p.name for p in run.glob("ckpt/iter_*")} == {f"iter_{i:06d}" for i in (2, 4, 5, 6, 7)}
 
 
+@pytest.mark.parametrize(("evaluations", "i"), [(2, 2), (5, 7)], ids=["in between", "at the end"])
+def test_evaluation_that_fails_loses_no_update(tiny_data, monkeypatch, evaluations, i):
+    """The checkpoint is written before it is evaluated. Evaluations are at 0, 2, 4, 6 and 7."""
+    real, begun = train.evaluate, []
+
+    def evaluate(*args):
+        begun.append(args)
+        if len(begun) == evaluations:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(MemoryError):
+        train_here("--max_iters", 7, "--eval_interval", 2)
+    assert checkpoint.verify(Path("out/quickstart/ckpt/last"))["iter"] == i
+
+
 def test_run_folder_that_cannot_be_written_is_one_error_line(tiny_data, capfd):
     Path("out").write_text("a file")
     with pytest.raises(SystemExit) as ended:
@@ -549,15 +567,18 @@ def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
 def test_signal_saves_and_says_how_to_go_on(tiny_data):
     """For the others: test_faults."""
     words = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters", "100000", "--eval_interval", "100000"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = Path("out/quickstart/metrics.csv")
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            printed, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGINT, printed
     words[2:] = shlex.split(printed.strip().splitlines()[-1])[2:]  # what it says to type: python train.py ...
     state = checkpoint.verify(Path("out/quickstart/ckpt/last"))

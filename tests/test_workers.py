@@ -5,11 +5,13 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
-import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -27,35 +29,77 @@ from dataset import open_dataset
 __all__ = ["small_blocks"]  # a fixture
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-FEW = ("--tokenizer", "byte", "--shard_tokens", 250_000, "--workers", 2, "--name", "mine")
+FEW = ("--tokenizer", "byte", "--shard_tokens", 100_000, "--workers", 2, "--name", "mine")
+
+DONE = 23  # shards of the first ten tasks
+
+# prepare_data.py with tasks of 256 KB, of which the 11th and later ones (of 32) wait until there is a file `go`: in the
+# worker processes, which import this file too, or with a cluster in the process that was started.
+HELD = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from cli import from_command_line, run_verb
+from data_config import PrepareConfig
+import documents, preparation, prepare_data, tasks
+
+for module in (documents, preparation, tasks):
+    module.BLOCK = 1 << 18
+encode, advance = tasks.encode, preparation.Run._advance
+
+def hold():
+    open(f"held_{{os.getpid()}}", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+
+def held_encode(job, task, limit=None):
+    if task.start > 3150:  # lines
+        hold()
+    return encode(job, task, limit)
+
+def held_advance(run, name, state, *words):
+    advance(run, name, state, *words)
+    if state["tasks"] == 10:
+        hold()
+
+if "--cluster" in sys.argv:
+    preparation.Run._advance = held_advance
+else:
+    held_encode.__module__, held_encode.__qualname__ = "tasks", "encode"  # its name where it is sent to a worker
+    tasks.encode = held_encode
+if __name__ == "__main__":
+    run_verb(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
+"""
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> Path:
-    """A folder with big.jsonl, 83 MB, and whole/data/mine, the dataset that it makes: 330 shards."""
+    """A folder with big.jsonl, 8 MB; held.py; and whole/data/mine, the dataset of big.jsonl: 80 shards."""
     folder = tmp_path_factory.mktemp("big")
     with open(folder / "big.jsonl", "w") as file:
-        for n in range(100_000):
+        for n in range(10_000):
             file.write(json.dumps({"text": f"{n} green bottles hanging on the wall. " * 20}) + "\n")
+    (folder / "held.py").write_text(HELD)
     (folder / "whole").mkdir()
     done = command("prepare_data", "text", "--input", folder / "big.jsonl", *FEW, cwd=folder / "whole")
     assert (done.returncode, done.stderr) == (0, "")
-    yield folder
-    shutil.rmtree(folder)
+    return folder
 
 
 @pytest.fixture
 def work(big, in_tmp):
-    """The current folder, with the call that starts the work on big.jsonl there; ends what is left of it."""
+    """The current folder, with the call that starts held.py on big.jsonl there; ends what is left of it."""
     started = []
 
-    def start(*words, wait: str = "train_000040.bin") -> subprocess.Popen:
-        """Go as far as to that file."""
-        call = [sys.executable, ROOT / "prepare_data.py", "text", "--input", big / "big.jsonl", *FEW, *words]
+    def start(*words) -> subprocess.Popen:
+        """Go as far as to where it is held: each of two worker processes in the middle of a task, the ten before are
+        done."""
+        call = [sys.executable, big / "held.py", "text", "--input", big / "big.jsonl", *FEW, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         process = subprocess.Popen(list(map(str, call)), start_new_session=True, **pipes)
         started.append(process)
-        wait_for(lambda: Path("data/mine", wait).exists() or process.poll() is not None, step=0.001)
+        holding = 1 if "--cluster" in words else 2
+        wait_for(lambda: len([*Path().glob("held_*")]) == holding or process.poll() is not None)
+        wait_for(lambda: finished_shards() == DONE or process.poll() is not None)
         assert process.poll() is None, process.communicate()
         return process
 
@@ -64,15 +108,19 @@ def work(big, in_tmp):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    shutil.rmtree("data", ignore_errors=True)
 
 
-def wait_for(condition, seconds: float = 30, step: float = 0.02):
+def let_go() -> None:
+    """Hold nothing any more."""
+    Path("go").touch()
+
+
+def wait_for(condition, seconds: float = 100):
     """The condition's first true value."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(step)
+        time.sleep(0.01)
     return found
 
 
@@ -104,6 +152,19 @@ def encoders(process: int) -> list[int]:
     return [child for child in family(process)[1:] if "spawn_main" in words(child)]
 
 
+def full_pipes(process: int) -> int:
+    """Of how many of its pipes are ends that hold at least 60 KB: a message that nobody reads to its end is there."""
+    found = {}
+    for name in os.listdir(f"/proc/{process}/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/{process}/fd/{name}")
+            if target.startswith("pipe:") and target not in found:
+                handle = os.open(f"/proc/{process}/fd/{name}", os.O_RDONLY | os.O_NONBLOCK)
+                found[target] = struct.unpack("i", fcntl.ioctl(handle, termios.FIONREAD, bytes(4)))[0]
+                os.close(handle)
+    return sum(size >= 60_000 for size in found.values())
+
+
 def finished_shards() -> int:
     """Of whole tasks."""
     return len(json.loads(Path("data/mine/progress.json").read_text())["splits"]["train"]["files"])
@@ -111,7 +172,9 @@ def finished_shards() -> int:
 
 def finish(big: Path, *words) -> None:
     """The same command again, without a signal: what it makes is whole."""
-    done = command("prepare_data", "text", "--input", big / "big.jsonl", *FEW, *words, cwd=Path.cwd())
+    let_go()
+    call = [sys.executable, big / "held.py", "text", "--input", big / "big.jsonl", *FEW, *words]
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("data/mine: going on where the work was stopped\n")
     assert content(Path("data/mine")) == content(big / "whole/data/mine")
@@ -168,11 +231,12 @@ def test_ctrl_c_is_one_line_and_the_work_is_kept(work, big, everybody):
     processes = family(process.pid)
     assert len(encoders(process.pid)) == 2
     (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    let_go()  # the tasks that it waits for
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
     assert err == "data/mine: stopped; what is done is kept, and the same command goes on from there\n"
-    wait_for(lambda: not any(map(alive, processes)), 5)
-    assert finished_shards() >= 20
+    wait_for(lambda: not any(map(alive, processes)))
+    assert finished_shards() == DONE
     finish(big)
 
 
@@ -183,29 +247,32 @@ def test_killed_it_goes_on_and_leaves_no_worker_behind(work, big, how):
     processes = family(process.pid)
     assert len(encoders(process.pid)) == 2
     process.send_signal(how)
-    assert process.wait(20) == -how
-    wait_for(lambda: not any(map(alive, processes)), 5)
-    assert finished_shards() >= 20
+    assert process.wait(100) == -how
+    wait_for(lambda: not any(map(alive, processes)))
+    assert finished_shards() == DONE
     finish(big, "--workers", 1)
 
 
 @linux
-@pytest.mark.parametrize("asleep", ["nobody", "the workers", "their parent"])
-def test_worker_that_is_killed_is_one_error_line(work, big, asleep):
-    """Also in the middle of a message: with half a task in the pipe to it, or half of what it gives in the one back."""
+@pytest.mark.parametrize("killed", ["one", "all", "all, writing"])
+def test_worker_that_is_killed_is_one_error_line(work, big, killed):
+    """In the middle of a message: half a task is in the pipe to the workers, or half of what one gives in the pipe
+    back."""
     process = work()
-    processes, doomed = family(process.pid), encoders(process.pid)[: 1 if asleep == "nobody" else 2]
-    for each in {"nobody": [], "the workers": doomed, "their parent": [process.pid]}[asleep]:
-        os.kill(each, signal.SIGSTOP)
-    time.sleep(0.5)  # until the pipe is full
+    processes, doomed = family(process.pid), encoders(process.pid)[: 1 if killed == "one" else 2]
+    wait_for(lambda: full_pipes(process.pid) == 1)
+    if killed == "all, writing":
+        process.send_signal(signal.SIGSTOP)
+        let_go()
+        wait_for(lambda: full_pipes(process.pid) == 2)
     for child in doomed:
         os.kill(child, signal.SIGKILL)
     process.send_signal(signal.SIGCONT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: a worker was killed, perhaps for memory (fewer: --workers N); what is done is kept")
-    wait_for(lambda: not any(map(alive, processes)), 5)
-    assert finished_shards() >= 20
+    wait_for(lambda: not any(map(alive, processes)))
+    assert finished_shards() == DONE
     finish(big)
 
 
@@ -214,20 +281,21 @@ def test_bad_document_in_a_worker_is_one_error_line(big, in_tmp):
     shutil.copy(big / "big.jsonl", "bad.jsonl")
     with open("bad.jsonl", "a") as file:
         file.write('{"text": 7}\n')
-    done = command("prepare_data", "text", "--input", "bad.jsonl", *FEW, cwd=in_tmp)
+    let_go()
+    call = [sys.executable, big / "held.py", "text", "--input", "bad.jsonl", *map(str, FEW)]
+    done = subprocess.run(call, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: bad.jsonl line 100,001: 'text' is a int, not a text\n"
+    assert done.stderr == "error: bad.jsonl line 10,001: 'text' is a int, not a text\n"
 
 
 @linux
 def test_second_call_is_refused_and_the_first_goes_on(work, big):
     first = work()
-    os.killpg(first.pid, signal.SIGSTOP)
     second = command("prepare_data", "text", "--input", big / "big.jsonl", *FEW, cwd=Path.cwd())
     assert (second.returncode, second.stdout) == (2, "")
     assert second.stderr == "error: data/mine: another prepare_data.py is at work in this folder; wait for it\n"
-    os.killpg(first.pid, signal.SIGCONT)
-    out, err = first.communicate(timeout=60)
+    let_go()
+    out, err = first.communicate(timeout=100)
     assert (first.returncode, err) == (0, ""), out
     assert content(Path("data/mine")) == content(big / "whole/data/mine")
 
@@ -239,7 +307,7 @@ def test_lock_ends_with_the_process_though_a_worker_hangs(work, big):
     child = encoders(process.pid)[0]
     os.kill(child, signal.SIGSTOP)
     process.kill()
-    process.wait(20)
+    process.wait(100)
     assert alive(child)
     handle = os.open("data/mine", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -263,9 +331,6 @@ def new_cluster(tmp_path_factory):
     """A scheduler and workers of one thread each, as `dask scheduler` and `dask worker` start them, elsewhere: they
     have neither our folder, nor our modules, nor GPT-2's vocabulary. Gives its address and the processes."""
     folder, processes = tmp_path_factory.mktemp("cluster"), []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     environment = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR"} | SYNTHETIC
 
     def start(what: str, *words) -> None:
@@ -274,12 +339,16 @@ def new_cluster(tmp_path_factory):
             output = {"stdout": log, "stderr": log}
             processes.append(subprocess.Popen(call, cwd=folder, env=environment, **output))
 
-    where = ("--host", "127.0.0.1", "--port", address.split(":")[-1], "--dashboard-address", "127.0.0.1:0")
+    def said(pattern: str) -> list[str]:
+        """In the scheduler's log."""
+        return re.findall(pattern, (folder / "0.log").read_text())
+
     try:
-        start("scheduler", *where)
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0")
+        (address,) = wait_for(lambda: said(r"Scheduler at: +(tcp://127\.0\.0\.1:\d+)\n"))
         for _ in range(2):
             start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-        wait_for(lambda: (folder / "0.log").read_text().count("Register worker addr") == 2)
+        wait_for(lambda: len(said("Register worker addr")) == 2)
         yield address, *processes
     finally:
         for process in processes:
@@ -317,7 +386,8 @@ def test_dask_worker_that_is_killed_changes_nothing(doomed, work, big, dies):
     address, *processes = doomed
     process = work("--cluster", address)
     processes[dies].kill()
-    out, err = process.communicate(timeout=60)
+    let_go()
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 0, out + err
     assert content(Path("data/mine")) == content(big / "whole/data/mine")
 
@@ -326,7 +396,7 @@ def test_dask_worker_that_is_killed_changes_nothing(doomed, work, big, dies):
 def test_ctrl_c_while_dask_works(cluster, work, big):
     process = work("--cluster", cluster[0])
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
     assert "data/mine: stopped; what is done is kept, and the same command goes on from there\n" in err
     finish(big)
@@ -337,7 +407,8 @@ def test_dask_scheduler_that_is_killed_is_an_error(doomed, work, big):
     address, scheduler, *_ = doomed
     process = work("--cluster", address)
     scheduler.kill()
-    out, err = process.communicate(timeout=60)
+    let_go()
+    out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (2, ""), err
     assert err.splitlines()[-1].startswith("error: ")
     assert "what is done is kept" in err.splitlines()[-1]
@@ -349,7 +420,7 @@ def test_no_dask_workers(doomed, in_tmp):
     address, _, *processes = doomed
     for process in processes:
         process.terminate()
-        process.wait(20)
+        process.wait(100)
     Path("a.txt").write_text("some text\n" * 100)
     done = command("prepare_data", "text", "--input", "a.txt", "--tokenizer=byte", "--cluster", address, cwd=in_tmp)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -360,9 +431,7 @@ def test_no_dask_workers(doomed, in_tmp):
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
 def test_no_dask_scheduler(dask, in_tmp, address):
     Path("a.txt").write_text("some text\n" * 100)
-    begun = time.monotonic()
     done = command("prepare_data", "text", "--input", "a.txt", "--tokenizer=byte", "--cluster", address, cwd=in_tmp)
-    assert time.monotonic() - begun < 20
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"error: cluster = {address}: no scheduler answers (")
 
@@ -416,31 +485,42 @@ def make_text(path: Path, size: int) -> None:
             file.write("".join(words[random.integers(0, len(words), 500_000)]) + "\n")
 
 
+def peak_memory(path: Path) -> int:
+    """The most bytes that prepare_data.py and its workers took for that file."""
+    words = ["text", "--input", path, "--tokenizer", "byte", "--workers", 2, "--shard_tokens", 10_000_000]
+    call, pipes = [sys.executable, ROOT / "prepare_data.py", *words], {"stdout": subprocess.DEVNULL}
+    peak = 0
+    with subprocess.Popen(list(map(str, call)), stderr=subprocess.PIPE, **pipes) as process:
+        try:
+            while process.poll() is None:
+                peak = max(peak, memory(process.pid))
+                time.sleep(0.05)
+            assert (process.returncode, process.stderr.read()) == (0, b"")
+        finally:
+            process.kill()
+    shutil.rmtree("data")
+    return peak
+
+
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "txt"])
 def test_memory_does_not_grow_with_the_input(in_tmp, kind):
-    """A parquet file of 300 MB in one row group, and a text file of 200 MB, which is one document."""
-    make_text(Path("a.txt"), 200_000_000 if kind == "txt" else 300_000_000)
-    if kind == "parquet":
-        code = (
-            "import pyarrow as pa, pyarrow.parquet as pq\n"
-            "raw = open('a.txt').read()\n"
-            "rows = pa.array([raw[k : k + 2000] for k in range(0, len(raw), 2000)])\n"
-            "pq.write_table(pa.table({'text': rows}), 'a.parquet', row_group_size=10**9, use_dictionary=False)\n"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True)
-    words = ["text", "--input", f"a.{kind}", "--tokenizer", "byte", "--workers", 2, "--shard_tokens", 10_000_000]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "prepare_data.py", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, memory(process.pid))
-        time.sleep(0.05)
-    assert (process.returncode, process.stderr.read()) == (0, b"")
-    process.stderr.close()
-    shutil.rmtree("data")
-    for path in in_tmp.glob("a.*"):
-        path.unlink()
-    assert 100e6 < peak < (1 << 30) + 2 * 300_000_000
+    """A parquet file in one row group, and a text file, which is one document. From 100 MB on all workers have as many
+    tasks as they ever get; 250 MB take less than half of what they have more."""
+    peaks = []
+    for size in (100_000_000, 250_000_000):
+        make_text(Path("a.txt"), size)
+        if kind == "parquet":
+            code = (
+                "import pyarrow as pa, pyarrow.parquet as pq\n"
+                "raw = open('a.txt').read()\n"
+                "rows = pa.array([raw[k : k + 2000] for k in range(0, len(raw), 2000)])\n"
+                "pq.write_table(pa.table({'text': rows}), 'a.parquet', row_group_size=10**9, use_dictionary=False)\n"
+            )
+            subprocess.run([sys.executable, "-c", code], check=True)
+        peaks.append(peak_memory(Path(f"a.{kind}")))
+        for path in in_tmp.glob("a.*"):
+            path.unlink()
+    assert peaks[0] > 100e6, "it was measured"
+    assert peaks[1] - peaks[0] < 75_000_000
