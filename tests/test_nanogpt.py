@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -181,7 +182,7 @@ class Payload:
         self.canary = canary
 
     def __reduce__(self):
-        return os.system, (f"touch {self.canary}",)
+        return os.system, (f"touch {shlex.quote(str(self.canary))}",)
 
 
 @pytest.mark.parametrize("place", ["model", "model_args", "optimizer", "config", "best_val_loss", "beside"])

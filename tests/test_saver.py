@@ -565,7 +565,7 @@ def test_full_disk_can_be_a_warning(disk, tmp_path, room):
     if room:
         helper.start()
     try:
-        words = ("--max_iters", 240 if room else 60, "--eval_interval", 20, "--keep_checkpoints", 1)
+        words = ("--max_iters", 1000 if room else 60, "--eval_interval", 20, "--keep_checkpoints", 1)
         done = place.train("--on_save_error", "warn", "--eval_batches", 2, *words)
     finally:
         stop.set()
@@ -577,10 +577,10 @@ def test_full_disk_can_be_a_warning(disk, tmp_path, room):
             r"warning: checkpoint .*could not be written: .* Training goes on \(on_save_error = warn\)$", line
         )
     first = int(re.search(r"iter_(\d+) could not be written", said[0])[1])
-    assert int(rows(run)[-1]["iter"]) == (240 if room else 60)  # metrics.csv has its page of the disk
+    assert int(rows(run)[-1]["iter"]) == (1000 if room else 60)  # metrics.csv has its page of the disk
     if room:
         assert done.returncode == 0, done.stderr
-        assert checkpoint.verify(run / "ckpt/last")["iter"] == 240
+        assert checkpoint.verify(run / "ckpt/last")["iter"] == 1000
         assert checkpoint.read_state(run / "ckpt/last")["finished"]
     else:
         assert done.returncode == 2

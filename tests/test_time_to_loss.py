@@ -86,7 +86,7 @@ def test_what_was_compiled_before_is_compiled_again(in_tmp):
     )
     for _ in range(2):
         until_loss(words, OURS, 2.0, in_tmp)
-    folders, counts = zip(*map(str.split, (in_tmp / "folders").read_text().splitlines()), strict=True)
+    folders, counts = zip(*[line.rsplit(" ", 1) for line in (in_tmp / "folders").read_text().splitlines()], strict=True)
     assert len(set(folders)) == 2
     assert counts == ("0", "0")
 
