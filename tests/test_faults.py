@@ -717,7 +717,7 @@ def test_stop_gives_everything_back():
         stop = Stop(among_ranks=True)
         (watcher,) = set(threading.enumerate()) - threads
         stop.restore()
-        watcher.join(10)
+        watcher.join(60)
         assert not watcher.is_alive()
         assert [signal.getsignal(s) for s in NOTED] == handlers
     finally:
@@ -730,6 +730,8 @@ def test_stop_gives_everything_back():
 def stopping(doing: str, among_ranks: bool, grace: float = 60):
     """A process that has a Stop and does something, from when it has begun to."""
     lines = ("import hashlib, signal, sys, threading, time", "from runtime import Stop", f"Stop.GRACE = {grace}")
+    lines += ("timers, timer = [], threading.Timer",)
+    lines += ("threading.Timer = lambda *words: timers.append(timer(*words)) or timers[-1]",)
     lines += (f"stop = Stop(among_ranks={among_ranks})", "print('ready', flush=True)", doing)
     words = [sys.executable, "-c", "\n".join(lines)]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -757,11 +759,9 @@ def test_second_interrupt_ends_the_process_whatever_it_does(among_ranks, numbers
 
 
 NOTES = """
-timers = []
 while stop.asked() != signal.SIGTERM or not timers:
     time.sleep(0.01)
-    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-[timer.join() for timer in timers]
+timers[0].finished.wait()
 sys.exit(0)
 """  # it goes on until the time of grace is over
 

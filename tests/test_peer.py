@@ -125,7 +125,7 @@ def test_a_process_of_its_own(config):
         times = process.run(3)
         assert (len(first), len(times)) == (1, 3)
         assert min(times) > 0
-        assert start is None or 1e-3 * first[0] < start < 60
+        assert start is None or 1e-3 * first[0] < start  # it includes that update
         assert process.facts["start_s"] == start
         assert 0.05 < process.facts["peak_mem_gb"] < 5
         assert process.facts["machine"].endswith("float32, eager")
