@@ -1,4 +1,4 @@
-"""bench.py tests and bench.py resume: on a device, the tests that need CUDA, and whether a resumed run is exact."""
+"""bench.py tests and bench.py resume: run the tests that need CUDA; check that resuming is exact on this device."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ import peer
 from config import BenchConfig, UserError
 from runtime import find_device
 
-HOUSE = Path(__file__).resolve().parent
-TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")  # columns of metrics.csv that no two runs share
+REPO_ROOT = Path(__file__).resolve().parent
+TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")  # columns of metrics.csv that differ between equal runs
 
 
 class Outcomes:
-    """A plugin of pytest: how many tests were collected, and how each of those that ran ended, by its id."""
+    """A pytest plugin that counts the collected tests and keeps the outcome of each test that ran, by node id."""
 
     def __init__(self):
-        self.collected, self.of = 0, {}
+        self.collected, self.by_test = 0, {}
 
     def pytest_collection_finish(self, session) -> None:
         self.collected = len(session.items)
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:  # a file that cannot be imported
-            self.of[report.nodeid] = "failed"
+            self.by_test[report.nodeid] = "failed"
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.of[report.nodeid] = report.outcome
+            self.by_test[report.nodeid] = report.outcome
 
 
 def bench_tests(config: BenchConfig) -> dict:
-    """Run the tests marked gpu; without CUDA they are collected only, which imports every test file.
+    """Run the tests marked gpu. Without CUDA they are only collected, which imports every test file.
 
-    A time limit or Ctrl-C ends them early: `complete` is false, and the counts are of the tests that had ended.
+    Where SIGINT ends them early (a row's time limit, Ctrl-C), `complete` is false, and the counts are of the tests that
+    had ended.
 
     Raises:
         UserError: a package that the tests need is missing, or pytest did not run.
@@ -56,26 +57,26 @@ def bench_tests(config: BenchConfig) -> dict:
             raise UserError(f"bench.py tests: {package} is not installed: pip install -r requirements-dev.txt")
     import pytest
 
-    words = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", str(HOUSE / "tests")]
+    words = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", str(REPO_ROOT / "tests")]
     cuda, outcomes = find_device(config.device).type == "cuda", Outcomes()
     if not cuda:
         words.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
-        # most of their time is compiling, on the host
+        # most of their time is compilation, which runs on the CPU
         words += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    with contextlib.chdir(HOUSE), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
+    with contextlib.chdir(REPO_ROOT), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
         code = pytest.main(words, plugins=[outcomes])
-    ended = list(outcomes.of.values())
+    ended = list(outcomes.by_test.values())
     if not ended and (cuda or not outcomes.collected):
         raise UserError(f"pytest {shlex.join(words)} ran no test and ended with exit code {int(code)}")
     counts = {outcome: ended.count(outcome) for outcome in ("passed", "failed", "skipped")}
-    failed = sorted(name for name, outcome in outcomes.of.items() if outcome == "failed")
+    failed = sorted(name for name, outcome in outcomes.by_test.items() if outcome == "failed")
     counts |= {"failed_tests": failed, "complete": code != pytest.ExitCode.INTERRUPTED}
     return counts if cuda else counts | {"collected_only": outcomes.collected}
 
 
 def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -> dict:
-    """Train with train.py, stop after half of max_iters and resume; compare with a run that was not stopped.
+    """Train with train.py, stop after half of max_iters and resume; compare with an uninterrupted run.
 
     Losses in metrics.csv and the last checkpoint's weights have to be equal bit for bit.
 
@@ -83,10 +84,10 @@ def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -
         recipe: the settings of train.py, as a recipe's text.
 
     Returns:
-        the seconds of the three processes.
+        the number of updates, `identical`, and the seconds of each of the three runs.
 
     Raises:
-        UserError: a run failed, or the two differ.
+        UserError: a run failed, or the resumed run differs from the uninterrupted one.
     """
     whole, half, figures = config.max_iters, config.max_iters // 2, {}
     with tempfile.TemporaryDirectory(dir=".") as name:
@@ -100,7 +101,7 @@ def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -
             ("uninterrupted", ["--out_dir", uninterrupted, "--max_iters", whole]),
         ):
             words, began = list(map(str, [*shared, "--log_interval", 1, *words])), time.perf_counter()
-            command = [sys.executable, str(HOUSE / "train.py"), *words]
+            command = [sys.executable, str(REPO_ROOT / "train.py"), *words]
             done = subprocess.run(
                 command, env=peer.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
@@ -110,12 +111,12 @@ def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -
             figures[f"{run}_s"] = time.perf_counter() - began
             say(f"{run:<13} {figures[f'{run}_s']:6.1f} s")
         if found := difference(resumed, uninterrupted):
-            raise UserError(f"the resumed run is not the uninterrupted one: {found}")
+            raise UserError(f"the resumed run differs from the uninterrupted one: {found}")
     return {"updates": whole, "identical": True} | figures
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """Where two runs' logs or last weights differ first; None: nowhere."""
+    """The first difference between two runs' logs or last weights; None if there is none."""
     for a, b in zip(*map(_rows, (one, other)), strict=False):
         for key in a:
             if a[key] != b[key] and key not in TIMES:
@@ -123,11 +124,11 @@ def difference(one: Path, other: Path) -> str | None:
     counts = [len(_rows(run)) for run in (one, other)]
     if counts[0] != counts[1]:
         return f"metrics.csv has {counts[0]} and {counts[1]} rows"
-    mine, its = (load_file(run / "ckpt" / "last" / "model.safetensors") for run in (one, other))
-    unequal = [name for name in mine if not torch.equal(mine[name], its[name])]
+    weights, others = (load_file(run / "ckpt" / "last" / "model.safetensors") for run in (one, other))
+    unequal = [name for name in weights if not torch.equal(weights[name], others[name])]
     if unequal:
-        largest = max((mine[name] - its[name]).abs().max().item() for name in unequal)
-        return f"{len(unequal)} of {len(mine)} weights, by {largest:.3g} at most, {unequal[0]} for one"
+        largest = max((weights[name] - others[name]).abs().max().item() for name in unequal)
+        return f"{len(unequal)} of {len(weights)} tensors differ, by at most {largest:.3g}; the first is {unequal[0]}"
     return None
 
 

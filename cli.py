@@ -308,7 +308,7 @@ def help_text(cls, usage: str) -> str:
 
 def from_command_line(cls, usage: str):
     """The verb's config from sys.argv; prints and exits on `--help` (0) and on mistakes (2)."""
-    atexit.register(gc.freeze)  # else the exit looks through all that was imported for garbage, for half a second
+    atexit.register(gc.freeze)  # otherwise the garbage collection at exit takes half a second
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives

@@ -211,7 +211,7 @@ class BenchConfig(TrainConfig):
 
     what: str = opt(
         "train",
-        "what to time or to check",
+        "what to time or check",
         choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu"),
         positional=True,
     )
@@ -221,7 +221,7 @@ class BenchConfig(TrainConfig):
     json: str | None = opt(None, "write the figures to this file, - for standard output")
     peer: tuple[str, ...] = opt((), "run another project beside it, in turn: nanoGPT and the folder it lies in")
     profile: str | None = opt(None, "train: torch.profiler's trace of a few updates, to this file", bare="trace.json")
-    dry_run: bool = opt(False, "gpu: every row at toy size on the CPU, to see that each one works")
+    dry_run: bool = opt(False, "gpu: run every row at toy size on the CPU, to check that each one works")
     target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
     seeds: int = opt(3, "runs, with seeds from 1", low=1)
     input: tuple[str, ...] = opt(
@@ -232,7 +232,7 @@ class BenchConfig(TrainConfig):
     prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
     new_tokens: int = opt(64, "tokens to write after it", low=2)
     samples: int = opt(8, "texts at once, for the row that has several", low=2)
-    ways: tuple[str, ...] = opt((), "ways to time, as the figures name them; without: all")
+    ways: tuple[str, ...] = opt((), "what to time, by the names in the results: bfloat16, int8 ...; without it, all")
     model_path: str | None = opt(
         None, "the trained model that scores data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
     )
@@ -258,7 +258,7 @@ class BenchConfig(TrainConfig):
         if self.what == "loss" and self.target is None:
             found.append("bench.py loss needs the validation loss to reach: --target X")
         if self.what == "resume" and (self.max_iters is None or self.max_iters < 2):
-            found.append("bench.py resume stops after half of the updates: --max_iters N, 2 or more")
+            found.append("bench.py resume needs --max_iters N, 2 or more: it stops after half of them")
         if self.what in ("all", "gpu"):
             if self.json in (None, "-"):
                 found.append(f"bench.py {self.what} writes after each row: --json FILE")

@@ -28,7 +28,7 @@ from torch import Tensor
 import trained
 from decoder import Decoder
 from outputs import require_writable, write_json
-from packing import faster_on_cpu, pack
+from packing import faster_decoding_dtype, pack
 from runtime import find_device, machine
 from sampling import TextStream, generate_batch
 from trained import Trained
@@ -202,7 +202,7 @@ def load(config: InferConfig) -> tuple[Writer, Trained, dict]:
     compile = device.type == "cuda" if config.compile is None else config.compile
     dtype, measured = config.dtype, None
     if dtype == "auto" and device.type == "cpu" and not config.quantize:
-        dtype, measured = faster_on_cpu(model, compile)
+        dtype, measured = faster_decoding_dtype(model, compile)
     place = machine(config.device, dtype)
     decoder = Decoder(pack(model, place.dtype, config.quantize, compile), compile)
     precision = config.quantize or str(place.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT
-from precision import faster, remembered
+from precision import cached_choice, faster_dtype
 from runtime import cpu_name
 
-# Elements of the matrices that are timed, at most about. Both precisions in turn read more bytes than a cache holds.
-TIMED = 32_000_000
+# Matrices are timed until they have this many elements. In both precisions they are larger than a CPU's cache.
+TIMED_ELEMENTS = 32_000_000
 
 
 class CastLinear(nn.Module):
@@ -107,7 +107,7 @@ def pack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: b
     if quantize == "int8":
         kind, dtype = Int8Linear, torch.bfloat16 if device.type == "cpu" else dtype
     else:
-        kind = _kind(device, dtype, compile)
+        kind = _layout(device, dtype, compile)
     if model.lm_head is None:
         model.lm_head = kind(model.transformer.wte.weight, None, dtype)
     for parent in list(model.modules()):
@@ -117,18 +117,18 @@ def pack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: b
     return model
 
 
-def _kind(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear] | type[PackedLinear]:
+def _layout(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear] | type[PackedLinear]:
     return PackedLinear if PackedLinear.supports(device, dtype) and not compile else CastLinear
 
 
-def faster_on_cpu(model: GPT, compile: bool = False) -> tuple[str, str]:
-    """The precision in which a CPU decodes one token faster, and the figures that were measured.
+def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
+    """The precision in which a CPU decodes one token faster, and the measured speeds, as text.
 
-    It is measured once and kept, so that a seed gives the same text the next time. For the same reason it does not
-    depend on the number of texts that are written at once.
+    It is measured once and cached, so that a seed gives the same text the next time. For the same reason it does not
+    depend on the batch size.
 
     Args:
-        model: not packed yet.
+        model: a model that is not packed yet.
         compile: as pack takes it.
     """
     c, head = model.config, model.lm_head or model.transformer.wte
@@ -137,11 +137,11 @@ def faster_on_cpu(model: GPT, compile: bool = False) -> tuple[str, str]:
     for layer in (*layers, head):
         timed[layer.weight.shape].append(layer)
         size += layer.weight.numel()
-        if size >= TIMED:
+        if size >= TIMED_ELEMENTS:
             break
 
-    def products(dtype: torch.dtype) -> list[list[Callable]]:
-        kind = _kind(torch.device("cpu"), dtype, compile)
+    def matmuls(dtype: torch.dtype) -> list[list[Callable]]:
+        kind = _layout(torch.device("cpu"), dtype, compile)
         inputs = {shape: torch.ones(1, 1, shape[1]) for shape in timed}
         return [
             [partial(kind(layer.weight, getattr(layer, "bias", None), dtype), inputs[shape]) for layer in same]
@@ -153,7 +153,7 @@ def faster_on_cpu(model: GPT, compile: bool = False) -> tuple[str, str]:
         f"torch {torch.__version__}: {c.n_layer} layers, {c.n_embd} wide, MLP {c.mlp_ratio:g} times, "
         f"{c.vocab_size} ids{', compiled' * compile}"
     )
-    return remembered(key, lambda: faster("a token's products", 2 * size, products))
+    return cached_choice(key, lambda: faster_dtype("matmuls of one token", 2 * size, matmuls))
 
 
 def packed_bytes(model: GPT) -> int:

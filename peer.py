@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from config import BenchConfig, UserError
 from dataset import TrainingBatches, Windows, open_dataset
-from precision import for_training
+from precision import faster_training_dtype
 from runtime import DTYPES, Machine, find_device, machine
 from speed import seconds_since_start
 
@@ -74,7 +74,7 @@ def ways(config: BenchConfig) -> dict[str, Machine]:
     device = find_device(config.device)
     if device.type != "cpu":
         return {"nanoGPT": machine(config.device, "auto", device.type == "cuda")}
-    faster, _ = for_training(config)
+    faster, _ = faster_training_dtype(config)
     return {"nanoGPT": machine("cpu", "float32"), "nanoGPT_best": machine("cpu", faster, True)}
 
 

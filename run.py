@@ -79,14 +79,14 @@ def _vocab_size(config: TrainConfig, dataset: Dataset) -> int:
     return config.vocab_size or meta["vocab_size"]
 
 
-EARLIER = "chosen when the run began"  # a reason, and what it was then
+EARLIER = "chosen when the run began"  # before the reason of that choice
 
 
 def _machine(config: TrainConfig, ranks: Ranks, before: dict) -> Machine:
-    """The device of a run and how it computes there, the same on all ranks.
+    """The device, dtype and compile setting of a run. On CPUs rank 0 measures the dtype of `auto` for all ranks.
 
     Args:
-        before: what `auto` had chosen when the run that is resumed began.
+        before: what `auto` chose when the resumed run began; empty for a new run.
     """
     settled, why = {"dtype": config.dtype, "compile": config.compile}, {}
     for key in ("dtype", "compile"):
@@ -96,7 +96,7 @@ def _machine(config: TrainConfig, ranks: Ranks, before: dict) -> Machine:
     local_rank = ranks.local_rank if ranks.world > 1 else None
     device = find_device(config.device, local_rank)
     if settled["dtype"] == "auto":  # all ranks take part, also where one of them has another device
-        found = ranks.from_first(lambda: precision.for_training(config) if device.type == "cpu" else None)
+        found = ranks.from_first(lambda: precision.faster_training_dtype(config) if device.type == "cpu" else None)
         if found and device.type == "cpu":
             settled["dtype"], why["dtype"] = found
     return machine(config.device, settled["dtype"], settled["compile"], local_rank, why)

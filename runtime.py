@@ -169,11 +169,11 @@ def machine(
     local_rank: int | None = None,
     why: dict[str, str] | None = None,
 ) -> Machine:
-    """Settle what is `auto` (compile: None). On a CPU no precision is measured here (precision.py): float32.
+    """Settle what is `auto` (compile: None). On a CPU `auto` is float32 here; precision.py measures.
 
     Args:
         local_rank: as find_device takes it.
-        why: reasons for what the caller has chosen.
+        why: reasons for what the caller has chosen, by 'dtype' and 'compile'.
 
     Raises:
         UserError: a device that is not there.

@@ -77,10 +77,10 @@ ALL = (
     Row("text by GPT-2 124M", "infer --config gpt2_124m"),
     Row("scores of out/shakespeare_char_cpu", "eval --config shakespeare_char_cpu --split val --rounds 1"),
 )
-# The most valuable first: a list that is cut short has those. Expected seconds on an H200, none of them measured:
-# imports and data 10, compiling an update of 12 layers 35 (nanoGPT's at the same time), a step of text 12, updates 5 to
-# 15: 90 + 55 + 45 + 20 + 20 (from the compiler's cache) + 45 + 30 + 20 + 35 = 360. The limits are 600 in all.
-# Compiling 24 and 48 layers takes about 55 and 90: those rows are eager.
+# The most valuable rows come first, as the list may be cut short. Expected seconds on an H200, none of them measured:
+# imports and data 10, compiling an update of 12 layers 35 (nanoGPT's at the same time), compiling a decoding step 12,
+# updates 5 to 15: 90 + 55 + 45 + 20 + 20 (from the compiler's cache) + 45 + 30 + 20 + 35 = 360. The limits are 600 in
+# all. Compiling 24 and 48 layers would take about 55 and 90: those rows are eager.
 GPU = (
     Row("tests that need CUDA", "tests", 110),
     Row("GPT-2 124M, B 64, T 1,024", f"train {SMALL} --batch_size 64 --timed_updates 5", 90, peer=True),
@@ -110,7 +110,7 @@ GPU = (
     ),
 )
 SUITES = {"all": ALL, "gpu": GPU}
-# --dry_run: what is added to the words of a row, by its verb. There is time enough for a slow machine.
+# --dry_run: the words added to those of a row, by the first of them. DRY_LIMIT leaves time for a slow machine.
 TOY = "--n_layer 1 --n_head 2 --n_embd 32 --context_length 64"
 DRY_WORDS = {
     "tests": "",
@@ -119,7 +119,7 @@ DRY_WORDS = {
     "infer": f"{TOY} --vocab_size 300 --prompt_tokens 16 --new_tokens 4 --rounds 1 --compile",
 }
 DRY_LIMIT = 600
-GRACE = 20  # seconds that a row has to end after Ctrl-C's signal; pytest-xdist waits 10 for a test that hangs
+GRACE = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 for a test that hangs
 
 
 def bench_suite(config: BenchConfig, command: str, say: Callable[[str], None]) -> None:
@@ -131,7 +131,7 @@ def bench_suite(config: BenchConfig, command: str, say: Callable[[str], None]) -
     on_cuda = config.what == "gpu" and not config.dry_run
     if on_cuda and not torch.cuda.is_available():
         raise UserError(
-            "bench.py gpu needs a GPU, and torch sees none here; bench.py all is for CPUs, and --dry_run tries the rows"
+            "bench.py gpu needs a GPU, and torch sees none here; bench.py all and gpu --dry_run are for CPUs"
         )
     if config.peer:
         peer.folder(config, "model.py", "train.py")
@@ -146,7 +146,7 @@ def bench_suite(config: BenchConfig, command: str, say: Callable[[str], None]) -
     device, name = ("cuda", torch.cuda.get_device_name()) if on_cuda else ("cpu", cpu_name())
     shared = ["--data_dir", config.data_dir, "--device", device]
     found = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run, "rows": {}}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the row too
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the row too
     try:
         for row in SUITES[config.what]:
             words, limit = shlex.split(row.words), row.limit
@@ -164,7 +164,7 @@ def bench_suite(config: BenchConfig, command: str, say: Callable[[str], None]) -
 
 
 def run_row(words: list[str], limit: float, say: Callable[[str], None]) -> dict:
-    """The figures of one benchmark; `error` is the last it said where it failed or reached its limit, in seconds."""
+    """The figures of one benchmark; if it failed or reached its limit in seconds, `error` has its last line."""
     command, last = [sys.executable, str(HOUSE / "bench.py"), *words, "--json", "-"], ""
 
     def forward() -> None:
@@ -190,18 +190,18 @@ def run_row(words: list[str], limit: float, say: Callable[[str], None]) -> dict:
         text = answer.read()
     if late:
         figures = {}
-        with contextlib.suppress(json.JSONDecodeError):  # bench.py tests has those of the tests that had ended
+        with contextlib.suppress(json.JSONDecodeError):  # bench.py tests prints the figures of the tests that had ended
             figures = json.loads(text)
         return {"error": late} | figures
     if process.returncode < 0:
-        return {"error": f"ended by signal {-process.returncode} after: {last}"}  # 9: memory ran out, say
+        return {"error": f"ended by signal {-process.returncode} after: {last}"}  # 9 may mean that memory ran out
     if process.returncode:
         return {"error": last.removeprefix("error: ")}
     return json.loads(text)
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and all that is left of the group: first as Ctrl-C does."""
+    """End a process group: SIGINT, as from Ctrl-C; after its leader's exit, or GRACE seconds, SIGKILL."""
     try:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -218,7 +218,7 @@ def markdown(found: dict) -> str:
     """All rows as Markdown: a table of updates, and a list of what else was measured or failed."""
     rows = found["rows"]
     updates = {label: row for label, row in rows.items() if "tflop_per_s" in row}
-    dry = "A dry run at toy size: its figures mean nothing. " * found.get("dry_run", False)
+    dry = "A dry run at toy size: its figures are not results. " * found.get("dry_run", False)
     text = [f"{dry}{found['device']}, torch {found['torch']}: `{found['command']}`\n"]
     if updates:
         names = list(dict.fromkeys(name for row in updates.values() for name in row.get("peers", {})))

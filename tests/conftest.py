@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 hypothesis.settings.register_profile("flatgpt", deadline=None, database=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("flatgpt")
 
-# A background job of a script has SIGINT ignored, nohup SIGHUP, and every process started from there would inherit
-# that. With a handler, children start with the default.
+# A background job of a script ignores SIGINT, nohup ignores SIGHUP, and child processes inherit ignored signals. With a
+# handler here, children start with the default action.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
     if signal.getsignal(number) == signal.SIG_IGN:
         ignored = signal.default_int_handler if number == signal.SIGINT else lambda *_: None
@@ -35,7 +35,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sig
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Slow tests, those in a browser and those of extras have ten minutes, where they do not say how long."""
+    """Give tests marked slow, browser or extra a time limit of ten minutes, unless they have a timeout mark."""
     for item in items:
         marked = {mark.name for mark in item.iter_markers()}
         if marked & {"slow", "browser", "extra"} and "timeout" not in marked:
@@ -46,16 +46,16 @@ def pytest_collection_modifyitems(items) -> None:
 # no process outlives its test
 
 
-MARK = f"FLATGPT_TESTS={os.getpid()}"  # in the environment of every process that tests start, theirs too
+MARK = f"FLATGPT_TESTS={os.getpid()}"  # in the environment of all processes that tests start, and of their children
 os.environ.update([MARK.split("=")])
-SHARED = ("resource_tracker", "forkserver")  # multiprocessing's own, which end with this process
+SHARED = ("resource_tracker", "forkserver")  # multiprocessing's helper processes, which end with this process
 
 
 def started_here(by: str = "") -> dict[int, str]:
     """Processes that tests started and that still run, with their command lines.
 
     Args:
-        by: only those that a test has started: its PYTEST_CURRENT_TEST, which pytest sets for each phase.
+        by: only those that this test started: a part of its PYTEST_CURRENT_TEST, which pytest sets for each phase.
     """
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -71,7 +71,7 @@ def started_here(by: str = "") -> dict[int, str]:
 
 
 def require_none_left(by: str = "") -> None:
-    """Fail if processes are left, and kill them. Those that are ending have half a minute."""
+    """Fail if processes still run after half a minute, and kill them."""
     deadline = time.monotonic() + 30
     while (left := started_here(by)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -83,21 +83,21 @@ def require_none_left(by: str = "") -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_outlives_the_session():
-    """The first fixture of a session, so that it is the last to end."""
+    """Check all processes that tests started. The first fixture of a session is the last to be torn down."""
     yield
     require_none_left()
 
 
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test(request):
-    """The same for what a test itself has started; processes of shared fixtures live longer."""
+    """Check the processes that a test started in its call phase; those of shared fixtures live longer."""
     yield
     require_none_left(f"{request.node.nodeid} (call)")
 
 
 @pytest.fixture(autouse=True)
 def torch_as_before():
-    """A run in this process changes how torch computes; the next test begins as a new process does."""
+    """Reset torch's global settings that a run in this process changes."""
     yield
     if "torch" in sys.modules:
         import torch
@@ -107,7 +107,10 @@ def torch_as_before():
 
 
 def deliver(process: int, number: int) -> None:
-    """Send a signal, and return once it has arrived: two of the same number are two, and SIGSTOP has stopped it."""
+    """Send a signal and return once it is no longer pending, so that two of the same number are not merged into one.
+
+    After SIGSTOP, return once the process has stopped.
+    """
     os.kill(process, number)
     bit = 1 << (number - 1)
     while True:
@@ -128,20 +131,20 @@ def deliver(process: int, number: int) -> None:
 
 
 def main_thread(process: int) -> tuple[str, int]:
-    """State of a process's main thread, and how long it has used a processor, in hundredths of a second."""
+    """State of a process's main thread, and its CPU time in clock ticks (1/100 s)."""
     fields = Path(f"/proc/{process}/task/{process}/stat").read_text().rpartition(")")[2].split()
     return fields[0], int(fields[11]) + int(fields[12])
 
 
 def waits_long(process: int) -> bool:
-    """Whether its main thread waits for something, and used no processor for a while."""
+    """Whether a process's main thread sleeps and uses no CPU time for 0.2 s."""
     before = main_thread(process)
     time.sleep(0.2)
     return before[0] == "S" and main_thread(process) == before
 
 
 def free_port() -> int:
-    """A port that nobody uses. Not of those that the system hands out, one of which could be taken a moment later."""
+    """A free port, outside the range of ephemeral ports, which the system could give to another process meanwhile."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as free:
@@ -151,10 +154,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory):
-    """What flatGPT keeps between calls in the user's cache folder is neither read nor written by tests."""
+    """A temporary XDG_CACHE_HOME, so that tests neither read nor write the user's cache folder."""
     before = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     with pytest.MonkeyPatch.context() as patch:
-        if "MPLCONFIGDIR" not in os.environ:  # matplotlib's list of fonts, which takes seconds to make, stays
+        if "MPLCONFIGDIR" not in os.environ:  # matplotlib's font cache is kept: it takes seconds to build
             patch.setenv("MPLCONFIGDIR", f"{before}/matplotlib")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -183,7 +186,7 @@ def command(verb: str, *words, cwd, env: dict | None = None, timeout: int = 300)
 
 @contextlib.contextmanager
 def running(words: list, **settings):
-    """A process that ends with the block, and its pipes with it."""
+    """Start a process; at the end of the block it is killed and its pipes are closed."""
     with subprocess.Popen([str(word) for word in words], **settings) as process:
         try:
             yield process
@@ -207,14 +210,14 @@ def real_text() -> Path:
     return Path(folder)
 
 
-GPT2_CACHE, GPT2_ENCODINGS = os.environ.get("TIKTOKEN_CACHE_DIR"), {}  # OpenAI's, once they are loaded
-# Environment of processes that use the synthetic vocabulary: tiktoken's plugin lies beside this file.
+GPT2_CACHE, GPT2_ENCODINGS = os.environ.get("TIKTOKEN_CACHE_DIR"), {}  # the loaded encodings of the user's cache
+# Environment of processes that use the synthetic vocabulary. tiktoken finds its plugin in the folder of this file.
 SYNTHETIC = {"PYTHONPATH": str(Path(__file__).parent)}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def synthetic_vocabulary(tmp_path_factory):
-    """A cache of tiktoken's in which "gpt2" is synthetic, of GPT-2's size and pattern; for all tests and processes."""
+    """A tiktoken cache whose "gpt2" is synthetic, of GPT-2's size and pattern, for all tests and their processes."""
     from tiktoken_ext.synthetic import files
 
     folder = tmp_path_factory.mktemp("tiktoken_cache")
@@ -319,7 +322,7 @@ import atexit, gc, json, multiprocessing, os, runpy, select, signal, subprocess,
 sys.path.insert(0, {str(ROOT)!r})
 # what a life imports; no thread has begun yet
 import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
-gc.freeze()  # else each life copies all that when it collects garbage
+gc.freeze()  # else garbage collection in each life copies the memory pages of these objects
 children = {{}}
 while True:
     if select.select([sys.stdin], [], [], 0.005)[0]:
@@ -435,7 +438,7 @@ class Life:
         self.until((self.folder / "here").exists)
 
     def go_on(self) -> None:
-        """Let it leave here()."""
+        """Let it return from here()."""
         (self.folder / "go").touch()
 
     def send(self, number: int) -> None:

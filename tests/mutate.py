@@ -1,12 +1,12 @@
-"""Break the product on purpose, one line at a time, and list the changes that no test notices. Run by hand, minutes.
+"""Break the product on purpose, one line at a time, and list the changes that no test notices. It takes minutes.
 
 python tests/mutate.py                               # all of them; exit code 1 where one survives or is stale
 python tests/mutate.py --only best --only secrets    # some of them
 python tests/mutate.py --list
 
-Each change is made in a copy of the tracked files, as the working tree has them. The tests that it names have to pass
-without it. With it, it is killed if one fails, survived if all pass or are skipped, broken if they hang or cannot be
-collected, stale if its old text does not occur exactly once in its file.
+Each change is made in a copy of the tracked files, as the working tree has them. The tests that its row names have to
+pass without the change. With it, they give the verdict: killed if one fails, survived if all pass or are skipped,
+broken if they hang or cannot be collected. A change is stale if its old text does not occur exactly once in its file.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TIMEOUT = 600  # seconds for the tests of one change, against hanging
 
 
 class Mutation(NamedTuple):
-    """A change of one line, as it stands in mutations.txt."""
+    """A row of mutations.txt: a change of one line, the promise that it breaks, and the tests that should fail."""
 
     file: str
     name: str
@@ -40,14 +40,14 @@ class Mutation(NamedTuple):
 
 
 def read_table() -> list[Mutation]:
-    """Read mutations.txt. A change there: file, name, the promise that it breaks / - old / + new text / its tests."""
+    """Read mutations.txt. A row has the lines `FILE NAME: PROMISE`, `- OLD TEXT`, `+ NEW TEXT` and indented tests."""
     table = Path(__file__).with_name("mutations.txt").read_text(encoding="utf-8")
     pattern = r"^(\S+) (\S+): (.+)\n- (.+)\n\+ (.+)\n((?:  .+\n)+)"
     found = [
         Mutation(*groups[:5], [f"tests/{test}" for test in groups[5].split()])
         for groups in re.findall(pattern, table, re.M)
     ]
-    assert len(found) == table.count("\n- "), "a row of mutations.txt is not understood"
+    assert len(found) == table.count("\n- "), "a row of mutations.txt cannot be parsed"
     return found
 
 
@@ -64,7 +64,7 @@ def copy_repository(folder: Path) -> Path:
 def run_tests(folder: Path, tests: list[str]) -> tuple[int | None, str]:
     """Run tests in a copy; pytest's exit code, None where it took too long, and its output."""
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "", "-rfEs", "-p", "no:cacheprovider", *tests]
-    # no bytecode: two changes of a file within a second are not told apart
+    # no bytecode: it would be reused after a change of the file within the same second
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder.parent)}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(words, cwd=folder, env=env, text=True, start_new_session=True, **streams)
@@ -80,11 +80,11 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int | None, str]:
 
 
 def try_mutation(mutation: Mutation, folder: Path) -> tuple[str, str]:
-    """Make the change in a copy, run its tests and undo it; the verdict, and what there is to say of it."""
+    """Make the change in a copy, run its tests and undo it. Returns the verdict and details of it."""
     path = folder / mutation.file
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text.count(mutation.old) != 1:
-        return "stale", f"{mutation.file} has its old text {text.count(mutation.old)} times"
+        return "stale", f"its old text occurs {text.count(mutation.old)} times in {mutation.file}"
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         code, output = run_tests(folder, mutation.tests)
@@ -98,7 +98,7 @@ def try_mutation(mutation: Mutation, folder: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    """Try the changes; the exit code."""
+    """Try the changes and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="NAME", help="try this change; may be given several times")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="changes to try at once")
@@ -118,14 +118,14 @@ def main() -> int:
         tests = sorted({test for mutation in chosen for test in mutation.tests})
         code, output = run_tests(Path(temporary, "0", "copy"), tests)
         if code != 0 or re.search(r"^SKIPPED ", output, re.M):
-            print(output, "error: these tests have to pass, and none may be skipped, without any change", sep="\n")
+            print(output, "error: without any change, these tests have to pass and none may be skipped", sep="\n")
             return 1
 
         def one(mutation: Mutation) -> str:
             folder, began = copies.get(), time.monotonic()
-            verdict, said = try_mutation(mutation, folder)
+            verdict, details = try_mutation(mutation, folder)
             copies.put(folder)
-            print(f"{verdict:<9}{mutation.name:<22}{time.monotonic() - began:5.0f} s  {said}", flush=True)
+            print(f"{verdict:<9}{mutation.name:<22}{time.monotonic() - began:5.0f} s  {details}", flush=True)
             return verdict
 
         with ThreadPoolExecutor(copies.qsize()) as pool:

@@ -1,6 +1,6 @@
 """Run the project's scripts as a user does: a command line, a working folder, separate stdout and stderr, an exit code.
 
-Importing torch takes three seconds of a core. Each call therefore runs in a process forked from one that has imported
+Importing torch takes three seconds of CPU time. Each call therefore runs in a process forked from one that has imported
 the third-party modules the scripts use, and none of the project's own. Run as a program, this file is that process: it
 reads a line of JSON for each request and answers with the exit codes.
 """
@@ -25,15 +25,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ("matplotlib.figure", "matplotlib.font_manager", "numpy.random", "safetensors.torch", "tiktoken")
 PRELOADED += ("torch._dynamo", "torch.distributed", "torch.nn.parallel", "tqdm")
-SECONDS = 100  # after which a call is killed; only against hanging
-# One thread, so that sums are taken in one order; and no network.
+SECONDS = 100  # time limit of a call, only against hanging
+# One thread, so that sums are computed in a fixed order; no network.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONIOENCODING": "utf-8", "COLUMNS": "120"}
 ENVIRONMENT |= {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a call left: the exit code (negative: the signal that ended it) and what it printed."""
+    """The exit code of a call (negative: the signal that ended it) and its output."""
 
     code: int
     stdout: str
@@ -61,12 +61,12 @@ class Scripts:
         )
 
     def run(self, line: str, cwd: Path, stdin: str = "") -> Result:
-        """Run `train --config x.toml`, say."""
+        """Run a command line such as `train --config x.toml`."""
         return self._run(line, cwd, stdin, [{}])[0]
 
     def run_ranks(self, line: str, cwd: Path, world: int) -> list[Result]:
-        """Run it on several ranks, with the environment that torchrun would set; the results by rank."""
-        from conftest import free_port  # not in the process that forks
+        """Run it on several ranks, with the environment variables that torchrun sets. Returns the results by rank."""
+        from conftest import free_port  # imported here, as the process that forks must not import it
 
         port = free_port()
         shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -90,7 +90,7 @@ class Scripts:
         return [Result(code, *texts) for code, texts in zip(codes, printed, strict=True)]
 
     def close(self) -> None:
-        """End the process, when the call that it runs has ended."""
+        """Wait for the call in progress, if any, and end the process."""
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -104,10 +104,10 @@ CODE: list[int] = []  # the exit code, in a child whose script has ended
 
 def serve() -> None:
     """Fork a process for each call of each request, until standard input ends."""
-    atexit.register(leave)  # the first one registered is the last one called
+    atexit.register(leave)  # registered first, so that it is called last
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # so that no collection in a child goes through all these objects
+    gc.freeze()  # so that garbage collection in a child skips these objects
     pids: list[int] = []
 
     def kill(*_) -> None:
@@ -129,7 +129,7 @@ def serve() -> None:
 
 
 def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str]) -> None:
-    """Make this process the one that `python script.py words` would be, and run the script."""
+    """Set this process up as `python script.py words` would be, and run the script."""
     os.setpgid(0, 0)  # a group of its own: the processes that it starts are killed with it
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -151,7 +151,7 @@ def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str]) -> 
 
 
 def leave() -> None:
-    """Exit a child where the interpreter would begin to take its modules apart, which takes up to a second."""
+    """Exit a child before the interpreter tears down its modules, which takes up to a second."""
     if CODE:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -227,7 +227,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(home: Path, *words, app: Path = ROOT / "app.py", **env: str):
-    """The server of a folder, ended by Ctrl-C."""
+    """Run app.py in a folder; at the end of the block it is ended by Ctrl-C."""
     port = free_port()
     settings = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO")}
     settings |= {"GRADIO_SERVER_PORT": str(port), "HOME": str(home), "PYTHONPATH": "", **env}
@@ -448,7 +448,7 @@ def test_a_text_grows_until_it_is_stopped(page, server):
     assert page.locator(".text b, .text script").count() == 0
     with page.expect_response("**/gradio_api/cancel"):
         page.get_by_role("button", name="Stop").click()
-    server.write(max_new_tokens=1)  # the only place is free again
+    server.write(max_new_tokens=1)  # returns once the cancelled text has made room
     stopped = shown(page)
     server.write(max_new_tokens=300)
     assert shown(page) == stopped

@@ -1,4 +1,4 @@
-"""checks.py: outcomes of tests are counted, and a resumed run that is not the uninterrupted one is an error."""
+"""checks.py: test outcomes are counted, and a resumed run that differs from the uninterrupted one is an error."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def test_never_runs(): pass
 
 
 def test_outcomes_are_counted_up_to_the_interruption(tmp_path):
-    """In a process of its own, as if it had CUDA: what ends a row at its limit is SIGINT."""
+    """In a process of its own that takes the device for CUDA. SIGINT is what ends a row at its time limit."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     (tmp_path / "tests" / "test_import.py").write_text("import no_such_module")
@@ -51,7 +51,7 @@ def test_outcomes_are_counted_up_to_the_interruption(tmp_path):
         "import json, sys, pathlib, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r}); sys.modules['xdist'] = None\n"
         "import checks\n"
-        "checks.find_device, checks.HOUSE = torch.device, pathlib.Path.cwd()\n"
+        "checks.find_device, checks.REPO_ROOT = torch.device, pathlib.Path.cwd()\n"
         "from config import BenchConfig\n"
         "print(json.dumps(checks.bench_tests(BenchConfig(device='cuda'))))\n"
     )
@@ -67,7 +67,7 @@ def test_outcomes_are_counted_up_to_the_interruption(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["pytest", "pytest-timeout", "hypothesis"])
-def test_a_package_that_is_missing_is_one_line(monkeypatch, package):
+def test_a_missing_package_is_one_error_line(monkeypatch, package):
     real = importlib.util.find_spec
     missing = package.replace("-", "_")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
@@ -95,10 +95,10 @@ def test_difference_of_runs(tmp_path):
     assert difference(one, other) == "metrics.csv has train_loss = 2.0 and 2.5 at iter 1 and 1"
     assert difference(one, make_run(tmp_path / "short", [3.0])) == "metrics.csv has 2 and 1 rows"
     other = make_run(tmp_path / "weight", [3.0, 2.0], weight=1.25)
-    assert difference(one, other) == "1 of 2 weights, by 0.25 at most, b for one"
+    assert difference(one, other) == "1 of 2 tensors differ, by at most 0.25; the first is b"
 
 
-# a train.py whose losses depend on the update, and on whether it was resumed where a file says so
+# A train.py whose losses depend on the update and, if a file `wrong` exists, on whether it was resumed.
 FAKE = """
 import json, sys
 from pathlib import Path
@@ -122,7 +122,7 @@ def fake(in_tmp, monkeypatch):
     """A function that runs bench.py resume on FAKE; and the folder that FAKE is in."""
     (in_tmp / "house").mkdir()
     (in_tmp / "house" / "train.py").write_text(FAKE)
-    monkeypatch.setattr(checks, "HOUSE", in_tmp / "house")
+    monkeypatch.setattr(checks, "REPO_ROOT", in_tmp / "house")
 
     def run(*words: str) -> dict:
         bench.main(cli.parse(BenchConfig, ["resume", *TINY, "--max_iters", "9", *words, "--json", "figures.json"]))
@@ -152,7 +152,7 @@ def test_one_run_stops_and_resumes_and_the_other_does_not(fake):
 def test_a_resumed_run_that_differs_is_an_error(fake):
     run, house = fake
     (house / "wrong").touch()
-    with pytest.raises(UserError, match=r"not the uninterrupted one: metrics.csv has train_loss = 10.001 and 10.0 at"):
+    with pytest.raises(UserError, match=r"the uninterrupted one: metrics.csv has train_loss = 10.001 and 10.0 at"):
         run()
 
 

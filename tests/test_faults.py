@@ -146,11 +146,11 @@ import time
 from pathlib import Path
 updates = 0
 
-def here():  # the test sees that the moment has come, and lets it go on
+def here():  # tells the test that this point is reached, and waits until the test lets it go on
     Path(folder, "here").touch()
     end = time.monotonic() + 300
     while not Path(folder, "go").exists():
-        assert time.monotonic() < end, "nobody let it go on"
+        assert time.monotonic() < end, "the test did not let it go on"
         time.sleep(0.002)
 
 def hook(where, name, before):
@@ -259,7 +259,7 @@ def test_second_interrupt_leaves_at_once_and_loses_nothing_saved(forked, undistu
     for _ in range(2):
         for life in lives:
             life.send(signal.SIGINT)
-    assert ends(lives) == [130] * world, "it does not go on"
+    assert ends(lives) == [130] * world, "each ends while it is held"
     assert "interrupted twice: leaving at once" in lives[0].printed  # the others may be through with the first by then
     # a save that is being written when the evaluation after it begins may not have arrived
     assert checkpoint.verify(run / "ckpt/last")["iter"] in {"evaluation": (4, 6), "save": (6,)}[moment]
@@ -584,7 +584,7 @@ if os.environ["RANK"] == "0":
     while not silent.exists():
         sleep(0.01)
 else:
-    time.sleep = lambda seconds: (silent.touch(), sleep(seconds))  # which it does instead of speaking
+    time.sleep = lambda seconds: (silent.touch(), sleep(seconds))  # as a rank that prints nothing does before it exits
 runpy.run_path({TRAIN!r}, run_name="__main__")
 """
 
@@ -728,7 +728,7 @@ def test_stop_gives_everything_back():
 
 @contextlib.contextmanager
 def stopping(doing: str, among_ranks: bool, grace: float = 60):
-    """A process that has a Stop and does something, from when it has begun to."""
+    """A process that creates a Stop and then runs the code `doing`; yields once that code is running."""
     lines = ("import hashlib, signal, sys, threading, time", "from runtime import Stop", f"Stop.GRACE = {grace}")
     lines += ("timers, timer = [], threading.Timer",)
     lines += ("threading.Timer = lambda *words: timers.append(timer(*words)) or timers[-1]",)
@@ -745,7 +745,7 @@ def stopping(doing: str, among_ranks: bool, grace: float = 60):
             process.kill()
 
 
-BLOCKED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"  # in C for a quarter of an hour: no handler can run
+BLOCKED = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"  # 15 minutes in C: no Python handler can run
 
 
 @pytest.mark.parametrize(("among_ranks", "numbers"), [(False, (2, 15, 2)), (True, (2, 15))])
@@ -763,7 +763,7 @@ while stop.asked() != signal.SIGTERM or not timers:
     time.sleep(0.01)
 timers[0].finished.wait()
 sys.exit(0)
-"""  # it goes on until the time of grace is over
+"""  # it runs until the grace period is over
 
 
 @pytest.mark.parametrize(("doing", "code"), [(BLOCKED, 128 + signal.SIGTERM), (NOTES, 0)])

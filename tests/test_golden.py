@@ -1,7 +1,7 @@
-"""The behaviour written down in tests/golden/: losses, flags, exit codes, names in files, old runs and datasets.
+"""Comparison with the golden files: losses, flags, exit codes, names in files, an old run and an old dataset.
 
-Only command lines and files are used, so that these tests outlive every change of the modules behind them. Functions
-above the tests also serve tests/golden/make.py, which writes the files anew.
+Only command lines and files are used, so that these tests do not depend on the modules. tests/golden/make.py, which
+writes the golden files, uses the functions above the tests.
 """
 
 import csv
@@ -27,10 +27,10 @@ def load(name: str):
 
 
 def furnish(home: Path) -> Path:
-    """Fill a folder with what the calls read: recipes, text, the old dataset and run, and damaged ones."""
+    """Fill a folder with what the calls read: recipes, text, the old dataset and run, and damaged copies of them."""
     for path in (*GOLDEN.glob("*.toml"), GOLDEN / "bottles.txt"):
         shutil.copy(path, home)
-    if (GOLDEN / "data").exists():  # make.py begins without
+    if (GOLDEN / "data").exists():  # not there yet when make.py writes it
         shutil.copytree(GOLDEN / "data", home / "data")
         shutil.copytree(GOLDEN / "data/bottles", home / "data/cut")
         shard = home / "data/cut/val_000000.bin"
@@ -58,12 +58,12 @@ def read_log(run: Path) -> list[dict[str, str]]:
 
 
 def columns(rows: list[dict[str, str]]) -> dict[str, list[float]]:
-    """The logged numbers that depend on nothing but recipe and data, by column; empty cells are left out."""
+    """The logged numbers that depend only on recipe and data, by column; empty cells are left out."""
     return {key: [float(row[key]) for row in rows if row[key]] for key in COLUMNS}
 
 
 def train(scripts: Scripts, home: Path, name: str) -> dict[str, list[float]]:
-    """Train the recipe, and read its log."""
+    """Train a recipe and read its log."""
     line = f"train --config {name}.toml --out_dir out/new"
     results = scripts.run_ranks(line, home, 2) if name == "ranks" else [scripts.run(line, home)]
     assert [result.code for result in results] == [0] * len(results), results
@@ -97,7 +97,7 @@ def read_help(text: str) -> dict[str, dict]:
 
 
 def call(scripts: Scripts, home: Path, row: dict) -> dict:
-    """Make a call of calls.json; its exit code, which streams it wrote to, and the `error:` lines among them."""
+    """Make a call of calls.json; its exit code, which streams it wrote to, and the number of `error:` lines."""
     result = scripts.run(row["call"], home, row.get("stdin", ""))
     lines = result.stderr.splitlines()
     found = {"code": result.code, "stdout": bool(result.stdout), "stderr": bool(result.stderr)}
@@ -122,12 +122,12 @@ def paths(value, prefix: str = "") -> set[str]:
 
 
 def files(folder: Path) -> set[str]:
-    """What lies in a folder, hidden files left out."""
+    """Names of the files in a folder, except for hidden files."""
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def strings(train_state: Path) -> set[str]:
-    """The texts in a train_state.pt, its keys among them, read without torch."""
+    """The strings in a train_state.pt that are identifiers, among them its keys; read without torch."""
     with zipfile.ZipFile(train_state) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         return {
@@ -213,7 +213,7 @@ NAMES = {
 
 
 def subset(report, golden):
-    """Of a report the keys that a golden one has."""
+    """The part of a report whose keys the golden report has."""
     if isinstance(golden, dict):
         return {key: subset(report[key], value) for key, value in golden.items()}
     if isinstance(golden, list):
@@ -222,7 +222,7 @@ def subset(report, golden):
 
 
 def near(value, tolerance: float):
-    """The value for a comparison, with a tolerance for its floats."""
+    """The value with pytest.approx around each float, for a comparison."""
     if isinstance(value, dict):
         return {key: near(item, tolerance) for key, item in value.items()}
     if isinstance(value, list):
@@ -249,7 +249,7 @@ def home(tmp_path):
 @pytest.mark.parametrize("name", RUNS)
 def test_first_50_losses(scripts, home, name):
     golden, found = load(f"{name}.json"), train(scripts, home, name)
-    first_ten, all_of_them = golden["tolerance"]  # rounding of half precision grows with each update
+    first_ten, all_of_them = golden["tolerance"]  # the rounding errors of half precision grow with each update
     expected = golden["columns"]
     assert len(expected["train_loss"]) == len(expected["lr"]) == 50
     assert found["train_loss"][:10] == near(expected["train_loss"][:10], first_ten)
@@ -289,8 +289,8 @@ def test_report_on_the_old_run(scripts, home, row):
 @pytest.mark.parametrize(
     ("words", "first", "start"), [("--resume", 0, 40), ("--resume out/ranks/ckpt/best --out_dir out/again", 10, 10)]
 )
-def test_old_run_resumes_as_if_it_had_not_stopped(scripts, home, words, first, start):
-    """On one rank; the losses were written down of two."""
+def test_old_run_resumes_with_the_golden_losses(scripts, home, words, first, start):
+    """On one rank; the golden losses are those of two."""
     golden, before = load("ranks.json"), read_log(home / "out/ranks")
     run(scripts, home, f"train --config ranks.toml --max_iters 50 {words}")
     rows = read_log(home / ("out/again" if "out/again" in words else "out/ranks"))

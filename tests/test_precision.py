@@ -1,4 +1,4 @@
-"""precision.py: the faster precision is chosen, by injected times; infer's choice is kept, and training's is stored."""
+"""precision.py: the faster precision is chosen, with injected times; infer caches its choice, training stores it."""
 
 import json
 import os
@@ -26,17 +26,17 @@ FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as meas
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """The file of choices; the user's own is not touched."""
+    """The file of cached choices, in a temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/flatgpt/precision.json"
 
 
 class Steps:
-    """Stands for products: its clock goes on by as much as each call is said to take.
+    """Fake matmuls: each call advances a fake clock by a given time.
 
     Args:
-        alike: the steps are of one kind, else each is of its own.
-        seconds: of a precision's calls, one after the other; the last is repeated. A list for each step.
+        alike: whether all steps are of one kind; else each is a kind of its own.
+        seconds: for each dtype, a list for each step: the seconds of its calls in order; the last is repeated.
     """
 
     def __init__(self, alike: bool = False, **seconds: list[list[float]]):
@@ -54,18 +54,19 @@ class Steps:
         return step
 
     def chosen(self) -> tuple[str, str]:
-        return precision.faster("a product", 6e6, self.make, lambda: self.now)
+        return precision.faster_dtype("a matmul", 6e6, self.make, lambda: self.now)
 
 
 @pytest.fixture
 def both(monkeypatch):
-    """The CPU has both precisions, whichever it is."""
+    """bfloat16 is available, whatever the CPU."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """measured(choice): what each measurement finds from here on; None: there must be none. It counts them."""
+    """measured(choice): from here on each measurement returns the choice; None: a measurement fails the test. Returns
+    the list of measurements."""
     count = []
 
     def finds(choice):
@@ -74,15 +75,15 @@ def measured(monkeypatch):
             count.append(what)
             return choice
 
-        monkeypatch.setattr(precision, "faster", faster)
-        monkeypatch.setattr(packing, "faster", faster)
+        monkeypatch.setattr(precision, "faster_dtype", faster)
+        monkeypatch.setattr(packing, "faster_dtype", faster)
         return count
 
     return finds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is faster
+# the choice
 
 
 @pytest.mark.parametrize(
@@ -91,34 +92,34 @@ def measured(monkeypatch):
         (2e-3, 1e-3, "bfloat16: 6 GFLOP/s, float32 3"),  # Zen 4
         (1e-3, 2e-3, "float32: 6 GFLOP/s, bfloat16 3"),  # Xeon without AMX
         (1.06e-3, 1e-3, "bfloat16: 6 GFLOP/s, float32 5.66"),
-        (1.04e-3, 1e-3, "float32: 5.77 GFLOP/s, bfloat16 6"),  # noise does not decide
+        (1.04e-3, 1e-3, "float32: 5.77 GFLOP/s, bfloat16 6"),  # within noise
         (1e-3, 1e-3, "float32: 6 GFLOP/s, bfloat16 6"),
         (4e-6, 5e-6, "float32: 1,500 GFLOP/s, bfloat16 1,200"),
     ],
 )
 def test_the_faster_is_chosen(both, exact, low, chosen):
-    """Not by the first calls, which set up kernels; and both figures are said."""
+    """The first calls, which set up kernels, do not count. Both speeds are in the text."""
     name, why = Steps(float32=[[5.0, exact]], bfloat16=[[9.0, low]]).chosen()
-    assert f"{name}: {why.removeprefix('a product: ')}" == chosen
+    assert f"{name}: {why.removeprefix('a matmul: ')}" == chosen
 
 
 def test_other_work_on_the_machine_does_not_decide(both):
-    """It slows bfloat16's calls down, all of them but one of each kind, and never two kinds in one round."""
+    """All timed calls in bfloat16 are slow, except for one of each kind, in different rounds."""
     slow, exact = 0.015, [[2e-3], [2e-3]]
     first, second = [1e-3, 1e-3, *[slow] * 30], [1e-3, slow, 1e-3, *[slow] * 30]
-    expected = ("bfloat16", "a product: 3 GFLOP/s, float32 1.5")
+    expected = ("bfloat16", "a matmul: 3 GFLOP/s, float32 1.5")
     assert Steps(float32=exact, bfloat16=[first, second]).chosen() == expected
     assert Steps(alike=True, float32=exact, bfloat16=[first, [slow]]).chosen() == expected
 
 
-def test_neither_is_always_the_first(both):
-    """Whatever comes after a pause, or before one, would be at an advantage."""
+def test_the_two_precisions_alternate_in_going_first(both):
+    """A fixed order could favour one of them."""
     order = []
 
     def make(dtype: torch.dtype) -> list[list]:
         return [[lambda: order.append(dtype)]]
 
-    precision.faster("a product", 1, make, lambda: 0.1 * len(order))
+    precision.faster_dtype("a matmul", 1, make, lambda: 0.1 * len(order))
     low, exact = torch.bfloat16, torch.float32
     assert order == [exact, low, exact, low, low, exact, exact, low, low, exact, exact, low]
 
@@ -128,19 +129,19 @@ def test_neither_is_always_the_first(both):
     [(1e-4, 1e-4, 0.1, 0.11), (2e-2, 1e-2, 0.6, 0.61), (0.2, 0.2, 1.2, 1.21), (3.0, 3.0, 6.0, 6.1)],
 )
 def test_measuring_ends(both, exact, low, least, most):
-    """After a tenth of a second, of slow products after twenty times or a second, of very slow ones after one."""
+    """After 0.1 s; slow matmuls after 20 repeats or 1 s; very slow ones after one round."""
     steps = Steps(float32=[[0, exact]], bfloat16=[[0, low]])
     steps.chosen()
     assert least <= steps.now <= most
 
 
-def test_several_of_a_kind_are_several_times(both):
+def test_steps_of_one_kind_count_as_repeats(both):
     steps = Steps(alike=True, float32=[[0, 1e-2], *[[1e-2]] * 4], bfloat16=[[0, 1e-2], *[[1e-2]] * 4])
     steps.chosen()
     assert steps.calls == 2 + 2 * 20
 
 
-def test_a_precision_that_the_cpu_has_not_is_not_tried(monkeypatch):
+def test_bfloat16_that_the_cpu_lacks_is_not_tried(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     steps = Steps(float32=[[1e-3]], bfloat16=[[1e-3]])
     assert steps.chosen() == ("float32", "this CPU has no bfloat16")
@@ -148,41 +149,41 @@ def test_a_precision_that_the_cpu_has_not_is_not_tried(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "product"),
+    ("words", "shape"),
     [
         ("--n_embd 48 --n_head 4 --batch_size 3 --context_length 32 --mlp_ratio 2", (96, 48, 96)),
         ("--n_embd 1600 --n_head 25 --batch_size 16 --context_length 1024", (97, 1600, 6400)),  # 2e9 / (2 * C * 4 C)
     ],
 )
-def test_training_times_a_product_of_its_own_width(monkeypatch, words, product):
+def test_training_times_a_matmul_of_the_models_width(monkeypatch, words, shape):
     seen = {}
 
     def faster(what, flops, make):
         seen.update(what=what, flops=flops, made=[step() for dtype in DTYPES.values() for ((step,),) in [make(dtype)]])
         return BFLOAT16
 
-    monkeypatch.setattr(precision, "faster", faster)
-    assert precision.for_training(cli.parse(TrainConfig, words.split())) == BFLOAT16
-    tokens, wide, hidden = product
-    assert seen["what"] == f"a product of {tokens} x {wide:,} x {hidden:,}"
+    monkeypatch.setattr(precision, "faster_dtype", faster)
+    assert precision.faster_training_dtype(cli.parse(TrainConfig, words.split())) == BFLOAT16
+    tokens, wide, hidden = shape
+    assert seen["what"] == f"matmul {tokens} x {wide:,} x {hidden:,}"
     assert seen["flops"] == 2 * tokens * wide * hidden
     assert [(y.shape, y.dtype) for y in seen["made"]] == [((tokens, hidden), dtype) for dtype in DTYPES.values()]
-    assert all((y == wide).all() for y in seen["made"][:1])  # a product of ones
+    assert all((y == wide).all() for y in seen["made"][:1])  # a matmul of ones
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FOUND = r"a {}: [\d.,]+ GFLOP/s, (float32|bfloat16) [\d.,]+|this CPU has no bfloat16"
+FOUND = r"{}: [\d.,]+ GFLOP/s, (float32|bfloat16) [\d.,]+|this CPU has no bfloat16"
 
 
 def test_this_cpu_is_really_measured():
     whole = model()
     before = torch.get_rng_state()
-    name, why = precision.for_training(cli.parse(TrainConfig, TINY))
+    name, why = precision.faster_training_dtype(cli.parse(TrainConfig, TINY))
     assert name in precision.CHOICES
-    assert re.fullmatch(FOUND.format("product of 128 x 32 x 128"), why)
-    name, why = packing.faster_on_cpu(whole)
+    assert re.fullmatch(FOUND.format("matmul 128 x 32 x 128"), why)
+    name, why = packing.faster_decoding_dtype(whole)
     assert name in precision.CHOICES
-    assert re.fullmatch(FOUND.format("token's products"), why)
+    assert re.fullmatch(FOUND.format("matmuls of one token"), why)
     assert torch.equal(torch.get_rng_state(), before)  # no random number is drawn
 
 
@@ -198,7 +199,7 @@ def test_a_run_prints_stores_and_keeps_its_choice(tiny_data, measured, capsys):
     words = ("--dtype", "auto", "--sample_tokens", 0)
     assert measured(BFLOAT16) == []
     run = train_here(*words, "--max_iters", 3)
-    assert measured(None) == ["a product of 128 x 32 x 128"]
+    assert measured(None) == ["matmul 128 x 32 x 128"]
     for iters in (6, 9):
         chosen = checkpoint.read_state(run / "ckpt/last")["chosen"]
         assert chosen["dtype"] == "bfloat16"
@@ -209,7 +210,7 @@ def test_a_run_prints_stores_and_keeps_its_choice(tiny_data, measured, capsys):
 
 
 def test_a_run_of_an_earlier_version_keeps_its_choice(tiny_data, measured, capsys):
-    """Without reasons, as those of resumed runs were."""
+    """Resumed runs of earlier versions stored no reason."""
     measured(BFLOAT16)
     words = ("--dtype", "auto", "--sample_tokens", 0)
     state_file = train_here(*words, "--max_iters", 3) / "ckpt/last/state.json"
@@ -231,7 +232,7 @@ def test_a_precision_that_is_asked_for_is_not_measured(tiny_data, measured, dtyp
     for more in ([], ["--quantize", "int8"]):
         if dtype == "bfloat16" or not more:
             infer.load(cli.parse(InferConfig, ["--device", "cpu", "--dtype", dtype, *more]))
-    infer.load(cli.parse(InferConfig, ["--device", "cpu", "--quantize", "int8"]))  # whose kernel takes bfloat16 only
+    infer.load(cli.parse(InferConfig, ["--device", "cpu", "--quantize", "int8"]))  # its kernel takes bfloat16 only
 
 
 def test_plan_and_nanogpt_at_its_best_take_what_training_would(tiny_data, measured, monkeypatch, capsys):
@@ -246,7 +247,7 @@ def test_plan_and_nanogpt_at_its_best_take_what_training_would(tiny_data, measur
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# choices that are kept
+# choices that are cached
 
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 8, "vocab_size": 70}
@@ -257,13 +258,13 @@ def model(**changes) -> GPT:
 
 
 def test_a_choice_is_measured_once(measured, cache):
-    """For a model's shape, this CPU, its threads and torch; whatever the weights are, and however often it is asked."""
+    """For each model shape, CPU, number of threads and torch version; neither weights nor context length matter."""
     assert measured(BFLOAT16) == []
-    assert packing.faster_on_cpu(model()) == BFLOAT16
+    assert packing.faster_decoding_dtype(model()) == BFLOAT16
     count = measured(FLOAT32)
-    assert packing.faster_on_cpu(model()) == BFLOAT16
-    assert packing.faster_on_cpu(model(context_length=16)) == BFLOAT16
-    assert count == ["a token's products"]
+    assert packing.faster_decoding_dtype(model()) == BFLOAT16
+    assert packing.faster_decoding_dtype(model(context_length=16)) == BFLOAT16
+    assert count == ["matmuls of one token"]
     ((key, entry),) = json.loads(cache.read_text()).items()
     assert entry == {"dtype": "bfloat16", "why": "as measured: 9 GFLOP/s"}
     assert f"torch {torch.__version__}" in key
@@ -275,17 +276,17 @@ def test_a_choice_is_measured_once(measured, cache):
 )
 def test_another_shape_is_measured_anew(measured, change):
     measured(BFLOAT16)
-    packing.faster_on_cpu(model())
+    packing.faster_decoding_dtype(model())
     measured(FLOAT32)
-    assert packing.faster_on_cpu(model(**change)) == FLOAT32
-    assert packing.faster_on_cpu(model()) == BFLOAT16  # which is kept beside
+    assert packing.faster_decoding_dtype(model(**change)) == FLOAT32
+    assert packing.faster_decoding_dtype(model()) == BFLOAT16  # both are cached
 
 
 @pytest.mark.parametrize("other", ["processor", "instructions", "threads", "torch", "compiled"])
 def test_another_machine_is_measured_anew(measured, monkeypatch, other):
-    """With which the home folder is shared, say."""
+    """The home folder may be shared between machines."""
     measured(BFLOAT16)
-    packing.faster_on_cpu(model())
+    packing.faster_decoding_dtype(model())
     measured(FLOAT32)
     if other == "processor":
         monkeypatch.setattr(packing, "cpu_name", lambda: "another")
@@ -295,13 +296,13 @@ def test_another_machine_is_measured_anew(measured, monkeypatch, other):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     elif other == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert packing.faster_on_cpu(model(), other == "compiled") == FLOAT32
+    assert packing.faster_decoding_dtype(model(), other == "compiled") == FLOAT32
 
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(("limit", "timed"), [(10**9, 9), (5 * 32 * 32, 3)])
-def test_the_products_of_a_token_are_timed(monkeypatch, limit, timed, compile):
-    """With each matrix of the model as it is packed, by shape, the head's last; of a large one with the first ones."""
+def test_the_matmuls_of_one_token_are_timed(monkeypatch, limit, timed, compile):
+    """With each matrix of the model as pack lays it out, by shape, the head last; of a large model the first ones."""
     made = {}
 
     def faster(what, flops, make):
@@ -314,10 +315,10 @@ def test_the_products_of_a_token_are_timed(monkeypatch, limit, timed, compile):
         made["flops"] = flops
         return FLOAT32
 
-    monkeypatch.setattr(packing, "faster", faster)
-    monkeypatch.setattr(packing, "TIMED", limit)
+    monkeypatch.setattr(packing, "faster_dtype", faster)
+    monkeypatch.setattr(packing, "TIMED_ELEMENTS", limit)
     whole = model(vocab_size=200)
-    packing.faster_on_cpu(whole, compile)
+    packing.faster_decoding_dtype(whole, compile)
     matrices = [p for name, p in whole.named_parameters() if p.dim() == 2 and "wpe" not in name]
     matrices = [*matrices[1:], matrices[0]][:timed]
     assert made["flops"] == 2 * sum(p.numel() for p in matrices)
@@ -325,10 +326,10 @@ def test_the_products_of_a_token_are_timed(monkeypatch, limit, timed, compile):
     assert len(by_shape) == min(timed, 5)
     for dtype in DTYPES.values():
         for alike, weights in zip(made[dtype], by_shape, strict=True):
-            for y, weight in zip(alike, weights, strict=True):  # of ones; biases are zero in the beginning
+            for y, weight in zip(alike, weights, strict=True):  # the input is ones; biases are initialised to zero
                 assert y.dtype == dtype
                 torch.testing.assert_close(y[0, 0].float(), weight.sum(1), atol=0.05, rtol=0.05)
-    assert isinstance(whole.transformer.h[0].mlp.c_fc, torch.nn.Linear)  # the model is as it was
+    assert isinstance(whole.transformer.h[0].mlp.c_fc, torch.nn.Linear)  # the model is not changed
 
 
 @pytest.mark.parametrize(
@@ -347,51 +348,51 @@ def test_the_products_of_a_token_are_timed(monkeypatch, limit, timed, compile):
         b"\xff\xfe",
     ],
 )
-def test_a_damaged_cache_is_made_anew(cache, capsys, damaged):
+def test_a_damaged_cache_file_is_replaced(cache, capsys, damaged):
     cache.parent.mkdir(parents=True)
     cache.write_bytes(damaged if isinstance(damaged, bytes) else damaged.replace("KEY", "key").encode())
-    assert precision.remembered("key", lambda: FLOAT32) == FLOAT32
-    assert precision.remembered("key", lambda: BFLOAT16) == FLOAT32
+    assert precision.cached_choice("key", lambda: FLOAT32) == FLOAT32
+    assert precision.cached_choice("key", lambda: BFLOAT16) == FLOAT32
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("way", ["a file where the folder would be", "a folder where the file would be", "no home"])
 def test_without_a_cache_it_is_measured_each_time(cache, monkeypatch, capsys, way):
-    """One note says so. A home that is read-only is not among these ways: root writes there all the same."""
+    """One note says so. A read-only home is not among the cases, as root can write there."""
     if way == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.delenv("HOME", raising=False)
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no entry in the system's list of users
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # the user has no entry in /etc/passwd
     elif way == "a folder where the file would be":
         cache.mkdir(parents=True)
     else:
         cache.parents[1].write_text("")
     for choice in (FLOAT32, BFLOAT16):
-        assert precision.remembered("key", lambda choice=choice: choice) == choice
+        assert precision.cached_choice("key", lambda choice=choice: choice) == choice
         out, err = capsys.readouterr()
         assert out == ""
         assert re.fullmatch(rf"note: .* cannot be kept .*--dtype {choice[0]} .*\n", err)
     assert not Path("~").exists()
 
 
-def test_where_choices_are_kept(cache, monkeypatch, tmp_path):
+def test_path_of_the_cache_file(cache, monkeypatch, tmp_path):
     assert precision.cache_file() == cache
     monkeypatch.setenv("HOME", str(tmp_path))
-    for unset in ("", "not/absolute"):  # which the standard has us pass over
+    for unset in ("", "not/absolute"):  # to be ignored by the XDG specification
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert precision.cache_file() == tmp_path / ".cache/flatgpt/precision.json"
 
 
 def test_of_two_processes_at_once_both_take_the_first_choice(cache):
-    """The other one writes while this one measures; what it wrote of another model stays."""
+    """The other process writes while this one measures; its entry for another model stays."""
 
     def slow() -> tuple[str, str]:
-        precision.remembered("key", lambda: FLOAT32)
-        precision.remembered("another", lambda: FLOAT32)
+        precision.cached_choice("key", lambda: FLOAT32)
+        precision.cached_choice("another", lambda: FLOAT32)
         return BFLOAT16
 
-    assert precision.remembered("key", slow) == FLOAT32
-    assert precision.remembered("a third", lambda: BFLOAT16) == BFLOAT16
+    assert precision.cached_choice("key", slow) == FLOAT32
+    assert precision.cached_choice("a third", lambda: BFLOAT16) == BFLOAT16
     assert {key: entry["dtype"] for key, entry in json.loads(cache.read_text()).items()} == {
         "key": "float32",
         "another": "float32",
@@ -400,8 +401,8 @@ def test_of_two_processes_at_once_both_take_the_first_choice(cache):
 
 
 @pytest.mark.parametrize(("first", "second"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)])
-def test_infer_writes_the_same_text_tomorrow(tiny_home, measured, monkeypatch, capsys, first, second):
-    """Also where the measurement would then come out differently; its machine line has the figures."""
+def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypatch, capsys, first, second):
+    """Also where the next measurement would differ. The machine line has the measured speeds."""
     monkeypatch.chdir(tiny_home)
     words = ["--device", "cpu", "--prompt", "99 green", "--max_new_tokens", "60", "--temperature", "1.5"]
 
@@ -413,10 +414,10 @@ def test_infer_writes_the_same_text_tomorrow(tiny_home, measured, monkeypatch, c
 
     said: list[str] = []
     measured(first)
-    monkeypatch.setattr(infer, "say", lambda line: print(line, file=infer.sys.stderr))  # of now, not of the import
-    today = text()
+    monkeypatch.setattr(infer, "say", lambda line: print(line, file=infer.sys.stderr))  # the captured stderr
+    first_text = text()
     assert f"on cpu, {first[0]} ({first[1]}), eager\n" in said[0]
     measured(second)
-    assert text() == today
+    assert text() == first_text
     assert said[1].splitlines()[0] == said[0].splitlines()[0]
-    assert text("--dtype", first[0]) == today
+    assert text("--dtype", first[0]) == first_text

@@ -1,4 +1,4 @@
-"""Promises that several modules keep together: checked data, checkpoints, ranks that begin alike, rows, plans."""
+"""Promises that involve several modules: checked data, checkpoints, equal ranks, rows of the log, plans."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def change_id(split: str, to: int) -> str:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_shards_are_checked_before_the_first_update(tiny_data, split):
-    """Also ids that no batch of this run would reach."""
+    """Including ids that no batch of this run contains."""
     path = change_id(split, 257)
     with pytest.raises(UserError, match=rf"^{re.escape(path)}: id 257 at byte .* is not in the vocabulary of 257"):
         train_here(*QUIET, "--eval_batches", 1)
@@ -74,7 +74,7 @@ def test_each_micro_batch_of_each_update_has_dropout_masks_of_its_own(tiny_data,
     prepared = run.setup(cli.parse(TrainConfig, [*TINY, "--dropout", "0.5", "--grad_accum_steps", "2"]))
     for i in range(2):
         train.update(prepared, i)
-    assert len(seen) == 4 * 5, "the embedding's, and two of each block, in each of four passes"
+    assert len(seen) == 4 * 5, "one after the embedding and two in each block, in each of four forward passes"
     assert len(set(seen)) == len(seen)
 
 
@@ -84,7 +84,7 @@ def test_each_micro_batch_of_each_update_has_dropout_masks_of_its_own(tiny_data,
 
 @pytest.mark.parametrize("what", ["evaluation", "sample"])
 def test_failed_evaluation_or_sample_leaves_the_checkpoint_before_it(tiny_data, monkeypatch, what):
-    """The save is still in flight when the fault comes."""
+    """The save is still in progress when the evaluation or sample fails."""
     failed, where, name = threading.Event(), *{"evaluation": (train, "evaluate"), "sample": (samples, "draw")}[what]
     real, save = getattr(where, name), checkpoint.save
 
@@ -111,7 +111,7 @@ def test_nothing_is_written_into_what_came_in_the_place_of_a_moved_run(tiny_data
     def update(run, i):
         if i == 4:
             deadline = time.monotonic() + 60
-            while not (RUN / "ckpt/best").exists():  # the last that comes of the save before
+            while not (RUN / "ckpt/best").exists():  # the last file of the save before
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             RUN.rename(moved)
@@ -135,14 +135,14 @@ def test_room_for_a_checkpoint_is_looked_for_after_the_first_update(tiny_data, m
     with pytest.raises(UserError) as caught:
         train_here(*QUIET, "--n_embd", 256)
     (made,) = updates
-    # weights and AdamW's two moments in float32; the vocabulary's padding to a multiple of 64 among them
+    # weights and AdamW's two moments in float32, with the vocabulary padded to a multiple of 64
     megabytes = 12 * (made.model.num_params() + (320 - 257) * 256) / 1e6
     assert str(caught.value).startswith(f"{RUN} has 1 MB free, a checkpoint of this run takes {megabytes:.0f} MB")
     assert not list(RUN.glob("ckpt/*"))
 
 
 def test_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
-    """And `last` leads to it when its name is, too."""
+    """`last` points to it only once the rename is on the disk, too."""
     on_disk, names, rename = [], {}, os.rename
 
     def fsync(descriptor):
@@ -163,7 +163,7 @@ def test_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeyp
 
 
 def test_weight_that_is_not_finite_is_never_saved(tiny_data, monkeypatch):
-    """Its update's loss and gradient were finite."""
+    """Although the loss and gradient of its update were finite."""
     real = train.update
 
     def update(run, i):
@@ -179,8 +179,8 @@ def test_weight_that_is_not_finite_is_never_saved(tiny_data, monkeypatch):
     assert not list(RUN.glob("ckpt/iter_*"))
 
 
-def test_best_is_none_whose_save_failed(tiny_data, monkeypatch):
-    """A lower loss whose weights are lost keeps no later one from being the best."""
+def test_loss_whose_save_failed_is_not_the_best(tiny_data, monkeypatch):
+    """A higher loss after it, whose checkpoint is saved, becomes the best."""
     losses, save = iter((5.0, 4.0, 2.0, 3.0)), checkpoint.save
 
     def full(run_dir, state, *rest):
@@ -201,8 +201,8 @@ def test_best_is_none_whose_save_failed(tiny_data, monkeypatch):
 
 @pytest.fixture
 def two_ranks(nursery, tiny_data, tmp_path):
-    """two_ranks(code, *words) -> the Life of each rank, to their ends: train.py with TINY and the words; code runs in
-    it before."""
+    """two_ranks(code, *words) -> the Life of each rank: train.py with TINY and the words, after code. They end with the
+    test."""
     lives = []
 
     def start(code: str, *words) -> list[Life]:
@@ -234,7 +234,7 @@ optim.learning_rate = learning_rate
 
 
 def test_ranks_wait_twice_as_long_in_the_first_update(two_ranks):
-    """Some of them may still compile."""
+    """Some ranks may still be compiling."""
     lives = two_ranks(WATCHED_TIMEOUT, "--rank_timeout", 100, "--max_iters", 3, "--log_interval", 10)
     assert [life.end() for life in lives] == [0, 0], lives[0].printed
     for life in lives:
@@ -253,7 +253,7 @@ model.GPT.init_weights = init_weights
 """
 
 
-# auto chooses on each machine
+# each machine resolves auto by itself
 OTHER_DTYPE = """
 import run
 
@@ -321,7 +321,7 @@ def test_plan_prints_what_follows_from_the_config_and_trains_nothing(tiny_data, 
     train.train(cli.parse(TrainConfig, [*TINY, *words]))
     assert set(tiny_data.rglob("*")) == before
     text = capsys.readouterr().out
-    # two LayerNorms, four matrices and their biases in a block; a last LayerNorm; the two tables
+    # in a block, two LayerNorms and four matrices with biases; the last LayerNorm; the two embeddings
     block = 2 * 2 * C + (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
     params = L * block + 2 * C + V * C + T * C
     flops = 6 * (params - T * C) + 12 * L * C * T
@@ -350,16 +350,16 @@ def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
 
 
 def documents(count: int) -> list[str]:
-    """As many different texts, and a file of them."""
+    """Different texts, which are written to texts.jsonl too."""
     texts = [f"{n} green bottles hanging on the wall, {n * n} more in the cellar." for n in range(count)]
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return texts
 
 
 def test_figures_of_preparation(in_tmp, monkeypatch, gpt2_vocabulary):
-    """Of texts whose tokens tiktoken counts, encoded by processes of their own."""
+    """The expected numbers of tokens are tiktoken's."""
     texts = documents(3000)
-    without = SimpleNamespace(find_spec=lambda name: None)  # datasets.map takes its time
+    without = SimpleNamespace(find_spec=lambda name: None)  # without datasets.map, which is slow
     monkeypatch.setattr(throughput, "importlib", SimpleNamespace(util=without))
     words = ["data", "--input", "texts.jsonl", "--size_mb", "1", "--rounds", "1", "--workers", "1", "--json", "a.json"]
     before = set(in_tmp.iterdir())
@@ -387,8 +387,8 @@ def test_figures_of_preparation(in_tmp, monkeypatch, gpt2_vocabulary):
     assert "times_datasets_map" not in found
 
 
-def test_preparation_that_fails_is_no_figure(in_tmp, monkeypatch, gpt2_vocabulary, capsys):
-    """Neither of a text that is not there nor of a process that ends with an error."""
+def test_preparation_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocabulary, capsys):
+    """Whether the text is missing or a process ends with an error."""
     documents(10)
     (in_tmp / "house").mkdir()
     (in_tmp / "house/throughput.py").write_text("raise SystemExit('no encoder')")
@@ -405,7 +405,7 @@ def test_preparation_that_fails_is_no_figure(in_tmp, monkeypatch, gpt2_vocabular
 
 
 def test_samples_of_all_evaluations_have_the_same_noise(tiny_data):
-    """Weights that stand still write the same text, and another one with another seed."""
+    """Weights that do not change write the same text each time, and a different one with a different seed."""
 
     def written(name: str, *words) -> list[str]:
         folder = train_here("--lr", 1e-30, "--min_lr", 0, "--sample_tokens", 40, "--out_dir", f"out/{name}", *words)

@@ -94,7 +94,7 @@ def test_rows_that_fail_do_not_end_the_others(home, monkeypatch, capsys):
 
 
 def test_files_are_written_after_each_row(home, monkeypatch):
-    """Also when a signal ends the list: SIGTERM does what Ctrl-C does."""
+    """Also if a signal ends the list: SIGTERM acts as Ctrl-C does."""
     seen = []
 
     def row(words, limit, say):
@@ -105,7 +105,7 @@ def test_files_are_written_after_each_row(home, monkeypatch):
         return UPDATES
 
     def missed(*words):
-        pytest.fail("nothing took the signal")
+        pytest.fail("the signal was not handled")
 
     before = signal.signal(signal.SIGTERM, missed)
     try:
@@ -179,7 +179,7 @@ def test_lists_fit_their_files_and_their_time():
 
 @pytest.fixture
 def stopped(home, monkeypatch):
-    """run_row of one that hangs and has a child that ignores SIGINT; `error` is raised once both are there."""
+    """run_row on a process that hangs and has a child that ignores SIGINT; `error` is raised once both have started."""
 
     def run(error: type, *words: str) -> dict:
         ready, real = threading.Event(), subprocess.Popen.wait
@@ -203,7 +203,7 @@ def no_child() -> bool:
 
 
 def test_a_row_over_its_limit_is_ended_with_its_children(stopped):
-    """As by Ctrl-C: what it still says on standard output is kept."""
+    """It is interrupted as by Ctrl-C; what it still writes to standard output is kept."""
     found = stopped(subprocess.TimeoutExpired, "until told")
     assert found == {"error": "ended after its limit of 77 s: ready", "figure": 2.5}
     assert no_child()
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_the_row_with_its_children(stopped):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_dry_run(in_tmp):
-    """Every row of the list for a GPU on the CPU, as a user starts it; of the tests that need CUDA the collection."""
+    """Every row of the list for a GPU, on the CPU, as a user starts it; the tests that need CUDA are only collected."""
     for name in suites.DATASETS:
         make_dataset(in_tmp, name)
     done = command("bench", "gpu", "--dry_run", "--json", "dry.json", cwd=in_tmp, timeout=900)
@@ -239,4 +239,4 @@ def test_dry_run(in_tmp):
     assert resumed["identical"]
     assert scaled["loss_scale"] > 0
     assert (in_tmp / "dry.md").read_text() == done.stdout
-    assert {path.name for path in in_tmp.iterdir() if path.is_dir()} == {"data"}, "temporary folders are gone"
+    assert {path.name for path in in_tmp.iterdir() if path.is_dir()} == {"data"}, "temporary folders are deleted"

@@ -33,8 +33,8 @@ FEW = ("--tokenizer", "byte", "--shard_tokens", 100_000, "--workers", 2, "--name
 
 DONE = 23  # shards of the first ten tasks
 
-# prepare_data.py with tasks of 256 KB, of which the 11th and later ones (of 32) wait until there is a file `go`: in the
-# worker processes, which import this file too, or with a cluster in the process that was started.
+# prepare_data.py with tasks of 256 KB, of which the 11th and later ones (of 32) wait until a file `go` exists: in the
+# worker processes, which import this file too; with --cluster, in the process that was started.
 HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -64,7 +64,7 @@ def held_advance(run, name, state, *words):
 if "--cluster" in sys.argv:
     preparation.Run._advance = held_advance
 else:
-    held_encode.__module__, held_encode.__qualname__ = "tasks", "encode"  # its name where it is sent to a worker
+    held_encode.__module__, held_encode.__qualname__ = "tasks", "encode"  # as pickle sends it to a worker by name
     tasks.encode = held_encode
 if __name__ == "__main__":
     run_verb(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
@@ -87,12 +87,12 @@ def big(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work(big, in_tmp):
-    """The current folder, with the call that starts held.py on big.jsonl there; ends what is left of it."""
+    """A function that starts held.py on big.jsonl in the current folder; its processes end with the test."""
     started = []
 
     def start(*words) -> subprocess.Popen:
-        """Go as far as to where it is held: each of two worker processes in the middle of a task, the ten before are
-        done."""
+        """Start it and return once it is held: ten tasks are done, and each of two worker processes is in the middle
+        of one."""
         call = [sys.executable, big / "held.py", "text", "--input", big / "big.jsonl", *FEW, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         process = subprocess.Popen(list(map(str, call)), start_new_session=True, **pipes)
@@ -111,7 +111,7 @@ def work(big, in_tmp):
 
 
 def let_go() -> None:
-    """Hold nothing any more."""
+    """Let all tasks go on."""
     Path("go").touch()
 
 
@@ -153,7 +153,7 @@ def encoders(process: int) -> list[int]:
 
 
 def full_pipes(process: int) -> int:
-    """Of how many of its pipes are ends that hold at least 60 KB: a message that nobody reads to its end is there."""
+    """How many pipes of a process hold at least 60 KB: a message of which the rest has not been read."""
     found = {}
     for name in os.listdir(f"/proc/{process}/fd"):
         with contextlib.suppress(OSError):
@@ -231,7 +231,7 @@ def test_ctrl_c_is_one_line_and_the_work_is_kept(work, big, everybody):
     processes = family(process.pid)
     assert len(encoders(process.pid)) == 2
     (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
-    let_go()  # the tasks that it waits for
+    let_go()  # it waits for the tasks in progress
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
     assert err == "data/mine: stopped; what is done is kept, and the same command goes on from there\n"
@@ -256,8 +256,7 @@ def test_killed_it_goes_on_and_leaves_no_worker_behind(work, big, how):
 @linux
 @pytest.mark.parametrize("killed", ["one", "all", "all, writing"])
 def test_worker_that_is_killed_is_one_error_line(work, big, killed):
-    """In the middle of a message: half a task is in the pipe to the workers, or half of what one gives in the pipe
-    back."""
+    """In the middle of a message: half a task is in the pipe to the workers, or half a result in the pipe back."""
     process = work()
     processes, doomed = family(process.pid), encoders(process.pid)[: 1 if killed == "one" else 2]
     wait_for(lambda: full_pipes(process.pid) == 1)
@@ -340,7 +339,7 @@ def new_cluster(tmp_path_factory):
             processes.append(subprocess.Popen(call, cwd=folder, env=environment, **output))
 
     def said(pattern: str) -> list[str]:
-        """In the scheduler's log."""
+        """Matches in the scheduler's log."""
         return re.findall(pattern, (folder / "0.log").read_text())
 
     try:
@@ -486,7 +485,7 @@ def make_text(path: Path, size: int) -> None:
 
 
 def peak_memory(path: Path) -> int:
-    """The most bytes that prepare_data.py and its workers took for that file."""
+    """The peak memory in bytes of prepare_data.py and its workers on a file."""
     words = ["text", "--input", path, "--tokenizer", "byte", "--workers", 2, "--shard_tokens", 10_000_000]
     call, pipes = [sys.executable, ROOT / "prepare_data.py", *words], {"stdout": subprocess.DEVNULL}
     peak = 0
@@ -506,8 +505,8 @@ def peak_memory(path: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "txt"])
 def test_memory_does_not_grow_with_the_input(in_tmp, kind):
-    """A parquet file in one row group, and a text file, which is one document. From 100 MB on all workers have as many
-    tasks as they ever get; 250 MB take less than half of what they have more."""
+    """A parquet file in one row group, and a text file, which is one document. From 100 MB on the workers'
+    queues are full: another 150 MB of input take less than half of that in memory."""
     peaks = []
     for size in (100_000_000, 250_000_000):
         make_text(Path("a.txt"), size)

@@ -1,10 +1,11 @@
 """Write the files of this folder anew, from what the scripts do now.
 
 python tests/golden/make.py losses help calls names reports    # or some of them
-python tests/golden/make.py data run                           # the old dataset and run: they stay what they are
+python tests/golden/make.py data run                           # made once, by commit 0832fec: do not replace them
 
-Only for an issue that asks for another behaviour, in a commit that names it. calls.json and reports.json keep their
-calls and keys; a new row is written by hand with its call alone, and filled in here.
+Only for an issue that asks for a change of behaviour, in a commit that names it. Kept are `call`, `stdin` and
+`names` of calls.json, and `call`, `tolerance` and the keys of `report` of reports.json. To add a row, write these by
+hand; this script fills in the rest.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 import test_golden as golden  # noqa: E402
 from scripts import Scripts  # noqa: E402
 
-# Other CPUs: fewer instructions for torch's own kernels, oneDNN's and MKL's, and all of these together.
+# Emulated CPUs: smaller instruction sets for torch's own kernels, for oneDNN, for MKL, and for all of them.
 CPUS = [
     {"ATEN_CPU_CAPABILITY": "default"},
     {"ATEN_CPU_CAPABILITY": "avx2"},
@@ -33,7 +34,7 @@ CPUS = [
 
 
 def text_of(value, indent: str = "") -> str:
-    """JSON with an item a line, where it does not fit on one."""
+    """JSON; a value that does not fit on one line has one item per line."""
     line = json.dumps(value, ensure_ascii=False)
     if len(line) <= 200 or not isinstance(value, dict | list):
         return line
@@ -51,18 +52,18 @@ def write(name: str, value) -> None:
 
 
 def fresh() -> Path:
-    """A new folder, with what the calls read."""
+    """A new folder with the files that the calls read."""
     return golden.furnish(Path(tempfile.mkdtemp(dir=TEMPORARY)))
 
 
 def deviations(found: dict[str, list[float]], base: dict[str, list[float]]) -> list[float]:
-    """The largest relative deviation of the first ten training losses, and of all numbers."""
+    """The largest relative deviation among the first ten training losses, and among all numbers."""
     found = {key: [abs(a - b) / abs(b) for a, b in zip(found[key], base[key], strict=True)] for key in base}
     return [float(f"{max(values):.1e}") for values in (found["train_loss"][:10], itertools.chain(*found.values()))]
 
 
 def losses(scripts: Scripts) -> None:
-    """The tolerance is ten times the largest deviation seen, and never below float32's resolution."""
+    """Write the losses. The tolerance is ten times the largest deviation seen, at least 1e-6 (float32's resolution)."""
     base = {name: golden.train(scripts, fresh(), name) for name in golden.RUNS}
     seen = {name: {} for name in golden.RUNS}
     for env in CPUS:
@@ -106,7 +107,7 @@ def data(scripts: Scripts) -> None:
 
 
 def run(scripts: Scripts) -> None:
-    """A run of 40 updates; the name of the CPU is taken out."""
+    """A run of 40 updates; the name of the CPU is replaced."""
     home = fresh()
     golden.run(scripts, home, "train --config ranks.toml --max_iters 40 --sample_tokens 8")
     for path in (home / "out/ranks/ckpt").glob("iter_*/state.json"):

@@ -1,8 +1,8 @@
-"""A synthetic vocabulary under the names of GPT-2's: tests of byte-pair encoding need neither a download nor a cache.
+"""A synthetic vocabulary named as GPT-2's, so that tests of byte-pair encoding need neither a download nor a cache.
 
-Merges trained on the text below, then pairs of bytes up to GPT-2's size. tiktoken imports this module as a plugin, in
-every process that has the folder above on its path. It accepts these files in place of OpenAI's; a TIKTOKEN_CACHE_DIR
-that holds them (`files`) makes "gpt2" synthetic.
+Its merges are trained on the text below and then padded with pairs of bytes to GPT-2's size. tiktoken imports this
+module as a plugin in every process that has tests/ on its path. With the plugin it accepts these files in
+place of OpenAI's; with a TIKTOKEN_CACHE_DIR that holds them (`files`), "gpt2" is synthetic.
 """
 
 import base64
@@ -14,7 +14,7 @@ import re
 
 import tiktoken.load
 
-ENCODING_CONSTRUCTORS = {}  # tiktoken wants it of a plugin; no name is added
+ENCODING_CONSTRUCTORS = {}  # required by tiktoken of a plugin; no encoding is added
 
 TEXT = """
 The green bottles are hanging on the wall, and if one of the bottles should fall there will be another one.
@@ -27,7 +27,7 @@ HOST = "https://openaipublic.blob.core.windows.net"
 
 
 def train(pieces: collections.Counter[bytes]) -> list[tuple[bytes, bytes]]:
-    """All merges of byte-pair encoding of the pieces: at each step the most frequent pair."""
+    """Merges of byte-pair encoding, the most frequent pair first, until each piece is one token."""
     parts = {piece: [piece[n : n + 1] for n in range(len(piece))] for piece in pieces}
     merges = []
     while True:
@@ -56,12 +56,12 @@ def files() -> dict[str, bytes]:
     merges = train(collections.Counter(piece.encode() for piece in re.findall(r"'\w+| ?\w+|[^\w\s]", TEXT)))
     ranks = {bytes([byte]): n for n, byte in enumerate([*printed, *hidden])}
     ranks |= {b"".join(pair): len(ranks) + n for n, pair in enumerate(merges)}
-    # The second byte changes slowly, so that all pairs within a character of UTF-8 are there. GPT-2 has no two blanks.
+    # The first byte varies fastest, so that all pairs within a UTF-8 character are included. GPT-2 has no "  ".
     for pair in ((bytes([one]), bytes([other])) for other in range(256) for one in range(256)):
         if len(ranks) < SIZE and pair != (b" ", b" ") and b"".join(pair) not in ranks:
             ranks[b"".join(pair)] = len(ranks)
             merges.append(pair)
-    blanks = {b" " * n: SIZE - 1 + n for n in range(2, 26)}  # of p50k_base
+    blanks = {b" " * n: SIZE - 1 + n for n in range(2, 26)}  # p50k_base only
     words = [["".join(visible[byte] for byte in part) for part in pair] for pair in merges]
     ids = {"".join(visible[byte] for byte in token): rank for token, rank in ranks.items()} | {END: SIZE}
     contents = {
