@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import threading
 import time
 from collections import namedtuple
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, TINY, Life, train_here
+from conftest import ROOT, TINY, Life, free_port, train_here
 from test_train import rows
 
 import bench
@@ -206,10 +205,8 @@ def two_ranks(nursery, tiny_data, tmp_path):
     lives = []
 
     def start(code: str, *words) -> list[Life]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        alike["MASTER_PORT"] = str(free_port())
         words = (ROOT / "train.py", *TINY, *QUIET, "--grad_accum_steps", 2, *words)
         for rank in "01":
             env = alike | {"RANK": rank, "LOCAL_RANK": rank}
