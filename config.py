@@ -232,7 +232,7 @@ class BenchConfig(TrainConfig):
     prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
     new_tokens: int = opt(64, "tokens to write after it", low=2)
     samples: int = opt(8, "texts at once, for the row that has several", low=2)
-    ways: tuple[str, ...] = opt((), "what to time, by the names in the results: bfloat16, int8 ...; without it, all")
+    variants: tuple[str, ...] = opt((), "what to time, by names in the results: bfloat16, int8 ...; without it, all")
     model_path: str | None = opt(
         None, "the trained model that scores data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
     )
@@ -251,7 +251,7 @@ class BenchConfig(TrainConfig):
             ("profile", self.profile, ("train",)),
             ("target", self.target, ("loss",)),
             ("dry_run", self.dry_run, ("gpu",)),
-            ("ways", self.ways, ("infer",)),
+            ("variants", self.variants, ("infer",)),
         ):
             if values and self.what not in verbs:
                 found.append(f"{key} belongs to bench.py {', '.join(verbs)}, not to {self.what}")

@@ -69,15 +69,15 @@ def bench_infer(config: BenchConfig, say: Callable[[str], None]) -> dict:
         ("transformers", _transformers, "transformers"),
         ("llama_cpp", _llama_cpp, "llama_cpp"),
     ):
-        if config.ways and not any(way.startswith(name) for way in config.ways):
+        if config.variants and not any(way.startswith(name) for way in config.variants):
             continue
         if importlib.util.find_spec(package) is None:
             say(f"{package} is not installed: nothing of it beside")
         elif shape.position == "learned" and shape.tie_weights and shape.bias:
             ways |= {f"{name}_{kind}": way for kind, way in find(first, ids, config.new_tokens, device).items()}
-    if unknown := set(config.ways) - set(ways):
-        raise UserError(f"ways = {' '.join(sorted(unknown))}: there are {', '.join(ways)}")
-    ways = {name: way for name, way in ways.items() if not config.ways or name in config.ways}
+    if unknown := set(config.variants) - set(ways):
+        raise UserError(f"variants = {' '.join(sorted(unknown))}: there are {', '.join(ways)}")
+    ways = {name: way for name, way in ways.items() if not config.variants or name in config.variants}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
     for way in ways.values():
         way()  # compilation, memory, the kernels' first calls
@@ -98,7 +98,7 @@ def bench_infer(config: BenchConfig, say: Callable[[str], None]) -> dict:
             steps = statistics.median((len(times) - 1) / (times[-1] - times[0]) for times in rounds)
             figures[f"{name}_gb_per_s"] = read[name] * steps / 1e9
             figures[f"{name}_of_bandwidth"] = figures[f"{name}_gb_per_s"] / figures["read_gb_per_s"]
-    if not config.ways:
+    if not config.variants:
         figures["load_to_first_token_s"] = _load(first, config, say)
     return figures | {"torch": torch.__version__}
 

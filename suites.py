@@ -94,10 +94,11 @@ GPU = (
     Row("GPT-2 124M, B 64, T 1,024, Muon", f"train {SMALL} --batch_size 64 --optimizer muon", 50),
     Row(
         "text by GPT-2 124M, 1 and 64 at once",
-        "infer --config gpt2_124m --samples 64 --ways bfloat16 bfloat16_x64 bfloat16_compiled bfloat16_compiled_x64",
+        "infer --config gpt2_124m --samples 64 "
+        "--variants bfloat16 bfloat16_x64 bfloat16_compiled bfloat16_compiled_x64",
         60,
     ),
-    Row("text by GPT-2 124M, int8", "infer --config gpt2_124m --ways int8 int8_compiled", 50),
+    Row("text by GPT-2 124M, int8", "infer --config gpt2_124m --variants int8 int8_compiled", 50),
     Row(
         "GPT-2 350M, B 32, T 1,024, eager",
         f"train {GPT2.format('350m')} --batch_size 32 --timed_updates 10 --no-compile",

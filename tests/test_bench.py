@@ -159,7 +159,7 @@ def test_what_a_peer_lacks_is_said_before_the_first_update(beside):
         (["train", "--target", "2"], "target belongs to .* not to train"),
         (["loss"], "--target X"),
         (["all", "--json", "x", "--dry_run"], "dry_run belongs to .* gpu, not to all"),
-        (["train", "--ways", "int8"], "ways belongs to .* infer, not to train"),
+        (["train", "--variants", "int8"], "variants belongs to .* infer, not to train"),
         (["resume", "--max_iters", "1"], "--max_iters N, 2 or more"),
         (["resume", "--epochs", "1"], "--max_iters N, 2 or more"),
         (["all"], "--json FILE"),

@@ -85,12 +85,12 @@ def test_what_cannot_be_measured_is_one_line(words, said):
 
 
 def test_ways_that_are_asked_for_and_no_others(figures):
-    found = figures("--rounds", "1", "--ways", "int8", "bfloat16_x3")
+    found = figures("--rounds", "1", "--variants", "int8", "bfloat16_x3")
     timed = {key.removesuffix("_tokens_per_s") for key in found if key.endswith("_tokens_per_s")}
     assert timed == {"int8", "bfloat16_x3"}
     assert "load_to_first_token_s" not in found
-    with pytest.raises(UserError, match=r"^ways = int4: there are float32, bfloat16, bfloat16_x3, int8$"):
-        figures("--ways", "int8", "int4")
+    with pytest.raises(UserError, match=r"^variants = int4: there are float32, bfloat16, bfloat16_x3, int8$"):
+        figures("--variants", "int8", "int4")
 
 
 @pytest.mark.slow
