@@ -28,6 +28,7 @@ import tokenizer
 import train
 from config import BenchConfig, TrainConfig, UserError
 from runlog import RunLog
+from saver import Saver
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
@@ -181,13 +182,14 @@ def test_loss_and_norm_are_of_the_whole_update(tiny_data):
     torch.testing.assert_close(got_norm, norm, rtol=1e-4, atol=0)
 
 
-def test_gradient_is_clipped(tiny_data):
-    """AdamW forgives a constant factor, so the second moment is looked at: it holds the clipped squares."""
-    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_clip", "0.001"]))
+@pytest.mark.parametrize("grad_clip", [0.001, 0])
+def test_gradient_is_clipped(tiny_data, grad_clip):
+    """AdamW forgives a constant factor, so the second moment is looked at: it holds the squares after clipping."""
+    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_clip", str(grad_clip)]))
     _, norm = train.update(run, 0)
-    assert norm > 0.1
+    assert norm > 1.1
     squares = sum(state["exp_avg_sq"].sum() for state in run.optimizer.state.values()) / (1 - run.config.beta2)
-    assert float(squares) ** 0.5 == pytest.approx(0.001, rel=0.01)
+    assert float(squares) ** 0.5 == pytest.approx(grad_clip or float(norm), rel=0.01), "0 turns clipping off"
 
 
 def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
@@ -205,6 +207,28 @@ def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
     assert same(before, fresh.model.state_dict())
     fresh.health.look(row := train.log_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
     assert row["skipped"] == 1
+
+
+def test_time_of_an_update_is_without_saves_and_evaluations(tiny_data, monkeypatch):
+    """Here an update takes 100 ms, a save or an evaluation 1,000 s."""
+    now = [0.0]
+
+    def taking(seconds: float, work):
+        def timed(*words):
+            now[0] += seconds
+            return work(*words)
+
+        return timed
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Saver, "due", lambda self: True)  # as with save_minutes, also between two rows of the log
+    for name, seconds in (("update", 0.1), ("save", 1000.0), ("evaluate", 1000.0)):
+        monkeypatch.setattr(train, name, taking(seconds, getattr(train, name)))
+    run = train_here("--max_iters", 9, "--log_interval", 3, "--eval_interval", 6, "--save_interval", 6)
+    with open(run / "metrics.csv", newline="") as file:
+        times = {row["iter"]: row["step_ms"] for row in csv.DictReader(file)}
+    assert list(times) == ["0", "3", "6", "9"]
+    assert [float(times[i]) for i in ("3", "6", "9")] == pytest.approx([100, 100, 100])
 
 
 def test_epochs_count_updates(tiny_data):
@@ -354,7 +378,7 @@ def test_resume_variants(tiny_data, capsys):
     with pytest.raises(UserError, match="no-such"):
         train_here("--resume", "no-such")
     run = train_here("--resume", "out/quickstart/ckpt/iter_000003", "--out_dir", "out/fork")
-    assert checkpoint.read_state(run / "ckpt/last")["iter"] == 6
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["iter_000006", "iter_000003"]
 
 
 def test_resume_keeps_the_schedule_and_what_auto_chose(tiny_data):
@@ -402,6 +426,19 @@ def test_going_back_moves_best_back_too(tiny_data):
     train_here("--keep_checkpoints", 9, "--max_iters", 4, "--resume", run / "ckpt/iter_000003")
     assert os.readlink(run / "ckpt/best") == "iter_000004"
     assert {p.name for p in run.glob("ckpt/lost-*/*")} == {"iter_000006"}
+
+
+@pytest.mark.parametrize(("kept", "best"), [(9, 1), (2, 2)], ids=["there", "deleted"])
+def test_going_back_to_before_the_best_takes_the_best_of_then(tiny_data, monkeypatch, kept, best):
+    """Or, if it was deleted meanwhile, the first that is evaluated."""
+    words = ("--eval_interval", 1, "--sample_tokens", 0, "--keep_checkpoints", kept)
+    losses = iter((5.0, 3.0, 2.0, 1.0, 4.0, 4.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run = train_here("--max_iters", 3, *words)
+    assert os.readlink(run / "ckpt/best") == "iter_000003"
+    train_here("--max_iters", 3, *words, "--resume", run / "ckpt/iter_000002")
+    assert next(losses, None) is None
+    assert os.readlink(run / "ckpt/best") == f"iter_{best:06d}"
 
 
 def test_every_evaluation_is_saved_first(tiny_data):
