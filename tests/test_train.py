@@ -590,8 +590,17 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_data, capsys):
     assert len(losses) - 1 - losses.index(min(losses)) == 5
 
 
+def test_patience_leaves_the_evaluation_before_the_first_update_out(tiny_data, monkeypatch):
+    """It has no checkpoint that could be the best."""
+    losses = iter((5.0, 4.0, 3.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run = train_here("--patience", 1, "--sample_tokens", 0)
+    assert checkpoint.read_state(run / "ckpt/best")["iter"] == 6
+
+
 def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
-    run = train_here("--max_iters", 100_000, "--eval_interval", 100_000, "--max_minutes", 0.02)
+    run = train_here("--max_iters", 100_000, "--eval_interval", 100_000, "--max_minutes", 0.02, picture=True)
+    assert (run / "metrics.png").exists()
     state = checkpoint.verify(run / "ckpt/last")
     assert 0 < state["iter"] < 100_000
     assert not state["finished"]
