@@ -654,6 +654,26 @@ def test_stop_at_an_evaluation_leaves_it_to_the_resumed_run(tiny_data, monkeypat
     assert os.readlink(resumed / "ckpt/best") == os.readlink(whole / "ckpt/best")
 
 
+def test_stop_before_the_first_update_says_how_to_start_again(tiny_data, monkeypatch, capsys):
+    real = train.evaluate
+
+    def interrupted(*words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train_here()
+    assert ended.value.code == 128 + signal.SIGTERM
+    *_, said, command = capsys.readouterr().out.splitlines()
+    assert said == "stopped at iter 0 of 6, before there was anything to save; to start again:"
+    assert shlex.split(command)[:2] == ["python", "train.py"]
+    monkeypatch.setattr(train, "draw", lambda *_: None)
+    train.train(cli.parse(TrainConfig, shlex.split(command)[2:]))
+    assert checkpoint.read_state(Path("out/quickstart/ckpt/last"))["finished"]
+
+
 def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tiny_data):
     with pytest.raises(UserError, match=r"(loss is (nan|inf)|a weight is not finite) at iter \d+"):
         train_here("--lr", "1e30", "--grad_clip", 0, "--max_iters", 50, "--eval_interval", 1)
@@ -666,6 +686,13 @@ def test_each_slot_of_time_makes_an_update(tiny_data):
     for slot in (1, 2, 3):
         run = train_here("--max_minutes", 1e-7, "--resume", "auto", "--eval_interval", 2)
         assert checkpoint.read_state(run / "ckpt/last")["iter"] == slot
+
+
+def test_state_has_the_loss_of_the_evaluation_before_it(tiny_data):
+    run = train_here("--save_interval", 2, "--keep_checkpoints", 9, "--sample_tokens", 0)
+    losses = {row["iter"]: float(row["val_loss"]) for row in rows(run) if row["val_loss"]}
+    found = {state["iter"]: state["val_loss"] for state in map(checkpoint.read_state, checkpoint.checkpoints(run))}
+    assert found == pytest.approx({2: losses["0"], 3: losses["0"], 4: losses["3"], 6: losses["3"]})
 
 
 def test_best_is_the_best_and_stays(tiny_data):
