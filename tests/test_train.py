@@ -27,6 +27,7 @@ import resume
 import tokenizer
 import train
 from config import BenchConfig, TrainConfig, UserError
+from dataset import open_dataset
 from runlog import RunLog
 from saver import Saver
 
@@ -224,11 +225,13 @@ def test_time_of_an_update_is_without_saves_and_evaluations(tiny_data, monkeypat
     monkeypatch.setattr(Saver, "due", lambda self: True)  # as with save_minutes, also between two rows of the log
     for name, seconds in (("update", 0.1), ("save", 1000.0), ("evaluate", 1000.0)):
         monkeypatch.setattr(train, name, taking(seconds, getattr(train, name)))
-    run = train_here("--max_iters", 9, "--log_interval", 3, "--eval_interval", 6, "--save_interval", 6)
+    words = ("--max_iters", 9, "--log_interval", 3, "--eval_interval", 6, "--save_interval", 6)
+    run = train_here(*words, "--grad_accum_steps", 2)
     with open(run / "metrics.csv", newline="") as file:
-        times = {row["iter"]: row["step_ms"] for row in csv.DictReader(file)}
-    assert list(times) == ["0", "3", "6", "9"]
-    assert [float(times[i]) for i in ("3", "6", "9")] == pytest.approx([100, 100, 100])
+        _, *logged = csv.DictReader(file)
+    assert [row["iter"] for row in logged] == ["3", "6", "9"]
+    assert [float(row["step_ms"]) for row in logged] == pytest.approx([100] * 3)
+    assert [float(row["tok_per_s"]) for row in logged] == pytest.approx([2 * 4 * 32 / 0.1] * 3)
 
 
 def test_epochs_count_updates(tiny_data):
@@ -719,6 +722,14 @@ def test_mistakes_are_errors_before_the_first_update(tiny_data, words, part):
         train_here(*words)
     assert part in str(caught.value)
     assert not Path("out").exists()
+
+
+def test_split_has_to_have_a_window_and_its_last_target(tiny_data):
+    T = len(open_dataset(Path("data/tiny")).tokens("val"))
+    with pytest.raises(UserError, match=rf"^too little text: the val split of data/tiny has {T:,} tokens, one window"):
+        train_here("--context_length", T)
+    run = train_here("--context_length", T - 1, "--max_iters", 1, "--sample_tokens", 0)
+    assert float(rows(run)[-1]["val_loss"]) > 0
 
 
 def test_larger_vocabulary_is_trained_and_not_sampled(tiny_data):
