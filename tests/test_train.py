@@ -241,6 +241,14 @@ def test_epochs_count_updates(tiny_data):
     assert run.config.lr_decay_iters == run.config.max_iters
 
 
+def test_initial_weights_follow_the_seed(tiny_data):
+    one, again, other = (
+        train.setup(cli.parse(TrainConfig, [*TINY, "--seed", seed])).model.state_dict() for seed in ("1", "1", "2")
+    )
+    assert same(one, again)
+    assert [name for name in one if torch.equal(one[name], other[name]) and one[name].unique().numel() > 1] == []
+
+
 def test_evaluation_does_not_touch_training(tiny_data):
     often = train_here("--eval_interval", 1, "--save_interval", 6, "--dropout", 0.2, "--out_dir", "out/often")
     seldom = train_here("--eval_interval", 6, "--dropout", 0.2, "--sample_tokens", 0, "--out_dir", "out/seldom")
