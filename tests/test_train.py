@@ -111,11 +111,12 @@ def test_what_is_said_of_a_picture_stands_below_the_bar(tmp_path, monkeypatch, c
     assert capsys.readouterr().out == "True\n"
 
 
-def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
+@pytest.mark.parametrize("data_dir", ["data", "elsewhere"])
+def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys, data_dir):
     words = TINY[2:]  # without --dataset tiny
-    config = cli.parse(TrainConfig, [*words, "--max_iters", "1", "--eval_batches", "2"])
+    config = cli.parse(TrainConfig, [*words, "--max_iters", "1", "--eval_batches", "2", "--data_dir", data_dir])
     train.train(config)
-    assert json.loads((in_tmp / "data/pydoc/meta.json").read_text())["tokenizer"] == "byte"
+    assert json.loads((in_tmp / data_dir / "pydoc/meta.json").read_text())["tokenizer"] == "byte"
     printed = capsys.readouterr().out
     assert "--- sample after 1 updates" in printed
     assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
@@ -247,6 +248,24 @@ def test_initial_weights_follow_the_seed(tiny_data):
     )
     assert same(one, again)
     assert [name for name in one if torch.equal(one[name], other[name]) and one[name].unique().numel() > 1] == []
+
+
+def test_what_is_printed_follows_from_the_run(tiny_data, monkeypatch, capsys):
+    losses = iter((5.0, 3.0, 4.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run = train_here("--grad_accum_steps", 2, "--sample_tokens", 0)
+    printed = capsys.readouterr().out
+    there = len(open_dataset(Path("data/tiny")).tokens("train"))
+    windows, tokens = (there - 1) // 32, 6 * 2 * 4 * 32
+    params = sum(tensor.numel() for tensor in weights(run).values()) - (320 - 257) * 32  # the vocabulary is padded
+    for line in (
+        f"model    {params:,} parameters: 2 layers, 2 heads, 32 wide, context 32, 257 ids (byte)",
+        f"data     data/tiny: {there:,} training tokens, {windows:,} windows",
+        f"update   4 sequences x 2 x 32 tokens = 256 tokens; {windows / 8:,.1f} updates an epoch",
+        f"run      6 updates = {tokens:,} tokens = {6 * 8 / windows:.2f} epochs, {tokens / params:.1f} tokens per",
+        "done: 6 updates, best validation loss 3.0000 at iter 3, ",
+    ):
+        assert f"\n{line}" in f"\n{printed}"
 
 
 def test_evaluation_does_not_touch_training(tiny_data):
