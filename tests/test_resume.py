@@ -198,13 +198,14 @@ def test_differences_that_are_allowed_are_printed(here):
     words = (
         "--lr 1e-3 --min_lr 1e-4 --dropout 0.1 --batch_size 1 --grad_accum_steps 4 --weight_decay 0 --eval_interval 2"
     )
-    (line,) = check(*words.split(), "--keep_checkpoints", 9, "--out_dir", "out/elsewhere", "--attention", "manual")
+    words += " --keep_checkpoints 9 --out_dir out/elsewhere --attention manual --activation_checkpointing"
+    (line,) = check(*words.split())
     start, _, allowed = line.partition(", with ")
     assert start == f"resuming from {RUN}/ckpt/iter_000006"
     assert set(allowed.split("; ")) == {
         *("lr = 0.001 (was 0.002)", "min_lr = 0.0001 (was 0.0002)", "dropout = 0.1 (was 0.0)"),
         *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)", "weight_decay = 0.0 (was 0.1)"),
-        "attention = manual (was flash)",
+        *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
     }
 
 
