@@ -292,6 +292,11 @@ def test_base_that_leads_back_is_refused(tmp_path, chain):
     assert "base leads back" in refusal(TrainConfig, ["--config", str(tmp_path / "a.toml")])
 
 
+@pytest.mark.parametrize("words", ["--resume", "--overwrite", "--list", "--plan --gpus 8 --mfu 0.5"])
+def test_recipe_of_a_run_does_not_say_how_it_was_called(words):
+    assert cli.recipe_text(parse(TrainConfig, words.split())) == cli.recipe_text(parse(TrainConfig, []))
+
+
 def test_missing_recipe_offers_those_there_are(tmp_path):
     for words in (["--config", "quickstrat"], ["--config", recipe(tmp_path, 'base = "quickstrat"')]):
         answer = refusal(TrainConfig, words)
