@@ -184,6 +184,12 @@ def test_loss_and_norm_are_of_the_whole_update(tiny_data):
     torch.testing.assert_close(got_norm, norm, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("words", [[], ["--deterministic"]])
+def test_deterministic_kernels_are_torchs_setting(tiny_data, words):
+    train.setup(cli.parse(TrainConfig, [*TINY, *words]))
+    assert torch.are_deterministic_algorithms_enabled() == bool(words)
+
+
 @pytest.mark.parametrize("grad_clip", [0.001, 0])
 def test_gradient_is_clipped(tiny_data, grad_clip):
     """AdamW forgives a constant factor, so the second moment is looked at: it holds the squares after clipping."""
