@@ -150,6 +150,8 @@ def test_words_out_of_place(cls, words, said):
         ("lr", "-inf", "a number"),
         ("dropout", "1", "less than 1"),
         ("dropout", "-0.1", "at least 0"),
+        ("beta1", "1", "less than 1"),  # AdamW refuses it
+        ("beta2", "1", "less than 1"),
         ("seed", str(2**63), "less than"),
         ("activation", "gelu_tan", "gelu_tanh, gelu, relu"),
         ("bias", "=maybe", "true or false"),

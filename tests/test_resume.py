@@ -266,6 +266,14 @@ def test_schedule_stays_when_the_run_grows_and_moves_when_it_is_told(tiny_data, 
     assert checkpoint.read_state(RUN / "ckpt/last")["config"]["lr_decay_iters"] == 8
 
 
+def test_run_that_is_past_its_end_makes_no_update_and_says_so(tiny_data, capsys):
+    before = rows(train_here(*QUIET, "--max_iters", 4))
+    capsys.readouterr()
+    train_here(*QUIET, "--max_iters", 3, "--resume")
+    assert "\nnote: it is past max_iters = 3 already: nothing is left to train\n" in capsys.readouterr().out
+    assert rows(RUN) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the way back
 
