@@ -266,6 +266,14 @@ def test_schedule_stays_when_the_run_grows_and_moves_when_it_is_told(tiny_data, 
     assert checkpoint.read_state(RUN / "ckpt/last")["config"]["lr_decay_iters"] == 8
 
 
+def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):
+    train_here(*QUIET, "--max_iters", 3)
+    (RUN / "ckpt/.iter_000009.tmp").mkdir()
+    (RUN / "ckpt/.iter_000009.tmp/model.safetensors").write_bytes(b"half")
+    train_here(*QUIET, "--max_iters", 4, "--resume")
+    assert sorted(path.name for path in (RUN / "ckpt").iterdir()) == ["best", "iter_000003", "iter_000004", "last"]
+
+
 def test_run_that_is_past_its_end_makes_no_update_and_says_so(tiny_data, capsys):
     before = rows(train_here(*QUIET, "--max_iters", 4))
     capsys.readouterr()
