@@ -315,6 +315,7 @@ def test_peak_flops(name, peak):
         ("NVIDIA A10", "NVIDIA A10G"),
         ("NVIDIA T400 4GB", "Tesla T4"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM4-40GB"),
         ("NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3"),
         ("NVIDIA H200 NVL", "NVIDIA H200"),
     ],

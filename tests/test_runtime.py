@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from conftest import ROOT
 
 from config import ModelConfig, UserError
 from model import GPT
-from runtime import Stop, compile_forward, find_device, machine, reseed
+from runtime import compile_forward, find_device, machine, reseed
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -292,14 +291,3 @@ def test_torch_whose_weights_only_runs_code_is_refused(monkeypatch, release, ref
         UserError, match=rf"^torch {release.split('+')[0]} can be made to run code by a file .* CVE-2026"
     ):
         find_device("cpu")
-
-
-def test_signals_are_handled_as_before_after_a_run():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    stop = Stop()
-    while_running = [signal.getsignal(number) for number in numbers]
-    stop.restore()
-    assert all(handler not in before for handler in while_running)
-    assert [signal.getsignal(number) for number in numbers] == before
-    assert signal.set_wakeup_fd(-1) == -1
