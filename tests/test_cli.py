@@ -150,6 +150,8 @@ def test_words_out_of_place(cls, words, said):
         ("lr", "-inf", "a number"),
         ("dropout", "1", "less than 1"),
         ("dropout", "-0.1", "at least 0"),
+        ("beta1", "1", "less than 1"),  # AdamW refuses it
+        ("beta2", "1", "less than 1"),
         ("seed", str(2**63), "less than"),
         ("activation", "gelu_tan", "gelu_tanh, gelu, relu"),
         ("bias", "=maybe", "true or false"),
@@ -290,6 +292,11 @@ def test_base_that_leads_back_is_refused(tmp_path, chain):
     for one, after in zip(chain, chain[1:] + chain[0], strict=True):
         recipe(tmp_path, f'base = "{after}"\n', f"{one}.toml")
     assert "base leads back" in refusal(TrainConfig, ["--config", str(tmp_path / "a.toml")])
+
+
+@pytest.mark.parametrize("words", ["--resume", "--overwrite", "--list", "--plan --gpus 8 --mfu 0.5"])
+def test_recipe_of_a_run_does_not_say_how_it_was_called(words):
+    assert cli.recipe_text(parse(TrainConfig, words.split())) == cli.recipe_text(parse(TrainConfig, []))
 
 
 def test_missing_recipe_offers_those_there_are(tmp_path):

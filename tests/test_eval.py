@@ -275,6 +275,16 @@ def test_sampled_tokens_are_drawn_at_temperature_one():
     assert got["recall"] - got["sampled_recall"] > 10 * spread
 
 
+def test_each_batch_has_random_numbers_of_its_own_on_any_rank():
+    def drawn(rank: int, world: int) -> list[float]:
+        generator = torch.Generator()
+        batches = verb._reseeding(iter(range(4 // world)), generator, 7, (rank, world))
+        return [torch.rand((), generator=generator).item() for _ in batches]
+
+    assert len(set(drawn(0, 1))) == 4
+    assert drawn(0, 2) + drawn(1, 2) == drawn(0, 1)[::2] + drawn(0, 1)[1::2]
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_six_lines_as_smol_gpts(capsys, sampled):
     got = report("--format", "smol", *(["--sampled"] if sampled else []))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -418,6 +419,22 @@ def test_what_a_killed_call_left_makes_way(in_tmp):
     run("--out", "hf")
     assert {p.name for p in Path("hf").iterdir()} == FILES
     assert not Path(".hf.partial").exists()
+
+
+def test_folder_has_its_name_when_all_files_are_on_the_disk(in_tmp, monkeypatch):
+    on_disk, renamed, rename = set(), [], os.rename
+
+    def move(old, new):
+        assert {path.stat().st_ino for path in Path(old).iterdir()} <= on_disk
+        renamed.append(Path(new).name)
+        rename(old, new)
+
+    save()
+    monkeypatch.setattr(os, "fsync", lambda file: on_disk.add(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "rename", move)
+    run("--model_path", "out/r", "--out", "exported")
+    assert renamed == ["exported"]
+    assert {path.name for path in Path("exported").iterdir()} == FILES
 
 
 # ---------------------------------------------------------------------------------------------------------------------

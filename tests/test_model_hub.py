@@ -111,6 +111,10 @@ def test_no_names_of_the_hub(in_tmp, path):
     assert hub_name(path) is None
 
 
+def test_run_in_out_is_none_before_the_first_run(in_tmp):
+    assert hub_name("out/shakespeare") is None
+
+
 def test_names_are_told_with_the_standard_library():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model_hub; model_hub.hub_name('user/model'); "
     code += "print([m for m in ('huggingface_hub', 'hub', 'numpy', 'torch', 'tiktoken', 'shards') if m in sys.modules])"

@@ -168,20 +168,23 @@ def muon_step(config: TrainConfig, lr: float = 1e-2):
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
-    config = TrainConfig(lr=1e-2, weight_decay=0.1, optimizer="muon")
+    config = TrainConfig(lr=1e-2, weight_decay=0.1, beta1=0.8, optimizer="muon")
     before, named, optimizer = muon_step(config)
     hidden = {id(p) for group in optimizer.muon.param_groups for p in group["params"]}
     names = {name for name, p in named.items() if id(p) in hidden}
     assert names == {name for name, p in named.items() if ".h." in name and p.dim() == 2}
     adamw = dict(small().named_parameters())  # the same initial weights
     reference = torch.optim.AdamW(
-        param_groups([adamw[n] for n in named if n not in names], 0.1), lr=1e-2, betas=(0.9, 0.99)
+        param_groups([adamw[n] for n in named if n not in names], 0.1), lr=1e-2, betas=(0.8, 0.99)
     )
     for name, p in adamw.items():
         p.grad = named[name].grad.clone()
     reference.step()
     for name in named.keys() - names:
         torch.testing.assert_close(named[name], adamw[name], rtol=0, atol=1e-6)
+    for name in names:
+        mean = optimizer.state[named[name]]["momentum_buffer"]
+        torch.testing.assert_close(mean, (1 - 0.8) * named[name].grad, msg="beta1 is AdamW's")
     for name in names:  # an orthogonal step, 0.2 sqrt(max(rows, columns)) lr in size; Newton-Schulz is within 30%
         steps = before[name] * (1 - 1e-2 * 0.1) - named[name].detach()
         for step in steps.split(8) if "c_attn" in name else [steps]:  # queries, keys and values: a step for each

@@ -143,6 +143,19 @@ def test_folder_is_named_after_source_and_tokenizer(in_tmp, source, keys, folder
     assert Path(folder, "meta.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("wikipedia", "data/wikipedia"),
+        ("wikipedia --dump 20231101.en", "data/wikipedia"),
+        ("wikipedia --dump 20231101.simple --tokenizer byte", "data/wikipedia_20231101.simple_byte"),
+        ("hub --repo user/stories", "data/stories"),
+    ],
+)
+def test_folder_is_named_after_dump_and_repository(words, folder):
+    assert preparation.dataset_folder(cli.parse(PrepareConfig, shlex.split(words))) == Path(folder)
+
+
 def test_again_with_the_same_settings_does_nothing(in_tmp):
     files(in_tmp, a=TEXT)
     folder = from_text("a.txt").folder

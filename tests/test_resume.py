@@ -198,13 +198,14 @@ def test_differences_that_are_allowed_are_printed(here):
     words = (
         "--lr 1e-3 --min_lr 1e-4 --dropout 0.1 --batch_size 1 --grad_accum_steps 4 --weight_decay 0 --eval_interval 2"
     )
-    (line,) = check(*words.split(), "--keep_checkpoints", 9, "--out_dir", "out/elsewhere", "--attention", "manual")
+    words += " --keep_checkpoints 9 --out_dir out/elsewhere --attention manual --activation_checkpointing"
+    (line,) = check(*words.split())
     start, _, allowed = line.partition(", with ")
     assert start == f"resuming from {RUN}/ckpt/iter_000006"
     assert set(allowed.split("; ")) == {
         *("lr = 0.001 (was 0.002)", "min_lr = 0.0001 (was 0.0002)", "dropout = 0.1 (was 0.0)"),
         *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)", "weight_decay = 0.0 (was 0.1)"),
-        "attention = manual (was flash)",
+        *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
     }
 
 
@@ -263,6 +264,22 @@ def test_schedule_stays_when_the_run_grows_and_moves_when_it_is_told(tiny_data, 
     assert "schedule stays" not in printed
     assert [float(row["lr"]) > 2e-4 for row in rows(RUN)[-4:]] == [False, False, True, True]
     assert checkpoint.read_state(RUN / "ckpt/last")["config"]["lr_decay_iters"] == 8
+
+
+def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):
+    train_here(*QUIET, "--max_iters", 3)
+    (RUN / "ckpt/.iter_000009.tmp").mkdir()
+    (RUN / "ckpt/.iter_000009.tmp/model.safetensors").write_bytes(b"half")
+    train_here(*QUIET, "--max_iters", 4, "--resume")
+    assert sorted(path.name for path in (RUN / "ckpt").iterdir()) == ["best", "iter_000003", "iter_000004", "last"]
+
+
+def test_run_that_is_past_its_end_makes_no_update_and_says_so(tiny_data, capsys):
+    before = rows(train_here(*QUIET, "--max_iters", 4))
+    capsys.readouterr()
+    train_here(*QUIET, "--max_iters", 3, "--resume")
+    assert "\nnote: it is past max_iters = 3 already: nothing is left to train\n" in capsys.readouterr().out
+    assert rows(RUN) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command
+from conftest import ROOT, TINY, command, train_here
 
 import runlog
+import train
 from runlog import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
 
 
@@ -314,6 +315,7 @@ def test_peak_flops(name, peak):
         ("NVIDIA A10", "NVIDIA A10G"),
         ("NVIDIA T400 4GB", "Tesla T4"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM4-40GB"),
         ("NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3"),
         ("NVIDIA H200 NVL", "NVIDIA H200"),
     ],
@@ -461,6 +463,22 @@ def test_a_resumed_run_goes_on_in_wandb_under_its_id(tiny_data):
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.read_bytes() == Path("out/quickstart/metrics.png").read_bytes()
     assert iters(Path("out/quickstart/metrics.csv")) == [*range(7)]
+
+
+def test_wandb_run_goes_on_after_a_part_of_the_training_without_it(tiny_data, monkeypatch):
+    asked = []
+
+    def start(mode, project, folder, config, run_id):
+        if mode == "disabled":
+            return None
+        asked.append(run_id)
+        return SimpleNamespace(id="abcd1234", log=lambda row: None, finish=lambda: None)
+
+    monkeypatch.setattr(train, "start_wandb", start)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    for i, mode in ((2, "offline"), (4, "disabled"), (6, "offline")):
+        train_here("--max_iters", i, "--wandb", mode, "--sample_tokens", 0, "--resume", "auto")
+    assert asked == [None, "abcd1234"]
 
 
 def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):

@@ -43,6 +43,12 @@ def test_no_control_characters(tiny_data):
     assert {c for c in text if unicodedata.category(c) == "Cc"} <= {"\n", "\t"}
 
 
+def test_text_ends_at_end_of_text(tiny_data, monkeypatch):
+    run = prepared("--sample_prompt", "a")
+    monkeypatch.setattr(samples, "generate_batch", lambda *_, **__: iter([[98], [run.encoding.eot_token], [99]]))
+    assert samples.draw(run, seed=1) == ["ab"]
+
+
 def test_other_scripts_stay_as_they_are(tiny_data):
     """Spaces and joiners of Japanese, French and Persian are no control characters."""
     prompt = "東\u3000京 10\u00a0% می\u200cخواهم 👩\u200d🚀"

@@ -264,6 +264,15 @@ def test_check_waits_for_nothing_and_close_for_all(start, gate, tmp_path):
     assert found == [[1], True]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_saves_have_a_lower_priority_than_training(start):
+    found, saver = [], start()
+    saver.then(lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    saver.wait()
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert found == [min(own + 10, 19)]
+
+
 def test_minutes_between_saves(start, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -27,7 +27,9 @@ import resume
 import tokenizer
 import train
 from config import BenchConfig, TrainConfig, UserError
+from dataset import open_dataset
 from runlog import RunLog
+from saver import Saver
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
@@ -109,11 +111,12 @@ def test_what_is_said_of_a_picture_stands_below_the_bar(tmp_path, monkeypatch, c
     assert capsys.readouterr().out == "True\n"
 
 
-def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
+@pytest.mark.parametrize("data_dir", ["data", "elsewhere"])
+def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys, data_dir):
     words = TINY[2:]  # without --dataset tiny
-    config = cli.parse(TrainConfig, [*words, "--max_iters", "1", "--eval_batches", "2"])
+    config = cli.parse(TrainConfig, [*words, "--max_iters", "1", "--eval_batches", "2", "--data_dir", data_dir])
     train.train(config)
-    assert json.loads((in_tmp / "data/pydoc/meta.json").read_text())["tokenizer"] == "byte"
+    assert json.loads((in_tmp / data_dir / "pydoc/meta.json").read_text())["tokenizer"] == "byte"
     printed = capsys.readouterr().out
     assert "--- sample after 1 updates" in printed
     assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
@@ -181,13 +184,20 @@ def test_loss_and_norm_are_of_the_whole_update(tiny_data):
     torch.testing.assert_close(got_norm, norm, rtol=1e-4, atol=0)
 
 
-def test_gradient_is_clipped(tiny_data):
-    """AdamW forgives a constant factor, so the second moment is looked at: it holds the clipped squares."""
-    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_clip", "0.001"]))
+@pytest.mark.parametrize("words", [[], ["--deterministic"]])
+def test_deterministic_kernels_are_torchs_setting(tiny_data, words):
+    train.setup(cli.parse(TrainConfig, [*TINY, *words]))
+    assert torch.are_deterministic_algorithms_enabled() == bool(words)
+
+
+@pytest.mark.parametrize("grad_clip", [0.001, 0])
+def test_gradient_is_clipped(tiny_data, grad_clip):
+    """AdamW forgives a constant factor, so the second moment is looked at: it holds the squares after clipping."""
+    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_clip", str(grad_clip)]))
     _, norm = train.update(run, 0)
-    assert norm > 0.1
+    assert norm > 1.1
     squares = sum(state["exp_avg_sq"].sum() for state in run.optimizer.state.values()) / (1 - run.config.beta2)
-    assert float(squares) ** 0.5 == pytest.approx(0.001, rel=0.01)
+    assert float(squares) ** 0.5 == pytest.approx(grad_clip or float(norm), rel=0.01), "0 turns clipping off"
 
 
 def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
@@ -207,11 +217,61 @@ def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
     assert row["skipped"] == 1
 
 
+def test_time_of_an_update_is_without_saves_and_evaluations(tiny_data, monkeypatch):
+    """Here an update takes 100 ms, a save or an evaluation 1,000 s."""
+    now = [0.0]
+
+    def taking(seconds: float, work):
+        def timed(*words):
+            now[0] += seconds
+            return work(*words)
+
+        return timed
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Saver, "due", lambda self: True)  # as with save_minutes, also between two rows of the log
+    for name, seconds in (("update", 0.1), ("save", 1000.0), ("evaluate", 1000.0)):
+        monkeypatch.setattr(train, name, taking(seconds, getattr(train, name)))
+    words = ("--max_iters", 9, "--log_interval", 3, "--eval_interval", 6, "--save_interval", 6)
+    run = train_here(*words, "--grad_accum_steps", 2)
+    with open(run / "metrics.csv", newline="") as file:
+        _, *logged = csv.DictReader(file)
+    assert [row["iter"] for row in logged] == ["3", "6", "9"]
+    assert [float(row["step_ms"]) for row in logged] == pytest.approx([100] * 3)
+    assert [float(row["tok_per_s"]) for row in logged] == pytest.approx([2 * 4 * 32 / 0.1] * 3)
+
+
 def test_epochs_count_updates(tiny_data):
     words = [w for w in TINY if w not in ("--max_iters", "6")]
     run = train.setup(cli.parse(TrainConfig, [*words, "--epochs", "1.5", "--grad_accum_steps", "2"]))
     assert run.config.max_iters == np.ceil(1.5 * len(run.batches.windows) / 8)
     assert run.config.lr_decay_iters == run.config.max_iters
+
+
+def test_initial_weights_follow_the_seed(tiny_data):
+    one, again, other = (
+        train.setup(cli.parse(TrainConfig, [*TINY, "--seed", seed])).model.state_dict() for seed in ("1", "1", "2")
+    )
+    assert same(one, again)
+    assert [name for name in one if torch.equal(one[name], other[name]) and one[name].unique().numel() > 1] == []
+
+
+def test_what_is_printed_follows_from_the_run(tiny_data, monkeypatch, capsys):
+    losses = iter((5.0, 3.0, 4.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run = train_here("--grad_accum_steps", 2, "--sample_tokens", 0)
+    printed = capsys.readouterr().out
+    there = len(open_dataset(Path("data/tiny")).tokens("train"))
+    windows, tokens = (there - 1) // 32, 6 * 2 * 4 * 32
+    params = sum(tensor.numel() for tensor in weights(run).values()) - (320 - 257) * 32  # the vocabulary is padded
+    for line in (
+        f"model    {params:,} parameters: 2 layers, 2 heads, 32 wide, context 32, 257 ids (byte)",
+        f"data     data/tiny: {there:,} training tokens, {windows:,} windows",
+        f"update   4 sequences x 2 x 32 tokens = 256 tokens; {windows / 8:,.1f} updates an epoch",
+        f"run      6 updates = {tokens:,} tokens = {6 * 8 / windows:.2f} epochs, {tokens / params:.1f} tokens per",
+        "done: 6 updates, best validation loss 3.0000 at iter 3, ",
+    ):
+        assert f"\n{line}" in f"\n{printed}"
 
 
 def test_evaluation_does_not_touch_training(tiny_data):
@@ -354,7 +414,7 @@ def test_resume_variants(tiny_data, capsys):
     with pytest.raises(UserError, match="no-such"):
         train_here("--resume", "no-such")
     run = train_here("--resume", "out/quickstart/ckpt/iter_000003", "--out_dir", "out/fork")
-    assert checkpoint.read_state(run / "ckpt/last")["iter"] == 6
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["iter_000006", "iter_000003"]
 
 
 def test_resume_keeps_the_schedule_and_what_auto_chose(tiny_data):
@@ -402,6 +462,19 @@ def test_going_back_moves_best_back_too(tiny_data):
     train_here("--keep_checkpoints", 9, "--max_iters", 4, "--resume", run / "ckpt/iter_000003")
     assert os.readlink(run / "ckpt/best") == "iter_000004"
     assert {p.name for p in run.glob("ckpt/lost-*/*")} == {"iter_000006"}
+
+
+@pytest.mark.parametrize(("kept", "best"), [(9, 1), (2, 2)], ids=["there", "deleted"])
+def test_going_back_to_before_the_best_takes_the_best_of_then(tiny_data, monkeypatch, kept, best):
+    """Or, if it was deleted meanwhile, the first that is evaluated."""
+    words = ("--eval_interval", 1, "--sample_tokens", 0, "--keep_checkpoints", kept)
+    losses = iter((5.0, 3.0, 2.0, 1.0, 4.0, 4.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run = train_here("--max_iters", 3, *words)
+    assert os.readlink(run / "ckpt/best") == "iter_000003"
+    train_here("--max_iters", 3, *words, "--resume", run / "ckpt/iter_000002")
+    assert next(losses, None) is None
+    assert os.readlink(run / "ckpt/best") == f"iter_{best:06d}"
 
 
 def test_every_evaluation_is_saved_first(tiny_data):
@@ -553,8 +626,17 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_data, capsys):
     assert len(losses) - 1 - losses.index(min(losses)) == 5
 
 
+def test_patience_leaves_the_evaluation_before_the_first_update_out(tiny_data, monkeypatch):
+    """It has no checkpoint that could be the best."""
+    losses = iter((5.0, 4.0, 3.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    run = train_here("--patience", 1, "--sample_tokens", 0)
+    assert checkpoint.read_state(run / "ckpt/best")["iter"] == 6
+
+
 def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
-    run = train_here("--max_iters", 100_000, "--eval_interval", 100_000, "--max_minutes", 0.02)
+    run = train_here("--max_iters", 100_000, "--eval_interval", 100_000, "--max_minutes", 0.02, picture=True)
+    assert (run / "metrics.png").exists()
     state = checkpoint.verify(run / "ckpt/last")
     assert 0 < state["iter"] < 100_000
     assert not state["finished"]
@@ -608,6 +690,26 @@ def test_stop_at_an_evaluation_leaves_it_to_the_resumed_run(tiny_data, monkeypat
     assert os.readlink(resumed / "ckpt/best") == os.readlink(whole / "ckpt/best")
 
 
+def test_stop_before_the_first_update_says_how_to_start_again(tiny_data, monkeypatch, capsys):
+    real = train.evaluate
+
+    def interrupted(*words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train_here()
+    assert ended.value.code == 128 + signal.SIGTERM
+    *_, said, command = capsys.readouterr().out.splitlines()
+    assert said == "stopped at iter 0 of 6, before there was anything to save; to start again:"
+    assert shlex.split(command)[:2] == ["python", "train.py"]
+    monkeypatch.setattr(train, "draw", lambda *_: None)
+    train.train(cli.parse(TrainConfig, shlex.split(command)[2:]))
+    assert checkpoint.read_state(Path("out/quickstart/ckpt/last"))["finished"]
+
+
 def test_loss_that_is_not_finite_ends_the_run_and_saves_nothing(tiny_data):
     with pytest.raises(UserError, match=r"(loss is (nan|inf)|a weight is not finite) at iter \d+"):
         train_here("--lr", "1e30", "--grad_clip", 0, "--max_iters", 50, "--eval_interval", 1)
@@ -620,6 +722,13 @@ def test_each_slot_of_time_makes_an_update(tiny_data):
     for slot in (1, 2, 3):
         run = train_here("--max_minutes", 1e-7, "--resume", "auto", "--eval_interval", 2)
         assert checkpoint.read_state(run / "ckpt/last")["iter"] == slot
+
+
+def test_state_has_the_loss_of_the_evaluation_before_it(tiny_data):
+    run = train_here("--save_interval", 2, "--keep_checkpoints", 9, "--sample_tokens", 0)
+    losses = {row["iter"]: float(row["val_loss"]) for row in rows(run) if row["val_loss"]}
+    found = {state["iter"]: state["val_loss"] for state in map(checkpoint.read_state, checkpoint.checkpoints(run))}
+    assert found == pytest.approx({2: losses["0"], 3: losses["0"], 4: losses["3"], 6: losses["3"]})
 
 
 def test_best_is_the_best_and_stays(tiny_data):
@@ -646,6 +755,14 @@ def test_mistakes_are_errors_before_the_first_update(tiny_data, words, part):
         train_here(*words)
     assert part in str(caught.value)
     assert not Path("out").exists()
+
+
+def test_split_has_to_have_a_window_and_its_last_target(tiny_data):
+    T = len(open_dataset(Path("data/tiny")).tokens("val"))
+    with pytest.raises(UserError, match=rf"^too little text: the val split of data/tiny has {T:,} tokens, one window"):
+        train_here("--context_length", T)
+    run = train_here("--context_length", T - 1, "--max_iters", 1, "--sample_tokens", 0)
+    assert float(rows(run)[-1]["val_loss"]) > 0
 
 
 def test_larger_vocabulary_is_trained_and_not_sampled(tiny_data):

@@ -58,6 +58,13 @@ def test_every_way_to_name_a_run(here):
         assert same(model, again)
 
 
+def test_tokenizer_that_encodes_differently_now_is_refused(here):
+    found = trained.find("out/quickstart", print)
+    other = found.state | {"tokenizer": found.state["tokenizer"] | {"ranks_sha256": "0" * 64}}
+    with pytest.raises(UserError, match=r"iter_000060: tokenizer byte has not the vocabulary that the model knows$"):
+        trained.load(dataclasses.replace(found, state=other), CPU)
+
+
 def test_an_exported_folder_is_the_same_model(here):
     found, model, encoding = loaded("hf")
     assert (found.state, found.tokenizer, encoding.name, found.describe()) == ({}, "byte", "byte", "hf")
