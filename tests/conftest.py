@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import unittest.mock
 from collections.abc import Callable
@@ -21,6 +22,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A temporary cache folder, set before any module copies the environment: tests neither read nor write the user's.
+# matplotlib's font cache stays there, as it takes seconds to build.
+before = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+os.environ.setdefault("MPLCONFIGDIR", os.path.join(before, "matplotlib"))
+CACHE = tempfile.TemporaryDirectory(prefix="flatgpt_tests_")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 # No deadline: the machine may be busy. In continuous integration the examples are the same each time.
 hypothesis.settings.register_profile("flatgpt", deadline=None, database=None, derandomize="CI" in os.environ)
@@ -152,17 +160,6 @@ def free_port() -> int:
         with contextlib.suppress(OSError), socket.socket() as free:
             free.bind(("127.0.0.1", port))
             return port
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory):
-    """A temporary XDG_CACHE_HOME, so that tests neither read nor write the user's cache folder."""
-    before = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    with pytest.MonkeyPatch.context() as patch:
-        if "MPLCONFIGDIR" not in os.environ:  # matplotlib's font cache is kept: it takes seconds to build
-            patch.setenv("MPLCONFIGDIR", f"{before}/matplotlib")
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 TEXT = "".join(
