@@ -317,7 +317,7 @@ def tiny_home(tmp_path_factory) -> Path:
 
 
 NURSERY = f"""
-import atexit, gc, json, multiprocessing, os, runpy, select, signal, subprocess, sys, threading, time
+import atexit, faulthandler, gc, json, multiprocessing, os, runpy, select, signal, subprocess, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 # what a life imports; no thread has begun yet
 import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
@@ -344,6 +344,7 @@ for key, value in born["env"].items():
     os.environ.pop(key, None) if value is None else os.environ.update({{key: value}})
 output = os.open(folder + "/printed.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 [os.dup2(descriptor, number) for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), output, output))]
+faulthandler.register(signal.SIGUSR2)  # prints the stacks of all threads, also while they wait in C; ranks inherit it
 os.chdir(born["cwd"])
 sys.argv = born["words"]
 exec(born["code"])
@@ -429,7 +430,7 @@ class Life:
         deadline = time.monotonic() + seconds
         while not reached():
             assert self.code is None, self.printed
-            assert time.monotonic() < deadline, self.printed
+            assert time.monotonic() < deadline, self.explained()
             time.sleep(0.002)
 
     def until_marked(self) -> None:
@@ -450,16 +451,39 @@ class Life:
         """The exit code, once there is one."""
         deadline = time.monotonic() + seconds
         while self.code is None:
-            assert time.monotonic() < deadline, self.printed
+            assert time.monotonic() < deadline, self.explained()
             time.sleep(0.002)
         return self.code
 
-    def kill(self) -> None:
+    def processes(self) -> list[int]:
         """It and all that print where it does: its ranks."""
+        found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if os.readlink(process / "fd/1") == str(self.folder / "printed.txt"):
-                    os.kill(int(process.name), signal.SIGKILL)
+                    found.append(int(process.name))
+        return sorted(found)
+
+    def explained(self) -> str:
+        """What it printed, and where each thread of its processes is now: a hang that is rare has to tell at once."""
+        ranks = {file.read_text(): file.name for file in self.folder.glob("rank*")}
+        for process in self.processes():
+            with contextlib.suppress(OSError), open(self.folder / "printed.txt", "a") as output:
+                print(f"--- process {process} {ranks.get(str(process), '')}", file=output)
+                for task in sorted(Path(f"/proc/{process}/task").iterdir()):  # Gloo's threads have no Python stack
+                    state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                    print(f"{(task / 'comm').read_text().strip()}: {state} {(task / 'wchan').read_text()}", file=output)
+                output.flush()
+                deliver(process, signal.SIGUSR2)
+                deadline = time.monotonic() + 5
+                while not waits_long(process) and time.monotonic() < deadline:
+                    pass  # it prints; a thread that computes goes on with that
+        return self.printed
+
+    def kill(self) -> None:
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

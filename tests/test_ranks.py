@@ -621,6 +621,31 @@ def test_number_of_threads_that_the_user_asks_for_counts(home):
     assert "machine  cpu (2 threads)" in done.stdout
 
 
+STUCK = """
+import os, threading
+import torch.distributed as dist
+def elsewhere():
+    threading.Event().wait()
+dist.init_process_group("gloo")
+elsewhere() if os.environ["RANK"] == "1" else dist.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_job_that_does_not_end_tells_where_each_rank_is(nursery, tmp_path):
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    words = ("torchrun", "--standalone", "--nproc_per_node=2", script)
+    life = Life(nursery, tmp_path / "life", tmp_path, words, LAUNCHER, {})
+    try:
+        life.until(lambda: all(f" in {name}\n" in life.explained() for name in ("barrier", "elsewhere")))
+        with pytest.raises(AssertionError, match=r"(?s)--- process \d+ rank0\n.* in barrier\n"):
+            life.end(0)
+    finally:
+        life.kill()
+    assert "pt_gloo_runloop: S " in life.printed
+
+
 @pytest.mark.slow
 def test_precision_that_rank_0_measures_is_everyones(forked, home):
     """It measures alone; the other would have found the opposite."""
