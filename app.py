@@ -9,9 +9,8 @@ python export.py --model_path out/shakespeare --space space   # the same as a Hu
 import os
 from pathlib import Path
 
-from cli import from_command_line, parse, run_verb
-from config import UserError
-from reader_config import AppConfig, InferConfig
+from config import AppConfig, InferConfig, UserError
+from flatgpt.cli.cli import from_command_line, parse, run_verb
 
 if __name__ == "__main__":
     CONFIG = from_command_line(AppConfig, __doc__)
@@ -28,12 +27,12 @@ from collections.abc import Iterator
 
 import tiktoken
 
-import history
-from card import body
-from chart import figure, picture
-from decoder import Decoder
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.sampling import likeliest
+from flatgpt.interop.model_card import body
+from flatgpt.runs import history
+from flatgpt.runs.figure import figure, picture
 from infer import Writer, load
-from sampling import likeliest
 
 HERE = Path(__file__).resolve().parent
 SHOWN = 5  # alternatives to each token

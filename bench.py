@@ -16,11 +16,12 @@ python bench.py resume --config shakespeare_char_cpu --max_iters 20   # a resume
 python bench.py tests                                    # the tests that need CUDA
 """
 
-from cli import from_command_line, recipe_text, run_verb
 from config import BenchConfig, TrainConfig
+from flatgpt.cli.cli import from_command_line, recipe_text, run_verb
+from flatgpt.interop.pretrained import initial_shape
 
 if __name__ == "__main__":
-    CONFIG = from_command_line(BenchConfig, __doc__)
+    CONFIG = from_command_line(BenchConfig, __doc__, initial_shape)
 
 import contextlib
 import dataclasses
@@ -38,21 +39,20 @@ from typing import Any
 
 import torch
 
-import peer
-import suites
-from budget import matmul_flops
-from checks import bench_resume, bench_tests
-from latency import bench_infer
-from outputs import require_writable, write_json
-from ranks import ALONE, Ranks, join
-from run import Run, describe, setup
-from runlog import peak_flops
-from runtime import find_device
-from saver import Saver
-from speed import ops_table, seconds_since_start, table, times_as_fast, top_ops, update_figures
-from strided import bench_eval
-from throughput import bench_data
-from time_to_loss import bench_loss, loss_table
+from flatgpt.benchmarks import nanogpt, suites
+from flatgpt.benchmarks.checks import bench_resume, bench_tests
+from flatgpt.benchmarks.data import bench_data
+from flatgpt.benchmarks.evaluation import bench_eval
+from flatgpt.benchmarks.inference import bench_infer
+from flatgpt.benchmarks.time_to_loss import bench_loss, loss_table
+from flatgpt.benchmarks.training import ops_table, seconds_since_start, table, times_as_fast, top_ops, update_figures
+from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.log import peak_flops
+from flatgpt.runtime.device import find_device
+from flatgpt.runtime.distributed import ALONE, Ranks, join
+from flatgpt.runtime.files import require_writable, write_json
+from flatgpt.training.plan import matmul_flops
+from flatgpt.training.setup import Run, describe, setup
 from train import parts, save, update
 
 
@@ -111,8 +111,8 @@ def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
     """Time train.py's own update function, each update on its own, and another project's beside it, in turn."""
     require_writable(config.profile, "profile")
     if config.peer:
-        peer.require_same(config, ranks.world)
-        peer.folder(config, "model.py")
+        nanogpt.require_same(config, ranks.world)
+        nanogpt.folder(config, "model.py")
     with contextlib.redirect_stdout(sys.stderr if ranks.first else sys.stdout):  # standard output is for figures
         bench = setup(config, ranks)
         print(describe(bench))
@@ -121,11 +121,11 @@ def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
     def ours(updates: int) -> list[float]:
         return [milliseconds(bench, partial(update, bench, next(made))) for _ in range(updates)]
 
-    others = peer.ways(bench.config) if config.peer else {}
+    others = nanogpt.ways(bench.config) if config.peer else {}
     with contextlib.ExitStack() as stack:
 
-        def begin(name: str) -> peer.Peer:
-            other = stack.enter_context(peer.Peer(name, bench.config, others[name]))
+        def begin(name: str) -> nanogpt.Peer:
+            other = stack.enter_context(nanogpt.Peer(name, bench.config, others[name]))
             other.ask(config.warmup_updates)
             return other
 

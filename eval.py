@@ -9,8 +9,8 @@ python eval.py --model_path gpt2 --choices hellaswag_val.jsonl
 torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
-from cli import from_command_line, run_verb
-from reader_config import EvalConfig, SamplingConfig, model_paths
+from config import EvalConfig, SamplingConfig, model_paths
+from flatgpt.cli.cli import from_command_line, run_verb
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)
@@ -30,25 +30,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import continuation
-import report
-import tokenizer
-import trained
-from choices import read_choices, score_choices
 from config import UserError
-from dataset import open_dataset
-from decoder import Decoder
-from documents import text_blocks
-from metrics import measure, windows_a_pass
+from flatgpt.data import tokenizer
+from flatgpt.data.dataset import open_dataset
+from flatgpt.data.readers import text_blocks
+from flatgpt.data.shards import Tokens, read_meta
+from flatgpt.evaluation import generation, report
+from flatgpt.evaluation.metrics import measure, windows_a_pass
+from flatgpt.evaluation.multiple_choice import read_choices, score_choices
+from flatgpt.evaluation.text_stats import TextCounts, count_text
+from flatgpt.evaluation.windows import Prefixed, Protocol, eval_batches
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.prepacking import pack
+from flatgpt.interop import loading
+from flatgpt.interop.loading import Trained
+from flatgpt.runtime.device import Machine, find_device, machine, seed_of
+from flatgpt.runtime.distributed import Ranks, join
+from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
-from outputs import require_writable, write_json, write_output
-from packing import pack
-from protocols import Prefixed, Protocol, eval_batches
-from ranks import Ranks, join
-from runtime import Machine, find_device, machine, seed_of
-from shards import Tokens, read_meta
-from trained import Trained
-from words import TextCounts, count_text
 
 
 @dataclass
@@ -198,13 +197,13 @@ def score_continuations(judge: Judge, model: GPT, encoding: tiktoken.Encoding, t
     """BLEU and the others, of continuations that begin at equal distances in the text."""
     config, ranks = judge.config, judge.ranks
     length = config.max_new_tokens
-    places = continuation.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
+    places = generation.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
     shared = {"share": (ranks.rank, ranks.world), "everyones": ranks.everyones, "watch": judge.watch}
-    written = continuation.continue_all(Decoder(model), encoding, places, length, config, **shared)
+    written = generation.continue_all(Decoder(model), encoding, places, length, config, **shared)
     chosen = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
     means = [f"{length} tokens after {config.prompt_tokens}", f"temperature {config.heat:g}", f"seed {config.seed}"]
     means += [f"{key} {getattr(config, key)}" for key in chosen if key not in ("temperature", "greedy", "seed")]
-    scores = dataclasses.asdict(continuation.compare(encoding, places, written))
+    scores = dataclasses.asdict(generation.compare(encoding, places, written))
     return {"prompts_mean": ", ".join(means), **scores}
 
 
@@ -230,7 +229,7 @@ def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: 
 def judge_model(judge: Judge, found: Trained) -> dict:
     """The report of one model."""
     config = judge.config
-    model, encoding = trained.load(found, judge.place.device, config.context_length)
+    model, encoding = loading.load(found, judge.place.device, config.context_length)
     pack(model, judge.place.dtype)  # on a CPU the whole report comes in half the time
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
     facts["dtype"] = str(judge.place.dtype).removeprefix("torch.")
@@ -249,7 +248,7 @@ def main(config: EvalConfig) -> None:
     require_writable(config.json, "json")
     require_writable(config.plot, "plot")
     if config.generate:
-        continuation.require()
+        generation.require()
     with join(config, find_device) as ranks:
         local_rank = ranks.local_rank if ranks.world > 1 else None
         models = model_paths(config)
@@ -257,7 +256,7 @@ def main(config: EvalConfig) -> None:
             if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
                 raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
         judge = Judge(config, machine(config.device, config.dtype, local_rank=local_rank), ranks)
-        found = [trained.find(path, judge.say) for path in models]  # all, before the first is scored
+        found = [loading.find(path, judge.say) for path in models]  # all, before the first is scored
         reports = [judge_model(judge, each) for each in found]
     if not ranks.first:
         return

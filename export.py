@@ -8,9 +8,8 @@ python export.py --model_path nanoGPT/out/ckpt.pt --out exported   # of nanoGPT,
 python export.py --model_path out/shakespeare --space playground   # app.py with this model, to run there or on the hub
 """
 
-from cli import from_command_line, recipe_text, run_verb
-from config import TrainConfig, UserError
-from reader_config import ExportConfig, model_path, upload_space
+from config import ExportConfig, TrainConfig, UserError, model_path, upload_space
+from flatgpt.cli.cli import from_command_line, recipe_text, run_verb
 
 if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)
@@ -30,15 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-import model_hub
-import trained
-from card import LOCAL, card
-from checkpoint import WEIGHTS
-from formats import generation_config, hugging_face_config, to_hugging_face, unexportable
+from flatgpt.interop import hub, loading
+from flatgpt.interop.huggingface import generation_config, hugging_face_config, to_hugging_face, unexportable
+from flatgpt.interop.loading import Trained
+from flatgpt.interop.model_card import LOCAL, card
+from flatgpt.interop.space import space_files
+from flatgpt.interop.tokenizer_files import tokenizer_files
+from flatgpt.runs.checkpoint import WEIGHTS
 from model import GPT
-from space import space_files
-from trained import Trained
-from vocabulary import tokenizer_files
 
 Content = bytes | Path | dict[str, Tensor]  # of a file: itself, one to copy, or what safetensors is to write
 
@@ -73,7 +71,7 @@ def load(config: ExportConfig, found: Trained) -> tuple[GPT, tiktoken.Encoding]:
     Raises:
         UserError: what trained.load says, or numbers that are none.
     """
-    model, encoding = trained.load(found, torch.device("cpu"), config.context_length)
+    model, encoding = loading.load(found, torch.device("cpu"), config.context_length)
     model = model.to(getattr(torch, config.dtype))
     if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
         why, remedy = "the run diverged", "take an earlier checkpoint"
@@ -214,7 +212,7 @@ def next_steps(config: ExportConfig, found: Trained, out: Path) -> str:
 
 def main(config: ExportConfig) -> None:
     """Write the folder, upload it, or both; of neither, say what it would be."""
-    found = trained.find(model_path(config), say)
+    found = loading.find(model_path(config), say)
     out = folder_to_write(config, found)
     say(f"{found.describe()}, tokenizer {found.tokenizer}; to be written in {config.dtype}")
     files = space(config, found) if config.space else hugging_face(config, found)
@@ -260,7 +258,7 @@ def write_whole(config: ExportConfig, out: Path, files: dict[str, Content]) -> P
 
 def upload(config: ExportConfig, folder: Path, names: list[str]) -> None:
     """Send these files, and no others, to the repository."""
-    print(f"uploaded: {model_hub.upload(folder, names, config.push, config.private, say)}")
+    print(f"uploaded: {hub.upload(folder, names, config.push, config.private, say)}")
 
 
 if __name__ == "__main__":

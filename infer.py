@@ -7,9 +7,8 @@ python infer.py --prompts_file prompts.txt --json texts.json
 echo "Once upon a time" | python infer.py -
 """
 
-from cli import from_command_line, run_verb
-from config import UserError
-from reader_config import InferConfig, SamplingConfig, model_path
+from config import InferConfig, SamplingConfig, UserError, model_path
+from flatgpt.cli.cli import from_command_line, run_verb
 
 if __name__ == "__main__":
     CONFIG = from_command_line(InferConfig, __doc__)
@@ -25,13 +24,13 @@ from pathlib import Path
 import tiktoken
 from torch import Tensor
 
-import trained
-from decoder import Decoder
-from outputs import require_writable, write_json
-from packing import faster_decoding_dtype, pack
-from runtime import find_device, machine
-from sampling import TextStream, generate_batch
-from trained import Trained
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.prepacking import faster_decoding_dtype, pack
+from flatgpt.inference.sampling import TextStream, generate_batch
+from flatgpt.interop import loading
+from flatgpt.interop.loading import Trained
+from flatgpt.runtime.device import find_device, machine
+from flatgpt.runtime.files import require_writable, write_json
 
 
 def say(line: str) -> None:
@@ -195,8 +194,8 @@ def load(config: InferConfig) -> tuple[Writer, Trained, dict]:
     device = find_device(config.device)
     if config.quantize and config.dtype == "float16" and device.type == "cpu":
         raise UserError("quantize = int8 takes bfloat16 products on a CPU: leave out dtype")
-    found = trained.find(model_path(config), say)
-    model, encoding = trained.load(found, device, config.context_length)
+    found = loading.find(model_path(config), say)
+    model, encoding = loading.load(found, device, config.context_length)
     facts = {"model": str(found.path), "iter": found.state.get("iter"), "parameters": model.num_params()}
     # On a CPU compiling pays for long int8 texts only; else oneDNN's packed weights are faster (docs/speed.md).
     compile = device.type == "cuda" if config.compile is None else config.compile

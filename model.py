@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from fused_loss import ROWS, for_compiled, fused_loss, pays
+from flatgpt.kernels.cross_entropy import ROWS, for_compiled, fused_loss, pays
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 

@@ -8,8 +8,8 @@ python plot.py out/shakespeare --watch                    # drawn anew while the
 
 from __future__ import annotations
 
-from cli import from_command_line, run_verb
-from reader_config import PlotConfig
+from config import PlotConfig
+from flatgpt.cli.cli import from_command_line, run_verb
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PlotConfig, __doc__)
@@ -21,11 +21,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import history
-from chart import figure, picture
 from config import UserError
-from history import History
-from outputs import require_writable, write_output
+from flatgpt.runs import history
+from flatgpt.runs.figure import figure, picture
+from flatgpt.runs.history import History
+from flatgpt.runtime.files import require_writable, write_output
 
 # From one look at the logs to the next: seconds, and at least how many times as long as drawing took, as the run needs
 # the processor too.

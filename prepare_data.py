@@ -9,8 +9,8 @@ python prepare_data.py text --input book.txt notes/ '*.jsonl' --name mine
 python prepare_data.py --info data/mine                   # or --verify data/mine
 """
 
-from cli import RECIPES, from_command_line, run_verb
-from data_config import PrepareConfig
+from config import PrepareConfig
+from flatgpt.cli.cli import RECIPES, from_command_line, run_verb
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PrepareConfig, __doc__)
@@ -20,10 +20,10 @@ import time
 import tomllib
 from pathlib import Path
 
-import tokenizer
 from config import UserError
-from dataset import Dataset, open_dataset
-from preparation import prepare
+from flatgpt.data import tokenizer
+from flatgpt.data.dataset import Dataset, open_dataset
+from flatgpt.data.prepare import prepare
 
 SAMPLE = 60  # tokens of each split that --info shows
 

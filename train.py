@@ -12,12 +12,13 @@ python train.py --help                            # every key
 
 import sys
 
-from cli import from_command_line, recipe_text, recipes, run_verb
 from config import TrainConfig, run_dir
-from listing import print_list
+from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_verb
+from flatgpt.interop.pretrained import initial_shape
+from flatgpt.runs.listing import print_list
 
 if __name__ == "__main__":
-    CONFIG = from_command_line(TrainConfig, __doc__)
+    CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)
     if CONFIG.list:
         run_verb(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
@@ -36,23 +37,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-import checkpoint
-import history
-import resume
-import samples
-from chart import figure, picture
-from claim import Claim
 from config import SaidElsewhere, UserError
-from health import out_of_memory, require_finite
-from metrics import mean_loss, windows_a_pass
-from optim import apply_gradients, learning_rate
-from parallel import full_tensor, gradients, own_gradients
-from protocols import eval_batches
-from ranks import Ranks, join, shorten_timeout
-from run import Run, describe, print_plan, setup
-from runlog import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
-from runtime import Stop, find_device, machine, reseed
-from saver import Saver
+from flatgpt.evaluation.metrics import mean_loss, windows_a_pass
+from flatgpt.evaluation.windows import eval_batches
+from flatgpt.runs import checkpoint, history
+from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.figure import figure, picture
+from flatgpt.runs.lock import Claim
+from flatgpt.runs.log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
+from flatgpt.runtime.device import Stop, find_device, machine, reseed
+from flatgpt.runtime.distributed import Ranks, join, shorten_timeout
+from flatgpt.runtime.parallel import full_tensor, gradients, own_gradients
+from flatgpt.training import resume, samples
+from flatgpt.training.nonfinite import out_of_memory, require_finite
+from flatgpt.training.optimizer import apply_gradients, learning_rate
+from flatgpt.training.setup import Run, describe, print_plan, setup
 
 
 def update(run: Run, i: int) -> tuple[Tensor, Tensor]:

@@ -232,7 +232,7 @@ def gpt2_vocabulary():
     """GPT-2's own vocabulary in place of the synthetic one, from the cache that TIKTOKEN_CACHE_DIR names."""
     import tiktoken.registry
 
-    import tokenizer
+    from flatgpt.data import tokenizer
 
     if not GPT2_CACHE:
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: it names tiktoken's cache with GPT-2's vocabulary")
@@ -254,8 +254,8 @@ TINY = shlex.split(
 
 def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte"):
     """A dataset of the text in folder/data/<name>."""
-    from data_config import PrepareConfig
-    from preparation import prepare
+    from config import PrepareConfig
+    from flatgpt.data.prepare import prepare
 
     file = folder / f"{name}.txt"
     file.write_text(text, encoding="utf-8")
@@ -269,11 +269,12 @@ def train_here(*words, picture: bool = False) -> Path:
     Args:
         picture: draw it at the end, as a user's run does; it takes half a second.
     """
-    import cli
     import train
     from config import TrainConfig, run_dir
+    from flatgpt.cli import cli
+    from flatgpt.interop.pretrained import initial_shape
 
-    config = cli.parse(TrainConfig, [*TINY, *map(str, words)])
+    config = cli.parse(TrainConfig, [*TINY, *map(str, words)], initial_shape)
     with contextlib.nullcontext() if picture else unittest.mock.patch.object(train, "draw"):
         train.train(config)
     return run_dir(config)
@@ -320,7 +321,9 @@ NURSERY = f"""
 import atexit, faulthandler, gc, json, multiprocessing, os, runpy, select, signal, subprocess, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 # what a life imports; no thread has begun yet
-import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, checkpoint, model, optim, train
+import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, model, train
+from flatgpt.runs import checkpoint
+from flatgpt.training import optimizer as optim
 gc.freeze()  # else garbage collection in each life copies the memory pages of these objects
 children = {{}}
 while True:
@@ -377,7 +380,8 @@ class Rank(multiprocessing.get_context("fork").Process):
             file.write(str(os.getpid()))
         sys.stdout.reconfigure(line_buffering=True)
         for name, module in list(sys.modules.items()):  # ours read the environment as they are imported
-            if os.path.dirname(getattr(module, "__file__", None) or "") == sys.path[0]:
+            file = getattr(module, "__file__", None) or ""
+            if name.startswith("flatgpt") or os.path.dirname(file) == sys.path[0]:
                 del sys.modules[name]
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

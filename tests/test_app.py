@@ -20,10 +20,9 @@ import pytest
 from conftest import ROOT, command, free_port, running
 
 import app
-import cli
-import tokenizer
-from config import UserError
-from reader_config import AppConfig, InferConfig
+from config import AppConfig, InferConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from conftest import TINY
 from stand_in import nanogpt
 
 import bench
-import cli
-import peer
-import speed
 import train
 from config import BenchConfig, UserError
+from flatgpt.benchmarks import nanogpt as peer
+from flatgpt.benchmarks import training
+from flatgpt.cli import cli
 
 
 def test_figures_of_the_update(tiny_data, monkeypatch):
@@ -54,12 +54,12 @@ def test_what_only_a_run_has_is_refused(words):
 
 
 def test_warm_up_is_apart_from_what_counts():
-    figures = speed.update_figures([900.0, 30.0, 10.0, 14.0], [4.0, 5.0, 6.0], 100, 7, 1e6, 5e5)
+    figures = training.update_figures([900.0, 30.0, 10.0, 14.0], [4.0, 5.0, 6.0], 100, 7, 1e6, 5e5)
     assert (figures["first_ms"], figures["warmup_ms"], figures["ms"]) == (900, 14, 5)
     assert figures["tokens_per_s"] == 100 / 5e-3
     assert figures["mfu"] == pytest.approx(100 * 7 / 5e-3 / 1e6)
     assert figures["mfu_measured"] == pytest.approx(100 * 7 / 5e-3 / 5e5)
-    alone = speed.update_figures([900.0], [4.0, 5.0], 100, 7, None, 5e5)
+    alone = training.update_figures([900.0], [4.0, 5.0], 100, 7, None, 5e5)
     assert (alone["warmup_ms"], alone["mfu"]) == (None, None)
 
 
@@ -181,7 +181,7 @@ def test_profile(tiny_data, capsys):
     assert 0.3 < sum(op["share"] for op in ops) <= 1
     events = [event["name"] for event in json.loads((tiny_data / "trace.json").read_text())["traceEvents"]]
     assert {op["name"] for op in ops} <= set(events)
-    assert events.count("Optimizer.step#AdamW.step") == speed.PROFILED
+    assert events.count("Optimizer.step#AdamW.step") == training.PROFILED
     assert ops[9]["name"] in capsys.readouterr().out
 
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_written_is_found_before_the_work(in_tmp, key):
 
 def test_shares_are_of_all_operations():
     a = torch.ones(300, 300)
-    ops = speed.top_ops(lambda: [a @ a for _ in range(4)], torch.device("cpu"), None)
+    ops = training.top_ops(lambda: [a @ a for _ in range(4)], torch.device("cpu"), None)
     assert {op["name"]: op["calls"] for op in ops}["aten::mm"] == 4
     assert sum(op["share"] for op in ops) == pytest.approx(1)  # so few that all are among the ten
 

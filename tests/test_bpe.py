@@ -9,9 +9,8 @@ from conftest import TEXT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import bpe
-import tokenizer
-from bpe import BlockEncoder
+from flatgpt.data import bpe, tokenizer
+from flatgpt.data.bpe import BlockEncoder
 
 # GPT-2's pattern, as tiktoken has it
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

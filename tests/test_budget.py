@@ -14,14 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import budget
-import fused_loss
-from budget import activation_bytes, matmul_flops, memory, report
 from config import ModelConfig, TrainConfig
-from dataset import Windows
+from flatgpt.data.dataset import Windows
+from flatgpt.kernels import cross_entropy
+from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.training import plan
+from flatgpt.training.optimizer import make_optimizer
+from flatgpt.training.plan import activation_bytes, matmul_flops, memory, report
 from model import GPT
-from optim import make_optimizer
-from saver import Saver
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=64, vocab_size=100)
 GPT2 = TrainConfig(
@@ -169,9 +169,9 @@ CHUNKS = [None, (2**20, 2**40), (100, 2**15)]
 )
 def test_peak_with_and_without_activation_checkpointing(changes, chunks, dtype, monkeypatch):
     if chunks:
-        monkeypatch.setattr(fused_loss, "SMALL", 0)
-        monkeypatch.setitem(fused_loss.ROWS, "cpu", chunks[0])
-        monkeypatch.setitem(fused_loss.SOFTMAX_BYTES, "cpu", chunks[1])
+        monkeypatch.setattr(cross_entropy, "SMALL", 0)
+        monkeypatch.setitem(cross_entropy.ROWS, "cpu", chunks[0])
+        monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", chunks[1])
     for checkpointing in (False, True):
         config = dataclasses.replace(SMALL, n_layer=6, activation_checkpointing=checkpointing, **changes)
         model, (x, y) = GPT(config), batch(config, 4, "cpu")
@@ -274,7 +274,7 @@ def test_matmul_flops_is_that_of_the_fastest_product_and_ends_with_a_long_one(mo
     """The first product of a size takes three times as long. 512 is the fastest size, 1,024 takes over 0.03 s."""
     rates = {256: 8e9, 512: 1e10, 1024: 9e9}
     times = itertools.chain.from_iterable((0, 3 * 2 * n**3 / rate, 0, 2 * n**3 / rate) for n, rate in rates.items())
-    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=times.__next__))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=times.__next__))
     assert matmul_flops(torch.device("cpu"), torch.float32) == pytest.approx(1e10)
     assert [*times] == []
 

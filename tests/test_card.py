@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from card import card
 from config import ModelConfig, TrainConfig
+from flatgpt.interop.model_card import card
 
 CONFIG = ModelConfig(
     n_layer=3, n_head=2, n_embd=32, context_length=48, vocab_size=50304, mlp_ratio=2.0, tie_weights=False

@@ -10,10 +10,10 @@ import matplotlib.image
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from chart import COLOURS, figure, picture
 from config import UserError
-from history import History
-from runlog import KEYS
+from flatgpt.runs.figure import COLOURS, figure, picture
+from flatgpt.runs.history import History
+from flatgpt.runs.log import KEYS
 
 NAN = math.nan
 FACTS = {"config": "configs/small.toml", "n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 8, "vocab_size": 99}

@@ -14,12 +14,13 @@ import torch
 from conftest import ROOT, TINY, command, train_here
 from safetensors.torch import load_file
 
-import checkpoint
-import cli
-import tokenizer
 import train
-import trained
 from config import ModelConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.interop import loading
+from flatgpt.interop.pretrained import initial_shape
+from flatgpt.runs import checkpoint
 from model import GPT
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 8, "vocab_size": 257}
@@ -49,7 +50,7 @@ def save(run: Path, iteration: int, model: GPT, keep: int = 9, keep_every: int |
 
 
 def load(folder: Path):
-    return trained.load(trained.find(str(folder), print), torch.device("cpu"))
+    return loading.load(loading.find(str(folder), print), torch.device("cpu"))
 
 
 def rewrite(folder: Path, state: dict) -> None:
@@ -377,7 +378,8 @@ def test_planted_pickle_and_what_a_user_types(tiny_data, name, monkeypatch):
         assert str(folder) in refused(train_here, "--resume", folder, "--max_iters", 4)
         if name != "train_state.pt":  # else it is not read
             words = [word for word in TINY if word not in ("--dtype", "float32", "--device", "cpu")]
-            refused(lambda words=words: train.train(cli.parse(TrainConfig, [*words, "--init_from", str(folder)])))
+            words += ["--init_from", str(folder)]
+            refused(lambda words=words: train.train(cli.parse(TrainConfig, words, initial_shape)))
             refused(load, folder)
         if name == "state.json":
             assert "every checkpoint there is damaged" in refused(train_here, "--resume", "latest")
@@ -403,7 +405,7 @@ def test_planted_pickle_as_weights_of_others(in_tmp, described):
     if described:
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
     for path in (folder, folder / "pytorch_model.bin"):
-        said = refused(cli.parse, TrainConfig, ["--init_from", str(path)])
+        said = refused(cli.parse, TrainConfig, ["--init_from", str(path)], initial_shape)
         assert said.startswith(f"init_from = {path}: pytorch_model.bin is a pickle")
 
 

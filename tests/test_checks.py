@@ -13,10 +13,10 @@ from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
 import bench
-import checks
-import cli
-from checks import difference
 from config import BenchConfig, UserError
+from flatgpt.benchmarks import checks
+from flatgpt.benchmarks.checks import difference
+from flatgpt.cli import cli
 
 TESTS = """
 import os, pytest, signal
@@ -50,7 +50,7 @@ def test_outcomes_are_counted_up_to_the_interruption(tmp_path):
     code = (
         "import json, sys, pathlib, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r}); sys.modules['xdist'] = None\n"
-        "import checks\n"
+        "from flatgpt.benchmarks import checks\n"
         "checks.find_device, checks.REPO_ROOT = torch.device, pathlib.Path.cwd()\n"
         "from config import BenchConfig\n"
         "print(json.dumps(checks.bench_tests(BenchConfig(device='cuda'))))\n"

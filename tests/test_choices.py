@@ -13,13 +13,20 @@ import tiktoken
 import torch
 import transformers
 
-import metrics
-import tokenizer
-from choices import ChoiceScores, Question, encode_pair, log_likelihoods, read_choices, score_choices
 from config import ModelConfig, UserError
-from formats import hugging_face_weights
+from flatgpt.data import tokenizer
+from flatgpt.evaluation import metrics
+from flatgpt.evaluation.multiple_choice import (
+    ChoiceScores,
+    Question,
+    encode_pair,
+    log_likelihoods,
+    read_choices,
+    score_choices,
+)
+from flatgpt.interop.huggingface import hugging_face_weights
+from flatgpt.interop.pretrained import pretrained_shape
 from model import GPT
-from pretrained import pretrained_shape
 
 T = 24
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's pattern

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, command, train_here
 
-import checkpoint
-import claim
 import train
-from claim import Claim
 from config import TrainConfig, UserError
-from saver import Saver
+from flatgpt.runs import checkpoint, lock
+from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.lock import Claim
 
 RUN = Path("out/quickstart")
 QUIET = ("--sample_tokens", 0)
@@ -110,16 +109,16 @@ def test_overwrite_moves_the_old_folder_and_locks_the_new_one(tiny_data, monkeyp
 
 def test_lock_follows_a_folder_that_is_moved_and_made_anew(tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "moved"
-    with Claim(folder) as claim:
-        claim.take()
+    with Claim(folder) as lock:
+        lock.take()
         assert not folder.exists(), "a claim makes no folder"
         folder.mkdir()
-        claim.take()
-        claim.take()  # a second time costs nothing
+        lock.take()
+        lock.take()  # a second time costs nothing
         folder.rename(moved)
         folder.mkdir()
         with Claim(folder) as other:
-            claim.take()
+            lock.take()
             with pytest.raises(UserError, match="is in use by"):
                 other.take()
         with Claim(moved) as other:
@@ -132,21 +131,21 @@ def test_folder_of_another_that_came_in_its_place_is_not_taken_for_its_own(tmp_p
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    with Claim(one) as claim, Claim(two) as other:
-        claim.take()
+    with Claim(one) as lock, Claim(two) as other:
+        lock.take()
         other.take()
         one.rename(tmp_path / "away")
         two.rename(one)
         for _ in range(2):  # a refusal is no lock either
             with pytest.raises(UserError, match="is in use by"):
-                claim.take()
+                lock.take()
 
 
 def test_file_system_without_locks_is_a_warning(tiny_data, monkeypatch, capsys):
     def flock(*words):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claim.fcntl, "flock", flock)
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
     train_here(*QUIET, "--max_iters", 3)
     train_here(*QUIET, "--max_iters", 4, "--resume")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
@@ -261,13 +260,13 @@ def test_config_of_the_users_own_is_kept(tiny_data):
 
 def test_in_use_is_seen_and_nothing_is_touched(owner):
     before = snapshot(RUN)
-    assert claim.in_use(RUN)
+    assert lock.in_use(RUN)
     assert snapshot(RUN) == before
     owner.kill()
     owner.wait()
-    assert not claim.in_use(RUN)
+    assert not lock.in_use(RUN)
     assert snapshot(RUN) == before
-    assert not claim.in_use(Path("data"))
+    assert not lock.in_use(Path("data"))
     assert not Path("data/.lock").exists()
 
 
@@ -275,8 +274,8 @@ def test_who_only_looks_keeps_nobody_out(tmp_path, monkeypatch):
     """A run that began while `train.py --list` looked at its folder would have been refused."""
     with open(tmp_path / ".lock", "w") as looks:
         fcntl.flock(looks, fcntl.LOCK_SH)
-        assert not claim.in_use(tmp_path)  # nor each other
+        assert not lock.in_use(tmp_path)  # nor each other
         monkeypatch.setattr(time, "sleep", lambda seconds: looks.close())
         with Claim(tmp_path) as claimed:
             claimed.take()
-            assert claim.in_use(tmp_path)
+            assert lock.in_use(tmp_path)

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import cli
-from cli import parse
-from config import BenchConfig, TrainConfig, UserError
-from data_config import PrepareConfig
-from reader_config import EvalConfig, InferConfig, PlotConfig
+from config import BenchConfig, EvalConfig, InferConfig, PlotConfig, PrepareConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.cli.cli import parse
 
 
 def recipe(folder, text, name="mine.toml") -> str:
@@ -455,7 +453,7 @@ def test_run_gives_the_result_and_lets_bugs_through():
 
 def test_closed_pipe_is_silent():
     """`train.py --help | head -1` must not end in a traceback."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatgpt.cli import cli\n"
     code += "cli.run_verb(lambda config: [print('x' * 1000) for _ in range(1000)], None)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()

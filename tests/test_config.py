@@ -5,13 +5,10 @@ import tomllib
 
 import pytest
 
-import cli
 import config
-import reader_config
-from cli import RECIPES, parse
-from config import BenchConfig, TrainConfig, UserError
-from data_config import PrepareConfig
-from reader_config import EvalConfig, ExportConfig, InferConfig
+from config import BenchConfig, EvalConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.cli.cli import RECIPES, parse
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -166,8 +163,8 @@ def test_train_writes_where_eval_and_infer_look(in_tmp, words, folder, model):
     (in_tmp / "somewhere" / "mine.toml").write_text("n_layer = 2\n")
     assert config.run_dir(parse(TrainConfig, words.split())).as_posix() == folder
     for cls in (ExportConfig, InferConfig):
-        assert reader_config.model_path(parse(cls, words.split())) == model
-        assert reader_config.model_path(parse(cls, [*words.split(), "--model_path", "x"])) == "x"
-    assert reader_config.model_paths(parse(EvalConfig, words.split())) == (model,)
+        assert config.model_path(parse(cls, words.split())) == model
+        assert config.model_path(parse(cls, [*words.split(), "--model_path", "x"])) == "x"
+    assert config.model_paths(parse(EvalConfig, words.split())) == (model,)
     several = [*words.split(), "--model_path", "x", "y"]
-    assert reader_config.model_paths(parse(EvalConfig, several)) == ("x", "y")
+    assert config.model_paths(parse(EvalConfig, several)) == ("x", "y")

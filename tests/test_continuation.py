@@ -16,14 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-from config import ModelConfig, UserError
-from continuation import Place, compare, continue_all, cut, distinct, repetition, require, text_after
-from decoder import Decoder
+from config import ModelConfig, SamplingConfig, UserError
+from flatgpt.data import tokenizer
+from flatgpt.data.shards import Tokens
+from flatgpt.evaluation.generation import Place, compare, continue_all, cut, distinct, repetition, require, text_after
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.sampling import generate
 from model import GPT
-from reader_config import SamplingConfig
-from sampling import generate
-from shards import Tokens
 
 BYTES, EOT = tokenizer.load("byte"), 256
 # eight letters and end-of-text, id 8, which models draw soon

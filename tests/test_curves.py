@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from curves import POINTS, alone, log_ticks, plain, shorten, smooth, thin, time_unit
+from flatgpt.runs.curves import POINTS, alone, log_ticks, plain, shorten, smooth, thin, time_unit
 
 NAN = math.nan
 

@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import cut, finished, llmc, shard, tokens
 
-import dataset
-import tokenizer
 from config import UserError
-from dataset import Shuffle, TrainingBatches, Windows, open_dataset
-from protocols import eval_batches
+from flatgpt.data import dataset, tokenizer
+from flatgpt.data.dataset import Shuffle, TrainingBatches, Windows, open_dataset
+from flatgpt.evaluation.windows import eval_batches
 
 quick = settings(max_examples=60)
 

@@ -12,13 +12,12 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import decoder as decoder_module
-from config import ModelConfig
-from decoder import Decoder
+from config import ModelConfig, SamplingConfig
+from flatgpt.inference import decoder as decoder_module
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.prepacking import pack
+from flatgpt.inference.sampling import generate_batch
 from model import GPT, KVCache
-from packing import pack
-from reader_config import SamplingConfig
-from sampling import generate_batch
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=12, vocab_size=30)
 GREEDY = SamplingConfig(temperature=0)

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import documents
-import tokenizer
 from config import UserError
+from flatgpt.data import readers, tokenizer
 
 quick = settings(max_examples=60)
 BLOCKS = [3, 4, 7, 64, 1000, 4 << 20]
@@ -23,7 +22,7 @@ BYTE = tokenizer.load("byte")
 def texts(path: Path, column: str = "text") -> list[str]:
     """All documents of the file, parts put together."""
     found = []
-    for part in documents.documents(path, column):
+    for part in readers.documents(path, column):
         if part.first:
             found.append("")
         found[-1] += part.text
@@ -53,16 +52,16 @@ def refusal(call, *args) -> str:
     ],
 )
 def test_kind_is_the_endings(name, kind):
-    assert documents.kind(name) == documents.kind(Path("folder.parquet", name)) == kind
+    assert readers.kind(name) == readers.kind(Path("folder.parquet", name)) == kind
 
 
-@pytest.mark.parametrize("suffix", documents.SUFFIXES)
+@pytest.mark.parametrize("suffix", readers.SUFFIXES)
 @pytest.mark.parametrize("there", ["a folder", "nothing"])
 def test_no_file_at_all(tmp_path, suffix, there):
     path = tmp_path / f"a{suffix}"
     if there == "a folder":
         path.mkdir()
-    answer = refusal(documents.documents, path, "text")
+    answer = refusal(readers.documents, path, "text")
     assert answer.startswith(f"{path}: cannot be read: ")
     assert ("directory" if there == "a folder" else "No such file") in answer
 
@@ -85,14 +84,14 @@ PLAIN = {
 @pytest.mark.parametrize("what", PLAIN)
 def test_text_is_that_of_the_file(tmp_path, monkeypatch, what, mark, block):
     """Every newline as it is; only a byte order mark at the very beginning is none of the text."""
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     path = tmp_path / "a.txt"
     path.write_bytes((mark + PLAIN[what]).encode())
-    found = list(documents.text_blocks(path))
+    found = list(readers.text_blocks(path))
     assert "".join(found) == PLAIN[what]
     assert max(map(len, found), default=0) <= block
     assert texts(path) == ([PLAIN[what]] if PLAIN[what] else [])
-    assert documents.size(path, "text") == len((mark + PLAIN[what]).encode())
+    assert readers.size(path, "text") == len((mark + PLAIN[what]).encode())
 
 
 BROKEN = [b"\xff", b"\x80", b"\xc3", b"\xc3(", b"\xe2\x82", b"\xe2\x82(", b"\xf0\x9f\x8e", b"\xed\xa0\xbd", b"\xc0\xaf"]
@@ -115,8 +114,8 @@ def test_what_is_not_utf8_is_named_with_its_place(tmp_path_factory, mark, before
     path = tmp_path_factory.getbasetemp() / "broken.txt"
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "BLOCK", block)
-        answer = refusal(documents.text_blocks, path)
+        patch.setattr(readers, "BLOCK", block)
+        answer = refusal(readers.text_blocks, path)
     start = plain.value.start
     assert answer.startswith(f"{path}: not UTF-8: byte 0x{raw[start]:02x} at offset {start:,};")
     assert "iconv" in answer
@@ -130,7 +129,7 @@ def test_offset_has_thousands_marked_off(tmp_path):
 @quick
 @given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
 def test_parts_are_the_documents_pieces(blocks, length):
-    found = list(documents.as_parts(blocks, length))
+    found = list(readers.as_parts(blocks, length))
     pieces = list(tokenizer.pieces(["".join(blocks)], length))
     last = len(pieces) - 1
     facts = [(part.text, part.first, part.last, part.cut) for part in found]
@@ -144,7 +143,7 @@ def test_parts_of_a_long_file_fit_memory(tmp_path):
     """Each can be encoded on its own, and is no longer than four runs."""
     text = "a long line of words, and so on;\n" * 300_000
     (tmp_path / "a.txt").write_text(text)
-    found = list(documents.documents(tmp_path / "a.txt", "text"))
+    found = list(readers.documents(tmp_path / "a.txt", "text"))
     assert "".join(part.text for part in found) == text
     assert len(found) == 3
     assert max(len(part.text) for part in found) <= 4 * tokenizer.RUN
@@ -182,11 +181,11 @@ RAW = {
 @pytest.mark.parametrize("what", RAW)
 def test_lines_are_those_of_the_file(tmp_path, monkeypatch, what, suffix, block):
     """For any size of block: whole lines, no more of them than needed, each block with its first line's number."""
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     raw, rows = RAW[what]
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](raw))
-    found = list(documents.line_blocks(path))
+    found = list(readers.line_blocks(path))
     assert b"".join(lines for _, lines in found) == raw
     longest = max(map(len, raw.split(b"\n"))) + 1
     line = 1
@@ -196,14 +195,14 @@ def test_lines_are_those_of_the_file(tmp_path, monkeypatch, what, suffix, block)
         line += lines.count(b"\n")
     assert all(lines.endswith(b"\n") for _, lines in found[:-1])
     assert texts(path) == rows
-    assert documents.size(path, "text") == path.stat().st_size
+    assert readers.size(path, "text") == path.stat().st_size
 
 
 @pytest.mark.parametrize("block", [7, 4 << 20])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_packed_files_put_together_are_one(tmp_path, monkeypatch, suffix, block):
     """As `cat a.gz b.gz` does it, and pigz and zstd with many threads; a line may go on in the next."""
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     raw = b"\n".join(LINES)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"".join(PACK[suffix](raw[n : n + 100]) for n in range(0, len(raw), 100)) + PACK[suffix](b""))
@@ -214,7 +213,7 @@ def test_packed_files_put_together_are_one(tmp_path, monkeypatch, suffix, block)
 @pytest.mark.parametrize("left", [5, 12, 0.5, -9, -1])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_truncated_file(tmp_path, monkeypatch, suffix, left, block):
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     whole = PACK[suffix](b"\n".join(LINES))
     path = tmp_path / f"a{suffix}"
     path.write_bytes(whole[: int(left * len(whole)) if left == 0.5 else left])
@@ -267,7 +266,7 @@ WRONG = [
 @pytest.mark.parametrize("before", [0, 3, 1200])
 @pytest.mark.parametrize(("raw", "said"), WRONG, ids=[raw.decode("latin1") for raw, _ in WRONG])
 def test_wrong_line_is_named_with_file_and_number(tmp_path, monkeypatch, raw, said, before, block):
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join([b'{"text": "a"}\n', b"\n", b'{"text": null}\r\n'][n % 3] for n in range(before)) + raw)
     answer = refusal(texts, path)
@@ -279,7 +278,7 @@ def test_wrong_line_is_named_with_file_and_number(tmp_path, monkeypatch, raw, sa
 def test_documents_before_a_wrong_line_are_given(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "b"}\n{"text": 1}\n')
-    found = documents.documents(path, "text")
+    found = readers.documents(path, "text")
     assert [next(found).text, next(found).text] == ["a", "b"]
     with pytest.raises(UserError, match="line 3:"):
         next(found)
@@ -305,7 +304,7 @@ def test_column_is_the_one_asked_for(tmp_path):
 )
 def test_halves_of_a_character_are_what_tiktoken_makes_of_them(spelled, text):
     raw = f'{{"text": "{spelled}"}}'
-    assert list(documents.parse_lines(raw.encode(), "text", Path("a"), 1)) == [text]
+    assert list(readers.parse_lines(raw.encode(), "text", Path("a"), 1)) == [text]
     assert BYTE.encode_ordinary(json.loads(raw)["text"]) == list(text.encode())
 
 
@@ -333,11 +332,11 @@ def parquet(path: Path, columns, **settings) -> Path:
 @pytest.mark.parametrize("kind", TYPES)
 def test_parquet_rows(tmp_path, monkeypatch, kind, rows_a_group, block):
     """Nulls and empty rows are left out, or, where rows are to be joined, given as empty texts."""
-    monkeypatch.setattr(documents, "BLOCK", block)
+    monkeypatch.setattr(readers, "BLOCK", block)
     columns = {"id": range(len(SOME)), "text": pa.array(SOME).cast(TYPES[kind]), "title": ["t"] * len(SOME)}
     path = parquet(tmp_path / "a.parquet", columns, row_group_size=rows_a_group)
-    assert list(documents.rows(path, "text")) == texts(path) == GIVEN
-    assert list(documents.rows(path, "text", empty=True)) == [text or "" for text in SOME]
+    assert list(readers.rows(path, "text")) == texts(path) == GIVEN
+    assert list(readers.rows(path, "text", empty=True)) == [text or "" for text in SOME]
     assert texts(path, "title") == ["t"] * len(SOME)
 
 
@@ -346,15 +345,15 @@ def test_parquet_of_many_row_groups(tmp_path):
     rows = [f"{n} " + "x" * (n % 50) for n in range(1000)]
     extra = [random.Random(n).randbytes(99) for n in range(1000)]
     path = parquet(tmp_path / "a.parquet", {"raw": extra, "text": rows}, row_group_size=7, use_dictionary=False)
-    groups = documents.row_groups(path, "text")
+    groups = readers.row_groups(path, "text")
     assert [n for n, _ in groups] == [7] * 142 + [6]
     for first, stop in ((0, 1), (0, None), (5, 9), (142, 143), (142, None), (3, 3), (0, 0)):
         end = 1000 if stop is None else 7 * stop
-        assert list(documents.rows(path, "text", first, stop)) == rows[7 * first : end]
+        assert list(readers.rows(path, "text", first, stop)) == rows[7 * first : end]
     for n, (_, size) in enumerate(groups):
         plain = sum(len(text) for text in rows[7 * n : 7 * n + 7])
         assert plain < size < plain + 200
-    assert documents.size(path, "text") == sum(size for _, size in groups)
+    assert readers.size(path, "text") == sum(size for _, size in groups)
 
 
 NESTED = {
@@ -373,7 +372,7 @@ def test_parquet_size_beside_nested_columns(tmp_path, values):
     columns = {"before": values, "text": ["a", "b"] * 10, "after": values}
     path = parquet(tmp_path / "a.parquet", columns, row_group_size=10, use_dictionary=False)
     alone = parquet(tmp_path / "b.parquet", {"text": columns["text"]}, row_group_size=10, use_dictionary=False)
-    assert documents.row_groups(path, "text") == documents.row_groups(alone, "text")
+    assert readers.row_groups(path, "text") == readers.row_groups(alone, "text")
     assert texts(path) == ["a", "b"] * 10
 
 
@@ -383,11 +382,11 @@ def test_parquet_without_rows(tmp_path, groups):
     with pq.ParquetWriter(path, schema) as writer:
         for _ in range(groups):
             writer.write_table(schema.empty_table())
-    assert [rows for rows, _ in documents.row_groups(path, "text")] == [0] * groups
-    assert texts(path) == list(documents.rows(path, "text", empty=True)) == []
+    assert [rows for rows, _ in readers.row_groups(path, "text")] == [0] * groups
+    assert texts(path) == list(readers.rows(path, "text", empty=True)) == []
 
 
-@pytest.mark.parametrize("call", [documents.rows, documents.row_groups, documents.documents])
+@pytest.mark.parametrize("call", [readers.rows, readers.row_groups, readers.documents])
 @pytest.mark.parametrize(
     ("column", "said"),
     [
@@ -410,7 +409,7 @@ def test_parquet_without_that_text(tmp_path, call, column, said):
         assert part in answer
 
 
-@pytest.mark.parametrize("call", [documents.rows, documents.row_groups])
+@pytest.mark.parametrize("call", [readers.rows, readers.row_groups])
 @pytest.mark.parametrize("left", [0, 3, 100, 0.5, -1, "text"])
 def test_no_parquet_or_not_all_of_it(tmp_path, call, left):
     path = parquet(tmp_path / "a.parquet", {"text": ["one", "two"] * 1000})
@@ -436,7 +435,7 @@ def test_parquet_with_a_damaged_page(tmp_path, codec, at):
     raw[place : place + 300] = b"\xff" * 300
     path.write_bytes(raw)
     found = []
-    answer = refusal(lambda: map(found.append, documents.rows(path, "text")))
+    answer = refusal(lambda: map(found.append, readers.rows(path, "text")))
     assert answer.startswith(f"{path}: damaged (")
     assert found == rows[: len(found)]
 
@@ -445,7 +444,7 @@ def test_parquet_whose_text_is_no_utf8(tmp_path):
     """pyarrow does not look, neither when it writes nor when it reads."""
     raw = pa.array([b"one", b"caf\xe9"], pa.binary())
     path = parquet(tmp_path / "a.parquet", {"text": pa.Array.from_buffers(pa.string(), 2, raw.buffers())})
-    assert refusal(documents.rows, path, "text").startswith(f"{path}")
+    assert refusal(readers.rows, path, "text").startswith(f"{path}")
 
 
 def test_large_row_group_is_read_a_little_at_a_time(tmp_path, monkeypatch):
@@ -454,11 +453,11 @@ def test_large_row_group_is_read_a_little_at_a_time(tmp_path, monkeypatch):
     path = parquet(
         tmp_path / "a.parquet", {"text": rows}, use_dictionary=False, compression="none", write_batch_size=16
     )
-    assert [rows for rows, _ in documents.row_groups(path, "text")] == [2400]
-    assert documents.size(path, "text") > 48_000_000
-    monkeypatch.setattr(documents, "BLOCK", 1 << 20)
+    assert [rows for rows, _ in readers.row_groups(path, "text")] == [2400]
+    assert readers.size(path, "text") > 48_000_000
+    monkeypatch.setattr(readers, "BLOCK", 1 << 20)
     before, most = pa.total_allocated_bytes(), 0
-    for n, text in enumerate(documents.rows(path, "text")):
+    for n, text in enumerate(readers.rows(path, "text")):
         assert text == rows[n]
         most = max(most, pa.total_allocated_bytes() - before)
     assert n == 2399

@@ -19,16 +19,14 @@ from conftest import ROOT, TEXT, Life, make_dataset, train_here
 from test_continuation import extras
 from test_ranks import forked
 
-import cli
 import eval as verb
-import tokenizer
-import trained
-import words as counting
-from config import UserError
-from data_config import PrepareConfig
-from preparation import prepare
-from ranks import Ranks
-from reader_config import EvalConfig
+from config import EvalConfig, PrepareConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.data.prepare import prepare
+from flatgpt.evaluation import text_stats as counting
+from flatgpt.interop import loading
+from flatgpt.runtime.distributed import Ranks
 
 __all__ = ["extras", "forked"]  # fixtures
 
@@ -82,7 +80,7 @@ def alike(one: dict, two: dict, tolerance: float) -> bool:
 
 
 def byte_model():
-    return trained.load(trained.find(RUN, print), torch.device("cpu"))[0]
+    return loading.load(loading.find(RUN, print), torch.device("cpu"))[0]
 
 
 def write(name: str, content: str | bytes) -> str:
@@ -494,7 +492,7 @@ def test_the_newest_run_without_a_path(home):
     os.utime("out/joined/ckpt/last/state.json")
     verb.main(asked("--json", "report.json"))
     newest = json.loads(Path("report.json").read_text())["model"]
-    assert newest == str(trained.find(None, print).path)
+    assert newest == str(loading.find(None, print).path)
     assert newest.startswith("out/joined/")
 
 
@@ -521,7 +519,7 @@ def test_a_picture_of_the_losses_by_position(tmp_path):
 
 @pytest.mark.parametrize("key", ["json", "plot"])
 def test_what_cannot_be_written_is_refused_before_the_work(key, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "find", lambda *words: pytest.fail("work had begun"))
+    monkeypatch.setattr(loading, "find", lambda *words: pytest.fail("work had begun"))
     (tmp_path / "folder.png").mkdir()
     for target in (tmp_path / "nowhere/x.png", tmp_path / "folder.png"):
         message = f"{key} = {target}: cannot be written: no file can be made there"
@@ -742,7 +740,7 @@ def test_continuations(extras, forked, home, tmp_path):
 
 
 def test_missing_packages_are_told_before_the_work(monkeypatch):
-    monkeypatch.setattr(trained, "find", lambda *words: pytest.fail("work had begun"))
+    monkeypatch.setattr(loading, "find", lambda *words: pytest.fail("work had begun"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert refusal("--generate", 3).endswith("pip install -r requirements-extra.txt")
 
@@ -822,7 +820,7 @@ def test_closed_pipe_is_no_traceback(life):
 
 def test_ctrl_c(life, tmp_path):
     """No traceback, and nothing of the text stays behind."""
-    code = f"import metrics, pathlib, tempfile\ntempfile.tempdir = {str(tmp_path)!r}\n"
+    code = f"import pathlib, tempfile; from flatgpt.evaluation import metrics\ntempfile.tempdir = {str(tmp_path)!r}\n"
     code += "def measure(*words, **more):\n pathlib.Path(folder, 'here').touch(); time.sleep(60)\n"
     code += "metrics.measure = measure"
     stopped = life("--model_path", RUN, "--text", write("t.txt", WORDS), code=code)
@@ -838,10 +836,10 @@ def test_ctrl_c(life, tmp_path):
 SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli
+from flatgpt.cli import cli
 import eval as verb
 import torch.distributed as dist
-from reader_config import EvalConfig
+from config import EvalConfig
 join, leave = dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *words, **more: dist.is_initialized() or join(*words, **more)
 dist.destroy_process_group = lambda: None

@@ -16,19 +16,16 @@ import transformers
 from hub_host import WRITER
 from safetensors import safe_open
 
-import checkpoint
-import cli
 import eval as evaluation
 import export
-import formats
-import pretrained
-import sampling
-import tokenizer
-import trained
-from config import ModelConfig, TrainConfig, UserError
-from decoder import Decoder
+from config import EvalConfig, ExportConfig, ModelConfig, SamplingConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.inference import sampling
+from flatgpt.inference.decoder import Decoder
+from flatgpt.interop import huggingface, loading, pretrained
+from flatgpt.runs import checkpoint
 from model import GPT
-from reader_config import EvalConfig, ExportConfig, SamplingConfig
 
 T = 64
 FILES = {
@@ -210,7 +207,7 @@ def test_and_back(in_tmp, changes):
     model = save(**changes)
     run()
     shape = pretrained.pretrained_shape("out/r/hugging_face")
-    back = formats.hugging_face_weights(Path("out/r/hugging_face"), ModelConfig(**shape))
+    back = huggingface.hugging_face_weights(Path("out/r/hugging_face"), ModelConfig(**shape))
     for name, tensor in back.items():
         there = model.state_dict().get(name)
         if there is None:
@@ -226,7 +223,7 @@ def test_and_back(in_tmp, changes):
     same = {key: getattr(model.config, key) for key in pretrained.SHAPE}
     assert shape.pop("mlp_ratio") * 16 == round(same.pop("mlp_ratio") * 16)
     assert shape == same
-    assert trained.find("out/r/hugging_face", print).tokenizer == "byte"
+    assert loading.find("out/r/hugging_face", print).tokenizer == "byte"
 
 
 def test_of_a_hugging_face_folder(in_tmp):
@@ -282,7 +279,7 @@ def test_title(in_tmp, words, title):
     save()
     run("--out", "hf")
     config = cli.parse(ExportConfig, list(words))
-    assert export.title(config, trained.find(config.model_path or "out/r", print)) == title
+    assert export.title(config, loading.find(config.model_path or "out/r", print)) == title
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,13 +446,13 @@ def listed(printed: str) -> dict[str, str]:
 
 def test_table_and_dry_run(in_tmp, monkeypatch, capsys):
     save()
-    monkeypatch.setattr(export.model_hub, "upload", None)
+    monkeypatch.setattr(export.hub, "upload", None)
     before = sorted(in_tmp.rglob("*"))
     run("--dry_run", "--push", "me/thing", "--private", "--out", "hf")
     assert sorted(in_tmp.rglob("*")) == before
     dry = capsys.readouterr().out
     assert dry.startswith("would go to hf and me/thing on the hub, private where it is new:\n")
-    monkeypatch.setattr(export.model_hub, "upload", lambda *args: "https://hub/me/thing")
+    monkeypatch.setattr(export.hub, "upload", lambda *args: "https://hub/me/thing")
     run("--push", "me/thing", "--private", "--out", "hf")
     real = capsys.readouterr().out
     assert real.endswith("uploaded: https://hub/me/thing\n")
@@ -499,7 +496,7 @@ def test_push_sends_what_was_written_and_nothing_else(in_tmp, monkeypatch, host,
 
 def test_every_setting_of_their_config_is_one_they_know():
     """A misspelt key would be kept by transformers as it is, and do nothing."""
-    ours = formats.hugging_face_config(ModelConfig(vocab_size=257), 256, "float32")
+    ours = huggingface.hugging_face_config(ModelConfig(vocab_size=257), 256, "float32")
     known = {f.name for f in dataclasses.fields(transformers.GPT2Config)} | {"torch_dtype", "n_ctx", "model_type"}
     assert set(ours) <= known
     assert json.loads(json.dumps(ours)) == ours

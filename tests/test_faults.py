@@ -21,11 +21,11 @@ from conftest import LAUNCHER, ROOT, TINY, Life, deliver, free_port, main_thread
 from safetensors.torch import load_file
 from test_train import TIMES, rows, same, weights
 
-import checkpoint
-import runtime
 from config import TrainConfig
-from dataset import TrainingBatches, Windows, open_dataset
-from runtime import Stop
+from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
+from flatgpt.runs import checkpoint
+from flatgpt.runtime import device
+from flatgpt.runtime.device import Stop
 
 HERE = ("--standalone", "--nproc_per_node=2")
 RUN = [*TINY, "--dropout", "0.1", "--grad_accum_steps", "4", "--sample_tokens", "0", "--lr_decay_iters", "200"]
@@ -297,7 +297,7 @@ def test_second_interrupt_leaves_a_collective_too(forked, undisturbed, tmp_path)
 LARGE = ("--n_embd", 192, "--lr", "5e-3")  # 0.9 million weights: DDP's first bucket is 1 MB
 # parallel.spread as it is, but for the backward pass after which DDP lays out its buckets
 UNSETTLED = """
-import inspect, parallel, run
+import inspect; from flatgpt.runtime import parallel; from flatgpt.training import setup as run
 code, settling = inspect.getsource(parallel.spread), "model(nothing, nothing).backward()"
 assert code.count(settling) == 1
 exec(code.replace(settling, "pass"), vars(parallel))
@@ -346,7 +346,7 @@ def test_ranks_1_2_4_2_1_make_the_updates_of_one(forked, tmp_path):
 
 
 POISON = """
-import health, math, torch
+import math, torch; from flatgpt.training import nonfinite as health
 
 def forward(self, *words, real=model.GPT.forward, **more):
     loss = real(self, *words, **more)
@@ -361,7 +361,13 @@ model.GPT.forward = forward
 kept = lambda model, i, *loss: torch.save(model.state_dict(), f"{folder}/{i}_{os.environ['RANK']}.pt")
 hook(health, "require_finite", kept)
 """
-WRAPPED = f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport checkpoint, model, optim\n"
+WRAPPED = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import model
+from flatgpt.runs import checkpoint
+from flatgpt.training import optimizer as optim
+"""
 
 
 def wrapped(folder: Path, code: str) -> str:
@@ -517,7 +523,7 @@ import os, resource, runpy, sys
 from pathlib import Path
 
 sys.path.insert(0, {str(ROOT)!r})
-import optim
+from flatgpt.training import optimizer as optim
 from config import UserError
 
 def learning_rate(i, config, real=optim.learning_rate):  # the first thing that update number i asks for
@@ -640,7 +646,7 @@ def test_rank_that_waits_for_one_that_does_not_answer_can_be_stopped(start, tmp_
 
 def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: now)
+    monkeypatch.setattr(device.time, "monotonic", lambda: now)
     endless, stop = Stop(), Stop(max_minutes=2)
     try:
         assert stop.asked() == 0
@@ -665,7 +671,7 @@ def test_ranks_whose_launcher_is_gone_are_asked_to_stop(monkeypatch):
     stop, alone = Stop(among_ranks=True), Stop()
     try:
         assert stop.asked() == 0
-        monkeypatch.setattr(runtime.os, "getppid", lambda: 1)
+        monkeypatch.setattr(device.os, "getppid", lambda: 1)
         assert stop.asked() == signal.SIGTERM
         assert alone.asked() == 0, "a single process may outlive its shell: nohup"
     finally:
@@ -676,7 +682,7 @@ def test_ranks_whose_launcher_is_gone_are_asked_to_stop(monkeypatch):
 SLOW = f"""
 import runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, dataset
+from flatgpt.runs import checkpoint; from flatgpt.data import dataset
 def save(*words, real=checkpoint.save):
     time.sleep(4.5)
     return real(*words)
@@ -729,7 +735,11 @@ def test_stop_gives_everything_back():
 @contextlib.contextmanager
 def stopping(doing: str, among_ranks: bool, grace: float = 60):
     """A process that creates a Stop and then runs the code `doing`; yields once that code is running."""
-    lines = ("import hashlib, signal, sys, threading, time", "from runtime import Stop", f"Stop.GRACE = {grace}")
+    lines = (
+        "import hashlib, signal, sys, threading, time",
+        "from flatgpt.runtime.device import Stop",
+        f"Stop.GRACE = {grace}",
+    )
     lines += ("timers, timer = [], threading.Timer",)
     lines += ("threading.Timer = lambda *words: timers.append(timer(*words)) or timers[-1]",)
     lines += (f"stop = Stop(among_ranks={among_ranks})", "print('ready', flush=True)", doing)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import TrainingBatches, Windows
-from feed import Feed
+from flatgpt.data.dataset import TrainingBatches, Windows
+from flatgpt.training.prefetch import Feed
 
 CPU = torch.device("cpu")
 ORDERS = [

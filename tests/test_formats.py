@@ -10,12 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import pretrained
-import tokenizer
-import trained
 from config import ModelConfig, UserError
-from formats import crop_positions, hugging_face_weights
+from flatgpt.data import tokenizer
+from flatgpt.interop import loading, pretrained
+from flatgpt.interop.huggingface import crop_positions, hugging_face_weights
+from flatgpt.runs import checkpoint
 from model import GPT
 
 T, V = 24, 301  # V is no multiple of 64
@@ -230,20 +229,20 @@ def save_ours(run: Path, **changes) -> GPT:
 def test_begin_with_a_run(tmp_path, position, context_length):
     there = save_ours(tmp_path / "run", position=position, bias=False, tie_weights=False)
     model = GPT(shape(tmp_path / "run", context_length=context_length)).eval()
-    trained.load_pretrained(model, str(tmp_path / "run"))
+    loading.load_pretrained(model, str(tmp_path / "run"))
     ids = IDS[:, :context_length] % 257
     torch.testing.assert_close(model(ids), there(ids), rtol=0, atol=1e-6)
 
 
 def test_rope_has_no_longest_context(tmp_path):
     save_ours(tmp_path / "run", position="rope")
-    trained.load_pretrained(GPT(shape(tmp_path / "run", context_length=2 * T)), str(tmp_path / "run"))
+    loading.load_pretrained(GPT(shape(tmp_path / "run", context_length=2 * T)), str(tmp_path / "run"))
 
 
 def test_begin_with_a_hugging_face_folder(saved):
     folder, theirs = saved
     model = GPT(shape(folder)).eval()
-    trained.load_pretrained(model, str(folder / "model.safetensors"))
+    loading.load_pretrained(model, str(folder / "model.safetensors"))
     assert_same(model, theirs)
 
 
@@ -251,13 +250,13 @@ def test_beginning_refuses_what_does_not_fit(tmp_path):
     save_ours(tmp_path / "run")
     run = str(tmp_path / "run")
     with pytest.raises(UserError, match=r"n_head = 4 \(there 2\)"):  # it would load
-        trained.load_pretrained(GPT(shape(tmp_path / "run", n_head=4)), run)
+        loading.load_pretrained(GPT(shape(tmp_path / "run", n_head=4)), run)
     with pytest.raises(UserError, match="context_length = 48: the model to begin with has 24"):
-        trained.load_pretrained(GPT(shape(tmp_path / "run", context_length=48)), run)
+        loading.load_pretrained(GPT(shape(tmp_path / "run", context_length=48)), run)
     file = tmp_path / "run/ckpt/last/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"init_from = .*model.safetensors is damaged"):
-        trained.load_pretrained(GPT(shape(tmp_path / "run")), run)
+        loading.load_pretrained(GPT(shape(tmp_path / "run")), run)
 
 
 def test_cropping_leaves_what_it_was_given(saved):

@@ -9,23 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused_loss
 from config import ModelConfig
+from flatgpt.kernels import cross_entropy
+from flatgpt.runtime.device import compile_forward
 from model import GPT
-from runtime import compile_forward
 
 N, C, V, PADDED = 53, 16, 100, 128
 ROWS, AT_ONCE = 20, 7  # 53 rows in chunks of 18, 18 and 17, their softmax in pieces of 7, 7 and 4 or 3
-KERNELS = [None, fused_loss._gradient_in_one_kernel]
+KERNELS = [None, cross_entropy._gradient_in_one_kernel]
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=V)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Every batch is large, and goes through many chunks and pieces."""
-    monkeypatch.setattr(fused_loss, "SMALL", 0)
-    monkeypatch.setitem(fused_loss.ROWS, "cpu", ROWS)
-    monkeypatch.setitem(fused_loss.SOFTMAX_BYTES, "cpu", AT_ONCE * PADDED * 4 + 5)
+    monkeypatch.setattr(cross_entropy, "SMALL", 0)
+    monkeypatch.setitem(cross_entropy.ROWS, "cpu", ROWS)
+    monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", AT_ONCE * PADDED * 4 + 5)
 
 
 def tensors(rows: int = N, bias: bool = False, seed: int = 0) -> tuple[list[Tensor], Tensor]:
@@ -61,7 +61,7 @@ def answers(made: list[Tensor], targets: Tensor, loss_of=plain, dtype: torch.dty
 
 
 def fused(kernel=None):
-    return lambda x, weight, bias, targets: fused_loss.fused_loss(x, weight, bias, targets, V, kernel)
+    return lambda x, weight, bias, targets: cross_entropy.fused_loss(x, weight, bias, targets, V, kernel)
 
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
@@ -178,7 +178,7 @@ def test_loss_is_exact_where_the_target_is_unlikely_or_logits_are_large(below, b
 
 def test_a_chunks_sums_fit_float16(monkeypatch):
     """No loss scale would help: these gradients are not scaled yet."""
-    monkeypatch.setitem(fused_loss.ROWS, "cpu", 1024)
+    monkeypatch.setitem(cross_entropy.ROWS, "cpu", 1024)
     made, targets = [torch.full((1024, C), 100.0), torch.zeros(PADDED, C)], torch.full((1024,), 4)
     made = [t.requires_grad_() for t in made]
     found, expected = answers(made, targets, fused(), torch.float16), reference(made, targets)
@@ -189,8 +189,8 @@ def test_a_chunks_sums_fit_float16(monkeypatch):
 def test_the_kernel_for_a_compiler_equals_the_one_in_place(dtype):
     torch.manual_seed(0)
     logits, at = (5 * torch.randn(N, PADDED)).to(dtype), torch.randint(V, (N, 1))
-    losses, gradient = fused_loss._gradient_in_one_kernel(logits, at, V)
-    same_losses, same_gradient = fused_loss._gradient_in_place(logits.clone(), at, V)
+    losses, gradient = cross_entropy._gradient_in_one_kernel(logits, at, V)
+    same_losses, same_gradient = cross_entropy._gradient_in_place(logits.clone(), at, V)
     assert gradient.dtype == same_gradient.dtype == dtype
     torch.testing.assert_close(losses, same_losses)
     torch.testing.assert_close(gradient, same_gradient)
@@ -241,7 +241,7 @@ def test_every_gradient_of_a_model_is_that_of_the_plain_loss(kind, checkpointing
     model = lively(activation_checkpointing=checkpointing, **kind)
     found = of_model(model)
     model.fused_loss = lambda *args: pytest.fail("not for a batch as small as this")
-    monkeypatch.setattr(fused_loss, "SMALL", 10**9)
+    monkeypatch.setattr(cross_entropy, "SMALL", 10**9)
     expected = of_model(model)
     assert abs(found["loss"] - expected["loss"]) < 1e-5
     assert_same(found, expected, 1e-3)
@@ -251,16 +251,16 @@ def test_every_gradient_of_a_model_is_that_of_the_plain_loss(kind, checkpointing
 
 def test_small_batches_and_passes_without_gradients_go_through_plain_operators(monkeypatch):
     model, used = lively(), []
-    model.fused_loss = lambda *args: used.append(True) or fused_loss.fused_loss(*args)
+    model.fused_loss = lambda *args: used.append(True) or cross_entropy.fused_loss(*args)
     losses = [model(*batch()).item()]
     assert used.pop()
     with torch.no_grad():
         losses.append(model(*batch()).item())
     logits = 4 * 16 * PADDED
-    monkeypatch.setattr(fused_loss, "SMALL", logits)
+    monkeypatch.setattr(cross_entropy, "SMALL", logits)
     losses.append(model(*batch()).item())
     assert not used
-    monkeypatch.setattr(fused_loss, "SMALL", logits - 1)
+    monkeypatch.setattr(cross_entropy, "SMALL", logits - 1)
     losses.append(model(*batch()).item())
     assert used
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
@@ -269,13 +269,13 @@ def test_small_batches_and_passes_without_gradients_go_through_plain_operators(m
 @pytest.mark.slow
 def test_a_compiled_model_leaves_the_loss_out_of_its_graph(monkeypatch, capsys):
     torch._dynamo.reset()
-    compiling, real = [], fused_loss.fused_loss
+    compiling, real = [], cross_entropy.fused_loss
 
     def recorded(*args, **kwargs):
         compiling.append(torch.compiler.is_compiling())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(fused_loss, "fused_loss", recorded)
+    monkeypatch.setattr(cross_entropy, "fused_loss", recorded)
     model = lively()
     eager = of_model(model)
     compiled = compile_forward(model)
@@ -290,8 +290,10 @@ def test_a_compiled_model_leaves_the_loss_out_of_its_graph(monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_kernel_for_a_compiler_compiles():
     logits, at = torch.randn(N, PADDED), torch.randint(V, (N, 1))
-    compiled = torch.compile(fused_loss._gradient_in_one_kernel, dynamic=False)
-    for found, expected in zip(compiled(logits, at, V), fused_loss._gradient_in_one_kernel(logits, at, V), strict=True):
+    compiled = torch.compile(cross_entropy._gradient_in_one_kernel, dynamic=False)
+    for found, expected in zip(
+        compiled(logits, at, V), cross_entropy._gradient_in_one_kernel(logits, at, V), strict=True
+    ):
         torch.testing.assert_close(found, expected)
 
 
@@ -299,8 +301,8 @@ def test_the_kernel_for_a_compiler_compiles():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=str)
 def test_on_a_gpu(dtype, tolerance, compiled, monkeypatch):
-    monkeypatch.setitem(fused_loss.ROWS, "cuda", ROWS)
-    monkeypatch.setitem(fused_loss.SOFTMAX_BYTES, "cuda", AT_ONCE * PADDED * 4)
+    monkeypatch.setitem(cross_entropy.ROWS, "cuda", ROWS)
+    monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cuda", AT_ONCE * PADDED * 4)
     torch._dynamo.reset()
     model = lively()
     expected = of_model(model)

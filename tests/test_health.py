@@ -15,12 +15,12 @@ from conftest import TINY, train_here
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import cli
 import train
 from config import TrainConfig, UserError
-from health import Health, out_of_memory, require_finite
-from ranks import ALONE, Ranks
+from flatgpt.cli import cli
+from flatgpt.runs import checkpoint
+from flatgpt.runtime.distributed import ALONE, Ranks
+from flatgpt.training.nonfinite import Health, out_of_memory, require_finite
 
 QUIET = ("--sample_tokens", 0, "--eval_batches", 1)
 NAN, INF = math.nan, math.inf

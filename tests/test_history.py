@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-import history
 from config import ModelConfig, UserError
+from flatgpt.runs import history
+from flatgpt.runs.log import RunLog
 from model import GPT
-from runlog import RunLog
 
 
 def test_a_log_comes_back(tmp_path):

@@ -5,131 +5,93 @@ import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-import cli
+from flatgpt.cli import cli
 
-VERBS = {"prepare_data", "train", "eval", "infer", "export", "bench", "plot", "app"}
-# What each module imports of the house, besides the configs and (verbs only) cli: DESIGN's arrows.
+SCRIPTS = ("prepare_data", "train", "eval", "infer", "export", "plot", "app", "bench")
+# What the modules of each folder import of this repository besides config.py and their own folder: DESIGN's arrows.
 ARROWS = {
     "config": set(),
-    "cli": {"pretrained"},
-    "data_config": set(),
-    "reader_config": set(),
-    "bpe": set(),
-    "tokenizer": {"bpe"},
-    "shards": {"tokenizer"},
-    "dataset": {"tokenizer", "shards"},
-    "documents": {"tokenizer"},
-    "hub": {"shards"},
-    "repositories": {"hub", "documents", "shards"},
-    "sources": {"documents", "repositories", "shards"},
-    "tasks": {"tokenizer", "documents"},
-    "workers": set(),
-    "plan": {"documents", "shards", "sources", "tasks"},
-    "progress": {"dataset", "documents", "shards"},
-    "preparation": {
-        *("tokenizer", "shards", "dataset", "repositories", "sources", "tasks", "workers", "plan", "progress")
-    },
-    "latency": {"checkpoint", "decoder", "model", "packing", "runtime", "sampling", "tokenizer"},
-    "strided": {"dataset", "formats", "metrics", "model", "packing", "protocols", "runtime", "trained"},
-    "throughput": {"tokenizer", "documents", "sources", "workers"},
-    "model": {"fused_loss"},
-    "fused_loss": set(),
-    "feed": set(),
-    "muon": set(),
-    "speed": {"runlog"},
-    "peer": {"dataset", "precision", "runtime", "speed"},
-    "precision": {"outputs", "runtime"},
-    "time_to_loss": {"dataset", "peer", "runtime", "speed"},
-    "suites": {"dataset", "outputs", "peer", "runtime"},
-    "checks": {"peer", "runtime"},
-    "packing": {"model", "precision", "runtime"},
-    "decoder": {"model", "runtime"},
-    "sampling": {"decoder", "runtime"},
-    "pretrained": {"formats", "model_hub", "vocabulary"},
-    "formats": {"model"},
-    "checkpoint": {"shards", "model"},
-    "trained": {"checkpoint", "formats", "model", "pretrained", "tokenizer"},
-    "vocabulary": {"tokenizer"},
-    "model_hub": {"hub"},
-    "choices": {"metrics", "model"},
-    "continuation": {"decoder", "sampling", "shards"},
-    "card": {"model_hub", "repositories"},
-    "history": set(),
-    "samples": {"decoder", "run", "runtime", "sampling"},
-    "listing": {"claim", "history"},
-    "curves": set(),
-    "chart": {"curves", "history"},
-    "space": {"card", "checkpoint", "model_hub", "tokenizer", "trained"},
-    "resume": {"checkpoint", "claim", "muon", "optim", "parallel", "run", "runtime", "shards"},
-    "claim": set(),
-    "saver": {"checkpoint"},
-    "health": {"dataset", "ranks"},
-    "metrics": set(),
-    "outputs": set(),
-    "protocols": {"shards"},
-    "words": {"shards"},
-    "report": {"metrics", "words"},
-    "runlog": {"outputs"},
-    "optim": {"muon"},
+    "model": {"kernels"},
+    "cli": set(),
+    "kernels": set(),
     "runtime": set(),
-    "ranks": set(),
-    "parallel": {"ranks"},
-    "run": {
-        *("budget", "dataset", "feed", "health", "model", "optim", "parallel", "precision", "preparation"),
-        *("pretrained", "ranks", "runlog", "runtime", "tokenizer", "trained"),
-    },
-    "budget": {"fused_loss", "model", "runlog"},
+    "data": {"runtime"},
+    "runs": {"model", "runtime"},
+    "inference": {"data", "model", "runtime"},
+    "evaluation": {"data", "inference", "model", "runtime"},
+    "interop": {"data", "model", "runs", "runtime"},
+    "training": {"data", "evaluation", "inference", "interop", "kernels", "model", "runs", "runtime"},
+    "benchmarks": {"data", "evaluation", "inference", "interop", "kernels", "model", "runs", "runtime", "training"},
 }
-WITHOUT_TORCH = ("config", "cli", "prepare_data", "throughput")  # and with the last two all of the data side
-# Packages that are not in requirements.txt, and who uses them where they are installed.
+ALLOWED = set(ARROWS) - {"config", "benchmarks"}
+ARROWS |= dict.fromkeys(SCRIPTS, ALLOWED)
+ARROWS["app"] = ALLOWED | {"infer"}
+ARROWS["bench"] = ALLOWED | {"benchmarks", "train"}
+# The standard library, numpy, tiktoken and pyarrow are enough for the data side, and imports of what it lacks are slow.
+WITHOUT_TORCH = ("config", "prepare_data", "flatgpt.cli.cli", "flatgpt.runtime.files", "flatgpt.benchmarks.data")
+# Packages that are not in requirements.txt, and which modules use them where they are installed.
 OPTIONAL = {
     "app": {"gradio"},
-    "checks": {"pytest"},  # bench.py tests runs it
-    "continuation": {"sacrebleu", "rouge_score"},
-    "latency": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
-    "strided": {"transformers"},
-    "throughput": {"datasets"},
-    "workers": {"distributed"},
+    "flatgpt.benchmarks.checks": {"pytest"},  # bench.py tests runs it
+    "flatgpt.benchmarks.data": {"datasets"},
+    "flatgpt.benchmarks.evaluation": {"transformers"},
+    "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
+    "flatgpt.data.workers": {"distributed"},
+    "flatgpt.evaluation.generation": {"sacrebleu", "rouge_score"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
-MODULES = sorted(p.stem for p in ROOT.glob("*.py"))
+FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "flatgpt").rglob("*.py"))]
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
+DATA_SIDE = [name for name in MODULES if name.startswith("flatgpt.data.") and not name.endswith("__init__")]
 
 
-def imports(name: str) -> set[str]:
-    """Top-level names of all that a module imports, at any depth of its code."""
+def imported(file: Path) -> set[str]:
+    """Full names of all that a module imports, at any depth of its code."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("name", MODULES)
+def packages(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(file)}
+
+
+def place(name: str) -> str:
+    """The folder of flatgpt/ that a module is in, or the module itself on the top level."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "flatgpt" and len(parts) > 2 else parts[0]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_import_arrows(name):
-    house = imports(name) & set(MODULES)
-    if name in VERBS:
-        allowed = set(ARROWS) | {"bench": {"train"}, "app": {"infer"}}.get(name, set())
-        assert house <= allowed, f"{name}.py imports {house - allowed}"
+    house = {place(each) for each in imported(MODULES[name]) if each.split(".")[0] in {"flatgpt", *MODULES}}
+    if place(name) == "flatgpt":
+        assert house <= {"interop", "inference", "evaluation"}
     else:
-        assert name in ARROWS, f"{name}.py is new: give it a place in ARROWS"
-        assert house - {"config", "data_config", "reader_config"} == ARROWS[name]
+        assert house - {"flatgpt", "config", place(name)} <= ARROWS[place(name)]
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
+@pytest.mark.parametrize("name", [*WITHOUT_TORCH, *DATA_SIDE])
 def test_data_side_never_loads_torch(name):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_readme_names_every_module():
-    named = set(re.findall(r"^(\w+)\.py  ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
-    assert named == set(MODULES) - {"data_config", "reader_config"}  # config.py's line has these
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^ *(\w+)(?:\.py|/) ", text, re.M)
+    files = {name for name in MODULES if "." not in name}
+    folders = {file.parent.name for file in MODULES.values() if file.parent.parent.name == "flatgpt"}
+    assert files | folders <= set(named)
 
 
 def declared(file: str) -> set[str]:
@@ -146,16 +108,16 @@ def declared(file: str) -> set[str]:
 
 
 def third_party(names: set[str]) -> set[str]:
-    return {n for n in names if n not in sys.stdlib_module_names and n not in MODULES}
+    return names - sys.stdlib_module_names - {"flatgpt", *MODULES}
 
 
 def test_packages_imported_are_packages_declared():
     base, dev, extra = (declared(f"requirements{name}.txt") for name in ("", "-dev", "-extra"))
-    used = {name: third_party(imports(name)) for name in MODULES}
+    used = {name: third_party(packages(file)) for name, file in MODULES.items()}
     assert {name: found - base for name, found in used.items() if found - base} == OPTIONAL
     assert base <= set().union(*used.values()), "a requirement that nothing imports"
     tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
-    in_tests = third_party(set().union(*(imports(f"tests/{name}") for name in tests))) - tests - {"tiktoken_ext"}
+    in_tests = third_party(set().union(*map(packages, (ROOT / "tests").glob("*.py")))) - tests - {"tiktoken_ext"}
     optional = set().union(*OPTIONAL.values())
     assert extra - dev <= optional | in_tests, "an extra that nothing imports"
     # llama-cpp-python compiles for a quarter of an hour: nothing declares it
@@ -165,14 +127,14 @@ def test_packages_imported_are_packages_declared():
 def test_every_config_field_is_read_somewhere():
     """A flag that nothing reads is a lie. A field counts as read where some module has `.field` in an expression."""
     read = set()
-    for name in MODULES:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
+    for file in FILES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     for cls in cli.VERBS:
         assert set(typing.get_type_hints(cls)) <= read, cls
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS))
+@pytest.mark.parametrize("verb", SCRIPTS)
 def test_help_is_light_and_names_every_key(verb):
     code = (
         "import runpy, sys\n"

@@ -24,10 +24,9 @@ from hub_host import hub_environment
 from huggingface_hub import constants
 from test_sources import content, prepare, texts
 
-import hub
-import sources
 from config import UserError
-from dataset import open_dataset
+from flatgpt.data import hub, sources
+from flatgpt.data.dataset import open_dataset
 
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 WIKIPEDIA = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"

@@ -19,13 +19,12 @@ import pytest
 import torch
 from conftest import ROOT, command, running, waits_long
 
-import checkpoint
-import cli
 import infer
-import tokenizer
-from config import ModelConfig
+from config import InferConfig, ModelConfig
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.runs import checkpoint
 from model import GPT
-from reader_config import InferConfig
 
 BYTE = tokenizer.load("byte")
 EOT = BYTE.eot_token

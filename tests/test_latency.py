@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import bench
-import cli
-import latency
-from config import BenchConfig, UserError
-from decoder import Decoder
+from config import BenchConfig, SamplingConfig, UserError
+from flatgpt.benchmarks import inference
+from flatgpt.cli import cli
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.prepacking import Int8Linear, pack
+from flatgpt.inference.sampling import generate
 from model import GPT
-from packing import Int8Linear, pack
-from reader_config import SamplingConfig
-from sampling import generate
 
 SMALL = ["infer", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--context_length", "64", "--device", "cpu"]
 SHORT = [*SMALL, "--vocab_size", "300", "--prompt_tokens", "16", "--new_tokens", "5", "--samples", "3", "--rounds", "2"]
@@ -27,8 +26,8 @@ def figures(in_tmp, monkeypatch):
     """The figures of a small shape, with fixed figures of loading and memory."""
 
     def run(*words) -> dict:
-        monkeypatch.setattr(latency, "_load", lambda model, config, say: 1.5)
-        monkeypatch.setattr(latency, "read_bandwidth", lambda device: 40.0)
+        monkeypatch.setattr(inference, "_load", lambda model, config, say: 1.5)
+        monkeypatch.setattr(inference, "read_bandwidth", lambda device: 40.0)
         bench.main(cli.parse(BenchConfig, [*SHORT, *words, "--json", "figures.json"]))
         return json.loads((in_tmp / "figures.json").read_text())
 
@@ -43,8 +42,8 @@ def test_figures_are_medians_of_the_rounds(figures, monkeypatch):
         firsts = iter([1000.0, 4.0, 1.0, 2.0])
         return lambda: (first := next(firsts)) and [first + n * first / 4 for n in range(5)]
 
-    monkeypatch.setattr(latency, "_ours", lambda decoder, prompts, new: way())
-    monkeypatch.setattr(latency, "_transformers", lambda *args: {"float32": way(), "bfloat16": way()})
+    monkeypatch.setattr(inference, "_ours", lambda decoder, prompts, new: way())
+    monkeypatch.setattr(inference, "_transformers", lambda *args: {"float32": way(), "bfloat16": way()})
     found = figures("--rounds", "3")
     for name in ("float32", "bfloat16", "int8", "transformers_float32", "transformers_bfloat16"):
         assert found[f"{name}_tokens_per_s"] == 5 / 4
@@ -64,11 +63,11 @@ def test_ways_say_when_each_token_came(monkeypatch):
     transformers is given the prompt before; it is not a token."""
     config = cli.parse(BenchConfig, SHORT)
     model = GPT(config.model())
-    ways = latency._transformers(model, [1, 2, 3], 4, torch.device("cpu"))
+    ways = inference._transformers(model, [1, 2, 3], 4, torch.device("cpu"))
     assert ways.keys() == {"float32", "bfloat16"}
-    ways["ours"] = latency._ours(Decoder(model), [[1, 2, 3]], 4)
+    ways["ours"] = inference._ours(Decoder(model), [[1, 2, 3]], 4)
     for name, way in ways.items():
-        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+        monkeypatch.setattr(inference, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
         assert way() == ([1, 2, 3, 4] if name == "ours" else [2, 3, 4, 5])
 
 
@@ -98,8 +97,8 @@ def test_loading_is_timed_up_to_the_first_token(in_tmp, monkeypatch):
     """Two starts of infer.py, of which the first fills the page cache and does not count."""
     config = cli.parse(BenchConfig, [*SHORT, "--rounds", "1"])
     times = iter([0, 50, 100, 103])
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=times.__next__))
-    assert latency._load(GPT(config.model()), config, print) == 3
+    monkeypatch.setattr(inference, "time", SimpleNamespace(perf_counter=times.__next__))
+    assert inference._load(GPT(config.model()), config, print) == 3
     assert not list(in_tmp.iterdir())
 
 
@@ -112,7 +111,7 @@ def test_llama_cpps_file_holds_the_model(in_tmp):
 
     model = GPT(cli.parse(BenchConfig, SHORT).model())
     for kind in (Kind.F32, Kind.BF16, Kind.Q8_0):
-        latency.write_gguf(model, in_tmp / "model.gguf", kind)
+        inference.write_gguf(model, in_tmp / "model.gguf", kind)
         tensors = {t.name: t for t in GGUFReader(in_tmp / "model.gguf").tensors}
         assert len(tensors) == len(model.state_dict())
         head = tensors["token_embd.weight"]
@@ -139,7 +138,7 @@ def test_llama_cpp_writes_what_we_write(in_tmp):
     import llama_cpp
     from gguf import GGMLQuantizationType as Kind
 
-    latency.write_gguf(model, in_tmp / "model.gguf", Kind.F32)
+    inference.write_gguf(model, in_tmp / "model.gguf", Kind.F32)
     peer = llama_cpp.Llama("model.gguf", n_ctx=64, n_threads=1, verbose=False)
     prompt = [5, 200, 17, 3]
     theirs = [token for token, _ in zip(peer.generate(prompt, temp=0.0), range(20), strict=False)]
@@ -156,7 +155,7 @@ def test_packed_models_are_what_is_measured(monkeypatch, figures):
         seen.append((dtype, quantize, compile))
         return real(model, dtype, quantize, compile)
 
-    monkeypatch.setattr(latency, "pack", spy)
+    monkeypatch.setattr(inference, "pack", spy)
     figures("--rounds", "1")
     low = torch.bfloat16
     assert seen == [(torch.float32, None, False), (low, None, False), (low, "int8", False)]

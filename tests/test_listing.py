@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command
 
-import cli
-import listing
-import vocabulary
 from config import ModelConfig, TrainConfig, UserError
-from listing import age, print_list
-from sources import SOURCES
+from flatgpt.cli import cli
+from flatgpt.data.sources import SOURCES
+from flatgpt.interop import tokenizer_files
+from flatgpt.runs import listing
+from flatgpt.runs.listing import age, print_list
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 4, "vocab_size": 300}
 PARAMETERS = f"{ModelConfig(**SHAPE).num_params():,}"
@@ -255,7 +255,7 @@ def test_terminal_that_is_not_utf8(in_tmp, monkeypatch):
 
 
 def recipe(*words) -> TrainConfig:
-    return cli.parse(TrainConfig, list(words), weights=False)
+    return cli.parse(TrainConfig, list(words))
 
 
 def data(name: str, meta: str) -> None:
@@ -310,7 +310,7 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
 
 
 def test_ids_known_beforehand_are_the_tokenizers():
-    assert listing.SIZES == vocabulary.SIZES
+    assert listing.SIZES == tokenizer_files.SIZES
     assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == listing.OWN
 
 

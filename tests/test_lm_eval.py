@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import TEXT, make_dataset, train_here
 
-import cli
 import eval as verb
 import export
-import protocols
-from reader_config import EvalConfig, ExportConfig
+from config import EvalConfig, ExportConfig
+from flatgpt.cli import cli
+from flatgpt.evaluation import windows
 
 pytestmark = pytest.mark.extra
 
@@ -103,13 +103,13 @@ def test_rolling_log_likelihood_is_the_harnesss_own(reader, text):
 def test_a_last_window_of_short_context_would_show(reader, monkeypatch):
     """The control: the same, but that the last window begins where the one before it ends."""
     right = theirs(reader, LONG)
-    window = protocols.Protocol.window
+    window = windows.Protocol.window
 
     def short(self, k: int) -> tuple[int, int, int]:
-        return window(protocols.Protocol(self.length, self.T, self.stride, full=False), k)
+        return window(windows.Protocol(self.length, self.T, self.stride, full=False), k)
 
     assert len(LONG.encode()) % 32
-    monkeypatch.setattr(protocols.Protocol, "window", short)
+    monkeypatch.setattr(windows.Protocol, "window", short)
     got = log_likelihood(LONG)
     assert abs(got / right - 1) > 1e-5
     assert got == pytest.approx(right, rel=0.1)  # and it is no more than that

@@ -12,11 +12,11 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import metrics
 from config import ModelConfig
-from metrics import Scores, mean_loss, measure
+from flatgpt.evaluation import metrics
+from flatgpt.evaluation.metrics import Scores, mean_loss, measure
+from flatgpt.evaluation.windows import eval_batches
 from model import GPT
-from protocols import eval_batches
 
 V, WINDOWS = 12, 40
 

@@ -12,9 +12,9 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import fused_loss
 import model as model_module
 from config import ModelConfig
+from flatgpt.kernels import cross_entropy
 from model import GPT, KVCache, Rotary, causal_attention, fused_attention, manual_attention, rotate
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50257)
@@ -524,7 +524,7 @@ def test_head_of_hidden_is_forward_and_its_padding_has_no_say(tie_weights):
 
 def test_each_loss_by_itself(monkeypatch):
     """Some rows at a time, the last of them fewer; 0 where there is nothing to score."""
-    monkeypatch.setitem(fused_loss.ROWS, "cpu", 4)
+    monkeypatch.setitem(cross_entropy.ROWS, "cpu", 4)
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=5, vocab_size=70))
     idx, targets = torch.randint(70, (2, 2, 5))
     targets[1, 2:4] = -1

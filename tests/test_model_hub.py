@@ -15,9 +15,9 @@ from conftest import ROOT
 from hub_host import READER, WRITER
 from huggingface_hub import constants
 
-import hub
 from config import UserError
-from model_hub import fetch_model, hub_name, upload
+from flatgpt.data import hub
+from flatgpt.interop.hub import fetch_model, hub_name, upload
 
 FILES = {
     ".gitattributes": b"*.safetensors filter=lfs",
@@ -116,8 +116,11 @@ def test_run_in_out_is_none_before_the_first_run(in_tmp):
 
 
 def test_names_are_told_with_the_standard_library():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model_hub; model_hub.hub_name('user/model'); "
-    code += "print([m for m in ('huggingface_hub', 'hub', 'numpy', 'torch', 'tiktoken', 'shards') if m in sys.modules])"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatgpt.interop import hub\n"
+    code += (
+        "hub.hub_name('user/model'); unwanted = ('huggingface_hub', 'flatgpt.data.hub', 'numpy', 'torch', 'tiktoken')\n"
+    )
+    code += "print([m for m in unwanted if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from muon import Muon, orthogonalized
+from flatgpt.training.muon import Muon, orthogonalized
 
 SHAPES = [(24, 8), (8, 8), (32, 8), (8, 32), (24, 8), (8, 8)]  # the first of a kind has three parts, as c_attn
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import trained
 from config import ModelConfig, UserError
-from formats import nanogpt_shape, nanogpt_weights
+from flatgpt.interop import loading
+from flatgpt.interop.huggingface import nanogpt_shape, nanogpt_weights
+from flatgpt.interop.pretrained import SHAPE
 from model import GPT
-from pretrained import SHAPE
 
 T, V, C, HEADS = 24, 65, 32, 4
 ARGS = {"n_layer": 2, "n_head": HEADS, "n_embd": C, "block_size": T, "bias": True, "vocab_size": V, "dropout": 0.1}
@@ -154,8 +154,8 @@ def test_the_file_may_be_written_anew_while_its_weights_are_in_use(file):
 def test_by_its_name(file):
     """Of GPT-2's vocabulary, padded as nanoGPT pads it."""
     torch.save(contents(tensors(vocab_size=50304), vocab_size=50304), file)
-    found = trained.find(str(file), print)
-    model, encoding = trained.load(found, torch.device("cpu"), context_length=8)
+    found = loading.find(str(file), print)
+    model, encoding = loading.load(found, torch.device("cpu"), context_length=8)
     assert (encoding.name, model.config.vocab_size) == ("gpt2", 50304)
     assert_same(model, tensors(vocab_size=50304))
 

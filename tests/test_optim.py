@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from config import ModelConfig, TrainConfig
+from flatgpt.training.optimizer import learning_rate, make_optimizer, param_groups
 from model import GPT
-from optim import learning_rate, make_optimizer, param_groups
 
 RATES = {"lr": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "lr_decay_iters": 110}
 

@@ -9,37 +9,36 @@ import sys
 import pytest
 from conftest import ROOT
 
-import outputs
 from config import UserError
+from flatgpt.runtime import files
 
 
 def test_write_json(tmp_path, capsys):
     figures = {"loss": 1.5, "name": "é", "none": None}
-    outputs.write_json(figures, str(tmp_path / "a.json"))
+    files.write_json(figures, str(tmp_path / "a.json"))
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == figures
-    outputs.write_json(figures, "-")
+    files.write_json(figures, "-")
     assert json.loads(capsys.readouterr().out) == figures
     with pytest.raises(UserError, match=r"json = .*b\.json.*cannot be written"):
-        outputs.write_json(figures, str(tmp_path / "no" / "b.json"))
+        files.write_json(figures, str(tmp_path / "no" / "b.json"))
 
 
 def test_json_goes_to_devices_as_they_are(tmp_path, monkeypatch):
     """A pipe is written to, /dev/stdout is not replaced; without --json a read-only folder will do."""
-    outputs.write_json({"a": 1}, "/dev/null")
-    outputs.require_writable("/dev/null", "json")
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import outputs; outputs.write_json({{'a': 1}}, '/dev/stdout')"
-    )
+    files.write_json({"a": 1}, "/dev/null")
+    files.require_writable("/dev/null", "json")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatgpt.runtime import files\n"
+    code += "files.write_json({'a': 1}, '/dev/stdout')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b'{\n "a": 1\n}\n'
     monkeypatch.setattr(os, "access", lambda *words: False)  # a folder that is read-only
-    outputs.require_writable(None, "json")
-    outputs.require_writable("-", "json")
+    files.require_writable(None, "json")
+    files.require_writable("-", "json")
     with pytest.raises(UserError, match=r"plot = .*a\.png: .*no file can be made there"):
-        outputs.require_writable(str(tmp_path / "a.png"), "plot")
+        files.require_writable(str(tmp_path / "a.png"), "plot")
 
 
 def test_what_json_does_not_know_is_null(capsys):
-    outputs.write_json({"a": math.nan, "b": [{"c": math.inf}, (1.5, -math.inf)]}, "-")
+    files.write_json({"a": math.nan, "b": [{"c": math.inf}, (1.5, -math.inf)]}, "-")
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [{"c": None}, [1.5, None]]}
 
 
@@ -50,20 +49,20 @@ def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
     def meanwhile(*names):
         monkeypatch.setattr(os, "replace", replace)
         monkeypatch.setattr(os, "getpid", lambda: -1)
-        outputs.write_output(b"theirs", path, "out")
+        files.write_output(b"theirs", path, "out")
         assert (tmp_path / "a.png").read_bytes() == b"theirs"
         replace(*names)
 
     monkeypatch.setattr(os, "replace", meanwhile)
-    outputs.write_output(b"ours", path, "out")
+    files.write_output(b"ours", path, "out")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"ours"]
 
 
 def test_a_file_that_was_there_stays_when_the_new_one_fails(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
-    outputs.write_output(b"new", str(tmp_path / "a.png"), "plot")
+    files.write_output(b"new", str(tmp_path / "a.png"), "plot")
     assert (tmp_path / "a.png").read_bytes() == b"new"
     monkeypatch.setattr(os, "replace", lambda *words: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"plot = .*a\.png: cannot be written: No space left on device"):
-        outputs.write_output(b"newer", str(tmp_path / "a.png"), "plot")
+        files.write_output(b"newer", str(tmp_path / "a.png"), "plot")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]

@@ -8,17 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cli
 import train
-from config import ModelConfig, TrainConfig, run_dir
-from data_config import PrepareConfig
-from dataset import open_dataset
-from metrics import mean_loss
+from config import ModelConfig, PrepareConfig, TrainConfig, run_dir
+from flatgpt.cli import cli
+from flatgpt.data.dataset import open_dataset
+from flatgpt.data.prepare import prepare
+from flatgpt.evaluation.metrics import mean_loss
+from flatgpt.evaluation.windows import eval_batches
+from flatgpt.inference.prepacking import CastLinear, Int8Linear, PackedLinear, pack, packed_bytes
+from flatgpt.interop.loading import find, load
 from model import GPT, KVCache
-from packing import CastLinear, Int8Linear, PackedLinear, pack, packed_bytes
-from preparation import prepare
-from protocols import eval_batches
-from trained import find, load
 
 CPU = torch.device("cpu")
 SIZES = [(64, 192), (32, 65), (57, 65), (30, 3), (1, 1)]  # (in, out)

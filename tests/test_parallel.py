@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ModelConfig
+from flatgpt.runtime.distributed import Ranks
+from flatgpt.runtime.parallel import full_tensor, gradients, is_sharded, own_gradients, part_of, spread
 from model import GPT
-from parallel import full_tensor, gradients, is_sharded, own_gradients, part_of, spread
-from ranks import Ranks
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from conftest import TINY
 from stand_in import nanogpt
 from torch.nn import functional as F
 
-import cli
-import peer
 from config import BenchConfig, UserError
-from dataset import TrainingBatches, Windows, open_dataset
-from runtime import Machine
+from flatgpt.benchmarks import nanogpt as peer
+from flatgpt.cli import cli
+from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
+from flatgpt.runtime.device import Machine
 
 EAGER = Machine(torch.device("cpu"), torch.float32, False, {})
 

@@ -13,12 +13,10 @@ import pytest
 from conftest import TEXT
 from test_sources import content, files, from_text, prepare, refusal, texts
 
-import documents
-import plan
-import tasks
-from config import UserError
-from data_config import PrepareConfig
-from sources import Corpus, RawFile
+from config import PrepareConfig, UserError
+from flatgpt.data import encode, readers
+from flatgpt.data import split as plan
+from flatgpt.data.sources import Corpus, RawFile
 
 
 def write(path: Path, written: list[str | None]) -> None:
@@ -47,7 +45,7 @@ def by_hash(written, val=0.1, test=0.0) -> dict[str, list[str]]:
     """What each split holds of 100 documents or more."""
     found = {"train": [], "val": [], "test": []}
     for text in filter(None, written):
-        found[tasks.choose_split(text, val, test)].append(text)
+        found[encode.choose_split(text, val, test)].append(text)
     return found
 
 
@@ -75,9 +73,9 @@ def some(found: dict, *splits) -> dict:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Tasks of 300 bytes and parts of 400, so that a small input makes many of both."""
-    monkeypatch.setattr(documents, "BLOCK", 300)
-    monkeypatch.setattr(tasks, "BLOCK", 300)
-    monkeypatch.setattr(documents.as_parts, "__defaults__", (400,))
+    monkeypatch.setattr(readers, "BLOCK", 300)
+    monkeypatch.setattr(encode, "BLOCK", 300)
+    monkeypatch.setattr(readers.as_parts, "__defaults__", (400,))
 
 
 # 160 documents, with an empty one before each two
@@ -218,7 +216,7 @@ def test_what_the_source_lacks_is_taken_out_of_train(in_tmp):
     assert held(data) == {**by_hash(WRITTEN), "test": ["a test"]}
     Path("raw/hub/user/data/test.jsonl").rename("raw/hub/user/data/validation.jsonl")
     # one that the hub's own fraction would make a validation document, if there were none
-    few = next(f"{n}" for n in itertools.count() if tasks.choose_split(f"{n}", 0.0005, 0.2) == "val")
+    few = next(f"{n}" for n in itertools.count() if encode.choose_split(f"{n}", 0.0005, 0.2) == "val")
     data = hub_data({"train.jsonl": [*WRITTEN, few]}, test_fraction=0.2, val_fraction=None, name="other")
     assert held(data) == {**by_hash([*WRITTEN, few], 0, 0.2), "val": ["a test"]}
 

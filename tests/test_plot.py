@@ -12,11 +12,10 @@ import matplotlib.image
 import pytest
 from conftest import ROOT, command
 
-import cli
 import plot
-from config import UserError
-from reader_config import PlotConfig
-from runlog import KEYS
+from config import PlotConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.runs.log import KEYS
 
 HEADER = ",".join(KEYS) + "\n"
 FIRST = "0,0,0,,5.5,,,,,,,,\n"
@@ -203,7 +202,8 @@ def test_what_train_and_app_import_is_light():
 @contextlib.contextmanager
 def watching(*words, seconds: float = 0.02):
     """plot.py --watch with short waits; lines that it prints are read from it, and it is stopped as by Ctrl-C."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli, plot; from reader_config import PlotConfig\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import plot\n"
+    code += "from config import PlotConfig\nfrom flatgpt.cli import cli\n"
     code += f"plot.SECONDS, plot.REST = {seconds}, 0; cli.run_verb(plot.main, cli.parse(PlotConfig, sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

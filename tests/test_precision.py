@@ -9,17 +9,16 @@ import pytest
 import torch
 from conftest import TINY, train_here
 
-import checkpoint
-import cli
 import infer
-import packing
-import precision
 import train
-from config import BenchConfig, ModelConfig, TrainConfig
+from config import BenchConfig, InferConfig, ModelConfig, TrainConfig
+from flatgpt.benchmarks.nanogpt import ways
+from flatgpt.cli import cli
+from flatgpt.inference import prepacking
+from flatgpt.runs import checkpoint
+from flatgpt.runtime import precision
+from flatgpt.training.setup import print_plan
 from model import GPT
-from peer import ways
-from reader_config import InferConfig
-from run import print_plan
 
 FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as measured: 9 GFLOP/s")
 
@@ -76,7 +75,7 @@ def measured(monkeypatch):
             return choice
 
         monkeypatch.setattr(precision, "faster_dtype", faster)
-        monkeypatch.setattr(packing, "faster_dtype", faster)
+        monkeypatch.setattr(prepacking, "faster_dtype", faster)
         return count
 
     return finds
@@ -181,7 +180,7 @@ def test_this_cpu_is_really_measured():
     name, why = precision.faster_training_dtype(cli.parse(TrainConfig, TINY))
     assert name in precision.CHOICES
     assert re.fullmatch(FOUND.format("matmul 128 x 32 x 128"), why)
-    name, why = packing.faster_decoding_dtype(whole)
+    name, why = prepacking.faster_decoding_dtype(whole)
     assert name in precision.CHOICES
     assert re.fullmatch(FOUND.format("matmuls of one token"), why)
     assert torch.equal(torch.get_rng_state(), before)  # no random number is drawn
@@ -237,7 +236,7 @@ def test_a_precision_that_is_asked_for_is_not_measured(tiny_data, measured, dtyp
 
 def test_plan_and_nanogpt_at_its_best_take_what_training_would(tiny_data, measured, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("budget.matmul_flops", lambda device, dtype: asked.append(dtype) or 1e12)
+    monkeypatch.setattr("flatgpt.training.plan.matmul_flops", lambda device, dtype: asked.append(dtype) or 1e12)
     for choice, dtype in ((BFLOAT16, torch.bfloat16), (FLOAT32, torch.float32)):
         measured(choice)
         print_plan(cli.parse(TrainConfig, [*TINY, "--dtype", "auto"]))
@@ -260,10 +259,10 @@ def model(**changes) -> GPT:
 def test_a_choice_is_measured_once(measured, cache):
     """For each model shape, CPU, number of threads and torch version; neither weights nor context length matter."""
     assert measured(BFLOAT16) == []
-    assert packing.faster_decoding_dtype(model()) == BFLOAT16
+    assert prepacking.faster_decoding_dtype(model()) == BFLOAT16
     count = measured(FLOAT32)
-    assert packing.faster_decoding_dtype(model()) == BFLOAT16
-    assert packing.faster_decoding_dtype(model(context_length=16)) == BFLOAT16
+    assert prepacking.faster_decoding_dtype(model()) == BFLOAT16
+    assert prepacking.faster_decoding_dtype(model(context_length=16)) == BFLOAT16
     assert count == ["matmuls of one token"]
     ((key, entry),) = json.loads(cache.read_text()).items()
     assert entry == {"dtype": "bfloat16", "why": "as measured: 9 GFLOP/s"}
@@ -276,27 +275,27 @@ def test_a_choice_is_measured_once(measured, cache):
 )
 def test_another_shape_is_measured_anew(measured, change):
     measured(BFLOAT16)
-    packing.faster_decoding_dtype(model())
+    prepacking.faster_decoding_dtype(model())
     measured(FLOAT32)
-    assert packing.faster_decoding_dtype(model(**change)) == FLOAT32
-    assert packing.faster_decoding_dtype(model()) == BFLOAT16  # both are cached
+    assert prepacking.faster_decoding_dtype(model(**change)) == FLOAT32
+    assert prepacking.faster_decoding_dtype(model()) == BFLOAT16  # both are cached
 
 
 @pytest.mark.parametrize("other", ["processor", "instructions", "threads", "torch", "compiled"])
 def test_another_machine_is_measured_anew(measured, monkeypatch, other):
     """The home folder may be shared between machines."""
     measured(BFLOAT16)
-    packing.faster_decoding_dtype(model())
+    prepacking.faster_decoding_dtype(model())
     measured(FLOAT32)
     if other == "processor":
-        monkeypatch.setattr(packing, "cpu_name", lambda: "another")
+        monkeypatch.setattr(prepacking, "cpu_name", lambda: "another")
     elif other == "instructions":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     elif other == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     elif other == "torch":
         monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert packing.faster_decoding_dtype(model(), other == "compiled") == FLOAT32
+    assert prepacking.faster_decoding_dtype(model(), other == "compiled") == FLOAT32
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -309,16 +308,16 @@ def test_the_matmuls_of_one_token_are_timed(monkeypatch, limit, timed, compile):
         for dtype in DTYPES.values():
             steps = make(dtype)
             made[dtype] = [[step() for step in alike] for alike in steps]
-            packed = packing.PackedLinear.supports(torch.device("cpu"), dtype) and not compile
-            layout = packing.PackedLinear if packed else packing.CastLinear
+            packed = prepacking.PackedLinear.supports(torch.device("cpu"), dtype) and not compile
+            layout = prepacking.PackedLinear if packed else prepacking.CastLinear
             assert all(isinstance(step.func, layout) for alike in steps for step in alike)
         made["flops"] = flops
         return FLOAT32
 
-    monkeypatch.setattr(packing, "faster_dtype", faster)
-    monkeypatch.setattr(packing, "TIMED_ELEMENTS", limit)
+    monkeypatch.setattr(prepacking, "faster_dtype", faster)
+    monkeypatch.setattr(prepacking, "TIMED_ELEMENTS", limit)
     whole = model(vocab_size=200)
-    packing.faster_decoding_dtype(whole, compile)
+    prepacking.faster_decoding_dtype(whole, compile)
     matrices = [p for name, p in whole.named_parameters() if p.dim() == 2 and "wpe" not in name]
     matrices = [*matrices[1:], matrices[0]][:timed]
     assert made["flops"] == 2 * sum(p.numel() for p in matrices)

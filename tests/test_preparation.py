@@ -18,15 +18,12 @@ from test_plan import WRITTEN, by_hash, free, small_blocks, write
 from test_shards import full_disk
 from test_sources import content, files, from_text, prepare, refusal, texts
 
-import cli
-import preparation
-import progress
-import shards
-import tasks
-import tokenizer
-from config import UserError
-from data_config import PrepareConfig
-from dataset import open_dataset
+from config import PrepareConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data import encode as tasks
+from flatgpt.data import prepare as preparation
+from flatgpt.data import progress, shards, tokenizer
+from flatgpt.data.dataset import open_dataset
 
 __all__ = ["small_blocks"]  # a fixture
 

@@ -10,10 +10,9 @@ import pytest
 from conftest import TEXT, command
 from test_plan import WRITTEN, hub_data, write
 
-import cli
 import prepare_data
-from config import TrainConfig
-from data_config import PrepareConfig
+from config import PrepareConfig, TrainConfig
+from flatgpt.cli import cli
 
 
 def run(capsys, *words) -> tuple[int, str, str]:

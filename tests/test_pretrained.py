@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import pretrained
 from config import ModelConfig, UserError
-from pretrained import check_shape, find_pretrained, pretrained_shape, pretrained_tokenizer
+from flatgpt.interop import pretrained
+from flatgpt.interop.pretrained import check_shape, find_pretrained, pretrained_shape, pretrained_tokenizer
 
 GPT2 = {  # what transformers writes for OpenAI's smallest, and nothing that it leaves out
     **{"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_ctx": 1024, "n_positions": 1024},
@@ -44,10 +44,11 @@ def ours(path: Path, **changes) -> Path:
 
 
 def test_import_loads_the_standard_library_only():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); old = set(sys.modules); import pretrained; "
-    code += "print({m.split('.')[0] for m in set(sys.modules) - old} - set(sys.stdlib_module_names))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); old = set(sys.modules)\n"
+    code += "from flatgpt.interop import pretrained\nnew = set(sys.modules) - old\n"
+    code += "print({m.split('.')[0] for m in new} - set(sys.stdlib_module_names))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert eval(answer.stdout) == {"pretrained", "config", "model_hub"}, answer
+    assert eval(answer.stdout) == {"flatgpt", "config"}, answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

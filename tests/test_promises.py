@@ -18,14 +18,13 @@ from conftest import ROOT, TINY, Life, free_port, train_here
 from test_train import rows
 
 import bench
-import checkpoint
-import cli
-import run
-import samples
-import throughput
 import train
 from config import BenchConfig, TrainConfig, UserError
-from dataset import open_dataset
+from flatgpt.benchmarks import data
+from flatgpt.cli import cli
+from flatgpt.data.dataset import open_dataset
+from flatgpt.runs import checkpoint
+from flatgpt.training import samples, setup
 
 RUN = Path("out/quickstart")
 QUIET = ("--sample_tokens", 0)
@@ -70,7 +69,7 @@ def test_each_micro_batch_of_each_update_has_dropout_masks_of_its_own(tiny_data,
         return y
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
-    prepared = run.setup(cli.parse(TrainConfig, [*TINY, "--dropout", "0.5", "--grad_accum_steps", "2"]))
+    prepared = setup.setup(cli.parse(TrainConfig, [*TINY, "--dropout", "0.5", "--grad_accum_steps", "2"]))
     for i in range(2):
         train.update(prepared, i)
     assert len(seen) == 4 * 5, "one after the embedding and two in each block, in each of four forward passes"
@@ -252,7 +251,7 @@ model.GPT.init_weights = init_weights
 
 # each machine resolves auto by itself
 OTHER_DTYPE = """
-import run
+from flatgpt.training import setup as run
 
 def machine(device, dtype, *words, real=run.machine):
     return real(device, "float16" if os.environ["RANK"] == "1" else "float32", *words)
@@ -357,7 +356,7 @@ def test_figures_of_preparation(in_tmp, monkeypatch, gpt2_vocabulary):
     """The expected numbers of tokens are tiktoken's."""
     texts = documents(3000)
     without = SimpleNamespace(find_spec=lambda name: None)  # without datasets.map, which is slow
-    monkeypatch.setattr(throughput, "importlib", SimpleNamespace(util=without))
+    monkeypatch.setattr(data, "importlib", SimpleNamespace(util=without))
     words = ["data", "--input", "texts.jsonl", "--size_mb", "1", "--rounds", "1", "--workers", "1", "--json", "a.json"]
     before = set(in_tmp.iterdir())
     bench.main(cli.parse(BenchConfig, words))
@@ -388,8 +387,8 @@ def test_preparation_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocab
     """Whether the text is missing or a process ends with an error."""
     documents(10)
     (in_tmp / "house").mkdir()
-    (in_tmp / "house/throughput.py").write_text("raise SystemExit('no encoder')")
-    monkeypatch.setattr(throughput, "HOUSE", in_tmp / "house")
+    (in_tmp / "house/prepare_data.py").write_text("raise SystemExit('no encoder')")
+    monkeypatch.setattr(data, "REPO_ROOT", in_tmp / "house")
     for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):
         words = ["data", "--input", given, "--size_mb", "1", "--rounds", "1", "--json", "-"]
         with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import tokens
 
-from protocols import IGNORE, Prefixed, Protocol, eval_batches
+from flatgpt.evaluation.windows import IGNORE, Prefixed, Protocol, eval_batches
 
 FIRST, HERE = 7, 100  # the id in front of a text, and the text's first one: 100, 101, 102, ...
 Pairs = list[tuple[list[int], list[int]]]  # of each window its inputs, and those of its last targets that are scored

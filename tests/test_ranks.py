@@ -20,15 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_train import rows, weights
 
-import checkpoint
-import cli
-import metrics
-import runtime
 import train
 from config import ModelConfig, SaidElsewhere, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.evaluation import metrics
+from flatgpt.evaluation.windows import IGNORE, eval_batches
+from flatgpt.runs import checkpoint
+from flatgpt.runtime import device
+from flatgpt.runtime.distributed import ALONE, Ranks, equal_pair, join
 from model import GPT
-from protocols import IGNORE, eval_batches
-from ranks import ALONE, Ranks, equal_pair, join
 
 WORLD = st.integers(1, 9)
 
@@ -102,7 +102,7 @@ def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, ba
 def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    with pytest.raises(SaidElsewhere), join(TrainConfig(grad_accum_steps=1), runtime.find_device):
+    with pytest.raises(SaidElsewhere), join(TrainConfig(grad_accum_steps=1), device.find_device):
         pytest.fail("it was let in")
     print("by a rank that is not the first")
     assert capsys.readouterr() == ("", "")
@@ -125,7 +125,7 @@ def test_environment_that_is_not_torchruns_is_refused(monkeypatch, given):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(UserError, match=r"WORLD_SIZE = 2, .* do not fit"),
-        join(TrainConfig(), runtime.find_device),
+        join(TrainConfig(), device.find_device),
     ):
         pytest.fail("it was let in")
 
@@ -136,7 +136,7 @@ def test_one_process_joins_nobody(monkeypatch, world):
     if world:
         as_rank(monkeypatch, 0, world)
     said = sys.stdout
-    with join(TrainConfig(grad_accum_steps=3), runtime.find_device) as alone:
+    with join(TrainConfig(grad_accum_steps=3), device.find_device) as alone:
         assert alone == ALONE
         assert alone.first
         assert not dist.is_initialized()
@@ -200,7 +200,7 @@ HALF = "ckpt/iter_000010"
 SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, torch, train
+import torch, train; from flatgpt.cli import cli
 import torch.distributed as dist
 from config import TrainConfig
 {{before}}
@@ -388,12 +388,12 @@ def test_two_ranks_are_resumed_by_one(home, one, two):
 
 # float16's scale begins so high that the first updates overflow, some of them only in a rank's part of the gradients;
 # and it is by the first rank alone that the second one knows of the time.
-def high_scale(machine: "runtime.Machine") -> torch.amp.GradScaler:
+def high_scale(machine: "device.Machine") -> torch.amp.GradScaler:
     return torch.amp.GradScaler(machine.device.type, init_scale=2.0**24, enabled=machine.dtype == torch.float16)
 
 
 PREPARED = f"""
-import os, runtime, torch
+import os, torch; from flatgpt.runtime import device as runtime
 {inspect.getsource(high_scale)}
 runtime.Machine.scaler = high_scale
 if os.environ["RANK"] == "1":
@@ -439,7 +439,7 @@ def on_two(several, home, one, two) -> Path:
 @pytest.fixture(scope="module")
 def on_one_in_float16(home) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Machine, "scaler", high_scale)
+        patch.setattr(device.Machine, "scaler", high_scale)
         return alone(home, "one_float16", VARIANTS["float16"])
 
 
@@ -600,7 +600,7 @@ def test_time_ends_all_ranks_and_the_run_goes_on(forked, home, one, on_two):
     assert checkpoint.read_state(on_two / "timed/ckpt/last")["finished"]
 
 
-SIX = "import ranks\nranks._cores = lambda: 6"
+SIX = "from flatgpt.runtime import distributed as ranks\nranks._cores = lambda: 6"
 
 
 @pytest.mark.slow
@@ -650,7 +650,8 @@ def test_job_that_does_not_end_tells_where_each_rank_is(nursery, tmp_path):
 def test_precision_that_rank_0_measures_is_everyones(forked, home):
     """It measures alone; the other would have found the opposite."""
     code = (
-        "import precision\nfirst = os.environ['RANK'] == '0'\nmeasured = 'bfloat16' if first else 'float32'\n"
+        "from flatgpt.runtime import precision\nfirst = os.environ['RANK'] == '0'\n"
+        "measured = 'bfloat16' if first else 'float32'\n"
         "say = lambda: print(os.environ['RANK'], 'measures', file=sys.stderr)\n"
         "precision.faster_dtype = lambda *work: (measured, say() or 'found')"
     )

@@ -13,14 +13,14 @@ import tiktoken
 import torch
 from conftest import make_dataset
 
-import cli
-import tokenizer
 import train
-from config import TrainConfig, UserError, run_dir
-from data_config import PrepareConfig
-from dataset import Windows
+from config import PrepareConfig, TrainConfig, UserError, run_dir
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.data.dataset import Windows
+from flatgpt.data.prepare import dataset_folder
+from flatgpt.interop.pretrained import initial_shape
 from model import GPT
-from preparation import dataset_folder
 
 RECIPES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(cli.RECIPES.glob("*.toml"))}
 HUGGING_FACE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
@@ -36,7 +36,7 @@ def gpt2_folder(in_tmp):
 
 
 def recipe(name: str, *words) -> TrainConfig:
-    return cli.parse(TrainConfig, ["--config", name, *map(str, words)])
+    return cli.parse(TrainConfig, ["--config", name, *map(str, words)], initial_shape)
 
 
 def comment(name: str) -> list[str]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from metrics import Scores
-from report import ROWS, draw_positions, figures, smol, table, units
-from words import TextCounts
+from flatgpt.evaluation.metrics import Scores
+from flatgpt.evaluation.report import ROWS, draw_positions, figures, smol, table, units
+from flatgpt.evaluation.text_stats import TextCounts
 
 COUNTS = TextCounts(bytes=20, words=4, lines=1)
 FACTS = {

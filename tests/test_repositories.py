@@ -2,7 +2,7 @@
 
 import pytest
 
-import repositories
+from flatgpt.data import repositories
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ from conftest import TINY, command, make_dataset, train_here
 from safetensors.torch import load_file
 from test_claim import QUIET, RUN, snapshot
 
-import checkpoint
-import cli
-import resume
 import train
 from config import TrainConfig, UserError
-from runtime import Stop
+from flatgpt.cli import cli
+from flatgpt.interop.pretrained import initial_shape
+from flatgpt.runs import checkpoint
+from flatgpt.runtime.device import Stop
+from flatgpt.training import resume
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
@@ -564,7 +565,7 @@ def test_resumed_run_keeps_its_shape_whatever_becomes_of_init_from(tiny_data):
     def again(*more) -> list[str]:
         shape = "--n_layer 2 --n_head 2 --n_embd 32 --context_length 32 "
         words = [*" ".join(TINY).replace(shape, "").split(), "--init_from", "out/first", "--max_iters"]
-        train.train(cli.parse(TrainConfig, [*words, *map(str, more)]))
+        train.train(cli.parse(TrainConfig, [*words, *map(str, more)], initial_shape))
         return [row["iter"] for row in rows(RUN)]
 
     source = train_here("--out_dir", "out/first")

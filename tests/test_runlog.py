@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, train_here
 
-import runlog
 import train
-from runlog import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
+from flatgpt.runs import log as runlog
+from flatgpt.runs.log import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
 
 
 def rows(path: Path) -> list[dict]:
@@ -110,7 +110,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path):
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from runlog import RunLog
+from flatgpt.runs.log import RunLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = RunLog(Path({str(tmp_path)!r}), 0, 9)
 for i in range(9):
@@ -154,7 +154,7 @@ def test_rows_are_aligned_and_say_how_long_it_takes(tmp_path, monkeypatch, capsy
 
 
 LINES = """
-import sys; from pathlib import Path; from runlog import RunLog, start_wandb
+import sys; from pathlib import Path; from flatgpt.runs.log import RunLog, start_wandb
 log = RunLog(Path('.'), 0, 300, start_wandb('disabled', 'p', Path('.'), {}))
 for i in range(1, 301):
     log.bar.update()
@@ -351,7 +351,7 @@ def test_clock_leaves_out_the_first_update_and_what_happens_between_rows(monkeyp
 WANDB = """
 import base64, sys
 from pathlib import Path
-from runlog import RunLog, start_wandb
+from flatgpt.runs.log import RunLog, start_wandb
 run = start_wandb(sys.argv[1], "flatgpt", Path("."), {"lr": 0.25}, sys.argv[2])
 log = RunLog(Path("."), 0, 3, run)
 log.write({"iter": 20, "train_loss": 2.5, "val_loss": None})

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 
 from config import ModelConfig, UserError
+from flatgpt.runtime.device import compile_forward, find_device, machine, reseed
 from model import GPT
-from runtime import compile_forward, find_device, machine, reseed
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

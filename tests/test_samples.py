@@ -6,13 +6,12 @@ import pytest
 import torch
 from conftest import TINY
 
-import cli
-import samples
-from config import TrainConfig, UserError
-from decoder import Decoder
-from reader_config import SamplingConfig
-from run import setup
-from sampling import generate_batch
+from config import SamplingConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.sampling import generate_batch
+from flatgpt.training import samples
+from flatgpt.training.setup import setup
 
 
 def prepared(*words: str):

@@ -14,14 +14,12 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import sampling
-import tokenizer
-from config import ModelConfig
-from decoder import Decoder
-from model import GPT
-from packing import pack
-from reader_config import SamplingConfig
-from sampling import (
+from config import ModelConfig, SamplingConfig
+from flatgpt.data import tokenizer
+from flatgpt.inference import sampling
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.prepacking import pack
+from flatgpt.inference.sampling import (
     NUCLEUS,
     Sampler,
     TextStream,
@@ -34,6 +32,7 @@ from sampling import (
     penalize_seen,
     stream_text,
 )
+from model import GPT
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=8, vocab_size=30, tie_weights=False)
 CPU = torch.device("cpu")

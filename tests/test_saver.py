@@ -18,10 +18,10 @@ from conftest import ROOT, TINY, train_here
 from safetensors.torch import load_file
 from test_train import rows, same, weights
 
-import checkpoint
 import train
 from config import TrainConfig, UserError
-from saver import Saver
+from flatgpt.runs import checkpoint
+from flatgpt.runs.checkpoint_writer import Saver
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage gives
 

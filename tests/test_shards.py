@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from shards import ShardWriter, Tokens, read_meta, write_meta, write_whole
+from flatgpt.data.shards import ShardWriter, Tokens, read_meta, write_meta
+from flatgpt.runtime.files import atomic_write
 
 quick = settings(max_examples=60)
 
@@ -148,13 +149,13 @@ def test_slices_are_those_of_the_concatenation(sizes, data):
             assert got.tolist() == plain[start:stop].tolist()
 
 
-def test_write_whole_is_all_or_nothing(tmp_path):
+def test_atomic_write_is_all_or_nothing(tmp_path):
     path = tmp_path / "a.bin"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     with full_disk(room=1000), pytest.raises(OSError, match="large"):
-        write_whole(path, b"new" * 10_000)
+        atomic_write(path, b"new" * 10_000)
     assert path.read_bytes() == b"old"
-    write_whole(path, b"new" * 10_000)
+    atomic_write(path, b"new" * 10_000)
     assert path.read_bytes() == b"new" * 10_000
     assert list(tmp_path.iterdir()) == [path]
 
@@ -172,7 +173,7 @@ def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
     writer = ShardWriter(tmp_path, "train", 257, 4)
     writer.add(range(10))
     writer.close()
-    write_whole(tmp_path / "a", b"x" * 10)
+    atomic_write(tmp_path / "a", b"x" * 10)
     assert on_disk == renamed
     assert [size for _, size in renamed] == [8, 8, 4, 10]
 
@@ -387,7 +388,7 @@ def test_file_that_is_truncated_while_it_is_read_is_named(tmp_path, header, left
 
 def test_file_that_is_renamed_over_stays_what_it_was(tmp_path):
     found = tokens(tmp_path, range(10))
-    write_whole(tmp_path / "train_000000.bin", b"")
+    atomic_write(tmp_path / "train_000000.bin", b"")
     assert found[:].tolist() == list(range(10))
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import TEXT
 
-import preparation
-import sources
-import tokenizer
-from config import UserError
-from data_config import PrepareConfig
+from config import PrepareConfig, UserError
+from flatgpt.data import prepare as preparation
+from flatgpt.data import sources, tokenizer
 
 
 def prepare(source, say=lambda line: None, **keys):

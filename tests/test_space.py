@@ -19,17 +19,13 @@ import test_house
 import torch
 from conftest import ROOT, SYNTHETIC
 
-import card
-import checkpoint
-import cli
 import export
-import history
-import space
-import tokenizer
-import trained
-from config import TrainConfig, UserError
+from config import ExportConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.interop import loading, model_card, space
+from flatgpt.runs import checkpoint, history
 from model import GPT
-from reader_config import ExportConfig
 
 GRADIO = "9.8.7"
 DESCRIBING = {"README.md", "requirements.txt", ".gitignore", "LICENSE", "model.safetensors"}
@@ -101,7 +97,7 @@ def test_files_of_a_run(in_tmp):
     run("--space", "s")
     assert no_code() == OURS
     code = listed() - OURS
-    assert {"app.py", "cli.py", "config.py", "reader_config.py", "trained.py", "model.py", "tokenizer.py"} <= code
+    assert {"app.py", "config.py", "model.py", "flatgpt/cli/cli.py", "flatgpt/data/tokenizer.py"} <= code
     assert not {f"{verb}.py" for verb in ("train", "eval", "export", "prepare_data", "bench", "plot", "space")} & code
     for name in code:
         assert Path("s", name).read_bytes() == (ROOT / name).read_bytes()
@@ -110,27 +106,12 @@ def test_files_of_a_run(in_tmp):
     assert Path("s/metrics.csv").read_bytes() == Path("out/r/metrics.csv").read_bytes()
 
 
-def test_code_is_what_the_app_imports_transitively(tmp_path):
-    """In functions too; what nobody imports stays."""
-    code = {
-        "app": "import os, noun.part\nfrom __future__ import annotations\n",
-        "noun": "def f():\n    if 1:\n        from deep import x, y\n        import third.party as t\n",
-        "deep": "import app\nimport torch\nfrom torch.nn import functional\n",
-        "other": "import app, numpy\n",
-    }
-    for name, text in code.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    files, packages = space.imported(tmp_path / "app.py")
-    assert [file.name for file in files] == ["app.py", "deep.py", "noun.py"]
-    assert packages == {"third", "torch"}
-
-
 def test_model_is_found_there(in_tmp):
     model = save(changes={"position": "rope", "head_bias": True, "tie_weights": False})  # no GPT-2 of Hugging Face's
     run("--space", "s")
-    found = trained.find("s", pytest.fail)
+    found = loading.find("s", pytest.fail)
     assert (found.path, found.tokenizer, found.state["iter"]) == (Path("s"), "byte", 7)
-    loaded, _ = trained.load(found, torch.device("cpu"))
+    loaded, _ = loading.load(found, torch.device("cpu"))
     ids = torch.arange(32)[None]
     assert torch.equal(loaded(ids), model(ids))
     log = history.read(Path("s"))
@@ -139,7 +120,7 @@ def test_model_is_found_there(in_tmp):
     assert list(found.state["files"]) == ["model.safetensors"]
     Path("s/model.safetensors").write_bytes(Path("s/model.safetensors").read_bytes()[:-1] + b"?")
     with pytest.raises(UserError, match=r"model.safetensors is damaged"):
-        trained.find("s", pytest.fail)
+        loading.find("s", pytest.fail)
 
 
 def test_nothing_tells_of_the_machine(in_tmp, monkeypatch):
@@ -177,7 +158,7 @@ def test_state_keeps_what_is_the_models(in_tmp):
     assert state["tokenizer"] == checkpoint.read_state(Path("out/r/ckpt/best"))["tokenizer"]
     assert [state["config"][key] for key in ("init_from", "lr", "n_embd")] == ["user/model", 0.5, 24]
     assert state["data"]["end_of_text"] is False
-    assert not set(state["config"]) & set(card.LOCAL) - {"init_from", "out_dir"}
+    assert not set(state["config"]) & set(model_card.LOCAL) - {"init_from", "out_dir"}
 
 
 def test_a_space_of_a_space(in_tmp):
@@ -205,15 +186,14 @@ def test_of_a_hugging_face_folder(in_tmp):
     assert no_code() == HUGGING_FACE
     for name in HUGGING_FACE - DESCRIBING | {"model.safetensors"}:
         assert Path("s", name).read_bytes() == Path("hf", name).read_bytes()
-    found = trained.find("s", pytest.fail)
-    loaded, encoding = trained.load(found, torch.device("cpu"))
+    found = loading.find("s", pytest.fail)
+    loaded, encoding = loading.load(found, torch.device("cpu"))
     ids = torch.arange(32)[None]
     assert torch.allclose(loaded(ids), model(ids), atol=1e-5)
     assert (found.state, encoding.name) == ({}, "byte")
     assert front_matter()["title"] == "hf"
-    assert (
-        len({path.stat().st_mode & 0o777 for path in Path("s").iterdir()}) == 1
-    )  # safetensors makes its file for the owner alone
+    modes = {path.stat().st_mode & 0o777 for path in Path("s").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # safetensors makes its file for the owner alone
     assert "models" not in front_matter()
     assert "## Training" not in Path("s/README.md").read_text()
 
@@ -231,28 +211,26 @@ def test_of_a_model_on_the_hub(in_tmp, host):
 # requirements.txt and README.md
 
 
-def test_requirements_are_the_imports(in_tmp):
+def test_requirements_are_what_the_app_needs(in_tmp):
     save()
     run("--space", "s")
     lines = Path("s/requirements.txt").read_text().splitlines()
     packages = {line for line in lines if line[0] not in "#-"}
-    code = [name.removesuffix(".py") for name in listed() if name.endswith(".py")]
-    imported = test_house.third_party(set().union(*map(test_house.imports, code)))
-    assert {package.split("=")[0].rstrip("<>") for package in packages} == imported
-    assert {"torch", "tiktoken", "gradio"} <= imported
+    reached, waiting, needed = set(), {"app"}, set()
+    while waiting:
+        file = test_house.MODULES[waiting.pop()]
+        reached.add(file)
+        assert Path("s", file.relative_to(ROOT)).is_file()
+        names = test_house.imported(file)
+        ours = {each for name in names for each in (name, name.rpartition(".")[0]) if each in test_house.MODULES}
+        waiting |= {name for name in ours if test_house.MODULES[name] not in reached}
+        needed |= test_house.third_party(test_house.packages(file))
+    assert {package.split("=")[0].rstrip("<>") for package in packages} == needed
     declared = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert packages - set(declared) == {f"gradio=={GRADIO}"}
     torch_at, index_at = (next(n for n, line in enumerate(lines) if word in line) for word in ("torch==", "--extra-"))
     assert lines[index_at] == "--extra-index-url https://download.pytorch.org/whl/cpu"
     assert index_at < torch_at
-
-
-def test_requirements_take_names_as_they_are_imported(tmp_path, monkeypatch):
-    (tmp_path / "requirements.txt").write_text("-r other.txt\n\nSome-Thing[extra]>=1.0,<3  # why\nthing>=2\nold~=1\n")
-    (tmp_path / "requirements-extra.txt").write_text("gradio>=6\n")
-    monkeypatch.setattr(space, "ROOT", tmp_path)
-    assert space.requirements({"some_thing", "gradio"}, "6.1.2") == "gradio==6.1.2\nSome-Thing[extra]>=1.0,<3\n"
-    assert space.requirements({"old", "thing"}, "6.1.2") == "old~=1\nthing>=2\n"
 
 
 def test_front_matter_is_what_spaces_ask_for(in_tmp):
@@ -303,7 +281,7 @@ socket.socket.connect = socket.getaddrinfo = refuse
 here = pathlib.Path.cwd()
 files = [file for file in sorted(here.glob("*.py")) if file.stem != "app" or importlib.util.find_spec("gradio")]
 ours = [importlib.import_module(file.stem) for file in files]
-import torch, trained
+import torch; from flatgpt.interop import loading as trained
 found = trained.find(".", print)
 model, encoding = trained.load(found, torch.device("cpu"))
 print(json.dumps([[str(pathlib.Path(module.__file__).parent) for module in ours], encoding.encode_ordinary("Hello é")]))

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-import cli
-import strided
 from config import BenchConfig, UserError
-from dataset import open_dataset
+from flatgpt.benchmarks import evaluation
+from flatgpt.cli import cli
+from flatgpt.data.dataset import open_dataset
 
 
 @pytest.fixture
 def bench(tiny_home, monkeypatch):
     monkeypatch.chdir(tiny_home)
     words = ["eval", "--model_path", "out/quickstart", "--dataset", "tiny", "--device", "cpu", "--rounds", "2"]
-    return lambda *more: strided.bench_eval(cli.parse(BenchConfig, [*words, *map(str, more)]), lambda line: None)
+    return lambda *more: evaluation.bench_eval(cli.parse(BenchConfig, [*words, *map(str, more)]), lambda line: None)
 
 
 @pytest.mark.parametrize("tokens", [33, 100, 16 * 20 + 32, 0])

@@ -14,11 +14,11 @@ from conftest import command, make_dataset
 from stand_in import nanogpt
 
 import bench
-import cli
-import peer
-import suites
 from config import BenchConfig, UserError
-from suites import Row
+from flatgpt.benchmarks import nanogpt as peer
+from flatgpt.benchmarks import suites
+from flatgpt.benchmarks.suites import Row
+from flatgpt.cli import cli
 
 # a bench.py that says what it was asked to do
 FAKE = """
@@ -58,7 +58,7 @@ def home(in_tmp, monkeypatch):
         make_dataset(in_tmp, name)
     (in_tmp / "house").mkdir()
     (in_tmp / "house" / "bench.py").write_text(FAKE)
-    monkeypatch.setattr(suites, "HOUSE", in_tmp / "house")
+    monkeypatch.setattr(suites, "REPO_ROOT", in_tmp / "house")
     return in_tmp
 
 

@@ -15,11 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import documents
-import tasks
-import tokenizer
 from config import UserError
-from tasks import Job, Span, Task
+from flatgpt.data import encode, readers, tokenizer
+from flatgpt.data.encode import Job, Span, Task
 
 quick = settings(max_examples=60)
 SPLITS = ("train", "val", "test")
@@ -37,11 +35,11 @@ def job_of(name: str, **changes) -> Job:
 
 def small(patch: pytest.MonkeyPatch, block: int, run: int) -> None:
     """Blocks and runs of this size, so that a short text is a long one."""
-    patch.setattr(documents, "BLOCK", block)
-    patch.setattr(tasks, "BLOCK", block)
-    patch.setattr(tasks, "RUN", run)
+    patch.setattr(readers, "BLOCK", block)
+    patch.setattr(encode, "BLOCK", block)
+    patch.setattr(encode, "RUN", run)
     patch.setattr(tokenizer, "RUN", run)
-    patch.setattr(documents.as_parts, "__defaults__", (4 * run,))
+    patch.setattr(readers.as_parts, "__defaults__", (4 * run,))
 
 
 def work(job: Job, todo: Iterable[Task], limit: int | None = None) -> tuple[dict, int, int]:
@@ -50,7 +48,7 @@ def work(job: Job, todo: Iterable[Task], limit: int | None = None) -> tuple[dict
     taken = cuts = 0
     for task in todo:
         task = pickle.loads(pickle.dumps(task))
-        parts, n, more = tasks.encode(job, task, None if limit is None else limit - taken)
+        parts, n, more = encode.encode(job, task, None if limit is None else limit - taken)
         assert n <= task.documents
         for split, part in parts.items():
             ids, *counts = found[split]
@@ -65,7 +63,7 @@ def plain(job: Job, texts: Iterable[str], split: str | None = None) -> dict:
     encoding = tokenizer.load(job.tokenizer)
     found = {split: ([], 0, 0, 0) for split in job.splits}
     for text in texts:
-        own = split or tasks.choose_split(text, job.val_fraction, job.test_fraction)
+        own = split or encode.choose_split(text, job.val_fraction, job.test_fraction)
         if own in found:
             ids, n, size, words = found[own]
             ids = ids + encoding.encode_ordinary(text) + [encoding.eot_token] * job.end_of_text
@@ -132,7 +130,7 @@ def test_whole_documents_are_those_of_a_plain_loop(tmp_path, monkeypatch, name, 
     small(monkeypatch, block, run=40)
     files, written = mixed(tmp_path)
     job = job_of(name)
-    todo = list(tasks.whole_documents(named(files), job, None))
+    todo = list(encode.whole_documents(named(files), job, None))
     assert work(job, todo) == (plain(job, written), len(written), 0)
     texts = [task for task in todo if task.spans]
     parts = [span for task in texts for span in task.spans if not (span.first and span.last)]
@@ -153,7 +151,7 @@ def test_whole_documents_are_those_of_a_plain_loop(tmp_path, monkeypatch, name, 
 def test_split_that_is_given_is_that_of_all(tmp_path, monkeypatch, split):
     small(monkeypatch, 300, run=40)
     files, written = mixed(tmp_path)
-    found, taken, _ = work(JOB, tasks.whole_documents(named(files), JOB, split))
+    found, taken, _ = work(JOB, encode.whole_documents(named(files), JOB, split))
     assert (found, taken) == (plain(JOB, written, split), len(written))
     assert found[split][1] == len(written)
 
@@ -164,7 +162,7 @@ def test_splits_that_are_not_wanted_are_not_there(tmp_path, monkeypatch, splits,
     small(monkeypatch, block, run=40)
     files, written = mixed(tmp_path)
     job = job_of("byte", splits=splits)
-    found, taken, _ = work(job, tasks.whole_documents(named(files), job, None))
+    found, taken, _ = work(job, encode.whole_documents(named(files), job, None))
     assert list(found) == list(splits)
     assert (found, taken) == (plain(job, written), len(written))
 
@@ -176,7 +174,7 @@ def test_limit_is_of_documents(tmp_path, monkeypatch, block, splits):
     small(monkeypatch, block, run=40)
     files, written = mixed(tmp_path)
     job = job_of("byte", splits=splits)
-    todo = list(tasks.whole_documents(named(files), job, None))
+    todo = list(encode.whole_documents(named(files), job, None))
     for limit in (0, 1, 4, 5, 6, 7, 17, 30, 38, 39, 60, 90, len(written), len(written) + 1):
         assert work(job, todo, limit)[:2] == (plain(job, written[:limit]), min(limit, len(written)))
 
@@ -191,7 +189,7 @@ def test_files_are_asked_for_one_by_one(tmp_path, monkeypatch):
             asked.append(path.name)
             yield path.name, path
 
-    for task in tasks.whole_documents(ask(), JOB, None):
+    for task in encode.whole_documents(ask(), JOB, None):
         assert Path(task.path).name in asked[-2:]
     assert len(asked) == len(files)
 
@@ -202,25 +200,25 @@ def test_texts_of_a_task_are_few_or_large(tmp_path, monkeypatch):
     for n in range(100):
         (tmp_path / f"{n:03d}.txt").write_text("x" * 30)
     files = [(f"{n:03d}", tmp_path / f"{n:03d}.txt") for n in range(100)]
-    assert [task.documents for task in tasks.whole_documents(files, JOB, None)] == [34, 34, 32]
+    assert [task.documents for task in encode.whole_documents(files, JOB, None)] == [34, 34, 32]
     rows = pa.table({"text": ["y" * 30] * 300})
     pq.write_table(rows, tmp_path / "a.parquet", row_group_size=1, use_dictionary=False)
-    todo = list(tasks.whole_documents([("a", tmp_path / "a.parquet")], JOB, None))
+    todo = list(encode.whole_documents([("a", tmp_path / "a.parquet")], JOB, None))
     assert sum(task.documents for task in todo) == 300
     assert all(1000 <= task.size < 1100 for task in todo[:-1])
     assert [task.start for task in todo] == [0, *(task.stop for task in todo[:-1])]
-    assert sum(task.size for task in todo) == documents.size(tmp_path / "a.parquet", "text")
+    assert sum(task.size for task in todo) == readers.size(tmp_path / "a.parquet", "text")
 
 
 def test_large_row_group_between_small_ones(tmp_path, monkeypatch):
     small(monkeypatch, 300, run=100)
     rows = [f"{n} " + "word " * (400 if n in (4, 7) else 3) for n in range(10)]
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=1, use_dictionary=False)
-    todo = list(tasks.whole_documents([("a", tmp_path / "a.parquet")], JOB, "train"))
+    todo = list(encode.whole_documents([("a", tmp_path / "a.parquet")], JOB, "train"))
     assert [task.documents for task in todo if task.spans] == [1, 1]
     others = [task for task in todo if not task.spans]
     assert [(task.start, task.stop, task.documents) for task in others] == [(0, 4, 4), (5, 7, 2), (8, 10, 2)]
-    sizes = [size for _, size in documents.row_groups(tmp_path / "a.parquet", "text")]
+    sizes = [size for _, size in readers.row_groups(tmp_path / "a.parquet", "text")]
     assert [task.size for task in others] == [sum(sizes[task.start : task.stop]) for task in others]
     assert {task.split for task in todo} == {"train"}
     assert work(JOB, todo)[0] == plain(JOB, rows, "train")
@@ -233,7 +231,7 @@ def test_sizes_of_lines_are_those_of_the_file(tmp_path, monkeypatch, suffix):
     raw = b"".join(json.dumps({"text": text_of(n)}).encode() + b"\n" for n in range(50))
     path = tmp_path / f"a{suffix}"
     path.write_bytes(raw if suffix == ".jsonl" else gzip.compress(raw))
-    sizes = [task.size for task in tasks.whole_documents([("a", path)], JOB, None)]
+    sizes = [task.size for task in encode.whole_documents([("a", path)], JOB, None)]
     assert min(sizes) >= 0
     assert len(sizes) > 10
     total = sum(sizes)
@@ -246,7 +244,7 @@ def test_wrong_line_is_named_by_the_task_that_has_it(tmp_path, monkeypatch, wron
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "line {n}"}}\n' if n != wrong else "{}\n" for n in range(1, 101)))
     with pytest.raises(UserError, match=rf"a\.jsonl line {wrong}: no key 'text'"):
-        work(JOB, tasks.whole_documents([("a", path)], JOB, None))
+        work(JOB, encode.whole_documents([("a", path)], JOB, None))
 
 
 @pytest.mark.parametrize("length", [3999, 4000, 4001, 4500, 8001, 12_345])
@@ -264,7 +262,7 @@ def test_cuts_of_a_long_word_are_counted(tmp_path, monkeypatch, length):
 
 
 def work_on(path: Path, name: str):
-    found, taken, cuts = work(job_of(name), tasks.whole_documents([(path.name, path)], JOB, "train"))
+    found, taken, cuts = work(job_of(name), encode.whole_documents([(path.name, path)], JOB, "train"))
     return found["train"], taken, cuts
 
 
@@ -292,12 +290,12 @@ def test_vocabulary_of_the_job_is_a_workers_own(monkeypatch):
     """A machine of a cluster knows its own cache, or is told of ours."""
     task = Task("", "train", 1, 1, spans=(Span("a"),))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "mine")
-    tasks.encode(job_of("byte", vocabulary="ours"), task)
+    encode.encode(job_of("byte", vocabulary="ours"), task)
     assert os.environ["TIKTOKEN_CACHE_DIR"] == "mine"
     del os.environ["TIKTOKEN_CACHE_DIR"]
-    tasks.encode(job_of("byte", vocabulary=None), task)
+    encode.encode(job_of("byte", vocabulary=None), task)
     assert "TIKTOKEN_CACHE_DIR" not in os.environ
-    tasks.encode(job_of("byte", vocabulary="ours"), task)
+    encode.encode(job_of("byte", vocabulary="ours"), task)
     assert os.environ["TIKTOKEN_CACHE_DIR"] == "ours"
 
 
@@ -322,12 +320,12 @@ def test_cut_by_characters_is_a_cut_of_the_plain_text(texts, data):
             left[split] -= len(head)
             expected[split] += [head] if head else []
     length = data.draw(st.integers(2, 40))
-    parts = [part for text in written for part in documents.as_parts([text], length)]
+    parts = [part for text in written for part in readers.as_parts([text], length)]
     if not total:
         return
     with pytest.MonkeyPatch.context() as patch:
         small(patch, 1, run=10)
-        found, _, _ = work(JOB, tasks.cut_by_characters(iter(parts), rooms))
+        found, _, _ = work(JOB, encode.cut_by_characters(iter(parts), rooms))
     for split in SPLITS:
         assert found[split] == plain(JOB, expected[split], split)[split]
         assert sum(len(text) for text in expected[split]) == rooms[split]
@@ -335,7 +333,7 @@ def test_cut_by_characters_is_a_cut_of_the_plain_text(texts, data):
 
 def test_nothing_to_cut_is_no_task():
     """A file without a character: prepare says so, when it counts the tokens."""
-    assert list(tasks.cut_by_characters(iter([]), {"train": 0, "val": 0, "test": 0})) == []
+    assert list(encode.cut_by_characters(iter([]), {"train": 0, "val": 0, "test": 0})) == []
 
 
 @pytest.mark.parametrize("at", [1, 6, 7, 8, 15, 30, 59, 60, 61, 110])
@@ -344,10 +342,10 @@ def test_cut_by_characters_in_gpt2s_ids(monkeypatch, at):
     small(monkeypatch, 1, run=12)
     written = ["it's a naïve  test,\n\nisn't it? " * 2, "one more of 2024 words\n" * 3]
     whole = "".join(written)
-    parts = [part for text in written for part in documents.as_parts([text])]
+    parts = [part for text in written for part in readers.as_parts([text])]
     assert len(parts) >= 3
     job = job_of("gpt2", splits=("train", "val"))
-    found, _, cuts = work(job, tasks.cut_by_characters(iter(parts), {"train": at, "val": len(whole) - at, "test": 0}))
+    found, _, cuts = work(job, encode.cut_by_characters(iter(parts), {"train": at, "val": len(whole) - at, "test": 0}))
     n = len(written[0])
     train, val = [whole[: min(at, n)], whole[n:at]], [whole[at:n], whole[max(at, n) :]]
     expected = {"train": [text for text in train if text], "val": [text for text in val if text]}
@@ -358,9 +356,9 @@ def test_cut_by_characters_in_gpt2s_ids(monkeypatch, at):
 def test_forced_cuts_of_few_documents_are_counted(monkeypatch):
     """Where the room ends is none: that is a document's end."""
     small(monkeypatch, 1, run=100)
-    parts = list(documents.as_parts(["x" * 1000]))
+    parts = list(readers.as_parts(["x" * 1000]))
     assert [len(part.text) for part in parts] == [400, 400, 200]
-    found, _, cuts = work(job_of("gpt2"), tasks.cut_by_characters(iter(parts), {"train": 500, "val": 500, "test": 0}))
+    found, _, cuts = work(job_of("gpt2"), encode.cut_by_characters(iter(parts), {"train": 500, "val": 500, "test": 0}))
     assert [found[split][1:] for split in SPLITS] == [(1, 500, 1), (1, 500, 1), (0, 0, 0)]
     assert cuts == 4 + 4
 
@@ -387,7 +385,7 @@ def test_joined_rows_are_one_text(tmp_path, monkeypatch, name, block, limit):
     files, rows = wiki(tmp_path)
     whole, words = "".join(rows[:limit]), "".join(rows[:limit]).split()
     job = job_of(name, splits=("test",), end_of_text=False)
-    todo = list(tasks.joined(named(files), job, "test", limit))
+    todo = list(encode.joined(named(files), job, "test", limit))
     ids = tokenizer.load(name).encode_ordinary(whole)
     n = len(rows[:limit]) if whole else 0
     assert work(job, todo) == ({"test": (ids, n, len(whole.encode()), len(words))}, n, 0)
@@ -399,7 +397,7 @@ def test_joined_rows_are_one_text(tmp_path, monkeypatch, name, block, limit):
 def test_joined_rows_that_make_one_long_word(tmp_path, monkeypatch):
     small(monkeypatch, 100, run=30)
     pq.write_table(pa.table({"text": ["x" * 50] * 11}), tmp_path / "a.parquet")
-    todo = list(tasks.joined([("a", tmp_path / "a.parquet")], JOB, "test", None))
+    todo = list(encode.joined([("a", tmp_path / "a.parquet")], JOB, "test", None))
     assert len(todo) == 5
     job = job_of("byte", end_of_text=False)
     assert work(job, todo)[0]["test"] == ([120] * 550, 11, 550, 1)
@@ -410,10 +408,10 @@ def test_wikitexts_test_split_has_the_known_counts(real_text):
     """241,211 words of 245,569: with an end after each of its 4,358 lines they are the number in the literature."""
     path = real_text / "wikitext103" / "test-00000-of-00001.parquet"
     job = job_of("gpt2", splits=("test",), end_of_text=False)
-    found, rows, cuts = work(job, tasks.joined([("test", path)], job, "test", None))
+    found, rows, cuts = work(job, encode.joined([("test", path)], job, "test", None))
     ids, n, size, words = found["test"]
     assert (len(ids), words, size, n, rows, cuts) == (283_287, 241_211, 1_287_656, 4358, 4358, 0)
-    whole = "".join(documents.rows(path, "text", empty=True))
+    whole = "".join(readers.rows(path, "text", empty=True))
     assert ids == tokenizer.load("gpt2").encode_ordinary(whole)
 
 
@@ -423,10 +421,10 @@ def test_wikitexts_test_split_has_the_known_counts(real_text):
 
 def test_choice_never_changes():
     """Pinned: a dataset that is made again has the same splits."""
-    chosen = [tasks.choose_split(f"document {n}", 0.2, 0.1) for n in range(60)]
+    chosen = [encode.choose_split(f"document {n}", 0.2, 0.1) for n in range(60)]
     letters = {"train": "r", "val": "a", "test": "e"}
     assert "".join(letters[split] for split in chosen) == "rrerrrrerararrraaerearrrrrrrerrrrrraarearrrrrrrrrrrrararrrar"
-    odd = [tasks.choose_split(text, 0.3, 0.3) for text in ("", "\n", "naïve 🎈", "東京", "a", "b")]
+    odd = [encode.choose_split(text, 0.3, 0.3) for text in ("", "\n", "naïve 🎈", "東京", "a", "b")]
     assert odd == ["test", "val", "val", "val", "val", "train"]
 
 
@@ -435,7 +433,7 @@ def test_choice_never_changes():
 def test_choice_is_a_keyed_hash_of_the_text(text, val, test):
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"flatgpt split").digest()
     place = int(digest.hex(), 16) / 2**64
-    chosen = tasks.choose_split(text, val, test)
+    chosen = encode.choose_split(text, val, test)
     assert chosen == ("test" if place < test else "val" if place < test + val else "train")
 
 
@@ -443,10 +441,10 @@ def test_choice_is_a_keyed_hash_of_the_text(text, val, test):
 def test_shares_are_near_the_fractions(val, test):
     """Within four standard deviations; and a split that is larger has all that it had."""
     texts = [f"a text, {n}" for n in range(20_000)]
-    chosen = [tasks.choose_split(text, val, test) for text in texts]
+    chosen = [encode.choose_split(text, val, test) for text in texts]
     for split, share in (("val", val), ("test", test)):
         assert abs(chosen.count(split) - 20_000 * share) <= 4 * (20_000 * share * (1 - share)) ** 0.5
-    more = [tasks.choose_split(text, 1.5 * val, test) for text in texts]
+    more = [encode.choose_split(text, 1.5 * val, test) for text in texts]
     assert all(now == before for now, before in zip(more, chosen, strict=True) if before != "train")
 
 
@@ -461,11 +459,11 @@ SPACES = [chr(n) for n in range(0x110000) if chr(n).isspace()]
 )
 def test_words_are_those_of_split(parts):
     text = "".join(parts)
-    assert tasks.count_words(text.encode()) == len(text.split())
+    assert encode.count_words(text.encode()) == len(text.split())
 
 
 def test_every_character_is_white_space_or_none_as_in_python():
     for start in range(0, 0x110000, 64):
         characters = [chr(n) for n in range(start, start + 64) if not 0xD800 <= n < 0xE000]
         text = "\n".join(f"a{c}b" for c in characters)
-        assert tasks.count_words(text.encode()) == len(text.split()), hex(start)
+        assert encode.count_words(text.encode()) == len(text.split()), hex(start)

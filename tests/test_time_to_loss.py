@@ -12,13 +12,13 @@ from conftest import TINY
 from stand_in import nanogpt
 
 import bench
-import cli
-import peer
-import time_to_loss
 from config import BenchConfig, UserError
-from dataset import open_dataset
-from runlog import line
-from time_to_loss import OURS, THEIRS, bench_loss, until_loss
+from flatgpt.benchmarks import nanogpt as peer
+from flatgpt.benchmarks import time_to_loss
+from flatgpt.benchmarks.time_to_loss import OURS, THEIRS, bench_loss, until_loss
+from flatgpt.cli import cli
+from flatgpt.data.dataset import open_dataset
+from flatgpt.runs.log import line
 
 
 def script(folder: Path, text: str) -> list:
@@ -102,8 +102,9 @@ def test_line_of_our_log_is_understood():
 FAKE = """
 import json, sys
 sys.path.insert(0, {root!r})
-import cli, dataclasses
+import dataclasses
 from config import TrainConfig
+from flatgpt.cli import cli
 config = cli.parse(TrainConfig, sys.argv[1:])
 with open("asked.jsonl", "a") as file:
     file.write(json.dumps(dataclasses.asdict(config)) + "\\n")
@@ -115,10 +116,10 @@ print(f"iter    100 | val {{4 - config.seed}}.0000")
 @pytest.fixture
 def fake_house(tiny_data, monkeypatch):
     """train.py is FAKE."""
-    root = str(time_to_loss.HOUSE)
+    root = str(time_to_loss.REPO_ROOT)
     (tiny_data / "house").mkdir()
     (tiny_data / "house" / "train.py").write_text(FAKE.format(root=root))
-    monkeypatch.setattr(time_to_loss, "HOUSE", tiny_data / "house")
+    monkeypatch.setattr(time_to_loss, "REPO_ROOT", tiny_data / "house")
     return tiny_data
 
 

@@ -13,8 +13,8 @@ import tiktoken.registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
 from config import UserError
+from flatgpt.data import tokenizer
 
 quick = settings(max_examples=60)
 

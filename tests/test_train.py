@@ -21,15 +21,16 @@ from conftest import ROOT, TINY, command, make_dataset, train_here
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import checkpoint
-import cli
-import resume
-import tokenizer
 import train
 from config import BenchConfig, TrainConfig, UserError
-from dataset import open_dataset
-from runlog import RunLog
-from saver import Saver
+from flatgpt.cli import cli
+from flatgpt.data import tokenizer
+from flatgpt.data.dataset import open_dataset
+from flatgpt.interop.pretrained import initial_shape
+from flatgpt.runs import checkpoint
+from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.log import RunLog
+from flatgpt.training import resume
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
@@ -542,7 +543,8 @@ def test_init_from_begins_with_those_weights_and_their_shape(tiny_data, capsys):
     best = load_file(first / "ckpt/best/model.safetensors")
     shape = "--n_layer 2 --n_head 2 --n_embd 32 --context_length 32 "
     words = " ".join(TINY).replace(shape, "").split()
-    config = cli.parse(TrainConfig, [*words, "--init_from", str(first), "--context_length", "16", "--dropout", "0.1"])
+    words += ["--init_from", str(first), "--context_length", "16", "--dropout", "0.1"]
+    config = cli.parse(TrainConfig, words, initial_shape)
     assert (config.n_layer, config.n_embd, config.tie_weights, config.dropout) == (1, 32, False, 0.1)
     run = train.setup(config)
     for name, tensor in run.model.state_dict().items():

@@ -10,14 +10,13 @@ import torch
 import transformers
 from conftest import train_here
 
-import cli
 import export
 import infer
-import pretrained
 import train
-import trained
-from config import TrainConfig, UserError, run_dir
-from reader_config import ExportConfig, InferConfig
+from config import ExportConfig, InferConfig, TrainConfig, UserError, run_dir
+from flatgpt.cli import cli
+from flatgpt.interop import loading, pretrained
+from flatgpt.interop.pretrained import initial_shape
 
 CPU = torch.device("cpu")
 T = 32
@@ -34,8 +33,8 @@ def here(tiny_home, tmp_path, monkeypatch) -> Path:
 
 
 def loaded(path: str | None, **more):
-    found = trained.find(path, print)
-    return found, *trained.load(found, CPU, **more)
+    found = loading.find(path, print)
+    return found, *loading.load(found, CPU, **more)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -59,10 +58,10 @@ def test_every_way_to_name_a_run(here):
 
 
 def test_tokenizer_that_encodes_differently_now_is_refused(here):
-    found = trained.find("out/quickstart", print)
+    found = loading.find("out/quickstart", print)
     other = found.state | {"tokenizer": found.state["tokenizer"] | {"ranks_sha256": "0" * 64}}
     with pytest.raises(UserError, match=r"iter_000060: tokenizer byte has not the vocabulary that the model knows$"):
-        trained.load(dataclasses.replace(found, state=other), CPU)
+        loading.load(dataclasses.replace(found, state=other), CPU)
 
 
 def test_an_exported_folder_is_the_same_model(here):
@@ -83,7 +82,7 @@ def test_a_name_on_the_hub(here, host, capsys):
     printed = capsys.readouterr()
     assert printed.out.startswith("99 green")
     assert "commit" not in printed.err
-    assert cli.parse(TrainConfig, ["--init_from", "user/tiny"]).n_embd == 32
+    assert cli.parse(TrainConfig, ["--init_from", "user/tiny"], initial_shape).n_embd == 32
     pretrained._fetched.cache_clear()
 
 
@@ -103,7 +102,7 @@ def test_training_begins_with_weights_of_the_hub(tiny_data, here, host):
         "1e-9",
     ]
     words += ["--min_lr", "0", "--sample_tokens", "0", "--device", "cpu", "--dtype", "float32", "--out_dir", "out/more"]
-    config = cli.parse(TrainConfig, words)
+    config = cli.parse(TrainConfig, words, initial_shape)
     train.train(config)
     for name, tensor in weights(loaded(str(run_dir(config)))[1]).items():
         assert torch.allclose(tensor, weights(loaded("hf")[1])[name], atol=1e-6)
@@ -122,7 +121,7 @@ def test_fewer_positions(here):
 
 def test_end_of_text_is_what_the_data_had(tiny_data):
     train_here("--max_iters", 1, "--eval_interval", 1)
-    found = trained.find("out/quickstart", print)
+    found = loading.find("out/quickstart", print)
     assert found.end_of_text is found.state["data"]["end_of_text"] is True
 
 
@@ -137,7 +136,7 @@ def test_end_of_text_is_what_the_data_had(tiny_data):
 def test_nothing_there(in_tmp, path, message):
     Path("empty").mkdir()
     with pytest.raises(UserError, match=message):
-        trained.find(path, print)
+        loading.find(path, print)
 
 
 def test_a_tokenizer_that_nobody_knows(in_tmp):
@@ -145,11 +144,11 @@ def test_a_tokenizer_that_nobody_knows(in_tmp):
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=65, bos_token_id=0)
     transformers.GPT2LMHeadModel(config).save_pretrained("hf")
     with pytest.raises(UserError, match=re.escape("model_path = hf: nothing there says which tokenizer")):
-        trained.find("hf", print)
+        loading.find("hf", print)
 
 
 def test_a_vocabulary_larger_than_the_models(here):
-    found = trained.find("hf", print)
+    found = loading.find("hf", print)
     small = dataclasses.replace(found, config=dataclasses.replace(found.config, vocab_size=200))
     with pytest.raises(UserError, match="the model has 200 ids, tokenizer byte 257"):
-        trained.load(small, CPU)
+        loading.load(small, CPU)

@@ -17,10 +17,10 @@ from conftest import ROOT, TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-import vocabulary
 from config import UserError
-from vocabulary import END, recognise, tokenizer_files
+from flatgpt.data import tokenizer
+from flatgpt.interop import tokenizer_files as vocabulary
+from flatgpt.interop.tokenizer_files import END, recognise, tokenizer_files
 
 quick = settings(max_examples=100)
 # GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
@@ -537,5 +537,6 @@ def test_nothing_is_loaded_for_a_vocabulary_of_another_size(size, tmp_path, monk
 
 def test_needs_no_library_of_theirs():
     heavy = ("torch", "transformers", "tokenizers", "huggingface_hub")
-    code = f"import sys, vocabulary; print([name for name in {heavy!r} if name in sys.modules])"
+    code = "import sys; from flatgpt.interop import tokenizer_files\n"
+    code += f"print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_shards import tokens
 
-import tokenizer
-import words
-from words import TextCounts, count_text
+from flatgpt.data import tokenizer
+from flatgpt.evaluation import text_stats
+from flatgpt.evaluation.text_stats import TextCounts, count_text
 
 quick = settings(max_examples=150)
 
@@ -41,7 +41,7 @@ def plain(encoding, ids: list[int]) -> TextCounts:
 
 
 def count(encoding, ids: list[int], start: int, stop: int, piece: int) -> TextCounts:
-    with mock.patch.object(words, "PIECE", piece):
+    with mock.patch.object(text_stats, "PIECE", piece):
         return count_text(np.array(ids, dtype=np.uint16), start, stop, encoding)
 
 
@@ -118,7 +118,7 @@ def test_wikitext_has_the_numbers_of_the_literature(tmp_path, real_text, gpt2_vo
     column = read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"]
     encoding = tokenizer.load("gpt2")
     ids, _ = tokenizer.encode(encoding, ["".join(column.to_pylist())], end_of_text=False)
-    monkeypatch.setattr(words, "PIECE", 10_000)
+    monkeypatch.setattr(text_stats, "PIECE", 10_000)
     split = tokens(tmp_path, *np.array_split(ids, 3))
     assert len(split) == 283_287
     assert count_text(split, 0, len(split), encoding) == TextCounts(bytes=1_287_656, words=241_211, lines=2891)

@@ -22,9 +22,8 @@ from test_plan import held, small_blocks
 from test_preparation import mixed
 from test_sources import content, from_text, refusal
 
-import preparation
-import workers
-from dataset import open_dataset
+from flatgpt.data import prepare, workers
+from flatgpt.data.dataset import open_dataset
 
 __all__ = ["small_blocks"]  # a fixture
 
@@ -38,9 +37,10 @@ DONE = 23  # shards of the first ten tasks
 HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from cli import from_command_line, run_verb
-from data_config import PrepareConfig
-import documents, preparation, prepare_data, tasks
+from flatgpt.cli.cli import from_command_line, run_verb
+from config import PrepareConfig
+import prepare_data
+from flatgpt.data import encode as tasks, prepare as preparation, readers as documents
 
 for module in (documents, preparation, tasks):
     module.BLOCK = 1 << 18
@@ -64,7 +64,8 @@ def held_advance(run, name, state, *words):
 if "--cluster" in sys.argv:
     preparation.Run._advance = held_advance
 else:
-    held_encode.__module__, held_encode.__qualname__ = "tasks", "encode"  # as pickle sends it to a worker by name
+    # as pickle sends it to a worker, by name
+    held_encode.__module__, held_encode.__qualname__ = "flatgpt.data.encode", "encode"
     tasks.encode = held_encode
 if __name__ == "__main__":
     run_verb(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
@@ -194,7 +195,7 @@ def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     here = from_text("in", **settings, name="here")
     assert pools == []
     assert name != "byte" or sorted(sum(held(here).values(), [])) == sorted(written)  # noqa: RUF017, it is short
-    monkeypatch.setattr(preparation, "BLOCK", 0)  # nothing is too small for a pool
+    monkeypatch.setattr(prepare, "BLOCK", 0)  # nothing is too small for a pool
     for n in (1, 2, 3) if name == "byte" else (2,):
         assert content(from_text("in", **settings, name=f"of{n}", workers=n).folder) == content(here.folder)
     assert pools == ([1, 2, 3] if name == "byte" else [2])
@@ -204,7 +205,7 @@ def test_sample_of_a_pool_is_that_of_one_process(in_tmp, monkeypatch, small_bloc
     """Tasks that went out ahead and are not needed change nothing."""
     mixed()
     here = from_text("in", sample_size=130, name="here")
-    monkeypatch.setattr(preparation, "BLOCK", 0)
+    monkeypatch.setattr(prepare, "BLOCK", 0)
     assert content(from_text("in", sample_size=130, workers=2).folder) == content(here.folder)
 
 

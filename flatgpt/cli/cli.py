@@ -1,0 +1,350 @@
+"""How it is set: TOML recipes, the command line generated from config.py's dataclasses, `--help`, and `error:` lines.
+
+Precedence: a field's default < what initial_shape gives < `--config recipe.toml` (after the recipe's own `base`)
+< `--key value`.
+Standard library only, so that `--help` and a mistyped flag answer before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import difflib
+import functools
+import gc
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from config import (
+    EXCLUSIVE,
+    AppConfig,
+    BenchConfig,
+    EvalConfig,
+    ExportConfig,
+    InferConfig,
+    PlotConfig,
+    PrepareConfig,
+    SaidElsewhere,
+    TrainConfig,
+    UserError,
+)
+from flatgpt import REPO_ROOT
+
+VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig, AppConfig)
+RECIPES = REPO_ROOT / "configs"
+
+
+_types = functools.cache(typing.get_type_hints)  # 1 ms for each key of each recipe otherwise
+
+
+def _kind(cls, field) -> tuple[type, bool]:
+    """(type of the field's value or of its items, whether None is allowed)."""
+    hint = _types(cls)[field.name]
+    if typing.get_origin(hint) is tuple:
+        return tuple, False
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not types.NoneType), True
+    return hint, False
+
+
+def _convert(cls, field, value, from_words: bool):
+    """One value in its field's type, checked against choices and limits; ValueError with what is allowed."""
+    kind, optional = _kind(cls, field)
+    meta = field.metadata
+    if optional and isinstance(value, str) and value.lower() in {"none", meta.get("none", "none").lower()}:
+        return None
+    if kind is tuple:
+        value = (value,) if isinstance(value, str) else value
+        if not all(isinstance(item, str) for item in value):
+            raise ValueError("a list of texts is expected")
+        return tuple(value)
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    if from_words and kind is bool:
+        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower())
+    elif kind in (int, float) and (from_words or (kind is float and type(value) is int)):
+        try:
+            value = kind(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{expected} is expected") from None
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{expected} is expected")
+    if "choices" in meta and value not in meta["choices"]:
+        raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_nearest(value, meta['choices'])}")
+    for limit, wrong, word in (
+        ("low", lambda v, b: v < b, "at least"),
+        ("high", lambda v, b: v > b, "at most"),
+        ("above", lambda v, b: v <= b, "more than"),
+        ("below", lambda v, b: v >= b, "less than"),
+    ):
+        if limit in meta and wrong(value, meta[limit]):
+            raise ValueError(f"{word} {meta[limit]} is expected")
+    return value
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _fields(cls) -> dict[str, dataclasses.Field]:
+    """Fields by every name that reaches them, aliases included."""
+    return {name: f for f in dataclasses.fields(cls) for name in (f.name, *f.metadata.get("alias", ()))}
+
+
+def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()) -> list[dict]:
+    """The recipe's layers of {key: typed value}, its `base` recipes first. Problems are appended, not raised."""
+    path = Path(name)
+    if path.suffix != ".toml" and not path.is_file():
+        path = RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+        problems.append(f"config = {name}: no such file; recipes: {', '.join(known)}{_nearest(name, known)}")
+        return []
+    if path.resolve() in seen:
+        problems.append(f"{path}: base leads back to this same file")
+        return []
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
+        problems.append(f"{path}: not valid TOML: {why}")
+        return []
+    layers = []
+    if "base" in table:
+        base = table.pop("base")
+        if not isinstance(base, str):
+            problems.append(f"{path}: base = {base!r}: the name of a recipe is expected")
+        else:
+            beside = path.parent / f"{base}.toml"
+            layers = _read_recipe(cls, str(beside if beside.is_file() else base), problems, (*seen, path.resolve()))
+    fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True)}
+    # One recipe serves all verbs: keys of another verb are known, and left to that verb.
+    elsewhere = {n for other in VERBS for n in _fields(other)} - set(fields)
+    layer = {}
+    for key, value in table.items():
+        if key in elsewhere:
+            continue
+        if key == "config":
+            problems.append(f"{path}: config: a recipe builds on another one with base = NAME")
+            continue
+        if key not in fields:
+            problems.append(f"{path}: {key}: no such key{_nearest(key, fields)}")
+            continue
+        try:
+            layer[fields[key].name] = _convert(cls, fields[key], value, from_words=False)
+        except ValueError as why:
+            problems.append(f"{path}: {key} = {value!r}: {why}")
+    return [*layers, layer]
+
+
+def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
+    """{key: typed value} of the command line. `--key value`, `--key=value`, `--flag`, `--no-flag`, `-` as `_`."""
+    fields = _fields(cls)
+    positional = [f for f in dataclasses.fields(cls) if f.metadata.get("positional")]
+    layer: dict = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if not positional:
+                problems.append(f"{word}: not expected here (every setting is --key value)")
+                continue
+            several = _kind(cls, positional[0])[0] is tuple  # takes every such word that is left
+            field, key, values = positional[0] if several else positional.pop(0), word, [word]
+        else:
+            key, equals, value = word[2:].partition("=")
+            name = key.replace("-", "_")
+            negated = name.startswith("no_") and name not in fields and name[3:] in fields
+            field = fields.get(name[3:] if negated else name)
+            if field is None:
+                problems.append(f"--{key}: no such key{_nearest(name, fields)}; --help lists them all")
+                while words and not words[0].startswith("--"):
+                    words.pop(0)  # its value
+                continue
+            kind, optional = _kind(cls, field)
+            states = {"true", "false"} | ({"none", field.metadata.get("none", "none")} if optional else set())
+            values = [value] if equals else []
+            if kind is bool and not equals:
+                boolean = words and words[0].lower() in states
+                values = [words.pop(0)] if boolean and not negated else ["false" if negated else "true"]
+            elif negated:
+                problems.append(f"--{key}: only a true-or-false key has a no- form")
+                continue
+            elif not equals:
+                many = kind is tuple
+                while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
+                    values.append(words.pop(0))
+            if not values and "bare" in field.metadata:
+                layer.setdefault(field.name, field.metadata["bare"])  # a value given under an alias stays
+                continue
+            if not values:
+                problems.append(f"--{key}: a value is missing (one that begins with -- is written --{key}=VALUE)")
+                continue
+        try:
+            if _kind(cls, field)[0] is tuple:
+                layer[field.name] = layer.get(field.name, ()) + _convert(cls, field, values, from_words=True)
+            else:
+                layer[field.name] = _convert(cls, field, values[0], from_words=True)
+        except ValueError as why:
+            problems.append(f"{field.name if field.metadata.get('positional') else '--' + key} = {values[0]}: {why}")
+    return layer
+
+
+def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict] | None = None):
+    """Config of type `cls` from command-line words.
+
+    Args:
+        initial_shape: called with the config so far; returns settings that rank above the defaults and below the
+            recipe, or raises UserError, which joins the other problems.
+
+    Raises:
+        UserError: with every problem found in recipe, command line and their combination.
+    """
+    problems: list[str] = []
+    typed = _read_words(cls, words, problems)
+    layers = _read_recipe(cls, typed["config"], problems) if typed.get("config") else []
+    settings: dict = {}
+    for layer in [*layers, typed]:
+        for one, other in EXCLUSIVE:
+            if layer.get(one) is not None and layer.get(other) is not None:
+                problems.append(f"{one} and {other} exclude each other: give one of them")
+            for name, rival in ((one, other), (other, one)):
+                if layer.get(name) is not None and rival in _fields(cls):
+                    settings[rival] = None
+        settings.update(layer)
+    for key, value in settings.items():
+        words_of_it = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+        if any("\ud800" <= c <= "\udfff" for c in "".join(words_of_it)):  # Python's for bytes it cannot read
+            problems.append(f"{key} = {value!r} is no text here: set LC_ALL=C.UTF-8, or take another name")
+    if initial_shape:
+        try:
+            settings = initial_shape(cls(**settings)) | settings
+        except UserError as why:
+            problems.append(str(why))
+    if not problems:
+        config = cls(**settings)
+        problems = config.problems()
+    if problems:
+        several = "".join(f"\n  {n}. {p}" for n, p in enumerate(problems, 1))
+        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{several}")
+    return config
+
+
+def recipes(cls, words: Sequence[str]) -> dict:
+    """Each recipe in configs/ by its name: the config that it makes with these words, or the UserError.
+
+    Weights to begin with are not looked for: on the hub that could take minutes.
+    """
+    found = {}
+    for path in sorted(RECIPES.glob("*.toml")):
+        try:
+            found[path.stem] = parse(cls, [*words, "--config", path.stem])
+        except UserError as why:
+            found[path.stem] = UserError(str(why).replace(f"{path}: ", ""))
+        except OSError as why:
+            found[path.stem] = UserError(f"cannot be read: {why.strerror}")
+    return found
+
+
+def recipe_text(config) -> str:
+    """A resolved config as a recipe: `--config` with it gives the same config again."""
+    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # these say how it was called
+    left_out |= {one for one, other in EXCLUSIVE if getattr(config, other, None) is not None}
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
+    # JSON's texts, numbers and booleans are TOML's too
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items() if v is not None]
+    return "".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a verb does with them
+
+
+def help_text(cls, usage: str) -> str:
+    """`--help`, generated from the fields: usage, then each key with its help, allowed values and default."""
+    columns = min(shutil.get_terminal_size().columns, 120)
+    lines = [usage.strip(), ""]
+    for field in dataclasses.fields(cls):
+        meta, (kind, _) = field.metadata, _kind(cls, field)
+        if "section" in meta:
+            lines += ["", f"{meta['section']}:"]
+        if meta.get("positional"):
+            flag = field.name + " ..." * (kind is tuple)
+        elif kind is bool:
+            flag = f"--[no-]{field.name}"
+        else:
+            value = {int: "N", float: "X", str: "TEXT", tuple: "TEXT ..."}[kind]
+            value = "|".join(meta["choices"]) if "choices" in meta else value
+            flag = f"--{field.name} " + (f"[{value}]" if "bare" in meta else value)
+        text = meta["help"]
+        if meta.get("positional") and "choices" in meta:
+            text += f": {', '.join(meta['choices'])}"
+        default = meta.get("none", "none") if field.default is None else field.default
+        if kind is tuple or (meta.get("positional") and field.default is None):
+            default = None
+        if default is not None and kind is not bool:
+            text += f" [{default!r}]" if isinstance(default, str) and not default.strip() else f" [{default}]"
+        elif kind is bool:
+            text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+        if "alias" in meta:
+            text += f" (also {', '.join('--' + a for a in meta['alias'])})"
+        lines.append(
+            textwrap.fill(text, columns, initial_indent=f"  {flag:<32} ", subsequent_indent=" " * 35)
+            if len(flag) <= 32
+            else f"  {flag}\n" + textwrap.fill(text, columns, initial_indent=" " * 35, subsequent_indent=" " * 35)
+        )
+    return "\n".join(lines)
+
+
+def from_command_line(cls, usage: str, initial_shape: Callable[[typing.Any], dict] | None = None):
+    """The verb's config from sys.argv; prints and exits on `--help` (0) and on mistakes (2)."""
+    atexit.register(gc.freeze)  # otherwise the garbage collection at exit takes half a second
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+    if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
+        run_verb(print, help_text(cls, usage))
+        sys.exit(0)
+    # Ctrl-C while the heavy imports run, before run_verb takes care of it
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    return run_verb(lambda words: parse(cls, words, initial_shape), sys.argv[1:])
+
+
+def run_verb(verb: Callable, config, every_rank: bool = False):
+    """verb(config), with mistakes as one `error:` line (exit 2) and Ctrl-C as exit 130; the verb's result.
+
+    Args:
+        every_rank: torchrun's ranks see to it by themselves that each mistake is said once; else the first of each
+            machine speaks, as all of them make the same.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
+    try:
+        answer = verb(config)
+        sys.stdout.flush()  # while a closed pipe can still be answered for
+        return answer
+    except UserError as error:
+        others = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        if others or isinstance(error, SaidElsewhere):
+            time.sleep(20)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` closed the pipe: nobody is left to write to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as why:  # the machine's answer about a file or folder: missing, read-only, a full disk
+        print(f"error: {why.filename or 'a file'}: {why.strerror or why}", file=sys.stderr, flush=True)
+        sys.exit(2)

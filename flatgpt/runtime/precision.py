@@ -1,0 +1,145 @@
+"""The precision that `auto` selects on a CPU: float32 or bfloat16, whichever is measured to be faster.
+
+The CPU's flags do not tell which that is. Of two CPUs with AVX512-BF16 and without AMX, an Intel Xeon multiplies in
+bfloat16 at half of float32's speed, an AMD Zen 4 at twice (docs/speed.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from config import TrainConfig, UserError
+from flatgpt.runtime.device import note
+from flatgpt.runtime.files import write_output
+
+MIN_SECONDS = 0.1  # of measuring, both precisions together
+# Slow matmuls and a busy machine take longer: until each kind of step ran MIN_REPEATS times, or for MAX_SECONDS.
+MIN_REPEATS, MAX_SECONDS = 20, 1.0
+MIN_SPEEDUP = 1.05  # of bfloat16 over float32; below it the difference may be noise, and float32 is more accurate
+MAX_FLOPS = 2e9  # of the matmul that is timed: about 20 ms on one core
+CHOICES = ("float32", "bfloat16")
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 matmuls for this CPU. Without them torch's are many times slower than float32's."""
+    operators = torch.ops.mkldnn
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(operators, "_is_mkldnn_bf16_supported")
+        and operators._is_mkldnn_bf16_supported()
+    )
+
+
+@torch.no_grad()
+def faster_dtype(
+    what: str,
+    flops: float,
+    make: Callable[[torch.dtype], list[list[Callable]]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[str, str]:
+    """The faster of float32 and bfloat16 for some work, and the measured speeds, as text.
+
+    The two are timed in turn, and the shortest time of each kind of step counts, so that other work on the machine
+    does not affect the choice.
+
+    Args:
+        what: the name of the work, for the text.
+        flops: floating-point operations of all steps together.
+        make: returns the steps of the work in a dtype, in one list for each kind of step: those that take equally long.
+        clock: returns the current time in seconds.
+    """
+    if not has_bfloat16():
+        return "float32", "this CPU has no bfloat16"
+    works = {name: make(getattr(torch, name)) for name in CHOICES}
+    for steps in itertools.chain(*works.values()):
+        steps[0]()  # warm-up: oneDNN creates a kernel for each shape
+    best = {name: [math.inf] * len(kinds) for name, kinds in works.items()}
+    fewest = min(map(len, itertools.chain(*works.values())))
+    order, spent, times = list(CHOICES), 0.0, 0
+    while spent < MIN_SECONDS or (times < MIN_REPEATS and spent < MAX_SECONDS):
+        for name in order:
+            for kind, steps in enumerate(works[name]):
+                for step in steps:
+                    began = clock()
+                    step()
+                    taken = clock() - began
+                    best[name][kind] = min(best[name][kind], taken)
+                    spent += taken
+        order.reverse()
+        times += fewest
+    total = {
+        name: sum(len(steps) * seconds for steps, seconds in zip(works[name], best[name], strict=True))
+        for name in CHOICES
+    }
+    chosen, other = CHOICES if total["float32"] < MIN_SPEEDUP * total["bfloat16"] else CHOICES[::-1]
+    speed = {name: f"{float(f'{flops / seconds / 1e9:.3g}'):,g}" for name, seconds in total.items()}  # three digits
+    return chosen, f"{what}: {speed[chosen]} GFLOP/s, {other} {speed[other]}"
+
+
+def faster_training_dtype(config: TrainConfig) -> tuple[str, str]:
+    """The faster precision for a run, measured with the MLP's first matmul over the tokens of one micro-batch."""
+    C, hidden = config.n_embd, round(config.mlp_ratio * config.n_embd)
+    tokens = max(1, min(config.batch_size * config.context_length, int(MAX_FLOPS / (2 * C * hidden))))
+
+    def matmul(dtype: torch.dtype) -> list[list[Callable]]:
+        x, weight = torch.ones(tokens, C, dtype=dtype), torch.ones(hidden, C, dtype=dtype)
+        return [[lambda: F.linear(x, weight)]]
+
+    return faster_dtype(f"matmul {tokens:,} x {C:,} x {hidden:,}", 2 * tokens * C * hidden, matmul)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# choices that are cached
+
+
+def cached_choice(key: str, choose: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+    """The choice that is cached for this key, else that of choose(), which is then written to the user's cache folder.
+
+    A file that cannot be read or written is not an error: the choice is then made anew each time.
+
+    Args:
+        key: everything that the choice depends on.
+    """
+    if key in (cached := _read_cache()):
+        return cached[key]
+    choice = choose()
+    if key in (cached := _read_cache()):  # another process wrote it meanwhile: both use what is in the file
+        return cached[key]
+    content = {**cached, key: choice}
+    try:
+        file = cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({k: {"dtype": dtype, "why": why} for k, (dtype, why) in content.items()}, indent=1)
+        write_output(f"{text}\n".encode(), str(file), "cache")
+    except (OSError, RuntimeError, UserError) as why:
+        note(f"note: the choice of {choice[0]} cannot be kept for later ({why}); pass --dtype {choice[0]} to set it")
+    return choice
+
+
+def cache_file() -> Path:
+    """The file of cached choices. Raises RuntimeError where the user has no home folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(folder) if os.path.isabs(folder) else Path.home() / ".cache") / "flatgpt" / "precision.json"
+
+
+def _read_cache() -> dict[str, tuple[str, str]]:
+    """The valid entries of the cache file."""
+    try:
+        content = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError):
+        return {}
+    entries = content.items() if isinstance(content, dict) else ()
+    return {
+        key: (each["dtype"], each["why"])
+        for key, each in entries
+        if isinstance(each, dict) and each.get("dtype") in CHOICES and isinstance(each.get("why"), str)
+    }
