@@ -116,8 +116,8 @@ def test_packages_imported_are_packages_declared():
     used = {name: third_party(packages(file)) for name, file in MODULES.items()}
     assert {name: found - base for name, found in used.items() if found - base} == OPTIONAL
     assert base <= set().union(*used.values()), "a requirement that nothing imports"
-    tests = {p.stem for p in (ROOT / "tests").glob("*.py")}
-    in_tests = third_party(set().union(*map(packages, (ROOT / "tests").glob("*.py")))) - tests - {"tiktoken_ext"}
+    tests = [*(ROOT / "tests").rglob("*.py")]
+    in_tests = third_party(set().union(*map(packages, tests))) - {file.stem for file in tests} - {"tiktoken_ext"}
     optional = set().union(*OPTIONAL.values())
     assert extra - dev <= optional | in_tests, "an extra that nothing imports"
     # llama-cpp-python compiles for a quarter of an hour: nothing declares it

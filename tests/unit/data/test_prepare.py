@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXT
-from test_plan import WRITTEN, by_hash, free, small_blocks, write
 from test_shards import full_disk
 from test_sources import content, files, from_text, prepare, refusal, texts
+from test_split import WRITTEN, by_hash, free, small_blocks, write
 
 from config import PrepareConfig, UserError
 from flatgpt.cli import cli

@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = ("matplotlib.figure", "matplotlib.font_manager", "numpy.random", "safetensors.torch", "tiktoken")
 PRELOADED += ("torch._dynamo", "torch.distributed", "torch.nn.parallel", "tqdm")
 SECONDS = 100  # time limit of a call, only against hanging

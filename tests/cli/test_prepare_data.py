@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TEXT, command
-from test_plan import WRITTEN, hub_data, write
+from test_split import WRITTEN, hub_data, write
 
 import prepare_data
 from config import PrepareConfig, TrainConfig

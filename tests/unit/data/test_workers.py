@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SYNTHETIC, command
-from test_plan import held, small_blocks
-from test_preparation import mixed
+from test_prepare import mixed
 from test_sources import content, from_text, refusal
+from test_split import held, small_blocks
 
 from flatgpt.data import prepare, workers
 from flatgpt.data.dataset import open_dataset

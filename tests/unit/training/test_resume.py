@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, command, make_dataset, train_here
 from safetensors.torch import load_file
-from test_claim import QUIET, RUN, snapshot
+from test_lock import QUIET, RUN, snapshot
 
 import train
 from config import TrainConfig, UserError

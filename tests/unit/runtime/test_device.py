@@ -199,13 +199,13 @@ def test_compiled_loss_and_gradients_equal_eager_ones(capsys):
 def test_broken_compiler_is_one_warning(tmp_path):
     """There is no C++ compiler at CXX; nothing compiled before may help out."""
     code = (
-        "import torch\nfrom test_runtime import GPT, SMALL, batch, compile_forward\n"
+        "import torch\nfrom test_device import GPT, SMALL, batch, compile_forward\n"
         "torch.manual_seed(0); model = GPT(SMALL); forward = compile_forward(model)\n"
         "losses = [forward(*batch()) for _ in range(3)]; losses[0].backward()\n"
         "print(all(loss == model(*batch()) for loss in losses), model.transformer.wte.weight.grad.any().item())\n"
     )
     env = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "True True\n"
