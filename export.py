@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatgpt.interop import hub, loading
-from flatgpt.interop.huggingface import generation_config, hugging_face_config, to_hugging_face, unexportable
+from flatgpt.interop.huggingface import generation_config, hugging_face_config, to_hugging_face, export_problems
 from flatgpt.interop.loading import Trained
 from flatgpt.interop.model_card import LOCAL, card
 from flatgpt.interop.space import space_files
@@ -87,7 +87,7 @@ def hugging_face(config: ExportConfig, found: Trained) -> dict[str, Content]:
     Raises:
         UserError: a model or a tokenizer that Hugging Face's GPT-2 does not know.
     """
-    if reasons := unexportable(found.config):
+    if reasons := export_problems(found.config):
         raise UserError(f"{found.path} cannot be exported: {'; '.join(reasons)}")
     model, encoding = load(config, found)
     text = card(

@@ -62,7 +62,7 @@ def hugging_face_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]
     return _fitted(listing, tensors, config, conv1d=True, untied=untied)
 
 
-def unexportable(config: ModelConfig) -> list[str]:
+def export_problems(config: ModelConfig) -> list[str]:
     """Why Hugging Face's GPT-2 cannot compute a model, a sentence each; empty when it can."""
     found = []
     if config.position != "learned":
