@@ -21,7 +21,7 @@ from flatgpt.evaluation.metrics import measure, windows_a_pass
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.inference.prepacking import pack
 from flatgpt.interop import loading
-from flatgpt.interop.huggingface import hugging_face_config, to_hugging_face, export_problems
+from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
 from flatgpt.runtime.device import Machine, machine
 from model import GPT
 

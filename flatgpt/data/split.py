@@ -13,7 +13,7 @@ from pathlib import Path
 from config import PrepareConfig, UserError
 from flatgpt.data import encode, readers
 from flatgpt.data.encode import Job, Task
-from flatgpt.data.readers import Corpus, Chunk, RawFile
+from flatgpt.data.readers import Chunk, Corpus, RawFile
 from flatgpt.data.shards import SPLITS
 from flatgpt.data.sources import SOURCES
 

@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from test_sources import content, prepare, texts
 
 from config import UserError
-from flatgpt.data import hub, sources
+from flatgpt.data import hub, readers
 from flatgpt.data.dataset import open_dataset
 
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -356,7 +356,7 @@ def test_wikitext103_fetches_the_splits_that_are_asked_for(in_tmp, host, wikitex
 def test_wikipedia_by_hand(in_tmp, host, real_text):
     """The default dump's files without their folder."""
     data = prepare("wikipedia", tokenizer="byte", raw_dir=str(real_text), val_fraction=0.1)
-    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in sources.documents.rows(f, "text")]
+    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in readers.rows(f, "text")]
     assert "".join(texts(data, "train") + texts(data, "val")) == "".join(rows)
     assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikipedia_byte"), WIKIPEDIA, [])
 
