@@ -17,7 +17,7 @@ import torch
 
 from config import BenchConfig, UserError, run_dir
 from flatgpt.data.dataset import open_dataset
-from flatgpt.evaluation.metrics import measure, windows_a_pass
+from flatgpt.evaluation.metrics import default_batch_size, measure
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.inference.prepacking import pack
 from flatgpt.interop import loading
@@ -66,7 +66,7 @@ def ours(model: GPT, ids: np.ndarray, place: Machine) -> Way:
     T, stride = model.config.context_length - 1, model.config.context_length // 2
 
     def score() -> float:
-        batches = eval_batches(ids, T, windows_a_pass(T, place.device), stride=stride)
+        batches = eval_batches(ids, T, default_batch_size(T, place.device), stride=stride)
         return measure(model, batches, place.to_device).loss
 
     return score
