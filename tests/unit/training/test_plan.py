@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from config import ModelConfig, TrainConfig
 from flatgpt.data.dataset import Windows
 from flatgpt.kernels import cross_entropy
-from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.training import plan
 from flatgpt.training.optimizer import make_optimizer
 from flatgpt.training.plan import activation_bytes, matmul_flops, memory, report
@@ -256,8 +256,8 @@ def test_save_buffers(device, tmp_path):
     optimizer.step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the copy could go where something was freed
     before = _resident_bytes()
-    saver = Saver(dataclasses.replace(config, out_dir=str(tmp_path)))
-    saver.reserve({"weights": model.state_dict(), "train_state": {"optimizer": optimizer.state_dict()}})
+    saver = CheckpointWriter(dataclasses.replace(config, out_dir=str(tmp_path)))
+    saver.allocate_buffers({"weights": model.state_dict(), "train_state": {"optimizer": optimizer.state_dict()}})
     pieces = memory(config, LOW, device)
     assert _resident_bytes() - before == pytest.approx(pieces["save buffers"], abs=0.2 * pieces["weights"])
 
