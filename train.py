@@ -126,7 +126,7 @@ def save(run: TrainingRun, saver: CheckpointWriter, row: dict, progress: dict, f
 
 
 def look(run: TrainingRun, saver: CheckpointWriter, row: dict) -> list[str]:
-    """What NonfiniteGuard has to say of the newest update; where that ends the run, what is in flight arrives before it."""
+    """Return warnings about non-finite updates. Before an error, wait until the save in flight is complete."""
     try:
         return run.nonfinite_guard.check(row, run.batches, run.ranks)
     except UserError:

@@ -30,7 +30,7 @@ def make_config(*words) -> TrainConfig:
     return cli.parse(TrainConfig, [*TINY, *map(str, (*QUIET, *words))])
 
 
-def make_run(*words) -> train.Run:
+def make_run(*words) -> train.TrainingRun:
     """Float16's scaler starts low enough for none of its gradients to overflow."""
     run = train.build_run(make_config(*words))
     if run.scaler.is_enabled():
@@ -38,7 +38,7 @@ def make_run(*words) -> train.Run:
     return run
 
 
-def bad_update(run: train.Run, i: int, how: str, real=train.train_step) -> tuple:
+def bad_update(run: train.TrainingRun, i: int, how: str, real=train.train_step) -> tuple:
     """Update i with something wrong in it that is gone after it."""
     wrong = {"nan loss": lambda loss: loss * NAN, "inf loss": lambda loss: loss * INF}
     # the weights' gradients are as always: only the number is wrong
@@ -56,7 +56,7 @@ def bad_update(run: train.Run, i: int, how: str, real=train.train_step) -> tuple
     return answer
 
 
-def state(run: train.Run) -> dict:
+def state(run: train.TrainingRun) -> dict:
     """All that an update changes; None for what is not there yet."""
     names = {p: name for name, p in run.model.named_parameters()}
     moments = {f"{names[p]} {k}": v for p, entries in run.optimizer.state.items() for k, v in entries.items()}

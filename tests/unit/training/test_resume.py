@@ -347,7 +347,7 @@ def no_groups(part: dict, moment: str) -> None:
     del part["param_groups"]
 
 
-def refused(run: train.Run, folder: Path, tmp_path: Path, change) -> str:
+def refused(run: train.TrainingRun, folder: Path, tmp_path: Path, change) -> str:
     """The one error for a changed train_state.pt, whose hash is right. Nothing of it is loaded."""
     train_state = checkpoint.load_train_state(folder)
     change(train_state)
@@ -365,7 +365,7 @@ def refused(run: train.Run, folder: Path, tmp_path: Path, change) -> str:
     return message.removeprefix(f"{changed}/train_state.pt is ")
 
 
-def everything(run: train.Run) -> list[dict]:
+def everything(run: train.TrainingRun) -> list[dict]:
     return [
         run.model.state_dict(),
         run.optimizer.state_dict(),
@@ -385,7 +385,7 @@ def alike(a, b) -> bool:
     return a == b
 
 
-def names_of(run: train.Run, part: str) -> list[str]:
+def names_of(run: train.TrainingRun, part: str) -> list[str]:
     """The parameters of Muon, or of AdamW beside it or alone, by their number there."""
     names = {p: name for name, p in run.model.named_parameters()}
     return [names[p] for g in getattr(run.optimizer, part, run.optimizer).param_groups for p in g["params"]]
