@@ -256,10 +256,10 @@ model.GPT.init_weights = init_weights
 OTHER_DTYPE = """
 from flatgpt.training import setup as run
 
-def machine(device, dtype, *words, real=run.device_settings):
+def machine(device, dtype, *words, real=run.machine):
     return real(device, "float16" if os.environ["RANK"] == "1" else "float32", *words)
 
-run.device_settings = machine
+run.machine = machine
 """
 
 
@@ -390,6 +390,8 @@ def test_preparation_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocab
     """Whether the text is missing or a process ends with an error."""
     documents(10)
     (in_tmp / "house").mkdir()
+    for name in ("flatgpt", "config.py"):
+        (in_tmp / "house" / name).symlink_to(ROOT / name)
     (in_tmp / "house/prepare_data.py").write_text("raise SystemExit('no encoder')")
     monkeypatch.setattr(data, "REPO_ROOT", in_tmp / "house")
     for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):

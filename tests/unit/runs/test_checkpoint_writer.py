@@ -305,12 +305,12 @@ def test_failed_save_ends_the_run_at_the_next_check(start, gate):
     saver.check()  # it is said once
 
 
-@pytest.mark.parametrize("last", ["save", "wait", "reserve"])
+@pytest.mark.parametrize("last", ["save", "wait", "allocate_buffers"])
 def test_failed_save_ends_the_run_wherever_it_is_waited_for(start, gate, tmp_path, last):
     gate.opened.set()
     saver, gate.broken = start(), UserError("no room")
     saver.save(state(1), parts())
-    calls = {"save": (state(2), parts()), "wait": (), "reserve": (parts(),)}
+    calls = {"save": (state(2), parts()), "wait": (), "allocate_buffers": (parts(),)}
     with pytest.raises(UserError, match="no room"):
         getattr(saver, last)(*calls[last])
     gate.broken = None
