@@ -29,7 +29,7 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.log import RunLog
+from flatgpt.runs.run_log import RunLog
 from flatgpt.training import resume
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
@@ -503,7 +503,7 @@ def test_evaluation_that_fails_loses_no_update(tiny_data, monkeypatch, evaluatio
 def test_run_folder_that_cannot_be_written_is_one_error_line(tiny_data, capfd):
     Path("out").write_text("a file")
     with pytest.raises(SystemExit) as ended:
-        cli.run_verb(train.train, cli.parse(TrainConfig, TINY), every_rank=True)
+        cli.run_script(train.train, cli.parse(TrainConfig, TINY), every_rank=True)
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert said.startswith("error: out")
