@@ -95,7 +95,7 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     train_here("--resume", "--max_iters", 7, picture=True)
     second = (run / "metrics.png").read_bytes()
     assert second != first
-    monkeypatch.setattr(train, "figure", lambda histories: 1 / 0)
+    monkeypatch.setattr(train, "plot_runs", lambda histories: 1 / 0)
     train_here("--resume", "--max_iters", 8, picture=True)
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == second
@@ -106,7 +106,7 @@ def test_what_is_said_of_a_picture_stands_below_the_bar(tmp_path, monkeypatch, c
     """Of matplotlib's, too: on a terminal the bar's line has no end until it is closed."""
     log = RunLog(tmp_path, 0, 3)
     log.bar = tqdm(total=3, file=io.StringIO())
-    monkeypatch.setattr(train, "figure", lambda histories: print("\n" in log.bar.fp.getvalue()))
+    monkeypatch.setattr(train, "plot_runs", lambda histories: print("\n" in log.bar.fp.getvalue()))
     train.draw(log, tmp_path)
     log.close()
     assert capsys.readouterr().out == "True\n"
