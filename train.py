@@ -13,14 +13,14 @@ python train.py --help                            # every key
 import sys
 
 from config import TrainConfig, run_dir
-from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_script
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs.listing import print_list
+from flatgpt.runs.run_list import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)
     if CONFIG.list:
-        run_verb(print_list, recipes(TrainConfig, sys.argv[1:]))
+        run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
 
 import dataclasses
@@ -37,14 +37,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from config import SaidElsewhere, UserError
-from flatgpt.evaluation.metrics import mean_loss, windows_a_pass
+from config import ReportedByOtherRank, UserError
+from flatgpt.evaluation.metrics import default_batch_size, mean_loss
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint, history
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
-from flatgpt.runs.figure import figure, picture
 from flatgpt.runs.lock import RunLock
-from flatgpt.runs.log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
+from flatgpt.runs.plots import plot_runs, render
+from flatgpt.runs.run_log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
 from flatgpt.runtime.device import Stop, find_device, machine, reseed
 from flatgpt.runtime.distributed import Ranks, join, shorten_timeout
 from flatgpt.runtime.parallel import full_tensor, gradients, own_gradients
@@ -90,7 +90,7 @@ def evaluate(run: TrainingRun, asked: Callable[[], int] = lambda: 0) -> float | 
     config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
     T = config.context_length
-    rows = config.batch_size if config.eval_batches else windows_a_pass(T, run.device_settings.device)
+    rows = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
     batches = eval_batches(tokens, T, rows, config.eval_batches, share)
 
     def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -138,7 +138,7 @@ def train(config: TrainConfig) -> None:
     """Train as the config says, from the beginning or from a checkpoint, until its end or until it is stopped."""
     if config.plan:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SaidElsewhere  # the first says that it takes no torchrun
+            raise ReportedByOtherRank  # the first says that it takes no torchrun
         print_plan(config)
         return
     with join(config, find_device) as ranks, RunLock(run_dir(config)) as claim:
@@ -254,7 +254,7 @@ def draw(log: RunLog, folder: Path) -> None:
     """The run so far as metrics.png: a picture that fails ends no run."""
     log.bar.close()  # matplotlib may have to say something
     try:
-        log.write_picture(picture(figure([history.read(folder)]), "png"))
+        log.write_picture(render(plot_runs([history.read(folder)]), "png"))
         log.say(f"picture  {folder / PICTURE}")
     except Exception as why:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
@@ -285,4 +285,4 @@ def log_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: StepClo
 
 
 if __name__ == "__main__":
-    run_verb(train, CONFIG, every_rank=True)
+    run_script(train, CONFIG, every_rank=True)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import EvalConfig, SaidElsewhere, TrainConfig, UserError
+from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def join(config: TrainConfig | EvalConfig, find_device: Callable[[str, int], tor
         codes.append(0)
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
-            raise SaidElsewhere from None
+            raise ReportedByOtherRank from None
         if ranks.world > 1:
             time.sleep(1)  # the store that the others ask goes with rank 0
         raise

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from test_train import rows, weights
 
 import train
-from config import ModelConfig, SaidElsewhere, TrainConfig, UserError
+from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.evaluation import metrics
 from flatgpt.evaluation.windows import IGNORE, eval_batches
@@ -102,7 +102,7 @@ def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, ba
 def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    with pytest.raises(SaidElsewhere), join(TrainConfig(grad_accum_steps=1), device.find_device):
+    with pytest.raises(ReportedByOtherRank), join(TrainConfig(grad_accum_steps=1), device.find_device):
         pytest.fail("it was let in")
     print("by a rank that is not the first")
     assert capsys.readouterr() == ("", "")
@@ -687,7 +687,7 @@ def test_data_that_differ_between_ranks_are_refused(forked, tmp_path):
     assert done.code == 1
     said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
     assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: " + ALIKE]
-    assert "in run_verb" not in done.printed
+    assert "in run_script" not in done.printed
     assert not list(tmp_path.glob("machine*/out"))
 
 
