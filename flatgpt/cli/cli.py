@@ -35,7 +35,7 @@ from config import (
     InferConfig,
     PlotConfig,
     PrepareConfig,
-    SaidElsewhere,
+    ReportedByOtherRank,
     TrainConfig,
     UserError,
 )
@@ -335,7 +335,7 @@ def run_verb(verb: Callable, config, every_rank: bool = False):
         return answer
     except UserError as error:
         others = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        if others or isinstance(error, SaidElsewhere):
+        if others or isinstance(error, ReportedByOtherRank):
             time.sleep(20)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
