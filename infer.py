@@ -28,7 +28,7 @@ from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import faster_decoding_dtype, pack
 from flatgpt.inference.sampling import TextStream, generate_batch
 from flatgpt.interop import loading
-from flatgpt.interop.loading import Trained
+from flatgpt.interop.loading import ModelSource
 from flatgpt.runtime.device import find_device, select_device
 from flatgpt.runtime.files import require_writable, write_json
 
@@ -189,7 +189,7 @@ def _read(name: str) -> str:
         raise UserError(f"{where}: no UTF-8 text: {why.reason} at byte {why.start}; convert it first") from None
 
 
-def load(config: InferConfig) -> tuple[Writer, Trained, dict]:
+def load(config: InferConfig) -> tuple[Writer, ModelSource, dict]:
     """The model that config asks for, laid out for writing; where it was found; and facts about it."""
     device = find_device(config.device)
     if config.quantize and config.dtype == "float16" and device.type == "cpu":

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from config import ReportedByOtherRank, UserError
-from flatgpt.evaluation.metrics import mean_loss, windows_a_pass
+from flatgpt.evaluation.metrics import default_batch_size, mean_loss
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint, history
 from flatgpt.runs.checkpoint_writer import Saver
@@ -91,7 +91,7 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
     config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
     T = config.context_length
-    rows = config.batch_size if config.eval_batches else windows_a_pass(T, run.machine.device)
+    rows = config.batch_size if config.eval_batches else default_batch_size(T, run.machine.device)
     batches = eval_batches(tokens, T, rows, config.eval_batches, share)
 
     def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:

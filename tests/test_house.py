@@ -42,7 +42,7 @@ OPTIONAL = {
     "flatgpt.benchmarks.evaluation": {"transformers"},
     "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
     "flatgpt.data.workers": {"distributed"},
-    "flatgpt.evaluation.generation": {"sacrebleu", "rouge_score"},
+    "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
 FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "flatgpt").rglob("*.py"))]

@@ -16,7 +16,7 @@ import tiktoken
 import torch
 import transformers
 from conftest import ROOT, TEXT, Life, make_dataset, train_here
-from test_generation import extras
+from test_continuations import extras
 from test_ranks import forked
 
 import eval as verb

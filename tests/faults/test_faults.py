@@ -361,7 +361,7 @@ model.GPT.forward = forward
 kept = lambda model, i, *loss: torch.save(model.state_dict(), f"{folder}/{i}_{os.environ['RANK']}.pt")
 hook(health, "require_finite", kept)
 """
-WRAPPED = f"""
+WRAPPER_PREFIXES = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import model
@@ -373,7 +373,7 @@ from flatgpt.training import optimizer as optim
 def wrapped(folder: Path, code: str) -> str:
     """A script that runs the code and then is train.py; `folder` in it is this one."""
     end = f"runpy.run_path({TRAIN!r}, run_name='__main__')\n"
-    (folder / "wrapped.py").write_text(f"{WRAPPED}folder = {str(folder)!r}\n{HOOKS}\n{code}\n{end}")
+    (folder / "wrapped.py").write_text(f"{WRAPPER_PREFIXES}folder = {str(folder)!r}\n{HOOKS}\n{code}\n{end}")
     return str(folder / "wrapped.py")
 
 
