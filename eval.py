@@ -33,7 +33,7 @@ from tqdm import tqdm
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
-from flatgpt.data.readers import text_blocks
+from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.evaluation import continuations, report
 from flatgpt.evaluation.metrics import default_batch_size, measure
@@ -70,7 +70,7 @@ class EvalContext:
 
 def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """The ids of a text file, in pieces, as prepare_data.py gives them."""
-    for piece, _ in tokenizer.pieces(text_blocks(Path(path)), tokenizer.RUN):
+    for piece, _ in tokenizer.pieces(text_chunks(Path(path)), tokenizer.RUN):
         yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from config import PrepareConfig, UserError
 from flatgpt.data import encode, tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
-from flatgpt.data.encode import BLOCK
+from flatgpt.data.encode import CHUNK_BYTES
 from flatgpt.data.progress import KEPT, check_settings, done_bytes, locked, read_progress, remove_unfinished, writing
 from flatgpt.data.repositories import DUMP
 from flatgpt.data.shards import SPLITS, ShardWriter, read_meta, write_meta
@@ -172,7 +172,7 @@ class Run:
     def _crew(self):
         if self.config.cluster:
             return workers.dask_cluster(self.config.cluster)
-        if self.plan.size < 2 * BLOCK:  # done before a process has started
+        if self.plan.size < 2 * CHUNK_BYTES:  # done before a process has started
             return workers.here()
         return workers.local_pool(self.config.workers or workers.cores())
 
