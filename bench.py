@@ -17,7 +17,7 @@ python bench.py tests                                    # the tests that need C
 """
 
 from config import BenchConfig, TrainConfig
-from flatgpt.cli.cli import from_command_line, recipe_text, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, run_script
 from flatgpt.interop.pretrained import initial_shape
 
 if __name__ == "__main__":
@@ -47,7 +47,7 @@ from flatgpt.benchmarks.inference import bench_infer
 from flatgpt.benchmarks.time_to_loss import bench_loss, loss_table
 from flatgpt.benchmarks.training import ops_table, seconds_since_start, speedup, table, top_ops, update_figures
 from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.log import peak_flops
+from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime.device import find_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json
@@ -214,4 +214,4 @@ def show(figures: dict, config: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG, every_rank=True)
+    run_script(main, CONFIG, every_rank=True)

@@ -10,7 +10,7 @@ torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
 from config import EvalConfig, SamplingConfig, model_paths
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)
@@ -269,4 +269,4 @@ def main(config: EvalConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG, every_rank=True)
+    run_script(main, CONFIG, every_rank=True)

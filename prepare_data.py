@@ -10,7 +10,7 @@ python prepare_data.py --info data/mine                   # or --verify data/min
 """
 
 from config import PrepareConfig
-from flatgpt.cli.cli import RECIPES, from_command_line, run_verb
+from flatgpt.cli.cli import RECIPES, from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PrepareConfig, __doc__)
@@ -99,4 +99,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

@@ -13,14 +13,14 @@ python train.py --help                            # every key
 import sys
 
 from config import TrainConfig, run_dir
-from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_script
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs.listing import print_list
+from flatgpt.runs.run_list import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)
     if CONFIG.list:
-        run_verb(print_list, recipes(TrainConfig, sys.argv[1:]))
+        run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
 
 import dataclasses
@@ -42,9 +42,9 @@ from flatgpt.evaluation.metrics import default_batch_size, mean_loss
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint, history
 from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.figure import figure, picture
 from flatgpt.runs.lock import Claim
-from flatgpt.runs.log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
+from flatgpt.runs.plots import plot_runs, render
+from flatgpt.runs.run_log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
 from flatgpt.runtime.device import find_device, reseed, select_device
 from flatgpt.runtime.distributed import DistributedContext, join_process_group, shorten_timeout
 from flatgpt.runtime.parallel import full_tensor, gradients, local_grad_sum
@@ -260,7 +260,7 @@ def draw(log: RunLog, folder: Path) -> None:
     """The run so far as metrics.png: a picture that fails ends no run."""
     log.bar.close()  # matplotlib may have to say something
     try:
-        log.write_picture(picture(figure([history.read(folder)]), "png"))
+        log.write_picture(render(plot_runs([history.read(folder)]), "png"))
         log.say(f"picture  {folder / PICTURE}")
     except Exception as why:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
@@ -291,4 +291,4 @@ def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> d
 
 
 if __name__ == "__main__":
-    run_verb(train, CONFIG, every_rank=True)
+    run_script(train, CONFIG, every_rank=True)

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flatgpt.runs.log import summary
+from flatgpt.runs.run_log import summary
 
 PROFILED = 3  # updates
 ROWS = {  # of the table: what it says, and how

@@ -50,7 +50,7 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
     run_dir = claim.run_dir
     there = checkpoint.folders(run_dir)
     if resume in ("latest", "auto"):
-        found = checkpoint.first_good(there, (WEIGHTS, TRAIN_STATE), print)
+        found = checkpoint.first_valid(there, (WEIGHTS, TRAIN_STATE), print)
         if found is None and (resume == "latest" or there):
             reason = "every checkpoint there is damaged" if there else "there is no checkpoint"
             remedy = "add --overwrite instead to start again" if there else "start without --resume"
@@ -59,13 +59,13 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
     if resume:
         path = Path(resume)
         if (path / "ckpt").is_dir():
-            found = checkpoint.first_good(checkpoint.folders(path), (WEIGHTS, TRAIN_STATE), print)
+            found = checkpoint.first_valid(checkpoint.folders(path), (WEIGHTS, TRAIN_STATE), print)
             if found is None:
                 raise UserError(f"resume = {resume}: this run has no usable checkpoint")
             path = found[0]
         try:
             state = checkpoint.verify(path)
-        except checkpoint.Damaged as why:
+        except checkpoint.DamagedCheckpointError as why:
             raise UserError(f"resume = {resume}: {why}") from None
         if there and path.resolve().parent.parent != run_dir.resolve():
             raise UserError(

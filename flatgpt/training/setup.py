@@ -19,7 +19,7 @@ from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import pretrained_tokenizer
-from flatgpt.runs.log import peak_flops
+from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime import precision
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext

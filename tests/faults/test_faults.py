@@ -394,7 +394,7 @@ def test_nan_on_one_rank_ends_the_job_and_names_it(start, home, tmp_path):
     said = f"error: iter 8: the loss is nan on rank 1; its batch there: training windows {shown} (window w begins at"
     assert error.startswith(said)
     assert "what was saved stays" in error
-    assert "in run_verb" not in job.printed
+    assert "in run_script" not in job.printed
     assert [folder.name for folder in checkpoint.checkpoints(run)] == ["iter_000006", "iter_000004"]
     for folder in checkpoint.checkpoints(run):
         checkpoint.verify(folder)
@@ -555,7 +555,7 @@ def test_rank_that_raises_ends_the_job_with_its_own_message(start, tmp_path, cod
     job = start("--max_iters", 100_000, "--eval_interval", 10, script=str(tmp_path / "faulty.py"), env=env)
     assert job.end() == 1
     assert job.printed.count(once) == 1
-    assert job.printed.count("in run_verb") == tracebacks  # a rank's; the launcher has one of its own
+    assert job.printed.count("in run_script") == tracebacks  # a rank's; the launcher has one of its own
     assert [line.startswith(once) for line in errors(job)] == [True] * once.startswith("error: ")
     assert job.printed.count(GONE) <= 1
 
@@ -577,7 +577,7 @@ def test_mistake_is_said_once_by_the_whole_job(request, start, tmp_path, words, 
     assert len(errors(job)) == 1
     assert errors(job)[0].startswith(said)
     assert GONE not in job.printed
-    assert "in run_verb" not in job.printed
+    assert "in run_script" not in job.printed
     assert not (tmp_path / "run").exists()
 
 

@@ -396,11 +396,11 @@ def high_scale(machine: "device.DeviceSettings") -> torch.amp.GradScaler:
 
 
 PREPARED = f"""
-import os, torch; from flatgpt.runtime import device as runtime, stop
+import os, torch; from flatgpt.runtime import device as runtime
 {inspect.getsource(high_scale)}
 runtime.DeviceSettings.scaler = high_scale
 if os.environ["RANK"] == "1":
-    stop.StopRequest.reason = lambda self: 0
+    runtime.StopRequest.reason = lambda self: 0
 """
 # What a model in parts has gathered while it computes.
 WATCHED = """
@@ -690,7 +690,7 @@ def test_data_that_differ_between_ranks_are_refused(forked, tmp_path):
     assert done.code == 1
     said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
     assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: " + ALIKE]
-    assert "in run_verb" not in done.printed
+    assert "in run_script" not in done.printed
     assert not list(tmp_path.glob("machine*/out"))
 
 
