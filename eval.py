@@ -70,7 +70,7 @@ class EvalContext:
 
 def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """The ids of a text file, in pieces, as prepare_data.py gives them."""
-    for piece, _ in tokenizer.pieces(text_chunks(Path(path)), tokenizer.RUN):
+    for piece, _ in tokenizer.split_text(text_chunks(Path(path)), tokenizer.MAX_ENCODE_CHARS):
         yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
 
 

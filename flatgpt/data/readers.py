@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
-from flatgpt.data.tokenizer import RUN, pieces
+from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
 CHUNK_BYTES = 4 << 20  # bytes of text that one task holds, about
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -121,10 +121,12 @@ def text_chunks(path: Path) -> Iterator[str]:
             offset += len(block)
 
 
-def split_document(blocks: Iterable[str], length: int = 4 * RUN) -> Iterator[Chunk]:
+def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) -> Iterator[Chunk]:
     """One document that comes in blocks, in parts of at most `length` characters; nothing where there is no text."""
     last = None
-    for piece, cut in pieces(blocks, length):  # at multiples of RUN a run is cut here where the worker would cut it
+    for piece, cut in split_text(
+        blocks, length
+    ):  # at multiples of MAX_ENCODE_CHARS a run is cut here where the worker would cut it
         if last:
             yield last
         inside = last is not None and not (last.text[-1].isspace() or piece[0].isspace())
