@@ -24,7 +24,7 @@ from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.files import atomic_write
-from flatgpt.runtime.parallel import is_sharded, part_of
+from flatgpt.runtime.parallel import is_sharded, shard_like
 from flatgpt.training.muon import Muon
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun
@@ -211,7 +211,7 @@ def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, claim: RunLoc
         if not ranks.all(path.is_dir()):
             reason = "out_dir has to be a folder that all machines share" if ranks.world > 1 else "start again"
             raise UserError(f"{path} has gone meanwhile, or is not there on every machine: {reason}")
-        ranks.require_alike({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
+        ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
         train_state = restore(path, run)
         at.row = train_state["row"]
         if path.resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
@@ -229,7 +229,7 @@ def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, claim: RunLoc
         atomic_write(folder / "config.toml", recipe.encode())
         return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])
 
-    if not ranks.from_first(make_ready):  # the best checkpoint has moved aside, too
+    if not ranks.run_on_rank0(make_ready):  # the best checkpoint has moved aside, too
         progress["best_loss"] = progress["best_iter"] = None
     return at
 
@@ -250,10 +250,12 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     if unlike := state_mismatches(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
         more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
-    checkpoint.load_weights(run.model, folder, cut=part_of)
+    checkpoint.load_weights(run.model, folder, cut=shard_like)
     if sharded:  # and so AdamW's
         for index, entries in saved["state"].items():
-            entries.update({k: part_of(v, params[index]) for k, v in entries.items() if v.dim()})  # all but the steps
+            entries.update(
+                {k: shard_like(v, params[index]) for k, v in entries.items() if v.dim()}
+            )  # all but the steps
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, now in zip(optimizer.param_groups, settings, strict=True):

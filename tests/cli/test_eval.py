@@ -26,7 +26,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.prepare import prepare
 from flatgpt.evaluation import text_stats as counting
 from flatgpt.interop import loading
-from flatgpt.runtime.distributed import Ranks
+from flatgpt.runtime.distributed import DistributedContext
 
 __all__ = ["extras", "forked"]  # fixtures
 
@@ -883,7 +883,7 @@ def test_ranks_give_the_figures_of_one(forked, home, tmp_path):
 
 
 def test_the_first_rank_alone_writes(monkeypatch, capsys):
-    class Second(Ranks):
+    class Second(DistributedContext):
         def sum(self, value):
             return value
 

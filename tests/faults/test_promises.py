@@ -256,10 +256,10 @@ model.GPT.init_weights = init_weights
 OTHER_DTYPE = """
 from flatgpt.training import setup as run
 
-def machine(device, dtype, *words, real=run.machine):
+def select_device(device, dtype, *words, real=run.select_device):
     return real(device, "float16" if os.environ["RANK"] == "1" else "float32", *words)
 
-run.machine = machine
+run.select_device = select_device
 """
 
 
