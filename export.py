@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatgpt.interop import hub, loading
-from flatgpt.interop.huggingface import generation_config, hugging_face_config, to_hugging_face, export_problems
+from flatgpt.interop.huggingface import export_problems, generation_config, hugging_face_config, to_hugging_face
 from flatgpt.interop.loading import ModelSource
 from flatgpt.interop.model_card import LOCAL, card
 from flatgpt.interop.space import space_files

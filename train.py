@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from config import SaidElsewhere, UserError
-from flatgpt.evaluation.metrics import mean_loss, default_batch_size
+from flatgpt.evaluation.metrics import default_batch_size, mean_loss
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint, history
 from flatgpt.runs.checkpoint_writer import Saver

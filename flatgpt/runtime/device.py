@@ -217,7 +217,7 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
             for part in (block.attn, block.mlp):
                 part.compile(dynamic=False)
         return model
-    getattr(model, "module", model).leave_loss_out()  # DDP's module is the model
+    getattr(model, "module", model).exclude_loss_from_compile()  # DDP's module is the model
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 
