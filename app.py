@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from config import AppConfig, InferConfig, UserError
-from flatgpt.cli.cli import from_command_line, parse, run_verb
+from flatgpt.cli.cli import from_command_line, parse, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(AppConfig, __doc__)
@@ -31,7 +31,7 @@ from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import top_token_probs
 from flatgpt.interop.model_card import body
 from flatgpt.runs import history
-from flatgpt.runs.figure import figure, picture
+from flatgpt.runs.plots import plot_runs, render
 from infer import Writer, load
 
 HERE = Path(__file__).resolve().parent
@@ -137,7 +137,7 @@ class Playground:
         """The run's log as a picture within the page; empty where there is none."""
         if not self.folder.is_dir() or not len(logged := history.read(self.folder)):
             return ""
-        data = base64.b64encode(picture(figure([logged]), "svg")).decode()
+        data = base64.b64encode(render(plot_runs([logged]), "svg")).decode()
         picture_of = f'<img alt="losses, learning rate, speed" src="data:image/svg+xml;base64,{data}">'
         return f'<div class="curve">{picture_of}</div>'
 
@@ -298,4 +298,4 @@ def main(config: AppConfig) -> None:
 if __name__ == "__main__":
     if (HERE / "tiktoken_cache").is_dir():  # a Space brings its vocabulary along
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / "tiktoken_cache"))
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

@@ -8,7 +8,7 @@ echo "Once upon a time" | python infer.py -
 """
 
 from config import InferConfig, SamplingConfig, UserError, model_path
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(InferConfig, __doc__)
@@ -29,7 +29,7 @@ from flatgpt.inference.prepacking import faster_decoding_dtype, prepack
 from flatgpt.inference.sampling import TextStream, generate_batch
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
-from flatgpt.runtime.device import find_device, machine
+from flatgpt.runtime.device import find_device, select_device
 from flatgpt.runtime.files import require_writable, write_json
 
 
@@ -202,7 +202,7 @@ def load(config: InferConfig) -> tuple[Writer, ModelSource, dict]:
     dtype, measured = config.dtype, None
     if dtype == "auto" and device.type == "cpu" and not config.quantize:
         dtype, measured = faster_decoding_dtype(model, compile)
-    place = machine(config.device, dtype)
+    place = select_device(config.device, dtype)
     decoder = Decoder(prepack(model, place.dtype, config.quantize, compile), compile)
     precision = config.quantize or str(place.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")
     facts["machine"] = f"{place.name}, {precision}, {'compiled' if compile else 'eager'}"
@@ -287,4 +287,4 @@ def main(config: InferConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

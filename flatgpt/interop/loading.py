@@ -27,7 +27,7 @@ from flatgpt.interop.pretrained import (
     tokenizer_there,
 )
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import WEIGHTS, Damaged, verify
+from flatgpt.runs.checkpoint import WEIGHTS, DamagedCheckpointError, verify
 from model import GPT
 
 
@@ -123,7 +123,7 @@ def load_pretrained(model: GPT, path: str) -> None:
         if is_flatgpt(place):
             verify(place, (WEIGHTS,))
         weights = _weights(place, model.config)
-    except (Damaged, SafetensorError) as why:
+    except (DamagedCheckpointError, SafetensorError) as why:
         raise UserError(f"init_from = {path}: {why}") from None
     model.load_state_dict(weights)
 
