@@ -130,7 +130,7 @@ def test_activations_are_those_that_autograd_keeps(shape, dtype, device):
 def test_a_large_batch_keeps_gradients_in_place_of_logits(head, dtype, device):
     config = dataclasses.replace(SMALL, vocab_size=12_000, **head)
     kept = {}
-    for rows in (2, 3):  # the third takes the logits past fused_loss.SMALL
+    for rows in (2, 3):  # the third takes the logits past cross_entropy.MIN_FUSED_LOGITS
         kept[rows], _ = activation_bytes(config, rows, dtype, device)
         assert kept[rows] == pytest.approx(kept_bytes(config, rows, dtype, device), rel=1e-3)
     assert kept[3] < kept[2] / 2
@@ -169,8 +169,8 @@ CHUNKS = [None, (2**20, 2**40), (100, 2**15)]
 )
 def test_peak_with_and_without_activation_checkpointing(changes, chunks, dtype, monkeypatch):
     if chunks:
-        monkeypatch.setattr(cross_entropy, "SMALL", 0)
-        monkeypatch.setitem(cross_entropy.ROWS, "cpu", chunks[0])
+        monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", 0)
+        monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", chunks[0])
         monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", chunks[1])
     for checkpointing in (False, True):
         config = dataclasses.replace(SMALL, n_layer=6, activation_checkpointing=checkpointing, **changes)
