@@ -9,7 +9,7 @@ python export.py --model_path out/shakespeare --space playground   # app.py with
 """
 
 from config import ExportConfig, TrainConfig, UserError, model_path, upload_space
-from flatgpt.cli.cli import from_command_line, recipe_text, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)
@@ -262,4 +262,4 @@ def upload(config: ExportConfig, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

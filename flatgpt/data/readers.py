@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
-from flatgpt.data.tokenizer import RUN, pieces
+from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
 CHUNK_BYTES = 4 << 20  # approximate bytes of text in one chunk, and in one task
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -129,10 +129,11 @@ def text_chunks(path: Path) -> Iterator[str]:
             offset += len(block)
 
 
-def split_document(blocks: Iterable[str], length: int = 4 * RUN) -> Iterator[Chunk]:
+def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) -> Iterator[Chunk]:
     """Yield one document, which comes in blocks, in chunks of at most `length` characters; nothing if it is empty."""
     last = None
-    for text, forced_split in pieces(blocks, length):  # at multiples of RUN, where the worker would split a long run
+    # A long run is split at multiples of MAX_ENCODE_CHARS, where the worker would split it.
+    for text, forced_split in split_text(blocks, length):
         if last:
             yield last
         mid_word = last is not None and not (last.text[-1].isspace() or text[0].isspace())

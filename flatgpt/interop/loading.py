@@ -27,7 +27,7 @@ from flatgpt.interop.pretrained import (
     tokenizer_there,
 )
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import WEIGHTS, Damaged, verify
+from flatgpt.runs.checkpoint import WEIGHTS, DamagedCheckpointError, verify
 from model import GPT
 
 
@@ -103,7 +103,7 @@ def load(found: ModelSource, device: torch.device, context_length: int | None = 
                 "take at most that"
             )
         config = dataclasses.replace(config, context_length=context_length)
-    model = GPT.without_values(config)
+    model = GPT.on_meta_device(config)
     try:
         model.load_state_dict(_weights(found.path, config), assign=True)
     except (RuntimeError, SafetensorError) as why:
@@ -123,7 +123,7 @@ def load_pretrained(model: GPT, path: str) -> None:
         if is_flatgpt(place):
             verify(place, (WEIGHTS,))
         weights = _weights(place, model.config)
-    except (Damaged, SafetensorError) as why:
+    except (DamagedCheckpointError, SafetensorError) as why:
         raise UserError(f"init_from = {path}: {why}") from None
     model.load_state_dict(weights)
 

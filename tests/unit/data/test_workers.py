@@ -37,7 +37,7 @@ DONE = 23  # shards of the first ten tasks
 HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 from config import PrepareConfig
 import prepare_data
 from flatgpt.data import encode as tasks, prepare as preparation, readers as documents
@@ -68,7 +68,7 @@ else:
     held_encode.__module__, held_encode.__qualname__ = "flatgpt.data.encode", "encode"
     tasks.encode = held_encode
 if __name__ == "__main__":
-    run_verb(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
+    run_script(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
 """
 
 
