@@ -41,11 +41,11 @@ from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.evaluation.text_stats import TextCounts, count_text
 from flatgpt.evaluation.windows import Prefixed, Protocol, eval_batches
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
-from flatgpt.runtime.device import Machine, find_device, machine, seed_of
-from flatgpt.runtime.distributed import Ranks, join
+from flatgpt.runtime.device import DeviceSettings, find_device, seed_of, select_device
+from flatgpt.runtime.distributed import DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
 
@@ -55,8 +55,8 @@ class EvalContext:
     """Who scores: a machine among ranks, of which the first speaks."""
 
     config: EvalConfig
-    place: Machine
-    ranks: Ranks
+    place: DeviceSettings
+    ranks: DistributedContext
 
     def say(self, line: str) -> None:
         """Facts that are no figures; standard output is for the report."""
@@ -70,7 +70,7 @@ class EvalContext:
 
 def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """The ids of a text file, in pieces, as prepare_data.py gives them."""
-    for piece, _ in tokenizer.pieces(text_chunks(Path(path)), tokenizer.RUN):
+    for piece, _ in tokenizer.split_text(text_chunks(Path(path)), tokenizer.MAX_ENCODE_CHARS):
         yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
 
 
@@ -198,10 +198,14 @@ def score_continuations(context: EvalContext, model: GPT, encoding: tiktoken.Enc
     config, ranks = context.config, context.ranks
     length = config.max_new_tokens
     places = continuations.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
-    shared = {"share": (ranks.rank, ranks.world), "everyones": ranks.everyones, "watch": context.watch}
+    shared = {"share": (ranks.rank, ranks.world), "all_gather": ranks.all_gather, "watch": context.watch}
     written = continuations.continue_all(Decoder(model), encoding, places, length, config, **shared)
     chosen = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
-    means = [f"{length} tokens after {config.prompt_tokens}", f"temperature {config.heat:g}", f"seed {config.seed}"]
+    means = [
+        f"{length} tokens after {config.prompt_tokens}",
+        f"temperature {config.effective_temperature:g}",
+        f"seed {config.seed}",
+    ]
     means += [f"{key} {getattr(config, key)}" for key in chosen if key not in ("temperature", "greedy", "seed")]
     scores = dataclasses.asdict(continuations.compare(encoding, places, written))
     return {"prompts_mean": ", ".join(means), **scores}
@@ -230,7 +234,7 @@ def evaluate_model(context: EvalContext, found: ModelSource) -> dict:
     """The report of one model."""
     config = context.config
     model, encoding = loading.load(found, context.place.device, config.context_length)
-    pack(model, context.place.dtype)  # on a CPU the whole report comes in half the time
+    prepack(model, context.place.dtype)  # on a CPU the whole report comes in half the time
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
     facts["dtype"] = str(context.place.dtype).removeprefix("torch.")
     answer = (score_answers if config.choices else score_text)(context, model, encoding, found)
@@ -249,13 +253,13 @@ def main(config: EvalConfig) -> None:
     require_writable(config.plot, "plot")
     if config.generate:
         continuations.require()
-    with join(config, find_device) as ranks:
+    with join_process_group(config, find_device) as ranks:
         local_rank = ranks.local_rank if ranks.world > 1 else None
         models = model_paths(config)
         for key, path in (("text", config.text), ("choices", config.choices)):
             if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
                 raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
-        context = EvalContext(config, machine(config.device, config.dtype, local_rank=local_rank), ranks)
+        context = EvalContext(config, select_device(config.device, config.dtype, local_rank=local_rank), ranks)
         found = [loading.find(path, context.say) for path in models]  # all, before the first is scored
         reports = [evaluate_model(context, each) for each in found]
     if not ranks.first:

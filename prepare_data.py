@@ -64,7 +64,7 @@ def info(dataset: Dataset) -> None:
 
 def verify(dataset: Dataset) -> None:
     """Read and hash every shard; UserError names those that are not as they were written."""
-    found = [(name, wrong) for name, wrong in dataset.damaged()]
+    found = [(name, wrong) for name, wrong in dataset.verify_shards()]
     wrong = [why for _, why in found if why]
     if wrong:
         raise UserError("; ".join(wrong) + ". Move the folder away and run prepare_data.py again")

@@ -16,7 +16,7 @@ import numpy as np
 
 from flatgpt.data import readers, tokenizer
 from flatgpt.data.readers import CHUNK_BYTES, Chunk
-from flatgpt.data.tokenizer import RUN
+from flatgpt.data.tokenizer import MAX_ENCODE_CHARS
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def encode(job: Job, task: Task, limit: int | None = None) -> tuple[dict[str, En
             continue
         waiting[split].append(text)
         size += len(text)
-        if size > RUN:
+        if size > MAX_ENCODE_CHARS:
             encode_waiting()
     encode_waiting()
     for split, entry in found.items():

@@ -37,8 +37,8 @@ def small(patch: pytest.MonkeyPatch, block: int, run: int) -> None:
     """Blocks and runs of this size, so that a short text is a long one."""
     patch.setattr(readers, "CHUNK_BYTES", block)
     patch.setattr(encode, "CHUNK_BYTES", block)
-    patch.setattr(encode, "RUN", run)
-    patch.setattr(tokenizer, "RUN", run)
+    patch.setattr(encode, "MAX_ENCODE_CHARS", run)
+    patch.setattr(tokenizer, "MAX_ENCODE_CHARS", run)
     patch.setattr(readers.split_document, "__defaults__", (4 * run,))
 
 

@@ -130,7 +130,7 @@ def test_offset_has_thousands_marked_off(tmp_path):
 @given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
 def test_parts_are_the_documents_pieces(blocks, length):
     found = list(readers.split_document(blocks, length))
-    pieces = list(tokenizer.pieces(["".join(blocks)], length))
+    pieces = list(tokenizer.split_text(["".join(blocks)], length))
     last = len(pieces) - 1
     facts = [(part.text, part.first, part.last, part.forced_split) for part in found]
     assert facts == [(piece, n == 0, n == last, cut) for n, (piece, cut) in enumerate(pieces)]
@@ -146,7 +146,7 @@ def test_parts_of_a_long_file_fit_memory(tmp_path):
     found = list(readers.documents(tmp_path / "a.txt", "text"))
     assert "".join(part.text for part in found) == text
     assert len(found) == 3
-    assert max(len(part.text) for part in found) <= 4 * tokenizer.RUN
+    assert max(len(part.text) for part in found) <= 4 * tokenizer.MAX_ENCODE_CHARS
     assert [(part.first, part.last) for part in found] == [(True, False), (False, False), (False, True)]
     assert all(part.text[0] in " \n" and not part.forced_split for part in found[1:])
 
@@ -419,7 +419,7 @@ def test_no_parquet_or_not_all_of_it(tmp_path, call, left):
     else:
         path.write_bytes(whole[: len(whole) // 2 if left == 0.5 else left])
     answer = refusal(call, path, "text")
-    assert answer.startswith(f"{path}: no parquet file, or a truncated one (")
+    assert answer.startswith(f"{path}: not a parquet file, or a truncated one (")
     assert "get it again" in answer
 
 

@@ -13,13 +13,13 @@ from flatgpt.data import prepare as preparation
 from flatgpt.data import sources, tokenizer
 
 
-def prepare(source, say=lambda line: None, **keys):
-    return preparation.prepare(PrepareConfig(source=source, **keys), say)
+def prepare(source, log=lambda line: None, **keys):
+    return preparation.prepare(PrepareConfig(source=source, **keys), log)
 
 
-def from_text(*inputs, say=lambda line: None, **keys):
+def from_text(*inputs, log=lambda line: None, **keys):
     """The user's own files in bytes, in data/text_byte."""
-    return prepare("text", say, **{"input": tuple(map(str, inputs)), "tokenizer": "byte", **keys})
+    return prepare("text", log, **{"input": tuple(map(str, inputs)), "tokenizer": "byte", **keys})
 
 
 def refusal(*args, **keys) -> str:
@@ -141,8 +141,8 @@ def test_download(server, tmp_path):
     ("page", "sha256", "said"),
     [
         ("/text", "0" * 64, [SHA256[:16], "0" * 16]),
-        ("/none", SHA256, ["could not be fetched", "Not Found"]),
-        ("/cut", SHA256, ["could not be fetched"]),
+        ("/none", SHA256, ["could not be downloaded", "Not Found"]),
+        ("/cut", SHA256, ["could not be downloaded"]),
     ],
 )
 def test_failed_download_leaves_nothing(server, tmp_path, page, sha256, said):
@@ -157,7 +157,7 @@ def test_failed_download_leaves_nothing(server, tmp_path, page, sha256, said):
 def test_nobody_answers(server, tmp_path):
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match=r"could not be fetched \(.*refused.*check the network"):
+    with pytest.raises(UserError, match=r"could not be downloaded \(.*refused.*check the network"):
         sources.download(server.url, tmp_path / "input.txt", SHA256)
 
 
