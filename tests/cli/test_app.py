@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, free_port, running
+from processes import ROOT, command, free_port, running
 
 import app
 from config import AppConfig, InferConfig, UserError

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, command, running, waits_long
+from processes import ROOT, command, running, waits_long
 
 import infer
 from config import InferConfig, ModelConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import ROOT
 from hub_host import READER, WRITER
 from huggingface_hub import constants
+from processes import ROOT
 
 from config import UserError
 from flatgpt.data import hub

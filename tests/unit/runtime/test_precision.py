@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, train_here
+from in_process import TINY, train_here
 
 import infer
 import train
