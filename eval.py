@@ -31,11 +31,11 @@ from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.evaluation.text import count_text, open_tokens
 from flatgpt.evaluation.windows import Prefixed, Protocol, eval_batches
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
-from flatgpt.runtime.device import Machine, find_device, machine
-from flatgpt.runtime.distributed import Ranks, join
+from flatgpt.runtime.device import DeviceSettings, find_device, select_device
+from flatgpt.runtime.distributed import DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
 
@@ -51,8 +51,8 @@ class EvalContext:
     """The settings, device and ranks of all evaluations of one call."""
 
     config: EvalConfig
-    device: Machine
-    ranks: Ranks
+    device: DeviceSettings
+    ranks: DistributedContext
 
     @property
     def share(self) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def evaluate_model(context: EvalContext, source: ModelSource) -> dict:
     """Return the report of one model."""
     config, device = context.config, context.device
     model, encoding = loading.load(source, device.device, config.context_length)
-    pack(model, device.dtype)  # on a CPU the evaluation takes half the time
+    prepack(model, device.dtype)  # on a CPU the evaluation takes half the time
     facts = {"model": str(source.path), "iter": source.state.get("iter")}
     facts["dtype"] = str(device.dtype).removeprefix("torch.")
     if config.choices:
@@ -123,10 +123,14 @@ def evaluate_continuations(context: EvalContext, model: GPT, encoding: tiktoken.
     """Score continuations of prompts at equal distances in the text."""
     config, length = context.config, context.config.max_new_tokens
     prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
-    options = {"share": context.share, "all_gather": context.ranks.everyones, "progress": context.progress}
+    options = {"share": context.share, "all_gather": context.ranks.all_gather, "progress": context.progress}
     written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, **options)
     changed = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
-    means = [f"{length} tokens after {config.prompt_tokens}", f"temperature {config.heat:g}", f"seed {config.seed}"]
+    means = [
+        f"{length} tokens after {config.prompt_tokens}",
+        f"temperature {config.effective_temperature:g}",
+        f"seed {config.seed}",
+    ]
     means += [f"{key} {getattr(config, key)}" for key in changed if key not in ("temperature", "greedy", "seed")]
     return {"prompts_mean": ", ".join(means)} | continuations.score_continuations(encoding, prompts, written)
 
@@ -138,11 +142,11 @@ def main(config: EvalConfig) -> None:
     require_writable(config.plot, "plot")
     if config.generate:
         continuations.require_packages()
-    with join(config, find_device) as ranks:
+    with join_process_group(config, find_device) as ranks:
         for key, path in (("text", config.text), ("choices", config.choices)):
             if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
                 raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
-        device = machine(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
+        device = select_device(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
         context = EvalContext(config, device, ranks)
         sources = [loading.find(path, context.log) for path in models]  # all of them, before the first is scored
         reports = [evaluate_model(context, source) for source in sources]

@@ -19,18 +19,18 @@ from config import BenchConfig, UserError, run_dir
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation.metrics import default_batch_size, measure
 from flatgpt.evaluation.windows import eval_batches
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
-from flatgpt.runtime.device import Machine, machine
+from flatgpt.runtime.device import DeviceSettings, select_device
 from model import GPT
 
-Way = Callable[[], float]  # scores the text: nats per token
+Runner = Callable[[], float]  # scores the text: nats per token
 
 
 def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
     """Both ways in turn, `rounds` times: medians, and the median of the rounds' ratios."""
-    place = machine(config.device, "float32")
+    place = select_device(config.device, "float32")
     found = loading.find(config.model_path or str(run_dir(config)), say)
     model, _ = loading.load(found, place.device)
     dataset = open_dataset(Path(config.data_dir) / config.dataset)
@@ -40,7 +40,7 @@ def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
         raise UserError(f"text_tokens = {len(ids):,}: one window has {model.config.context_length:,}; take more")
     say(f"{found.describe()}; {len(ids):,} tokens of {dataset.folder} {config.split}; {place.describe()}")
     peer = theirs(model, ids, place.device)
-    ways = {"ours": ours(pack(model, place.dtype), ids, place), "transformers": peer}
+    ways = {"ours": ours(prepack(model, place.dtype), ids, place), "transformers": peer}
     seconds, losses = {name: [] for name in ways}, {}
     for number in range(config.rounds):
         for name, way in ways.items():
@@ -61,7 +61,7 @@ def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
     }
 
 
-def ours(model: GPT, ids: np.ndarray, place: Machine) -> Way:
+def ours(model: GPT, ids: np.ndarray, place: DeviceSettings) -> Runner:
     """eval.py's whole report. A window of transformers' shifts its labels inside, so that it scores one less."""
     T, stride = model.config.context_length - 1, model.config.context_length // 2
 
@@ -72,7 +72,7 @@ def ours(model: GPT, ids: np.ndarray, place: Machine) -> Way:
     return score
 
 
-def theirs(model: GPT, ids: np.ndarray, device: torch.device) -> Way:
+def theirs(model: GPT, ids: np.ndarray, device: torch.device) -> Runner:
     """One window after the other, labels of -100 where an earlier one has scored, its mean loss times its count."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -62,7 +62,7 @@ def mean_loss(
     with evaluating(model):
         for x, y in batches:
             tokens += int((y >= 0).sum())
-            loss_sum += model(to_device(x), to_device(y), each=True).double().sum().cpu()
+            loss_sum += model(to_device(x), to_device(y), reduction="none").double().sum().cpu()
     sums = all_reduce(torch.tensor([loss_sum, tokens], dtype=torch.float64))  # counts are exact up to 2^53
     return float(sums[0] / sums[1])
 
@@ -177,10 +177,10 @@ def measure(
     with evaluating(model):
         for x, y in batches:
             scored = np.flatnonzero(y.ravel() >= 0)
-            hidden = model.hidden(to_device(x)).flatten(0, 1)[to_device(scored)]  # (N, C)
+            hidden = model.hidden_states(to_device(x)).flatten(0, 1)[to_device(scored)]  # (N, C)
             targets, rows = y.ravel()[scored], rows_per_chunk(V, hidden.device)
             chunks = zip(hidden.split(rows), to_device(targets).split(rows), strict=True)
-            found = [token_statistics(model.head(h, padded=True).float(), t, V) for h, t in chunks]
+            found = [token_statistics(model.compute_logits(h, padded=True).float(), t, V) for h, t in chunks]
             columns = {name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]}
             scores.add(targets=targets, positions=scored % y.shape[1], **columns)
             progress(len(scored))

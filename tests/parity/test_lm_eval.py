@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TEXT, make_dataset, train_here
+from in_process import TEXT, make_dataset, train_here
 from test_multiple_choice import ENCODINGS, MERGES, QUESTIONS, T, V
 from test_windows import FIRST, START, batches, read
 

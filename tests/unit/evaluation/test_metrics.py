@@ -31,11 +31,13 @@ def assert_same(one: Scores, other: Scores) -> None:
 @pytest.mark.parametrize("logits_bytes", [1, 4 * V * 33, 10**9])
 @pytest.mark.parametrize("size", [1, 3, 40])
 def test_batch_size_and_chunks_change_no_figure(monkeypatch, size, logits_bytes):
-    """The head computes at least 16 rows of logits at once; here also 33, and all."""
+    """At least 16 rows of logits are computed at once; here also 33, and all."""
     model, rows, told = random_model(), [], []
     whole = measure(model, batches(), torch.from_numpy)
-    head = model.head
-    monkeypatch.setattr(model, "head", lambda hidden, **more: rows.append(len(hidden)) or head(hidden, **more))
+    head = model.compute_logits
+    monkeypatch.setattr(
+        model, "compute_logits", lambda hidden, **more: rows.append(len(hidden)) or head(hidden, **more)
+    )
     monkeypatch.setitem(metrics.LOGITS_BYTES, "cpu", logits_bytes)
     assert_same(measure(model, batches(size), torch.from_numpy, progress=told.append), whole)
     assert sum(rows) == sum(told) == whole.tokens == len(IDS) - 1, "targets that are not scored cost nothing"

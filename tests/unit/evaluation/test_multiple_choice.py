@@ -164,11 +164,13 @@ def test_log_likelihoods_equal_a_plain_loop(name, changes):
 @pytest.mark.parametrize(("batch_tokens", "logits"), [(8192, 10**6), (60, 10**6), (100, 40), (8192, 7), (5, 1)])
 def test_a_batch_keeps_to_its_limits(monkeypatch, batch_tokens, logits):
     """Tokens with their padding, unless a single pair has more; logits of the endings only, 16 rows at least."""
-    model, pairs, widths, heads = choice_model(), all_pairs(), [], []
-    forward, head = model.transformer.wte.forward, model.head
+    model, pairs, widths, logit_rows = choice_model(), all_pairs(), [], []
+    hidden_states, compute_logits = model.hidden_states, model.compute_logits
     monkeypatch.setitem(metrics.LOGITS_BYTES, "cpu", 4 * V * logits)
-    monkeypatch.setattr(model.transformer.wte, "forward", lambda x: (widths.append(tuple(x.shape)), forward(x))[1])
-    monkeypatch.setattr(model, "head", lambda x, **more: (heads.append(len(x)), head(x, **more))[1])
+    monkeypatch.setattr(model, "hidden_states", lambda x: (widths.append(tuple(x.shape)), hidden_states(x))[1])
+    monkeypatch.setattr(
+        model, "compute_logits", lambda x, **more: (logit_rows.append(len(x)), compute_logits(x, **more))[1]
+    )
     log_likelihoods(model, pairs, torch.from_numpy, batch_tokens)
     lengths = sorted((min(T, len(context) + len(ending) - 1) for context, ending in pairs), reverse=True)
     first = 0
@@ -178,8 +180,8 @@ def test_a_batch_keeps_to_its_limits(monkeypatch, batch_tokens, logits):
         assert rows * width <= batch_tokens or rows == 1
         assert first == len(pairs) or (rows + 1) * width > batch_tokens
     assert first == len(pairs)
-    assert max(heads) <= max(16, logits)
-    assert sum(heads) == sum(len(ending) for _, ending in pairs)
+    assert max(logit_rows) <= max(16, logits)
+    assert sum(logit_rows) == sum(len(ending) for _, ending in pairs)
 
 
 @pytest.mark.parametrize("world", [2, 50])
