@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from config import AppConfig, InferConfig, UserError, model_path
-from flatgpt.cli.cli import from_command_line, parse, run_verb
+from flatgpt.cli.cli import from_command_line, parse, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(AppConfig, __doc__)
@@ -28,7 +28,7 @@ from flatgpt.inference.writer import PreparedModel, Writer, decoding_device, pre
 from flatgpt.interop import loading
 from flatgpt.interop.model_card import body
 from flatgpt.runs import history
-from flatgpt.runs.figure import figure, picture
+from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runtime.device import note
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def main(config: AppConfig) -> None:
     serve(build(config, *load(config)), config.server_name, config.server_port)
 
 
-def load(config: AppConfig) -> tuple[loading.Trained, PreparedModel]:
+def load(config: AppConfig) -> tuple[loading.ModelSource, PreparedModel]:
     """Find and load the model that the command line names; in a folder that export.py --space wrote, its model."""
     if not model_path(config) and any((HERE / name).exists() for name in ("state.json", "config.json")):
         config = dataclasses.replace(config, model_path=str(HERE))
@@ -76,7 +76,7 @@ def request(config: AppConfig, prompt: str, stop: str, **options: object) -> Inf
     return settings
 
 
-def about(found: loading.Trained) -> tuple[str, str, str]:
+def about(found: loading.ModelSource) -> tuple[str, str, str]:
     """Return the model's name, its card as Markdown, and the plots of its run as HTML (empty without a log)."""
     run = found.path.parent.parent if found.path.parent.name == "ckpt" else found.path
     name, file, plots = run.resolve().name, found.path / "README.md", ""
@@ -92,14 +92,14 @@ def about(found: loading.Trained) -> tuple[str, str, str]:
         }
         card = body(found.path, found.state, found.config, name=name, **facts, use=use, as_trained=True)
     if run.is_dir() and len(log := history.read(run)):
-        svg = base64.b64encode(picture(figure([log]), "svg")).decode()
+        svg = base64.b64encode(render(plot_runs([log]), "svg")).decode()
         plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'
     # A card begins with a YAML block and the model's name as a heading.
     heading, card = re.match(r"(?:---\n.*?\n---\n)?\s*(?:# *`?(.*?)`?\n)?(.*)", card, re.S).groups()
     return heading or name, card.strip(), plots
 
 
-def build(config: AppConfig, found: loading.Trained, prepared: PreparedModel):
+def build(config: AppConfig, found: loading.ModelSource, prepared: PreparedModel):
     """Return the page, a gradio.Blocks."""
     import gradio as gr
 
@@ -172,4 +172,4 @@ def build(config: AppConfig, found: loading.Trained, prepared: PreparedModel):
 if __name__ == "__main__":
     if (HERE / "tiktoken_cache").is_dir():  # a Space contains its vocabulary
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / "tiktoken_cache"))
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

@@ -17,7 +17,7 @@ python bench.py tests                                    # the tests that need C
 """
 
 from config import BenchConfig, TrainConfig
-from flatgpt.cli.cli import from_command_line, recipe_text, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, run_script
 from flatgpt.interop.pretrained import initial_shape
 
 if __name__ == "__main__":
@@ -45,11 +45,11 @@ from flatgpt.benchmarks.data import bench_data
 from flatgpt.benchmarks.evaluation import bench_eval
 from flatgpt.benchmarks.inference import bench_infer
 from flatgpt.benchmarks.time_to_loss import bench_loss, loss_table
-from flatgpt.benchmarks.training import ops_table, seconds_since_start, table, times_as_fast, top_ops, update_figures
+from flatgpt.benchmarks.training import ops_table, seconds_since_start, speedup, table, top_ops, update_figures
 from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.log import peak_flops
+from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime.device import find_device
-from flatgpt.runtime.distributed import ALONE, Ranks, join
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json
 from flatgpt.training.plan import matmul_flops
 from flatgpt.training.setup import Run, describe, setup
@@ -107,7 +107,7 @@ def bench_save(config: BenchConfig) -> dict:
     }
 
 
-def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
+def bench_train(config: BenchConfig, ranks: DistributedContext = SINGLE_PROCESS) -> dict:
     """Time train.py's own update function, each update on its own, and another project's beside it, in turn."""
     require_writable(config.profile, "profile")
     if config.peer:
@@ -146,7 +146,7 @@ def bench_train(config: BenchConfig, ranks: Ranks = ALONE) -> dict:
                 pairs.append(tuple(map(statistics.median, times)))
                 mine, its = pairs[-1]
                 say(f"round {number} ours {mine:,.1f} ms, {name} {its:,.1f} ms: {its / mine:.2f} times as fast")
-            ratios[name], facts[name] = times_as_fast(*map(list, zip(*pairs, strict=True))), other.facts
+            ratios[name], facts[name] = speedup(*map(list, zip(*pairs, strict=True))), other.facts
             other.close()
     facts["ours"] = {"start_s": start_s, "peak_mem_gb": place.peak_memory_gb(), "machine": place.describe()}
     tokens, peak = bench.batches.per_update * bench.config.context_length, peak_flops(place.name)
@@ -189,7 +189,7 @@ def main(config: BenchConfig) -> None:
     if config.what in alone:
         show({"command": f"python {command}"} | alone[config.what](config), config)
         return
-    with join(config, find_device) as ranks:
+    with join_process_group(config, find_device) as ranks:
         figures = bench_train(config, ranks)
         if ranks.first:
             show({"command": f"{ranks.launcher} {command}"} | figures, config)
@@ -214,4 +214,4 @@ def show(figures: dict, config: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG, every_rank=True)
+    run_script(main, CONFIG, every_rank=True)

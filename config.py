@@ -20,7 +20,7 @@ class UserError(Exception):
     """A mistake of the user's: the message says what was wrong, with which value, and what to do."""
 
 
-class SaidElsewhere(UserError):  # noqa: N818 - it is no error of this rank
+class ReportedByOtherRank(UserError):  # noqa: N818 - it is no error of this rank
     """The same, where another rank tells the user."""
 
 

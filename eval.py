@@ -10,7 +10,7 @@ torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
 from config import EvalConfig, SamplingConfig, model_paths
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)
@@ -33,30 +33,30 @@ from tqdm import tqdm
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
-from flatgpt.data.readers import text_blocks
+from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
-from flatgpt.evaluation import generation, report
-from flatgpt.evaluation.metrics import measure, windows_a_pass
+from flatgpt.evaluation import continuations, report
+from flatgpt.evaluation.metrics import default_batch_size, measure
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.evaluation.text_stats import TextCounts, count_text
 from flatgpt.evaluation.windows import Prefixed, Protocol, eval_batches
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import pack
 from flatgpt.interop import loading
-from flatgpt.interop.loading import Trained
-from flatgpt.runtime.device import Machine, find_device, machine, seed_of
-from flatgpt.runtime.distributed import Ranks, join
+from flatgpt.interop.loading import ModelSource
+from flatgpt.runtime.device import DeviceSettings, find_device, seed_of, select_device
+from flatgpt.runtime.distributed import DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
 
 
 @dataclass
-class Judge:
+class EvalContext:
     """Who scores: a machine among ranks, of which the first speaks."""
 
     config: EvalConfig
-    place: Machine
-    ranks: Ranks
+    place: DeviceSettings
+    ranks: DistributedContext
 
     def say(self, line: str) -> None:
         """Facts that are no figures; standard output is for the report."""
@@ -70,18 +70,18 @@ class Judge:
 
 def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """The ids of a text file, in pieces, as prepare_data.py gives them."""
-    for piece, _ in tokenizer.pieces(text_blocks(Path(path)), tokenizer.RUN):
+    for piece, _ in tokenizer.split_text(text_chunks(Path(path)), tokenizer.MAX_ENCODE_CHARS):
         yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
 
 
 @contextlib.contextmanager
-def open_tokens(judge: Judge, found: Trained, encoding: tiktoken.Encoding) -> Iterator[tuple[Tokens, str]]:
+def open_tokens(context: EvalContext, found: ModelSource, encoding: tiktoken.Encoding) -> Iterator[tuple[Tokens, str]]:
     """The ids to score and what they are called.
 
     Raises:
         UserError: nothing there, or the ids of another tokenizer than the model's.
     """
-    config, name_of_ids = judge.config, None
+    config, name_of_ids = context.config, None
     with tempfile.TemporaryDirectory(prefix="flatgpt-") as folder:
         if config.text:
             source = "/dev/stdin" if config.text == "-" else config.text
@@ -93,12 +93,12 @@ def open_tokens(judge: Judge, found: Trained, encoding: tiktoken.Encoding) -> It
                 raise UserError(f"text = {config.text}: it is empty; a text to score is expected")
             tokens, name = Tokens([(path, None)]), config.text
         elif config.test_data_path:
-            tokens, name_of_ids = _one_file(judge, Path(config.test_data_path), found.tokenizer)
+            tokens, name_of_ids = _one_file(context, Path(config.test_data_path), found.tokenizer)
             name = config.test_data_path
         else:
             dataset = open_dataset(_dataset_folder(config, found))
             if dataset.notice:
-                judge.say(dataset.notice)
+                context.say(dataset.notice)
             tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
             name_of_ids = dataset.meta["tokenizer"]
         if name_of_ids not in (None, found.tokenizer):
@@ -112,7 +112,7 @@ def open_tokens(judge: Judge, found: Trained, encoding: tiktoken.Encoding) -> It
         yield tokens, name
 
 
-def _one_file(judge: Judge, path: Path, taken_for: str) -> tuple[Tokens, str | None]:
+def _one_file(context: EvalContext, path: Path, taken_for: str) -> tuple[Tokens, str | None]:
     meta = read_meta(path.parent)
     entries = [f for split in meta["splits"].values() for f in split["files"]] if meta else []
     entry = next((f for f in entries if f["name"] == path.name), None)
@@ -120,11 +120,11 @@ def _one_file(judge: Judge, path: Path, taken_for: str) -> tuple[Tokens, str | N
         raise UserError(f"test_data_path = {path}: uint16 ids are expected there; a text is scored by --text {path}")
     tokens = Tokens([(path, entry and entry["tokens"])])
     if entry is None:
-        judge.say(f"{path} is in no dataset folder: taken as ids of the model's tokenizer, {taken_for}")
+        context.say(f"{path} is in no dataset folder: taken as ids of the model's tokenizer, {taken_for}")
     return tokens, entry and meta["tokenizer"]
 
 
-def _dataset_folder(config: EvalConfig, found: Trained) -> Path:
+def _dataset_folder(config: EvalConfig, found: ModelSource) -> Path:
     if not (config.dataset or found.state):
         raise UserError(f"{found.path} does not say what it was trained on: give --dataset, --test_data_path or --text")
     folder = Path(found.state["data"]["folder"]) if found.state else Path()
@@ -133,33 +133,33 @@ def _dataset_folder(config: EvalConfig, found: Trained) -> Path:
     return folder
 
 
-def score_text(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Trained) -> dict:
+def score_text(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, found: ModelSource) -> dict:
     """The report of a model on the text that the config asks for."""
-    config, place, T = judge.config, judge.place, model.config.context_length
+    config, place, T = context.config, context.place, model.config.context_length
     stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
     if stride > T:
         raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
-    with open_tokens(judge, found, encoding) as (tokens, name):
+    with open_tokens(context, found, encoding) as (tokens, name):
         rolling = config.protocol == "rolling"
         text = Prefixed(tokens, encoding.eot_token) if rolling else tokens
         protocol = Protocol(len(text), T, stride, full=rolling)
-        batch_size = config.batch_size or windows_a_pass(T, place.device)
+        batch_size = config.batch_size or default_batch_size(T, place.device)
         windows = min(len(protocol), config.eval_batches * batch_size or len(protocol))
         targets = protocol.scored(windows)
         counts = count_text(tokens, 0, targets + (not rolling), encoding)
         if not rolling:  # the first token is read; its bytes are not scored
             first = count_text(tokens, 0, 1, encoding)
             counts = TextCounts(counts.bytes - first.bytes, counts.words, counts.lines)
-        share = judge.ranks.rank, judge.ranks.world
+        share = context.ranks.rank, context.ranks.world
         batches = eval_batches(text, T, batch_size, config.eval_batches, share, stride=stride, full=rolling)
         generator = torch.Generator(place.device)
-        with judge.watch(total=targets // judge.ranks.world, unit="token", unit_scale=True) as bar:
+        with context.watch(total=targets // context.ranks.world, unit="token", unit_scale=True) as bar:
             scores = measure(
                 model,
                 _reseeding(batches, generator, config.seed, share),
                 place.to_device,
                 sampled=_drawing(generator) if config.sampled else None,
-                total=judge.ranks.sum,
+                total=context.ranks.sum,
                 each=bar.update,
             )
         answer = {"text": name, "protocol": config.protocol, "protocol_means": _describe(config, found), "window": T}
@@ -167,11 +167,11 @@ def score_text(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Tra
         answer |= {"stride": stride} if config.protocol == "stride" else {}
         answer |= report.figures(scores, counts)
         if config.generate:
-            answer |= score_continuations(judge, model, encoding, tokens)
+            answer |= score_continuations(context, model, encoding, tokens)
     return answer
 
 
-def _describe(config: EvalConfig, found: Trained) -> str:
+def _describe(config: EvalConfig, found: ModelSource) -> str:
     never = "" if found.end_of_text else ", which the model's data never had"
     words = {
         "window": "windows that do not overlap; every token but the first is scored once",
@@ -193,25 +193,25 @@ def _drawing(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     return lambda logits: torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def score_continuations(judge: Judge, model: GPT, encoding: tiktoken.Encoding, tokens: Tokens) -> dict:
+def score_continuations(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, tokens: Tokens) -> dict:
     """BLEU and the others, of continuations that begin at equal distances in the text."""
-    config, ranks = judge.config, judge.ranks
+    config, ranks = context.config, context.ranks
     length = config.max_new_tokens
-    places = generation.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
-    shared = {"share": (ranks.rank, ranks.world), "everyones": ranks.everyones, "watch": judge.watch}
-    written = generation.continue_all(Decoder(model), encoding, places, length, config, **shared)
+    places = continuations.cut(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
+    shared = {"share": (ranks.rank, ranks.world), "all_gather": ranks.all_gather, "watch": context.watch}
+    written = continuations.continue_all(Decoder(model), encoding, places, length, config, **shared)
     chosen = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
     means = [f"{length} tokens after {config.prompt_tokens}", f"temperature {config.heat:g}", f"seed {config.seed}"]
     means += [f"{key} {getattr(config, key)}" for key in chosen if key not in ("temperature", "greedy", "seed")]
-    scores = dataclasses.asdict(generation.compare(encoding, places, written))
+    scores = dataclasses.asdict(continuations.compare(encoding, places, written))
     return {"prompts_mean": ", ".join(means), **scores}
 
 
-def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: Trained) -> dict:
+def score_answers(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, found: ModelSource) -> dict:
     """The report of a model on multiple-choice questions."""
-    config, ranks, place = judge.config, judge.ranks, judge.place
+    config, ranks, place = context.config, context.ranks, context.place
     questions = read_choices(config.choices)
-    shared = {"share": (ranks.rank, ranks.world), "total": ranks.sum, "watch": judge.watch}
+    shared = {"share": (ranks.rank, ranks.world), "total": ranks.sum, "watch": context.watch}
     scores = score_choices(model, encoding, questions, place.to_device, **shared)
     return {
         "text": config.choices,
@@ -226,16 +226,16 @@ def score_answers(judge: Judge, model: GPT, encoding: tiktoken.Encoding, found: 
     }
 
 
-def judge_model(judge: Judge, found: Trained) -> dict:
+def evaluate_model(context: EvalContext, found: ModelSource) -> dict:
     """The report of one model."""
-    config = judge.config
-    model, encoding = loading.load(found, judge.place.device, config.context_length)
-    pack(model, judge.place.dtype)  # on a CPU the whole report comes in half the time
+    config = context.config
+    model, encoding = loading.load(found, context.place.device, config.context_length)
+    pack(model, context.place.dtype)  # on a CPU the whole report comes in half the time
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
-    facts["dtype"] = str(judge.place.dtype).removeprefix("torch.")
-    answer = (score_answers if config.choices else score_text)(judge, model, encoding, found)
+    facts["dtype"] = str(context.place.dtype).removeprefix("torch.")
+    answer = (score_answers if config.choices else score_text)(context, model, encoding, found)
     if answer.get("loss", 0.0) != answer.get("loss", 0.0):
-        judge.say(f"warning: {found.path}: the loss is no number: the weights are damaged, or the run diverged")
+        context.say(f"warning: {found.path}: the loss is no number: the weights are damaged, or the run diverged")
     return facts | answer | {"units": report.units(answer)}
 
 
@@ -248,16 +248,16 @@ def main(config: EvalConfig) -> None:
     require_writable(config.json, "json")
     require_writable(config.plot, "plot")
     if config.generate:
-        generation.require()
-    with join(config, find_device) as ranks:
+        continuations.require()
+    with join_process_group(config, find_device) as ranks:
         local_rank = ranks.local_rank if ranks.world > 1 else None
         models = model_paths(config)
         for key, path in (("text", config.text), ("choices", config.choices)):
             if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
                 raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
-        judge = Judge(config, machine(config.device, config.dtype, local_rank=local_rank), ranks)
-        found = [loading.find(path, judge.say) for path in models]  # all, before the first is scored
-        reports = [judge_model(judge, each) for each in found]
+        context = EvalContext(config, select_device(config.device, config.dtype, local_rank=local_rank), ranks)
+        found = [loading.find(path, context.say) for path in models]  # all, before the first is scored
+        reports = [evaluate_model(context, each) for each in found]
     if not ranks.first:
         return
     if config.json != "-":
@@ -269,4 +269,4 @@ def main(config: EvalConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG, every_rank=True)
+    run_script(main, CONFIG, every_rank=True)

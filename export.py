@@ -9,7 +9,7 @@ python export.py --model_path out/shakespeare --space playground   # app.py with
 """
 
 from config import ExportConfig, TrainConfig, UserError, model_path, upload_space
-from flatgpt.cli.cli import from_command_line, recipe_text, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)
@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flatgpt.interop import hub, loading
-from flatgpt.interop.huggingface import generation_config, hugging_face_config, to_hugging_face, unexportable
-from flatgpt.interop.loading import Trained
+from flatgpt.interop.huggingface import export_problems, generation_config, hugging_face_config, to_hugging_face
+from flatgpt.interop.loading import ModelSource
 from flatgpt.interop.model_card import LOCAL, card
 from flatgpt.interop.space import space_files
 from flatgpt.interop.tokenizer_files import tokenizer_files
@@ -46,7 +46,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def folder_to_write(config: ExportConfig, found: Trained) -> Path | None:
+def folder_to_write(config: ExportConfig, found: ModelSource) -> Path | None:
     """The new folder; None where the files are only to be uploaded.
 
     Raises:
@@ -65,7 +65,7 @@ def folder_to_write(config: ExportConfig, found: Trained) -> Path | None:
     return out
 
 
-def load(config: ExportConfig, found: Trained) -> tuple[GPT, tiktoken.Encoding]:
+def load(config: ExportConfig, found: ModelSource) -> tuple[GPT, tiktoken.Encoding]:
     """The model in the precision to be written, and its tokenizer.
 
     Raises:
@@ -81,13 +81,13 @@ def load(config: ExportConfig, found: Trained) -> tuple[GPT, tiktoken.Encoding]:
     return model, encoding
 
 
-def hugging_face(config: ExportConfig, found: Trained) -> dict[str, Content]:
+def hugging_face(config: ExportConfig, found: ModelSource) -> dict[str, Content]:
     """The files of Hugging Face's folder by name.
 
     Raises:
         UserError: a model or a tokenizer that Hugging Face's GPT-2 does not know.
     """
-    if reasons := unexportable(found.config):
+    if reasons := export_problems(found.config):
         raise UserError(f"{found.path} cannot be exported: {'; '.join(reasons)}")
     model, encoding = load(config, found)
     text = card(
@@ -110,7 +110,7 @@ def hugging_face(config: ExportConfig, found: Trained) -> dict[str, Content]:
     return {WEIGHTS: to_hugging_face(model.state_dict(), model.config), **files}
 
 
-def space(config: ExportConfig, found: Trained) -> dict[str, Content]:
+def space(config: ExportConfig, found: ModelSource) -> dict[str, Content]:
     """The files of a Space by name: a checkpoint of ours stays one, others come as Hugging Face's folder.
 
     Raises:
@@ -122,7 +122,7 @@ def space(config: ExportConfig, found: Trained) -> dict[str, Content]:
     return hugging_face(config, found) | space_files(found, title(config, found), "", config.model_path)
 
 
-def title(config: ExportConfig, found: Trained) -> str:
+def title(config: ExportConfig, found: ModelSource) -> str:
     """The model's name: its repository's, else its run's, else that of what was given."""
     given = config.push or found.state.get("config", {}).get("out_dir") or config.model_path or found.path
     path = Path(os.path.abspath(given))
@@ -186,7 +186,7 @@ def table(bytes_of: dict[str, int]) -> str:
     return "\n".join(f"  {name:<{width}} {text(size):>14}" for name, size in rows.items())
 
 
-def next_steps(config: ExportConfig, found: Trained, out: Path) -> str:
+def next_steps(config: ExportConfig, found: ModelSource, out: Path) -> str:
     """What a user may do with the folder, ready to copy."""
     if config.space:
         shell = (
@@ -262,4 +262,4 @@ def upload(config: ExportConfig, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

@@ -8,7 +8,7 @@ echo "Once upon a time" | python infer.py -
 """
 
 from config import InferConfig, UserError, model_path
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(InferConfig, __doc__)
@@ -156,4 +156,4 @@ def converse(writer: Writer) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

@@ -319,7 +319,7 @@ class GPT(nn.Module):
             return logits
         return logits[..., : self.config.vocab_size]  # the padding stays inside
 
-    def leave_loss_out(self) -> None:
+    def exclude_loss_from_compile(self) -> None:
         """Before torch.compile: the fused loss goes by chunks in memory of its own, which a graph would undo."""
         self.fused_loss = for_compiled(self.transformer.wte.weight.device)
 

@@ -9,7 +9,7 @@ python plot.py out/shakespeare --watch                    # drawn anew while the
 from __future__ import annotations
 
 from config import PlotConfig
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PlotConfig, __doc__)
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from config import UserError
 from flatgpt.runs import history
-from flatgpt.runs.figure import figure, picture
 from flatgpt.runs.history import History
+from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runtime.files import require_writable, write_output
 
 # From one look at the logs to the next: seconds, and at least how many times as long as drawing took, as the run needs
@@ -48,7 +48,7 @@ def read_runs(folders: Sequence[Path]) -> list[History]:
 def draw(config: PlotConfig, folders: Sequence[Path], target: str) -> str:
     """Draw the runs that have rows into the file; what was drawn."""
     runs = read_runs(folders)
-    some = [any(map(math.isfinite, run.along(config.x))) for run in runs]
+    some = [any(map(math.isfinite, run.x_values(config.x))) for run in runs]
     empty = ", ".join(str(folder) for folder, there in zip(folders, some, strict=True) if not there)
     why = f"no rows in {history.LOG} there" + f" that tell {config.x}" * (config.x != "iter")
     if not any(some):
@@ -56,7 +56,7 @@ def draw(config: PlotConfig, folders: Sequence[Path], target: str) -> str:
     if empty:
         print(f"warning: {empty}: left out, {why}", file=sys.stderr)
     runs = [run for run, there in zip(runs, some, strict=True) if there]
-    write_output(picture(figure(runs, config.x), config.format), target, "out")
+    write_output(render(plot_runs(runs, config.x), config.format), target, "out")
     return f"{target}: {len(runs)} runs" if len(runs) > 1 else f"{target}: to iter {runs[0]['iter'][-1]:,.0f}"
 
 
@@ -98,4 +98,4 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

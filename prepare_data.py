@@ -10,7 +10,7 @@ python prepare_data.py --info data/mine                   # or --verify data/min
 """
 
 from config import PrepareConfig
-from flatgpt.cli.cli import RECIPES, from_command_line, run_verb
+from flatgpt.cli.cli import RECIPES, from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PrepareConfig, __doc__)
@@ -64,7 +64,7 @@ def info(dataset: Dataset) -> None:
 
 def verify(dataset: Dataset) -> None:
     """Read and hash every shard; UserError names those that are not as they were written."""
-    found = [(name, wrong) for name, wrong in dataset.damaged()]
+    found = [(name, wrong) for name, wrong in dataset.verify_shards()]
     wrong = [why for _, why in found if why]
     if wrong:
         raise UserError("; ".join(wrong) + ". Move the folder away and run prepare_data.py again")
@@ -99,4 +99,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main, CONFIG)
+    run_script(main, CONFIG)

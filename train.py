@@ -13,14 +13,14 @@ python train.py --help                            # every key
 import sys
 
 from config import TrainConfig, run_dir
-from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_verb
+from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_script
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs.listing import print_list
+from flatgpt.runs.run_list import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)
     if CONFIG.list:
-        run_verb(print_list, recipes(TrainConfig, sys.argv[1:]))
+        run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
 
 import dataclasses
@@ -37,17 +37,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from config import SaidElsewhere, UserError
-from flatgpt.evaluation.metrics import mean_loss, windows_a_pass
+from config import ReportedByOtherRank, UserError
+from flatgpt.evaluation.metrics import default_batch_size, mean_loss
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint, history
 from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.figure import figure, picture
 from flatgpt.runs.lock import Claim
-from flatgpt.runs.log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
-from flatgpt.runtime.device import Stop, find_device, machine, reseed
-from flatgpt.runtime.distributed import Ranks, join, shorten_timeout
-from flatgpt.runtime.parallel import full_tensor, gradients, own_gradients
+from flatgpt.runs.plots import plot_runs, render
+from flatgpt.runs.run_log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
+from flatgpt.runtime.device import find_device, reseed, select_device
+from flatgpt.runtime.distributed import DistributedContext, join_process_group, shorten_timeout
+from flatgpt.runtime.parallel import full_tensor, gradients, local_grad_sum
+from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import resume, samples
 from flatgpt.training.nonfinite import out_of_memory, require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
@@ -76,7 +77,7 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
-    own, loss = loss + own_gradients(run.spread), run.ranks.sum(loss)
+    own, loss = loss + local_grad_sum(run.spread), run.ranks.sum(loss)
     apply_gradients(run.optimizer, run.scaler, left_out=run.health.note(i, loss, norm, own))
     return loss, norm
 
@@ -90,13 +91,13 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
     config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
     T = config.context_length
-    rows = config.batch_size if config.eval_batches else windows_a_pass(T, run.machine.device)
+    rows = config.batch_size if config.eval_batches else default_batch_size(T, run.machine.device)
     batches = eval_batches(tokens, T, rows, config.eval_batches, share)
 
     def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal stopped
         for batch in batches:
-            if stopped := bool(ranks.largest(asked())[0]):
+            if stopped := bool(ranks.all_reduce_max(asked())[0]):
                 return
             yield batch
 
@@ -118,7 +119,7 @@ def parts(run: Run, row: dict, progress: dict) -> dict:
 
 def save(run: Run, saver: Saver, row: dict, progress: dict, facts: dict) -> None:
     """Begin to write the checkpoint of iteration row["iter"], when the one before it has arrived."""
-    run.ranks.until(saver.idle)
+    run.ranks.poll_all(saver.idle)
     require_finite(run.model, row["iter"])
     state = {key: row[key] for key in ("iter", "tokens", "epoch")} | progress | facts
     state["finished"] = False  # until its end has been evaluated too
@@ -130,7 +131,7 @@ def look(run: Run, saver: Saver, row: dict) -> list[str]:
     try:
         return run.health.look(row, run.batches, run.ranks)
     except UserError:
-        run.ranks.until(saver.idle)  # torchrun would end rank 0 with the first that leaves
+        run.ranks.poll_all(saver.idle)  # torchrun would end rank 0 with the first that leaves
         raise
 
 
@@ -138,20 +139,20 @@ def train(config: TrainConfig) -> None:
     """Train as the config says, from the beginning or from a checkpoint, until its end or until it is stopped."""
     if config.plan:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SaidElsewhere  # the first says that it takes no torchrun
+            raise ReportedByOtherRank  # the first says that it takes no torchrun
         print_plan(config)
         return
-    with join(config, find_device) as ranks, Claim(run_dir(config)) as claim:
+    with join_process_group(config, find_device) as ranks, Claim(run_dir(config)) as claim:
         try:
             train_on(ranks, claim, config)
         except torch.OutOfMemoryError:
-            place = machine(config.device, "float32", local_rank=ranks.local_rank if ranks.world > 1 else None)
+            place = select_device(config.device, "float32", local_rank=ranks.local_rank if ranks.world > 1 else None)
             raise UserError(out_of_memory(config, place.name, place.peak_memory_gb(), ranks.world)) from None
 
 
-def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
+def train_on(ranks: DistributedContext, claim: Claim, config: TrainConfig) -> None:
     """What each rank does."""
-    start = ranks.from_first(lambda: resume.find_start(claim, config.resume, config.overwrite))
+    start = ranks.run_on_rank0(lambda: resume.find_start(claim, config.resume, config.overwrite))
     if start and config.lr_decay_iters is None:
         # the schedule that the run was started with stays, also when max_iters is raised
         config = dataclasses.replace(config, lr_decay_iters=start[1]["config"]["lr_decay_iters"])
@@ -164,9 +165,14 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
     if ranks.first:
         wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), at.wandb_id)
     log = RunLog(folder if ranks.first else None, row["iter"], config.max_iters, wandb_run)
-    ranks.wait()  # wandb's servers may take their time
+    ranks.barrier()  # wandb's servers may take their time
     facts = resume.facts(run) | {"wandb_id": wandb_run.id if wandb_run else at.wandb_id}
-    i, began, clock, stop = row["iter"], time.perf_counter(), StepClock(), Stop(config.max_minutes, ranks.world > 1)
+    i, began, clock, stop = (
+        row["iter"],
+        time.perf_counter(),
+        StepClock(),
+        StopRequest(config.max_minutes, ranks.world > 1),
+    )
     saver = Saver(config, ranks.first, full_tensor, claim.held)
     asked, save_now, over = 0, 0, False  # a stop, from outside; save_minutes; the end of patience
     intervals = config.log_interval, config.eval_interval, config.save_interval, config.max_iters
@@ -181,16 +187,16 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
                 clock.began += time.perf_counter() - began_save
             # Whoever stops it is in a hurry: what is left out, a resumed run does. But max_minutes does not cut the
             # evaluation that a run begins with, so that each slot of time makes an update at least.
-            cut = stop.asked if i > at.row["iter"] else lambda: stop.signal or 0
+            cut = stop.reason if i > at.row["iter"] else lambda: stop.signal or 0
             if evaluating and not asked and (loss := evaluate(run, cut)) is None:
-                asked = ranks.largest(stop.asked())[0]
+                asked = ranks.all_reduce_max(stop.reason())[0]
             elif evaluating and not asked:
                 require_finite(run.model, i, loss)
                 row["val_loss"] = progress["val_loss"] = loss
                 progress["since_best"] += 1
                 better = progress["best_loss"] is None or loss < progress["best_loss"]
                 if better and config.on_save_error == "warn":  # else a save that fails ends the run
-                    ranks.until(saver.idle)
+                    ranks.poll_all(saver.idle)
                     saver.check()
                 if saved == i and better and ranks.all(saver.failure is None):
                     progress |= {"best_loss": loss, "best_iter": i, "since_best": 0}
@@ -213,7 +219,7 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
             clock.count(loss)
             saver.check()
             # once an update, so that row and checkpoint of all ranks agree
-            asked, save_now = ranks.largest(stop.asked(), saver.due())
+            asked, save_now = ranks.all_reduce_max(stop.reason(), saver.due())
             due = any(i % n == 0 for n in intervals)
             if due or asked or save_now:
                 row = log_row(run, i, loss, norm, clock)
@@ -221,11 +227,11 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
                     log.say(text)
         if not asked:
             saver.then(checkpoint.mark_finished, folder / "ckpt" / "last")
-        ranks.until(saver.idle)
+        ranks.poll_all(saver.idle)
         saver.check()
         if saver.failure:
             raise UserError(f"the run ends at iter {i}, and its last checkpoint is not there: {saver.failure}")
-        if ranks.first and asked in (0, Stop.TIME_IS_UP):  # whoever stops it is in a hurry
+        if ranks.first and asked in (0, StopRequest.TIME_IS_UP):  # whoever stops it is in a hurry
             draw(log, folder)
     finally:
         saver.close()  # what is in flight arrives
@@ -241,12 +247,12 @@ def train_on(ranks: Ranks, claim: Claim, config: TrainConfig) -> None:
         print(f"  python eval.py --model_path {shlex.quote(str(folder))}")
         print("  python prepare_data.py text --input YOUR_FILES --name mine")
     else:
-        why = f": max_minutes = {config.max_minutes} are over" if asked == Stop.TIME_IS_UP else ""
+        why = f": max_minutes = {config.max_minutes} are over" if asked == StopRequest.TIME_IS_UP else ""
         kept = ", and saved; to go on:" if saved == i else ", before there was anything to save; to start again:"
         print(f"stopped at iter {i} of {config.max_iters}{why}{kept}")
         command = f"{ranks.launcher} train.py --config {shlex.quote(str(folder / 'config.toml'))}"
         print(f"  {command}{' --resume' * (saved == i)}")
-        if asked != Stop.TIME_IS_UP:
+        if asked != StopRequest.TIME_IS_UP:
             raise SystemExit(128 + asked)
 
 
@@ -254,7 +260,7 @@ def draw(log: RunLog, folder: Path) -> None:
     """The run so far as metrics.png: a picture that fails ends no run."""
     log.bar.close()  # matplotlib may have to say something
     try:
-        log.write_picture(picture(figure([history.read(folder)]), "png"))
+        log.write_picture(render(plot_runs([history.read(folder)]), "png"))
         log.say(f"picture  {folder / PICTURE}")
     except Exception as why:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
@@ -285,4 +291,4 @@ def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> d
 
 
 if __name__ == "__main__":
-    run_verb(train, CONFIG, every_rank=True)
+    run_script(train, CONFIG, every_rank=True)

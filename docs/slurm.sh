@@ -26,7 +26,7 @@ set -- "$@" --resume auto
 # train.py's own answer to where the run lies; a mistake in the settings ends the job here
 run=$(python -c 'import sys, config
 from flatgpt.cli import cli
-cli.run_verb(lambda words: print(config.run_dir(cli.parse(config.TrainConfig, words))), sys.argv[1:])' "$@") || exit
+cli.run_script(lambda words: print(config.run_dir(cli.parse(config.TrainConfig, words))), sys.argv[1:])' "$@") || exit
 
 progress() { # "True 500" of a finished run, "False 300" of one that is not, nothing before the first checkpoint
     python -c 'import json, sys; state = json.load(open(sys.argv[1])); print(state["finished"], state["iter"])' \

@@ -260,7 +260,7 @@ def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: s
     file = folder / f"{name}.txt"
     file.write_text(text, encoding="utf-8")
     settings = {"name": name, "tokenizer": encoding, "data_dir": str(folder / "data")}
-    return prepare(PrepareConfig(source="text", input=(str(file),), **settings), say=lambda line: None)
+    return prepare(PrepareConfig(source="text", input=(str(file),), **settings), log=lambda line: None)
 
 
 def train_here(*words, picture: bool = False) -> Path:

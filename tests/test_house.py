@@ -41,7 +41,7 @@ OPTIONAL = {
     "flatgpt.benchmarks.evaluation": {"transformers"},
     "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
     "flatgpt.data.workers": {"distributed"},
-    "flatgpt.evaluation.generation": {"sacrebleu", "rouge_score"},
+    "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
 FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "flatgpt").rglob("*.py"))]
@@ -129,7 +129,7 @@ def test_every_config_field_is_read_somewhere():
     for file in FILES:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    for cls in cli.VERBS:
+    for cls in cli.SCRIPT_CONFIGS:
         assert set(typing.get_type_hints(cls)) <= read, cls
 
 
@@ -145,7 +145,7 @@ def test_help_is_light_and_names_every_key(verb):
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.stdout.endswith("exit 0\nloaded []\n"), answer
-    cls = next(c for c in cli.VERBS if c.__doc__.startswith(f"{verb}.py"))
+    cls = next(c for c in cli.SCRIPT_CONFIGS if c.__doc__.startswith(f"{verb}.py"))
     for field in typing.get_type_hints(cls):
         assert field in answer.stdout
     assert f"python {verb}.py" in answer.stdout

@@ -17,20 +17,20 @@ import torch
 
 from config import BenchConfig, UserError, run_dir
 from flatgpt.data.dataset import open_dataset
-from flatgpt.evaluation.metrics import measure, windows_a_pass
+from flatgpt.evaluation.metrics import default_batch_size, measure
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.inference.prepacking import pack
 from flatgpt.interop import loading
-from flatgpt.interop.huggingface import hugging_face_config, to_hugging_face, unexportable
-from flatgpt.runtime.device import Machine, machine
+from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
+from flatgpt.runtime.device import DeviceSettings, select_device
 from model import GPT
 
-Way = Callable[[], float]  # scores the text: nats per token
+Runner = Callable[[], float]  # scores the text: nats per token
 
 
 def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
     """Both ways in turn, `rounds` times: medians, and the median of the rounds' ratios."""
-    place = machine(config.device, "float32")
+    place = select_device(config.device, "float32")
     found = loading.find(config.model_path or str(run_dir(config)), say)
     model, _ = loading.load(found, place.device)
     dataset = open_dataset(Path(config.data_dir) / config.dataset)
@@ -61,22 +61,22 @@ def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
     }
 
 
-def ours(model: GPT, ids: np.ndarray, place: Machine) -> Way:
+def ours(model: GPT, ids: np.ndarray, place: DeviceSettings) -> Runner:
     """eval.py's whole report. A window of transformers' shifts its labels inside, so that it scores one less."""
     T, stride = model.config.context_length - 1, model.config.context_length // 2
 
     def score() -> float:
-        batches = eval_batches(ids, T, windows_a_pass(T, place.device), stride=stride)
+        batches = eval_batches(ids, T, default_batch_size(T, place.device), stride=stride)
         return measure(model, batches, place.to_device).loss
 
     return score
 
 
-def theirs(model: GPT, ids: np.ndarray, device: torch.device) -> Way:
+def theirs(model: GPT, ids: np.ndarray, device: torch.device) -> Runner:
     """One window after the other, labels of -100 where an earlier one has scored, its mean loss times its count."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if reasons := unexportable(model.config):
+    if reasons := export_problems(model.config):
         raise UserError(f"transformers cannot compute this model: {'; '.join(reasons)}")
     peer = GPT2LMHeadModel(GPT2Config(**hugging_face_config(model.config, 0, "float32")))
     peer.load_state_dict(to_hugging_face(model.state_dict(), model.config), strict=False)  # a tied head is stored once

@@ -31,7 +31,7 @@ from flatgpt.runtime.device import find_device
 from model import GPT
 
 PREFILL = 512  # tokens of the prompt whose reading is timed
-Way = Callable[[], list[float]]
+Runner = Callable[[], list[float]]
 
 
 def bench_infer(config: BenchConfig, say: Callable[[str], None]) -> dict:
@@ -50,7 +50,7 @@ def bench_infer(config: BenchConfig, say: Callable[[str], None]) -> dict:
     weights = first.state_dict()
     ids = torch.randint(shape.vocab_size, (prompt,)).tolist()
     say(f"{first.num_params():,} parameters, {prompt} tokens of prompt, {config.new_tokens} new ones, on {device}")
-    ways: dict[str, Way] = {}
+    ways: dict[str, Runner] = {}
     read: dict[str, int] = {}  # bytes of weights that a step reads
     for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")):
         for compile in sorted({False, device.type == "cuda" or bool(config.compile)}):
@@ -111,12 +111,12 @@ def _arrivals(tokens: Iterable, began: float) -> list[float]:
     return [time.perf_counter() - began for _ in tokens]
 
 
-def _ours(decoder: Decoder, prompts: list[list[int]], new: int) -> Way:
+def _ours(decoder: Decoder, prompts: list[list[int]], new: int) -> Runner:
     greedy = SamplingConfig(greedy=True)
     return lambda: _arrivals(generate_batch(decoder, prompts, new, greedy), time.perf_counter())
 
 
-def _prefill(decoder: Decoder, vocab_size: int) -> Way:
+def _prefill(decoder: Decoder, vocab_size: int) -> Runner:
     ids = torch.randint(vocab_size, (PREFILL,)).tolist()
     return lambda: _arrivals(generate_batch(decoder, [ids], 1, SamplingConfig(greedy=True)), time.perf_counter())
 
@@ -134,7 +134,7 @@ class _Clock:
         pass
 
 
-def _transformers(model: GPT, ids: list[int], new: int, device: torch.device) -> dict[str, Way]:
+def _transformers(model: GPT, ids: list[int], new: int, device: torch.device) -> dict[str, Runner]:
     """transformers' own GPT-2 of the same shape, as it comes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -142,7 +142,7 @@ def _transformers(model: GPT, ids: list[int], new: int, device: torch.device) ->
     theirs = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head
     )
-    ways: dict[str, Way] = {}
+    ways: dict[str, Runner] = {}
     for dtype in (torch.float32, torch.bfloat16):
         peer = GPT2LMHeadModel(theirs).to(device, dtype).eval()
         peer.generation_config.eos_token_id = None  # it must not end early
@@ -158,12 +158,12 @@ def _transformers(model: GPT, ids: list[int], new: int, device: torch.device) ->
     return ways
 
 
-def _llama_cpp(model: GPT, ids: list[int], new: int, device: torch.device) -> dict[str, Way]:
+def _llama_cpp(model: GPT, ids: list[int], new: int, device: torch.device) -> dict[str, Runner]:
     """llama.cpp with as many threads as torch, on files that the package gguf writes."""
     import llama_cpp
     from gguf import GGMLQuantizationType as Kind
 
-    ways: dict[str, Way] = {}
+    ways: dict[str, Runner] = {}
     for name, kind in (("float32", Kind.F32), ("bfloat16", Kind.BF16), ("q8_0", Kind.Q8_0)):
         with tempfile.TemporaryDirectory(dir=".") as folder:
             path = Path(folder) / "model.gguf"

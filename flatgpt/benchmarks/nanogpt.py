@@ -26,7 +26,7 @@ from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks.training import seconds_since_start
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
-from flatgpt.runtime.device import DTYPES, Machine, find_device, machine
+from flatgpt.runtime.device import DTYPES, DeviceSettings, find_device, select_device
 from flatgpt.runtime.precision import faster_training_dtype
 
 ENVIRONMENT = dict(os.environ)  # as the user has it: runtime.py changes it for us alone
@@ -66,7 +66,7 @@ def their_vocab_size(vocab_size: int) -> int:
     return 50304 if vocab_size == 50257 else vocab_size
 
 
-def ways(config: BenchConfig) -> dict[str, Machine]:
+def ways(config: BenchConfig) -> dict[str, DeviceSettings]:
     """How nanoGPT runs on the config's device, by name.
 
     On a CPU: as its train.py does with --compile=False, its line for a CPU (eager float32), and the best that its
@@ -74,9 +74,9 @@ def ways(config: BenchConfig) -> dict[str, Machine]:
     """
     device = find_device(config.device)
     if device.type != "cpu":
-        return {"nanoGPT": machine(config.device, "auto", device.type == "cuda")}
+        return {"nanoGPT": select_device(config.device, "auto", device.type == "cuda")}
     faster, _ = faster_training_dtype(config)
-    return {"nanoGPT": machine("cpu", "float32"), "nanoGPT_best": machine("cpu", faster, True)}
+    return {"nanoGPT": select_device("cpu", "float32"), "nanoGPT_best": select_device("cpu", faster, True)}
 
 
 class Peer:
@@ -86,7 +86,7 @@ class Peer:
         config: resolved, as setup gives it.
     """
 
-    def __init__(self, name: str, config: BenchConfig, how: Machine):
+    def __init__(self, name: str, config: BenchConfig, how: DeviceSettings):
         self.name, self.facts = name, {}
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
@@ -159,7 +159,7 @@ def load_model(path: Path):
     return module
 
 
-def make_update(config: BenchConfig, place: Machine) -> Callable[[], None]:
+def make_update(config: BenchConfig, place: DeviceSettings) -> Callable[[], None]:
     """A function that trains nanoGPT's model by one update more each time."""
     theirs = load_model(folder(config))
     if place.device.type == "cuda":
@@ -208,7 +208,7 @@ def serve() -> None:
     os.dup2(2, 1)  # nanoGPT's model prints
     settings = json.loads(sys.stdin.readline())
     config = BenchConfig(**settings["config"])
-    place = Machine(torch.device(settings["device"]), DTYPES[settings["dtype"]], settings["compile"], {})
+    place = DeviceSettings(torch.device(settings["device"]), DTYPES[settings["dtype"]], settings["compile"], {})
     update, facts = make_update(config, place), {}
     for line in sys.stdin:
         times = []

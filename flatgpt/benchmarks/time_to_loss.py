@@ -23,11 +23,11 @@ import torch
 from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks import nanogpt as peer
-from flatgpt.benchmarks.training import times_as_fast
+from flatgpt.benchmarks.training import speedup
 from flatgpt.data.dataset import open_dataset
-from flatgpt.runtime.device import cpu_name, machine
+from flatgpt.runtime.device import cpu_name, select_device
 
-OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # runlog.line
+OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # run_log.line
 THEIRS = r"step (\d+): train loss [\d.]+, val loss ([\d.]+)"
 # nanoGPT's README, "I only have a macbook": tiny Shakespeare's characters on a CPU
 CPU_RECIPE = shlex.split(
@@ -45,7 +45,7 @@ def bench_loss(config: BenchConfig, recipe: str, say: Callable[[str], None]) -> 
     Returns:
         `runs` has seed, seconds (None: never reached), iter and val_loss (of the evaluation that met it, or the last).
     """
-    place = machine(config.device, "float32")  # each run chooses its own precision
+    place = select_device(config.device, "float32")  # each run chooses its own precision
     if config.peer:
         dataset = open_dataset(Path(config.data_dir) / config.dataset)
         nanogpt = peer.folder(config, "train.py", "model.py", "configurator.py", "config/train_shakespeare_char.py")
@@ -74,7 +74,7 @@ def bench_loss(config: BenchConfig, recipe: str, say: Callable[[str], None]) -> 
         found["peers"] = {"nanoGPT": {"runs": others, "seconds": _median(others)}}
         pairs = [(a["seconds"], b["seconds"]) for a, b in zip(runs, others, strict=True) if _both(a, b)]
         if pairs:
-            found["ratios"] = {"nanoGPT": times_as_fast(*map(list, zip(*pairs, strict=True)))}
+            found["ratios"] = {"nanoGPT": speedup(*map(list, zip(*pairs, strict=True)))}
     return found | {"machine": cpu_name() if place.device.type == "cpu" else place.name, "torch": torch.__version__}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flatgpt.runs.log import summary
+from flatgpt.runs.run_log import summary
 
 PROFILED = 3  # updates
 ROWS = {  # of the table: what it says, and how
@@ -69,7 +69,7 @@ def update_figures(
     }
 
 
-def times_as_fast(ours: list[float], theirs: list[float]) -> dict:
+def speedup(ours: list[float], theirs: list[float]) -> dict:
     """Pairs of times for the same work, measured in turn: theirs / ours of each pair, and the median of those."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(ratios), "rounds": ratios}

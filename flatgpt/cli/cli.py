@@ -35,13 +35,13 @@ from config import (
     InferConfig,
     PlotConfig,
     PrepareConfig,
-    SaidElsewhere,
+    ReportedByOtherRank,
     TrainConfig,
     UserError,
 )
 from flatgpt import REPO_ROOT
 
-VERBS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig, AppConfig)
+SCRIPT_CONFIGS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig, AppConfig)
 RECIPES = REPO_ROOT / "configs"
 
 
@@ -129,7 +129,7 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             layers = _read_recipe(cls, str(beside if beside.is_file() else base), problems, (*seen, path.resolve()))
     fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True)}
     # One recipe serves all verbs: keys of another verb are known, and left to that verb.
-    elsewhere = {n for other in VERBS for n in _fields(other)} - set(fields)
+    elsewhere = {n for other in SCRIPT_CONFIGS for n in _fields(other)} - set(fields)
     layer = {}
     for key, value in table.items():
         if key in elsewhere:
@@ -313,14 +313,14 @@ def from_command_line(cls, usage: str, initial_shape: Callable[[typing.Any], dic
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        run_verb(print, help_text(cls, usage))
+        run_script(print, help_text(cls, usage))
         sys.exit(0)
-    # Ctrl-C while the heavy imports run, before run_verb takes care of it
+    # Ctrl-C while the heavy imports run, before run_script takes care of it
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
-    return run_verb(lambda words: parse(cls, words, initial_shape), sys.argv[1:])
+    return run_script(lambda words: parse(cls, words, initial_shape), sys.argv[1:])
 
 
-def run_verb(verb: Callable, config, every_rank: bool = False):
+def run_script(verb: Callable, config, every_rank: bool = False):
     """verb(config), with mistakes as one `error:` line (exit 2) and Ctrl-C as exit 130; the verb's result.
 
     Args:
@@ -335,7 +335,7 @@ def run_verb(verb: Callable, config, every_rank: bool = False):
         return answer
     except UserError as error:
         others = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        if others or isinstance(error, SaidElsewhere):
+        if others or isinstance(error, ReportedByOtherRank):
             time.sleep(20)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -53,12 +53,12 @@ class Dataset:
         The sizes of all splits, and the ids of train and val where a split has at most CHECKED_AT_START of them;
         with `full` every id and every SHA-256.
         """
-        wrong = [why for _, why in self.damaged(full) if why]
+        wrong = [why for _, why in self.verify_shards(full) if why]
         if wrong:
             remedy = f"; move {self.folder} away and make it again"
             raise UserError("; ".join(wrong) + remedy * ("prepare_data.py" not in "".join(wrong)))
 
-    def damaged(self, full: bool = True) -> Iterator[tuple[str, str]]:
+    def verify_shards(self, full: bool = True) -> Iterator[tuple[str, str]]:
         """(name, what is wrong or "") of each shard file: size, ids and SHA-256, read whole; `full`: see check."""
         for split, entry in self.meta["splits"].items():
             count = sum(file["tokens"] for file in entry["files"])
@@ -88,7 +88,7 @@ def open_dataset(folder: Path) -> Dataset:
     meta = read_meta(folder)
     if meta is None:
         unfinished = _unfinished(folder)
-        if not unfinished and (dataset := _foreign(folder)):
+        if not unfinished and (dataset := _open_external(folder)):
             return dataset
         begun = unfinished or (folder.is_dir() and any(folder.glob("*.bin*")))
         state = "is not finished" if begun else "is not there"
@@ -121,7 +121,7 @@ def _command(folder: Path) -> str:
     return f"python prepare_data.py {words}"
 
 
-def _foreign(folder: Path) -> Dataset | None:
+def _open_external(folder: Path) -> Dataset | None:
     """Shards of nanoGPT's or llm.c's, which name no tokenizer: taken as GPT-2's ids. None where there are none."""
     paths = sorted(path for path in folder.glob("*.bin") if path.is_file())
     maker, files = "nanoGPT", {s: [p for p in paths if p.name == f"{s}.bin"] for s in ("train", "val")}

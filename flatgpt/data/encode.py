@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from flatgpt.data import readers, tokenizer
-from flatgpt.data.readers import BLOCK, Part
-from flatgpt.data.tokenizer import RUN
+from flatgpt.data.readers import CHUNK_BYTES, Chunk
+from flatgpt.data.tokenizer import MAX_ENCODE_CHARS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Span:
-    """A document, or a part of one, as documents.Part. Split None: the hash of the text decides.
+    """A document, or a part of one, as documents.Chunk. Split None: the hash of the text decides.
 
     Args:
         documents: how many end here.
@@ -188,7 +188,7 @@ def encode(job: Job, task: Task, limit: int | None = None) -> tuple[dict[str, En
             continue
         waiting[split].append(text)
         size += len(text)
-        if size > RUN:
+        if size > MAX_ENCODE_CHARS:
             encode_waiting()
     encode_waiting()
     for split, entry in found.items():
@@ -201,7 +201,7 @@ def encode(job: Job, task: Task, limit: int | None = None) -> tuple[dict[str, En
 
 
 def whole_documents(files: Iterable[tuple[str, Path]], job: Job, split: str | None) -> Iterator[Task]:
-    """Tasks of about BLOCK bytes over all documents of the files, in order.
+    """Tasks of about CHUNK_BYTES bytes over all documents of the files, in order.
 
     Args:
         files: (name for messages, path), asked for one by one.
@@ -210,16 +210,16 @@ def whole_documents(files: Iterable[tuple[str, Path]], job: Job, split: str | No
     waiting: list[Span] = []
     size = 0
     for name, path in files:
-        if readers.kind(path) != "text":
+        if readers.file_format(path) != "text":
             if waiting:
                 yield _of_spans(name, waiting)
                 waiting, size = [], 0
-            yield from _of_lines(path, split) if readers.kind(path) == "jsonl" else _of_rows(path, job, split)
+            yield from _of_lines(path, split) if readers.file_format(path) == "jsonl" else _of_rows(path, job, split)
             continue
         for span in _of_text(path, job, split):
             waiting.append(span)
             size += len(span.text)
-            if size >= BLOCK:
+            if size >= CHUNK_BYTES:
                 yield _of_spans(name, waiting)
                 waiting, size = [], 0
     if waiting:
@@ -236,15 +236,15 @@ def _of_text(path: Path, job: Job, split: str | None) -> Iterator[Span]:
     for part in parts:
         if split is None and not part.last:  # the hash takes the whole document: read it once for that
             digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-            for block in readers.text_blocks(path):
+            for block in readers.text_chunks(path):
                 digest.update(block.encode())
             split = _choose(digest, job.val_fraction, job.test_fraction)
-        yield Span(part.text, split, part.first, part.last, part.cut, part.inside, int(part.last))
+        yield Span(part.text, split, part.first, part.last, part.forced_split, part.starts_mid_word, int(part.last))
 
 
 def _of_lines(path: Path, split: str | None) -> Iterator[Task]:
     total, done = path.stat().st_size, 0
-    for line, block in readers.line_blocks(path):
+    for line, block in readers.line_chunks(path):
         # compressed files: nobody knows how much is left, so the bar goes by what a block usually becomes
         size = len(block) if path.name.endswith("l") else min(len(block) // 3, total - done)
         done += size
@@ -255,7 +255,7 @@ def _of_rows(path: Path, job: Job, split: str | None) -> Iterator[Task]:
     start = rows = size = 0
     groups = readers.row_groups(path, job.column)
     for n, (group_rows, group_size) in enumerate(groups):
-        if group_size > 4 * BLOCK:  # too large for a worker's memory: read here, a block at a time
+        if group_size > 4 * CHUNK_BYTES:  # too large for a worker's memory: read here, a block at a time
             if rows:
                 yield Task(str(path), split, rows, size, start, n)
             texts = readers.rows(path, job.column, n, n + 1)
@@ -264,7 +264,7 @@ def _of_rows(path: Path, job: Job, split: str | None) -> Iterator[Task]:
             start, rows, size = n + 1, 0, 0
             continue
         rows, size = rows + group_rows, size + group_size
-        if size >= BLOCK:
+        if size >= CHUNK_BYTES:
             yield Task(str(path), split, rows, size, start, n + 1)
             start, rows, size = n + 1, 0, 0
     if rows:
@@ -276,14 +276,14 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         block.append(text)
         size += len(text)
-        if size >= BLOCK:
+        if size >= CHUNK_BYTES:
             yield block
             block, size = [], 0
     if block:
         yield block
 
 
-def cut_by_characters(parts: Iterable[Part], rooms: dict[str, int]) -> Iterator[Task]:
+def cut_by_characters(parts: Iterable[Chunk], rooms: dict[str, int]) -> Iterator[Task]:
     """Tasks over documents of which each split takes so many characters, in order; a document may be cut in two."""
 
     def spans() -> Iterator[Span]:
@@ -292,12 +292,12 @@ def cut_by_characters(parts: Iterable[Part], rooms: dict[str, int]) -> Iterator[
             return
         (split, room), begun = left.pop(0), False
         for part in parts:
-            begun, text, inside = begun and not part.first, part.text, part.inside
+            begun, text, inside = begun and not part.first, part.text, part.starts_mid_word
             while text:
                 head, text = text[:room], text[room:]
                 room -= len(head)
                 last = not room or (part.last and not text)
-                yield Span(head, split, not begun, last, part.cut and not text, begun and inside, int(last))
+                yield Span(head, split, not begun, last, part.forced_split and not text, begun and inside, int(last))
                 begun, inside = True, False
                 if not room and left:
                     (split, room), begun = left.pop(0), False
@@ -318,6 +318,8 @@ def joined(files: Iterable[tuple[str, Path]], job: Job, split: str, limit: int |
             yield "".join(block)
 
     told = 0
-    for part in readers.as_parts(blocks()):
+    for part in readers.split_document(blocks()):
         rows, told = count - told, count
-        yield _of_spans("", [Span(part.text, split, part.first, part.last, part.cut, part.inside, rows)])
+        yield _of_spans(
+            "", [Span(part.text, split, part.first, part.last, part.forced_split, part.starts_mid_word, rows)]
+        )

@@ -14,7 +14,7 @@ from pathlib import Path
 from config import PrepareConfig, UserError
 from flatgpt.data import encode, tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
-from flatgpt.data.encode import BLOCK
+from flatgpt.data.encode import CHUNK_BYTES
 from flatgpt.data.progress import KEPT, check_settings, done_bytes, locked, read_progress, remove_unfinished, writing
 from flatgpt.data.repositories import DUMP
 from flatgpt.data.shards import SPLITS, ShardWriter, read_meta, write_meta
@@ -36,11 +36,11 @@ def dataset_folder(config: PrepareConfig) -> Path:
     return Path(config.data_dir) / (config.name or name)
 
 
-def prepare(config: PrepareConfig, say: Callable[[str], None] = print) -> Dataset:
+def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Dataset:
     """Make the dataset that the config describes, go on with it, or open it if it is there already.
 
     Args:
-        say: takes lines of progress.
+        log: takes lines of progress.
 
     Raises:
         UserError: bad input, too little of it, no room, or the folder holds something else.
@@ -69,18 +69,18 @@ def prepare(config: PrepareConfig, say: Callable[[str], None] = print) -> Datase
     if (meta := read_meta(folder)) is not None:
         check_settings(folder, "a dataset", meta, settings)
         (folder / PROGRESS).unlink(missing_ok=True)  # of a call that was killed at the very end
-        say(f"{folder} is there already, with these settings; nothing to do")
+        log(f"{folder} is there already, with these settings; nothing to do")
         return open_dataset(folder)
     encoding = tokenizer.load(name)
     corpus = corpus or source.open(config)
     if corpus.notice:
-        say(corpus.notice)
+        log(corpus.notice)
     with locked(folder):
         if read_meta(folder) is not None:  # another call has finished it meanwhile
-            return prepare(config, say)
+            return prepare(config, log)
         progress = read_progress(folder, config, settings, corpus)
         if progress["passes"]:
-            say(f"{folder}: going on where the work was stopped")
+            log(f"{folder}: going on where the work was stopped")
         plan = make_plan(config, corpus, settings["val_fraction"] or 0, folder, done_bytes(progress))
         run = Run(config, folder, encoding.n_vocab, plan, progress)
         entries = run()
@@ -92,9 +92,9 @@ def prepare(config: PrepareConfig, say: Callable[[str], None] = print) -> Datase
                     "takes 2 to score one; give more text" + f", or a larger --{split}_fraction" * (split != "train")
                 )
         if cuts := run.progress["cuts"]:
-            say(
-                f"note: cut in {cuts:,} place{'s' * (cuts > 1)}, in runs of more than {tokenizer.RUN:,} characters "
-                "without a break, which would not fit memory; ids next to a cut may differ"
+            log(
+                f"note: cut in {cuts:,} place{'s' * (cuts > 1)}, in runs of more than {tokenizer.MAX_ENCODE_CHARS:,} "
+                "characters without a break, which would not fit memory; ids next to a cut may differ"
             )
         meta = {
             **{key: value for key, value in settings.items() if value is not None},
@@ -153,9 +153,9 @@ class Run:
         )
         try:
             self._save()  # from now on the folder says what it is
-            with self.bar, self._crew() as crew:
+            with self.bar, self._workers() as pool:
                 for each in self.plan.passes:
-                    self._do(each, crew)
+                    self._do(each, pool)
             with writing(self.folder):
                 return {split: writer.close() for split, writer in self.writers.items()}
         except BaseException as why:
@@ -169,14 +169,14 @@ class Run:
                 raise UserError(f"the cluster at {self.config.cluster} was lost ({why}); {KEPT}") from None
             raise
 
-    def _crew(self):
+    def _workers(self):
         if self.config.cluster:
             return workers.dask_cluster(self.config.cluster)
-        if self.plan.size < 2 * BLOCK:  # done before a process has started
+        if self.plan.size < 2 * CHUNK_BYTES:  # done before a process has started
             return workers.here()
         return workers.local_pool(self.config.workers or workers.cores())
 
-    def _do(self, each: Pass, crew: workers.Crew) -> None:
+    def _do(self, each: Pass, pool: workers.WorkerPool) -> None:
         """One pass, from where it is: tasks go out ahead, and what they give is written in their order."""
         state = self.progress["passes"].setdefault(each.name, {"tasks": 0, "documents": 0, "size": 0, "done": False})
         if state["done"]:
@@ -185,14 +185,14 @@ class Run:
         window, in_window = deque(), 0
         while True:
             left = sys.maxsize if each.limit is None else each.limit - state["documents"]
-            while len(window) < crew.ahead and in_window < left and (task := next(todo, None)):
-                window.append((task, crew.executor.submit(encode.encode, each.job, task)))
+            while len(window) < pool.max_in_flight and in_window < left and (task := next(todo, None)):
+                window.append((task, pool.executor.submit(encode.encode, each.job, task)))
                 in_window += task.documents
             if not window or left <= 0:
                 break
             task, future = window.popleft()
             in_window -= task.documents
-            found, documents, cuts = crew.result(future)
+            found, documents, cuts = pool.result(future)
             # only now is it known how many of them are empty; behind the last may be the beginning of a long one
             if documents > left or (documents == left and task.spans and not task.spans[-1].last):
                 found, documents, cuts = encode.encode(each.job, task, left)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import UserError
-from flatgpt.data.tokenizer import RUN, pieces
+from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
-BLOCK = 4 << 20  # bytes of text that one task holds, about
+CHUNK_BYTES = 4 << 20  # bytes of text that one task holds, about
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
@@ -42,7 +42,7 @@ class RawFile:
         """Whether it has to be fetched first."""
         return self.fetch is not None and not self.path.exists()
 
-    def here(self) -> Path:
+    def local_path(self) -> Path:
         """Its path; fetched if need be."""
         return self.fetch() if self.missing else self.path
 
@@ -61,17 +61,17 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """A document, or, of one that is longer than a block, a part that can be encoded on its own."""
 
     text: str
     first: bool = True
     last: bool = True
-    cut: bool = False  # its end is in the middle of a run without a break
-    inside: bool = False  # its beginning is in the middle of a word, for the same reason
+    forced_split: bool = False  # its end is in the middle of a run without a break
+    starts_mid_word: bool = False  # its beginning is in the middle of a word, for the same reason
 
 
-def kind(name: str | Path) -> str:
+def file_format(name: str | Path) -> str:
     """`parquet`, `jsonl` or `text`, by the name's ending."""
     name = str(name)
     if name.endswith(".parquet"):
@@ -79,41 +79,41 @@ def kind(name: str | Path) -> str:
     return "jsonl" if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")) else "text"
 
 
-def documents(path: Path, column: str) -> Iterator[Part]:
+def documents(path: Path, column: str) -> Iterator[Chunk]:
     """All documents of a file in order, long text files in parts."""
-    if kind(path) == "text":
-        yield from as_parts(text_blocks(path))
-    elif kind(path) == "parquet":
-        yield from map(Part, rows(path, column))
+    if file_format(path) == "text":
+        yield from split_document(text_chunks(path))
+    elif file_format(path) == "parquet":
+        yield from map(Chunk, rows(path, column))
     else:
-        for line, block in line_blocks(path):
-            yield from map(Part, parse_lines(block, column, path, line))
+        for line, block in line_chunks(path):
+            yield from map(Chunk, parse_lines(block, column, path, line))
 
 
-def size(path: Path, column: str) -> int:
+def text_bytes(path: Path, column: str) -> int:
     """Bytes of text in a file, for progress and disk space: exact for plain text, near it for the others."""
-    return sum(s for _, s in row_groups(path, column)) if kind(path) == "parquet" else path.stat().st_size
+    return sum(s for _, s in row_groups(path, column)) if file_format(path) == "parquet" else path.stat().st_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plain text
 
 
-def text_blocks(path: Path) -> Iterator[str]:
+def text_chunks(path: Path) -> Iterator[str]:
     """The text of a UTF-8 file, block by block, newlines as they are, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     offset = 0
     with _reading(path), open(path, "rb") as file:
         while True:
-            block = file.read(BLOCK)
+            block = file.read(CHUNK_BYTES)
             waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
             try:
                 yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as why:
+            except UnicodeDecodeError as error:
                 # after a mark of three bytes the decoder counts from behind it
-                start = offset - waiting + why.start + 3 * (offset == 0 and block.startswith(codecs.BOM_UTF8))
+                start = offset - waiting + error.start + 3 * (offset == 0 and block.startswith(codecs.BOM_UTF8))
                 raise UserError(
-                    f"{path}: not UTF-8: byte 0x{why.object[why.start]:02x} at offset {start:,}; "
+                    f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start:,}; "
                     "convert it (iconv -f latin1 -t utf-8, say) or leave it out"
                 ) from None
             if not block:
@@ -121,14 +121,16 @@ def text_blocks(path: Path) -> Iterator[str]:
             offset += len(block)
 
 
-def as_parts(blocks: Iterable[str], length: int = 4 * RUN) -> Iterator[Part]:
+def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) -> Iterator[Chunk]:
     """One document that comes in blocks, in parts of at most `length` characters; nothing where there is no text."""
     last = None
-    for piece, cut in pieces(blocks, length):  # at multiples of RUN a run is cut here where the worker would cut it
+    for piece, cut in split_text(
+        blocks, length
+    ):  # at multiples of MAX_ENCODE_CHARS a run is cut here where the worker would cut it
         if last:
             yield last
         inside = last is not None and not (last.text[-1].isspace() or piece[0].isspace())
-        last = Part(piece, last is None, False, cut, inside)
+        last = Chunk(piece, last is None, False, cut, inside)
     if last:
         yield dataclasses.replace(last, last=True)
 
@@ -137,21 +139,21 @@ def as_parts(blocks: Iterable[str], length: int = 4 * RUN) -> Iterator[Part]:
 def _reading(path: Path):
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as why:
-        raise UserError(f"{path}: damaged or truncated ({why}); move it away and get it again") from None
-    except OSError as why:
-        raise UserError(f"{path}: cannot be read: {why.strerror or why}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged or truncated ({error}); move it away and get it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON lines
 
 
-def line_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines of a JSON lines file in blocks of about BLOCK bytes, each with the number of its first line."""
+def line_chunks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines of a JSON lines file in blocks of about CHUNK_BYTES bytes, each with the number of its first line."""
     line, rest = 1, []
     with _reading(path), _open(path) as file:
-        while block := file.read(BLOCK):
+        while block := file.read(CHUNK_BYTES):
             head, newline, tail = block.rpartition(b"\n")
             if newline:
                 whole = b"".join([*rest, head, newline])
@@ -184,8 +186,8 @@ def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[st
             continue
         try:
             row = json.loads(raw.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as why:
-            raise UserError(f"{path} line {number:,}: not JSON ({why})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number:,}: not JSON ({error})") from None
         if not isinstance(row, dict) or column not in row:
             there = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
             raise UserError(f"{path} line {number:,}: no key {column!r}, {there}; name the one with --column")
@@ -218,8 +220,8 @@ def _open_parquet(path: Path, column: str):
         try:
             # buffered, so that a row group is not read whole: some files have one of gigabytes
             file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        except pyarrow.ArrowInvalid as why:
-            reason = _first_line(why).split(". ")[0]
+        except pyarrow.ArrowInvalid as error:
+            reason = _first_line(error).split(". ")[0]
             raise UserError(f"{path}: no parquet file, or a truncated one ({reason}); get it again") from None
     schema = file.schema_arrow
     if column not in schema.names:
@@ -237,8 +239,8 @@ def _open_parquet(path: Path, column: str):
     return file
 
 
-def _first_line(why: Exception) -> str:
-    return str(why).strip().splitlines()[0].rstrip(".")
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def row_groups(path: Path, column: str) -> list[tuple[int, int]]:
@@ -265,11 +267,11 @@ def rows(path: Path, column: str, first: int = 0, stop: int | None = None, empty
         n = sum(meta.row_group(g).num_rows for g in groups)
         of_rows = sum(meta.row_group(g).total_byte_size for g in groups)
         # long rows: few at a time; as entries of a dictionary they can be longer than these sizes say
-        per_batch = max(1, min(128, BLOCK * n // (of_rows + 1)))
+        per_batch = max(1, min(128, CHUNK_BYTES * n // (of_rows + 1)))
         try:
             for batch in file.iter_batches(per_batch, row_groups=groups, columns=[column], use_threads=False):
                 for text in batch.column(0).to_pylist():
                     if text or empty:
                         yield text or ""
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as why:
-            raise UserError(f"{path}: damaged ({_first_line(why)}); move it away and get it again") from None
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: damaged ({_first_line(error)}); move it away and get it again") from None

@@ -70,12 +70,12 @@ def hub_repository(config: PrepareConfig) -> HubFiles:
     return HubFiles(config.repo, config.revision or "main", patterns, root, check="--files and --revision")
 
 
-def _recorded(files: HubFiles) -> hub.Listing | None:
-    return hub.recorded(files.root, files.repo, files.revision, files.patterns)
+def _cached_listing(files: HubFiles) -> hub.Listing | None:
+    return hub.cached_listing(files.root, files.repo, files.revision, files.patterns)
 
 
 def commit(files: HubFiles) -> str | None:
-    listing = _recorded(files)
+    listing = _cached_listing(files)
     return listing.commit if listing else files.revision if hub.COMMIT.fullmatch(files.revision) else None
 
 
@@ -86,7 +86,7 @@ def open_files(config: PrepareConfig, files: HubFiles) -> Corpus:
     tell of others.
     """
     notice = ""
-    if listing := _recorded(files):
+    if listing := _cached_listing(files):
         if listing.commit != files.revision:
             noted = hub.listing_file(files.root, files.repo, files.revision, files.patterns)
             notice = f"{files.repo} {files.revision}: commit {listing.commit}, as {noted} has it from the last time"
@@ -100,7 +100,7 @@ def open_files(config: PrepareConfig, files: HubFiles) -> Corpus:
             count = sum(map(len, names.values()))
             notice = f"{files.root}: taking its {count} file{'s' * (count > 1)} as they are, without asking the hub"
             return Corpus(raw, files.revision, notice)
-        listing = hub.ask(files.root, files.repo, files.revision, files.patterns, files.check)
+        listing = hub.list_remote(files.root, files.repo, files.revision, files.patterns, files.check)
     names = by_split(_choose(config, listing.files))
     raw = {split: [_listed(files, listing, name) for name in group] for split, group in names.items()}
     return Corpus(raw, listing.commit, notice)
@@ -123,7 +123,7 @@ def _choose(config: PrepareConfig, names: Iterable[str]) -> list[str]:
 def _listed(files: HubFiles, listing: hub.Listing, name: str) -> RawFile:
     flat = files.root / PurePosixPath(name).name
     path = flat if files.flat and flat.exists() else files.root / name
-    size, notes = listing.files[name], hub.fetched(files.root, name)
+    size, notes = listing.files[name], hub.download_metadata(files.root, name)
     if path.exists() and path.stat().st_size != size:
         raise UserError(
             f"{path} has {path.stat().st_size:,} bytes, the hub's file has {size:,}: truncated, or of another "
@@ -131,7 +131,7 @@ def _listed(files: HubFiles, listing: hub.Listing, name: str) -> RawFile:
         )
     if path.exists() and notes and listing.commit != notes[0] and listing.hashes[name] != notes[1]:
         raise UserError(f"{path} was fetched at another revision: move it away to have this one's fetched")
-    return RawFile(name, size, path, fetch=lambda: hub.fetch(listing, name, files.root, files.check))
+    return RawFile(name, size, path, fetch=lambda: hub.download_file(listing, name, files.root, files.check))
 
 
 def _by_hand(files: HubFiles) -> dict[str, Path]:
@@ -139,7 +139,7 @@ def _by_hand(files: HubFiles) -> dict[str, Path]:
     root, found = files.root, {}
     for path in sorted(root.rglob("*")) if root.is_dir() else []:
         name = path.relative_to(root).as_posix()
-        if not path.is_file() or name.startswith(".") or hub.fetched(root, name):
+        if not path.is_file() or name.startswith(".") or hub.download_metadata(root, name):
             continue
         plain = files.flat and "/" not in name and any(fnmatch(name, p.rsplit("/", 1)[-1]) for p in files.patterns)
         if plain or any(fnmatch(name, p) for p in files.patterns):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from flatgpt.data.tokenizer import narrow
+from flatgpt.data.tokenizer import to_uint16
 from flatgpt.runtime.files import atomic_write
 
 FORMAT = 1
@@ -91,7 +91,7 @@ class ShardWriter:
 
     def add(self, ids: np.ndarray, documents: int = 1, text_bytes: int = 0, words: int = 0) -> None:
         """Append ids, and add to the counts of the text that they stand for."""
-        ids = narrow(np.asarray(ids), self.n_vocab)
+        ids = to_uint16(np.asarray(ids), self.n_vocab)
         for key, more in (("documents", documents), ("bytes", text_bytes), ("words", words)):
             self.counts[key] += more
         while ids.size:

@@ -84,8 +84,8 @@ def file_hash(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as why:
-        raise UserError(f"{path}: cannot be read: {why.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def download(url: str, path: Path, sha256: str) -> None:
@@ -94,16 +94,16 @@ def download(url: str, path: Path, sha256: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             content = answer.read()
-    except (OSError, http.client.HTTPException) as why:
-        raise UserError(f"{url} could not be fetched ({getattr(why, 'reason', why)}): {help}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} could not be fetched ({getattr(error, 'reason', error)}): {help}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise UserError(f"{url} gave {len(content):,} bytes with SHA-256 {found[:16]}..., not {sha256[:16]}...: {help}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
-    except OSError as why:
-        raise UserError(f"{path} could not be written: {why.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,8 +115,8 @@ def text_revision(config: PrepareConfig) -> str:
     whole = hashlib.sha256()
     for path in expand(config.input):
         digest = hashlib.sha256()
-        if readers.kind(path) == "text":
-            for block in readers.text_blocks(path):
+        if readers.file_format(path) == "text":
+            for block in readers.text_chunks(path):
                 digest.update(block.encode())
         else:
             digest.update(file_hash(path).encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 from config import PrepareConfig, UserError
 from flatgpt.data import encode, readers
 from flatgpt.data.encode import Job, Task
-from flatgpt.data.readers import Corpus, Part, RawFile
+from flatgpt.data.readers import Chunk, Corpus, RawFile
 from flatgpt.data.shards import SPLITS
 from flatgpt.data.sources import SOURCES
 
@@ -81,7 +81,7 @@ def make_plan(config: PrepareConfig, corpus: Corpus, val_fraction: float, folder
         size = sum(file.size for file in missing)
         _make_sure_of_room({Path(config.raw_dir): size, folder: _shard_bytes(2 * size, job)})
         for file in missing:
-            file.here()
+            file.local_path()
     passes, size = [], 0
     for split, files in used.items():
         own = dataclasses.replace(job, splits=tuple(gives[split]))
@@ -116,21 +116,21 @@ def _pass(config: PrepareConfig, split: str, files: list[RawFile], job: Job, sha
 def _paths(files: list[RawFile], absolute: bool) -> Iterator[tuple[str, Path]]:
     """Name and path of each file, fetched when it is asked for; absolute for workers in other folders."""
     for file in files:
-        yield file.name, file.here().absolute() if absolute else file.here()
+        yield file.name, file.local_path().absolute() if absolute else file.local_path()
 
 
-def _parts(files: list[RawFile], column: str, limit: int | None) -> Iterator[Part]:
+def _parts(files: list[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
     """The documents of the files, the first `limit`."""
     count = 0
     for file in files:
-        for part in readers.as_parts([file.text]) if file.text else readers.documents(file.here(), column):
+        for part in readers.split_document([file.text]) if file.text else readers.documents(file.local_path(), column):
             yield part
             count += part.last
             if count == limit:
                 return
 
 
-def _count(parts: Iterator[Part]) -> tuple[int, int, bool]:
+def _count(parts: Iterator[Chunk]) -> tuple[int, int, bool]:
     """Documents, their characters, and whether there are fewer than FEW_DOCUMENTS; of more, the first so many."""
     count = characters = 0
     for part in parts:
@@ -144,7 +144,7 @@ def _count(parts: Iterator[Part]) -> tuple[int, int, bool]:
 def _text_bytes(files: list[RawFile], column: str) -> int:
     """Bytes of text in the files that are here."""
     here = [file for file in files if not file.missing]
-    return sum(file.size if file.text else readers.size(file.path, column) for file in here)
+    return sum(file.size if file.text else readers.text_bytes(file.path, column) for file in here)
 
 
 def _shard_bytes(text: int, job: Job) -> int:

@@ -21,7 +21,7 @@ import tiktoken.registry
 from config import UserError
 from flatgpt.data.bpe import BlockEncoder
 
-RUN = 1_000_000  # characters encoded at once; a longer run without a break is cut
+MAX_ENCODE_CHARS = 1_000_000  # characters encoded at once; a longer run without a break is cut
 BLOCK = 1 << 18  # characters of short documents that are encoded at once: their arrays stay in the cache
 SAME_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
 # GPT-2's pattern never looks back, and ends a match wherever white space follows something else: at such a place a text
@@ -109,7 +109,7 @@ def ranks_hash(encoding: tiktoken.Encoding) -> str:
     return digest.hexdigest()
 
 
-def pieces(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]:
+def split_text(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]:
     """The text of the blocks in pieces of at most `length` characters that encode to the ids of the whole.
 
     Yields:
@@ -145,7 +145,8 @@ def encode(encoding: tiktoken.Encoding, documents: Iterable[str], end_of_text: b
         end_of_text: put that id after each document.
 
     Returns:
-        ids, (n,) uint16; and in how many places a run of more than RUN characters without a break had to be cut.
+        ids, (n,) uint16; and in how many places a run of more than MAX_ENCODE_CHARS characters without a break had to
+        be cut.
     """
     eot = np.full(int(end_of_text), encoding.eot_token, dtype=np.uint32)
     parts, cuts = [np.zeros(0, np.uint32)], 0
@@ -158,10 +159,10 @@ def encode(encoding: tiktoken.Encoding, documents: Iterable[str], end_of_text: b
     else:
         encoder, block, size = _block_encoder(encoding, threading.get_ident()), [], 0
         for text in documents:
-            if len(text) > RUN:
+            if len(text) > MAX_ENCODE_CHARS:
                 parts.append(encoder(block, end_of_text))
                 block, size = [], 0
-                for piece, cut in pieces([text], RUN):
+                for piece, cut in split_text([text], MAX_ENCODE_CHARS):
                     parts.append(encoder([piece], False))
                     cuts += cut
                 parts.append(eot)
@@ -172,7 +173,7 @@ def encode(encoding: tiktoken.Encoding, documents: Iterable[str], end_of_text: b
                 parts.append(encoder(block, end_of_text))
                 block, size = [], 0
         parts.append(encoder(block, end_of_text))
-    return narrow(np.concatenate(parts), encoding.n_vocab), cuts
+    return to_uint16(np.concatenate(parts), encoding.n_vocab), cuts
 
 
 @functools.lru_cache(maxsize=64)
@@ -180,7 +181,7 @@ def _block_encoder(encoding: tiktoken.Encoding, thread: int) -> BlockEncoder:
     return BlockEncoder(encoding)  # it learns as it goes, so each thread has its own
 
 
-def narrow(ids: np.ndarray, n_vocab: int) -> np.ndarray:
+def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:
     """The ids as uint16; asserts that all are in 0 .. n_vocab - 1."""
     # astype(uint16) would wrap 70000 to 4464 without a word
     assert ids.size == 0 or (ids.min() >= 0 and ids.max() < n_vocab), (ids.min(), ids.max(), n_vocab)

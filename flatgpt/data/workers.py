@@ -1,6 +1,6 @@
 """Who does the tasks: this process, a pool of processes, or a Dask cluster, behind one executor interface.
 
-Each is a context manager that gives a Crew.
+Each is a context manager that gives a WorkerPool.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from config import UserError
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerPool:
     """An executor and how to work with it.
 
     Args:
-        ahead: how many tasks to keep in it.
-        lost: the error to raise where it will never answer again.
+        max_in_flight: how many tasks to keep in it.
+        failure: the error to raise where it will never answer again.
     """
 
     executor: concurrent.futures.Executor
-    ahead: int
-    lost: Callable[[], Exception | None] = lambda: None
+    max_in_flight: int
+    failure: Callable[[], Exception | None] = lambda: None
 
     def result(self, future: concurrent.futures.Future):
         """What the task gave, or raises."""
@@ -41,7 +41,7 @@ class Crew:
             except TimeoutError:
                 if future.done():
                     return future.result()
-                if why := self.lost():
+                if why := self.failure():
                     raise why from None
             except concurrent.futures.CancelledError:  # by Dask's client, when its scheduler is gone
                 raise ConnectionError("its scheduler is gone") from None
@@ -67,7 +67,7 @@ def local_pool(workers: int):
     finally:
         signal.signal(signal.SIGINT, ours)
     try:
-        yield Crew(pool, 2 * workers + 2, lambda: BrokenProcessPool() if _dead(pool) else None)
+        yield WorkerPool(pool, 2 * workers + 2, lambda: BrokenProcessPool() if _dead(pool) else None)
     except BrokenProcessPool:
         # Killed in the middle of a message, a worker leaves the pool's threads waiting for the rest, in both directions
         # (in part https://github.com/python/cpython/issues/94777): nobody is left, so close the other ends.
@@ -97,7 +97,7 @@ class _Here(concurrent.futures.Executor):
 @contextmanager
 def here():
     """This process, for texts too small to start others for."""
-    yield Crew(_Here(), 1)
+    yield WorkerPool(_Here(), 1)
 
 
 def cores() -> int:
@@ -130,7 +130,7 @@ def dask_cluster(address: str):
                 f"cluster = {address}: a worker cannot import flatGPT's code ({why}): start it in a checkout, with "
                 f"PYTHONPATH=. dask worker {address}"
             ) from None
-        yield Crew(client.get_executor(), 2 * slots + 2, lambda: _closed(client))
+        yield WorkerPool(client.get_executor(), 2 * slots + 2, lambda: _closed(client))
 
 
 def _closed(client) -> Exception | None:

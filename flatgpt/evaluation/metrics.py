@@ -14,7 +14,7 @@ BUCKETS, BINS = 8, 15
 LOGITS_BYTES = {"cpu": 32e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once
 
 # tokens that go through the blocks at once; on a CPU more are no faster
-TOKENS_A_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}
+TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 Total = Callable[[Tensor], Tensor]
@@ -25,12 +25,12 @@ def alone(sums: Tensor) -> Tensor:
     return sums
 
 
-def windows_a_pass(T: int, device: torch.device) -> int:
+def default_batch_size(T: int, device: torch.device) -> int:
     """The batch size for windows of T tokens, where nobody asks for one."""
-    return max(1, TOKENS_A_PASS[device.type] // T)
+    return max(1, TOKENS_PER_PASS[device.type] // T)
 
 
-def rows_at_once(V: int, device: torch.device) -> int:
+def rows_per_chunk(V: int, device: torch.device) -> int:
     """Rows of V logits that are computed at once."""
     return max(16, int(LOGITS_BYTES[device.type] / 4 / V))
 
@@ -78,7 +78,7 @@ class Scores:
         self.T, self.sampled = T, sampled
         sizes = {"loss": 1, "top5": 1, "targets": vocab_size, "positions": 2 * BUCKETS, "bins": 3 * BINS}
         for name in ("greedy", "sampled") if sampled else ("greedy",):
-            sizes |= {f"{name}_predicted": vocab_size, f"{name}_right": vocab_size}
+            sizes |= {f"{name}_predicted": vocab_size, f"{name}_correct": vocab_size}
         self._flat = np.zeros(sum(sizes.values()))  # float64: counts are exact to 2^53
         self._sums = dict(zip(sizes, np.split(self._flat, np.cumsum(list(sizes.values()))[:-1]), strict=True))
 
@@ -106,7 +106,7 @@ class Scores:
         _count(sums["targets"], targets)
         for name, ids in predicted.items():
             _count(sums[f"{name}_predicted"], ids)
-            _count(sums[f"{name}_right"], targets[targets == ids])
+            _count(sums[f"{name}_correct"], targets[targets == ids])
         buckets = positions * BUCKETS // self.T
         _count(sums["positions"][:BUCKETS], buckets)
         _count(sums["positions"][BUCKETS:], buckets, losses)
@@ -138,7 +138,7 @@ class Scores:
     @property
     def accuracy(self) -> float:
         """Share of scored tokens that were the likeliest (top-1), 0 to 1."""
-        return float(self._sums["greedy_right"].sum()) / self.tokens
+        return float(self._sums["greedy_correct"].sum()) / self.tokens
 
     @property
     def top5_accuracy(self) -> float:
@@ -150,7 +150,7 @@ class Scores:
 
         A class that is never predicted has precision 0, as scikit-learn's zero_division=0.
         """
-        support, predicted, right = (self._sums[n] for n in ("targets", f"{which}_predicted", f"{which}_right"))
+        support, predicted, right = (self._sums[n] for n in ("targets", f"{which}_predicted", f"{which}_correct"))
         share = support / support.sum()
         return {
             "precision": float((share * right / np.maximum(predicted, 1)).sum()),
@@ -204,10 +204,10 @@ def measure(
         for x, y in batches:
             places = np.flatnonzero(y.ravel() >= 0)
             hidden = model.hidden(to_device(x)).flatten(0, 1)[to_device(places)]  # (N, C)
-            rows = rows_at_once(V, hidden.device)
+            rows = rows_per_chunk(V, hidden.device)
             targets, found = to_device(y.ravel()[places]), []
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-                found.append(_look(model.head(h, padded=True).float(), t, V, sampled))
+                found.append(token_statistics(model.head(h, padded=True).float(), t, V, sampled))
             columns = {name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]}
             scores.add(targets=y.ravel()[places], positions=places % y.shape[1], **columns)
             each(len(places))
@@ -215,7 +215,9 @@ def measure(
     return scores
 
 
-def _look(logits: Tensor, targets: Tensor, V: int, sampled: Callable[[Tensor], Tensor] | None) -> dict[str, Tensor]:
+def token_statistics(
+    logits: Tensor, targets: Tensor, V: int, sampled: Callable[[Tensor], Tensor] | None
+) -> dict[str, Tensor]:
     """What Scores.add takes, of logits (N, V), padded with -inf, and targets (N)."""
     found = {"sampled": sampled(logits[:, :V])} if sampled else {}
     log_p = logits.log_softmax(-1)  # six times as fast on a CPU as logsumexp, whose exp is not vectorised

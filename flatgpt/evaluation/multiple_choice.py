@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from flatgpt.evaluation.metrics import alone, evaluating, rows_at_once
+from flatgpt.evaluation.metrics import alone, evaluating, rows_per_chunk
 from model import GPT
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def log_likelihoods(
                 scored[row, T - n : T] = True
             targets = to_device(np.concatenate([ids[-n:] for ids, n in rows]))  # (N)
             hidden = model.hidden(to_device(x))[to_device(scored)]  # (N, C): the head is spared the contexts
-            some = rows_at_once(model.config.vocab_size, hidden.device)
+            some = rows_per_chunk(model.config.vocab_size, hidden.device)
             losses = [
                 F.cross_entropy(model.head(h).float(), y, reduction="none")
                 for h, y in zip(hidden.split(some), targets.split(some), strict=True)

@@ -1,4 +1,4 @@
-"""What app.py's page is made of, its layout aside: HTML of growing texts, style sheet, and a server that shares nothing."""
+"""HTML of growing texts, style sheet and server of app.py."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from config import InferConfig, SamplingConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import faster_decoding_dtype, pack
 from flatgpt.inference.sampling import TextStream, generate_batch, likeliest
-from flatgpt.runtime.device import find_device, machine
+from flatgpt.runtime.device import find_device, select_device
 from model import GPT
 
 
@@ -70,7 +70,7 @@ def prepare(config: InferConfig, model: GPT, encoding: tiktoken.Encoding, end_of
     dtype, measured = config.dtype, None
     if dtype == "auto" and on_cpu and not config.quantize:
         dtype, measured = faster_decoding_dtype(model, compile)
-    settings = machine(config.device, dtype)
+    settings = select_device(config.device, dtype)
     pack(model, settings.dtype, config.quantize, compile)
     precision = config.quantize or str(settings.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")
     described = f"{settings.name}, {precision}, {'compiled' if compile else 'eager'}"

@@ -47,7 +47,7 @@ def hub_name(path: str) -> str | None:
 # from the hub
 
 
-def fetch_model(repo: str, say: Callable[[str], None]) -> Path:
+def fetch_model(repo: str, log: Callable[[str], None]) -> Path:
     """The folder of a model of the hub: config.json, the tokenizer's files, and the weights as safetensors.
 
     It lies in huggingface_hub's cache and is named by its commit. Where it is whole already, the hub is not asked and
@@ -55,25 +55,27 @@ def fetch_model(repo: str, say: Callable[[str], None]) -> Path:
 
     Args:
         repo: as hub_name gives it.
-        say: is told the commit.
+        log: is told the commit.
 
     Raises:
         UserError: no such model, none in safetensors, no access, no network, no room.
     """
     from huggingface_hub import HfApi, errors, hf_hub_download
 
-    from flatgpt.data.hub import PATIENCE, patiently
+    from flatgpt.data.hub import MAX_RETRY_SECONDS, with_retries
 
     name, _, revision = repo.partition("@")
     revision = revision or "main"
     if folder := _cached(name, revision):
-        say(f"{repo}: commit {folder.name[:7]}, from the cache")
+        log(f"{repo}: commit {folder.name[:7]}, from the cache")
         return folder
     what = "list of files"
-    info = patiently(lambda: HfApi().model_info(name, revision=revision), what, _fetching(repo, what), PATIENCE)
+    info = with_retries(
+        lambda: HfApi().model_info(name, revision=revision), what, _fetching(repo, what), MAX_RETRY_SECONDS
+    )
     files = [file.rfilename for file in info.siblings]
     _check_files(repo, files)
-    say(f"{repo}: commit {info.sha[:7]}, from the hub")
+    log(f"{repo}: commit {info.sha[:7]}, from the hub")
 
     def fetch(file: str, at: str) -> Path | None:
         """None where there is no such file, which the library notes down too."""
@@ -84,7 +86,7 @@ def fetch_model(repo: str, say: Callable[[str], None]) -> Path:
             except errors.RemoteEntryNotFoundError:
                 return None
 
-        return patiently(download, file, _fetching(repo, file))
+        return with_retries(download, file, _fetching(repo, file))
 
     folder = fetch(CONFIG, info.sha).parent
     for file in TOKENIZER:  # before the weights: where these are, all is
@@ -120,9 +122,9 @@ def _shards(index: Path) -> list[str]:
     """The files that the index of the weights names."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as why:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{index} is damaged: {why}; remove {index.parents[2]} and run again, or take another model"
+            f"{index} is damaged: {error}; remove {index.parents[2]} and run again, or take another model"
         ) from None
     if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
         raise UserError(f"{index}: {wrong[0]} is no safetensors file of the same folder; such a model is not loaded")
@@ -147,7 +149,7 @@ def _check_files(repo: str, files: list[str]) -> None:
 
 
 def _fetching(repo: str, what: str) -> dict[str, str]:
-    """What to tell the user of each failure; for hub.patiently."""
+    """What to tell the user of each failure; for hub.with_retries."""
     from huggingface_hub import constants
 
     from flatgpt.data.hub import LOG_IN
@@ -175,7 +177,7 @@ def _fetching(repo: str, what: str) -> dict[str, str]:
 # to the hub
 
 
-def upload(folder: Path, names: Sequence[str], repo: str, private: bool, say: Callable[[str], None]) -> str:
+def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Callable[[str], None]) -> str:
     """Commit files of a folder to a model repository on the hub, which is made if it is missing; its address.
 
     One commit: all of them arrive, or none. Files of other names that the repository has stay there.
@@ -184,7 +186,7 @@ def upload(folder: Path, names: Sequence[str], repo: str, private: bool, say: Ca
         names: of files right in the folder; no others leave, and no links.
         repo: user/name.
         private: that nobody else may see it; of a repository that is there already it is checked, never changed.
-        say: is told the commit.
+        log: is told the commit.
 
     Raises:
         UserError: a missing file or a link, no token, no right to write, a public repository against `private`, no
@@ -192,7 +194,7 @@ def upload(folder: Path, names: Sequence[str], repo: str, private: bool, say: Ca
     """
     from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 
-    from flatgpt.data.hub import patiently
+    from flatgpt.data.hub import with_retries
 
     if "/" not in repo or not NAME.fullmatch(repo):
         raise UserError(f"{repo}: the hub's form is user/name")
@@ -219,26 +221,26 @@ def upload(folder: Path, names: Sequence[str], repo: str, private: bool, say: Ca
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
         try:
             return api.create_commit(repo, added, commit_message="Upload from flatGPT")
-        except ValueError as why:  # README.md's header, or no room left in the large file storage
-            if isinstance(why, (errors.HfHubHTTPError, errors.HFValidationError)):
+        except ValueError as error:  # README.md's header, or no room left in the large file storage
+            if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError)):
                 raise
-            raise UserError(f"{repo}: the hub refuses the upload ({' '.join(str(why).split())}): {HALF}") from None
+            raise UserError(f"{repo}: the hub refuses the upload ({' '.join(str(error).split())}): {HALF}") from None
 
-    there = patiently(visibility, repo, sentences)
+    there = with_retries(visibility, repo, sentences)
     if private and there is False:
         raise UserError(
             f"private: {repo} is on the hub already, for everybody to see: make it private at "
             f"https://huggingface.co/{repo}/settings, or choose another name"
         )
     if there is None:  # not private=False, which would override an organisation's default
-        patiently(lambda: api.create_repo(repo, private=private or None, exist_ok=True), repo, sentences)
-    done = patiently(commit, repo, sentences)
-    say(f"{repo}: commit {done.oid[:7]}")
+        with_retries(lambda: api.create_repo(repo, private=private or None, exist_ok=True), repo, sentences)
+    done = with_retries(commit, repo, sentences)
+    log(f"{repo}: commit {done.oid[:7]}")
     return f"{api.endpoint}/{repo}"
 
 
 def _uploading(repo: str) -> dict[str, str]:
-    """What to tell the user of each failure; for hub.patiently."""
+    """What to tell the user of each failure; for hub.with_retries."""
     no_right = (
         f"{repo}: the hub refuses ({{reason}}): take a name of your own or of your organisation, and a token that may "
         "write (https://huggingface.co/settings/tokens), by `hf auth login` or HF_TOKEN"

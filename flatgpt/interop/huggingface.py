@@ -35,7 +35,7 @@ NANOGPT = {
     "block_size": "context_length",
     "vocab_size": "vocab_size",
 }
-WRAPPED = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
 ZIP = b"PK\x03\x04"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,10 +59,10 @@ def hugging_face_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]
     tensors = ((file, name, tensor) for file in files for name, tensor in _read(file).items())
     # transformers (5.23) unties such a pair, whatever config.json says
     untied = "though config.json ties them: set tie_word_embeddings = false there"
-    return _fitted(listing, tensors, config, conv1d=True, untied=untied)
+    return convert_state_dict(listing, tensors, config, conv1d=True, untied=untied)
 
 
-def unexportable(config: ModelConfig) -> list[str]:
+def export_problems(config: ModelConfig) -> list[str]:
     """Why Hugging Face's GPT-2 cannot compute a model, a sentence each; empty when it can."""
     found = []
     if config.position != "learned":
@@ -175,7 +175,9 @@ def nanogpt_weights(file: Path, config: ModelConfig) -> dict[str, Tensor]:
         UserError: what nanogpt_shape says; the first tensor that is missing, not the model's or of another size.
     """
     tensors = ((file, name, tensor) for name, tensor in _nanogpt(file)["model"].items())
-    return _fitted(file, tensors, config, conv1d=False, untied="which nanoGPT ties: is it of a changed nanoGPT?")
+    return convert_state_dict(
+        file, tensors, config, conv1d=False, untied="which nanoGPT ties: is it of a changed nanoGPT?"
+    )
 
 
 def _nanogpt(file: Path) -> dict:
@@ -205,7 +207,7 @@ def _nanogpt(file: Path) -> dict:
 # both
 
 
-def _fitted(
+def convert_state_dict(
     listing: Path, tensors: Iterable[tuple[Path, str, Tensor]], config: ModelConfig, conv1d: bool, untied: str
 ) -> dict[str, Tensor]:
     """GPT(config)'s state dict, float32, of tensors in GPT-2's names, each with the file that it comes from.
@@ -219,7 +221,7 @@ def _fitted(
     weights, head = {}, None
     for file, name, tensor in tensors:
         ours = name
-        while ours.startswith(WRAPPED):
+        while ours.startswith(WRAPPER_PREFIXES):
             ours = ours.partition(".")[2]
         # GPT2Model's names, and those of OpenAI's models on the hub, have no `transformer.`
         ours = ours if ours.startswith(("transformer.", "lm_head.")) else f"transformer.{ours}"

@@ -27,12 +27,12 @@ from flatgpt.interop.pretrained import (
     tokenizer_there,
 )
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import WEIGHTS, Damaged, verify
+from flatgpt.runs.checkpoint import WEIGHTS, DamagedCheckpointError, verify
 from model import GPT
 
 
 @dataclass(frozen=True)
-class Trained:
+class ModelSource:
     """A model that was found, and what is known of it.
 
     Args:
@@ -57,7 +57,7 @@ class Trained:
         return f"{self.path}, iter {self.state['iter']:,}" if self.state else str(self.path)
 
 
-def find(model_path: str | None, say: Callable[[str], None]) -> Trained:
+def find(model_path: str | None, say: Callable[[str], None]) -> ModelSource:
     """The model that --model_path means, verified as far as it can be; None: the newest run.
 
     Raises:
@@ -69,7 +69,7 @@ def find(model_path: str | None, say: Callable[[str], None]) -> Trained:
         folder, state = checkpoint.find(model_path, say)
         known = {f.name for f in dataclasses.fields(ModelConfig)}
         config = ModelConfig(**{k: v for k, v in state["config"].items() if k in known})
-        return Trained(folder, config, state["tokenizer"]["name"], state)
+        return ModelSource(folder, config, state["tokenizer"]["name"], state)
     path = find_pretrained(model_path, "model_path")
     name = tokenizer_there(path)
     if name is None:
@@ -77,10 +77,10 @@ def find(model_path: str | None, say: Callable[[str], None]) -> Trained:
             f"model_path = {model_path}: nothing there says which tokenizer the model was trained with "
             "(nanoGPT keeps the characters of its character models in a pickle, meta.pkl, which is not read)"
         )
-    return Trained(path, ModelConfig(**pretrained_shape(str(path))), name, {})
+    return ModelSource(path, ModelConfig(**pretrained_shape(str(path))), name, {})
 
 
-def load(found: Trained, device: torch.device, context_length: int | None = None) -> tuple[GPT, tiktoken.Encoding]:
+def load(found: ModelSource, device: torch.device, context_length: int | None = None) -> tuple[GPT, tiktoken.Encoding]:
     """The model in evaluation mode, and its tokenizer.
 
     Args:
@@ -123,7 +123,7 @@ def load_pretrained(model: GPT, path: str) -> None:
         if is_flatgpt(place):
             verify(place, (WEIGHTS,))
         weights = _weights(place, model.config)
-    except (Damaged, SafetensorError) as why:
+    except (DamagedCheckpointError, SafetensorError) as why:
         raise UserError(f"init_from = {path}: {why}") from None
     model.load_state_dict(weights)
 

@@ -169,9 +169,9 @@ def tokenizer_there(place: Path) -> str | None:
     if is_flatgpt(place):
         return _state(place)["tokenizer"]["name"]
     if not is_nanogpt(place):
-        from flatgpt.interop.tokenizer_files import recognise
+        from flatgpt.interop.tokenizer_files import identify_encoding
 
-        if name := recognise(place):
+        if name := identify_encoding(place):
             return name
     return "gpt2" if pretrained_shape(str(place))["vocab_size"] in (50257, 50304) else None
 

@@ -15,7 +15,7 @@ from config import TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop.hub import hub_name
-from flatgpt.interop.loading import Trained
+from flatgpt.interop.loading import ModelSource
 from flatgpt.interop.model_card import LOCAL, body, front_matter
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 
@@ -44,7 +44,7 @@ python app.py
 It prints the address to open in a browser. The weights and the tokenizer are in this folder: nothing is fetched."""
 
 
-def space_files(found: Trained, name: str, recipe: str, given: str | None) -> dict[str, bytes | Path]:
+def space_files(found: ModelSource, name: str, recipe: str, given: str | None) -> dict[str, bytes | Path]:
     """{name in the folder: content, or the file to copy}; of a model that is not ours, without the model itself.
 
     Args:

@@ -1,7 +1,7 @@
 """A tiktoken encoding as the tokenizer files of a Hugging Face GPT-2 folder, and which encoding such files hold.
 
 files = tokenizer_files(tokenizer.load("gpt2"), context_length=1024)  # {"tokenizer.json": b"...", ...}
-recognise(Path("a/hugging/face/folder"))  # "gpt2", "byte", ...
+identify_encoding(Path("a/hugging/face/folder"))  # "gpt2", "byte", ...
 
 tiktoken keeps a rank for each token and merges any two neighbours whose bytes together are a token. Hugging Face keeps
 a list of pairs that may merge. Both come to the same ids: the parts of a token merge in one order wherever it stands,
@@ -103,7 +103,7 @@ def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[st
     }
 
 
-def recognise(folder: Path) -> str | None:
+def identify_encoding(folder: Path) -> str | None:
     """The name of the encoding whose vocabulary a Hugging Face folder holds; None where it holds no vocabulary.
 
     Compared are ids and merges: of tokenizer.json, and of vocab.json with merges.txt, whichever are there. Added tokens

@@ -31,7 +31,7 @@ FORMAT = 1
 WEIGHTS, TRAIN_STATE, STATE = "model.safetensors", "train_state.pt", "state.json"
 
 
-class Damaged(Exception):  # noqa: N818 - it names what the checkpoint is
+class DamagedCheckpointError(Exception):
     """A checkpoint that is not what was written; the message names the file."""
 
 
@@ -67,9 +67,9 @@ def save(
         writing = TRAIN_STATE
         torch.save(train_state, partial / TRAIN_STATE)
         (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors lets nobody else read it
-        files = {name: _fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
+        files = {name: fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
         writing = STATE
-        _write_state(partial, {"format": FORMAT, **state, "files": files})
+        write_state(partial, {"format": FORMAT, **state, "files": files})
         for writing in (*files, "."):
             _flush(partial / writing)
         if folder.exists():  # damaged, else the run would have gone on from there
@@ -118,10 +118,10 @@ def move_aside(folder: Path, why: str) -> None:
 def mark_finished(folder: Path) -> None:
     """Have a checkpoint's state.json say that its run is over, where that was decided after it was written."""
     if state := read_state(folder):
-        _write_state(folder, {**state, "finished": True})
+        write_state(folder, {**state, "finished": True})
 
 
-def _write_state(folder: Path, state: dict) -> None:
+def write_state(folder: Path, state: dict) -> None:
     atomic_write(folder / STATE, state_file(state))
 
 
@@ -154,7 +154,7 @@ def _name(iteration: int) -> str:
     return f"iter_{iteration:06d}"
 
 
-def _fingerprint(path: Path) -> dict:
+def fingerprint(path: Path) -> dict:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -200,29 +200,31 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
     """The state of a checkpoint whose files are as they were written.
 
     Raises:
-        Damaged: no valid state.json, or a file with another size or SHA-256.
+        DamagedCheckpointError: no valid state.json, or a file with another size or SHA-256.
         UserError: a format of another version.
     """
     state = read_state(folder)
     if state is None:
-        raise Damaged(f"{folder / STATE} is missing or damaged")
+        raise DamagedCheckpointError(f"{folder / STATE} is missing or damaged")
     if state["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
     for name in names:
         try:
-            if _fingerprint(folder / name) != state["files"].get(name):
-                raise Damaged(f"{folder / name} is damaged: its size or SHA-256 is not the one in state.json")
+            if fingerprint(folder / name) != state["files"].get(name):
+                raise DamagedCheckpointError(
+                    f"{folder / name} is damaged: its size or SHA-256 is not the one in state.json"
+                )
         except OSError as why:  # a bad sector, say
-            raise Damaged(f"{folder / name} is missing or cannot be read: {why.strerror}") from None
+            raise DamagedCheckpointError(f"{folder / name} is missing or cannot be read: {why.strerror}") from None
     return state
 
 
-def first_good(folders: list[Path], names: tuple[str, ...], say: Callable[[str], None]) -> tuple[Path, dict] | None:
+def first_valid(folders: list[Path], names: tuple[str, ...], say: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The first checkpoint that verifies, with its state; damaged ones are named and passed over."""
     for folder in folders:
         try:
             return folder, verify(folder, names)
-        except Damaged as why:
+        except DamagedCheckpointError as why:
             say(f"warning: {why}; trying the checkpoint before it")
     return None
 
@@ -248,11 +250,11 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
     if (path / STATE).exists() or not (path / "ckpt").is_dir():
         try:
             return path, verify(path, (WEIGHTS,))
-        except Damaged as why:
+        except DamagedCheckpointError as why:
             hint = f"; other checkpoints lie in {path.resolve().parent}" if path.name.startswith("iter_") else ""
             raise UserError(f"model_path {path} is no usable checkpoint: {why}{hint}") from None
     linked = [(path / "ckpt" / name).resolve() for name in ("best", "last") if (path / "ckpt" / name).exists()]
-    found = first_good(list(dict.fromkeys([*linked, *folders(path.resolve())])), (WEIGHTS,), say)
+    found = first_valid(list(dict.fromkeys([*linked, *folders(path.resolve())])), (WEIGHTS,), say)
     if found is None:
         raise UserError(f"model_path {path}: this run has no usable checkpoint yet")
     return path / "ckpt" / found[0].name, found[1]

@@ -61,13 +61,13 @@ def thin(xs: Sequence[float], ys: Sequence[float], log: bool = False) -> tuple[l
     return [xs[n] for n in rows], [ys[n] for n in rows]
 
 
-def alone(ys: Sequence[float]) -> list[int]:
+def isolated_points(ys: Sequence[float]) -> list[int]:
     """Points between gaps, which no line shows."""
     known = [False, *map(math.isfinite, ys), False]
     return [n for n in range(len(ys)) if known[n + 1] and not known[n] and not known[n + 2]]
 
 
-def plain(value: float, largest: float = 0.0) -> str:
+def format_tick(value: float, largest: float = 0.0) -> str:
     """A number on an axis: 0.0003, 1.5, 2,000, 1.5M; in the unit of the axis's largest, where that is given."""
     size = max(abs(value), abs(largest))
     unit, by = next(((unit, by) for unit, by in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if size >= by), ("", 1.0))

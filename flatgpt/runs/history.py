@@ -43,7 +43,7 @@ class History:
     def __len__(self) -> int:
         return len(self.columns.get("iter", ()))
 
-    def along(self, x: str) -> list[float]:
+    def x_values(self, x: str) -> list[float]:
         """Where each row lies on an axis: iter, tokens, or time in seconds."""
         return self.seconds if x == "time" else self[x]
 

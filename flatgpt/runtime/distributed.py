@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import EvalConfig, SaidElsewhere, TrainConfig, UserError
+from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """Who this process is among `world`; without torchrun the only one, for whom nothing here costs anything."""
 
     rank: int = 0
@@ -63,7 +63,7 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def largest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """Of each of these numbers the largest that a rank has: how they agree to stop."""
         if self.world == 1:
             return list(numbers)
@@ -73,25 +73,25 @@ class Ranks:
 
     def all(self, yes: bool) -> bool:
         """Whether it is so on every rank."""
-        return not self.largest(not yes)[0]
+        return not self.all_reduce_max(not yes)[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks have come here."""
-        self.largest(0)
+        self.all_reduce_max(0)
 
-    def until(self, done: Callable[[], bool]) -> None:
+    def poll_all(self, done: Callable[[], bool]) -> None:
         """Until it is done on every rank: by asking, as no single collective may take as long as that can."""
         while not self.all(done()):
             time.sleep(0.02)
 
-    def everyones(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """The values that all ranks have here, by rank; plain types."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, work: Callable[[], Any]) -> Any:
+    def run_on_rank0(self, work: Callable[[], Any]) -> Any:
         """What rank 0 gets from work(), on every rank; the others wait. A UserError or OSError there is everyone's."""
         if self.world == 1:
             return work()
@@ -108,18 +108,18 @@ class Ranks:
             raise UserError(box[1])
         return box[0]
 
-    def require_alike(self, facts: dict[str, Any]) -> None:
+    def require_equal(self, facts: dict[str, Any]) -> None:
         """Raise UserError, with the key, where ranks (on other machines, say) have another value than rank 0."""
-        everyones = self.everyones(facts)
-        for rank, theirs in enumerate(everyones):
-            if differing := [key for key, value in everyones[0].items() if theirs[key] != value]:
+        gathered = self.all_gather(facts)
+        for rank, values in enumerate(gathered):
+            if differing := [key for key, value in gathered[0].items() if values[key] != value]:
                 raise UserError(
                     f"{', '.join(differing)} of rank {rank} is not that of rank 0: every machine has to have the same "
                     "files and settings"
                 )
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistributedContext()
 
 
 def equal_pair(batch_size: int, grad_accum_steps: int, world: int) -> tuple[int, int]:
@@ -154,7 +154,9 @@ def shorten_timeout(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def join(config: TrainConfig | EvalConfig, find_device: Callable[[str, int], torch.device]) -> Iterator[Ranks]:
+def join_process_group(
+    config: TrainConfig | EvalConfig, find_device: Callable[[str, int], torch.device]
+) -> Iterator[DistributedContext]:
     """The ranks that torchrun started, joined; a mistake on any of them is said once and ends all.
 
     Args:
@@ -167,7 +169,7 @@ def join(config: TrainConfig | EvalConfig, find_device: Callable[[str, int], tor
     given = [os.environ[name] for name in names if name in os.environ]
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     whole_numbers = len(given) == 4 and all(word.isdecimal() for word in given)
-    ranks = Ranks(*map(int, given)) if several and whole_numbers else ALONE
+    ranks = DistributedContext(*map(int, given)) if several and whole_numbers else SINGLE_PROCESS
     if several and not (ranks.rank < ranks.world and ranks.local_rank < ranks.local_world <= ranks.world != 1):
         raise UserError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(names)} do not fit each other: start several "
@@ -199,7 +201,7 @@ def join(config: TrainConfig | EvalConfig, find_device: Callable[[str, int], tor
         codes.append(0)
     except UserError as error:
         if not _first_to_say(ranks, str(error)):
-            raise SaidElsewhere from None
+            raise ReportedByOtherRank from None
         if ranks.world > 1:
             time.sleep(1)  # the store that the others ask goes with rank 0
         raise
@@ -207,7 +209,7 @@ def join(config: TrainConfig | EvalConfig, find_device: Callable[[str, int], tor
         first_line = str(error).splitlines()[0]
         if re.search("timed? ?out", first_line, re.IGNORECASE):
             goes_on = ", and goes on from its last checkpoint with --resume" * isinstance(config, TrainConfig)
-            _name_the_silent(ranks, config.rank_timeout, goes_on)
+            report_unresponsive_ranks(ranks, config.rank_timeout, goes_on)
         elif not _peer_is_gone(error):
             raise
         else:
@@ -232,7 +234,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _first_to_say(ranks: Ranks, text: str) -> bool:
+def _first_to_say(ranks: DistributedContext, text: str) -> bool:
     """Whether no other rank has said this yet."""
     if not dist.is_initialized():
         return ranks.local_rank == 0
@@ -242,7 +244,7 @@ def _first_to_say(ranks: Ranks, text: str) -> bool:
         return True
 
 
-def _name_the_silent(ranks: Ranks, seconds: float, goes_on: str) -> None:
+def report_unresponsive_ranks(ranks: DistributedContext, seconds: float, goes_on: str) -> None:
     """Say which rank the others have waited for in vain: every one of these comes here, that one does not."""
     store, silent = dist.distributed_c10d._get_default_store(), [0]  # a store that does not answer is rank 0's
 

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatgpt.runtime.distributed import Ranks
+from flatgpt.runtime.distributed import DistributedContext
 
 
-def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype, fsdp: bool) -> nn.Module:
+def wrap_model(
+    model: nn.Module, ranks: DistributedContext, device: torch.device, dtype: torch.dtype, fsdp: bool
+) -> nn.Module:
     """The model as the ranks train it together: DDP, or with `fsdp` in parts; the model itself for a single rank.
 
     DDP holds a copy of everything on each device. fully_shard changes the model in place: each rank keeps a part of
@@ -28,8 +30,8 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
         with warnings.catch_warnings():  # 2.13 has another name for broadcast_buffers, which 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-        model.own_gradients = torch.zeros((), device=device)
-        model.register_comm_hook(model.own_gradients, _sum)
+        model.local_grad_sum = torch.zeros((), device=device)
+        model.register_comm_hook(model.local_grad_sum, _sum)
         # After its first backward pass DDP lays out its buckets anew, as gradients came. Let that be before any update:
         # else a resumed run sums its first gradients in another order, from three ranks up with another result.
         nothing = torch.zeros((1, 1), dtype=torch.int64, device=device)
@@ -53,12 +55,12 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
     return model
 
 
-def own_gradients(model: nn.Module) -> Tensor | float:
+def local_grad_sum(model: nn.Module) -> Tensor | float:
     """A number that is finite as long as this rank's gradients were, before they were summed; 0 where nobody knows."""
     if not isinstance(model, DistributedDataParallel):
         return 0.0
-    taken = model.own_gradients.clone()
-    model.own_gradients.zero_()
+    taken = model.local_grad_sum.clone()
+    model.local_grad_sum.zero_()
     return taken
 
 
@@ -95,7 +97,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def part_of(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, cut as `like` is; all of it where that is not sharded."""
     if not is_sharded(like):
         return full

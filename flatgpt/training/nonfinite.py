@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from config import TrainConfig, UserError
 from flatgpt.data.dataset import TrainingBatches
-from flatgpt.runtime.distributed import Ranks
+from flatgpt.runtime.distributed import DistributedContext
 
 LIMIT = 20  # updates in a row that are not applied: float16's scale of 2^16 has reached 1 before
 NEVER = 2**62
@@ -53,7 +53,7 @@ class Health:
         self.values = torch.where(newly, torch.stack((loss, norm, own)), self.values)
         return skip.float()
 
-    def look(self, row: dict, batches: TrainingBatches, ranks: Ranks) -> list[str]:
+    def look(self, row: dict, batches: TrainingBatches, ranks: DistributedContext) -> list[str]:
         """Wait for the counts, at a logged update; what a user should hear. Adds `skipped` to the row.
 
         Raises:
@@ -64,7 +64,7 @@ class Health:
         said = []
         if first != NEVER:
             loss, norm, own = self.values.tolist()
-            text = self._where(first, loss, norm, ranks.everyones(math.isfinite(own)), batches, ranks)
+            text = self._where(first, loss, norm, ranks.all_gather(math.isfinite(own)), batches, ranks)
             if self.config.on_nonfinite == "stop":
                 raise UserError(
                     f"{text}. It was not applied, and the run ends here; what was saved stays. Go on from it with "
@@ -81,7 +81,9 @@ class Health:
         self.first = torch.full_like(self.first, NEVER)
         return said
 
-    def _where(self, i: int, loss: float, norm: float, fine: list[bool], batches: TrainingBatches, ranks: Ranks) -> str:
+    def _where(
+        self, i: int, loss: float, norm: float, fine: list[bool], batches: TrainingBatches, ranks: DistributedContext
+    ) -> str:
         """What was bad of update i, on which rank, and which windows of the data it had there."""
         what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
         guilty = [rank for rank in range(ranks.world) if not fine[rank]] or list(range(ranks.world))

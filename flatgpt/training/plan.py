@@ -14,11 +14,11 @@ import torch
 
 from config import ModelConfig, TrainConfig
 from flatgpt.kernels import cross_entropy
-from flatgpt.runs.log import duration, peak_flops
+from flatgpt.runs.run_log import duration, peak_flops
 from model import GPT
 
 FLOAT32, INT64 = 4, 8  # bytes
-GPUS = ("T4", "A10G", "A100", "H100", "H200")  # of runlog's table, those that report() reckons with
+GPUS = ("T4", "A10G", "A100", "H100", "H200")  # of run_log's table, those that report() reckons with
 
 # ---------------------------------------------------------------------------------------------------------------------
 # activations
@@ -202,7 +202,7 @@ def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", g
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest square matrix product, tried in growing sizes for about a quarter of a second.
 
-    Stands in for the peak of a device that is not in runlog's table, a CPU say.
+    Stands in for the peak of a device that is not in run_log's table, a CPU say.
     """
     best, n, seconds = 0.0, 128, 0.0
     while seconds < 0.03 and n < 8192:  # a product eight times as long is the last

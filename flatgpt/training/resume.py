@@ -24,7 +24,7 @@ from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
 from flatgpt.runs.lock import Claim
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.files import atomic_write
-from flatgpt.runtime.parallel import is_sharded, part_of
+from flatgpt.runtime.parallel import is_sharded, shard_like
 from flatgpt.training.muon import Muon
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import Run
@@ -50,7 +50,7 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
     run_dir = claim.run_dir
     there = checkpoint.folders(run_dir)
     if resume in ("latest", "auto"):
-        found = checkpoint.first_good(there, (WEIGHTS, TRAIN_STATE), print)
+        found = checkpoint.first_valid(there, (WEIGHTS, TRAIN_STATE), print)
         if found is None and (resume == "latest" or there):
             reason = "every checkpoint there is damaged" if there else "there is no checkpoint"
             remedy = "add --overwrite instead to start again" if there else "start without --resume"
@@ -59,13 +59,13 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
     if resume:
         path = Path(resume)
         if (path / "ckpt").is_dir():
-            found = checkpoint.first_good(checkpoint.folders(path), (WEIGHTS, TRAIN_STATE), print)
+            found = checkpoint.first_valid(checkpoint.folders(path), (WEIGHTS, TRAIN_STATE), print)
             if found is None:
                 raise UserError(f"resume = {resume}: this run has no usable checkpoint")
             path = found[0]
         try:
             state = checkpoint.verify(path)
-        except checkpoint.Damaged as why:
+        except checkpoint.DamagedCheckpointError as why:
             raise UserError(f"resume = {resume}: {why}") from None
         if there and path.resolve().parent.parent != run_dir.resolve():
             raise UserError(
@@ -211,7 +211,7 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
         if not ranks.all(path.is_dir()):
             reason = "out_dir has to be a folder that all machines share" if ranks.world > 1 else "start again"
             raise UserError(f"{path} has gone meanwhile, or is not there on every machine: {reason}")
-        ranks.require_alike({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
+        ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
         train_state = restore(path, run)
         at.row = train_state["row"]
         if path.resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
@@ -229,7 +229,7 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
         atomic_write(folder / "config.toml", recipe.encode())
         return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])
 
-    if not ranks.from_first(make_ready):  # the best checkpoint has moved aside, too
+    if not ranks.run_on_rank0(make_ready):  # the best checkpoint has moved aside, too
         progress["best_loss"] = progress["best_iter"] = None
     return at
 
@@ -250,10 +250,12 @@ def restore(folder: Path, run: Run) -> dict:
     if unlike := _unlike(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
         more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
-    checkpoint.load_weights(run.model, folder, cut=part_of)
+    checkpoint.load_weights(run.model, folder, cut=shard_like)
     if sharded:  # and so AdamW's
         for index, entries in saved["state"].items():
-            entries.update({k: part_of(v, params[index]) for k, v in entries.items() if v.dim()})  # all but the steps
+            entries.update(
+                {k: shard_like(v, params[index]) for k, v in entries.items() if v.dim()}
+            )  # all but the steps
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, now in zip(optimizer.param_groups, settings, strict=True):

@@ -22,7 +22,7 @@ def draw(run: Run, seed: int) -> list[str]:
         with run.machine.autocast(), uncompiled(run.model):
             return [list(row) for row in zip(*steps, strict=True)]
 
-    drawn = draw_ids() if run.model is run.spread else run.ranks.from_first(draw_ids)
+    drawn = draw_ids() if run.model is run.spread else run.ranks.run_on_rank0(draw_ids)
     texts = []
     for prompt, ids in zip(config.sample_prompt, drawn, strict=True):
         ids = ids[: ids.index(encoding.eot_token)] if encoding.eot_token in ids else ids

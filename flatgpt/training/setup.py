@@ -19,11 +19,11 @@ from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import pretrained_tokenizer
-from flatgpt.runs.log import peak_flops
+from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime import precision
-from flatgpt.runtime.device import Machine, compile_forward, find_device, machine, make_deterministic, note
-from flatgpt.runtime.distributed import ALONE, Ranks
-from flatgpt.runtime.parallel import spread
+from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
+from flatgpt.runtime.parallel import wrap_model
 from flatgpt.training import plan
 from flatgpt.training.nonfinite import Health
 from flatgpt.training.optimizer import make_optimizer
@@ -36,8 +36,8 @@ class Run:
     """All that an update needs."""
 
     config: TrainConfig  # resolved: sizes, lengths, dtype and compile are settled
-    machine: Machine
-    ranks: Ranks
+    machine: DeviceSettings
+    ranks: DistributedContext
     dataset: Dataset
     encoding: tiktoken.Encoding | None  # for samples; training needs ids alone
     batches: TrainingBatches
@@ -50,21 +50,21 @@ class Run:
     health: Health
 
 
-def find_dataset(config: TrainConfig, ranks: Ranks) -> Dataset:
+def find_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
     """The dataset of a config, the same on every rank; Python's reference is prepared where it is missing."""
     folder = Path(config.data_dir) / config.dataset
     for turn in (ranks.first, ranks.local_rank == 0):  # then other machines, where they do not share the folder
         if config.dataset == "pydoc" and turn and not (folder / "meta.json").exists():
             print(f"{folder} is not there yet: preparing the reference that ships inside Python")
             prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
-        ranks.wait()
+        ranks.barrier()
     dataset = open_dataset(folder)
     with ThreadPoolExecutor(1) as thread:  # hashing takes as long as the data is large
         checked = [thread.submit(dataset.check, config.verify_data)] if ranks.local_rank == 0 else []
-        ranks.until(lambda: all(work.done() for work in checked))
+        ranks.poll_all(lambda: all(work.done() for work in checked))
         for work in checked:
             work.result()
-    ranks.require_alike({f"dataset {folder}": dataset.manifest_hash})
+    ranks.require_equal({f"dataset {folder}": dataset.manifest_hash})
     return dataset
 
 
@@ -81,7 +81,7 @@ def _vocab_size(config: TrainConfig, dataset: Dataset) -> int:
 EARLIER = "chosen when the run began"  # before the reason of that choice
 
 
-def _machine(config: TrainConfig, ranks: Ranks, before: dict) -> Machine:
+def _machine(config: TrainConfig, ranks: DistributedContext, before: dict) -> DeviceSettings:
     """The device, dtype and compile setting of a run. On CPUs rank 0 measures the dtype of `auto` for all ranks.
 
     Args:
@@ -95,20 +95,20 @@ def _machine(config: TrainConfig, ranks: Ranks, before: dict) -> Machine:
     local_rank = ranks.local_rank if ranks.world > 1 else None
     device = find_device(config.device, local_rank)
     if settled["dtype"] == "auto":  # all ranks take part, also where one of them has another device
-        found = ranks.from_first(lambda: precision.faster_training_dtype(config) if device.type == "cpu" else None)
+        found = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config) if device.type == "cpu" else None)
         if found and device.type == "cpu":
             settled["dtype"], why["dtype"] = found
-    return machine(config.device, settled["dtype"], settled["compile"], local_rank, why)
+    return select_device(config.device, settled["dtype"], settled["compile"], local_rank, why)
 
 
-def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None) -> Run:
-    """Machine, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
+def setup(config: TrainConfig, ranks: DistributedContext = SINGLE_PROCESS, chosen: dict | None = None) -> Run:
+    """Device, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
 
     Args:
         chosen: what `auto` had chosen when the run that is resumed began; reused.
     """
     own = ("config", "out_dir", "data_dir", "resume", "init_from")  # paths, which machines may have their own of
-    ranks.require_alike({key: value for key, value in dataclasses.asdict(config).items() if key not in own})
+    ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in own})
     dataset = find_dataset(config, ranks)
     folder, meta = dataset.folder, dataset.meta
     vocab_size = _vocab_size(config, dataset)
@@ -152,7 +152,7 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
         compile=place.compile,
         out_dir=str(run_dir(config)),
     )
-    ranks.require_alike({"dtype": config.dtype, "compile": config.compile})  # auto may choose for each its own
+    ranks.require_equal({"dtype": config.dtype, "compile": config.compile})  # auto may choose for each its own
     if config.warmup_iters >= max_iters:
         print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
     # eager CPUs give the same bits anyway; compiled ones add up the embedding's gradient as threads come
@@ -164,10 +164,10 @@ def setup(config: TrainConfig, ranks: Ranks = ALONE, chosen: dict | None = None)
     model = GPT(config.model())  # drawn on the CPU: the same weights on every device
     if config.init_from and chosen is None:
         load_pretrained(model, config.init_from)
-    ranks.require_alike({"initial weights": [float(p.detach().double().sum()) for p in model.parameters()]})
+    ranks.require_equal({"initial weights": [float(p.detach().double().sum()) for p in model.parameters()]})
     if not config.fsdp or ranks.world == 1:  # else it goes there part by part
         model.to(place.device)
-    together, scaler = spread(model, ranks, place.device, place.dtype, config.fsdp), place.scaler()
+    together, scaler = wrap_model(model, ranks, place.device, place.dtype, config.fsdp), place.scaler()
     batches = TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed)
     return Run(
         config=config,
@@ -208,7 +208,7 @@ def describe(run: Run) -> str:
 
 def print_plan(config: TrainConfig) -> None:
     """How large a run is and how long it takes, without training; of the data only what is there."""
-    tokens, place = None, _machine(config, ALONE, {})
+    tokens, place = None, _machine(config, SINGLE_PROCESS, {})
     folder = Path(config.data_dir) / config.dataset
     if (folder / "meta.json").exists() or any(folder.glob("*.bin")) or config.vocab_size is None:
         try:

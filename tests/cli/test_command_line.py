@@ -367,7 +367,7 @@ def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path, by_recip
 # what a verb does with them
 
 
-@pytest.mark.parametrize("cls", cli.VERBS)
+@pytest.mark.parametrize("cls", cli.SCRIPT_CONFIGS)
 @pytest.mark.parametrize("columns", [80, 200])
 def test_help_tells_all_there_is_to_know(monkeypatch, cls, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -433,7 +433,7 @@ def test_run_ends_a_verb(monkeypatch, capsys, rank, every_rank, error, code, sai
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     with pytest.raises(SystemExit) as end:
-        cli.run_verb(verb, None, every_rank)
+        cli.run_script(verb, None, every_rank)
     assert end.value.code == code
     assert capsys.readouterr() == ("", said)
     assert bool(waited) is (code == 2 and not said)  # for the rank that speaks to leave first
@@ -446,15 +446,15 @@ def test_standard_input_is_no_value_of_a_list():
 
 
 def test_run_gives_the_result_and_lets_bugs_through():
-    assert cli.run_verb(lambda config: config + 1, 1) == 2
+    assert cli.run_script(lambda config: config + 1, 1) == 2
     with pytest.raises(ZeroDivisionError):
-        cli.run_verb(lambda config: 1 / config, 0)
+        cli.run_script(lambda config: 1 / config, 0)
 
 
 def test_closed_pipe_is_silent():
     """`train.py --help | head -1` must not end in a traceback."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatgpt.cli import cli\n"
-    code += "cli.run_verb(lambda config: [print('x' * 1000) for _ in range(1000)], None)"
+    code += "cli.run_script(lambda config: [print('x' * 1000) for _ in range(1000)], None)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()
@@ -471,10 +471,10 @@ def test_no_standard_output_is_no_traceback():
 def test_terminal_that_is_not_utf8(monkeypatch):
     """What it has no letters for is a question mark, of every verb, and ends none."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    cli.run_verb(print, "東 é")
+    cli.run_script(print, "東 é")
     assert sys.stdout.buffer.getvalue() == b"? ?\n"
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's knows no encoding
-    cli.run_verb(print, "東 é")
+    cli.run_script(print, "東 é")
     assert sys.stdout.getvalue() == "東 é\n"
 
 

@@ -16,7 +16,7 @@ import tiktoken
 import torch
 import transformers
 from conftest import ROOT, TEXT, Life, make_dataset, train_here
-from test_generation import extras
+from test_continuations import extras
 from test_ranks import forked
 
 import eval as verb
@@ -26,7 +26,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.prepare import prepare
 from flatgpt.evaluation import text_stats as counting
 from flatgpt.interop import loading
-from flatgpt.runtime.distributed import Ranks
+from flatgpt.runtime.distributed import DistributedContext
 
 __all__ = ["extras", "forked"]  # fixtures
 
@@ -339,7 +339,7 @@ def test_text_equals_the_same_text_prepared(encoding, request, tmp_path):
     file = tmp_path / "nasty.txt"
     file.write_bytes(BOM + (NASTY * 5).encode())
     settings = {"tokenizer": encoding, "data_dir": str(tmp_path), "name": "same", "splits": ("val",)}
-    prepare(PrepareConfig(source="text", input=(str(file),), val_fraction=0.999999, **settings), say=lambda line: None)
+    prepare(PrepareConfig(source="text", input=(str(file),), val_fraction=0.999999, **settings), log=lambda line: None)
     ids = np.fromfile(tmp_path / "same/val_000000.bin", dtype="<u2")
     assert ids[-1] == tokenizer.load(encoding).eot_token
     one = report("--text", file, model=model)
@@ -353,7 +353,7 @@ def test_text_equals_the_same_text_prepared(encoding, request, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["byte", "gpt2"])
 def test_a_text_in_pieces_has_the_ids_of_the_whole(encoding, monkeypatch):
-    monkeypatch.setattr(tokenizer, "RUN", 70_000)
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 70_000)
     text = "".join(f"{n} green\r\nbottles hanging 🎈, and  if {n * n} fall…\n" for n in range(40_000))
     assert len(text) > 1 << 20
     enc = tokenizer.load(encoding)
@@ -883,7 +883,7 @@ def test_ranks_give_the_figures_of_one(forked, home, tmp_path):
 
 
 def test_the_first_rank_alone_writes(monkeypatch, capsys):
-    class Second(Ranks):
+    class Second(DistributedContext):
         def sum(self, value):
             return value
 

@@ -107,7 +107,7 @@ def run(in_tmp, monkeypatch, capsys):
     def run(*words, given: bytes = b"", encoding: str = "utf-8") -> Answer:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding=encoding))
         try:
-            cli.run_verb(lambda words: infer.main(cli.parse(InferConfig, words)), [*PLAIN, *map(str, words)])
+            cli.run_script(lambda words: infer.main(cli.parse(InferConfig, words)), [*PLAIN, *map(str, words)])
         except SystemExit as end:
             return Answer(*capsys.readouterr(), end.code)
         return Answer(*capsys.readouterr(), 0)

@@ -15,7 +15,7 @@ from conftest import ROOT, command
 import plot
 from config import PlotConfig, UserError
 from flatgpt.cli import cli
-from flatgpt.runs.log import KEYS
+from flatgpt.runs.run_log import KEYS
 
 HEADER = ",".join(KEYS) + "\n"
 FIRST = "0,0,0,,5.5,,,,,,,,\n"
@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(in_tmp, monkeypatch, capsys, words, said):
     Path("empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["plot.py", *words])
     with pytest.raises(SystemExit) as end:
-        cli.run_verb(plot.main, cli.from_command_line(PlotConfig, ""))
+        cli.run_script(plot.main, cli.from_command_line(PlotConfig, ""))
     assert end.value.code == 2
     answer = capsys.readouterr()
     assert answer.out == ""
@@ -190,7 +190,7 @@ def test_a_fault_leaves_the_picture_before_it(in_tmp, monkeypatch):
 
 def test_what_train_and_app_import_is_light():
     """Only what is drawn loads matplotlib; torch is nobody's business here."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plot import figure, picture\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from plot import plot_runs, render\n"
     code += "print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
@@ -204,7 +204,7 @@ def watching(*words, seconds: float = 0.02):
     """plot.py --watch with short waits; lines that it prints are read from it, and it is stopped as by Ctrl-C."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import plot\n"
     code += "from config import PlotConfig\nfrom flatgpt.cli import cli\n"
-    code += f"plot.SECONDS, plot.REST = {seconds}, 0; cli.run_verb(plot.main, cli.parse(PlotConfig, sys.argv[1:]))"
+    code += f"plot.SECONDS, plot.REST = {seconds}, 0; cli.run_script(plot.main, cli.parse(PlotConfig, sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

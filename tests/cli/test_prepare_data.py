@@ -18,7 +18,7 @@ from flatgpt.cli import cli
 def run(capsys, *words) -> tuple[int, str, str]:
     """prepare_data.py in this process: its exit code, standard output and standard error."""
     try:
-        cli.run_verb(lambda words: prepare_data.main(cli.parse(PrepareConfig, words)), list(map(str, words)))
+        cli.run_script(lambda words: prepare_data.main(cli.parse(PrepareConfig, words)), list(map(str, words)))
         code = 0
     except SystemExit as end:
         code = end.code

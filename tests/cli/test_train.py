@@ -29,7 +29,7 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.log import RunLog
+from flatgpt.runs.run_log import RunLog
 from flatgpt.training import resume
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
@@ -95,7 +95,7 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     train_here("--resume", "--max_iters", 7, picture=True)
     second = (run / "metrics.png").read_bytes()
     assert second != first
-    monkeypatch.setattr(train, "figure", lambda histories: 1 / 0)
+    monkeypatch.setattr(train, "plot_runs", lambda histories: 1 / 0)
     train_here("--resume", "--max_iters", 8, picture=True)
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == second
@@ -106,7 +106,7 @@ def test_what_is_said_of_a_picture_stands_below_the_bar(tmp_path, monkeypatch, c
     """Of matplotlib's, too: on a terminal the bar's line has no end until it is closed."""
     log = RunLog(tmp_path, 0, 3)
     log.bar = tqdm(total=3, file=io.StringIO())
-    monkeypatch.setattr(train, "figure", lambda histories: print("\n" in log.bar.fp.getvalue()))
+    monkeypatch.setattr(train, "plot_runs", lambda histories: print("\n" in log.bar.fp.getvalue()))
     train.draw(log, tmp_path)
     log.close()
     assert capsys.readouterr().out == "True\n"
@@ -503,7 +503,7 @@ def test_evaluation_that_fails_loses_no_update(tiny_data, monkeypatch, evaluatio
 def test_run_folder_that_cannot_be_written_is_one_error_line(tiny_data, capfd):
     Path("out").write_text("a file")
     with pytest.raises(SystemExit) as ended:
-        cli.run_verb(train.train, cli.parse(TrainConfig, TINY), every_rank=True)
+        cli.run_script(train.train, cli.parse(TrainConfig, TINY), every_rank=True)
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert said.startswith("error: out")

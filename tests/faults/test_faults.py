@@ -25,7 +25,7 @@ from config import TrainConfig
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
 from flatgpt.runs import checkpoint
 from flatgpt.runtime import device
-from flatgpt.runtime.device import Stop
+from flatgpt.runtime.stop import StopRequest
 
 HERE = ("--standalone", "--nproc_per_node=2")
 RUN = [*TINY, "--dropout", "0.1", "--grad_accum_steps", "4", "--sample_tokens", "0", "--lr_decay_iters", "200"]
@@ -295,13 +295,13 @@ def test_second_interrupt_leaves_a_collective_too(forked, undisturbed, tmp_path)
 
 
 LARGE = ("--n_embd", 192, "--lr", "5e-3")  # 0.9 million weights: DDP's first bucket is 1 MB
-# parallel.spread as it is, but for the backward pass after which DDP lays out its buckets
+# parallel.wrap_model as it is, but for the backward pass after which DDP lays out its buckets
 UNSETTLED = """
 import inspect; from flatgpt.runtime import parallel; from flatgpt.training import setup as run
-code, settling = inspect.getsource(parallel.spread), "model(nothing, nothing).backward()"
+code, settling = inspect.getsource(parallel.wrap_model), "model(nothing, nothing).backward()"
 assert code.count(settling) == 1
 exec(code.replace(settling, "pass"), vars(parallel))
-run.spread = parallel.spread
+run.wrap_model = parallel.wrap_model
 """
 
 
@@ -361,7 +361,7 @@ model.GPT.forward = forward
 kept = lambda model, i, *loss: torch.save(model.state_dict(), f"{folder}/{i}_{os.environ['RANK']}.pt")
 hook(health, "require_finite", kept)
 """
-WRAPPED = f"""
+WRAPPER_PREFIXES = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import model
@@ -373,7 +373,7 @@ from flatgpt.training import optimizer as optim
 def wrapped(folder: Path, code: str) -> str:
     """A script that runs the code and then is train.py; `folder` in it is this one."""
     end = f"runpy.run_path({TRAIN!r}, run_name='__main__')\n"
-    (folder / "wrapped.py").write_text(f"{WRAPPED}folder = {str(folder)!r}\n{HOOKS}\n{code}\n{end}")
+    (folder / "wrapped.py").write_text(f"{WRAPPER_PREFIXES}folder = {str(folder)!r}\n{HOOKS}\n{code}\n{end}")
     return str(folder / "wrapped.py")
 
 
@@ -394,7 +394,7 @@ def test_nan_on_one_rank_ends_the_job_and_names_it(start, home, tmp_path):
     said = f"error: iter 8: the loss is nan on rank 1; its batch there: training windows {shown} (window w begins at"
     assert error.startswith(said)
     assert "what was saved stays" in error
-    assert "in run_verb" not in job.printed
+    assert "in run_script" not in job.printed
     assert [folder.name for folder in checkpoint.checkpoints(run)] == ["iter_000006", "iter_000004"]
     for folder in checkpoint.checkpoints(run):
         checkpoint.verify(folder)
@@ -555,7 +555,7 @@ def test_rank_that_raises_ends_the_job_with_its_own_message(start, tmp_path, cod
     job = start("--max_iters", 100_000, "--eval_interval", 10, script=str(tmp_path / "faulty.py"), env=env)
     assert job.end() == 1
     assert job.printed.count(once) == 1
-    assert job.printed.count("in run_verb") == tracebacks  # a rank's; the launcher has one of its own
+    assert job.printed.count("in run_script") == tracebacks  # a rank's; the launcher has one of its own
     assert [line.startswith(once) for line in errors(job)] == [True] * once.startswith("error: ")
     assert job.printed.count(GONE) <= 1
 
@@ -577,7 +577,7 @@ def test_mistake_is_said_once_by_the_whole_job(request, start, tmp_path, words, 
     assert len(errors(job)) == 1
     assert errors(job)[0].startswith(said)
     assert GONE not in job.printed
-    assert "in run_verb" not in job.printed
+    assert "in run_script" not in job.printed
     assert not (tmp_path / "run").exists()
 
 
@@ -647,20 +647,20 @@ def test_rank_that_waits_for_one_that_does_not_answer_can_be_stopped(start, tmp_
 def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
     now = 100.0
     monkeypatch.setattr(device.time, "monotonic", lambda: now)
-    endless, stop = Stop(), Stop(max_minutes=2)
+    endless, stop = StopRequest(), StopRequest(max_minutes=2)
     try:
-        assert stop.asked() == 0
+        assert stop.reason() == 0
         now += 119
-        assert stop.asked() == 0
+        assert stop.reason() == 0
         now += 1
-        assert stop.asked() == Stop.TIME_IS_UP
+        assert stop.reason() == StopRequest.TIME_IS_UP
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked() == signal.SIGINT > Stop.TIME_IS_UP
+        assert stop.reason() == signal.SIGINT > StopRequest.TIME_IS_UP
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.raise_signal(number)
-            assert stop.asked() == number
+            assert stop.reason() == number
         now += 1e9
-        assert endless.asked() == 0
+        assert endless.reason() == 0
     finally:
         stop.restore()
         endless.restore()
@@ -668,12 +668,12 @@ def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
 
 def test_ranks_whose_launcher_is_gone_are_asked_to_stop(monkeypatch):
     """A signal that torchrun does not handle, SIGUSR1 say, ends it; its ranks trained on, and held the folder."""
-    stop, alone = Stop(among_ranks=True), Stop()
+    stop, alone = StopRequest(among_ranks=True), StopRequest()
     try:
-        assert stop.asked() == 0
+        assert stop.reason() == 0
         monkeypatch.setattr(device.os, "getppid", lambda: 1)
-        assert stop.asked() == signal.SIGTERM
-        assert alone.asked() == 0, "a single process may outlive its shell: nohup"
+        assert stop.reason() == signal.SIGTERM
+        assert alone.reason() == 0, "a single process may outlive its shell: nohup"
     finally:
         alone.restore()
         stop.restore()
@@ -720,7 +720,7 @@ def test_stop_gives_everything_back():
     handlers = [signal.getsignal(s) for s in NOTED]
     wakeup, threads = signal.set_wakeup_fd(ours.fileno()), set(threading.enumerate())
     try:
-        stop = Stop(among_ranks=True)
+        stop = StopRequest(among_ranks=True)
         (watcher,) = set(threading.enumerate()) - threads
         stop.restore()
         watcher.join(60)
@@ -734,15 +734,15 @@ def test_stop_gives_everything_back():
 
 @contextlib.contextmanager
 def stopping(doing: str, among_ranks: bool, grace: float = 60):
-    """A process that creates a Stop and then runs the code `doing`; yields once that code is running."""
+    """A process that creates a StopRequest and then runs the code `doing`; yields once that code is running."""
     lines = (
         "import hashlib, signal, sys, threading, time",
-        "from flatgpt.runtime.device import Stop",
-        f"Stop.GRACE = {grace}",
+        "from flatgpt.runtime.stop import StopRequest",
+        f"StopRequest.GRACE = {grace}",
     )
     lines += ("timers, timer = [], threading.Timer",)
     lines += ("threading.Timer = lambda *words: timers.append(timer(*words)) or timers[-1]",)
-    lines += (f"stop = Stop(among_ranks={among_ranks})", "print('ready', flush=True)", doing)
+    lines += (f"stop = StopRequest(among_ranks={among_ranks})", "print('ready', flush=True)", doing)
     words = [sys.executable, "-c", "\n".join(lines)]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -769,7 +769,7 @@ def test_second_interrupt_ends_the_process_whatever_it_does(among_ranks, numbers
 
 
 NOTES = """
-while stop.asked() != signal.SIGTERM or not timers:
+while stop.reason() != signal.SIGTERM or not timers:
     time.sleep(0.01)
 timers[0].finished.wait()
 sys.exit(0)

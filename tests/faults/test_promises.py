@@ -253,10 +253,10 @@ model.GPT.init_weights = init_weights
 OTHER_DTYPE = """
 from flatgpt.training import setup as run
 
-def machine(device, dtype, *words, real=run.machine):
+def select_device(device, dtype, *words, real=run.select_device):
     return real(device, "float16" if os.environ["RANK"] == "1" else "float32", *words)
 
-run.machine = machine
+run.select_device = select_device
 """
 
 
@@ -392,7 +392,7 @@ def test_preparation_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocab
     for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):
         words = ["data", "--input", given, "--size_mb", "1", "--rounds", "1", "--json", "-"]
         with pytest.raises(SystemExit) as ended:
-            cli.run_verb(bench.main, cli.parse(BenchConfig, words))
+            cli.run_script(bench.main, cli.parse(BenchConfig, words))
         printed = capsys.readouterr()
         assert ended.value.code == 2
         assert printed.out == ""

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from test_train import rows, weights
 
 import train
-from config import ModelConfig, SaidElsewhere, TrainConfig, UserError
+from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.evaluation import metrics
 from flatgpt.evaluation.windows import IGNORE, eval_batches
 from flatgpt.runs import checkpoint
 from flatgpt.runtime import device
-from flatgpt.runtime.distributed import ALONE, Ranks, equal_pair, join
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, equal_pair, join_process_group
 from model import GPT
 
 WORLD = st.integers(1, 9)
@@ -69,7 +69,7 @@ def test_equal_pair_is_the_same_update_where_there_is_one(batch_size, steps, wor
 
 @given(st.integers(1, 70), WORLD)
 def test_every_micro_batch_is_of_one_rank(steps, world):
-    shares = [Ranks(rank, world).micro_batches(steps) for rank in range(world)]
+    shares = [DistributedContext(rank, world).micro_batches(steps) for rank in range(world)]
     assert sorted(n for share in shares for n in share) == list(range(steps))
     assert max(map(len, shares)) - min(map(len, shares)) <= (steps % world > 0)
 
@@ -93,7 +93,10 @@ def as_rank(monkeypatch, rank: int, world: int) -> None:
 def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, batch_size, steps, world, advice):
     as_rank(monkeypatch, 0, world)
     config = TrainConfig(batch_size=batch_size, grad_accum_steps=steps)
-    with pytest.raises(UserError) as caught, join(config, lambda *words: pytest.fail("a device was asked for")):
+    with (
+        pytest.raises(UserError) as caught,
+        join_process_group(config, lambda *words: pytest.fail("a device was asked for")),
+    ):
         pytest.fail("it was let in")
     assert f"grad_accum_steps = {steps} counts the passes of all devices together" in str(caught.value)
     assert f"cannot be shared by {world}: {advice}" in str(caught.value)
@@ -102,7 +105,7 @@ def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, ba
 def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    with pytest.raises(SaidElsewhere), join(TrainConfig(grad_accum_steps=1), device.find_device):
+    with pytest.raises(ReportedByOtherRank), join_process_group(TrainConfig(grad_accum_steps=1), device.find_device):
         pytest.fail("it was let in")
     print("by a rank that is not the first")
     assert capsys.readouterr() == ("", "")
@@ -125,7 +128,7 @@ def test_environment_that_is_not_torchruns_is_refused(monkeypatch, given):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(UserError, match=r"WORLD_SIZE = 2, .* do not fit"),
-        join(TrainConfig(), device.find_device),
+        join_process_group(TrainConfig(), device.find_device),
     ):
         pytest.fail("it was let in")
 
@@ -136,20 +139,20 @@ def test_one_process_joins_nobody(monkeypatch, world):
     if world:
         as_rank(monkeypatch, 0, world)
     said = sys.stdout
-    with join(TrainConfig(grad_accum_steps=3), device.find_device) as alone:
-        assert alone == ALONE
+    with join_process_group(TrainConfig(grad_accum_steps=3), device.find_device) as alone:
+        assert alone == SINGLE_PROCESS
         assert alone.first
         assert not dist.is_initialized()
         assert sys.stdout is said
         value = torch.ones(2)
         assert alone.sum(value) is value
-        assert alone.largest(3, 1) == [3, 1]
-        assert alone.everyones(5) == [5]
+        assert alone.all_reduce_max(3, 1) == [3, 1]
+        assert alone.all_gather(5) == [5]
         assert alone.all(True)
         assert not alone.all(False)
-        assert alone.from_first(lambda: 5) == 5
-        alone.require_alike({"dataset": "hash"})
-        alone.wait()
+        assert alone.run_on_rank0(lambda: 5) == 5
+        alone.require_equal({"dataset": "hash"})
+        alone.barrier()
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 5), st.integers(0, 6), WORLD)
@@ -388,16 +391,16 @@ def test_two_ranks_are_resumed_by_one(home, one, two):
 
 # float16's scale begins so high that the first updates overflow, some of them only in a rank's part of the gradients;
 # and it is by the first rank alone that the second one knows of the time.
-def high_scale(machine: "device.Machine") -> torch.amp.GradScaler:
+def high_scale(machine: "device.DeviceSettings") -> torch.amp.GradScaler:
     return torch.amp.GradScaler(machine.device.type, init_scale=2.0**24, enabled=machine.dtype == torch.float16)
 
 
 PREPARED = f"""
 import os, torch; from flatgpt.runtime import device as runtime
 {inspect.getsource(high_scale)}
-runtime.Machine.scaler = high_scale
+runtime.DeviceSettings.scaler = high_scale
 if os.environ["RANK"] == "1":
-    runtime.Stop.asked = lambda self: 0
+    runtime.StopRequest.reason = lambda self: 0
 """
 # What a model in parts has gathered while it computes.
 WATCHED = """
@@ -439,7 +442,7 @@ def on_two(several, home, one, two) -> Path:
 @pytest.fixture(scope="module")
 def on_one_in_float16(home) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device.Machine, "scaler", high_scale)
+        patch.setattr(device.DeviceSettings, "scaler", high_scale)
         return alone(home, "one_float16", VARIANTS["float16"])
 
 
@@ -687,7 +690,7 @@ def test_data_that_differ_between_ranks_are_refused(forked, tmp_path):
     assert done.code == 1
     said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
     assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: " + ALIKE]
-    assert "in run_verb" not in done.printed
+    assert "in run_script" not in done.printed
     assert not list(tmp_path.glob("machine*/out"))
 
 

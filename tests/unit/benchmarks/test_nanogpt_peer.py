@@ -14,9 +14,9 @@ from config import BenchConfig, UserError
 from flatgpt.benchmarks import nanogpt as peer
 from flatgpt.cli import cli
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
-from flatgpt.runtime.device import Machine
+from flatgpt.runtime.device import DeviceSettings
 
-EAGER = Machine(torch.device("cpu"), torch.float32, False, {})
+EAGER = DeviceSettings(torch.device("cpu"), torch.float32, False, {})
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_shape_and_optimizer_are_asked_of_its_own_code(config):
 
 def test_autocast_is_put_around_it_where_it_is_asked_for(config):
     for dtype, on in ((torch.float32, False), (torch.bfloat16, True)):
-        peer.make_update(config, Machine(torch.device("cpu"), dtype, False, {}))()
+        peer.make_update(config, DeviceSettings(torch.device("cpu"), dtype, False, {}))()
         assert {autocast for _, _, autocast in sys.modules["nanogpt_model"].SEEN} == {on}
 
 
@@ -147,7 +147,7 @@ def test_one_that_ends_says_why_and_has_the_users_environment(config, monkeypatc
 
 @pytest.mark.slow
 def test_compiled(config):
-    compiled = Machine(torch.device("cpu"), torch.bfloat16, True, {})
+    compiled = DeviceSettings(torch.device("cpu"), torch.bfloat16, True, {})
     with peer.Peer("nanoGPT_best", config, compiled) as process:
         assert len(process.run(2)) == 2
         assert process.facts["machine"].endswith("bfloat16, compiled")

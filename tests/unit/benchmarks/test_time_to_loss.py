@@ -18,7 +18,7 @@ from flatgpt.benchmarks import time_to_loss
 from flatgpt.benchmarks.time_to_loss import OURS, THEIRS, bench_loss, until_loss
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
-from flatgpt.runs.log import line
+from flatgpt.runs.run_log import line
 
 
 def script(folder: Path, text: str) -> list:

@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from test_sources import content, prepare, texts
 
 from config import UserError
-from flatgpt.data import hub, sources
+from flatgpt.data import hub, readers
 from flatgpt.data.dataset import open_dataset
 
 WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
@@ -356,7 +356,7 @@ def test_wikitext103_fetches_the_splits_that_are_asked_for(in_tmp, host, wikitex
 def test_wikipedia_by_hand(in_tmp, host, real_text):
     """The default dump's files without their folder."""
     data = prepare("wikipedia", tokenizer="byte", raw_dir=str(real_text), val_fraction=0.1)
-    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in sources.documents.rows(f, "text")]
+    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in readers.rows(f, "text")]
     assert "".join(texts(data, "train") + texts(data, "val")) == "".join(rows)
     assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikipedia_byte"), WIKIPEDIA, [])
 
@@ -412,7 +412,7 @@ def test_fineweb_sample_fetches_what_it_needs(in_tmp, host):
 @pytest.mark.parametrize(
     ("request_", "faults", "waited"),
     [
-        (f"GET {SECOND}", [10, 0, 300], [1, 1, 1]),  # huggingface_hub's own patience
+        (f"GET {SECOND}", [10, 0, 300], [1, 1, 1]),  # huggingface_hub's own max_seconds
         (f"GET {SECOND}", [parquet("three")[:-9]], [1]),
         (f"HEAD {SECOND}", ["drop"] * 3, [1, 2, 4]),
         ("GET revision", ["drop"] * 3, [1, 2, 4]),
@@ -572,9 +572,9 @@ def test_the_disks_errors_are_not_the_networks(in_tmp, host, waits):
 def test_file_that_came_in_the_meantime_is_kept(in_tmp, host):
     """Of somebody else's making: not fetched over."""
     host.publish("user/name", FILES)
-    listing = hub.ask(RAW, "user/name", "main", ("*.parquet",), "--files")
+    listing = hub.list_remote(RAW, "user/name", "main", ("*.parquet",), "--files")
     put(RAW, {FIRST: b"mine"})
-    assert hub.fetch(listing, FIRST, RAW, "--files").read_bytes() == b"mine"
+    assert hub.download_file(listing, FIRST, RAW, "--files").read_bytes() == b"mine"
     assert host.fetched() == []
 
 

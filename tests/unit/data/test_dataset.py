@@ -190,7 +190,7 @@ def test_llmc_folder_is_a_dataset(tmp_path):
     assert data.tokens("train")[:].tolist() == [1, 2, 3, 4, 5]
     assert data.tokens("val")[:].tolist() == [50_256, 7]
     assert data.meta["splits"]["train"]["tokens"] == 5
-    assert [wrong for _, wrong in data.damaged()] == ["", "", ""]
+    assert [wrong for _, wrong in data.verify_shards()] == ["", "", ""]
     for part in (str(tmp_path), "llm.c", "GPT-2"):
         assert part in data.notice
 
@@ -278,9 +278,9 @@ def test_damaged_files_are_named(tmp_path, name, damage, said):
         shutil.copy(path, folder)
     names = [f"{split}_{n:06d}.bin" for split in ("train", "val") for n in range(3)]
     data = open_dataset(folder)
-    assert list(data.damaged()) == [(each, "") for each in names]
+    assert list(data.verify_shards()) == [(each, "") for each in names]
     damage(folder / name)
-    found = dict(data.damaged())
+    found = dict(data.verify_shards())
     assert list(found) == names
     assert [each for each, wrong in found.items() if wrong] == [name]
     assert str(folder / name) in found[name]
@@ -294,11 +294,11 @@ def test_shards_of_others_have_no_hash_to_compare(tmp_path):
     folder = nanogpt(tmp_path / "owt", train=[1, 2, 3], val=[1, 2])
     data = open_dataset(folder)
     nanogpt(folder, val=[1, 50_257])
-    (train, fine), (val, wrong) = data.damaged()
+    (train, fine), (val, wrong) = data.verify_shards()
     assert (train, fine, val) == ("train.bin", "", "val.bin")
     assert "id 50257 at byte 2" in wrong
     (folder / "train.bin").unlink()
-    assert "cannot be read" in dict(data.damaged())["train.bin"]
+    assert "cannot be read" in dict(data.verify_shards())["train.bin"]
 
 
 def test_uint32_ids_in_a_folder_of_nanogpts(tmp_path):

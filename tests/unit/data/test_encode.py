@@ -35,11 +35,11 @@ def job_of(name: str, **changes) -> Job:
 
 def small(patch: pytest.MonkeyPatch, block: int, run: int) -> None:
     """Blocks and runs of this size, so that a short text is a long one."""
-    patch.setattr(readers, "BLOCK", block)
-    patch.setattr(encode, "BLOCK", block)
-    patch.setattr(encode, "RUN", run)
-    patch.setattr(tokenizer, "RUN", run)
-    patch.setattr(readers.as_parts, "__defaults__", (4 * run,))
+    patch.setattr(readers, "CHUNK_BYTES", block)
+    patch.setattr(encode, "CHUNK_BYTES", block)
+    patch.setattr(encode, "MAX_ENCODE_CHARS", run)
+    patch.setattr(tokenizer, "MAX_ENCODE_CHARS", run)
+    patch.setattr(readers.split_document, "__defaults__", (4 * run,))
 
 
 def work(job: Job, todo: Iterable[Task], limit: int | None = None) -> tuple[dict, int, int]:
@@ -207,7 +207,7 @@ def test_texts_of_a_task_are_few_or_large(tmp_path, monkeypatch):
     assert sum(task.documents for task in todo) == 300
     assert all(1000 <= task.size < 1100 for task in todo[:-1])
     assert [task.start for task in todo] == [0, *(task.stop for task in todo[:-1])]
-    assert sum(task.size for task in todo) == readers.size(tmp_path / "a.parquet", "text")
+    assert sum(task.size for task in todo) == readers.text_bytes(tmp_path / "a.parquet", "text")
 
 
 def test_large_row_group_between_small_ones(tmp_path, monkeypatch):
@@ -320,7 +320,7 @@ def test_cut_by_characters_is_a_cut_of_the_plain_text(texts, data):
             left[split] -= len(head)
             expected[split] += [head] if head else []
     length = data.draw(st.integers(2, 40))
-    parts = [part for text in written for part in readers.as_parts([text], length)]
+    parts = [part for text in written for part in readers.split_document([text], length)]
     if not total:
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -342,7 +342,7 @@ def test_cut_by_characters_in_gpt2s_ids(monkeypatch, at):
     small(monkeypatch, 1, run=12)
     written = ["it's a naïve  test,\n\nisn't it? " * 2, "one more of 2024 words\n" * 3]
     whole = "".join(written)
-    parts = [part for text in written for part in readers.as_parts([text])]
+    parts = [part for text in written for part in readers.split_document([text])]
     assert len(parts) >= 3
     job = job_of("gpt2", splits=("train", "val"))
     found, _, cuts = work(job, encode.cut_by_characters(iter(parts), {"train": at, "val": len(whole) - at, "test": 0}))
@@ -356,7 +356,7 @@ def test_cut_by_characters_in_gpt2s_ids(monkeypatch, at):
 def test_forced_cuts_of_few_documents_are_counted(monkeypatch):
     """Where the room ends is none: that is a document's end."""
     small(monkeypatch, 1, run=100)
-    parts = list(readers.as_parts(["x" * 1000]))
+    parts = list(readers.split_document(["x" * 1000]))
     assert [len(part.text) for part in parts] == [400, 400, 200]
     found, _, cuts = work(job_of("gpt2"), encode.cut_by_characters(iter(parts), {"train": 500, "val": 500, "test": 0}))
     assert [found[split][1:] for split in SPLITS] == [(1, 500, 1), (1, 500, 1), (0, 0, 0)]

@@ -158,7 +158,7 @@ def test_again_with_the_same_settings_does_nothing(in_tmp):
     folder = from_text("a.txt").folder
     before, said = content(folder), []
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = from_text("a.txt", say=said.append)
+    again = from_text("a.txt", log=said.append)
     assert len(said) == 1
     assert "nothing to do" in said[0]
     assert str(folder) in said[0]
@@ -231,10 +231,10 @@ def make(request, in_tmp, small_blocks, monkeypatch):
         made.encoded += 1
         return encode_task(*args)
 
-    def made(say=lambda line: None, **keys):
+    def made(log=lambda line: None, **keys):
         made.encoded = 0
         made.config = PrepareConfig(**{"tokenizer": "byte", "name": "mine", "shard_tokens": 2000, **settings, **keys})
-        return preparation.prepare(made.config, say)
+        return preparation.prepare(made.config, log)
 
     encode_task = tasks.encode
     monkeypatch.setattr(tasks, "encode", encode)

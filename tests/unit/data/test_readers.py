@@ -52,7 +52,7 @@ def refusal(call, *args) -> str:
     ],
 )
 def test_kind_is_the_endings(name, kind):
-    assert readers.kind(name) == readers.kind(Path("folder.parquet", name)) == kind
+    assert readers.file_format(name) == readers.file_format(Path("folder.parquet", name)) == kind
 
 
 @pytest.mark.parametrize("suffix", readers.SUFFIXES)
@@ -84,14 +84,14 @@ PLAIN = {
 @pytest.mark.parametrize("what", PLAIN)
 def test_text_is_that_of_the_file(tmp_path, monkeypatch, what, mark, block):
     """Every newline as it is; only a byte order mark at the very beginning is none of the text."""
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", block)
     path = tmp_path / "a.txt"
     path.write_bytes((mark + PLAIN[what]).encode())
-    found = list(readers.text_blocks(path))
+    found = list(readers.text_chunks(path))
     assert "".join(found) == PLAIN[what]
     assert max(map(len, found), default=0) <= block
     assert texts(path) == ([PLAIN[what]] if PLAIN[what] else [])
-    assert readers.size(path, "text") == len((mark + PLAIN[what]).encode())
+    assert readers.text_bytes(path, "text") == len((mark + PLAIN[what]).encode())
 
 
 BROKEN = [b"\xff", b"\x80", b"\xc3", b"\xc3(", b"\xe2\x82", b"\xe2\x82(", b"\xf0\x9f\x8e", b"\xed\xa0\xbd", b"\xc0\xaf"]
@@ -114,8 +114,8 @@ def test_what_is_not_utf8_is_named_with_its_place(tmp_path_factory, mark, before
     path = tmp_path_factory.getbasetemp() / "broken.txt"
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", block)
-        answer = refusal(readers.text_blocks, path)
+        patch.setattr(readers, "CHUNK_BYTES", block)
+        answer = refusal(readers.text_chunks, path)
     start = plain.value.start
     assert answer.startswith(f"{path}: not UTF-8: byte 0x{raw[start]:02x} at offset {start:,};")
     assert "iconv" in answer
@@ -129,14 +129,14 @@ def test_offset_has_thousands_marked_off(tmp_path):
 @quick
 @given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
 def test_parts_are_the_documents_pieces(blocks, length):
-    found = list(readers.as_parts(blocks, length))
-    pieces = list(tokenizer.pieces(["".join(blocks)], length))
+    found = list(readers.split_document(blocks, length))
+    pieces = list(tokenizer.split_text(["".join(blocks)], length))
     last = len(pieces) - 1
-    facts = [(part.text, part.first, part.last, part.cut) for part in found]
+    facts = [(part.text, part.first, part.last, part.forced_split) for part in found]
     assert facts == [(piece, n == 0, n == last, cut) for n, (piece, cut) in enumerate(pieces)]
     # a part that begins inside a word makes one more of the words
-    assert sum(len(p.text.split()) - p.inside for p in found) == len("".join(blocks).split())
-    assert not any(part.cut for part in found if part.last)
+    assert sum(len(p.text.split()) - p.starts_mid_word for p in found) == len("".join(blocks).split())
+    assert not any(part.forced_split for part in found if part.last)
 
 
 def test_parts_of_a_long_file_fit_memory(tmp_path):
@@ -146,9 +146,9 @@ def test_parts_of_a_long_file_fit_memory(tmp_path):
     found = list(readers.documents(tmp_path / "a.txt", "text"))
     assert "".join(part.text for part in found) == text
     assert len(found) == 3
-    assert max(len(part.text) for part in found) <= 4 * tokenizer.RUN
+    assert max(len(part.text) for part in found) <= 4 * tokenizer.MAX_ENCODE_CHARS
     assert [(part.first, part.last) for part in found] == [(True, False), (False, False), (False, True)]
-    assert all(part.text[0] in " \n" and not part.cut for part in found[1:])
+    assert all(part.text[0] in " \n" and not part.forced_split for part in found[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,11 +181,11 @@ RAW = {
 @pytest.mark.parametrize("what", RAW)
 def test_lines_are_those_of_the_file(tmp_path, monkeypatch, what, suffix, block):
     """For any size of block: whole lines, no more of them than needed, each block with its first line's number."""
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", block)
     raw, rows = RAW[what]
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](raw))
-    found = list(readers.line_blocks(path))
+    found = list(readers.line_chunks(path))
     assert b"".join(lines for _, lines in found) == raw
     longest = max(map(len, raw.split(b"\n"))) + 1
     line = 1
@@ -195,14 +195,14 @@ def test_lines_are_those_of_the_file(tmp_path, monkeypatch, what, suffix, block)
         line += lines.count(b"\n")
     assert all(lines.endswith(b"\n") for _, lines in found[:-1])
     assert texts(path) == rows
-    assert readers.size(path, "text") == path.stat().st_size
+    assert readers.text_bytes(path, "text") == path.stat().st_size
 
 
 @pytest.mark.parametrize("block", [7, 4 << 20])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_packed_files_put_together_are_one(tmp_path, monkeypatch, suffix, block):
     """As `cat a.gz b.gz` does it, and pigz and zstd with many threads; a line may go on in the next."""
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", block)
     raw = b"\n".join(LINES)
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"".join(PACK[suffix](raw[n : n + 100]) for n in range(0, len(raw), 100)) + PACK[suffix](b""))
@@ -213,7 +213,7 @@ def test_packed_files_put_together_are_one(tmp_path, monkeypatch, suffix, block)
 @pytest.mark.parametrize("left", [5, 12, 0.5, -9, -1])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_truncated_file(tmp_path, monkeypatch, suffix, left, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", block)
     whole = PACK[suffix](b"\n".join(LINES))
     path = tmp_path / f"a{suffix}"
     path.write_bytes(whole[: int(left * len(whole)) if left == 0.5 else left])
@@ -266,7 +266,7 @@ WRONG = [
 @pytest.mark.parametrize("before", [0, 3, 1200])
 @pytest.mark.parametrize(("raw", "said"), WRONG, ids=[raw.decode("latin1") for raw, _ in WRONG])
 def test_wrong_line_is_named_with_file_and_number(tmp_path, monkeypatch, raw, said, before, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", block)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join([b'{"text": "a"}\n', b"\n", b'{"text": null}\r\n'][n % 3] for n in range(before)) + raw)
     answer = refusal(texts, path)
@@ -332,7 +332,7 @@ def parquet(path: Path, columns, **settings) -> Path:
 @pytest.mark.parametrize("kind", TYPES)
 def test_parquet_rows(tmp_path, monkeypatch, kind, rows_a_group, block):
     """Nulls and empty rows are left out, or, where rows are to be joined, given as empty texts."""
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", block)
     columns = {"id": range(len(SOME)), "text": pa.array(SOME).cast(TYPES[kind]), "title": ["t"] * len(SOME)}
     path = parquet(tmp_path / "a.parquet", columns, row_group_size=rows_a_group)
     assert list(readers.rows(path, "text")) == texts(path) == GIVEN
@@ -353,7 +353,7 @@ def test_parquet_of_many_row_groups(tmp_path):
     for n, (_, size) in enumerate(groups):
         plain = sum(len(text) for text in rows[7 * n : 7 * n + 7])
         assert plain < size < plain + 200
-    assert readers.size(path, "text") == sum(size for _, size in groups)
+    assert readers.text_bytes(path, "text") == sum(size for _, size in groups)
 
 
 NESTED = {
@@ -454,8 +454,8 @@ def test_large_row_group_is_read_a_little_at_a_time(tmp_path, monkeypatch):
         tmp_path / "a.parquet", {"text": rows}, use_dictionary=False, compression="none", write_batch_size=16
     )
     assert [rows for rows, _ in readers.row_groups(path, "text")] == [2400]
-    assert readers.size(path, "text") > 48_000_000
-    monkeypatch.setattr(readers, "BLOCK", 1 << 20)
+    assert readers.text_bytes(path, "text") > 48_000_000
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 20)
     before, most = pa.total_allocated_bytes(), 0
     for n, text in enumerate(readers.rows(path, "text")):
         assert text == rows[n]

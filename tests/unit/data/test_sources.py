@@ -13,13 +13,13 @@ from flatgpt.data import prepare as preparation
 from flatgpt.data import sources, tokenizer
 
 
-def prepare(source, say=lambda line: None, **keys):
-    return preparation.prepare(PrepareConfig(source=source, **keys), say)
+def prepare(source, log=lambda line: None, **keys):
+    return preparation.prepare(PrepareConfig(source=source, **keys), log)
 
 
-def from_text(*inputs, say=lambda line: None, **keys):
+def from_text(*inputs, log=lambda line: None, **keys):
     """The user's own files in bytes, in data/text_byte."""
-    return prepare("text", say, **{"input": tuple(map(str, inputs)), "tokenizer": "byte", **keys})
+    return prepare("text", log, **{"input": tuple(map(str, inputs)), "tokenizer": "byte", **keys})
 
 
 def refusal(*args, **keys) -> str:

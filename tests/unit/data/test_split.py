@@ -73,9 +73,9 @@ def some(found: dict, *splits) -> dict:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Tasks of 300 bytes and parts of 400, so that a small input makes many of both."""
-    monkeypatch.setattr(readers, "BLOCK", 300)
-    monkeypatch.setattr(encode, "BLOCK", 300)
-    monkeypatch.setattr(readers.as_parts, "__defaults__", (400,))
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(readers.split_document, "__defaults__", (400,))
 
 
 # 160 documents, with an empty one before each two

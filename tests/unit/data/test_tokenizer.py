@@ -226,11 +226,16 @@ def forced_cuts(text: str, length: int) -> int:
 
 
 @settings(quick, max_examples=120)
-@given(st.lists(NASTY, max_size=12), st.booleans(), st.integers(8, 200) | st.just(tokenizer.RUN), st.integers(0, 200))
+@given(
+    st.lists(NASTY, max_size=12),
+    st.booleans(),
+    st.integers(8, 200) | st.just(tokenizer.MAX_ENCODE_CHARS),
+    st.integers(0, 200),
+)
 def test_encode_is_encode_ordinary_of_each_document(encoding, documents, end_of_text, run, block):
-    """Exactly, unless a run without a break is longer than RUN; then as text, and the cuts are counted."""
+    """Exactly, unless a run without a break is longer than MAX_ENCODE_CHARS; then as text, and the cuts are counted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "RUN", run)
+        patch.setattr(tokenizer, "MAX_ENCODE_CHARS", run)
         patch.setattr(tokenizer, "BLOCK", block)
         ids, cuts = tokenizer.encode(encoding, iter(documents), end_of_text)
     assert ids.dtype == np.dtype("<u2")
@@ -266,7 +271,7 @@ def test_documents_do_not_run_into_each_other(encoding, text, end_of_text):
 @pytest.mark.parametrize("block", [0, 30, 100, 1000])
 @pytest.mark.parametrize("end_of_text", [False, True])
 def test_long_and_short_documents_stay_in_order(encoding, monkeypatch, end_of_text, block):
-    monkeypatch.setattr(tokenizer, "RUN", 50)
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 50)
     monkeypatch.setattr(tokenizer, "BLOCK", block)
     documents = [f"{n} it's the\n" * (0, 1, 2, 9, 30, 4, 3)[n * n % 7] for n in range(40)]
     eot = [encoding.eot_token] * end_of_text
@@ -278,7 +283,7 @@ def test_long_and_short_documents_stay_in_order(encoding, monkeypatch, end_of_te
 @pytest.mark.parametrize("run", [1, 2, 7])
 def test_document_as_long_as_a_run_is_whole(monkeypatch, run):
     encoding = small_bpe("gpt2", GPT2_PATTERN)
-    monkeypatch.setattr(tokenizer, "RUN", run)
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", run)
     for length, cuts in ((run, 0), (run + 1, 1), (2 * run, 1), (2 * run + 1, 2)):
         for end_of_text in (False, True):
             assert tokenizer.encode(encoding, ["a" * length], end_of_text)[1] == cuts
@@ -289,7 +294,7 @@ def test_pattern_that_joins_over_breaks_is_never_cut(monkeypatch):
     encoding = small_bpe("another", r"\S+\s+|\S+|\s+")
     text = "ab ab\nab " * 10 + EOT + "a" * 50
     plain = encoding.encode_ordinary(text)
-    monkeypatch.setattr(tokenizer, "RUN", 8)
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 8)
     ids, cuts = tokenizer.encode(encoding, [text, "a"], True)
     assert (ids.tolist(), cuts) == ([*plain, encoding.eot_token, ord("a"), encoding.eot_token], 0)
 
@@ -297,9 +302,9 @@ def test_pattern_that_joins_over_breaks_is_never_cut(monkeypatch):
 @pytest.mark.usefixtures("gpt2_vocabulary")
 @pytest.mark.parametrize("end_of_text", [False, True])
 def test_real_text(real_text, end_of_text):
-    """Tiny Shakespeare, longer than RUN, and its lines and speeches as documents beside it."""
+    """Tiny Shakespeare, longer than MAX_ENCODE_CHARS, and its lines and speeches as documents beside it."""
     text = (real_text / "shakespeare" / "input.txt").read_text(encoding="utf-8")
-    assert len(text) > tokenizer.RUN
+    assert len(text) > tokenizer.MAX_ENCODE_CHARS
     encoding = tokenizer.load("gpt2")
     documents = [text, *text.splitlines(keepends=True)[:5000], *text.split("\n\n")]
     ids, cuts = tokenizer.encode(encoding, documents, end_of_text)
@@ -334,7 +339,7 @@ def test_long_run_is_cut_and_comes_back(what):
     before, after = "It's a long, long way:", "\nand here it ends, in 2024.\n"
     text = before + " " + LONG_RUNS[what]() + after
     ids, cuts = tokenizer.encode(encoding, [text, after], end_of_text=True)
-    assert cuts == 3  # with the blank it is a little longer than 3 * RUN
+    assert cuts == 3  # with the blank it is a little longer than 3 * MAX_ENCODE_CHARS
     ids = ids.tolist()
     head, tail = encoding.encode_ordinary(before), encoding.encode_ordinary(after)
     assert ids[: len(head)] == head
@@ -347,7 +352,7 @@ def test_long_run_is_cut_and_comes_back(what):
 def test_white_space_as_long_as_a_run_before_a_word(white, less):
     """tiktoken alone overflows its stack on 999,999 blanks and a letter."""
     encoding = tokenizer.load("gpt2")
-    text = white * (tokenizer.RUN - less) + "a"
+    text = white * (tokenizer.MAX_ENCODE_CHARS - less) + "a"
     ids, cuts = tokenizer.encode(encoding, [text], end_of_text=False)
     assert cuts == (less < 1)
     assert encoding.decode(ids.tolist()) == text
@@ -361,8 +366,8 @@ def test_white_space_as_long_as_a_run_before_a_word(white, less):
 @given(st.lists(NASTY, max_size=8), st.integers(1, 60))
 def test_pieces_are_the_same_for_any_blocks(blocks, length):
     text = "".join(blocks)
-    found = list(tokenizer.pieces(blocks, length))
-    assert found == list(tokenizer.pieces([text], length)) == plain_pieces(text, length)
+    found = list(tokenizer.split_text(blocks, length))
+    assert found == list(tokenizer.split_text([text], length)) == plain_pieces(text, length)
     assert "".join(piece for piece, _ in found) == text
     assert all(0 < len(piece) <= length for piece, _ in found)
     assert sum(cut for _, cut in found) == forced_cuts(text, length)
@@ -371,17 +376,17 @@ def test_pieces_are_the_same_for_any_blocks(blocks, length):
 @pytest.mark.parametrize("gap", [10, 4090, 4096, 4100, 9000, 9999, 10_000, 20_005])
 def test_pieces_find_a_break_however_far_back(gap):
     text = "one two" + "x" * gap + " three" * 4000
-    assert list(tokenizer.pieces([text], 10_000)) == plain_pieces(text, 10_000)
+    assert list(tokenizer.split_text([text], 10_000)) == plain_pieces(text, 10_000)
 
 
 @pytest.mark.parametrize(("ids", "n_vocab"), [([], 1), ([0, 256], 257), ([65535, 0], 65536)])
-def test_narrow_keeps_ids(ids, n_vocab):
-    narrow = tokenizer.narrow(np.array(ids, dtype=np.int64), n_vocab)
+def test_to_uint16_keeps_ids(ids, n_vocab):
+    narrow = tokenizer.to_uint16(np.array(ids, dtype=np.int64), n_vocab)
     assert (narrow.tolist(), narrow.dtype) == (ids, np.dtype("<u2"))
 
 
 @pytest.mark.parametrize("wrong", [-1, 257, 65535, 65536 + 5])
-def test_narrow_refuses_ids_beyond_the_vocabulary(wrong):
+def test_to_uint16_refuses_ids_beyond_the_vocabulary(wrong):
     """As uint16, 65541 would be 5 without a word."""
     with pytest.raises(AssertionError):
-        tokenizer.narrow(np.array([1, wrong, 2]), 257)
+        tokenizer.to_uint16(np.array([1, wrong, 2]), 257)

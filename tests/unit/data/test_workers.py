@@ -37,13 +37,13 @@ DONE = 23  # shards of the first ten tasks
 HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from flatgpt.cli.cli import from_command_line, run_verb
+from flatgpt.cli.cli import from_command_line, run_script
 from config import PrepareConfig
 import prepare_data
 from flatgpt.data import encode as tasks, prepare as preparation, readers as documents
 
 for module in (documents, preparation, tasks):
-    module.BLOCK = 1 << 18
+    module.CHUNK_BYTES = 1 << 18
 encode, advance = tasks.encode, preparation.Run._advance
 
 def hold():
@@ -68,7 +68,7 @@ else:
     held_encode.__module__, held_encode.__qualname__ = "flatgpt.data.encode", "encode"
     tasks.encode = held_encode
 if __name__ == "__main__":
-    run_verb(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
+    run_script(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
 """
 
 
@@ -195,7 +195,7 @@ def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     here = from_text("in", **settings, name="here")
     assert pools == []
     assert name != "byte" or sorted(sum(held(here).values(), [])) == sorted(written)  # noqa: RUF017, it is short
-    monkeypatch.setattr(prepare, "BLOCK", 0)  # nothing is too small for a pool
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 0)  # nothing is too small for a pool
     for n in (1, 2, 3) if name == "byte" else (2,):
         assert content(from_text("in", **settings, name=f"of{n}", workers=n).folder) == content(here.folder)
     assert pools == ([1, 2, 3] if name == "byte" else [2])
@@ -205,7 +205,7 @@ def test_sample_of_a_pool_is_that_of_one_process(in_tmp, monkeypatch, small_bloc
     """Tasks that went out ahead and are not needed change nothing."""
     mixed()
     here = from_text("in", sample_size=130, name="here")
-    monkeypatch.setattr(prepare, "BLOCK", 0)
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 0)
     assert content(from_text("in", sample_size=130, workers=2).folder) == content(here.folder)
 
 

@@ -281,7 +281,7 @@ def test_on_a_gpu(dtype, quantize, off):
 @pytest.mark.slow
 def test_int8_costs_less_than_a_hundredth_of_the_loss(in_tmp, real_text):
     """A recipe's model after a seventh of its updates, on text that it has not seen."""
-    prepare(PrepareConfig(source="shakespeare", tokenizer="byte", raw_dir=str(real_text)), say=lambda line: None)
+    prepare(PrepareConfig(source="shakespeare", tokenizer="byte", raw_dir=str(real_text)), log=lambda line: None)
     words = "--max_iters 300 --eval_interval 300 --sample_tokens 0 --device cpu --compile false"
     config = cli.parse(TrainConfig, ["--config", "shakespeare_char_cpu", *words.split()])
     train.train(config)

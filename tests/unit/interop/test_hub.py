@@ -334,7 +334,7 @@ def test_nothing_there_and_no_network(in_tmp, host, waits, monkeypatch, state):
 
 def test_network_that_is_slow_to_fail_is_asked_once(in_tmp, host, waits, monkeypatch):
     host.stop()
-    monkeypatch.setattr(hub, "PATIENCE", -1)
+    monkeypatch.setattr(hub, "MAX_RETRY_SECONDS", -1)
     assert "could not be fetched (" in refusal()
     assert waits == []
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.interop import tokenizer_files as vocabulary
-from flatgpt.interop.tokenizer_files import END, recognise, tokenizer_files
+from flatgpt.interop.tokenizer_files import END, identify_encoding, tokenizer_files
 
 quick = settings(max_examples=100)
 # GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
@@ -353,14 +353,14 @@ def test_recognised(name, how, copy, monkeypatch):
     folder = copy(name)
     SAME[how](folder)
     monkeypatch.setattr(vocabulary, "load", {name: tokenizer.load(name)}.__getitem__)
-    assert recognise(folder) == name
+    assert identify_encoding(folder) == name
 
 
 @pytest.mark.parametrize(
     ("name", "said"), [("r50k_base", "gpt2"), ("p50k_base", "p50k_base"), ("p50k_edit", "p50k_edit")]
 )
 def test_relatives_of_gpt2_recognised(name, said, written):
-    assert recognise(written(name)) == said
+    assert identify_encoding(written(name)) == said
 
 
 def swap_ids(ids: dict) -> None:
@@ -441,7 +441,7 @@ def test_another_vocabulary_of_equal_size_is_refused(name, how, copy):
     folder, (change, file) = copy(name), (OTHERS | OF_MERGES)[how]
     change(folder)
     with pytest.raises(UserError) as caught:
-        recognise(folder)
+        identify_encoding(folder)
     assert str(folder / file) in str(caught.value)
     assert "gpt2" in str(caught.value)
 
@@ -451,14 +451,14 @@ def test_unigram_models_are_refused(tmp_path):
     model = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["▁the", -3.5]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
     with pytest.raises(UserError, match=r"tokenizer.json.*vocabulary that flatGPT does not have"):
-        recognise(tmp_path)
+        identify_encoding(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["vocab.txt", "spiece.model", "tokenizer.model"])
 def test_files_of_other_kinds_are_refused(file, tmp_path):
     (tmp_path / file).write_bytes(b"\0")
     with pytest.raises(UserError, match=file):
-        recognise(tmp_path)
+        identify_encoding(tmp_path)
 
 
 @pytest.mark.parametrize(("there", "missing"), [("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")])
@@ -467,14 +467,14 @@ def test_half_a_vocabulary_is_refused(there, missing, copy):
     half(folder, there)
     (folder / missing).mkdir()
     with pytest.raises(UserError, match=rf"{missing} is missing.*{there}"):  # the folder of that name is no file
-        recognise(folder)
+        identify_encoding(folder)
 
 
 def test_files_that_disagree_are_refused(written, copy):
     folder = copy("byte")
     shutil.copy(written("gpt2") / "tokenizer.json", folder)
     with pytest.raises(UserError, match=r"disagree.*tokenizer.json is gpt2's, vocab.json is byte's"):
-        recognise(folder)
+        identify_encoding(folder)
 
 
 DAMAGED = {
@@ -508,14 +508,14 @@ def test_damaged_files_are_named(how, file, copy):
     half(folder, "vocab.json", "merges.txt")
     (folder / file).write_bytes(DAMAGED[how])
     with pytest.raises(UserError, match=rf"{file} is damaged: .*copy it again"):
-        recognise(folder)
+        identify_encoding(folder)
 
 
 def test_damaged_merges_are_named(copy):
     folder = copy("byte")
     (folder / "merges.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"merges.txt is damaged"):
-        recognise(folder)
+        identify_encoding(folder)
 
 
 def test_folders_without_a_vocabulary(tmp_path):
@@ -523,7 +523,7 @@ def test_folders_without_a_vocabulary(tmp_path):
         (tmp_path / name).write_text("{}")
     (tmp_path / "tokenizer.json").mkdir()
     os.mkfifo(tmp_path / "vocab.json")  # reading it would wait for ever
-    assert recognise(tmp_path) is None
+    assert identify_encoding(tmp_path) is None
 
 
 @pytest.mark.parametrize("size", [256, 258, 50_256, 50_258])
@@ -532,7 +532,7 @@ def test_nothing_is_loaded_for_a_vocabulary_of_another_size(size, tmp_path, monk
     (tmp_path / "vocab.json").write_text(json.dumps({str(number): number for number in range(size)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(UserError, match=r"vocab.json holds a vocabulary that flatGPT does not have"):
-        recognise(tmp_path)
+        identify_encoding(tmp_path)
 
 
 def test_needs_no_library_of_theirs():

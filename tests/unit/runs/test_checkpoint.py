@@ -55,7 +55,7 @@ def load(folder: Path):
 
 def rewrite(folder: Path, state: dict) -> None:
     state.pop("sha256", None)
-    checkpoint._write_state(folder, state)
+    checkpoint.write_state(folder, state)
 
 
 def test_round_trip(tmp_path, model):
@@ -194,7 +194,7 @@ def test_damage_is_noticed_and_the_one_before_it_is_used(tmp_path, model, name, 
     if content is not None:
         path.write_bytes(content)
     said = []
-    found = checkpoint.first_good([tmp_path / "ckpt/iter_000002", tmp_path / "ckpt/iter_000001"], NAMES, said.append)
+    found = checkpoint.first_valid([tmp_path / "ckpt/iter_000002", tmp_path / "ckpt/iter_000001"], NAMES, said.append)
     assert found[1]["iter"] == 1
     (warning,) = said
     assert f"warning: {path} is " in warning
@@ -219,16 +219,16 @@ def test_file_that_cannot_be_read_is_damaged(tmp_path, model, monkeypatch):
     """A disk with a bad sector: the run ended with an error, where the checkpoint before it was good."""
     save(tmp_path, 1, model)
     save(tmp_path, 2, model)
-    real = checkpoint._fingerprint
+    real = checkpoint.fingerprint
 
     def bad_sector(path):
         if path == tmp_path / "ckpt/iter_000002/train_state.pt":
             raise OSError(5, "Input/output error", str(path))
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "_fingerprint", bad_sector)
+    monkeypatch.setattr(checkpoint, "fingerprint", bad_sector)
     said = []
-    assert checkpoint.first_good(checkpoint.checkpoints(tmp_path), NAMES, said.append)[1]["iter"] == 1
+    assert checkpoint.first_valid(checkpoint.checkpoints(tmp_path), NAMES, said.append)[1]["iter"] == 1
     assert "train_state.pt is missing or cannot be read: Input/output error" in said[0]
 
 
@@ -328,8 +328,8 @@ def plant(file: Path, trap: bytes) -> None:
     file.write_bytes(trap)
     if file.name != "state.json":
         state = checkpoint.read_state(file.parent)
-        state["files"][file.name] = checkpoint._fingerprint(file)
-        checkpoint._write_state(file.parent, state)
+        state["files"][file.name] = checkpoint.fingerprint(file)
+        checkpoint.write_state(file.parent, state)
         checkpoint.verify(file.parent)
 
 

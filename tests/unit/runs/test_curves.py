@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from flatgpt.runs.curves import POINTS, alone, log_ticks, plain, shorten, smooth, thin, time_unit
+from flatgpt.runs.curves import POINTS, format_tick, isolated_points, log_ticks, shorten, smooth, thin, time_unit
 
 NAN = math.nan
 
@@ -97,9 +97,9 @@ def test_thinned_for_a_logarithmic_axis_the_beginning_stays():
 
 
 def test_points_that_no_line_shows():
-    assert alone([1.0, NAN, 2.0, 3.0, NAN, 4.0]) == [0, 5]
-    assert alone([NAN, NAN]) == alone([]) == []
-    assert alone([1.0]) == [0]
+    assert isolated_points([1.0, NAN, 2.0, 3.0, NAN, 4.0]) == [0, 5]
+    assert isolated_points([NAN, NAN]) == isolated_points([]) == []
+    assert isolated_points([1.0]) == [0]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_points_that_no_line_shows():
     ],
 )
 def test_numbers_on_axes(value, largest, said):
-    assert plain(value, largest) == said
+    assert format_tick(value, largest) == said
 
 
 @pytest.mark.parametrize("most", [4, 6, 8])

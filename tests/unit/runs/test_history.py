@@ -8,7 +8,7 @@ import pytest
 
 from config import ModelConfig, UserError
 from flatgpt.runs import history
-from flatgpt.runs.log import RunLog
+from flatgpt.runs.run_log import RunLog
 from model import GPT
 
 
@@ -111,9 +111,9 @@ def test_seconds_of_the_updates():
     nan = math.nan
     run = of(iter=[0.0, 10.0, 20.0, 40.0], step_ms=[nan, 100.0, nan, 50.0], tokens=[0.0, 5.0, 10.0, 20.0])
     assert run.seconds == pytest.approx([0, 1, 2, 3])
-    assert run.along("time") == run.seconds
-    assert run.along("tokens") == run["tokens"]
-    assert run.along("iter") == run["iter"]
+    assert run.x_values("time") == run.seconds
+    assert run.x_values("tokens") == run["tokens"]
+    assert run.x_values("iter") == run["iter"]
     late = of(iter=[5.0, 10.0], step_ms=[nan, 200.0])
     assert late.seconds == pytest.approx([1, 2])
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from config import ModelConfig, UserError
-from flatgpt.runtime.device import compile_forward, find_device, machine, reseed
+from flatgpt.runtime.device import compile_forward, find_device, reseed, select_device
 from model import GPT
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
@@ -48,7 +48,7 @@ def hardware(monkeypatch):
 )
 def test_auto(hardware, there, device, dtype, compiles, why):
     hardware(**there)
-    found = machine("auto", "auto", None)
+    found = select_device("auto", "auto", None)
     assert (found.device.type, found.dtype, found.compile) == (device, dtype, compiles)
     assert why in found.why["dtype"]
     assert found.why["compile"]
@@ -57,11 +57,11 @@ def test_auto(hardware, there, device, dtype, compiles, why):
 def test_what_is_asked_for_is_taken(hardware):
     """No reasons are given then; a CPU is described with its threads, which are half of its speed."""
     hardware(cuda=(9, 0))
-    found = machine("cpu", "float32", True)
+    found = select_device("cpu", "float32", True)
     assert (found.device, found.dtype, found.compile, found.why) == (torch.device("cpu"), torch.float32, True, {})
     assert re.fullmatch(r"cpu \((1 thread|\d+ threads)\), float32, compiled", found.describe())
-    assert machine("cpu", "bfloat16").dtype == torch.bfloat16
-    chosen = machine("cpu", "bfloat16", None, why={"dtype": "it is faster"})
+    assert select_device("cpu", "bfloat16").dtype == torch.bfloat16
+    chosen = select_device("cpu", "bfloat16", None, why={"dtype": "it is faster"})
     assert chosen.why["dtype"] == "it is faster"
     assert chosen.describe().endswith(f"bfloat16 ({chosen.why['dtype']}), eager ({chosen.why['compile']})")
 
@@ -69,7 +69,7 @@ def test_what_is_asked_for_is_taken(hardware):
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_float16_on_a_cpu_comes_with_a_notice(hardware, device, capsys):
     hardware()
-    found = machine(device, "float16")
+    found = select_device(device, "float16")
     assert found.dtype == torch.float16
     assert "slow on a CPU" in capsys.readouterr().err
 
@@ -78,21 +78,21 @@ def test_float16_on_a_cpu_comes_with_a_notice(hardware, device, capsys):
 def test_a_device_that_is_not_there(hardware, device):
     hardware()
     with pytest.raises(UserError, match=rf"device = {device}: .*take --device cpu$"):
-        machine(device, "auto")
+        select_device(device, "auto")
 
 
 @NO_CUDA
 def test_cuda_that_is_really_not_there():
     with pytest.raises(UserError, match="device = cuda"):
-        machine("cuda", "auto")
+        select_device("cuda", "auto")
 
 
 def test_several_ranks_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    machine("cpu", "float32")
+    select_device("cpu", "float32")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE = 2"):
-        machine("cpu", "float32")
+        select_device("cpu", "float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_several_ranks_are_refused(monkeypatch):
 @pytest.mark.filterwarnings("error")  # torch.autocast warns when it is asked for float32
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
 def test_autocast_is_of_the_matrix_products(name):
-    place = machine("cpu", name)
+    place = select_device("cpu", name)
     linear, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
     with place.autocast():
         y = linear(x)
@@ -116,7 +116,7 @@ def test_autocast_is_of_the_matrix_products(name):
 def test_arrays_arrive_whole():
     """Also a view that numpy does not store in one piece."""
     array = np.arange(24, dtype=np.int64).reshape(4, 6)[::2, ::-2]
-    tensor = machine("cpu", "float32").to_device(array)
+    tensor = select_device("cpu", "float32").to_device(array)
     assert tensor.dtype == torch.int64
     assert tensor.tolist() == array.tolist()
 
@@ -126,8 +126,8 @@ def test_peak_memory_is_what_linux_says():
     ballast = torch.ones(25_000_000)
     status = Path("/proc/self/status").read_text()
     kib = int(status.split("VmHWM:")[1].split()[0])
-    assert machine("cpu", "float32").peak_memory_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.01)
-    assert machine("cpu", "float32").peak_memory_gb() > ballast.nbytes / 1e9
+    assert select_device("cpu", "float32").peak_memory_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.01)
+    assert select_device("cpu", "float32").peak_memory_gb() > ballast.nbytes / 1e9
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
@@ -135,7 +135,7 @@ def test_freed_memory_stays_for_the_next_tensors():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    machine("cpu", "float32")
+    select_device("cpu", "float32")
     tensor = torch.ones(20_000_000)
     there, size = resident(), tensor.nbytes
     del tensor
@@ -178,7 +178,7 @@ def losses(device: str, dtype: str) -> dict[str, list]:
     compiled = compile_forward(model)
     for name, forward in (("eager", model), ("first", compiled), ("second", compiled)):
         model.zero_grad()
-        with machine(device, dtype).autocast():
+        with select_device(device, dtype).autocast():
             loss = forward(*batch(device))
         loss.backward()
         answers[name] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
@@ -219,7 +219,7 @@ def test_broken_compiler_is_one_warning(tmp_path):
 
 @pytest.mark.gpu
 def test_auto_on_this_gpu():
-    found = machine("auto", "auto", None)
+    found = select_device("auto", "auto", None)
     assert found.device.type == "cuda"
     assert found.compile
     bf16 = torch.cuda.get_device_capability()[0] >= 8
@@ -239,7 +239,7 @@ def test_compiled_equals_eager_on_the_gpu(dtype):
 @pytest.mark.gpu
 def test_float16_updates_move_the_weights_and_stay_finite():
     """The scale begins at 65,536: gradients that overflow are skipped until it fits."""
-    place = machine("cuda", "float16")
+    place = select_device("cuda", "float16")
     torch.manual_seed(0)
     model = GPT(SMALL).cuda()
     before = [p.detach().clone() for p in model.parameters()]
@@ -261,7 +261,7 @@ def test_float16_updates_move_the_weights_and_stay_finite():
 
 @pytest.mark.gpu
 def test_peak_memory_on_the_gpu():
-    place = machine("cuda", "float32")
+    place = select_device("cuda", "float32")
     torch.cuda.reset_peak_memory_stats()  # else the peak of the tests before it counts
     before = place.peak_memory_gb()
     ballast = place.to_device(np.ones(250_000_000, dtype=np.float32))  # 1 GB

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ModelConfig
-from flatgpt.runtime.distributed import Ranks
-from flatgpt.runtime.parallel import full_tensor, gradients, is_sharded, own_gradients, part_of, spread
+from flatgpt.runtime.distributed import DistributedContext
+from flatgpt.runtime.parallel import full_tensor, gradients, is_sharded, local_grad_sum, shard_like, wrap_model
 from model import GPT
 
 
@@ -45,7 +45,7 @@ def test_plain_model_and_tensors_are_left_alone():
     tensor = torch.ones(3)
     assert not is_sharded(tensor)
     assert full_tensor(tensor) is tensor
-    assert part_of(tensor, like=torch.zeros(3)) is tensor
+    assert shard_like(tensor, like=torch.zeros(3)) is tensor
 
 
 def test_parts_are_put_together_and_cut_again(group):
@@ -57,7 +57,7 @@ def test_parts_are_put_together_and_cut_again(group):
     assert is_sharded(part)
     assert type(full_tensor(part)) is torch.Tensor
     assert torch.equal(full_tensor(part), full)
-    again = part_of(full + 1, like=part)
+    again = shard_like(full + 1, like=part)
     assert isinstance(again, DTensor)
     assert again.placements == part.placements
     assert torch.equal(again.to_local(), full + 1)
@@ -66,14 +66,14 @@ def test_parts_are_put_together_and_cut_again(group):
 def test_own_gradients_tell_of_what_is_not_finite(group):
     torch.manual_seed(0)
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=4, vocab_size=9))
-    assert own_gradients(model) == 0.0
-    ddp = spread(model, Ranks(world=2), torch.device("cpu"), torch.float32, fsdp=False)
+    assert local_grad_sum(model) == 0.0
+    ddp = wrap_model(model, DistributedContext(world=2), torch.device("cpu"), torch.float32, fsdp=False)
     assert all(p.grad is None for p in model.parameters()), "of the pass that settles the buckets"
     idx = torch.arange(4)[None]
-    own_gradients(ddp)
+    local_grad_sum(ddp)
     for weight, finite in ((1.0, True), (float("nan"), False), (1.0, True)):
         (weight * ddp(idx, idx)).backward()
-        assert own_gradients(ddp).isfinite() == finite
+        assert local_grad_sum(ddp).isfinite() == finite
         model.zero_grad()
 
 
@@ -84,7 +84,7 @@ def test_buckets_keep_one_order(group, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda buffer, **more: seen.append(buffer.clone()) or real(buffer, **more))
     torch.manual_seed(0)
     config = ModelConfig(n_layer=3, n_head=2, n_embd=192, context_length=8, vocab_size=300)  # several buckets
-    model = spread(GPT(config), Ranks(world=2), torch.device("cpu"), torch.float32, fsdp=False)
+    model = wrap_model(GPT(config), DistributedContext(world=2), torch.device("cpu"), torch.float32, fsdp=False)
     idx = torch.arange(8)[None]
     passes = []
     for _ in range(3):

@@ -19,7 +19,7 @@ import train
 from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.runs import checkpoint
-from flatgpt.runtime.distributed import ALONE, Ranks
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.training.nonfinite import Health, out_of_memory, require_finite
 
 QUIET = ("--sample_tokens", 0, "--eval_batches", 1)
@@ -184,7 +184,7 @@ def test_note_needs_no_number(tiny_data):
         health = Health(make_config(), value.device, scaled)
         assert health.note(0, value, value, value).is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        health.look({"iter": 1}, None, ALONE)
+        health.look({"iter": 1}, None, SINGLE_PROCESS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,12 +298,12 @@ def test_float16s_skips_count_among_the_twenty(tiny_data, monkeypatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretended(Ranks):
+class Pretended(DistributedContext):
     """A rank among others, whose answers are known."""
 
     answers: tuple = ()
 
-    def everyones(self, value):
+    def all_gather(self, value):
         """The others' answers beside this rank's own."""
         assert value == self.answers[self.rank]
         return list(self.answers)

@@ -21,7 +21,7 @@ from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
-from flatgpt.runtime.device import Stop
+from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import resume
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
@@ -471,7 +471,7 @@ def assert_same_end(run: Path, whole: dict) -> None:
     assert [key for key in whole if not alike(there[key], whole[key])] == []
 
 
-class Impatient(Stop):
+class Impatient(StopRequest):
     """Is asked to stop at every so many looks, wherever that is."""
 
     looks = 10**9
@@ -480,7 +480,7 @@ class Impatient(Stop):
         super().__init__(*words)
         self.seen = itertools.count(1)
 
-    def asked(self) -> int:
+    def reason(self) -> int:
         """SIGTERM from then on, as the signal would be noted."""
         return signal.SIGTERM if next(self.seen) >= self.looks else 0
 
@@ -499,7 +499,7 @@ def test_run_that_was_stopped_anywhere_ends_as_the_undisturbed_one(tiny_data, mo
         return loss
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    monkeypatch.setattr(train, "Stop", Impatient)
+    monkeypatch.setattr(train, "StopRequest", Impatient)
     for turn in range(30):
         Impatient.looks = looks + turn % 2
         try:

@@ -11,9 +11,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from config import UserError
-from flatgpt.runs.figure import COLOURS, figure, picture
 from flatgpt.runs.history import History
-from flatgpt.runs.log import KEYS
+from flatgpt.runs.plots import COLOURS, plot_runs, render
+from flatgpt.runs.run_log import KEYS
 
 NAN = math.nan
 FACTS = {"config": "configs/small.toml", "n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 8, "vocab_size": 99}
@@ -103,7 +103,7 @@ def assert_readable(drawn) -> None:
 
 
 def test_one_run():
-    drawn = figure([run()])
+    drawn = plot_runs([run()])
     assert titles(drawn) == ["loss (nats per token)", *SMALL]
     best = 4.2 + 6 * math.exp(-400 / 60)
     head = drawn.get_suptitle()
@@ -128,7 +128,7 @@ def test_one_run():
 
 
 def test_facts_that_nobody_knows_are_left_out():
-    drawn = figure([run(facts=False, val_loss=None, name="alone")])
+    drawn = plot_runs([run(facts=False, val_loss=None, name="alone")])
     assert drawn.get_suptitle() == "alone\nno validation loss"
     assert words(drawn.axes[0].get_legend()) == ["training (smoothed)"]
 
@@ -142,7 +142,7 @@ def test_facts_that_nobody_knows_are_left_out():
     ],
 )
 def test_no_empty_panels(left_out, remain):
-    drawn = figure([run(**dict.fromkeys(left_out), mfu=lambda i: NAN)])
+    drawn = plot_runs([run(**dict.fromkeys(left_out), mfu=lambda i: NAN)])
     assert titles(drawn) == ["loss (nats per token)", *remain]
     assert_readable(drawn)
 
@@ -150,7 +150,7 @@ def test_no_empty_panels(left_out, remain):
 def test_panels_fill_their_rows():
     for count in range(6):
         keys = ("lr", "grad_norm", "step_ms", "tok_per_s", "peak_mem_gb")[count:]
-        drawn = figure([run(**dict.fromkeys(keys))])
+        drawn = plot_runs([run(**dict.fromkeys(keys))])
         spans = [axes.get_subplotspec() for axes in drawn.axes]
         cells = sorted((row, column) for span in spans for row in span.rowspan for column in span.colspan)
         rows = {row for row, _ in cells}
@@ -158,25 +158,25 @@ def test_panels_fill_their_rows():
 
 
 def test_without_losses_the_rest_is_drawn():
-    drawn = figure([run(train_loss=None, val_loss=None)])
+    drawn = plot_runs([run(train_loss=None, val_loss=None)])
     assert titles(drawn) == list(SMALL)
     assert_readable(drawn)
 
 
 def test_nothing_to_draw_is_said():
     with pytest.raises(UserError, match="r: nothing in the log to draw along iter"):
-        figure([History("r", {}, {}, {})])
+        plot_runs([History("r", {}, {}, {})])
     with pytest.raises(UserError, match="nothing in the log to draw along tokens"):
-        figure([run(tokens=None)], "tokens")
+        plot_runs([run(tokens=None)], "tokens")
     with pytest.raises(UserError, match="nothing"):
-        figure([History("r", {"iter": [0.0, 1.0]}, {}, {})])
+        plot_runs([History("r", {"iter": [0.0, 1.0]}, {}, {})])
 
 
 @pytest.mark.parametrize("x", ["iter", "tokens", "time"])
 @pytest.mark.parametrize("updates", [0, 10])
 def test_one_row_is_a_point(updates, x):
     """A line of one point shows nothing."""
-    drawn = figure([run(updates)], x)
+    drawn = plot_runs([run(updates)], x)
     (star,) = lines(drawn.axes[0], "best")
     assert list(star.get_xdata()) == [0]
     assert len(drawn.axes) == (4 if updates and x != "time" else 1)
@@ -190,7 +190,7 @@ def test_one_row_is_a_point(updates, x):
 
 
 def test_values_that_are_not_finite_are_gaps():
-    drawn = figure(
+    drawn = plot_runs(
         [run(grad_norm=lambda i: math.inf if 100 <= i < 200 else 1.0, train_loss=lambda i: NAN if i == 300 else 4.0)]
     )
     norm = panel(drawn, "gradient norm")
@@ -206,7 +206,7 @@ def test_values_that_are_not_finite_are_gaps():
 
 
 def test_a_point_between_gaps_is_seen():
-    drawn = figure([run(grad_norm=lambda i: 2.0 if i in (50, 300, 310) else NAN)])
+    drawn = plot_runs([run(grad_norm=lambda i: 2.0 if i in (50, 300, 310) else NAN)])
     marked = [line for line in panel(drawn, "gradient norm").lines if line.get_marker() == "."]
     assert [list(line.get_xdata()) for line in marked] == [[50], [50]]
 
@@ -215,7 +215,7 @@ def test_rows_of_an_evaluation_alone_do_not_cut_the_lines():
     history = run()
     for key in ("train_loss", "lr", "grad_norm"):
         history.columns[key][20] = NAN
-    for axes in figure([history]).axes[:3]:
+    for axes in plot_runs([history]).axes[:3]:
         for line in axes.lines:
             assert not any(math.isnan(y) for y in line.get_ydata())
 
@@ -223,7 +223,7 @@ def test_rows_of_an_evaluation_alone_do_not_cut_the_lines():
 def test_skipped_updates_are_marked_where_the_count_rises():
     skipped = {0: 0, 10: 3, 20: 3, 30: NAN, 40: 3}
     history = run(skipped=lambda i: skipped.get(i, 5.0), loss_scale=lambda i: 2.0 ** (16 - i // 40))
-    drawn = figure([history])
+    drawn = plot_runs([history])
     (ticks,) = lines(drawn.axes[0], "update skipped")
     assert list(ticks.get_xdata()) == [10, 50]
     scale = panel(drawn, "loss scale")
@@ -247,7 +247,7 @@ def test_skipped_updates_are_marked_where_the_count_rises():
     ],
 )
 def test_axes_are_logarithmic_where_values_span_much(changes, logarithmic):
-    drawn = figure([run(**changes)])
+    drawn = plot_runs([run(**changes)])
     found = [axes.get_title("left") for axes in drawn.axes if axes.get_yscale() == "log"]
     assert [title[: len(start)] for title, start in zip(found, logarithmic, strict=True)] == logarithmic
     for axes in drawn.axes[1:]:
@@ -258,11 +258,11 @@ def test_axes_are_logarithmic_where_values_span_much(changes, logarithmic):
 
 
 def test_along_tokens_and_time():
-    drawn = figure([run(evaluate=400)], "tokens")
+    drawn = plot_runs([run(evaluate=400)], "tokens")
     assert drawn.get_supxlabel() == "tokens trained on"
     assert list(lines(drawn.axes[0], "validation")[0].get_xdata()) == [0, 102_400]
     history = run(evaluate=400, step_ms=lambda i: 6000.0)
-    drawn = figure([history], "time")
+    drawn = plot_runs([history], "time")
     assert drawn.get_supxlabel() == "time of the updates (min)"
     assert list(lines(drawn.axes[0], "validation")[0].get_xdata()) == pytest.approx([0, 40])
     assert_readable(drawn)
@@ -270,7 +270,7 @@ def test_along_tokens_and_time():
 
 def test_the_value_of_the_best_lies_inside_wherever_it_is():
     for place in (0, 200, 400):
-        drawn = figure([run(val_loss=lambda i, place=place: 5 + abs(i - place) / 100 if i % 100 == 0 else NAN)])
+        drawn = plot_runs([run(val_loss=lambda i, place=place: 5 + abs(i - place) / 100 if i % 100 == 0 else NAN)])
         FigureCanvasAgg(drawn).draw()
         (text,) = drawn.axes[0].texts
         assert text.get_text() == "5.0000"
@@ -280,7 +280,7 @@ def test_the_value_of_the_best_lies_inside_wherever_it_is():
 
 
 def test_markers_have_room():
-    drawn = figure([run(5000, evaluate=10)])
+    drawn = plot_runs([run(5000, evaluate=10)])
     (validation,) = lines(drawn.axes[0], "validation")
     assert len(validation.get_xdata()) == 501
     assert 500 / validation.get_markevery() < 50
@@ -292,7 +292,7 @@ def test_markers_have_room():
 
 def test_several_runs():
     histories = [run(name="a"), run(800, name="b"), run(600, name="_c$x$", val_loss=None)]
-    drawn = figure(histories)
+    drawn = plot_runs(histories)
     (legend,) = drawn.legends
     assert words(legend) == [
         *(f"{history.name}, best {history.best[1]:.4f}" for history in histories[:2]),
@@ -324,42 +324,42 @@ def test_what_they_do_not_share_is_not_in_the_title():
     other = run(name="b")
     other.settings["n_layer"] = 4
     other.settings["config"] = None
-    (legend,) = figure([run(name="a"), other]).legends
+    (legend,) = plot_runs([run(name="a"), other]).legends
     assert legend.get_title().get_text() == "2 runs, Abacus"
 
 
 def test_many_runs_with_long_names():
     names = [f"a_sweep_of_learning_rates_and_weight_decays_lr_{n}e-4_decay_0.{n}_seed_{n}_of_many" for n in range(9)]
-    drawn = figure([run(name=name) for name in names])
+    drawn = plot_runs([run(name=name) for name in names])
     (legend,) = drawn.legends
     shown = words(legend)
     assert [text.startswith(f"…lr_{n}e-4") for n, text in enumerate(shown)] == [True] * 9
     assert_readable(drawn)
-    few = figure([run(name="a"), run(name="b")])
+    few = plot_runs([run(name="a"), run(name="b")])
     FigureCanvasAgg(few).draw()
     assert drawn.axes[0].bbox.height > 0.9 * few.axes[0].bbox.height  # the legend takes no panel's room
-    assert_readable(figure([run(name="x" * 255), run(name="y" * 255)]))
-    assert_readable(figure([dataclasses.replace(run(facts=False), name="x" * 255)]))
+    assert_readable(plot_runs([run(name="x" * 255), run(name="y" * 255)]))
+    assert_readable(plot_runs([dataclasses.replace(run(facts=False), name="x" * 255)]))
 
 
 def test_runs_of_very_unlike_length_are_both_seen():
-    drawn = figure([run(100, name="short"), run(20_000, name="long")])
+    drawn = plot_runs([run(100, name="short"), run(20_000, name="long")])
     for axes in drawn.axes:
         assert axes.get_xscale() == "log"
         assert axes.get_xlim()[0] > 0
     assert_readable(drawn)
-    assert figure([run(100), run(1000, name="b")]).axes[0].get_xscale() == "linear"
-    assert figure([run(0, name="new"), run(1000, name="b")]).axes[0].get_xscale() == "linear"
+    assert plot_runs([run(100), run(1000, name="b")]).axes[0].get_xscale() == "linear"
+    assert plot_runs([run(0, name="new"), run(1000, name="b")]).axes[0].get_xscale() == "linear"
 
 
 def test_a_run_without_anything_there_is_left_out():
-    drawn = figure([run(name="a"), run(name="b", tokens=None), run(name="c")], "tokens")
+    drawn = plot_runs([run(name="a"), run(name="b", tokens=None), run(name="c")], "tokens")
     assert [text[0] for text in words(drawn.legends[0])] == ["a", "c"]
-    assert figure([run(name="a"), History("empty", {}, {}, {})]).get_suptitle().startswith("small")
+    assert plot_runs([run(name="a"), History("empty", {}, {}, {})]).get_suptitle().startswith("small")
 
 
 def test_one_noisy_column_of_several_runs_is_scaled_by_what_is_drawn():
-    drawn = figure([run(name=name, grad_norm=lambda i: 12.0 if i == 200 else 1.0) for name in "ab"])
+    drawn = plot_runs([run(name=name, grad_norm=lambda i: 12.0 if i == 200 else 1.0) for name in "ab"])
     assert panel(drawn, "gradient norm").get_yscale() == "linear"
 
 
@@ -368,7 +368,7 @@ def test_one_noisy_column_of_several_runs_is_scaled_by_what_is_drawn():
 
 
 def test_a_png():
-    content = picture(figure([run()]), "png")
+    content = render(plot_runs([run()]), "png")
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(content) < 300_000
     image = matplotlib.image.imread(io.BytesIO(content))
@@ -377,37 +377,37 @@ def test_a_png():
 
 
 def test_an_svg_has_its_text_and_comes_out_alike():
-    content = picture(figure([run(name="a<b>&")]), "svg")
-    assert content == picture(figure([run(name="a<b>&")]), "svg")
+    content = render(plot_runs([run(name="a<b>&")]), "svg")
+    assert content == render(plot_runs([run(name="a<b>&")]), "svg")
     assert b">gradient norm</text>" in content
     assert b"small, 28,900 parameters, Abacus" in content
-    assert b"a&lt;b&gt;&amp;" in picture(figure([run(facts=False, name="a<b>&")]), "svg")
-    assert b">_c$x^2$\n" in picture(figure([run(facts=False, name="_c$x^2$")]), "svg").replace(b"</text>", b"\n")
+    assert b"a&lt;b&gt;&amp;" in render(plot_runs([run(facts=False, name="a<b>&")]), "svg")
+    assert b">_c$x^2$\n" in render(plot_runs([run(facts=False, name="_c$x^2$")]), "svg").replace(b"</text>", b"\n")
 
 
 def test_letters_that_the_font_has_not_are_no_warning(recwarn):
-    picture(figure([run(name="日本", facts=False)]), "png")
+    render(plot_runs([run(name="日本", facts=False)]), "png")
     assert not list(recwarn)
 
 
 def test_the_style_is_ours_alone():
     """We leave a user's matplotlibrc as it is, and it leaves our pictures as they are."""
     before = dict(matplotlib.rcParams)
-    plain = picture(figure([run()]), "png")
+    plain = render(plot_runs([run()]), "png")
     assert dict(matplotlib.rcParams) == before
     his = {"lines.marker": "o", "axes.facecolor": "black", "savefig.bbox": "tight", "savefig.transparent": True}
     with matplotlib.rc_context(his):
-        assert picture(figure([run()]), "png") == plain
+        assert render(plot_runs([run()]), "png") == plain
 
 
 def test_a_run_that_went_on_with_its_own_recipe_has_its_folders_name():
     """As train.py says it: --config out/small/config.toml --resume. That name says nothing."""
     again = run(name="small")
     again.settings["config"] = "out/small/config.toml"
-    assert figure([again]).get_suptitle().startswith("small, 28,900 parameters")
+    assert plot_runs([again]).get_suptitle().startswith("small, 28,900 parameters")
 
 
 def test_many_rows_are_no_large_file():
-    drawn = figure([run(20_000, every=1)])
+    drawn = plot_runs([run(20_000, every=1)])
     assert all(len(line.get_xdata()) < 2100 for axes in drawn.axes for line in axes.lines)
-    assert len(picture(drawn, "svg")) < 500_000
+    assert len(render(drawn, "svg")) < 500_000

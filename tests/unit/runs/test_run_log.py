@@ -1,4 +1,4 @@
-"""runlog.py: the CSV through resumes and kills, the bar, wandb without a key or a network, clocks and peaks."""
+"""run_log.py: the CSV through resumes and kills, the bar, wandb without a key or a network, clocks and peaks."""
 
 import base64
 import contextlib
@@ -18,8 +18,8 @@ import torch
 from conftest import ROOT, TINY, command, train_here
 
 import train
-from flatgpt.runs import log as runlog
-from flatgpt.runs.log import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
+from flatgpt.runs import run_log
+from flatgpt.runs.run_log import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
 
 
 def rows(path: Path) -> list[dict]:
@@ -110,7 +110,7 @@ def test_rows_wait_while_the_disk_is_full(tmp_path):
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from flatgpt.runs.log import RunLog
+from flatgpt.runs.run_log import RunLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = RunLog(Path({str(tmp_path)!r}), 0, 9)
 for i in range(9):
@@ -135,7 +135,7 @@ log.close()
 def test_rows_are_aligned_and_say_how_long_it_takes(tmp_path, monkeypatch, capsys):
     """By the updates' own time at first, later by all the time that passed."""
     now = 0.0
-    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now))
     row = {"train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
     run = RunLog(tmp_path, 0, max_iters=2000)
     run.write({"iter": 0, "val_loss": 10.8})
@@ -154,7 +154,7 @@ def test_rows_are_aligned_and_say_how_long_it_takes(tmp_path, monkeypatch, capsy
 
 
 LINES = """
-import sys; from pathlib import Path; from flatgpt.runs.log import RunLog, start_wandb
+import sys; from pathlib import Path; from flatgpt.runs.run_log import RunLog, start_wandb
 log = RunLog(Path('.'), 0, 300, start_wandb('disabled', 'p', Path('.'), {}))
 for i in range(1, 301):
     log.bar.update()
@@ -327,7 +327,7 @@ def test_peak_of_a_chip_with_a_similar_name_is_not_taken(name, known):
 
 def test_clock_leaves_out_the_first_update_and_what_happens_between_rows(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(runlog, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now))
     clock, loss = StepClock(), torch.tensor(1.0)
     clock.start()
     now += 30  # the first update compiles
@@ -351,7 +351,7 @@ def test_clock_leaves_out_the_first_update_and_what_happens_between_rows(monkeyp
 WANDB = """
 import base64, sys
 from pathlib import Path
-from flatgpt.runs.log import RunLog, start_wandb
+from flatgpt.runs.run_log import RunLog, start_wandb
 run = start_wandb(sys.argv[1], "flatgpt", Path("."), {"lr": 0.25}, sys.argv[2])
 log = RunLog(Path("."), 0, 3, run)
 log.write({"iter": 20, "train_loss": 2.5, "val_loss": None})

@@ -1,4 +1,4 @@
-"""listing.py: the tables of recipes and runs, whatever lies in out/; and `train.py --list`."""
+"""run_list.py: the tables of recipes and runs, whatever lies in out/; and `train.py --list`."""
 
 import fcntl
 import io
@@ -18,8 +18,8 @@ from config import ModelConfig, TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.data.sources import SOURCES
 from flatgpt.interop import tokenizer_files
-from flatgpt.runs import listing
-from flatgpt.runs.listing import age, print_list
+from flatgpt.runs import run_list
+from flatgpt.runs.run_list import age, print_list
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 4, "vocab_size": 300}
 PARAMETERS = f"{ModelConfig(**SHAPE).num_params():,}"
@@ -246,7 +246,7 @@ def test_terminal_that_is_not_utf8(in_tmp, monkeypatch):
     run("\udcff")  # Python's for a byte that is no UTF-8
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
-    cli.run_verb(print_list, {})
+    cli.run_script(print_list, {})
     assert sorted(line.split()[0] for line in output.buffer.getvalue().splitlines()[1:]) == [b"?", b"??"]
 
 
@@ -310,8 +310,8 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
 
 
 def test_ids_known_beforehand_are_the_tokenizers():
-    assert listing.SIZES == tokenizer_files.SIZES
-    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == listing.OWN
+    assert run_list.SIZES == tokenizer_files.SIZES
+    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == run_list.OWN
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 from config import ModelConfig, SamplingConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.shards import Tokens
-from flatgpt.evaluation.generation import Place, compare, continue_all, cut, distinct, repetition, require, text_after
+from flatgpt.evaluation.continuations import (
+    Place,
+    compare,
+    continue_all,
+    cut,
+    distinct,
+    repetition,
+    require,
+    text_after,
+)
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate
 from model import GPT

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import UserError
-from flatgpt.runs.curves import POINTS, alone, log_ticks, plain, shorten, smooth, thin, time_unit
+from flatgpt.runs.curves import POINTS, format_tick, isolated_points, log_ticks, shorten, smooth, thin, time_unit
 from flatgpt.runs.history import RECIPE, History
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def line(history: History, xs: Sequence[float], key: str) -> tuple[list[float], 
     return tuple(map(list, zip(*kept, strict=True))) if any(math.isfinite(y) for _, _, y in kept) else None
 
 
-def figure(histories: Sequence[History], x: str = "iter") -> Figure:
+def plot_runs(histories: Sequence[History], x: str = "iter") -> Figure:
     """The picture of one run, or of several in each panel; runs and panels without anything to draw are left out.
 
     Args:
@@ -154,7 +154,7 @@ def figure(histories: Sequence[History], x: str = "iter") -> Figure:
     return drawn
 
 
-def picture(drawn: Figure, format: str) -> bytes:
+def render(drawn: Figure, format: str) -> bytes:
     """The content of its file: png, 1,600 pixels wide, or svg."""
     file = io.BytesIO()
     with _style(), warnings.catch_warnings():
@@ -176,7 +176,7 @@ def _style() -> Iterator[None]:
 
 def _runs(histories: Sequence[History], x: str) -> tuple[list[Run], str]:
     """How each is drawn, and what the axis is called."""
-    columns = [history.along(x) for history in histories]
+    columns = [history.x_values(x) for history in histories]
     label = {"iter": "iter (updates done)", "tokens": "tokens trained on"}.get(x)
     if x == "time":
         unit, size = time_unit(max((s for column in columns for s in column if math.isfinite(s)), default=0.0))
@@ -250,7 +250,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
 def _draw_line(axes: Axes, xs: list[float], ys: list[float], **look) -> None:
     xs, ys = thin(xs, ys, log=axes.get_xscale() == "log")
     axes.plot(xs, ys, **look)
-    if points := alone(ys):  # a run's first row, say
+    if points := isolated_points(ys):  # a run's first row, say
         look |= {"linestyle": "none", "marker": ".", "label": None}
         axes.plot([xs[n] for n in points], [ys[n] for n in points], **look)
 
@@ -297,7 +297,7 @@ def _number(axes: Axes, whole: bool) -> None:
         rounded = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], **kind)
         axis.set_major_locator(FixedLocator(ticks) if ticks else rounded)
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(lambda value, _, largest=0 if log else high: plain(value, largest))
+        axis.set_major_formatter(lambda value, _, largest=0 if log else high: format_tick(value, largest))
 
 
 def _head(drawn: Figure, runs: Sequence[Run]) -> None:
@@ -329,4 +329,4 @@ def _facts(history: History) -> tuple[str, str, str]:
     recipe, count = Path(history.settings.get("config") or RECIPE), history.parameters
     # a run that goes on has its own recipe, which lies in its folder, and no name
     name = shorten([history.name if recipe.name == RECIPE else recipe.stem], NAME)[0]
-    return name, f"{plain(float(f'{count:.3g}'))} parameters" if count else "", history.device or ""
+    return name, f"{format_tick(float(f'{count:.3g}'))} parameters" if count else "", history.device or ""

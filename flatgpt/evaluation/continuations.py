@@ -82,14 +82,14 @@ def continue_all(
     options: SamplingConfig,
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
-    everyones: Callable[[list], list[list]] = lambda mine: [mine],
+    all_gather: Callable[[list], list[list]] = lambda mine: [mine],
     watch: Callable[[list], Iterable] = iter,
 ) -> list[list[int]]:
     """The ids that the model writes after each prompt, up to end-of-text; the same for any batch size and ranks.
 
     Args:
         share: (rank, world): this process writes every world-th batch.
-        everyones: the values that all ranks have here (ranks.Ranks.everyones).
+        all_gather: the values that all ranks have here (ranks.DistributedContext.all_gather).
         watch: gives the list of batches, each the number of its first place, and may show how far it is.
     """
     mine = []
@@ -102,7 +102,7 @@ def continue_all(
                 if token is not None:
                     ids.append(token)
         mine += enumerate(written, first)
-    return [ids for _, ids in sorted(pair for part in everyones(mine) for pair in part)]
+    return [ids for _, ids in sorted(pair for part in all_gather(mine) for pair in part)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
