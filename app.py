@@ -6,9 +6,6 @@ python app.py --model_path gpt2 --server_name 0.0.0.0  # for other machines, too
 python export.py --model_path out/shakespeare --space space   # the same as a Hugging Face Space
 """
 
-import os
-from pathlib import Path
-
 from config import AppConfig, InferConfig, UserError, model_path
 from flatgpt.cli.cli import from_command_line, parse, run_script
 
@@ -19,9 +16,11 @@ import base64
 import dataclasses
 import html
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from flatgpt.inference.web import serve, stream_html
 from flatgpt.inference.writer import PreparedModel, Writer, decoding_device, prepare
@@ -45,11 +44,10 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, PreparedModel]:
     """Find and load the model that the command line names; in a folder that export.py --space wrote, its model."""
     if not model_path(config) and any((HERE / name).exists() for name in ("state.json", "config.json")):
         config = dataclasses.replace(config, model_path=str(HERE))
-    # Compiled steps are for texts of one length and take half a minute to compile: too slow for visitors.
-    shared = {f.name for f in dataclasses.fields(InferConfig)} & {f.name for f in dataclasses.fields(AppConfig)}
-    settings = InferConfig(**{name: getattr(config, name) for name in shared}, compile=False)
-    device, found = decoding_device(settings), loading.find(model_path(config), note)
-    prepared = prepare(settings, *loading.load(found, device, config.context_length), found.end_of_text)
+    device, found = decoding_device(config), loading.find(model_path(config), note)
+    model, encoding = loading.load(found, device, config.context_length)
+    # A step compiles for half a minute, for one length of text: too long for visitors.
+    prepared = prepare(config, model, encoding, found.end_of_text, compile=False)
     note(f"{found.describe()}: {prepared.describe()}")
     return found, prepared
 
@@ -105,6 +103,7 @@ def build(config: AppConfig, found: loading.ModelSource, prepared: PreparedModel
 
     name, card, plots = about(found)
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(InferConfig)}
+    labels = {key: {"label": key.replace("_", " "), "info": text, "min_width": 300} for key, text in helps.items()}
     sliders = (  # key, least, most, step, initial value, which may lie outside
         ("num_samples", 1, config.sample_limit, 1, 1),
         ("max_new_tokens", 1, config.token_limit, 1, min(config.max_new_tokens, config.token_limit)),
@@ -114,9 +113,6 @@ def build(config: AppConfig, found: loading.ModelSource, prepared: PreparedModel
         ("min_p", 0, 1, 0.01, config.min_p),
         ("repetition_penalty", 1, 2, 0.05, config.repetition_penalty),
     )
-
-    def labels(key: str) -> dict:
-        return {"label": key.replace("_", " "), "info": helps[key]}
 
     def write(prompt: str, stop: str, *values: object) -> Iterator[list]:
         try:
@@ -139,15 +135,13 @@ def build(config: AppConfig, found: loading.ModelSource, prepared: PreparedModel
                 end = gr.Button("Stop", min_width=100)
             with gr.Accordion("Options", open=False):
                 with gr.Row():
-                    options = {
-                        key: gr.Slider(
-                            min(low, value), max(high, value), value, step=step, min_width=300, **labels(key)
-                        )
-                        for key, low, high, step, value in sliders
-                    }
-                    options["seed"] = gr.Number(config.seed, precision=0, min_width=300, **labels("seed"))
+                    options = {}
+                    for key, low, high, step, value in sliders:
+                        limits = min(low, value), max(high, value)
+                        options[key] = gr.Slider(*limits, value, step=step, **labels[key])
+                    options["seed"] = gr.Number(config.seed, precision=0, **labels["seed"])
                 stop = gr.Textbox("", label="stop", info=f"{helps['stop']}; one per line, \\n for a newline", lines=2)
-                options["ignore_eot"] = gr.Checkbox(config.ignore_eot, **labels("ignore_eot"))
+                options["ignore_eot"] = gr.Checkbox(config.ignore_eot, **labels["ignore_eot"])
             status = gr.Markdown("Shift+Enter writes, too.", elem_id="status")
             with gr.Row(elem_id="texts"):
                 texts = [gr.HTML(visible=False) for _ in range(config.sample_limit)]

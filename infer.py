@@ -27,9 +27,9 @@ def main(config: InferConfig) -> None:
     """Write num_samples texts from each prompt. Figures go to standard error: standard output is for text."""
     require_writable(config.json, "json")
     prompts = [] if config.interactive else read_prompts(config)
-    device = decoding_device(config)
-    found = loading.find(model_path(config), note)
-    prepared = prepare(config, *loading.load(found, device, config.context_length), found.end_of_text)
+    device, found = decoding_device(config), loading.find(model_path(config), note)
+    model, encoding = loading.load(found, device, config.context_length)
+    prepared = prepare(config, model, encoding, found.end_of_text, config.compile)
     note(f"{found.describe()}: {prepared.describe()}")
     writer = Writer(config, prepared, note)
     if config.interactive:

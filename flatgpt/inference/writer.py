@@ -17,7 +17,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from config import InferConfig, SamplingConfig, UserError
+from config import InferConfig, SamplingConfig, UserError, WriterConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import faster_decoding_dtype, pack
 from flatgpt.inference.sampling import TextStream, generate_batch, likeliest
@@ -25,7 +25,7 @@ from flatgpt.runtime.device import find_device, select_device
 from model import GPT
 
 
-def decoding_device(config: InferConfig) -> torch.device:
+def decoding_device(config: WriterConfig) -> torch.device:
     """Return the device to decode on.
 
     Raises:
@@ -58,17 +58,20 @@ class PreparedModel:
         return f"{self.model.config.num_params():,} parameters, on {self.machine}"
 
 
-def prepare(config: InferConfig, model: GPT, encoding: tiktoken.Encoding, end_of_text: bool) -> PreparedModel:
-    """Choose precision and compilation, and lay out the weights of a model for decoding, in place.
+def prepare(
+    config: WriterConfig, model: GPT, encoding: tiktoken.Encoding, end_of_text: bool, compile: bool | None = None
+) -> PreparedModel:
+    """Choose the precision, and lay out the weights of a model for decoding, in place.
 
     Args:
         end_of_text: whether the training data has an end-of-text token between documents.
+        compile: whether to compile decoding steps. None: on CUDA only.
     """
-    on_cpu = model.transformer.wte.weight.device.type == "cpu"
+    device = model.transformer.wte.weight.device.type
     # Compiling pays off on a CPU for long int8 texts only: oneDNN's packed weights are faster (docs/speed.md).
-    compile = not on_cpu if config.compile is None else config.compile
+    compile = device == "cuda" if compile is None else compile
     dtype, measured = config.dtype, None
-    if dtype == "auto" and on_cpu and not config.quantize:
+    if dtype == "auto" and device == "cpu" and not config.quantize:
         dtype, measured = faster_decoding_dtype(model, compile)
     settings = select_device(config.device, dtype)
     pack(model, settings.dtype, config.quantize, compile)
