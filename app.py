@@ -107,7 +107,7 @@ def build(config: AppConfig, found: loading.ModelSource, prepared: PreparedModel
     sliders = (  # key, least, most, step, initial value, which may lie outside
         ("num_samples", 1, config.sample_limit, 1, 1),
         ("max_new_tokens", 1, config.token_limit, 1, min(config.max_new_tokens, config.token_limit)),
-        ("temperature", 0, 2, 0.05, config.heat),
+        ("temperature", 0, 2, 0.05, config.effective_temperature),
         ("top_k", 0, 200, 1, config.top_k),
         ("top_p", 0.05, 1, 0.05, config.top_p),
         ("min_p", 0, 1, 0.01, config.min_p),

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from flatgpt.cli import cli
 

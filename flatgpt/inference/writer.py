@@ -19,8 +19,8 @@ from torch import Tensor
 
 from config import InferConfig, SamplingConfig, UserError, WriterConfig
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import faster_decoding_dtype, pack
-from flatgpt.inference.sampling import TextStream, generate_batch, likeliest
+from flatgpt.inference.prepacking import faster_decoding_dtype, prepack
+from flatgpt.inference.sampling import TextStream, generate_batch, top_token_probs
 from flatgpt.runtime.device import find_device, select_device
 from model import GPT
 
@@ -74,7 +74,7 @@ def prepare(
     if dtype == "auto" and device == "cpu" and not config.quantize:
         dtype, measured = faster_decoding_dtype(model, compile)
     settings = select_device(config.device, dtype)
-    pack(model, settings.dtype, config.quantize, compile)
+    prepack(model, settings.dtype, config.quantize, compile)
     precision = config.quantize or str(settings.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")
     described = f"{settings.name}, {precision}, {'compiled' if compile else 'eager'}"
     start_ids = [encoding.eot_token] if end_of_text else encoding.encode_ordinary("\n")
@@ -144,10 +144,10 @@ class Writer:
         self._log_context(texts)
         probs: list[list[tuple[int, float]]] = [[] for _ in texts]
 
-        def watch(logits: Tensor, tokens: Tensor) -> None:
-            probs[:] = likeliest(logits, tokens, top_probs)
+        def store_probs(logits: Tensor, tokens: Tensor) -> None:
+            probs[:] = top_token_probs(logits, tokens, top_probs)
 
-        started, last, compiling = time.perf_counter(), None, self.decoder.compiling
+        started, last, compiling = time.perf_counter(), None, self.decoder.compile_seconds
         batch = generate_batch(
             self.decoder,
             [text.ids for text in texts],
@@ -156,7 +156,7 @@ class Writer:
             n_vocab=self.encoding.n_vocab,
             stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),
             first_row=self.rows,
-            watch=watch if top_probs else None,
+            on_sample=store_probs if top_probs else None,
         )
         self.rows += len(texts)
         with contextlib.closing(batch):
@@ -169,7 +169,7 @@ class Writer:
                         text.append(token, of_token)
                         appended += 1
                 self.tokens += appended
-                compiled, compiling = self.decoder.compiling - compiling, self.decoder.compiling
+                compiled, compiling = self.decoder.compile_seconds - compiling, self.decoder.compile_seconds
                 if last is None:
                     self.first_seconds = self.first_seconds or now - started
                 else:
@@ -198,13 +198,14 @@ class Writer:
         """Return the number of tokens and the speed, in words."""
         line = f"{self.tokens:,} token{'s' * (self.tokens != 1)}, the first after {self.first_seconds:.2f} s"
         line += f", then {self.timed_tokens / self.timed_seconds:,.1f} tokens/s" if self.timed_tokens else ""
-        return line + (f"; compiling took {self.decoder.compiling:.1f} s" if self.decoder.compiling else "")
+        return line + (f"; compiling took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")
 
     def report(self, texts: list[Text]) -> dict:
         """Return settings, figures and the texts that have been begun, as infer.py --json writes them."""
         settings = [f.name for f in dataclasses.fields(SamplingConfig)] + ["max_new_tokens", "stop", "ignore_eot"]
         return {
-            "settings": {key: getattr(self.config, key) for key in settings} | {"temperature": self.config.heat},
+            "settings": {key: getattr(self.config, key) for key in settings}
+            | {"temperature": self.config.effective_temperature},
             "tokens": sum(text.tokens for text in texts),
             "seconds_to_first_token": self.first_seconds,
             "tokens_per_s": self.timed_tokens / self.timed_seconds if self.timed_tokens else None,
