@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_models import random_ids, random_model
+from random_models import random_ids, small_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,7 +23,7 @@ SHAPES = [
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 @torch.no_grad()
 def test_same_as_transformers(changes):
-    model = random_model(**changes)
+    model = small_model(**changes)
     c = model.config
     reference = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from random_models import CONFIG, T, V, random_ids, random_model
+from random_models import SMALL, T, V, random_ids, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig, SamplingConfig
@@ -32,7 +32,7 @@ POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
 def fresh(**changes) -> GPT:
     """A small model as training starts it."""
     torch.manual_seed(0)
-    return GPT(dataclasses.replace(CONFIG, **changes))
+    return GPT(dataclasses.replace(SMALL, **changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,12 +102,12 @@ def test_initial_weights(head):
 @pytest.mark.parametrize("how", ["copy", "assign", "assign on meta"])
 def test_a_tied_head_is_one_parameter_stored_once(head, how):
     """Also of a state dict in which both names are, as transformers has them."""
-    model, tied = random_model(**head), not head
+    model, tied = small_model(**head), not head
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     assert ("lm_head.weight" in weights) is not tied
     assert len(list(model.parameters())) == len(weights)
     for more in ({}, {"lm_head.weight": weights["transformer.wte.weight"].clone()} if tied else {}):
-        other = GPT.on_meta_device(model.config).eval() if how == "assign on meta" else random_model(seed=1, **head)
+        other = GPT.on_meta_device(model.config).eval() if how == "assign on meta" else small_model(seed=1, **head)
         other.load_state_dict(weights | more, assign=how != "copy")
         assert (other.lm_head.weight is other.transformer.wte.weight) is tied
         assert all(p.requires_grad for p in other.parameters())
@@ -124,12 +124,12 @@ def test_a_tied_head_is_one_parameter_stored_once(head, how):
 @HEADS
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_independent(copied, head):
-    model = random_model(**head)
+    model = small_model(**head)
     other, before = copied(model), model(IDS)
     assert (other.lm_head.weight is other.transformer.wte.weight) is not head
-    other.load_state_dict(random_model(seed=1, **head).state_dict(), assign=True)
+    other.load_state_dict(small_model(seed=1, **head).state_dict(), assign=True)
     assert torch.equal(model(IDS), before)
-    assert torch.equal(other(IDS), random_model(seed=1, **head)(IDS))
+    assert torch.equal(other(IDS), small_model(seed=1, **head)(IDS))
 
 
 def test_rope_stores_no_positions():
@@ -142,7 +142,7 @@ def test_rope_stores_no_positions():
 
 @HEADS
 def test_padding_of_the_vocabulary_affects_nothing(head):
-    model = random_model(**head)
+    model = small_model(**head)
     logits, loss = model(IDS), model(IDS, TARGETS)
     assert logits.shape == (B, T, V)
     loss.backward()
@@ -165,7 +165,7 @@ def test_padding_of_the_vocabulary_affects_nothing(head):
 def test_targets_of_minus_one_are_not_scored(rows, monkeypatch):
     """The mean and each loss; in chunks of `rows` rows."""
     monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", rows)
-    model, targets = random_model(), TARGETS.clone()
+    model, targets = small_model(), TARGETS.clone()
     targets[0, 5:] = -1
     targets[2, ::2] = -1
     log_probs = model(IDS).detach().double().log_softmax(-1)
@@ -180,14 +180,14 @@ def test_targets_of_minus_one_are_not_scored(rows, monkeypatch):
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_loss_is_float32_where_products_are_bfloat16(autocast):
-    model = random_model() if autocast else random_model().bfloat16()
+    model = small_model() if autocast else small_model().bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert model(IDS).dtype == torch.bfloat16
         assert model(IDS, TARGETS).dtype == torch.float32
 
 
 def test_head_bias_is_added_to_the_logits():
-    model = random_model(tie_weights=False, head_bias=True)
+    model = small_model(tie_weights=False, head_bias=True)
     before, shift = model(IDS), torch.linspace(-3, 3, V)
     with torch.no_grad():
         model.lm_head.bias[:V] += shift
@@ -234,7 +234,7 @@ def test_soft_cap_changes_training(case, head, soft_cap, monkeypatch):
         size, ids, targets = 50_000, random_ids(vocab_size=50_000), random_ids(seed=2, vocab_size=50_000)
         assert ids.numel() * size > 2**21
     targets[1, 3:6] = -1
-    model = random_model(model_class=soft_cap, std=1.0, vocab_size=size, **head)
+    model = small_model(model_class=soft_cap, std=1.0, vocab_size=size, **head)
     used = []
     model.fused_loss = lambda *args: used.append(1) or cross_entropy.fused_loss(*args)
     loss = model(ids, targets)
@@ -255,7 +255,7 @@ def test_soft_cap_changes_training(case, head, soft_cap, monkeypatch):
 @torch.no_grad()
 def test_soft_cap_changes_evaluation_and_sampling(head, soft_cap):
     """Each token's loss, the figures of eval.py, and the probabilities of infer.py's steps, in int8 too."""
-    model = random_model(model_class=soft_cap, std=1.0, **head)
+    model = small_model(model_class=soft_cap, std=1.0, **head)
     logits = plain_logits(model, IDS, V)
     losses = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), reduction="none")
     torch.testing.assert_close(model(IDS, TARGETS, reduction="none"), losses)
@@ -287,7 +287,7 @@ def test_adjust_logits_with_a_parameter_trains_it(monkeypatch):
     found = []
     for fewest in (0, 10**9):
         monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", fewest)
-        model = random_model(model_class=Scaled)
+        model = small_model(model_class=Scaled)
         model(IDS, TARGETS).backward()
         found.append([p.grad for p in model.parameters()])
         assert model.scale.grad.abs() > 0.01
@@ -301,7 +301,7 @@ def test_adjust_logits_with_a_parameter_trains_it(monkeypatch):
 @POSITIONS
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 def test_a_token_sees_the_past_in_order_and_not_the_future(position, attention):
-    model = random_model(n_layer=1, position=position, attention=attention)
+    model = small_model(n_layer=1, position=position, attention=attention)
     before = model(IDS)
     for t in (1, 7, 15):
         changed = IDS.clone()
@@ -316,12 +316,12 @@ def test_a_token_sees_the_past_in_order_and_not_the_future(position, attention):
 
 def test_dropout_zeroes_its_share_in_training_and_nothing_in_evaluation():
     """Of the embedding and of what each block adds."""
-    model = random_model(dropout=0.25, n_embd=64, context_length=64)
+    model = small_model(dropout=0.25, n_embd=64, context_length=64)
     ids, seen = random_ids(8, 64), {}
     for name in ("drop", "h.0.attn", "h.1.mlp"):
         module = model.transformer.get_submodule(name)
         module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (out == 0).float().mean()}))
-    torch.testing.assert_close(model(ids), random_model(n_embd=64, context_length=64)(ids))
+    torch.testing.assert_close(model(ids), small_model(n_embd=64, context_length=64)(ids))
     assert max(seen.values()) == 0
     model.train()(ids)
     assert [share.item() for share in seen.values()] == pytest.approx([0.25] * 3, abs=0.02)
@@ -329,7 +329,7 @@ def test_dropout_zeroes_its_share_in_training_and_nothing_in_evaluation():
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 def test_attention_weights_are_dropped_in_training_only(attention):
-    attn = random_model(dropout=0.5, attention=attention).transformer.h[0].attn
+    attn = small_model(dropout=0.5, attention=attention).transformer.h[0].attn
     attn.resid_dropout.p = 0.0
     x = torch.randn(1, T, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(attn(x), attn(x))
@@ -342,7 +342,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(position):
     """With dropout: the second pass through a block has to draw the masks of the first."""
     answers = {}
     for on in (False, True):
-        model = random_model(activation_checkpointing=on, dropout=0.2, position=position).train()
+        model = small_model(activation_checkpointing=on, dropout=0.2, position=position).train()
         entered = []
         model.transformer.h[0].mlp.register_forward_pre_hook(lambda m, args, entered=entered: entered.append(1))
         torch.manual_seed(5)
@@ -367,7 +367,7 @@ def new_cache(model: GPT, capacity: int = T) -> KVCache:
 @torch.no_grad()
 def test_logits_with_a_cache_equal_those_without(prompt, attention, position):
     """With one position for all rows, which the model advances, and with one for each row."""
-    model = random_model(position=position, attention=attention)
+    model = small_model(position=position, attention=attention)
     expected = model(IDS)
     for per_row in (False, True):
         cache = new_cache(model)
@@ -383,7 +383,7 @@ def test_logits_with_a_cache_equal_those_without(prompt, attention, position):
 @torch.no_grad()
 def test_rows_of_a_cache_may_differ_in_length(position):
     """What is stored after a row's position does not matter."""
-    model, lengths = random_model(position=position), [3, T - 2, 5]
+    model, lengths = small_model(position=position), [3, T - 2, 5]
     cache = new_cache(model)
     model(IDS, cache=cache)
     cache.position, cache.key_length = torch.tensor(lengths), T - 1
@@ -393,7 +393,7 @@ def test_rows_of_a_cache_may_differ_in_length(position):
 
 
 def test_wrong_cache_positions_are_errors():
-    model = random_model()
+    model = small_model()
     cache = new_cache(model, 8)
     with pytest.raises(ValueError, match="9 tokens after 0 cached ones exceed capacity = 8"):
         model(IDS[:, :9], cache=cache)
@@ -415,7 +415,7 @@ def test_wrong_cache_positions_are_errors():
 
 def test_generate_is_what_the_scripts_sample():
     """Beyond the context too; settings change the text, the model's mode and the prompt stay."""
-    model = random_model().train()
+    model = small_model().train()
     prompt, texts = IDS[:, :5], []
     for settings in ({"greedy": True}, {"seed": 1}, {"seed": 1, "top_k": 2}, {"seed": 2, "temperature": 2.0}):
         found = model.generate(prompt, 20, **settings)

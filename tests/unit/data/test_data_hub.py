@@ -19,9 +19,9 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, command, running
 from hub_host import hub_environment
 from huggingface_hub import constants
+from processes import ROOT, command, running
 from test_sources import content, prepare, texts
 
 from config import UserError

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import TEXT
+from in_process import TEXT
 
 from config import PrepareConfig, UserError
 from flatgpt.data import prepare as preparation

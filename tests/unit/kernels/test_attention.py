@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from random_models import CONFIG
+from random_models import SMALL
 
 from flatgpt.kernels.attention import BF16_CPU_MAX_PLAIN_TOKENS, attention, manual_attention
 from flatgpt.kernels.rope import RotaryEmbedding, rotate
@@ -78,7 +78,7 @@ def test_rope_multiplies_complex_numbers(per_row):
     angle = torch.outer(torch.arange(7, 12).double(), 10_000 ** (-2 * torch.arange(8).double() / 16))
     rotated = pairs * torch.polar(torch.ones_like(angle), angle)
     positions = torch.arange(7, 12).expand(2, 5) if per_row else torch.arange(7, 12)
-    rope = RotaryEmbedding(CONFIG)(positions)
+    rope = RotaryEmbedding(SMALL)(positions)
     torch.testing.assert_close(rotate(x, rope), torch.cat((rotated.real, rotated.imag), -1).float(), rtol=0, atol=1e-5)
     assert rotate(x.bfloat16(), rope).dtype == torch.bfloat16
 
