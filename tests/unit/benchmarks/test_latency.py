@@ -13,7 +13,7 @@ from config import BenchConfig, SamplingConfig, UserError
 from flatgpt.benchmarks import inference
 from flatgpt.cli import cli
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import Int8Linear, pack
+from flatgpt.inference.prepacking import Int8Linear, prepack
 from flatgpt.inference.sampling import generate
 from model import GPT
 
@@ -149,13 +149,13 @@ def test_llama_cpp_writes_what_we_write(in_tmp):
 def test_packed_models_are_what_is_measured(monkeypatch, figures):
     """int8 means Int8Linear, the head's too."""
     seen = []
-    real = pack
+    real = prepack
 
     def spy(model, dtype, quantize=None, compile=False):
         seen.append((dtype, quantize, compile))
         return real(model, dtype, quantize, compile)
 
-    monkeypatch.setattr(inference, "pack", spy)
+    monkeypatch.setattr(inference, "prepack", spy)
     figures("--rounds", "1")
     low = torch.bfloat16
     assert seen == [(torch.float32, None, False), (low, None, False), (low, "int8", False)]
