@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import tiktoken
 
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import likeliest
+from flatgpt.inference.sampling import top_token_probs
 from flatgpt.interop.model_card import body
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs, render
@@ -72,7 +72,7 @@ class Page:
         self._surprise = 0.0  # of these, in nats
 
     def add(self, characters: str, odds: list[tuple[int, float]] | None) -> None:
-        """What a text grew by, and what sampling.likeliest said of the token, None at its end."""
+        """What a text grew by, and what sampling.top_token_probs said of the token, None at its end."""
         if odds:
             self._waiting.append(self._table(odds))
             self._surprise -= math.log(max(odds[0][1], 1e-9))
@@ -175,7 +175,7 @@ class Playground:
         odds: list = []
 
         def watch(logits, tokens) -> None:
-            odds[:] = likeliest(logits, tokens, SHOWN)
+            odds[:] = top_token_probs(logits, tokens, SHOWN)
 
         counts, drawn = [0] * len(texts), 0.0
         for _ in writer.write(texts, watch):
@@ -197,7 +197,7 @@ def build(playground: Playground):
     sliders = (  # from, to, step, at first; what the command line asks for may lie outside
         ("num_samples", 1, config.sample_limit, 1, 1),
         ("max_new_tokens", 1, config.token_limit, 1, min(config.max_new_tokens, config.token_limit)),
-        ("temperature", 0, 2, 0.05, config.heat),
+        ("temperature", 0, 2, 0.05, config.effective_temperature),
         ("top_k", 0, 200, 1, config.top_k),
         ("top_p", 0.05, 1, 0.05, config.top_p),
         ("min_p", 0, 1, 0.01, config.min_p),

@@ -46,46 +46,46 @@ from flatgpt.benchmarks.evaluation import bench_eval
 from flatgpt.benchmarks.inference import bench_infer
 from flatgpt.benchmarks.time_to_loss import bench_loss, loss_table
 from flatgpt.benchmarks.training import ops_table, seconds_since_start, speedup, table, top_ops, update_figures
-from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime.device import find_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json
 from flatgpt.training.plan import matmul_flops
-from flatgpt.training.setup import Run, describe, setup
-from train import parts, save, update
+from flatgpt.training.setup import TrainingRun, build_run, summary
+from train import checkpoint_state, save, train_step
 
 
-def milliseconds(bench: Run, work: Callable[[], Any]) -> float:
+def milliseconds(bench: TrainingRun, work: Callable[[], Any]) -> float:
     """How long some work takes, on the device too."""
-    bench.machine.synchronize()
+    bench.device_settings.synchronize()
     began = time.perf_counter()
     work()
-    bench.machine.synchronize()
+    bench.device_settings.synchronize()
     return 1e3 * (time.perf_counter() - began)
 
 
 def bench_save(config: BenchConfig) -> dict:
     """Time updates with and without a save beside them, in turn, and what of a save the loop waits for."""
     with tempfile.TemporaryDirectory(dir=".") as folder, contextlib.redirect_stdout(sys.stderr):
-        bench = setup(dataclasses.replace(config, out_dir=folder))
-        print(describe(bench))
-        saver, made = Saver(bench.config), itertools.count()
+        bench = build_run(dataclasses.replace(config, out_dir=folder))
+        print(summary(bench))
+        saver, made = CheckpointWriter(bench.config), itertools.count()
         row = {"iter": 0, "tokens": 0, "epoch": 0.0}
 
         def one() -> float:
-            return milliseconds(bench, partial(update, bench, next(made)))
+            return milliseconds(bench, partial(train_step, bench, next(made)))
 
         for _ in range(config.warmup_updates):
             one()
-        first_copy = milliseconds(bench, lambda: saver.reserve(parts(bench, row, {})))
+        first_copy = milliseconds(bench, lambda: saver.allocate_buffers(checkpoint_state(bench, row, {})))
         outside, during, copies, seconds = [], [], [], []
         for number in range(1, config.rounds + 1):
             outside += [one() for _ in range(config.timed_updates)]
             row["iter"], written = number, threading.Event()
             copies.append(milliseconds(bench, lambda: save(bench, saver, row, {}, {"config": {}})))
             began = time.perf_counter()
-            saver.then(written.set)
+            saver.submit_after_save(written.set)
             while not written.is_set():
                 during.append(one())
                 saver.check()  # a save that failed does not set it
@@ -102,7 +102,7 @@ def bench_save(config: BenchConfig) -> dict:
         "first_copy_ms": first_copy,
         "save_s": statistics.median(seconds),
         "checkpoint_mb": size / 1e6,
-        "machine": bench.machine.describe(),
+        "machine": bench.device_settings.describe(),
         "torch": torch.__version__,
     }
 
@@ -114,12 +114,12 @@ def bench_train(config: BenchConfig, ranks: DistributedContext = SINGLE_PROCESS)
         nanogpt.require_same(config, ranks.world)
         nanogpt.folder(config, "model.py")
     with contextlib.redirect_stdout(sys.stderr if ranks.first else sys.stdout):  # standard output is for figures
-        bench = setup(config, ranks)
-        print(describe(bench))
-    made, place = itertools.count(), bench.machine
+        bench = build_run(config, ranks)
+        print(summary(bench))
+    made, place = itertools.count(), bench.device_settings
 
     def ours(updates: int) -> list[float]:
-        return [milliseconds(bench, partial(update, bench, next(made))) for _ in range(updates)]
+        return [milliseconds(bench, partial(train_step, bench, next(made))) for _ in range(updates)]
 
     others = nanogpt.ways(bench.config) if config.peer else {}
     with contextlib.ExitStack() as stack:
@@ -165,7 +165,7 @@ def bench_train(config: BenchConfig, ranks: DistributedContext = SINGLE_PROCESS)
         answer["memory_ratios"] = {name: answer["peak_mem_gb"] / found[name]["peak_mem_gb"] for name in found}
     if config.profile:  # all ranks, as they update together
         trace = config.profile if ranks.first else None
-        answer["top_ops"] = top_ops(lambda: update(bench, next(made)), place.device, trace)
+        answer["top_ops"] = top_ops(lambda: train_step(bench, next(made)), place.device, trace)
     return answer
 
 

@@ -330,13 +330,13 @@ class SamplingConfig:
     seed: int = opt(1337, "of the random numbers; the n-th text has its own", low=0, below=2**63, recipe=False)
 
     @property
-    def heat(self) -> float:
+    def effective_temperature(self) -> float:
         """The temperature that counts; 0: greedy."""
         return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
 
     def problems(self) -> list[str]:
         """Options that could not all be meant."""
-        if self.heat:
+        if self.effective_temperature:
             return []
         why = "greedy" if self.greedy else "temperature = 0"
         asked = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}

@@ -41,7 +41,7 @@ from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.evaluation.text_stats import TextCounts, count_text
 from flatgpt.evaluation.windows import Prefixed, Protocol, eval_batches
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
 from flatgpt.runtime.device import DeviceSettings, find_device, seed_of, select_device
@@ -201,7 +201,11 @@ def score_continuations(context: EvalContext, model: GPT, encoding: tiktoken.Enc
     shared = {"share": (ranks.rank, ranks.world), "all_gather": ranks.all_gather, "watch": context.watch}
     written = continuations.continue_all(Decoder(model), encoding, places, length, config, **shared)
     chosen = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
-    means = [f"{length} tokens after {config.prompt_tokens}", f"temperature {config.heat:g}", f"seed {config.seed}"]
+    means = [
+        f"{length} tokens after {config.prompt_tokens}",
+        f"temperature {config.effective_temperature:g}",
+        f"seed {config.seed}",
+    ]
     means += [f"{key} {getattr(config, key)}" for key in chosen if key not in ("temperature", "greedy", "seed")]
     scores = dataclasses.asdict(continuations.compare(encoding, places, written))
     return {"prompts_mean": ", ".join(means), **scores}
@@ -230,7 +234,7 @@ def evaluate_model(context: EvalContext, found: ModelSource) -> dict:
     """The report of one model."""
     config = context.config
     model, encoding = loading.load(found, context.place.device, config.context_length)
-    pack(model, context.place.dtype)  # on a CPU the whole report comes in half the time
+    prepack(model, context.place.dtype)  # on a CPU the whole report comes in half the time
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
     facts["dtype"] = str(context.place.dtype).removeprefix("torch.")
     answer = (score_answers if config.choices else score_text)(context, model, encoding, found)

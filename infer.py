@@ -25,7 +25,7 @@ import tiktoken
 from torch import Tensor
 
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import faster_decoding_dtype, pack
+from flatgpt.inference.prepacking import faster_decoding_dtype, prepack
 from flatgpt.inference.sampling import TextStream, generate_batch
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
@@ -92,7 +92,7 @@ class Writer:
                 f"note: up to {longest + self.config.max_new_tokens:,} tokens with the prompt; the model sees "
                 f"{self.context:,} at once{dropped}, and then goes on from the newer {max(1, self.context // 2):,}"
             )
-        began, came, compiling = time.perf_counter(), None, self.decoder.compiling
+        began, came, compiling = time.perf_counter(), None, self.decoder.compile_seconds
         batch = generate_batch(
             self.decoder,
             [text.ids for text in texts],
@@ -101,7 +101,7 @@ class Writer:
             n_vocab=self.encoding.n_vocab,
             stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),
             first_row=self.rows,
-            watch=watch,
+            on_sample=watch,
         )
         self.rows += len(texts)
         with contextlib.closing(batch):
@@ -115,7 +115,7 @@ class Writer:
                         text.take(token)
                         taken += 1
                 self.tokens += taken
-                compiled, compiling = self.decoder.compiling - compiling, self.decoder.compiling
+                compiled, compiling = self.decoder.compile_seconds - compiling, self.decoder.compile_seconds
                 if before is None:
                     self.first = self.first or came - began
                 else:
@@ -132,7 +132,7 @@ class Writer:
         """What was written and how fast, for people."""
         line = f"{self.tokens:,} token{'s' * (self.tokens != 1)}, the first after {self.first:.2f} s"
         line += f", then {self.later / self.seconds:,.1f} tokens/s" if self.later else ""
-        return line + (f"; compiling took {self.decoder.compiling:.1f} s" if self.decoder.compiling else "")
+        return line + (f"; compiling took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")
 
 
 class Page:
@@ -203,7 +203,7 @@ def load(config: InferConfig) -> tuple[Writer, ModelSource, dict]:
     if dtype == "auto" and device.type == "cpu" and not config.quantize:
         dtype, measured = faster_decoding_dtype(model, compile)
     place = select_device(config.device, dtype)
-    decoder = Decoder(pack(model, place.dtype, config.quantize, compile), compile)
+    decoder = Decoder(prepack(model, place.dtype, config.quantize, compile), compile)
     precision = config.quantize or str(place.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")
     facts["machine"] = f"{place.name}, {precision}, {'compiled' if compile else 'eager'}"
     say(f"{found.describe()}: {facts['parameters']:,} parameters, on {facts['machine']}")
@@ -236,7 +236,7 @@ def report(config: InferConfig, writer: Writer, texts: list[Text]) -> dict:
     """What --json writes."""
     settings = [f.name for f in dataclasses.fields(SamplingConfig)] + ["max_new_tokens", "stop", "ignore_eot"]
     return {
-        "settings": {key: getattr(config, key) for key in settings} | {"temperature": config.heat},
+        "settings": {key: getattr(config, key) for key in settings} | {"temperature": config.effective_temperature},
         "tokens": sum(text.tokens for text in texts),
         "seconds_to_first_token": writer.first,
         "tokens_per_s": writer.later / writer.seconds if writer.later else None,

@@ -17,54 +17,54 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from flatgpt.kernels.cross_entropy import ROWS, for_compiled, fused_loss, pays
+from flatgpt.kernels.cross_entropy import CHUNK_ROWS, fused_loss, fused_loss_outside_graph, use_fused_loss
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in memory set aside once: (B, H, S, D) a layer, S places for tokens.
+    """Keys and values of earlier tokens, allocated once: (B, H, capacity, D) for each layer.
 
-    `start` is the place of the next tokens. An int, the same for all rows: the places before it are computed with. Or
-    (B,) int64 on the device, a place for each row: all places before `stop` are computed with, those not filled yet
-    masked, so that rows may differ in length, and each step has the same shapes, as suits a compiler. Whoever calls the
-    model sets both.
+    `position` is where the next tokens are stored. An int is the same for all rows: attention reads the keys up to it.
+    A (B,) int64 tensor on the device holds a position for each row, so that rows may differ in length: attention reads
+    `key_length` keys, and attention_mask hides those that are not stored yet, so shapes are the same in every step, as
+    compilers need. The caller sets both.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, places: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch_size, config.n_head, places, config.n_embd // config.n_head)
+    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.start: int | Tensor = 0
-        self.stop = places
+        self.position: int | Tensor = 0
+        self.key_length = capacity
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, (B, H, T, D); T is 1 where `start` is a tensor.
+        """Store a layer's new keys and values, (B, H, T, D); T is 1 where `position` is a tensor.
 
-        Returns those to attend to, (B, H, start + T, D) or (B, H, stop, D).
+        Returns the keys and values to attend to, (B, H, position + T, D) or (B, H, key_length, D).
         """
         all_k, all_v = self.k[layer], self.v[layer]
-        if isinstance(self.start, int):
-            stop = self.start + k.size(2)
-            all_k[:, :, self.start : stop] = k
-            all_v[:, :, self.start : stop] = v
+        if isinstance(self.position, int):
+            stop = self.position + k.size(2)
+            all_k[:, :, self.position : stop] = k
+            all_v[:, :, self.position : stop] = v
             return all_k[:, :, :stop], all_v[:, :, :stop]
         rows = torch.arange(k.size(0), device=k.device)
-        all_k[rows, :, self.start] = k[:, :, 0].type_as(all_k)
-        all_v[rows, :, self.start] = v[:, :, 0].type_as(all_v)
-        return all_k[:, :, : self.stop], all_v[:, :, : self.stop]
+        all_k[rows, :, self.position] = k[:, :, 0].type_as(all_k)
+        all_v[rows, :, self.position] = v[:, :, 0].type_as(all_v)
+        return all_k[:, :, : self.key_length], all_v[:, :, : self.key_length]
 
-    def hidden(self) -> Tensor | None:
-        """(B, 1, 1, stop) bool, true where a place holds nothing yet for a new token to see; None: all are filled."""
-        if isinstance(self.start, int):
+    def attention_mask(self) -> Tensor | None:
+        """(B, 1, 1, key_length) bool, true where a key is visible to the new token; None: all are."""
+        if isinstance(self.position, int):
             return None
-        return (torch.arange(self.stop, device=self.k[0].device) > self.start[:, None])[:, None, None]
+        return (torch.arange(self.key_length, device=self.k[0].device) <= self.position[:, None])[:, None, None]
 
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines
+Rope = tuple[Tensor, Tensor]  # cosines and sines
 
 
-class Rotary(nn.Module):
+class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al., "RoFormer", 2021), base 10,000, first half of D paired with the second."""
 
     def __init__(self, config: ModelConfig):
@@ -75,14 +75,14 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (context_length, D/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, positions: Tensor) -> Turn:
+    def forward(self, positions: Tensor) -> Rope:
         """Positions (T) or (B, T) -> cosines and sines of their angles, ([B,] 1, T, D/2): the same for all heads."""
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
 
 
-def rotate(x: Tensor, turn: Turn) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Queries or keys, (B, H, T, D), turned by their positions' angles."""
-    cos, sin = turn
+    cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -99,18 +99,18 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.manual = config.attention == "manual"
 
-    def forward(self, x: Tensor, turn: Turn | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             stored_k, stored_v = cache.append(self.layer, k, v)
         if cache is not None and T == 1:  # in the cache's precision
-            y = last_token_attention(q.to(stored_k.dtype), stored_k, stored_v, cache.hidden())
+            y = last_token_attention(q.to(stored_k.dtype), stored_k, stored_v, cache.attention_mask())
         else:  # a text from its start: its tokens see each other only
             dropout = self.dropout if self.training else 0.0
             # torch's CPU kernel for bf16 is slower than plain products up to 512 tokens (docs/speed.md)
@@ -120,28 +120,28 @@ class Attention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, dropout: float = 0.0) -> Tensor:
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Attention, written out.
 
     Args:
         q: (B, H, T, D).
         k, v: (B, H, S, D).
-        hidden: bool, broadcast to (B, H, T, S): which keys a query does not see; None: it sees all.
+        mask: bool, broadcast to (B, H, T, S): which keys a query sees; None: all.
 
     Returns:
         (B, H, T, D).
     """
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, H, T, S): likeness of each query to each key
-    if hidden is not None:  # added, which takes a CPU a third less time than masked_fill on the scores
-        scores += torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -math.inf)
+    if mask is not None:  # added, which takes a CPU a third less time than masked_fill on the scores
+        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1
     return F.dropout(weights, dropout) @ v
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """What the fused kernels compute, plain: no token sees the ones after it. q, k, v: (B, H, T, D)."""
-    future = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    return manual_attention(q, k, v, future, dropout)
+    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()  # (T, T)
+    return manual_attention(q, k, v, mask, dropout)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -157,12 +157,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return y[..., :D]
 
 
-def last_token_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+def last_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """manual_attention for T = 1, by what is fastest; on a GPU, kernels that the compiler makes of plain products."""
     if q.device.type != "cpu":
-        return manual_attention(q, k, v, hidden)
-    seen = None if hidden is None else ~hidden
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1 / math.sqrt(q.size(-1)))
+        return manual_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1 / math.sqrt(q.size(-1)))
 
 
 class MLP(nn.Module):
@@ -190,8 +189,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, turn: Turn | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), turn, cache)
+    def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -229,7 +228,7 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.context_length, C)
             self.rotary = None
         else:
-            self.rotary = Rotary(config)
+            self.rotary = RotaryEmbedding(config)
         # A tied head has no parameter of its own, so it is stored once, counted once and updated once.
         self.lm_head = None if config.tie_weights else nn.Linear(C, padded, bias=config.head_bias)
         self.fused_loss = fused_loss
@@ -249,66 +248,68 @@ class GPT(nn.Module):
                 table.weight[self.config.vocab_size :] = 0  # the padding
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None, each: bool = False
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None
     ) -> Tensor:
         """Logits, or the loss where targets are given.
 
         Args:
             idx: (B, T) int64 token ids, T at most context_length (what is in the cache counts).
             targets: (B, T) int64, the next token of each place; -1 where there is none to score.
-            cache: keys and values of the tokens before idx; idx's go to `cache.start`, which T > 1 needs to be 0.
-            each: the loss of each target instead of their mean; 0 where there is none to score.
+            reduction: "mean" of the losses, or "none": the loss of each target, 0 where there is none to score.
+        cache: keys and values of the tokens before idx; idx's go to `cache.position`, which T > 1 needs to be 0.
 
         Returns:
-            targets given: the mean cross-entropy in nats, a float32 scalar, or with `each` (B T) of them.
+            targets given: the mean cross-entropy in nats, a float32 scalar, or (B T) of them with reduction "none".
             cache given: (B, 1, V) logits of the last place only.
             otherwise: (B, T, V) logits.
         """
-        x = self.hidden(idx, cache)  # (B, T, C)
+        x = self.hidden_states(idx, cache)  # (B, T, C)
         if cache is not None:
             x = x[:, -1:]  # (B, 1, C): only the last place is asked for
-        if each:  # some rows at a time, for evaluation: float32 logits of all would be more than training takes
-            x, rows = x.flatten(0, 1), ROWS[x.device.type]
+        if (
+            reduction == "none"
+        ):  # some rows at a time, for evaluation: float32 logits of all would be more than training takes
+            x, rows = x.flatten(0, 1), CHUNK_ROWS[x.device.type]
             parts = zip(x.split(rows), targets.flatten().split(rows), strict=True)
             return torch.cat([self._losses(hidden, their, "none") for hidden, their in parts])
-        if targets is not None and pays(idx.numel(), self.transformer.wte.num_embeddings):
+        if targets is not None and use_fused_loss(idx.numel(), self.transformer.wte.num_embeddings):
             head = self.lm_head or self.transformer.wte
             weight, bias = head.weight, getattr(head, "bias", None)
             return self.fused_loss(x.flatten(0, 1), weight, bias, targets.flatten(), self.config.vocab_size)
         if targets is None:
-            return self.head(x)  # (B, T, V)
+            return self.compute_logits(x)  # (B, T, V)
         return self._losses(x.flatten(0, 1), targets.flatten(), "mean")
 
     def _losses(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         # float32: the sum over V of exponentials is where bf16 would lose the loss's third digit
-        return F.cross_entropy(self.head(x).float(), targets, ignore_index=-1, reduction=reduction)
+        return F.cross_entropy(self.compute_logits(x).float(), targets, ignore_index=-1, reduction=reduction)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head makes logits of: (B, T, C), for ids and cache as forward takes them."""
         _, T = idx.shape
-        if cache is None or isinstance(cache.start, int):
-            start = cache.start if cache else 0
+        if cache is None or isinstance(cache.position, int):
+            start = cache.position if cache else 0
             assert start == 0 or T == 1, (start, T)
             assert start + T <= self.config.context_length, (start, T)
             positions = torch.arange(start, start + T, device=idx.device)  # (T)
         else:
-            positions = cache.start[:, None]  # (B, 1)
+            positions = cache.position[:, None]  # (B, 1)
         x = self.transformer.wte(idx)  # (B, T, C)
-        turn = None
+        rope = None
         if self.rotary is None:
             x = x + self.transformer.wpe(positions)  # ([B,] T, C)
         else:
-            turn = self.rotary(positions)
+            rope = self.rotary(positions)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, turn, use_reentrant=False)
+                x = checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, turn, cache)
+                x = block(x, rope, cache)
         return self.transformer.ln_f(x)  # (B, T, C)
 
-    def head(self, x: Tensor, padded: bool = False) -> Tensor:
-        """Logits (..., V) of what `hidden` gave, (..., C).
+    def compute_logits(self, x: Tensor, padded: bool = False) -> Tensor:
+        """Logits (..., V) of what `hidden_states` gave, (..., C).
 
         Args:
             padded: leave the vocabulary's padding there, as -inf, where a softmax would copy rows that lie apart.
@@ -321,10 +322,10 @@ class GPT(nn.Module):
 
     def exclude_loss_from_compile(self) -> None:
         """Before torch.compile: the fused loss goes by chunks in memory of its own, which a graph would undo."""
-        self.fused_loss = for_compiled(self.transformer.wte.weight.device)
+        self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device)
 
     @classmethod
-    def without_values(cls, config: ModelConfig) -> GPT:
+    def on_meta_device(cls, config: ModelConfig) -> GPT:
         """The network on the meta device: names and sizes, and no time or memory for weights that a file will give."""
         with torch.device("meta"), _NoInitialWeights():
             return cls(config)

@@ -41,8 +41,8 @@ from config import ReportedByOtherRank, UserError
 from flatgpt.evaluation.metrics import default_batch_size, mean_loss
 from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint, history
-from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.lock import Claim
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
+from flatgpt.runs.lock import RunLock
 from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runs.run_log import PICTURE, RunLog, StepClock, duration, peak_flops, start_wandb
 from flatgpt.runtime.device import find_device, reseed, select_device
@@ -52,10 +52,10 @@ from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import resume, samples
 from flatgpt.training.nonfinite import out_of_memory, require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
-from flatgpt.training.setup import Run, describe, print_plan, setup
+from flatgpt.training.setup import TrainingRun, build_run, print_plan, summary
 
 
-def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
+def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
     """One optimizer update, number i (from 0), on the device: no waiting here. It is left out if it is not finite.
 
     Returns:
@@ -64,25 +64,25 @@ def update(run: Run, i: int) -> tuple[Tensor, Tensor]:
     config, mine = run.config, run.ranks.micro_batches(run.config.grad_accum_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(i, config)
-    loss = torch.zeros((), device=run.machine.device)
+    loss = torch.zeros((), device=run.device_settings.device)
     for micro in mine:
-        x, y = run.feed(i, micro)  # (B, T) each
+        x, y = run.prefetcher(i, micro)  # (B, T) each
         if config.dropout:
             reseed(config.seed, i, micro)
-        with gradients(run.spread, last=micro == mine[-1]):
-            with run.machine.autocast():
+        with gradients(run.wrapped_model, last=micro == mine[-1]):
+            with run.device_settings.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
             # nan where the loss is not finite: its gradients can be, and float16's scaler looks at those alone
             run.scaler.scale(micro_loss).backward(1 + 0 * micro_loss.detach())
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
-    own, loss = loss + local_grad_sum(run.spread), run.ranks.sum(loss)
-    apply_gradients(run.optimizer, run.scaler, left_out=run.health.note(i, loss, norm, own))
+    own, loss = loss + local_grad_sum(run.wrapped_model), run.ranks.sum(loss)
+    apply_gradients(run.optimizer, run.scaler, found_inf=run.nonfinite_guard.observe(i, loss, norm, own))
     return loss, norm
 
 
-def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
+def evaluate(run: TrainingRun, asked: Callable[[], int] = lambda: 0) -> float | None:
     """Validation loss, nats per token, over the first eval_batches batches of the split (0: all of it).
 
     Args:
@@ -91,7 +91,7 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
     config, ranks, stopped = run.config, run.ranks, False
     tokens, share = run.dataset.tokens("val"), (ranks.rank, ranks.world)
     T = config.context_length
-    rows = config.batch_size if config.eval_batches else default_batch_size(T, run.machine.device)
+    rows = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
     batches = eval_batches(tokens, T, rows, config.eval_batches, share)
 
     def until_asked() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -101,8 +101,8 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
                 return
             yield batch
 
-    with run.machine.autocast():
-        loss = mean_loss(run.model, until_asked(), run.machine.to_device, ranks.sum)
+    with run.device_settings.autocast():
+        loss = mean_loss(run.model, until_asked(), run.device_settings.to_device, ranks.sum)
     return None if stopped else loss
 
 
@@ -110,26 +110,26 @@ def evaluate(run: Run, asked: Callable[[], int] = lambda: 0) -> float | None:
 # saving and running
 
 
-def parts(run: Run, row: dict, progress: dict) -> dict:
+def checkpoint_state(run: TrainingRun, row: dict, progress: dict) -> dict:
     """What a checkpoint is made of; the row is logged again after a resume."""
     train_state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    train_state |= {"health": run.health.state_dict(), "row": row, **progress}
+    train_state |= {"health": run.nonfinite_guard.state_dict(), "row": row, **progress}
     return {"weights": run.model.state_dict(), "train_state": train_state}
 
 
-def save(run: Run, saver: Saver, row: dict, progress: dict, facts: dict) -> None:
+def save(run: TrainingRun, saver: CheckpointWriter, row: dict, progress: dict, facts: dict) -> None:
     """Begin to write the checkpoint of iteration row["iter"], when the one before it has arrived."""
     run.ranks.poll_all(saver.idle)
     require_finite(run.model, row["iter"])
     state = {key: row[key] for key in ("iter", "tokens", "epoch")} | progress | facts
     state["finished"] = False  # until its end has been evaluated too
-    saver.save(state, parts(run, row, progress))
+    saver.save(state, checkpoint_state(run, row, progress))
 
 
-def look(run: Run, saver: Saver, row: dict) -> list[str]:
-    """What Health has to say of the newest update; where that ends the run, what is in flight arrives before it."""
+def look(run: TrainingRun, saver: CheckpointWriter, row: dict) -> list[str]:
+    """Return warnings about non-finite updates. Before an error, wait until the save in flight is complete."""
     try:
-        return run.health.look(row, run.batches, run.ranks)
+        return run.nonfinite_guard.check(row, run.batches, run.ranks)
     except UserError:
         run.ranks.poll_all(saver.idle)  # torchrun would end rank 0 with the first that leaves
         raise
@@ -142,7 +142,7 @@ def train(config: TrainConfig) -> None:
             raise ReportedByOtherRank  # the first says that it takes no torchrun
         print_plan(config)
         return
-    with join_process_group(config, find_device) as ranks, Claim(run_dir(config)) as claim:
+    with join_process_group(config, find_device) as ranks, RunLock(run_dir(config)) as claim:
         try:
             train_on(ranks, claim, config)
         except torch.OutOfMemoryError:
@@ -150,30 +150,30 @@ def train(config: TrainConfig) -> None:
             raise UserError(out_of_memory(config, place.name, place.peak_memory_gb(), ranks.world)) from None
 
 
-def train_on(ranks: DistributedContext, claim: Claim, config: TrainConfig) -> None:
+def train_on(ranks: DistributedContext, claim: RunLock, config: TrainConfig) -> None:
     """What each rank does."""
-    start = ranks.run_on_rank0(lambda: resume.find_start(claim, config.resume, config.overwrite))
+    start = ranks.run_on_rank0(lambda: resume.find_resume_checkpoint(claim, config.resume, config.overwrite))
     if start and config.lr_decay_iters is None:
         # the schedule that the run was started with stays, also when max_iters is raised
         config = dataclasses.replace(config, lr_decay_iters=start[1]["config"]["lr_decay_iters"])
-    run = setup(config, ranks, chosen=start[1]["chosen"] if start else None)
+    run = build_run(config, ranks, chosen=start[1]["chosen"] if start else None)
     config = run.config
-    print(describe(run))
-    at = resume.begin(start, run, claim, recipe_text(config))
+    print(summary(run))
+    at = resume.restore_run(start, run, claim, recipe_text(config))
     folder, row, progress, saved = Path(config.out_dir), at.row, at.progress, at.saved
     wandb_run = None
     if ranks.first:
         wandb_run = start_wandb(config.wandb, config.wandb_project, folder, dataclasses.asdict(config), at.wandb_id)
     log = RunLog(folder if ranks.first else None, row["iter"], config.max_iters, wandb_run)
     ranks.barrier()  # wandb's servers may take their time
-    facts = resume.facts(run) | {"wandb_id": wandb_run.id if wandb_run else at.wandb_id}
+    facts = resume.run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else at.wandb_id}
     i, began, clock, stop = (
         row["iter"],
         time.perf_counter(),
         StepClock(),
         StopRequest(config.max_minutes, ranks.world > 1),
     )
-    saver = Saver(config, ranks.first, full_tensor, claim.held)
+    saver = CheckpointWriter(config, ranks.first, full_tensor, claim.is_held)
     asked, save_now, over = 0, 0, False  # a stop, from outside; save_minutes; the end of patience
     intervals = config.log_interval, config.eval_interval, config.save_interval, config.max_iters
     try:
@@ -200,33 +200,33 @@ def train_on(ranks: DistributedContext, claim: Claim, config: TrainConfig) -> No
                     saver.check()
                 if saved == i and better and ranks.all(saver.failure is None):
                     progress |= {"best_loss": loss, "best_iter": i, "since_best": 0}
-                    saver.then(checkpoint.point, folder, "best", i)
+                    saver.submit_after_save(checkpoint.point, folder, "best", i)
                 over = config.patience is not None and progress["since_best"] >= config.patience and saved == i
             if row["iter"] == i and (asked or "val_loss" in row or any(i % n == 0 for n in intervals)):
                 log.write(row)
                 if "val_loss" in row and run.encoding:
-                    log.write_samples(row, config.sample_prompt, samples.draw(run, config.seed))
+                    log.write_samples(row, config.sample_prompt, samples.generate_samples(run, config.seed))
                 clock.start()
             if done or over or asked:
                 break
-            loss, norm = update(run, i)
+            loss, norm = train_step(run, i)
             i += 1
             log.bar.update()
             if not clock.warm:  # compiled by now, and the optimizer has its tensors
                 shorten_timeout(config)
                 gc.freeze()  # what is there now stays; looking through all of it takes 0.16 s now and then
-                saver.reserve(parts(run, row, progress))
+                saver.allocate_buffers(checkpoint_state(run, row, progress))
             clock.count(loss)
             saver.check()
             # once an update, so that row and checkpoint of all ranks agree
-            asked, save_now = ranks.all_reduce_max(stop.reason(), saver.due())
+            asked, save_now = ranks.all_reduce_max(stop.reason(), saver.timer_due())
             due = any(i % n == 0 for n in intervals)
             if due or asked or save_now:
                 row = log_row(run, i, loss, norm, clock)
-                for text in look(run, saver, row) + (run.health.spike(row) if due else []):
+                for text in look(run, saver, row) + (run.nonfinite_guard.spike(row) if due else []):
                     log.say(text)
         if not asked:
-            saver.then(checkpoint.mark_finished, folder / "ckpt" / "last")
+            saver.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
         ranks.poll_all(saver.idle)
         saver.check()
         if saver.failure:
@@ -266,13 +266,13 @@ def draw(log: RunLog, folder: Path) -> None:
         print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
 
 
-def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> dict:
+def log_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> dict:
     """The row of the update that was just made, the i-th. Waits for the device: the one sync of a logged update."""
     loss, norm = loss.item(), norm.item()
     tokens = run.batches.per_update * run.config.context_length
     step_ms = clock.ms_per_update()
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
-    peak = peak_flops(run.machine.name)
+    peak = peak_flops(run.device_settings.name)
     row = {
         "iter": i,
         "tokens": i * tokens,
@@ -283,7 +283,7 @@ def log_row(run: Run, i: int, loss: Tensor, norm: Tensor, clock: StepClock) -> d
         "step_ms": step_ms,
         "tok_per_s": tok_per_s,
         "mfu": tok_per_s * run.model.flops_per_token() / (peak * run.ranks.world) if peak and tok_per_s else None,
-        "peak_mem_gb": run.machine.peak_memory_gb(),
+        "peak_mem_gb": run.device_settings.peak_memory_gb(),
     }
     if run.scaler.is_enabled():
         row["loss_scale"] = run.scaler.get_scale()

@@ -19,7 +19,7 @@ from config import BenchConfig, UserError, run_dir
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation.metrics import default_batch_size, measure
 from flatgpt.evaluation.windows import eval_batches
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
 from flatgpt.runtime.device import DeviceSettings, select_device
@@ -40,7 +40,7 @@ def bench_eval(config: BenchConfig, say: Callable[[str], None]) -> dict:
         raise UserError(f"text_tokens = {len(ids):,}: one window has {model.config.context_length:,}; take more")
     say(f"{found.describe()}; {len(ids):,} tokens of {dataset.folder} {config.split}; {place.describe()}")
     peer = theirs(model, ids, place.device)
-    ways = {"ours": ours(pack(model, place.dtype), ids, place), "transformers": peer}
+    ways = {"ours": ours(prepack(model, place.dtype), ids, place), "transformers": peer}
     seconds, losses = {name: [] for name in ways}, {}
     for number in range(config.rounds):
         for name, way in ways.items():

@@ -24,7 +24,7 @@ from config import BenchConfig, SamplingConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import pack, packed_bytes
+from flatgpt.inference.prepacking import prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import checkpoint
 from flatgpt.runtime.device import find_device
@@ -56,10 +56,10 @@ def bench_infer(config: BenchConfig, say: Callable[[str], None]) -> dict:
         for compile in sorted({False, device.type == "cuda" or bool(config.compile)}):
             model = GPT(shape)
             model.load_state_dict(weights)
-            decoder = Decoder(pack(model.to(device).eval(), dtype, quantize, compile), compile)
+            decoder = Decoder(prepack(model.to(device).eval(), dtype, quantize, compile), compile)
             name = (quantize or str(dtype).removeprefix("torch.")) + "_compiled" * compile
             ways[name] = _ours(decoder, [ids], config.new_tokens)
-            read[name] = packed_bytes(model)
+            read[name] = prepacked_bytes(model)
             if dtype == torch.bfloat16 and not quantize:
                 ways[f"{name}_x{config.samples}"] = _ours(decoder, [ids] * config.samples, config.new_tokens)
                 if shape.context_length >= PREFILL and not compile:

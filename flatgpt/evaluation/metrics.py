@@ -60,7 +60,7 @@ def mean_loss(
     with evaluating(model):
         for x, y in batches:
             tokens += int((y >= 0).sum())
-            loss_sum += model(to_device(x), to_device(y), each=True).double().sum().cpu()
+            loss_sum += model(to_device(x), to_device(y), reduction="none").double().sum().cpu()
     sums = total(torch.tensor([loss_sum, tokens], dtype=torch.float64))  # counts: exact to 2^53
     return float(sums[0] / sums[1])
 
@@ -203,11 +203,11 @@ def measure(
     with evaluating(model):
         for x, y in batches:
             places = np.flatnonzero(y.ravel() >= 0)
-            hidden = model.hidden(to_device(x)).flatten(0, 1)[to_device(places)]  # (N, C)
+            hidden = model.hidden_states(to_device(x)).flatten(0, 1)[to_device(places)]  # (N, C)
             rows = rows_per_chunk(V, hidden.device)
             targets, found = to_device(y.ravel()[places]), []
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-                found.append(token_statistics(model.head(h, padded=True).float(), t, V, sampled))
+                found.append(token_statistics(model.compute_logits(h, padded=True).float(), t, V, sampled))
             columns = {name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]}
             scores.add(targets=y.ravel()[places], positions=places % y.shape[1], **columns)
             each(len(places))

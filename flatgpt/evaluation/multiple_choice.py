@@ -176,10 +176,10 @@ def log_likelihoods(
                 x[row, :T] = ids[:-1]  # what stands behind them does not reach them
                 scored[row, T - n : T] = True
             targets = to_device(np.concatenate([ids[-n:] for ids, n in rows]))  # (N)
-            hidden = model.hidden(to_device(x))[to_device(scored)]  # (N, C): the head is spared the contexts
+            hidden = model.hidden_states(to_device(x))[to_device(scored)]  # (N, C): the head is spared the contexts
             some = rows_per_chunk(model.config.vocab_size, hidden.device)
             losses = [
-                F.cross_entropy(model.head(h).float(), y, reduction="none")
+                F.cross_entropy(model.compute_logits(h).float(), y, reduction="none")
                 for h, y in zip(hidden.split(some), targets.split(some), strict=True)
             ]
             lengths = np.array([n for _, n in rows])

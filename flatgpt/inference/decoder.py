@@ -1,9 +1,9 @@
 """Token ids -> logits of the next one, step by step: a model with the keys and values of what it has read.
 
 decoder = Decoder(model)
-decoder.reset(rows=2, places=300)
-logits = decoder.read([0, 1], prompt)         # (V): the same prompt into both rows
-logits = decoder.step(torch.tensor([7, 9]))   # (B, V): one more token in each row
+decoder.reset(rows=2, capacity=300)
+logits = decoder.prefill([0, 1], prompt)         # (V): the same prompt into both rows
+logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V): one more token in each row
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Decoder:
             compiled) and worth keeping small.
     """
 
-    GRAIN = 128  # places of a compiled cache come in such numbers
+    LENGTH_MULTIPLE = 128  # places of a compiled cache come in such numbers
 
     def __init__(self, model: GPT, compile: bool = False):
         self.model = model
         self.device = model.transformer.wte.weight.device
         self.lengths: list[int] = []
-        self.compiling = 0.0  # seconds that went into it so far
+        self.compile_seconds = 0.0  # seconds that went into it so far
         self._compiled = torch.compile(self._forward, dynamic=False) if compile else None
         self._fails = False  # the compiler did, once
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, places, precision
@@ -42,11 +42,11 @@ class Decoder:
         self._replay: Callable[[Tensor], Tensor] | None = None  # the compiled step for that shape
 
     @torch.inference_mode()
-    def reset(self, rows: int, places: int) -> None:
-        """Forget everything; from here on there are `rows` rows of at most `places` tokens (at most context_length)."""
+    def reset(self, rows: int, capacity: int) -> None:
+        """Forget all tokens; afterwards there are `rows` rows of at most `capacity` tokens, up to context_length."""
         if self._compiled:
-            places = -(-places // self.GRAIN) * self.GRAIN
-        shape = (rows, min(places, self.model.config.context_length), self._cache_dtype())
+            capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
+        shape = (rows, min(capacity, self.model.config.context_length), self._cache_dtype())
         if shape != self._shape:
             self._shape = self._cache = self._replay = None  # the old one's memory goes before the new one's comes
             self._cache = KVCache(self.model.config, *shape[:2], self.device, shape[2])
@@ -56,7 +56,7 @@ class Decoder:
         self.lengths = [0] * rows
 
     @property
-    def places(self) -> int:
+    def capacity(self) -> int:
         """How many tokens a row can hold."""
         return self._shape[1]
 
@@ -69,8 +69,8 @@ class Decoder:
         return getattr(layer, "dtype", layer.weight.dtype)
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """Put the same ids, at most `places`, into some rows, in place of what these held; (V) logits of the next."""
+    def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """Put the same ids, at most `capacity`, into some rows, in place of what these held; (V) logits of the next."""
         one = KVCache(self.model.config, 1, len(ids), self.device, self._shape[2])
         logits = self.model(torch.tensor([ids], device=self.device), cache=one)[0, -1]
         for mine, read in zip([*self._cache.k, *self._cache.v], [*one.k, *one.v], strict=True):
@@ -78,22 +78,22 @@ class Decoder:
                 mine[row, :, : len(ids)] = read[0]
         for row in rows:
             self.lengths[row] = len(ids)
-            self._positions[row] = min(len(ids), self.places - 1)
+            self._positions[row] = min(len(ids), self.capacity - 1)
         return logits
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
+    def decode_step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row: (B) int64 -> (B, V) logits. A row that is full loses its last token for it."""
         if self._compiled:
-            self._cache.start = self._positions
+            self._cache.position = self._positions
             logits = self._compiled_step(tokens)
         else:
             same = len(set(self.lengths)) == 1
-            self._cache.start = min(self.lengths[0], self.places - 1) if same else self._positions
-            self._cache.stop = min(max(self.lengths) + 1, self.places)
+            self._cache.position = min(self.lengths[0], self.capacity - 1) if same else self._positions
+            self._cache.key_length = min(max(self.lengths) + 1, self.capacity)
             logits = self._forward(tokens)
-        self._positions.add_(1).clamp_(max=self.places - 1)
-        self.lengths = [min(n + 1, self.places) for n in self.lengths]
+        self._positions.add_(1).clamp_(max=self.capacity - 1)
+        self.lengths = [min(n + 1, self.capacity) for n in self.lengths]
         return logits
 
     def _forward(self, tokens: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Decoder:
             self._fails = self._fails or not self._compiles(tokens)
             forward = self._forward if self._fails else self._compiled
             self._replay = self._record(forward) if self.device.type == "cuda" else forward
-            self.compiling += time.perf_counter() - began
+            self.compile_seconds += time.perf_counter() - began
         return self._replay(tokens)
 
     def _compiles(self, tokens: Tensor) -> bool:

@@ -34,18 +34,18 @@ class CastLinear(nn.Module):
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
 
-class PackedLinear(nn.Module):
+class PrepackedLinear(nn.Module):
     """The same on a CPU, the matrix in the blocks that oneDNN reads one after the other: near to what memory gives.
 
     Plain rows reach half of that (docs/speed.md). These are the operators that torch.compile takes for frozen weights.
     """
 
-    ROWS = 512  # laid out for products of so many tokens: for one as fast, and faster for a prompt
+    PREFILL_TOKENS = 512  # laid out for products of so many tokens: for one as fast, and faster for a prompt
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), self.ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), self.PREFILL_TOKENS)
         self.bias = None if bias is None else bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """nn.Linear with its matrix in int8 and a scale for each output row; the products take inputs in `dtype`."""
 
-    FEW = 48  # tokens for which torch's kernel on CPUs is faster than products with the matrix made whole again
+    GEMV_MAX_TOKENS = (
+        48  # tokens for which torch's kernel on CPUs is faster than products with the matrix made whole again
+    )
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
@@ -83,7 +85,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        few = x.numel() <= self.FEW * x.size(-1)
+        few = x.numel() <= self.GEMV_MAX_TOKENS * x.size(-1)
         if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # with others it reads beyond the rows
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:  # compiled on a GPU, this becomes one kernel that reads int8
@@ -92,7 +94,7 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def pack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False) -> GPT:
+def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False) -> GPT:
     """Exchange the model's Linear layers, in place: from then on it can compute only, not be trained, saved or counted.
 
     Args:
@@ -117,8 +119,8 @@ def pack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: b
     return model
 
 
-def _layout(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear] | type[PackedLinear]:
-    return PackedLinear if PackedLinear.supports(device, dtype) and not compile else CastLinear
+def _layout(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear] | type[PrepackedLinear]:
+    return PrepackedLinear if PrepackedLinear.supports(device, dtype) and not compile else CastLinear
 
 
 def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
@@ -129,7 +131,7 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
 
     Args:
         model: a model that is not packed yet.
-        compile: as pack takes it.
+        compile: as prepack takes it.
     """
     c, head = model.config, model.lm_head or model.transformer.wte
     layers = [layer for layer in model.transformer.h.modules() if isinstance(layer, nn.Linear)]
@@ -156,7 +158,7 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
     return cached_choice(key, lambda: faster_dtype("matmuls of one token", 2 * size, matmuls))
 
 
-def packed_bytes(model: GPT) -> int:
+def prepacked_bytes(model: GPT) -> int:
     """Bytes of the matrices that each token's products read."""
-    layers = [layer for layer in model.modules() if isinstance(layer, CastLinear | PackedLinear | Int8Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, CastLinear | PrepackedLinear | Int8Linear)]
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)

@@ -61,7 +61,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
 
 
-def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """One id of each row by softmax of its logits, (B, V) -> (B), with noise of the row's own generator.
 
     An exponential race: the id with the largest probability / exponential noise is one drawn by probability. Rounding
@@ -105,23 +105,23 @@ class Sampler:
         options, logits = self.options, logits[:, : self.n_vocab].float()
         if self.seen is not None:
             logits = penalize_seen(logits, self.seen, options.repetition_penalty)
-        if options.heat == 0:
+        if options.effective_temperature == 0:
             tokens = logits.argmax(-1)
         else:
-            logits = logits / options.heat
+            logits = logits / options.effective_temperature
             if options.top_k:
                 logits = keep_top_k(logits, options.top_k)
             if options.top_p < 1:
                 logits = keep_top_p(logits, options.top_p)
             if options.min_p > 0:
                 logits = keep_min_p(logits, options.min_p)
-            tokens = draw(logits, self.generators)
+            tokens = sample(logits, self.generators)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens
 
 
-def likeliest(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
+def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
     """Of each row of logits (B, V): the id that was drawn, one of tokens (B), then the k likeliest, falling.
 
     Returns:
@@ -148,7 +148,7 @@ def generate_batch(
     n_vocab: int | None = None,
     stop_ids: Sequence[int] = (),
     first_row: int = 0,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
+    on_sample: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """New ids after each prompt, a list of one per row at a time; None where a row has ended.
 
@@ -160,7 +160,7 @@ def generate_batch(
         n_vocab: ids from here on are never drawn (the tokenizer's size, where the model's vocabulary is larger).
         stop_ids: ids that end a row; they are not yielded.
         first_row: number of the first row, which its random numbers belong to.
-        watch: is given each step's logits (B, V), of the ids that can be drawn, and the ids (B) that were.
+        on_sample: is given each step's logits (B, V), of the ids that can be drawn, and the ids (B) that were.
     """
     model = decoder.model
     context = model.config.context_length
@@ -175,16 +175,16 @@ def generate_batch(
         alike: dict[tuple[int, ...], list[int]] = {}
         for row, ids in enumerate(texts):
             alike.setdefault(tuple(ids[-context:]), []).append(row)
-        logits = _in_rows([(rows, decoder.read(rows, ids)) for ids, rows in alike.items()])
+        logits = _in_rows([(rows, decoder.prefill(rows, ids)) for ids, rows in alike.items()])
         for n in range(1, max_new_tokens + 1):
             tokens = sampler(logits)
-            if watch:
-                watch(logits[:, :drawable], tokens)
+            if on_sample:
+                on_sample(logits[:, :drawable], tokens)
             copied = _copy(tokens)
             # On CUDA the device computes on while the host reads and prints; the first step may have to be compiled.
             ahead = decoder.device.type == "cuda" and 1 < n < max_new_tokens and not _full(decoder, live)
             if ahead:
-                logits = decoder.step(tokens)
+                logits = decoder.decode_step(tokens)
             found = copied()
             live -= {row for row in live if found[row] in stop_ids}
             if not live:
@@ -195,10 +195,10 @@ def generate_batch(
             if not ahead and n < max_new_tokens:
                 full = _full(decoder, live)
                 if full < live:
-                    logits = decoder.step(tokens)
+                    logits = decoder.decode_step(tokens)
                 for row in full:
                     kept = texts[row][-max(1, context // 2) :]
-                    logits[row] = decoder.read([row], kept)
+                    logits[row] = decoder.prefill([row], kept)
     finally:
         model.train(was_training)
 
@@ -211,7 +211,7 @@ def generate(
 
 
 def _full(decoder: Decoder, live: set[int]) -> set[int]:
-    return {row for row in live if decoder.lengths[row] == decoder.places}
+    return {row for row in live if decoder.lengths[row] == decoder.capacity}
 
 
 def _in_rows(read: list[tuple[list[int], Tensor]]) -> Tensor:

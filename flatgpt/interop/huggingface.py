@@ -79,7 +79,7 @@ def to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str
         contiguous tensors, in the precision they had: matrices of Conv1D (in, out); (vocab_size, n_embd) tables without
         the padding; zeros for biases that the model has not, as GPT-2 always has them; a tied head only as the table.
     """
-    whole = GPT.without_values(dataclasses.replace(config, bias=True, attn_bias=None)).state_dict()
+    whole = GPT.on_meta_device(dataclasses.replace(config, bias=True, attn_bias=None)).state_dict()
     answer = {}
     for name, like in whole.items():
         tensor = weights[name] if name in weights else torch.zeros(like.shape, dtype=weights[EMBEDDING].dtype)
@@ -131,7 +131,11 @@ def generation_config(config: ModelConfig, eot_id: int, n_vocab: int) -> dict:
     """
     answer = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
     # top_k: without it transformers draws from the likeliest 50
-    answer |= {"do_sample": True, "temperature": SamplingConfig().heat, "top_k": SamplingConfig().top_k}
+    answer |= {
+        "do_sample": True,
+        "temperature": SamplingConfig().effective_temperature,
+        "top_k": SamplingConfig().top_k,
+    }
     if config.vocab_size > n_vocab:
         answer["suppress_tokens"] = list(range(n_vocab, config.vocab_size))
     return answer
@@ -217,7 +221,7 @@ def convert_state_dict(
         conv1d: matrices lie (in, out).
         untied: what to say of a stored head that is not the embedding, though the model is tied.
     """
-    expected = {name: tuple(p.shape) for name, p in GPT.without_values(config).state_dict().items()}
+    expected = {name: tuple(p.shape) for name, p in GPT.on_meta_device(config).state_dict().items()}
     weights, head = {}, None
     for file, name, tensor in tensors:
         ours = name

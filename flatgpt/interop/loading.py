@@ -103,7 +103,7 @@ def load(found: ModelSource, device: torch.device, context_length: int | None = 
                 "take at most that"
             )
         config = dataclasses.replace(config, context_length=context_length)
-    model = GPT.without_values(config)
+    model = GPT.on_meta_device(config)
     try:
         model.load_state_dict(_weights(found.path, config), assign=True)
     except (RuntimeError, SafetensorError) as why:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 # Rows whose logits are there at once, as many as keep the matrix products busy; and bytes of float32 logits that a
 # softmax goes through at once: on a CPU they stay in its cache (docs/speed.md).
-ROWS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+CHUNK_ROWS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28, "mps": 2**27}
-SMALL = 2**21  # logits of a batch that plain operators are as fast for
+MIN_FUSED_LOGITS = 2**21  # logits of a batch that plain operators are as fast for
 
 
-def pays(rows: int, ids: int) -> bool:
+def use_fused_loss(rows: int, ids: int) -> bool:
     """Whether fused_loss is the faster way to train on so many rows of logits."""
-    return rows * ids > SMALL and torch.is_grad_enabled()
+    return rows * ids > MIN_FUSED_LOGITS and torch.is_grad_enabled()
 
 
 def fused_loss(
@@ -40,7 +40,7 @@ def fused_loss(
     return _FusedLoss.apply(x, weight, bias, targets, vocab_size, one_kernel)
 
 
-def for_compiled(device: torch.device) -> Callable:
+def fused_loss_outside_graph(device: torch.device) -> Callable:
     """fused_loss for a forward that is compiled: left out of its graph, on CUDA with a kernel for the softmax."""
     one_kernel = torch.compile(_gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
     return torch.compiler.disable(partial(fused_loss, one_kernel=one_kernel))
@@ -53,7 +53,7 @@ class _FusedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         N, low, seen = len(x), weight.to(dtype), (targets >= 0)[:, None]
         scored, at = (x * seen).to(dtype), targets.clamp(min=0)[:, None]  # (N, C), (N, 1)
-        rows = -(-N // -(-N // ROWS[kind]))  # chunks of equal size, but for the last
+        rows = -(-N // -(-N // CHUNK_ROWS[kind]))  # chunks of equal size, but for the last
         buffer = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
         losses, dx, dweight = torch.empty(N, 1, device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)

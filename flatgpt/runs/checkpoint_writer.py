@@ -23,20 +23,20 @@ from config import TrainConfig, UserError
 from flatgpt.runs import checkpoint
 
 
-def _behind_training() -> None:
+def lower_thread_priority() -> None:
     """A thread that takes turns with torch's makes them all wait: updates took 2.8 times as long (docs/speed.md)."""
     if sys.platform == "linux":  # where a thread has a niceness of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
 
 
-class Saver:
+class CheckpointWriter:
     """Saves the checkpoints of one run.
 
     Args:
         config: resolved: its folder, what is kept there, and what a failed save means.
         writes: False on ranks that only help to put sharded tensors together.
         whole: makes a sharded tensor whole; called on every rank, for every tensor in the same order.
-        owned: whether the folder still is the one that the run began in.
+        still_locked: whether the folder still is the one that the run began in.
 
     Attributes:
         failure: of the newest save, where that failed and training went on.
@@ -47,23 +47,23 @@ class Saver:
         config: TrainConfig,
         writes: bool = True,
         whole: Callable[[Tensor], Tensor] = lambda t: t,
-        owned: Callable[[], bool] = lambda: True,
+        still_locked: Callable[[], bool] = lambda: True,
     ):
         self.run_dir, self.config, self.writes, self.whole = Path(config.out_dir), config, writes, whole
-        self.owned = owned
+        self.still_locked = still_locked
         self.failure: Exception | None = None
         self._began = time.monotonic()  # the newest save, or before it this
         self._buffers: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, "save", _behind_training)
+        self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
         self._tasks: list[Future] = []
         self._arrived = True  # the newest save, as far as the thread has come
 
-    def due(self) -> bool:
+    def timer_due(self) -> bool:
         """Whether save_minutes are over since the newest save."""
         minutes = self.config.save_minutes
         return minutes is not None and time.monotonic() - self._began >= 60 * minutes
 
-    def reserve(self, parts: dict) -> None:
+    def allocate_buffers(self, parts: dict) -> None:
         """Make the buffers for such parts (finding fresh memory takes several times as long as a copy), and look for
         room on the disk.
 
@@ -99,14 +99,14 @@ class Saver:
 
         def write() -> None:
             self._arrived, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
-            if not self.owned():
+            if not self.still_locked():
                 raise UserError(f"{self.run_dir} is no longer the folder that this run began in: nothing is saved")
             checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
             self._arrived = True
 
         self._submit(write)
 
-    def then(self, work: Callable, *args) -> None:
+    def submit_after_save(self, work: Callable, *args) -> None:
         """Do this work when all that was begun before it is on the disk; where a save failed, leave it out."""
         self._submit(lambda: self._arrived and work(*args))
 

@@ -13,20 +13,20 @@ from typing import TextIO
 from config import UserError
 
 
-class Claim:
+class RunLock:
     """A run's folder belongs to one process: a lock of the system's on <folder>/.lock, which ends with its owner."""
 
     def __init__(self, run_dir: Path):
         self.run_dir, self._file = run_dir, None
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> RunLock:
         return self
 
     def __exit__(self, *why) -> None:
         if self._file:
             self._file.close()
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Lock the folder, where it is there; anew where it is not the one that was locked.
 
         Raises:
@@ -54,11 +54,11 @@ class Claim:
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
 
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether the folder still is the one that was locked, and not moved away by somebody."""
         return self._holds(self.run_dir / ".lock")
 
-    def enter(self, overwrite: bool) -> None:
+    def prepare_folder(self, overwrite: bool) -> None:
         """Make the folder for a run that begins, or be sure of the one that was locked before.
 
         Args:
@@ -70,10 +70,10 @@ class Claim:
         folder = self.run_dir
         if self._file is None:  # there was none to lock
             folder.mkdir(parents=True, exist_ok=True)
-            self.take()
+            self.acquire()
             if any(folder.glob("ckpt/iter_*")):
                 raise UserError(f"{folder}: another process has trained there meanwhile; take another --out_dir")
-        if not self.held():
+        if not self.is_held():
             raise UserError(f"{folder} was moved away by another process meanwhile: start again")
         if (folder / "ckpt").is_file() and not overwrite:
             raise UserError(
@@ -87,7 +87,7 @@ class Claim:
             os.rename(folder, old)
             print(f"the run that was in {folder} is now in {old}")
             folder.mkdir()
-            self.take()
+            self.acquire()
 
     def _holds(self, path: Path) -> bool:
         return self._file is not None and path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))

@@ -11,12 +11,12 @@ from config import TrainConfig, UserError
 from flatgpt.data.dataset import TrainingBatches
 from flatgpt.runtime.distributed import DistributedContext
 
-LIMIT = 20  # updates in a row that are not applied: float16's scale of 2^16 has reached 1 before
-NEVER = 2**62
+MAX_CONSECUTIVE_SKIPS = 20  # updates in a row that are not applied: float16's scale of 2^16 has reached 1 before
+NO_ITER = 2**62
 SMOOTHING, ROWS, DEVIATIONS = 0.05, 20, 6  # a spike: so far above the mean of at least so many logged losses
 
 
-class Health:
+class NonfiniteGuard:
     """What is counted of one run's updates, on its device: nobody waits for it but the row of a log.
 
     Args:
@@ -28,11 +28,11 @@ class Health:
     def __init__(self, config: TrainConfig, device: torch.device, scaled: bool):
         self.config, self.scaled = config, scaled
         self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int64, device=device)
-        self.first = torch.tensor(NEVER, device=device)  # bad update since the newest look, from 0
+        self.first = torch.tensor(NO_ITER, device=device)  # bad update since the newest look, from 0
         self.values = torch.zeros(3, device=device)  # its loss, its norm, and what this rank gave to them
         self.mean, self.square, self.rows = 0.0, 0.0, 0
 
-    def note(self, i: int, loss: Tensor, norm: Tensor, own: Tensor) -> Tensor:
+    def observe(self, i: int, loss: Tensor, norm: Tensor, own: Tensor) -> Tensor:
         """Count update i (from 0) without waiting for it.
 
         Args:
@@ -48,12 +48,12 @@ class Health:
         self.skipped += skip
         self.in_a_row = (self.in_a_row + 1) * skip
         self.longest = torch.maximum(self.longest, self.in_a_row)
-        newly = bad & (self.first == NEVER)
+        newly = bad & (self.first == NO_ITER)
         self.first = torch.where(newly, i, self.first)
         self.values = torch.where(newly, torch.stack((loss, norm, own)), self.values)
         return skip.float()
 
-    def look(self, row: dict, batches: TrainingBatches, ranks: DistributedContext) -> list[str]:
+    def check(self, row: dict, batches: TrainingBatches, ranks: DistributedContext) -> list[str]:
         """Wait for the counts, at a logged update; what a user should hear. Adds `skipped` to the row.
 
         Raises:
@@ -62,7 +62,7 @@ class Health:
         counts = torch.stack((self.skipped, self.longest, self.first)).tolist()
         row["skipped"], longest, first = counts
         said = []
-        if first != NEVER:
+        if first != NO_ITER:
             loss, norm, own = self.values.tolist()
             text = self._where(first, loss, norm, ranks.all_gather(math.isfinite(own)), batches, ranks)
             if self.config.on_nonfinite == "stop":
@@ -71,14 +71,14 @@ class Health:
                     "a smaller --lr or --dtype float32, or leave such updates out with --on_nonfinite skip"
                 )
             said.append(f"warning: {text}. It was not applied (on_nonfinite = skip); {row['skipped']} left out so far")
-        if longest >= LIMIT:
+        if longest >= MAX_CONSECUTIVE_SKIPS:
             raise UserError(
                 f"{longest} updates in a row, up to iter {row['iter']}, had a loss or gradient that is not finite: the "
                 "run has diverged; what was saved stays. Go on from it, or start again, with a smaller --lr, more "
                 "--warmup_iters or --dtype float32"
             )
         self.longest = self.in_a_row.clone()
-        self.first = torch.full_like(self.first, NEVER)
+        self.first = torch.full_like(self.first, NO_ITER)
         return said
 
     def _where(

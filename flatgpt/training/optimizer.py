@@ -77,12 +77,12 @@ class MuonAndAdamW:
 
 
 def apply_gradients(
-    optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, left_out: Tensor
+    optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, found_inf: Tensor
 ) -> None:
-    """One step, and no gradients after it. Where left_out, (), is 1.0, weights, moments and counts stay as they are."""
-    optimizer.found_inf = left_out  # AdamW's fused kernels look at it on the device
+    """Step and clear the gradients. Where found_inf, shape (), is 1.0, weights, moments and counts stay unchanged."""
+    optimizer.found_inf = found_inf  # AdamW's fused kernels look at it on the device
     # but mps's do not before torch has pull request 186360: there the host waits for it
-    if left_out.device.type != "mps" or not left_out.item():
+    if found_inf.device.type != "mps" or not found_inf.item():
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

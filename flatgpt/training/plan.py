@@ -70,7 +70,7 @@ def workspace_bytes(
         # two gradients in float32, of the log-probabilities and of the logits, while the log-probabilities are there
         return 2 * FLOAT32 * tokens * config.vocab_size, in_block
     matrix, hidden = size * V * C, size * tokens * C
-    rows = math.ceil(tokens / math.ceil(tokens / cross_entropy.ROWS[device_type]))
+    rows = math.ceil(tokens / math.ceil(tokens / cross_entropy.CHUNK_ROWS[device_type]))
     at_once = min(rows, max(1, cross_entropy.SOFTMAX_BYTES[device_type] // (FLOAT32 * V)))
     # the head's input, also without the rows of no target, the matrix in `dtype`, and the logits of a chunk; then a
     # softmax's input and result, and after these the chunk's gradient of the matrix
@@ -88,7 +88,7 @@ def _padded(config: ModelConfig) -> int:
 
 def _is_fused(config: ModelConfig, tokens: int) -> bool:
     """Whether the loss is fused_loss.py's, which computes gradients beside it."""
-    return tokens * _padded(config) > cross_entropy.SMALL
+    return tokens * _padded(config) > cross_entropy.MIN_FUSED_LOGITS
 
 
 def _head_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
@@ -169,7 +169,7 @@ def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", g
     two), or, where no earlier pass has left gradients, at the end of the backward pass. vocab_size has to be set. The
     terms of sharded training are those of ranks.py.
     """
-    model = GPT.without_values(config.model())
+    model = GPT.on_meta_device(config.model())
     in_blocks = sum(p.numel() for p in model.transformer.h.parameters())
     tables = sum(p.numel() for p in model.parameters()) - in_blocks  # the vocabulary's padding is memory too
     sharded = config.fsdp and gpus > 1
@@ -224,7 +224,7 @@ def report(config: TrainConfig, train_tokens: int | None, here: tuple[str, float
         train_tokens: of the training split, None where the data is not prepared.
         here: name and FLOP/s of the device at hand, beside those of GPUS.
     """
-    model, T, gpus = GPT.without_values(config.model()), config.context_length, config.gpus
+    model, T, gpus = GPT.on_meta_device(config.model()), config.context_length, config.gpus
     params, per_token = model.num_params(), model.flops_per_token()
     per_update = config.batch_size * config.grad_accum_steps  # sequences
     windows = max(0, (train_tokens - 1 - T) // (config.stride or T) + 1) if train_tokens else 0

@@ -12,7 +12,7 @@ from torch import Tensor
 Batches = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
 
-class Feed:
+class BatchPrefetcher:
     """What `batches(update, micro)` gives, in whatever order it is asked for; the one after it is prepared meanwhile.
 
     Args:

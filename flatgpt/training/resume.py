@@ -21,13 +21,13 @@ from config import EXCLUSIVE, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
-from flatgpt.runs.lock import Claim
+from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.files import atomic_write
 from flatgpt.runtime.parallel import is_sharded, shard_like
 from flatgpt.training.muon import Muon
 from flatgpt.training.optimizer import MuonAndAdamW
-from flatgpt.training.setup import Run
+from flatgpt.training.setup import TrainingRun
 
 # Keys that decide, with the model's, which run it is; and keys that only say how it was called.
 FIXED = ("stride", "seed", "optimizer")
@@ -35,18 +35,18 @@ BATCH = ("batch_size", "grad_accum_steps")  # their product does
 CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "list", "plan", "gpus", "mfu")
 
 
-def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
+def find_resume_checkpoint(claim: RunLock, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
     """The verified checkpoint that training goes on from, with its state; None to start anew.
 
     Args:
         claim: to the run's folder, which is taken.
         resume: None, `latest`, `auto` (start anew when there is none), or a run's or checkpoint's folder.
-        overwrite: a run that is there is no mistake; Claim.enter takes care of it.
+        overwrite: a run that is there is no mistake; RunLock.prepare_folder takes care of it.
 
     Raises:
         UserError: there is a run and neither was asked for, or nothing to resume, or somebody trains there.
     """
-    claim.take()
+    claim.acquire()
     run_dir = claim.run_dir
     there = checkpoint.folders(run_dir)
     if resume in ("latest", "auto"):
@@ -81,7 +81,7 @@ def find_start(claim: Claim, resume: str | None, overwrite: bool) -> tuple[Path,
     return None
 
 
-def check_same_run(folder: Path, state: dict, run: Run) -> list[str]:
+def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
     """What a user should know of the resuming: the checkpoint, what is different now, what stays as it was.
 
     Raises:
@@ -120,7 +120,7 @@ def check_same_run(folder: Path, state: dict, run: Run) -> list[str]:
     return lines
 
 
-def set_aside(run_dir: Path, after: int) -> None:
+def archive_later_checkpoints(run_dir: Path, after: int) -> None:
     """Move checkpoints later than iteration `after` to <run_dir>/ckpt/lost-<time>/: a resumed run writes them anew.
 
     Half-written ones, which a killed process left, are removed.
@@ -154,12 +154,12 @@ def provenance() -> dict:
     }
 
 
-def facts(run: Run) -> dict:
+def run_metadata(run: TrainingRun) -> dict:
     """What every state.json of a run says alike."""
     config, meta = run.config, run.dataset.meta
     return {
         "config": dataclasses.asdict(config),
-        "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.machine.why},
+        "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.device_settings.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
         "data": {
             "folder": str(run.dataset.folder),
@@ -172,9 +172,9 @@ def facts(run: Run) -> dict:
     }
 
 
-def _exact(run: Run) -> dict:
+def _exact(run: TrainingRun) -> dict:
     """Where these are the same, a resumed run is equal to the bit."""
-    machine = {"device": run.machine.name, "cpu": cpu_name(), "threads": torch.get_num_threads()}
+    machine = {"device": run.device_settings.name, "cpu": cpu_name(), "threads": torch.get_num_threads()}
     return machine | {"ranks": run.ranks.world, "torch": torch.__version__}
 
 
@@ -189,13 +189,13 @@ class Position:
     wandb_id: str | None = None
 
 
-def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) -> Position:
+def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, claim: RunLock, recipe: str) -> Position:
     """Make a run's folder ready, and bring the run to where its checkpoint is; every rank calls it.
 
     Older runs, and checkpoints later than the one that it goes on from, move aside.
 
     Args:
-        start: what find_start gave.
+        start: what find_resume_checkpoint gave.
         claim: to the folder, which is taken.
         recipe: run.config as TOML, which is written there.
 
@@ -207,7 +207,7 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
     at = Position({"iter": 0, "tokens": 0, "epoch": 0.0}, progress)
     if start:
         path, state = start
-        print("\n".join(check_same_run(path, state, run)))
+        print("\n".join(require_same_run(path, state, run)))
         if not ranks.all(path.is_dir()):
             reason = "out_dir has to be a folder that all machines share" if ranks.world > 1 else "start again"
             raise UserError(f"{path} has gone meanwhile, or is not there on every machine: {reason}")
@@ -221,11 +221,11 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
                 at.evaluated = at.saved  # for the log and for `best`
 
     def make_ready() -> bool:
-        claim.enter(config.overwrite)
+        claim.prepare_folder(config.overwrite)
         toml = folder / "config.toml"
         if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # somebody's own
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
-        set_aside(folder, after=at.row["iter"])
+        archive_later_checkpoints(folder, after=at.row["iter"])
         atomic_write(folder / "config.toml", recipe.encode())
         return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])
 
@@ -234,7 +234,7 @@ def begin(start: tuple[Path, dict] | None, run: Run, claim: Claim, recipe: str) 
     return at
 
 
-def restore(folder: Path, run: Run) -> dict:
+def restore(folder: Path, run: TrainingRun) -> dict:
     """Load weights, optimizer, scaler and health of a verified checkpoint; returns the rest of its train state.
 
     Model and optimizer may be in parts (fully_shard): every rank reads the folder and keeps its own.
@@ -247,7 +247,7 @@ def restore(folder: Path, run: Run) -> dict:
     train_state = checkpoint.load_train_state(folder, mmap=sharded)
     saved, left_out = train_state["optimizer"], train_state.get("health", {}).get("skipped", 0)
     names = {p: name for name, p in run.model.named_parameters()}
-    if unlike := _unlike(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
+    if unlike := state_mismatches(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
         more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
     checkpoint.load_weights(run.model, folder, cut=shard_like)
@@ -263,14 +263,14 @@ def restore(folder: Path, run: Run) -> dict:
     if train_state["scaler"]:  # empty where the run has not been float16 so far
         run.scaler.load_state_dict(train_state["scaler"])
     if "health" in train_state:
-        run.health.load_state_dict(train_state["health"])
+        run.nonfinite_guard.load_state_dict(train_state["health"])
     return train_state
 
 
 MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
-def _unlike(
+def state_mismatches(
     saved: dict, optimizer: torch.optim.Optimizer | MuonAndAdamW, names: dict[Tensor, str], applied: bool
 ) -> list[str]:
     """What of a saved optimizer is not this one's: torch itself takes other shapes, and goes without some.
@@ -280,7 +280,7 @@ def _unlike(
     """
     if isinstance(optimizer, MuonAndAdamW):
         pairs = (saved.get("muon"), optimizer.muon), (saved.get("adamw"), optimizer.adamw)
-        return [text for part, its in pairs for text in _unlike(part or {}, its, names, applied)]
+        return [text for part, its in pairs for text in state_mismatches(part or {}, its, names, applied)]
     sides = saved.get("param_groups", []), optimizer.param_groups
     sizes, expected = ([len(group["params"]) for group in side] for side in sides)
     if sizes != expected:

@@ -25,29 +25,29 @@ from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device,
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.parallel import wrap_model
 from flatgpt.training import plan
-from flatgpt.training.nonfinite import Health
+from flatgpt.training.nonfinite import NonfiniteGuard
 from flatgpt.training.optimizer import make_optimizer
-from flatgpt.training.prefetch import Feed
+from flatgpt.training.prefetch import BatchPrefetcher
 from model import GPT
 
 
 @dataclass
-class Run:
-    """All that an update needs."""
+class TrainingRun:
+    """Everything that an update needs."""
 
     config: TrainConfig  # resolved: sizes, lengths, dtype and compile are settled
-    machine: DeviceSettings
+    device_settings: DeviceSettings
     ranks: DistributedContext
     dataset: Dataset
     encoding: tiktoken.Encoding | None  # for samples; training needs ids alone
     batches: TrainingBatches
-    feed: Feed  # the same, on the device
+    prefetcher: BatchPrefetcher  # the same, on the device
     model: GPT  # the raw module: saved, evaluated and sampled
-    spread: nn.Module  # the same on all ranks' devices together
+    wrapped_model: nn.Module  # the same on all ranks' devices together
     forward: Callable[..., Tensor]  # that, compiled where it pays: inputs, targets -> loss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    health: Health
+    nonfinite_guard: NonfiniteGuard
 
 
 def find_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
@@ -101,7 +101,9 @@ def _machine(config: TrainConfig, ranks: DistributedContext, before: dict) -> De
     return select_device(config.device, settled["dtype"], settled["compile"], local_rank, why)
 
 
-def setup(config: TrainConfig, ranks: DistributedContext = SINGLE_PROCESS, chosen: dict | None = None) -> Run:
+def build_run(
+    config: TrainConfig, ranks: DistributedContext = SINGLE_PROCESS, chosen: dict | None = None
+) -> TrainingRun:
     """Device, data, model and optimizer of a config, at update 0; bench.py times what comes from here.
 
     Args:
@@ -169,24 +171,24 @@ def setup(config: TrainConfig, ranks: DistributedContext = SINGLE_PROCESS, chose
         model.to(place.device)
     together, scaler = wrap_model(model, ranks, place.device, place.dtype, config.fsdp), place.scaler()
     batches = TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed)
-    return Run(
+    return TrainingRun(
         config=config,
-        machine=place,
+        device_settings=place,
         ranks=ranks,
         dataset=dataset,
         encoding=encoding,
         batches=batches,
-        feed=Feed(batches, place.device, ranks.micro_batches(config.grad_accum_steps)),
+        prefetcher=BatchPrefetcher(batches, place.device, ranks.micro_batches(config.grad_accum_steps)),
         model=model,
-        spread=together,
+        wrapped_model=together,
         forward=compile_forward(together, ranks.all) if place.compile else together,
         optimizer=make_optimizer(model, config),
         scaler=scaler,
-        health=Health(config, place.device, scaler.is_enabled()),
+        nonfinite_guard=NonfiniteGuard(config, place.device, scaler.is_enabled()),
     )
 
 
-def describe(run: Run) -> str:
+def summary(run: TrainingRun) -> str:
     """The arithmetic of a run, before its first update."""
     config, W = run.config, len(run.batches.windows)
     per_update, params, data = run.batches.per_update, run.model.num_params(), run.dataset.notice or run.dataset.folder
@@ -200,7 +202,7 @@ def describe(run: Run) -> str:
             f"{per_update * config.context_length:,} tokens; {W / per_update:,.1f} updates an epoch",
             f"run      {config.max_iters:,} updates = {tokens:,} tokens = {config.max_iters * per_update / W:.2f} "
             f"epochs, {tokens / params:.1f} tokens per parameter",
-            f"machine  {run.machine.describe()}{run.ranks.describe(config.fsdp)}",
+            f"machine  {run.device_settings.describe()}{run.ranks.describe(config.fsdp)}",
             f"folder   {config.out_dir}",
         )
     )

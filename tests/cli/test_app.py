@@ -180,7 +180,7 @@ def test_a_card_that_is_no_utf8_and_has_no_heading(tiny_home, tmp_path):
 
 def test_sampling_options_of_the_command_line_are_the_pages_beginning():
     config = cli.parse(AppConfig, ["--greedy", "--max_new_tokens", "7"])
-    assert (config.heat, config.max_new_tokens) == (0.0, 7)
+    assert (config.effective_temperature, config.max_new_tokens) == (0.0, 7)
     assert {f for f in InferConfig.__dataclass_fields__ if f in asked()} == set(asked())
 
 

@@ -20,7 +20,7 @@ from flatgpt.cli import cli
 def test_figures_of_the_update(tiny_data, monkeypatch):
     calls = []
     real = bench.update
-    assert real is train.update
+    assert real is train.train_step
     monkeypatch.setattr(bench, "update", lambda run, i: calls.append(i) or real(run, i))
     words = ["train", *TINY, "--warmup_updates", "2", "--timed_updates", "5", "--json", "figures.json"]
     bench.main(cli.parse(BenchConfig, words))
@@ -207,6 +207,6 @@ def test_figures_of_a_save(tiny_data):
     assert figures["updates_during"] >= 2
     assert 0 < figures["copy_ms"] < 1e3 * figures["save_s"] + figures["first_copy_ms"] + 1e3
     # weights, and two moments for each of them, in float32
-    params = train.setup(cli.parse(BenchConfig, words)).model.num_params()
+    params = train.build_run(cli.parse(BenchConfig, words)).model.num_params()
     assert 0 < figures["checkpoint_mb"] - 12e-6 * params < 0.1
     assert set(tiny_data.iterdir()) == before | {tiny_data / "figures.json"}, "the benchmark's checkpoints are gone"

@@ -771,17 +771,17 @@ def test_conversation_for_real(tiny_home):
 
 def test_speed_leaves_compiling_out(run, monkeypatch):
     """However long the compiler takes at the second token, the figure is that of the others."""
-    real, now = infer.Decoder.step, 0.0
+    real, now = infer.Decoder.decode_step, 0.0
 
     def slow(self, tokens):
         nonlocal now
         now += 0.1
-        if not self.compiling:
+        if not self.compile_seconds:
             now += 0.5
-            self.compiling = 0.5
+            self.compile_seconds = 0.5
         return real(self, tokens)
 
-    monkeypatch.setattr(infer.Decoder, "step", slow)
+    monkeypatch.setattr(infer.Decoder, "decode_step", slow)
     monkeypatch.setattr(infer, "time", SimpleNamespace(perf_counter=lambda: now))
     done = run("--model_path", by_heart("abcdefgh"), "--prompt", "a", "--max_new_tokens", 6, "--json", "a.json")
     assert "; compiling took 0.5 s" in done.err

@@ -28,7 +28,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.run_log import RunLog
 from flatgpt.training import resume
 
@@ -176,26 +176,26 @@ def test_accumulation_equals_one_large_batch(tiny_data):
 
 def test_loss_and_norm_are_of_the_whole_update(tiny_data):
     """Against autograd over all the update's sequences at once."""
-    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_accum_steps", "3", "--grad_clip", "0"]))
+    run = train.build_run(cli.parse(TrainConfig, [*TINY, "--grad_accum_steps", "3", "--grad_clip", "0"]))
     x, y = (torch.from_numpy(np.concatenate(part)) for part in zip(*(run.batches(0, m) for m in range(3)), strict=True))
     loss = run.model(x, y)
     norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(run.model.parameters()))]).norm()
-    got_loss, got_norm = train.update(run, 0)
+    got_loss, got_norm = train.train_step(run, 0)
     torch.testing.assert_close(got_loss, loss.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(got_norm, norm, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("words", [[], ["--deterministic"]])
 def test_deterministic_kernels_are_torchs_setting(tiny_data, words):
-    train.setup(cli.parse(TrainConfig, [*TINY, *words]))
+    train.build_run(cli.parse(TrainConfig, [*TINY, *words]))
     assert torch.are_deterministic_algorithms_enabled() == bool(words)
 
 
 @pytest.mark.parametrize("grad_clip", [0.001, 0])
 def test_gradient_is_clipped(tiny_data, grad_clip):
     """AdamW forgives a constant factor, so the second moment is looked at: it holds the squares after clipping."""
-    run = train.setup(cli.parse(TrainConfig, [*TINY, "--grad_clip", str(grad_clip)]))
-    _, norm = train.update(run, 0)
+    run = train.build_run(cli.parse(TrainConfig, [*TINY, "--grad_clip", str(grad_clip)]))
+    _, norm = train.train_step(run, 0)
     assert norm > 1.1
     squares = sum(state["exp_avg_sq"].sum() for state in run.optimizer.state.values()) / (1 - run.config.beta2)
     assert float(squares) ** 0.5 == pytest.approx(grad_clip or float(norm), rel=0.01), "0 turns clipping off"
@@ -207,14 +207,14 @@ def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
     assert all(float(r["loss_scale"]) > 0 for r in logged[1:])
     assert all(int(r["skipped"]) >= 0 for r in logged[1:])
     config = cli.parse(TrainConfig, [*TINY, "--dtype", "float16"])
-    fresh = train.setup(config)
+    fresh = train.build_run(config)
     clock = train.StepClock()
-    train.update(fresh, 0)
+    train.train_step(fresh, 0)
     before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
     fresh.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the next gradients overflow
-    loss, norm = train.update(fresh, 1)
+    loss, norm = train.train_step(fresh, 1)
     assert same(before, fresh.model.state_dict())
-    fresh.health.look(row := train.log_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
+    fresh.nonfinite_guard.check(row := train.log_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
     assert row["skipped"] == 1
 
 
@@ -230,8 +230,10 @@ def test_time_of_an_update_is_without_saves_and_evaluations(tiny_data, monkeypat
         return timed
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(Saver, "due", lambda self: True)  # as with save_minutes, also between two rows of the log
-    for name, seconds in (("update", 0.1), ("save", 1000.0), ("evaluate", 1000.0)):
+    monkeypatch.setattr(
+        CheckpointWriter, "timer_due", lambda self: True
+    )  # as with save_minutes, also between two rows of the log
+    for name, seconds in (("train_step", 0.1), ("save", 1000.0), ("evaluate", 1000.0)):
         monkeypatch.setattr(train, name, taking(seconds, getattr(train, name)))
     words = ("--max_iters", 9, "--log_interval", 3, "--eval_interval", 6, "--save_interval", 6)
     run = train_here(*words, "--grad_accum_steps", 2)
@@ -244,14 +246,14 @@ def test_time_of_an_update_is_without_saves_and_evaluations(tiny_data, monkeypat
 
 def test_epochs_count_updates(tiny_data):
     words = [w for w in TINY if w not in ("--max_iters", "6")]
-    run = train.setup(cli.parse(TrainConfig, [*words, "--epochs", "1.5", "--grad_accum_steps", "2"]))
+    run = train.build_run(cli.parse(TrainConfig, [*words, "--epochs", "1.5", "--grad_accum_steps", "2"]))
     assert run.config.max_iters == np.ceil(1.5 * len(run.batches.windows) / 8)
     assert run.config.lr_decay_iters == run.config.max_iters
 
 
 def test_initial_weights_follow_the_seed(tiny_data):
     one, again, other = (
-        train.setup(cli.parse(TrainConfig, [*TINY, "--seed", seed])).model.state_dict() for seed in ("1", "1", "2")
+        train.build_run(cli.parse(TrainConfig, [*TINY, "--seed", seed])).model.state_dict() for seed in ("1", "1", "2")
     )
     assert same(one, again)
     assert [name for name in one if torch.equal(one[name], other[name]) and one[name].unique().numel() > 1] == []
@@ -285,7 +287,7 @@ def test_fifty_updates_are_those_of_a_slow_plain_loop(tiny_data):
     """Accumulation, clipping, schedule and AdamW, each written out here; only the model and autograd are shared."""
     words = "--max_iters 50 --warmup_iters 10 --lr_decay_iters 45 --lr 5e-3 --min_lr 1e-3 --schedule cosine "
     words += "--weight_decay 0.1 --beta1 0.9 --beta2 0.95 --eps 1e-8 --grad_clip 1.5 --grad_accum_steps 2 --dropout 0"
-    run = train.setup(cli.parse(TrainConfig, [*TINY, *words.split(), "--compile", "false"]))
+    run = train.build_run(cli.parse(TrainConfig, [*TINY, *words.split(), "--compile", "false"]))
     files = sorted((tiny_data / "data/tiny").glob("train_*.bin"))
     ids = torch.from_numpy(np.concatenate([np.fromfile(file, dtype="<u2") for file in files]).astype(np.int64))
     model, T, clipped = copy.deepcopy(run.model), 32, 0
@@ -313,7 +315,7 @@ def test_fifty_updates_are_those_of_a_slow_plain_loop(tiny_data):
                     p -= lr * 0.1 * p
                 p -= lr * (m / (1 - 0.9 ** (i + 1))) / ((v / (1 - 0.95 ** (i + 1))).sqrt() + 1e-8)
                 p.grad = None
-        got_loss, got_norm = train.update(run, i)
+        got_loss, got_norm = train.train_step(run, i)
         assert float(got_loss) == pytest.approx(total, rel=1e-5), i
         assert float(got_norm) == pytest.approx(norm, rel=1e-4), i
     assert 5 < clipped < 45, "clipping is seen at work and at rest"
@@ -448,9 +450,9 @@ def test_resume_takes_the_optimizer_settings_of_the_call(tiny_data):
     """torch's load_state_dict brings back the old ones."""
     train_here("--max_iters", 3)
     config = cli.parse(TrainConfig, [*TINY, "--weight_decay", "0.5", "--beta2", "0.9", "--resume"])
-    with resume.Claim(Path("out/quickstart")) as claim:
-        folder, _ = resume.find_start(claim, "latest", False)
-    run = train.setup(config)
+    with resume.RunLock(Path("out/quickstart")) as claim:
+        folder, _ = resume.find_resume_checkpoint(claim, "latest", False)
+    run = train.build_run(config)
     resume.restore(folder, run)
     assert [g["weight_decay"] for g in run.optimizer.param_groups] == [0.5, 0.0]
     assert all(g["betas"] == (0.9, 0.9) for g in run.optimizer.param_groups)
@@ -546,7 +548,7 @@ def test_init_from_begins_with_those_weights_and_their_shape(tiny_data, capsys):
     words += ["--init_from", str(first), "--context_length", "16", "--dropout", "0.1"]
     config = cli.parse(TrainConfig, words, initial_shape)
     assert (config.n_layer, config.n_embd, config.tie_weights, config.dropout) == (1, 32, False, 0.1)
-    run = train.setup(config)
+    run = train.build_run(config)
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(tensor, best[name][:16] if "wpe" in name else best[name]), name
     with pytest.raises(UserError, match="n_layer"):
@@ -556,7 +558,7 @@ def test_init_from_begins_with_those_weights_and_their_shape(tiny_data, capsys):
         json.dumps(state | {"tokenizer": state["tokenizer"] | {"name": "p50k_base"}})
     )
     with pytest.raises(UserError, match="was trained with tokenizer p50k_base, data/tiny is tokenised with byte"):
-        train.setup(config)
+        train.build_run(config)
 
 
 def test_resumed_run_needs_the_weights_it_began_with_no_more(tiny_data):
@@ -574,7 +576,7 @@ def test_resumed_run_needs_the_weights_it_began_with_no_more(tiny_data):
 
 def test_warm_up_as_a_fraction_stays_what_it_was_when_the_run_grows(tiny_data):
     words = shlex.split(" ".join(TINY).replace("--warmup_iters 2 --max_iters 6", "--warmup_fraction 0.5"))
-    run = train.setup(cli.parse(TrainConfig, [*words, "--max_iters", "6"]))
+    run = train.build_run(cli.parse(TrainConfig, [*words, "--max_iters", "6"]))
     assert run.config.warmup_iters == 3
     train.train(cli.parse(TrainConfig, [*words, "--max_iters", "6"]))
     train.train(cli.parse(TrainConfig, [*words, "--max_iters", "8", "--resume"]))
@@ -596,12 +598,12 @@ def test_muon_trains_and_resumes(tiny_data):
 
 
 def test_muon_in_float16_counts_what_its_scaler_skips(tiny_data):
-    run = train.setup(cli.parse(TrainConfig, [*TINY, "--dtype", "float16", "--optimizer", "muon"]))
+    run = train.build_run(cli.parse(TrainConfig, [*TINY, "--dtype", "float16", "--optimizer", "muon"]))
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the first gradients overflow
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    loss, norm = train.update(run, 0)
+    loss, norm = train.train_step(run, 0)
     assert same(before, run.model.state_dict())
-    run.health.look(row := train.log_row(run, 1, loss, norm, train.StepClock()), run.batches, run.ranks)
+    run.nonfinite_guard.check(row := train.log_row(run, 1, loss, norm, train.StepClock()), run.batches, run.ranks)
     assert row["skipped"] == 1
 
 
@@ -674,7 +676,7 @@ def test_signal_saves_and_says_how_to_go_on(tiny_data):
 
 def test_stop_at_an_evaluation_leaves_it_to_the_resumed_run(tiny_data, monkeypatch):
     whole = train_here("--max_iters", 5, "--eval_interval", 2, "--out_dir", "out/whole")
-    real = train.update
+    real = train.train_step
 
     def interrupted(run, i):
         if i == 3:
@@ -682,7 +684,7 @@ def test_stop_at_an_evaluation_leaves_it_to_the_resumed_run(tiny_data, monkeypat
         return real(run, i)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", interrupted)
+        patch.setattr(train, "train_step", interrupted)
         with pytest.raises(SystemExit) as ended:
             train_here("--max_iters", 5, "--eval_interval", 2)
     assert ended.value.code == 128 + signal.SIGTERM

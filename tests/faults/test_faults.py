@@ -165,7 +165,7 @@ hook(optim, "learning_rate", count)  # the first thing that update i asks for
 """
 MOMENTS = {
     "step": 'hook(optim, "learning_rate", lambda i, config: here() if i == 7 else None)',
-    "evaluation": 'hook(model.GPT, "hidden", lambda self, *words: updates and not self.training and here())',
+    "evaluation": 'hook(model.GPT, "hidden_states", lambda self, *words: updates and not self.training and here())',
     "save": 'hook(checkpoint, "save", lambda run_dir, state, *words: here() if state["iter"] == 8 else None)',
 }
 

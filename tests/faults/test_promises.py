@@ -69,9 +69,9 @@ def test_each_micro_batch_of_each_update_has_dropout_masks_of_its_own(tiny_data,
         return y
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
-    prepared = setup.setup(cli.parse(TrainConfig, [*TINY, "--dropout", "0.5", "--grad_accum_steps", "2"]))
+    prepared = setup.build_run(cli.parse(TrainConfig, [*TINY, "--dropout", "0.5", "--grad_accum_steps", "2"]))
     for i in range(2):
-        train.update(prepared, i)
+        train.train_step(prepared, i)
     assert len(seen) == 4 * 5, "one after the embedding and two in each block, in each of four forward passes"
     assert len(set(seen)) == len(seen)
 
@@ -83,7 +83,10 @@ def test_each_micro_batch_of_each_update_has_dropout_masks_of_its_own(tiny_data,
 @pytest.mark.parametrize("what", ["evaluation", "sample"])
 def test_failed_evaluation_or_sample_leaves_the_checkpoint_before_it(tiny_data, monkeypatch, what):
     """The save is still in progress when the evaluation or sample fails."""
-    failed, where, name = threading.Event(), *{"evaluation": (train, "evaluate"), "sample": (samples, "draw")}[what]
+    failed, where, name = (
+        threading.Event(),
+        *{"evaluation": (train, "evaluate"), "sample": (samples, "generate_samples")}[what],
+    )
     real, save = getattr(where, name), checkpoint.save
 
     def fails(run, *words):
@@ -104,7 +107,7 @@ def test_failed_evaluation_or_sample_leaves_the_checkpoint_before_it(tiny_data, 
 
 
 def test_nothing_is_written_into_what_came_in_the_place_of_a_moved_run(tiny_data, monkeypatch):
-    moved, real = Path("out/moved"), train.update
+    moved, real = Path("out/moved"), train.train_step
 
     def update(run, i):
         if i == 4:
@@ -117,7 +120,7 @@ def test_nothing_is_written_into_what_came_in_the_place_of_a_moved_run(tiny_data
             (RUN / "theirs.txt").write_text("theirs")
         return real(run, i)
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     with pytest.raises(UserError, match=f"^{RUN} is no longer the folder that this run began in: nothing is saved"):
         train_here("--max_iters", 20)
     assert [path.name for path in RUN.rglob("*")] == ["theirs.txt"]
@@ -126,10 +129,10 @@ def test_nothing_is_written_into_what_came_in_the_place_of_a_moved_run(tiny_data
 
 
 def test_room_for_a_checkpoint_is_looked_for_after_the_first_update(tiny_data, monkeypatch):
-    updates, real = [], train.update
+    updates, real = [], train.train_step
     usage = namedtuple("usage", "total used free")(0, 0, 1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(train, "update", lambda run, i: updates.append(run) or real(run, i))
+    monkeypatch.setattr(train, "train_step", lambda run, i: updates.append(run) or real(run, i))
     with pytest.raises(UserError) as caught:
         train_here(*QUIET, "--n_embd", 256)
     (made,) = updates
@@ -162,7 +165,7 @@ def test_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeyp
 
 def test_weight_that_is_not_finite_is_never_saved(tiny_data, monkeypatch):
     """Although the loss and gradient of its update were finite."""
-    real = train.update
+    real = train.train_step
 
     def update(run, i):
         made = real(run, i)
@@ -171,7 +174,7 @@ def test_weight_that_is_not_finite_is_never_saved(tiny_data, monkeypatch):
                 run.model.transformer.ln_f.weight[3] = torch.inf
         return made
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     with pytest.raises(UserError, match=r"^a weight is not finite at iter 5: "):
         train_here(*QUIET, "--save_interval", 5, "--eval_interval", 100, "--max_iters", 20)
     assert not list(RUN.glob("ckpt/iter_*"))
@@ -278,13 +281,13 @@ def test_ranks_that_would_not_train_alike_are_refused(two_ranks, code, words, wh
 
 
 def test_row_of_the_log_has_the_figures_of_its_update(tiny_data, monkeypatch):
-    made, real = [], train.update
+    made, real = [], train.train_step
 
     def update(run, i):
         made.append(real(run, i))
         return made[-1]
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     words = ("--lr", "1e-2", "--warmup_iters", 4, "--schedule", "constant", "--grad_accum_steps", 2)
     logged = rows(train_here(*QUIET, *words))
     windows = (open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"] - 1) // 32
@@ -387,6 +390,8 @@ def test_preparation_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocab
     """Whether the text is missing or a process ends with an error."""
     documents(10)
     (in_tmp / "house").mkdir()
+    for name in ("flatgpt", "config.py"):
+        (in_tmp / "house" / name).symlink_to(ROOT / name)
     (in_tmp / "house/prepare_data.py").write_text("raise SystemExit('no encoder')")
     monkeypatch.setattr(data, "REPO_ROOT", in_tmp / "house")
     for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):

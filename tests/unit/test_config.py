@@ -133,7 +133,7 @@ def test_neighbours_of_those_are_allowed(cls, words):
     [("", 0.8), ("--temperature 0.3", 0.3), ("--temperature 0", 0), ("--greedy", 0), ("--greedy --no-greedy", 0.8)],
 )
 def test_temperature_that_counts(words, heat):
-    assert parse(InferConfig, words.split()).heat == heat
+    assert parse(InferConfig, words.split()).effective_temperature == heat
 
 
 def test_strings_that_stop_add_up():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_module
 from config import ModelConfig
 from flatgpt.kernels import cross_entropy
-from model import GPT, KVCache, Rotary, causal_attention, fused_attention, manual_attention, rotate
+from model import GPT, KVCache, RotaryEmbedding, causal_attention, fused_attention, manual_attention, rotate
 
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50257)
 B, T, V = 3, 16, 50  # V is no multiple of 64: the vocabulary is padded inside
@@ -102,14 +102,14 @@ def test_rope_stores_no_positions():
 
 
 def on_meta(**changes) -> GPT:
-    return GPT.without_values(dataclasses.replace(GPT2, **changes))
+    return GPT.on_meta_device(dataclasses.replace(GPT2, **changes))
 
 
 def test_a_model_without_values_takes_no_memory_and_no_compiler():
     """Random numbers on the meta device import torch._dynamo, which takes a second."""
     assert {p.device.type for p in on_meta(tie_weights=False, head_bias=True).parameters()} == {"meta"}
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import GPT; from config import ModelConfig; "
-    code += "GPT.without_values(ModelConfig(vocab_size=99, tie_weights=False)); print('torch._dynamo' in sys.modules)"
+    code += "GPT.on_meta_device(ModelConfig(vocab_size=99, tie_weights=False)); print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -251,9 +251,9 @@ def test_manual_attention_equals_a_loop(causal, n_embd, heads):
 
 def test_manual_attention_does_not_see_what_is_hidden():
     q, k, v = torch.randn(3, 2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    hidden = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
-    hidden[0, ..., 2:] = True
-    got = manual_attention(q, k, v, hidden)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[0, ..., 2:] = False
+    got = manual_attention(q, k, v, mask)
     torch.testing.assert_close(got[0], manual_attention(q[:1], k[:1, :, :2], v[:1, :, :2], None)[0])
     torch.testing.assert_close(got[1], manual_attention(q, k, v, None)[1])
 
@@ -294,7 +294,7 @@ def test_rotary_is_a_turn_of_complex_numbers():
     speed = 10_000 ** (-2 * torch.arange(8).double() / 16)
     angle = torch.outer(torch.arange(7, 12).double(), speed)
     turned = pairs * torch.polar(torch.ones_like(angle), angle)
-    rotary = Rotary(config(position="rope"))
+    rotary = RotaryEmbedding(config(position="rope"))
     places = torch.arange(7, 12)
     expected = torch.cat((turned.real, turned.imag), -1).float()
     torch.testing.assert_close(rotate(x, rotary(places)), expected, rtol=0, atol=1e-5)
@@ -305,7 +305,7 @@ def test_rotary_is_a_turn_of_complex_numbers():
 
 
 def test_rotary_sees_distances_only_and_keeps_lengths():
-    rotary = Rotary(config(position="rope"))
+    rotary = RotaryEmbedding(config(position="rope"))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
     at = torch.arange(T)[:, None]
     products = {
@@ -338,7 +338,7 @@ def test_logits_through_the_cache_equal_those_without(kind, prompt):
         cache, got = new_cache(model), []
         with torch.no_grad():
             for t in range(prompt - 1, T):
-                cache.start = place(t) if t >= prompt else 0
+                cache.position = place(t) if t >= prompt else 0
                 got.append(model(IDS[:, : t + 1] if t < prompt else IDS[:, t : t + 1], cache=cache))
         torch.testing.assert_close(torch.cat(got, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
 
@@ -352,7 +352,7 @@ def test_rows_of_a_cache_may_differ_in_length(position):
     with torch.no_grad():
         cache = new_cache(model)
         model(IDS, cache=cache)  # all places hold something
-        cache.start, cache.stop = torch.tensor(lengths), T - 1
+        cache.position, cache.key_length = torch.tensor(lengths), T - 1
         got = model(torch.stack([IDS[row, n] for row, n in enumerate(lengths)])[:, None], cache=cache)
         for row, n in enumerate(lengths):
             torch.testing.assert_close(got[row, 0], model(IDS[row : row + 1, : n + 1])[0, -1], rtol=0, atol=1e-5)
@@ -512,11 +512,11 @@ def test_manual_attention_equals_flash_on_the_gpu():
 def test_head_of_hidden_is_forward_and_its_padding_has_no_say(tie_weights):
     model = fresh(vocab_size=70, tie_weights=tie_weights).eval()
     idx = torch.randint(70, (2, 5))
-    hidden = model.hidden(idx)
+    hidden = model.hidden_states(idx)
     assert hidden.shape == (2, 5, 32)
     with torch.no_grad():
-        padded = model.head(hidden, padded=True)
-    assert torch.equal(model.head(hidden), model(idx))
+        padded = model.compute_logits(hidden, padded=True)
+    assert torch.equal(model.compute_logits(hidden), model(idx))
     assert padded.shape == (2, 5, 128)
     assert torch.equal(padded[..., :70], model(idx))
     assert (padded[..., 70:] == -torch.inf).all()
@@ -524,11 +524,11 @@ def test_head_of_hidden_is_forward_and_its_padding_has_no_say(tie_weights):
 
 def test_each_loss_by_itself(monkeypatch):
     """Some rows at a time, the last of them fewer; 0 where there is nothing to score."""
-    monkeypatch.setitem(cross_entropy.ROWS, "cpu", 4)
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 4)
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=5, vocab_size=70))
     idx, targets = torch.randint(70, (2, 2, 5))
     targets[1, 2:4] = -1
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    found = model(idx, targets, each=True)
+    found = model(idx, targets, reduction="none")
     torch.testing.assert_close(found, expected)
     assert found[7:9].tolist() == [0, 0]

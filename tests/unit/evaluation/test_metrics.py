@@ -163,8 +163,10 @@ def test_batches_and_parts_do_not_show(monkeypatch, size, logits_bytes):
     """The head computes 16 rows of logits at least; here also 33, and all."""
     model, data, rows = lively(), text(), []
     whole = measure(model, batches(data), torch.from_numpy)
-    head = model.head
-    monkeypatch.setattr(model, "head", lambda hidden, **more: rows.append(len(hidden)) or head(hidden, **more))
+    head = model.compute_logits
+    monkeypatch.setattr(
+        model, "compute_logits", lambda hidden, **more: rows.append(len(hidden)) or head(hidden, **more)
+    )
     monkeypatch.setitem(metrics.LOGITS_BYTES, "cpu", logits_bytes)
     same(measure(model, batches(data, size), torch.from_numpy), whole, rel=1e-6)
     assert sum(rows) == whole.tokens, "places that are not scored cost nothing"
@@ -224,7 +226,7 @@ def test_sums_are_float64():
     large, one = 2.0**26, math.log(math.e - 1)
     table = torch.tensor([[0.0, large], [0.0, one]])  # id -> logits
     model = torch.nn.Module()
-    model.forward = lambda x, y, each: cross_entropy(table[x].flatten(0, 1), y.flatten(), reduction="none")
+    model.forward = lambda x, y, reduction: cross_entropy(table[x].flatten(0, 1), y.flatten(), reduction="none")
     rows = [(0, 0)] + [(1, 0)] * 50  # input, target: a loss of 2^26, then losses of ln(1 + e - 1) = 1
     pairs = ((np.array([[x]]), np.array([[y]])) for x, y in rows)
     assert mean_loss(model, pairs, torch.from_numpy) * 51 == pytest.approx(large + 50, abs=1e-3)

@@ -293,10 +293,10 @@ def test_other_models(changes):
 def test_a_pass_keeps_to_its_limits(monkeypatch, batch_tokens, logits):
     """Tokens with their padding, where a single pair does not have more; logits of the endings' places alone."""
     model, pairs, seen, heads = lively(), all_pairs(), [], []
-    hidden, head = model.hidden, model.head
+    hidden, head = model.hidden_states, model.compute_logits
     monkeypatch.setitem(metrics.LOGITS_BYTES, "cpu", 4 * V * logits)
-    monkeypatch.setattr(model, "hidden", lambda x: (seen.append(tuple(x.shape)), hidden(x))[1])
-    monkeypatch.setattr(model, "head", lambda x: (heads.append(len(x)), head(x))[1])
+    monkeypatch.setattr(model, "hidden_states", lambda x: (seen.append(tuple(x.shape)), hidden(x))[1])
+    monkeypatch.setattr(model, "compute_logits", lambda x: (heads.append(len(x)), head(x))[1])
     got = log_likelihoods(model, pairs, torch.from_numpy, batch_tokens)
     assert got.tolist() == pytest.approx(expected(lively(), ENCODINGS["words"]), rel=1e-5)
     lengths = sorted((min(T, len(context) + len(ending) - 1) for context, ending in pairs), reverse=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from config import ModelConfig, SamplingConfig
 from flatgpt.inference import decoder as decoder_module
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
 from model import GPT, KVCache
 
@@ -52,7 +52,7 @@ def no_gradients():
 def without_compiler(monkeypatch):
     """What the compiler would get is run as it is; its places come in threes."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(Decoder, "GRAIN", 3)
+    monkeypatch.setattr(Decoder, "LENGTH_MULTIPLE", 3)
 
 
 KINDS = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
@@ -72,12 +72,12 @@ def test_logits_equal_those_without_a_cache(lengths, position, compile, without_
     decoder.reset(4, 11)
     draw = random.Random(0)
     texts = [[draw.randrange(30) for _ in range(n)] for n in lengths]
-    assert_next(torch.stack([decoder.read([row], ids) for row, ids in enumerate(texts)]), model, texts)
+    assert_next(torch.stack([decoder.prefill([row], ids) for row, ids in enumerate(texts)]), model, texts)
     assert decoder.lengths == list(lengths)
     while max(map(len, texts)) < 11:
         tokens = [draw.randrange(30) for _ in texts]
         texts = [[*ids, token] for ids, token in zip(texts, tokens, strict=True)]
-        assert_next(decoder.step(torch.tensor(tokens)), model, texts)
+        assert_next(decoder.decode_step(torch.tensor(tokens)), model, texts)
         assert decoder.lengths == [len(ids) for ids in texts]
 
 
@@ -88,15 +88,15 @@ def test_read_into_several_rows_is_each_read_alone(compile, without_compiler):
     one, other = Decoder(model, compile), Decoder(model, compile)
     one.reset(4, 9)
     other.reset(4, 9)
-    one.read([0, 2, 3, 1], [7, 7])
-    logits = one.read([3, 1], [1, 2, 3])
+    one.prefill([0, 2, 3, 1], [7, 7])
+    logits = one.prefill([3, 1], [1, 2, 3])
     for row, ids in ((0, [7, 7]), (2, [7, 7]), (1, [1, 2, 3]), (3, [1, 2, 3])):
-        alone = other.read([row], ids)
+        alone = other.prefill([row], ids)
     assert torch.equal(logits, alone)
     assert one.lengths == other.lengths == [2, 3, 2, 3]
     tokens = torch.tensor([4, 5, 6, 7])
-    stepped = one.step(tokens)
-    assert torch.equal(stepped, other.step(tokens))
+    stepped = one.decode_step(tokens)
+    assert torch.equal(stepped, other.decode_step(tokens))
     assert_next(stepped, model, [[7, 7, 4], [1, 2, 3, 5], [7, 7, 6], [1, 2, 3, 7]])
 
 
@@ -108,16 +108,16 @@ def test_row_that_is_full_disturbs_no_other(compile, without_compiler):
     decoder.reset(2, 6)
     texts = [[1, 2, 3, 4, 5], [9, 8]]
     for row, ids in enumerate(texts):
-        decoder.read([row], ids)
+        decoder.prefill([row], ids)
     for token, full in ((11, 6), (12, 6), (13, 6)):
         texts = [[*texts[0][:5], token], [*texts[1], token]]
-        assert_next(decoder.step(torch.tensor([token] * 2)), model, texts)
+        assert_next(decoder.decode_step(torch.tensor([token] * 2)), model, texts)
         assert decoder.lengths == [full, len(texts[1])]
     texts[0] = [13, 14]
-    assert_next(decoder.read([0], texts[0])[None], model, texts[:1])
-    assert_next(decoder.step(torch.tensor([3, 4])), model, [[*texts[0], 3], [*texts[1], 4]])
-    decoder.read([0, 1], [5] * 6)
-    assert_next(decoder.step(torch.tensor([3, 4])), model, [[5] * 5 + [3], [5] * 5 + [4]])
+    assert_next(decoder.prefill([0], texts[0])[None], model, texts[:1])
+    assert_next(decoder.decode_step(torch.tensor([3, 4])), model, [[*texts[0], 3], [*texts[1], 4]])
+    decoder.prefill([0, 1], [5] * 6)
+    assert_next(decoder.decode_step(torch.tensor([3, 4])), model, [[5] * 5 + [3], [5] * 5 + [4]])
 
 
 @KINDS
@@ -128,19 +128,19 @@ def test_reset_forgets(rows, places, compile, without_compiler):
     decoder = Decoder(model, compile)
     decoder.reset(3, 9)
     for row in range(3):
-        decoder.read([row], [20 + row] * (7 - row))
-    decoder.step(torch.tensor([1, 2, 3]))
+        decoder.prefill([row], [20 + row] * (7 - row))
+    decoder.decode_step(torch.tensor([1, 2, 3]))
     for filled in (0, 1, rows):
         decoder.reset(rows, places)
         assert decoder.lengths == [0] * rows
         texts = [[row + 1] if row < filled else [] for row in range(rows)]
         for row in range(filled):
-            decoder.read([row], texts[row])
+            decoder.prefill([row], texts[row])
         for n in range(places - (filled > 0)):
             tokens = [10 * n + row for row in range(rows)]
             tokens = [token % 30 for token in tokens]
             texts = [[*ids, token] for ids, token in zip(texts, tokens, strict=True)]
-            assert_next(decoder.step(torch.tensor(tokens)), model, texts)
+            assert_next(decoder.decode_step(torch.tensor(tokens)), model, texts)
 
 
 @KINDS
@@ -152,23 +152,23 @@ def test_any_order_of_reads_and_steps(position, compile, data):
     model = lively(position=position)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "compile", lambda function, **options: function)
-        patch.setattr(Decoder, "GRAIN", 3)
+        patch.setattr(Decoder, "LENGTH_MULTIPLE", 3)
         decoder = Decoder(model, compile)
         for _ in range(data.draw(st.integers(1, 3), "resets")):
             rows, places = data.draw(st.integers(1, 4), "rows"), data.draw(st.integers(1, 12), "places")
             decoder.reset(rows, places)
-            assert places <= decoder.places <= 12
+            assert places <= decoder.capacity <= 12
             texts = [[] for _ in range(rows)]
             for _ in range(data.draw(st.integers(0, 8), "acts")):
                 if data.draw(st.booleans(), "read"):
                     ids = data.draw(st.lists(st.integers(0, 29), min_size=1, max_size=places), "ids")
                     into = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True), "into")
                     texts = [list(ids) if row in into else text for row, text in enumerate(texts)]
-                    assert_next(decoder.read(into, ids)[None], model, [ids])
+                    assert_next(decoder.prefill(into, ids)[None], model, [ids])
                 else:
                     tokens = data.draw(st.lists(st.integers(0, 29), min_size=rows, max_size=rows), "tokens")
-                    texts = [[*text[: decoder.places - 1], i] for text, i in zip(texts, tokens, strict=True)]
-                    assert_next(decoder.step(torch.tensor(tokens)), model, texts)
+                    texts = [[*text[: decoder.capacity - 1], i] for text, i in zip(texts, tokens, strict=True)]
+                    assert_next(decoder.decode_step(torch.tensor(tokens)), model, texts)
                 assert decoder.lengths == [len(text) for text in texts]
 
 
@@ -178,18 +178,18 @@ def test_places():
     for asked, found, rounded in ((1, 1, 128), (128, 128, 128), (129, 129, 256), (256, 256, 256), (257, 257, 300)):
         for decoder, expected in ((eager, found), (compiled, rounded)):
             decoder.reset(2, asked)
-            assert decoder.places == expected
+            assert decoder.capacity == expected
     for decoder in (eager, compiled):
         for asked in (300, 301, 5000):
             decoder.reset(1, asked)
-            assert decoder.places == 300
+            assert decoder.capacity == 300
 
 
 def test_text_longer_than_the_places_is_refused():
     decoder = Decoder(lively())
     decoder.reset(1, 4)
     with pytest.raises((AssertionError, RuntimeError)):
-        decoder.read([0], [1, 2, 3, 4, 5])
+        decoder.prefill([0], [1, 2, 3, 4, 5])
 
 
 @KINDS
@@ -201,7 +201,7 @@ def test_step_works_in_the_memory_it_has(compile, without_compiler, monkeypatch)
     decoder.reset(2, 9)
     decoder.reset(2, 9)
     assert made == [(2, 9)]
-    decoder.step(torch.tensor([1, 2]))
+    decoder.decode_step(torch.tensor([1, 2]))
     decoder.reset(3, 9)
     decoder.reset(3, 12)
     assert made == [(2, 9), (3, 9), (3, 12)]
@@ -213,7 +213,7 @@ def test_under_autocast_a_cpu_keeps_float32():
     decoder = Decoder(model)
     with torch.autocast("cpu", torch.bfloat16):
         decoder.reset(1, 12)
-        found = [decoder.read([0], [3, 1, 4])] + [decoder.step(torch.tensor([i]))[0] for i in (1, 5, 9)]
+        found = [decoder.prefill([0], [3, 1, 4])] + [decoder.decode_step(torch.tensor([i]))[0] for i in (1, 5, 9)]
     texts = [[3, 1, 4], [3, 1, 4, 1], [3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9]]
     for logits, ids in zip(found, texts, strict=True):
         assert logits.dtype == torch.bfloat16
@@ -229,8 +229,8 @@ def test_outside_of_inference_mode_too():
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             decoder.reset(2, 7)
-            first = decoder.read([0, 1], [1, 2])
-            logits = decoder.step(torch.tensor([3, 4]))
+            first = decoder.prefill([0, 1], [1, 2])
+            logits = decoder.decode_step(torch.tensor([3, 4]))
         assert not first.requires_grad
         assert not logits.requires_grad
         assert_next(logits, model, [[1, 2, 3], [1, 2, 4]])
@@ -253,7 +253,7 @@ def test_compiler_that_fails_is_one_warning(monkeypatch, capsys):
     """Also when shapes change, for each of which it would be tried."""
     expected = list(generate_batch(Decoder(lively()), PROMPTS, 20, GREEDY))
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(Decoder, "GRAIN", 2)
+    monkeypatch.setattr(Decoder, "LENGTH_MULTIPLE", 2)
     decoder = Decoder(lively(), compile=True)
     for prompts, count in ((PROMPTS, 20), (PROMPTS, 20), (PROMPTS[:2], 20), (PROMPTS[:2], 3)):
         found = list(generate_batch(decoder, prompts, count, GREEDY))
@@ -290,7 +290,7 @@ def test_compiled_step_writes_the_same(packed, capsys, tmp_path, monkeypatch):
 
     def prepared(seed: int) -> GPT:
         model = lively(seed)
-        return pack(model, torch.float32, compile=True) if packed else model
+        return prepack(model, torch.float32, compile=True) if packed else model
 
     for seed in (0, 1):
         assert_same_texts(Decoder(prepared(seed), compile=True), Decoder(lively(seed)))
@@ -330,7 +330,7 @@ def test_recorded_step_writes_the_same(packed, capsys):
 
     def prepared() -> GPT:
         model = lively().cuda()
-        return pack(model, torch.float32, compile=True) if packed else model
+        return prepack(model, torch.float32, compile=True) if packed else model
 
     assert_same_texts(Decoder(prepared(), compile=True), Decoder(lively().cuda()))
     assert capsys.readouterr().err == ""
@@ -361,10 +361,12 @@ def test_gpu_in_bfloat16(quantize):
     """Compiled and eager steps agree up to rounding; the cache is in the products' precision."""
     found = []
     for compile in (False, True):
-        decoder = Decoder(pack(lively().cuda(), torch.bfloat16, quantize, compile), compile)
+        decoder = Decoder(prepack(lively().cuda(), torch.bfloat16, quantize, compile), compile)
         decoder.reset(2, 9)
-        decoder.read([0, 1], [1, 2, 3])
-        decoder.read([1], [4])
-        found.append(torch.stack([decoder.step(torch.tensor([i, i + 1], device="cuda")) for i in range(5)]).float())
+        decoder.prefill([0, 1], [1, 2, 3])
+        decoder.prefill([1], [4])
+        found.append(
+            torch.stack([decoder.decode_step(torch.tensor([i, i + 1], device="cuda")) for i in range(5)]).float()
+        )
         assert decoder._cache.k[0].dtype == torch.bfloat16
     assert (found[0] - found[1]).abs().max() < 0.05 * found[0].abs().max()

@@ -15,7 +15,7 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.evaluation.metrics import mean_loss
 from flatgpt.evaluation.windows import eval_batches
-from flatgpt.inference.prepacking import CastLinear, Int8Linear, PackedLinear, pack, packed_bytes
+from flatgpt.inference.prepacking import CastLinear, Int8Linear, PrepackedLinear, prepack, prepacked_bytes
 from flatgpt.interop.loading import find, load
 from model import GPT, KVCache
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 SIZES = [(64, 192), (32, 65), (57, 65), (30, 3), (1, 1)]  # (in, out)
 SHAPES = [(1,), (7,), (2, 5), (1, 1), (3, 1), (4, 4), (17,), (2, 300)]  # before the last dimension
 KINDS = [(CastLinear, torch.float32), (CastLinear, torch.bfloat16), (CastLinear, torch.float16)]
-KINDS += [(PackedLinear, torch.float32), (PackedLinear, torch.bfloat16), (PackedLinear, torch.float16)]
+KINDS += [(PrepackedLinear, torch.float32), (PrepackedLinear, torch.bfloat16), (PrepackedLinear, torch.float16)]
 KINDS += [(Int8Linear, torch.bfloat16)]
 IDS_OF_KINDS = [f"{kind.__name__}-{dtype}" for kind, dtype in KINDS]
 
@@ -63,7 +63,7 @@ def is_product(answer: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias
 
 
 def supported(kind: type, dtype: torch.dtype) -> None:
-    if kind is PackedLinear and not PackedLinear.supports(CPU, dtype):
+    if kind is PrepackedLinear and not PrepackedLinear.supports(CPU, dtype):
         pytest.skip(f"oneDNN computes no {dtype} here")
 
 
@@ -152,7 +152,9 @@ def spread_of(logits: torch.Tensor) -> float:
 
 
 def kinds(model: GPT) -> set[type]:
-    return {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear | CastLinear | PackedLinear | Int8Linear)}
+    return {
+        type(m) for m in model.modules() if isinstance(m, torch.nn.Linear | CastLinear | PrepackedLinear | Int8Linear)
+    }
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -164,12 +166,12 @@ def test_packed_model_computes_what_the_trained_one_does(changes, compile):
     logits, loss = reference(IDS), reference(IDS, TARGETS)
     with torch.autocast("cpu", torch.bfloat16):
         rounded, rounded_loss = reference(IDS).float(), reference(IDS, TARGETS)
-    packed = pack(trained(**changes), torch.float32, compile=compile)
+    packed = prepack(trained(**changes), torch.float32, compile=compile)
     assert torch.allclose(packed(IDS), logits, rtol=1e-5, atol=1e-5)
     assert packed(IDS, TARGETS).item() == pytest.approx(loss.item(), abs=1e-5)
     cache = KVCache(packed.config, 3, T, CPU, torch.float32)
     assert torch.allclose(packed(IDS, cache=cache)[:, 0], logits[:, -1], rtol=1e-5, atol=1e-5)
-    packed = pack(trained(**changes), torch.bfloat16, compile=compile)
+    packed = prepack(trained(**changes), torch.bfloat16, compile=compile)
     assert packed(IDS).dtype == torch.bfloat16
     off, lost = (packed(IDS).float() - rounded).abs().mean(), (logits - rounded).abs().mean()
     assert off < 0.3 * lost, "as if the rest was rounded too, or nothing at all"
@@ -180,7 +182,7 @@ def test_packed_model_computes_what_the_trained_one_does(changes, compile):
 @torch.no_grad()
 def test_int8_is_close(changes):
     logits = trained(**changes)(IDS)
-    packed = pack(trained(**changes), torch.bfloat16, "int8")
+    packed = prepack(trained(**changes), torch.bfloat16, "int8")
     assert kinds(packed) == {Int8Linear}
     off = (packed(IDS).float() - logits).std().item()
     assert 0 < off < 0.03 * spread_of(logits), off / spread_of(logits)
@@ -193,7 +195,7 @@ def test_every_linear_layer_goes_and_nothing_else(quantize):
         name: p.clone() for name, p in model.named_parameters() if "wte" in name or "wpe" in name or "ln_" in name
     }
     assert len(others) == 2 + 4 * 2 + 2
-    packed = pack(model, torch.bfloat16, quantize)
+    packed = prepack(model, torch.bfloat16, quantize)
     assert packed is model
     assert torch.nn.Linear not in kinds(packed)
     now = dict(packed.named_parameters())
@@ -205,29 +207,29 @@ def test_every_linear_layer_goes_and_nothing_else(quantize):
 @pytest.mark.parametrize("changes", [MODELS["tied"], MODELS["head bias"]], ids=["tied", "head bias"])
 def test_no_id_of_the_padding_comes_out(changes):
     for dtype, quantize in ((torch.float32, None), (torch.bfloat16, "int8")):
-        packed = pack(trained(**changes), dtype, quantize)
+        packed = prepack(trained(**changes), dtype, quantize)
         assert packed(IDS).shape == (3, T, V)
 
 
 def test_which_layers_are_taken(monkeypatch):
     """oneDNN's where it is, except for the compiler; where it is off, plain ones that give the same."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(PackedLinear, "supports", staticmethod(lambda device, dtype: dtype == torch.float32))
-    assert kinds(pack(trained(), torch.float32)) == {PackedLinear}
-    assert kinds(pack(trained(), torch.float32, compile=True)) == {CastLinear}
-    assert kinds(pack(trained(), torch.bfloat16)) == {CastLinear}
-    assert kinds(packed := pack(trained(), torch.float32, "int8")) == {Int8Linear}
+    monkeypatch.setattr(PrepackedLinear, "supports", staticmethod(lambda device, dtype: dtype == torch.float32))
+    assert kinds(prepack(trained(), torch.float32)) == {PrepackedLinear}
+    assert kinds(prepack(trained(), torch.float32, compile=True)) == {CastLinear}
+    assert kinds(prepack(trained(), torch.bfloat16)) == {CastLinear}
+    assert kinds(packed := prepack(trained(), torch.float32, "int8")) == {Int8Linear}
     assert packed.lm_head.dtype == packed.transformer.h[0].mlp.c_fc.scale.dtype == torch.bfloat16
-    assert kinds(pack(trained(), torch.bfloat16, "int8", compile=True)) == {Int8Linear}
+    assert kinds(prepack(trained(), torch.bfloat16, "int8", compile=True)) == {Int8Linear}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_without_onednn_the_same_comes_out(monkeypatch, dtype):
-    packed = pack(trained(), dtype)(IDS).float()
+    packed = prepack(trained(), dtype)(IDS).float()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not PackedLinear.supports(CPU, dtype)
-    plain = pack(trained(), dtype)
+    assert not PrepackedLinear.supports(CPU, dtype)
+    plain = prepack(trained(), dtype)
     assert kinds(plain) == {CastLinear}
     off = (plain(IDS).float() - packed).abs().mean().item()
     assert off <= 2 * torch.finfo(dtype).eps * spread_of(packed), off
@@ -237,13 +239,13 @@ def test_what_a_processor_cannot_compute_is_not_packed(monkeypatch):
     mkldnn = torch.ops.mkldnn
     monkeypatch.setattr(mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    assert not PackedLinear.supports(CPU, torch.bfloat16)
-    assert not PackedLinear.supports(CPU, torch.float16)
-    assert PackedLinear.supports(CPU, torch.float32) == torch.backends.mkldnn.is_available()
-    assert not PackedLinear.supports(torch.device("cuda"), torch.float32)
+    assert not PrepackedLinear.supports(CPU, torch.bfloat16)
+    assert not PrepackedLinear.supports(CPU, torch.float16)
+    assert PrepackedLinear.supports(CPU, torch.float32) == torch.backends.mkldnn.is_available()
+    assert not PrepackedLinear.supports(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert PackedLinear.supports(CPU, torch.bfloat16) == torch.backends.mkldnn.is_available()
-    assert not PackedLinear.supports(CPU, torch.float16)
+    assert PrepackedLinear.supports(CPU, torch.bfloat16) == torch.backends.mkldnn.is_available()
+    assert not PrepackedLinear.supports(CPU, torch.float16)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False}], ids=["tied", "untied"])
@@ -252,10 +254,10 @@ def test_bytes_that_each_token_reads(changes, monkeypatch):
     numbers = 2 * 12 * 32**2 + 128 * 32
     for available in (True, False):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)  # noqa: B023
-        assert packed_bytes(pack(trained(**changes), torch.float32)) == 4 * numbers
-        assert packed_bytes(pack(trained(**changes), torch.bfloat16)) == 2 * numbers
-        assert packed_bytes(pack(trained(**changes), torch.bfloat16, "int8")) == numbers
-    assert packed_bytes(trained(**changes)) == 0
+        assert prepacked_bytes(prepack(trained(**changes), torch.float32)) == 4 * numbers
+        assert prepacked_bytes(prepack(trained(**changes), torch.bfloat16)) == 2 * numbers
+        assert prepacked_bytes(prepack(trained(**changes), torch.bfloat16, "int8")) == numbers
+    assert prepacked_bytes(trained(**changes)) == 0
 
 
 @pytest.mark.gpu
@@ -273,7 +275,7 @@ def test_bytes_that_each_token_reads(changes, monkeypatch):
 def test_on_a_gpu(dtype, quantize, off):
     model = trained(tie_weights=False, head_bias=True)
     logits = model(IDS)
-    packed = pack(model.to("cuda"), dtype, quantize)
+    packed = prepack(model.to("cuda"), dtype, quantize)
     assert kinds(packed) == {Int8Linear if quantize else CastLinear}
     assert (packed(IDS.cuda()).float().cpu() - logits).std().item() < off * spread_of(logits)
 
@@ -294,7 +296,7 @@ def test_int8_costs_less_than_a_hundredth_of_the_loss(in_tmp, real_text):
     ):
         model, _ = load(found, CPU)
         if name != "float32":  # which is the model as it was trained
-            pack(model, dtype, quantize)
+            prepack(model, dtype, quantize)
         losses[name] = mean_loss(model, eval_batches(tokens, config.context_length, 64), torch.from_numpy)
     print(losses)
     assert losses["float32"] < 2.6, losses

@@ -18,7 +18,7 @@ from config import ModelConfig, SamplingConfig
 from flatgpt.data import tokenizer
 from flatgpt.inference import sampling
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import pack
+from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import (
     NUCLEUS,
     Sampler,
@@ -28,9 +28,9 @@ from flatgpt.inference.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    likeliest,
     penalize_seen,
     stream_text,
+    top_token_probs,
 )
 from model import GPT
 
@@ -119,9 +119,9 @@ def alone(decoder: Decoder, prompts: list[list[int]], count: int, options: Sampl
 def prepare(request, monkeypatch):
     """Model -> decoder, each way there is; of the compiled one its way of computing, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(Decoder, "GRAIN", 3)
+    monkeypatch.setattr(Decoder, "LENGTH_MULTIPLE", 3)
     if request.param == "packed":
-        return lambda model: Decoder(pack(model, torch.float32))
+        return lambda model: Decoder(prepack(model, torch.float32))
     return lambda model: Decoder(model, compile=request.param == "compiled")
 
 
@@ -189,8 +189,8 @@ def test_batch_ends_with_its_last_row():
     """Nothing is computed after that."""
     decoder = Decoder(lively())
     steps = []
-    step = decoder.step
-    decoder.step = lambda tokens: steps.append(1) or step(tokens)
+    step = decoder.decode_step
+    decoder.decode_step = lambda tokens: steps.append(1) or step(tokens)
     text = list(generate(decoder, [3], 30, GREEDY))
     assert len(steps) <= 29
     steps.clear()
@@ -337,21 +337,23 @@ def test_likeliest_have_the_models_probabilities():
     """The one that was drawn first, however unlikely; others by softmax of the plain logits."""
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
     drawn = torch.tensor([4, 19, 0])
-    for row, found, token in zip(logits.double().numpy(), likeliest(logits, drawn, 5), drawn.tolist(), strict=True):
+    for row, found, token in zip(
+        logits.double().numpy(), top_token_probs(logits, drawn, 5), drawn.tolist(), strict=True
+    ):
         probabilities = np.exp(row) / np.exp(row).sum()
         ids = [token, *np.argsort(-probabilities, kind="stable")[:5].tolist()]
         assert [p for _, p in found] == pytest.approx(probabilities[ids].tolist(), rel=1e-5)
         assert found[0][0] == token
-    assert [len(row) for row in likeliest(logits[:, :3], torch.zeros(3, dtype=torch.int64), 5)] == [4, 4, 4]
+    assert [len(row) for row in top_token_probs(logits[:, :3], torch.zeros(3, dtype=torch.int64), 5)] == [4, 4, 4]
 
 
-def test_watch_sees_what_each_token_is_drawn_from():
+def test_on_sample_sees_what_each_token_is_drawn_from():
     """Logits as a pass without a cache has them, of ids that can be drawn; the tokens are those that are given out."""
     model, seen = GPT(CONFIG).eval(), []
     prompts, options = [[3, 1], [4]], dataclasses.replace(FREE, top_k=3, repetition_penalty=2.0)
     steps = list(
         generate_batch(
-            Decoder(model), prompts, 4, options, n_vocab=25, watch=lambda logits, ids: seen.append((logits, ids))
+            Decoder(model), prompts, 4, options, n_vocab=25, on_sample=lambda logits, ids: seen.append((logits, ids))
         )
     )
     assert [ids.tolist() for _, ids in seen] == steps
@@ -420,7 +422,7 @@ def test_all_together_in_transformers_order(vocabulary, monkeypatch):
         ]
     )
     left = []
-    monkeypatch.setattr(sampling, "draw", lambda logits, generators: left.append(logits) or logits.argmax(-1))
+    monkeypatch.setattr(sampling, "sample", lambda logits, generators: left.append(logits) or logits.argmax(-1))
     prompts = [[1, 2], [3, 4], [5, 5], [0, 29]]
     sampler = Sampler(options, prompts, 0, vocabulary, CPU)
     ids = torch.tensor(prompts)
@@ -540,7 +542,7 @@ def test_mode_and_random_state_are_left_alone(training, name):
 def test_mode_is_left_alone_when_a_step_fails(monkeypatch):
     model = lively().train()
     decoder = Decoder(model)
-    monkeypatch.setattr(decoder, "step", lambda tokens: 1 / 0)
+    monkeypatch.setattr(decoder, "decode_step", lambda tokens: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(generate(decoder, [1, 2], 20, FREE))
     assert model.training

@@ -23,8 +23,8 @@ CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_si
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Every batch is large, and goes through many chunks and pieces."""
-    monkeypatch.setattr(cross_entropy, "SMALL", 0)
-    monkeypatch.setitem(cross_entropy.ROWS, "cpu", ROWS)
+    monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", 0)
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", ROWS)
     monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", AT_ONCE * PADDED * 4 + 5)
 
 
@@ -178,7 +178,7 @@ def test_loss_is_exact_where_the_target_is_unlikely_or_logits_are_large(below, b
 
 def test_a_chunks_sums_fit_float16(monkeypatch):
     """No loss scale would help: these gradients are not scaled yet."""
-    monkeypatch.setitem(cross_entropy.ROWS, "cpu", 1024)
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 1024)
     made, targets = [torch.full((1024, C), 100.0), torch.zeros(PADDED, C)], torch.full((1024,), 4)
     made = [t.requires_grad_() for t in made]
     found, expected = answers(made, targets, fused(), torch.float16), reference(made, targets)
@@ -241,7 +241,7 @@ def test_every_gradient_of_a_model_is_that_of_the_plain_loss(kind, checkpointing
     model = lively(activation_checkpointing=checkpointing, **kind)
     found = of_model(model)
     model.fused_loss = lambda *args: pytest.fail("not for a batch as small as this")
-    monkeypatch.setattr(cross_entropy, "SMALL", 10**9)
+    monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", 10**9)
     expected = of_model(model)
     assert abs(found["loss"] - expected["loss"]) < 1e-5
     assert_same(found, expected, 1e-3)
@@ -257,10 +257,10 @@ def test_small_batches_and_passes_without_gradients_go_through_plain_operators(m
     with torch.no_grad():
         losses.append(model(*batch()).item())
     logits = 4 * 16 * PADDED
-    monkeypatch.setattr(cross_entropy, "SMALL", logits)
+    monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", logits)
     losses.append(model(*batch()).item())
     assert not used
-    monkeypatch.setattr(cross_entropy, "SMALL", logits - 1)
+    monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", logits - 1)
     losses.append(model(*batch()).item())
     assert used
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
@@ -301,7 +301,7 @@ def test_the_kernel_for_a_compiler_compiles():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=str)
 def test_on_a_gpu(dtype, tolerance, compiled, monkeypatch):
-    monkeypatch.setitem(cross_entropy.ROWS, "cuda", ROWS)
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cuda", ROWS)
     monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cuda", AT_ONCE * PADDED * 4)
     torch._dynamo.reset()
     model = lively()

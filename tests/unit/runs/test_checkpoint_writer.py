@@ -21,13 +21,13 @@ from test_train import rows, same, weights
 import train
 from config import TrainConfig, UserError
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
 
 Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage gives
 
 
 def parts(fill: float = 0.0, device: str = "cpu") -> dict:
-    """As train.parts makes them: nested dicts and lists, some of their tensors on the device."""
+    """As train.checkpoint_state makes them: nested dicts and lists, some of their tensors on the device."""
     moments = {"step": torch.tensor(fill), "exp_avg": torch.full((3, 4), fill, device=device)}
     groups = [{"lr": fill, "betas": (0.9, 0.99), "params": [0]}]
     return {
@@ -68,11 +68,11 @@ def iters(run: Path) -> list[int]:
 
 @pytest.fixture
 def start(tmp_path):
-    """start(key=value, writes=, whole=) makes a Saver for tmp_path; all of them are closed in the end."""
+    """start(key=value, writes=, whole=) makes a CheckpointWriter for tmp_path; all of them are closed in the end."""
     made = []
 
-    def make(writes=True, whole=lambda tensor: tensor, **keys) -> Saver:
-        made.append(Saver(TrainConfig(out_dir=str(tmp_path), **keys), writes, whole))
+    def make(writes=True, whole=lambda tensor: tensor, **keys) -> CheckpointWriter:
+        made.append(CheckpointWriter(TrainConfig(out_dir=str(tmp_path), **keys), writes, whole))
         return made[-1]
 
     yield make
@@ -108,7 +108,7 @@ def gate(monkeypatch):
     gate.opened.set()
 
 
-def beside(saver: Saver, call: Callable, *args) -> threading.Thread:
+def beside(saver: CheckpointWriter, call: Callable, *args) -> threading.Thread:
     """Begin the call in a thread of its own, until it waits for the save in flight, or has ended."""
     waiting, wait = threading.Event(), saver.wait
     saver.wait = lambda: waiting.set() or wait()
@@ -143,7 +143,7 @@ def test_buffers_made_while_a_save_is_in_flight_are_not_written_over(start, gate
     saver.save(state(1), there)
     assert gate.reached.wait(60)
     fill_with(2.0, there)
-    reserving = beside(saver, saver.reserve, there)
+    reserving = beside(saver, saver.allocate_buffers, there)
     gate.opened.set()
     reserving.join(60)
     saver.wait()
@@ -174,7 +174,7 @@ def test_buffers_are_made_once(start, gate, monkeypatch):
     saver, seen, made = start(), [], []
     real, empty = gate.real, torch.empty
     monkeypatch.setattr(gate, "real", lambda *args: seen.append((args[2], args[3])) or real(*args))
-    saver.reserve(parts())
+    saver.allocate_buffers(parts())
     monkeypatch.setattr(torch, "empty", lambda *size, **how: made.append(size) or empty(*size, **how))
     there = parts(1.0)
     for iteration in (1, 2):
@@ -203,9 +203,9 @@ def test_sharded_tensors_are_put_together_on_every_rank_in_the_same_order(start,
     seen = {True: [], False: []}
     for writes in (True, False):
         saver = start(writes, lambda tensor, order=seen[writes]: order.append(tuple(tensor.shape)) or tensor + 1)
-        saver.reserve(parts(1.0))
+        saver.allocate_buffers(parts(1.0))
         saver.save(state(5 if writes else 6), parts(1.0))
-        saver.then(Path.touch, tmp_path / f"then of {writes}")
+        saver.submit_after_save(Path.touch, tmp_path / f"then of {writes}")
         saver.wait()
     assert seen[True] == seen[False]
     assert len(seen[True]) == 2 * 4
@@ -222,9 +222,9 @@ def test_sharded_tensors_are_put_together_on_every_rank_in_the_same_order(start,
 def test_what_comes_after_a_save_comes_after_it_and_in_order(start, gate, tmp_path):
     saver, done = start(), []
     saver.save(state(1), parts(1.0))
-    saver.then(lambda word: done.append((word, iters(tmp_path))), "first")
-    saver.then(checkpoint.point, tmp_path, "best", 1)
-    saver.then(lambda word: done.append((word, os.readlink(tmp_path / "ckpt/best"))), "second")
+    saver.submit_after_save(lambda word: done.append((word, iters(tmp_path))), "first")
+    saver.submit_after_save(checkpoint.point, tmp_path, "best", 1)
+    saver.submit_after_save(lambda word: done.append((word, os.readlink(tmp_path / "ckpt/best"))), "second")
     assert gate.reached.wait(60)
     assert done == []
     gate.opened.set()
@@ -238,7 +238,7 @@ def test_newest_best_and_every_nth_are_kept(start, tmp_path):
     for iteration in (10, 20, 30, 40, 50):
         saver.save(state(iteration), parts(iteration))
         if iteration == 10:
-            saver.then(checkpoint.point, tmp_path, "best", 10)
+            saver.submit_after_save(checkpoint.point, tmp_path, "best", 10)
     saver.wait()
     assert iters(tmp_path) == [50, 40, 30, 10]
     assert os.readlink(tmp_path / "ckpt/last") == "iter_000050"
@@ -249,7 +249,7 @@ def test_newest_best_and_every_nth_are_kept(start, tmp_path):
 def test_check_waits_for_nothing_and_close_for_all(start, gate, tmp_path):
     saver, found = start(), []
     saver.save(state(1), parts(1.0))
-    saver.then(Path.touch, tmp_path / "then")
+    saver.submit_after_save(Path.touch, tmp_path / "then")
     saver.check()  # while the gate is closed
     assert not (tmp_path / "then").exists()
     closing = threading.Thread(
@@ -258,7 +258,7 @@ def test_check_waits_for_nothing_and_close_for_all(start, gate, tmp_path):
     closing.start()
     with contextlib.suppress(RuntimeError):  # no new work is taken: it is closing
         while closing.is_alive():
-            saver.then(time.sleep, 0)
+            saver.submit_after_save(time.sleep, 0)
     gate.opened.set()
     closing.join(60)
     assert found == [[1], True]
@@ -267,7 +267,7 @@ def test_check_waits_for_nothing_and_close_for_all(start, gate, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
 def test_saves_have_a_lower_priority_than_training(start):
     found, saver = [], start()
-    saver.then(lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    saver.submit_after_save(lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
     saver.wait()
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert found == [min(own + 10, 19)]
@@ -276,17 +276,17 @@ def test_saves_have_a_lower_priority_than_training(start):
 def test_minutes_between_saves(start, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    assert not start().due()  # save_minutes = none
+    assert not start().timer_due()  # save_minutes = none
     saver = start(save_minutes=2.0)
     for passed, due in ((0.0, False), (119.0, False), (120.0, True), (130.0, True)):
         now[0] = 1000 + passed
-        assert saver.due() is due
+        assert saver.timer_due() is due
     saver.save(state(1), parts())
-    assert not saver.due()
+    assert not saver.timer_due()
     now[0] = 1130 + 119
-    assert not saver.due()
+    assert not saver.timer_due()
     now[0] = 1130 + 120
-    assert saver.due()
+    assert saver.timer_due()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,12 +305,12 @@ def test_failed_save_ends_the_run_at_the_next_check(start, gate):
     saver.check()  # it is said once
 
 
-@pytest.mark.parametrize("last", ["save", "wait", "reserve"])
+@pytest.mark.parametrize("last", ["save", "wait", "allocate_buffers"])
 def test_failed_save_ends_the_run_wherever_it_is_waited_for(start, gate, tmp_path, last):
     gate.opened.set()
     saver, gate.broken = start(), UserError("no room")
     saver.save(state(1), parts())
-    calls = {"save": (state(2), parts()), "wait": (), "reserve": (parts(),)}
+    calls = {"save": (state(2), parts()), "wait": (), "allocate_buffers": (parts(),)}
     with pytest.raises(UserError, match="no room"):
         getattr(saver, last)(*calls[last])
     gate.broken = None
@@ -342,12 +342,12 @@ def test_what_would_come_after_a_failed_save_is_left_out(start, gate, tmp_path, 
     gate.opened.set()
     saver = start(on_save_error=on_save_error, keep_checkpoints=1)
     saver.save(state(1), parts(1.0))
-    saver.then(checkpoint.point, tmp_path, "best", 1)
+    saver.submit_after_save(checkpoint.point, tmp_path, "best", 1)
     saver.wait()
     gate.broken = UserError("no room")
     saver.save(state(2), parts(2.0))
-    saver.then(checkpoint.point, tmp_path, "best", 2)
-    saver.then(checkpoint.mark_finished, tmp_path / "ckpt/last")
+    saver.submit_after_save(checkpoint.point, tmp_path, "best", 2)
+    saver.submit_after_save(checkpoint.mark_finished, tmp_path / "ckpt/last")
     if on_save_error == "stop":
         with pytest.raises(UserError, match="no room"):
             saver.wait()
@@ -382,16 +382,16 @@ def room(monkeypatch):
 def test_room_for_less_than_one_checkpoint(start, room, tmp_path, capsys):
     room(0.99)
     with pytest.raises(UserError, match=rf"^{tmp_path} has 0 MB free, a checkpoint of this run takes 0 MB: make room"):
-        start().reserve(parts())
+        start().allocate_buffers(parts())
     saver = start(on_save_error="warn")
-    saver.reserve(parts())
+    saver.allocate_buffers(parts())
     assert "warning: " in (said := capsys.readouterr().err)
     assert "make room, or take an --out_dir on another disk. Training goes on" in said
     assert saver.failure
     saver.save(state(1), parts(1.0))  # there was room after all
     saver.wait()
     assert saver.failure is None
-    start(writes=False).reserve(parts())  # no business of that rank's
+    start(writes=False).allocate_buffers(parts())  # no business of that rank's
 
 
 @pytest.mark.parametrize(
@@ -408,11 +408,11 @@ def test_room_for_fewer_than_will_be_kept(start, room, tmp_path, capsys, keys, t
     for iteration in range(there):
         checkpoint.save(tmp_path, state(iteration), **parts(), keep=9)
     room(more + 1)
-    start(**keys).reserve(parts())
+    start(**keys).allocate_buffers(parts())
     assert capsys.readouterr().out == ""
     room(more + 0.99)
     if more:
-        start(**keys).reserve(parts())
+        start(**keys).allocate_buffers(parts())
         assert re.search(
             rf"^note: .* MB free; up to {more} more checkpoints of 0 MB will be kept", capsys.readouterr().out
         )
@@ -425,7 +425,7 @@ def test_room_for_fewer_than_will_be_kept(start, room, tmp_path, capsys, keys, t
 def test_run_from_another_runs_checkpoint_saves_it_as_it_was(tiny_data, monkeypatch):
     """The same as above, end to end: the save lasts until training waits for it after its first update."""
     first = train_here("--max_iters", 3)
-    save, wait, update, updates, go = checkpoint.save, Saver.wait, train.update, [], threading.Event()
+    save, wait, update, updates, go = checkpoint.save, CheckpointWriter.wait, train.train_step, [], threading.Event()
 
     def counted(run, i):
         updates.append(i)
@@ -433,8 +433,8 @@ def test_run_from_another_runs_checkpoint_saves_it_as_it_was(tiny_data, monkeypa
             go.set()
         return update(run, i)
 
-    monkeypatch.setattr(train, "update", counted)
-    monkeypatch.setattr(Saver, "wait", lambda saver: (updates and go.set()) or wait(saver))
+    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(CheckpointWriter, "wait", lambda saver: (updates and go.set()) or wait(saver))
     monkeypatch.setattr(checkpoint, "save", lambda *args: go.wait(60) and save(*args))
     fork = train_here("--resume", first, "--out_dir", "out/fork", "--max_iters", 5, "--keep_checkpoints", 9)
     before, after = (load_file(run / "ckpt/iter_000003/model.safetensors") for run in (first, fork))
@@ -607,7 +607,7 @@ def test_buffers_of_a_gpus_tensors_are_pinned(start, gate, tmp_path):
     saver, there, seen = start(), parts(1.0, "cuda"), []
     real = gate.real
     gate.real = lambda *args: seen.append(args[2]["w"]) or real(*args)
-    saver.reserve(there)
+    saver.allocate_buffers(there)
     saver.save(state(1), there)
     fill_with(2.0, there)
     torch.cuda.synchronize()

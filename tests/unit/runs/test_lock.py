@@ -18,8 +18,8 @@ from conftest import ROOT, TINY, command, train_here
 import train
 from config import TrainConfig, UserError
 from flatgpt.runs import checkpoint, lock
-from flatgpt.runs.checkpoint_writer import Saver
-from flatgpt.runs.lock import Claim
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
+from flatgpt.runs.lock import RunLock
 
 RUN = Path("out/quickstart")
 QUIET = ("--sample_tokens", 0)
@@ -88,18 +88,18 @@ def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner
 
 def test_overwrite_moves_the_old_folder_and_locks_the_new_one(tiny_data, monkeypatch):
     train_here(*QUIET)
-    before, real, looked = snapshot(RUN), train.update, []
+    before, real, looked = snapshot(RUN), train.train_step, []
 
     def update(run, i):
         (old,) = Path("out").glob("quickstart.old-*")
-        with Claim(RUN) as another, pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
-            another.take()
-        with Claim(old) as free:
-            free.take()
+        with RunLock(RUN) as another, pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
+            another.acquire()
+        with RunLock(old) as free:
+            free.acquire()
         looked.append(i)
         return real(run, i)
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     train_here(*QUIET, "--overwrite")
     (old,) = Path("out").glob("quickstart.old-*")
     assert looked == list(range(6))
@@ -109,36 +109,36 @@ def test_overwrite_moves_the_old_folder_and_locks_the_new_one(tiny_data, monkeyp
 
 def test_lock_follows_a_folder_that_is_moved_and_made_anew(tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "moved"
-    with Claim(folder) as lock:
-        lock.take()
+    with RunLock(folder) as lock:
+        lock.acquire()
         assert not folder.exists(), "a claim makes no folder"
         folder.mkdir()
-        lock.take()
-        lock.take()  # a second time costs nothing
+        lock.acquire()
+        lock.acquire()  # a second time costs nothing
         folder.rename(moved)
         folder.mkdir()
-        with Claim(folder) as other:
-            lock.take()
+        with RunLock(folder) as other:
+            lock.acquire()
             with pytest.raises(UserError, match="is in use by"):
-                other.take()
-        with Claim(moved) as other:
-            other.take()
-    with Claim(folder) as other:
-        other.take()
+                other.acquire()
+        with RunLock(moved) as other:
+            other.acquire()
+    with RunLock(folder) as other:
+        other.acquire()
 
 
 def test_folder_of_another_that_came_in_its_place_is_not_taken_for_its_own(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    with Claim(one) as lock, Claim(two) as other:
-        lock.take()
-        other.take()
+    with RunLock(one) as lock, RunLock(two) as other:
+        lock.acquire()
+        other.acquire()
         one.rename(tmp_path / "away")
         two.rename(one)
         for _ in range(2):  # a refusal is no lock either
             with pytest.raises(UserError, match="is in use by"):
-                lock.take()
+                lock.acquire()
 
 
 def test_file_system_without_locks_is_a_warning(tiny_data, monkeypatch, capsys):
@@ -161,7 +161,7 @@ def test_run_that_fails_gives_its_folder_back(tiny_data, monkeypatch):
         raise UserError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", fails)
+        patch.setattr(train, "train_step", fails)
         with pytest.raises(UserError, match="no"):
             train_here(*QUIET)
     train_here(*QUIET)
@@ -179,23 +179,23 @@ def test_of_two_that_find_no_folder_one_gets_it(tmp_path):
     """Minutes of compiling may lie between the look and the first file: both trained, into each other's checkpoints."""
     folder = tmp_path / "new"
     for overwrite in (False, True):
-        with Claim(folder) as first, Claim(folder) as second:
-            first.take(), second.take()
-            first.enter(overwrite)
+        with RunLock(folder) as first, RunLock(folder) as second:
+            first.acquire(), second.acquire()
+            first.prepare_folder(overwrite)
             with pytest.raises(UserError, match=f"is in use by process {os.getpid()}"):
-                second.enter(overwrite)
-            assert first.held()
+                second.prepare_folder(overwrite)
+            assert first.is_held()
         shutil.rmtree(folder)
 
 
 def test_run_that_was_made_and_has_ended_meanwhile_is_left_alone(tmp_path):
     folder = tmp_path / "new"
-    with Claim(folder) as late:
-        late.take()
+    with RunLock(folder) as late:
+        late.acquire()
         checkpoint_in(folder)
         for overwrite in (False, True):
             with pytest.raises(UserError, match="another process has trained there meanwhile"):
-                late.enter(overwrite)
+                late.prepare_folder(overwrite)
             late.__exit__()
             late._file = None
     assert (folder / "ckpt/iter_000003").is_dir()
@@ -204,15 +204,15 @@ def test_run_that_was_made_and_has_ended_meanwhile_is_left_alone(tmp_path):
 def test_folder_that_was_moved_away_is_no_place_to_begin_or_to_save_in(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with Claim(folder) as claimed:
-        claimed.take()
-        assert claimed.held()
+    with RunLock(folder) as claimed:
+        claimed.acquire()
+        assert claimed.is_held()
         folder.rename(tmp_path / "moved")
-        assert not claimed.held()
+        assert not claimed.is_held()
         with pytest.raises(UserError, match="was moved away by another process meanwhile"):
-            claimed.enter(False)
+            claimed.prepare_folder(False)
         folder.mkdir()
-        saver = Saver(TrainConfig(out_dir=str(folder)), owned=claimed.held)
+        saver = CheckpointWriter(TrainConfig(out_dir=str(folder)), still_locked=claimed.is_held)
         saver.save({"iter": 1}, {"weights": {}, "train_state": {}})
         with pytest.raises(UserError, match="is no longer the folder that this run began in"):
             saver.wait()
@@ -226,26 +226,26 @@ def test_overwrite_moves_runs_only_and_not_where_we_are(in_tmp):
     checkpoint_in(run)
     (run / "below").mkdir()
     for folder in (plain, run):
-        with Claim(folder) as claimed:
-            claimed.take()
-            claimed.enter(overwrite=True)
+        with RunLock(folder) as claimed:
+            claimed.acquire()
+            claimed.prepare_folder(overwrite=True)
     assert (plain / "other").is_dir()
     assert not (run / "ckpt").exists()
     (old,) = in_tmp.glob("run.old-*")
     os.chdir(old / "below")
-    with Claim(Path("..")) as claimed:
-        claimed.take()
+    with RunLock(Path("..")) as claimed:
+        claimed.acquire()
         with pytest.raises(UserError, match="is where we are, and is not renamed"):
-            claimed.enter(overwrite=True)
+            claimed.prepare_folder(overwrite=True)
     assert (old / "ckpt/iter_000003").is_dir()
 
 
 def test_file_where_checkpoints_go_is_noticed_before_training(tmp_path):
     (tmp_path / "ckpt").write_text("mine")
-    with Claim(tmp_path) as claimed:
-        claimed.take()
+    with RunLock(tmp_path) as claimed:
+        claimed.acquire()
         with pytest.raises(UserError, match="ckpt is a file, where checkpoints go"):
-            claimed.enter(overwrite=False)
+            claimed.prepare_folder(overwrite=False)
     assert (tmp_path / "ckpt").read_text() == "mine"
 
 
@@ -276,6 +276,6 @@ def test_who_only_looks_keeps_nobody_out(tmp_path, monkeypatch):
         fcntl.flock(looks, fcntl.LOCK_SH)
         assert not lock.in_use(tmp_path)  # nor each other
         monkeypatch.setattr(time, "sleep", lambda seconds: looks.close())
-        with Claim(tmp_path) as claimed:
-            claimed.take()
+        with RunLock(tmp_path) as claimed:
+            claimed.acquire()
             assert lock.in_use(tmp_path)

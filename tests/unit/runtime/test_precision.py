@@ -308,8 +308,8 @@ def test_the_matmuls_of_one_token_are_timed(monkeypatch, limit, timed, compile):
         for dtype in DTYPES.values():
             steps = make(dtype)
             made[dtype] = [[step() for step in alike] for alike in steps]
-            packed = prepacking.PackedLinear.supports(torch.device("cpu"), dtype) and not compile
-            layout = prepacking.PackedLinear if packed else prepacking.CastLinear
+            packed = prepacking.PrepackedLinear.supports(torch.device("cpu"), dtype) and not compile
+            layout = prepacking.PrepackedLinear if packed else prepacking.CastLinear
             assert all(isinstance(step.func, layout) for alike in steps for step in alike)
         made["flops"] = flops
         return FLOAT32

@@ -1,4 +1,4 @@
-"""health.py: updates that are not finite leave no trace, are named and counted; spikes; memory that is full."""
+"""guard.py: updates that are not finite leave no trace, are named and counted; spikes; memory that is full."""
 
 import copy
 import csv
@@ -20,7 +20,7 @@ from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.runs import checkpoint
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
-from flatgpt.training.nonfinite import Health, out_of_memory, require_finite
+from flatgpt.training.nonfinite import NonfiniteGuard, out_of_memory, require_finite
 
 QUIET = ("--sample_tokens", 0, "--eval_batches", 1)
 NAN, INF = math.nan, math.inf
@@ -30,15 +30,15 @@ def make_config(*words) -> TrainConfig:
     return cli.parse(TrainConfig, [*TINY, *map(str, (*QUIET, *words))])
 
 
-def make_run(*words) -> train.Run:
+def make_run(*words) -> train.TrainingRun:
     """Float16's scaler starts low enough for none of its gradients to overflow."""
-    run = train.setup(make_config(*words))
+    run = train.build_run(make_config(*words))
     if run.scaler.is_enabled():
         run.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     return run
 
 
-def bad_update(run: train.Run, i: int, how: str, real=train.update) -> tuple:
+def bad_update(run: train.TrainingRun, i: int, how: str, real=train.train_step) -> tuple:
     """Update i with something wrong in it that is gone after it."""
     wrong = {"nan loss": lambda loss: loss * NAN, "inf loss": lambda loss: loss * INF}
     # the weights' gradients are as always: only the number is wrong
@@ -56,7 +56,7 @@ def bad_update(run: train.Run, i: int, how: str, real=train.update) -> tuple:
     return answer
 
 
-def state(run: train.Run) -> dict:
+def state(run: train.TrainingRun) -> dict:
     """All that an update changes; None for what is not there yet."""
     names = {p: name for name, p in run.model.named_parameters()}
     moments = {f"{names[p]} {k}": v for p, entries in run.optimizer.state.items() for k, v in entries.items()}
@@ -70,13 +70,13 @@ def assert_same(a: dict, b: dict) -> None:
 
 def spoil(monkeypatch, numbers, how: str = "nan loss") -> list[int]:
     """From now on these updates of a run (from 0) are bad; returns the updates that are made, as they are made."""
-    real, made = train.update, []
+    real, made = train.train_step, []
 
     def update(run, i):
         made.append(i)
         return bad_update(run, i, how, real) if i in numbers else real(run, i)
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     return made
 
 
@@ -103,8 +103,8 @@ def test_bad_update_leaves_no_trace(tiny_data, optimizer, dtype, how):
     assert run.scaler.is_enabled() == (dtype == "float16")
     for at in (0, 3):  # before the optimizer has any state, and after
         if at:
-            train.update(run, at - 1)
-            train.update(undisturbed, at - 1)
+            train.train_step(run, at - 1)
+            train.train_step(undisturbed, at - 1)
         before = state(run)
         bad_update(run, at, how)
         after = state(run)
@@ -115,25 +115,25 @@ def test_bad_update_leaves_no_trace(tiny_data, optimizer, dtype, how):
         assert all(p.grad is None for p in run.model.parameters())
         undisturbed.scaler.load_state_dict(run.scaler.state_dict())  # the scale may have been halved; no more than that
         for i in (at + 1, at + 2):
-            train.update(run, i)
-            train.update(undisturbed, i)
+            train.train_step(run, i)
+            train.train_step(undisturbed, i)
         assert not torch.equal(after["transformer.wte.weight"], run.model.transformer.wte.weight)
         assert_same(state(run), state(undisturbed))
-    assert int(run.health.skipped) == 2
-    assert int(undisturbed.health.skipped) == 0
-    assert int(run.health.in_a_row) == 0
+    assert int(run.nonfinite_guard.skipped) == 2
+    assert int(undisturbed.nonfinite_guard.skipped) == 0
+    assert int(run.nonfinite_guard.in_a_row) == 0
 
 
 def test_poisoned_weight_spoils_no_other(tiny_data):
     """As a cosmic ray would: put back, the run is as it was."""
     run = make_run()
-    train.update(run, 0)
+    train.train_step(run, 0)
     before = state(run)
     weight = run.model.transformer.h[1].attn.c_proj.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[3, 5] = NAN
-    loss, norm = train.update(run, 1)
+    loss, norm = train.train_step(run, 1)
     assert loss.isnan()
     assert norm.isnan()
     with torch.no_grad():
@@ -146,12 +146,12 @@ def test_overflow_of_float16s_gradients_is_counted_and_is_no_mistake(tiny_data, 
     run = make_run("--dtype", "float16", "--optimizer", optimizer)
     bad_update(run, 0, "inf gradient")
     row = {"iter": 1}
-    assert run.health.look(row, run.batches, run.ranks) == []
+    assert run.nonfinite_guard.check(row, run.batches, run.ranks) == []
     assert row["skipped"] == 1
     assert run.scaler.get_scale() == 128
     bad_update(run, 1, "nan loss")
     with pytest.raises(UserError, match=r"^iter 2: the loss is nan"):
-        run.health.look(row, run.batches, run.ranks)
+        run.nonfinite_guard.check(row, run.batches, run.ranks)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -171,20 +171,20 @@ def test_no_update_waits_for_the_device(tiny_data, monkeypatch):
         for name in ("tolist", "numpy", "cpu"):  # no dispatcher hears of these on a CPU
             patch.setattr(torch.Tensor, name, waits)
         for i in range(3):
-            train.update(run, i)
-            train.update(muon, i)
+            train.train_step(run, i)
+            train.train_step(muon, i)
         with pytest.raises(AssertionError, match="waits"):
-            run.health.look({"iter": 3}, run.batches, run.ranks)
+            run.nonfinite_guard.check({"iter": 3}, run.batches, run.ranks)
 
 
 def test_note_needs_no_number(tiny_data):
     """On `meta` tensors have no values at all, and whoever asks for one gets an error."""
     value = torch.zeros((), device="meta")
     for scaled in (False, True):
-        health = Health(make_config(), value.device, scaled)
-        assert health.note(0, value, value, value).is_meta
+        guard = NonfiniteGuard(make_config(), value.device, scaled)
+        assert guard.observe(0, value, value, value).is_meta
     with pytest.raises((RuntimeError, NotImplementedError)):
-        health.look({"iter": 1}, None, SINGLE_PROCESS)
+        guard.check({"iter": 1}, None, SINGLE_PROCESS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_run_stops_at_the_next_row_and_names_the_first_bad_update(tiny_data, mon
         train_here(*words)
     message = str(caught.value)
     assert message.startswith(f"iter 7: {text}; its batch there: ")
-    batches = train.setup(make_config(*words)).batches
+    batches = train.build_run(make_config(*words)).batches
     windows = ", ".join(str(int(w)) for micro in (0, 1) for w in batches.indices(6, micro))
     assert f"training windows {windows} (window w begins at token 32 w)" in message
     assert "--on_nonfinite skip" in message
@@ -323,12 +323,12 @@ def test_the_guilty_rank_is_named_with_its_windows(tiny_data, own, named, micros
     windows = ", ".join(str(int(w)) for micro in micros for w in run.batches.indices(11, micro))
     for rank in (0, 1):
         ranks = Pretended(rank, 2, rank, 2, tuple(map(math.isfinite, own)))
-        health, good = Health(run.config, torch.device("cpu"), False), torch.tensor(1.0)
-        health.note(10, good, good, good)
-        skip = health.note(11, torch.tensor(NAN), good, torch.tensor(own[rank]))  # the loss is everybody's
+        guard, good = NonfiniteGuard(run.config, torch.device("cpu"), False), torch.tensor(1.0)
+        guard.observe(10, good, good, good)
+        skip = guard.observe(11, torch.tensor(NAN), good, torch.tensor(own[rank]))  # the loss is everybody's
         assert float(skip) == 1.0
         with pytest.raises(UserError) as caught:
-            health.look({"iter": 12}, run.batches, ranks)
+            guard.check({"iter": 12}, run.batches, ranks)
         expected = f"iter 12: the loss is nan on {named}; its batch there: training windows {windows} (window"
         assert str(caught.value).startswith(expected)
 
@@ -344,47 +344,47 @@ def falling(rows: int, seed: int) -> list[dict]:
     return [{"iter": 10 * n, "train_loss": loss} for n, loss in enumerate(losses)]
 
 
-def fresh() -> Health:
-    return Health(TrainConfig(), torch.device("cpu"), False)
+def fresh() -> NonfiniteGuard:
+    return NonfiniteGuard(TrainConfig(), torch.device("cpu"), False)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ordinary_loss_is_no_spike(seed):
-    health = fresh()
-    assert [said for row in falling(2000, seed) for said in health.spike(row)] == []
+    guard = fresh()
+    assert [said for row in falling(2000, seed) for said in guard.spike(row)] == []
 
 
 def test_loss_that_stands_still_is_no_spike():
     """Its deviation is nothing but rounding."""
     for loss in (2.3, 1 / 3, 4.1e-7):
-        health = fresh()
-        assert [said for n in range(300) for said in health.spike({"iter": n, "train_loss": loss})] == []
+        guard = fresh()
+        assert [said for n in range(300) for said in guard.spike({"iter": n, "train_loss": loss})] == []
 
 
 def test_rise_is_reported_with_its_numbers():
-    health, losses = fresh(), falling(200, 1)
-    assert not any(health.spike(row) for row in losses)
-    mean, deviation = health.mean, math.sqrt(health.square - health.mean**2)
+    guard, losses = fresh(), falling(200, 1)
+    assert not any(guard.spike(row) for row in losses)
+    mean, deviation = guard.mean, math.sqrt(guard.square - guard.mean**2)
     assert mean == pytest.approx(sum(row["train_loss"] for row in losses[-40:]) / 40, abs=0.1)
     assert 0.05 < deviation < 0.3
-    assert health.spike({"iter": 2000, "train_loss": mean + 5.9 * deviation}) == []
-    mean, deviation = health.mean, math.sqrt(health.square - health.mean**2)
+    assert guard.spike({"iter": 2000, "train_loss": mean + 5.9 * deviation}) == []
+    mean, deviation = guard.mean, math.sqrt(guard.square - guard.mean**2)
     loss = mean + 6.1 * deviation
-    assert health.spike({"iter": 2010, "train_loss": loss}) == [
+    assert guard.spike({"iter": 2010, "train_loss": loss}) == [
         f"warning: iter 2010: loss {loss:.4f} is a spike, {6.1 * deviation:.4f} above the mean of rows before it "
         f"({mean:.4f}, standard deviation {deviation:.4f})"
     ]
 
 
 def test_first_rows_and_nan_are_no_spikes():
-    health = fresh()
+    guard = fresh()
     for n in range(20):
-        assert health.spike({"iter": n, "train_loss": 2 + n % 2 / 10 if n < 19 else 50.0}) == []
-    before = health.state_dict()
-    assert health.spike({"iter": 20, "train_loss": NAN}) == []
-    assert health.spike({"iter": 20, "train_loss": INF}) == []
-    assert health.state_dict() == before, "else no later mean would be finite"
-    assert len(health.spike({"iter": 21, "train_loss": 500.0})) == 1
+        assert guard.spike({"iter": n, "train_loss": 2 + n % 2 / 10 if n < 19 else 50.0}) == []
+    before = guard.state_dict()
+    assert guard.spike({"iter": 20, "train_loss": NAN}) == []
+    assert guard.spike({"iter": 20, "train_loss": INF}) == []
+    assert guard.state_dict() == before, "else no later mean would be finite"
+    assert len(guard.spike({"iter": 21, "train_loss": 500.0})) == 1
 
 
 @pytest.mark.parametrize("cut", [1, 15, 120, 131])
@@ -393,10 +393,10 @@ def test_state_survives_a_checkpoint(cut):
     for n, more in ((100, 9), (130, 90), (131, 90), (160, 2000)):  # each widens what is usual
         losses[n]["train_loss"] += more
     whole, first, second = fresh(), fresh(), fresh()
-    for health, part in ((whole, range(cut)), (first, range(cut))):
+    for guard, part in ((whole, range(cut)), (first, range(cut))):
         for i in part:
             bad = torch.tensor(NAN if i % 3 else 1.0)
-            health.note(i, bad, bad, bad)
+            guard.observe(i, bad, bad, bad)
     said = [whole.spike(row) for row in losses]
     assert sum(map(len, said)) >= 3
     before = [first.spike(row) for row in losses[:cut]]
@@ -410,13 +410,13 @@ def test_state_survives_a_checkpoint(cut):
 
 def test_spike_is_reported_in_a_run(tiny_data, monkeypatch, capsys):
     """At a logged update, and nothing is done about it."""
-    real = train.update
+    real = train.train_step
 
     def update(run, i):
         loss, norm = real(run, i)
         return loss + 40 * (i == 25), norm
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     run = train_here(*LONG, 28, "--lr", "1e-5", "--min_lr", "1e-5")
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert re.match(r"warning: iter 26: loss 4\d\.\d{4} is a spike, ", warning)
@@ -463,14 +463,14 @@ def test_what_frees_memory_is_listed_and_nothing_that_is_on_already():
 
 
 def test_memory_that_is_full_is_one_error_and_the_checkpoints_stay(tiny_data, monkeypatch):
-    real = train.update
+    real = train.train_step
 
     def update(run, i):
         if i == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(run, i)
 
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", update)
     with pytest.raises(UserError) as caught:
         train_here(*QUIET, "--grad_accum_steps", 2)
     message = str(caught.value)

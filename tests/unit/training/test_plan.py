@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from config import ModelConfig, TrainConfig
 from flatgpt.data.dataset import Windows
 from flatgpt.kernels import cross_entropy
-from flatgpt.runs.checkpoint_writer import Saver
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.training import plan
 from flatgpt.training.optimizer import make_optimizer
 from flatgpt.training.plan import activation_bytes, matmul_flops, memory, report
@@ -130,7 +130,7 @@ def test_activations_are_those_that_autograd_keeps(shape, dtype, device):
 def test_a_large_batch_keeps_gradients_in_place_of_logits(head, dtype, device):
     config = dataclasses.replace(SMALL, vocab_size=12_000, **head)
     kept = {}
-    for rows in (2, 3):  # the third takes the logits past fused_loss.SMALL
+    for rows in (2, 3):  # the third takes the logits past cross_entropy.MIN_FUSED_LOGITS
         kept[rows], _ = activation_bytes(config, rows, dtype, device)
         assert kept[rows] == pytest.approx(kept_bytes(config, rows, dtype, device), rel=1e-3)
     assert kept[3] < kept[2] / 2
@@ -169,8 +169,8 @@ CHUNKS = [None, (2**20, 2**40), (100, 2**15)]
 )
 def test_peak_with_and_without_activation_checkpointing(changes, chunks, dtype, monkeypatch):
     if chunks:
-        monkeypatch.setattr(cross_entropy, "SMALL", 0)
-        monkeypatch.setitem(cross_entropy.ROWS, "cpu", chunks[0])
+        monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", 0)
+        monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", chunks[0])
         monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", chunks[1])
     for checkpointing in (False, True):
         config = dataclasses.replace(SMALL, n_layer=6, activation_checkpointing=checkpointing, **changes)
@@ -256,8 +256,8 @@ def test_save_buffers(device, tmp_path):
     optimizer.step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the copy could go where something was freed
     before = _resident_bytes()
-    saver = Saver(dataclasses.replace(config, out_dir=str(tmp_path)))
-    saver.reserve({"weights": model.state_dict(), "train_state": {"optimizer": optimizer.state_dict()}})
+    saver = CheckpointWriter(dataclasses.replace(config, out_dir=str(tmp_path)))
+    saver.allocate_buffers({"weights": model.state_dict(), "train_state": {"optimizer": optimizer.state_dict()}})
     pieces = memory(config, LOW, device)
     assert _resident_bytes() - before == pytest.approx(pieces["save buffers"], abs=0.2 * pieces["weights"])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flatgpt.data.dataset import TrainingBatches, Windows
-from flatgpt.training.prefetch import Feed
+from flatgpt.training.prefetch import BatchPrefetcher
 
 CPU = torch.device("cpu")
 ORDERS = [
@@ -51,7 +51,7 @@ class Recorded:
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_batches_are_the_same_in_whatever_order_they_are_asked_for(order):
     batches = TrainingBatches(Windows(np.arange(1000) % 251, 16, 5), 4, 3, seed=1)
-    feed = Feed(batches, CPU, range(3))
+    feed = BatchPrefetcher(batches, CPU, range(3))
     given = [(feed(*key), batches(*key)) for key in order]  # compared at the end: none is written over
     for found, expected in given:
         for tensor, array in zip(found, expected, strict=True):
@@ -73,7 +73,7 @@ def test_batches_are_the_same_in_whatever_order_they_are_asked_for(order):
 )
 def test_the_next_of_this_rank_is_prepared_in_a_thread(micros, asked, after):
     batches = Recorded()
-    feed = Feed(batches, CPU, micros)
+    feed = BatchPrefetcher(batches, CPU, micros)
     feed(*asked)
     assert batches.until(2) == [asked, after]
     assert batches.calls[0][2] is threading.current_thread()
@@ -86,7 +86,7 @@ def test_the_next_of_this_rank_is_prepared_in_a_thread(micros, asked, after):
 
 def test_each_is_prepared_once_through_several_updates():
     batches = Recorded()
-    feed = Feed(batches, CPU, range(1, 4, 2))
+    feed = BatchPrefetcher(batches, CPU, range(1, 4, 2))
     keys = [(update, micro) for update in range(7, 10) for micro in (1, 3)]
     for key in keys:
         assert feed(*key)[0].tolist() == [list(key)]
@@ -96,7 +96,7 @@ def test_each_is_prepared_once_through_several_updates():
 def test_a_batch_is_given_without_waiting_for_the_next():
     ready = threading.Event()
     batches = Recorded()
-    feed = Feed(batches, CPU, range(2))
+    feed = BatchPrefetcher(batches, CPU, range(2))
     feed(0, 0)
     batches.until(2)
     batches.wait = ready  # (1, 0) is not to be had
@@ -107,7 +107,7 @@ def test_a_batch_is_given_without_waiting_for_the_next():
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_its_batch_is_asked_for():
     batches = Recorded(broken=[(0, 1)])
-    feed = Feed(batches, CPU, range(2))
+    feed = BatchPrefetcher(batches, CPU, range(2))
     assert feed(0, 0)[0].tolist() == [[0, 0]]
     batches.until(2)
     with pytest.raises(ValueError, match="batch 0, 1"):
@@ -119,7 +119,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_its_batch_is_asked_for():
 def test_a_batch_that_is_never_asked_for_may_be_broken():
     """The one after a run's last, say."""
     batches = Recorded(broken=[(0, 1)])
-    feed = Feed(batches, CPU, range(2))
+    feed = BatchPrefetcher(batches, CPU, range(2))
     feed(0, 0)
     batches.until(2)
     assert feed(5, 0)[0].tolist() == [[5, 0]]
@@ -128,7 +128,7 @@ def test_a_batch_that_is_never_asked_for_may_be_broken():
 
 def test_its_thread_ends_with_it():
     batches = Recorded()
-    feed = Feed(batches, CPU, range(2))
+    feed = BatchPrefetcher(batches, CPU, range(2))
     feed(0, 0)
     batches.until(2)
     (thread,) = {thread for *_, thread in batches.calls if thread is not threading.current_thread()}
@@ -142,7 +142,7 @@ def test_its_thread_ends_with_it():
 def test_on_a_gpu():
     device = torch.device("cuda", 0)
     batches = Recorded()
-    feed = Feed(batches, device, range(2))
+    feed = BatchPrefetcher(batches, device, range(2))
     for key in ((0, 0), (0, 1), (1, 0)):
         x, y = feed(*key)
         assert x.device == y.device == device

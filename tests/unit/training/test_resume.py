@@ -55,8 +55,8 @@ def here(home, monkeypatch) -> Path:
 
 def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN):
     """The iteration that a run would go on from."""
-    with resume.Claim(run) as claim:
-        start = resume.find_start(claim, None if how is None else str(how), overwrite)
+    with resume.RunLock(run) as claim:
+        start = resume.find_resume_checkpoint(claim, None if how is None else str(how), overwrite)
     return start and start[1]["iter"]
 
 
@@ -137,7 +137,7 @@ def check(*words, change=lambda state: None) -> list[str]:
     """What a resuming with these words says; `change` makes something else of the state first."""
     folder = RUN / "ckpt/iter_000006"
     change(state := copy.deepcopy(checkpoint.read_state(folder)))
-    return resume.check_same_run(folder, state, train.setup(make_config(*words)))
+    return resume.require_same_run(folder, state, train.build_run(make_config(*words)))
 
 
 def test_nothing_is_said_where_nothing_differs(here):
@@ -296,7 +296,7 @@ def trained(home) -> dict:
         for name in ("adamw", "muon"):
             words = ("--optimizer", name, "--max_iters", 3, "--out_dir", home / name)
             folder = train_here(*QUIET, *words) / "ckpt/iter_000003"
-            train.update(run := train.setup(make_config(*words)), 0)
+            train.train_step(run := train.build_run(make_config(*words)), 0)
             both[name] = run, folder
     return both
 
@@ -347,7 +347,7 @@ def no_groups(part: dict, moment: str) -> None:
     del part["param_groups"]
 
 
-def refused(run: train.Run, folder: Path, tmp_path: Path, change) -> str:
+def refused(run: train.TrainingRun, folder: Path, tmp_path: Path, change) -> str:
     """The one error for a changed train_state.pt, whose hash is right. Nothing of it is loaded."""
     train_state = checkpoint.load_train_state(folder)
     change(train_state)
@@ -365,8 +365,13 @@ def refused(run: train.Run, folder: Path, tmp_path: Path, change) -> str:
     return message.removeprefix(f"{changed}/train_state.pt is ")
 
 
-def everything(run: train.Run) -> list[dict]:
-    return [run.model.state_dict(), run.optimizer.state_dict(), run.scaler.state_dict(), run.health.state_dict()]
+def everything(run: train.TrainingRun) -> list[dict]:
+    return [
+        run.model.state_dict(),
+        run.optimizer.state_dict(),
+        run.scaler.state_dict(),
+        run.nonfinite_guard.state_dict(),
+    ]
 
 
 def alike(a, b) -> bool:
@@ -380,7 +385,7 @@ def alike(a, b) -> bool:
     return a == b
 
 
-def names_of(run: train.Run, part: str) -> list[str]:
+def names_of(run: train.TrainingRun, part: str) -> list[str]:
     """The parameters of Muon, or of AdamW beside it or alone, by their number there."""
     names = {p: name for name, p in run.model.named_parameters()}
     return [names[p] for g in getattr(run.optimizer, part, run.optimizer).param_groups for p in g["params"]]
@@ -435,18 +440,18 @@ def test_many_differences_are_three_and_a_number(here, trained, tmp_path):
 def test_checkpoint_before_any_update_was_applied_has_no_moments(here, tmp_path):
     """All were left out, so Muon has none yet: that is how it goes on."""
     config = make_config("--optimizer", "muon")
-    run = train.setup(config)
-    run.health.skipped += 3
+    run = train.build_run(config)
+    run.nonfinite_guard.skipped += 3
     row = {"iter": 3, "tokens": 384, "epoch": 0.1}
-    saved = train.parts(run, row, {})
+    saved = train.checkpoint_state(run, row, {})
     folder = checkpoint.save(tmp_path, {"iter": 3, "config": {}}, saved["weights"], saved["train_state"], 1)
-    again = train.setup(config)
+    again = train.build_run(config)
     assert resume.restore(folder, again)["row"] == row
-    assert int(again.health.skipped) == 3
+    assert int(again.nonfinite_guard.skipped) == 3
     saved["train_state"]["row"] = {"iter": 4}
     folder = checkpoint.save(tmp_path, {"iter": 4, "config": {}}, saved["weights"], saved["train_state"], 1)
     with pytest.raises(UserError, match=r"momentum_buffer of transformer\.h\.0\.[a-z_.]+ is missing"):
-        resume.restore(folder, train.setup(config))
+        resume.restore(folder, train.build_run(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
