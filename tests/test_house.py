@@ -26,9 +26,21 @@ ARROWS = {
     "evaluation": {"data", "inference", "model", "runtime"},
     "interop": {"data", "model", "runs", "runtime"},
     "training": {"data", "evaluation", "inference", "interop", "kernels", "model", "runs", "runtime"},
-    "benchmarks": {"data", "evaluation", "inference", "interop", "kernels", "model", "runs", "runtime", "training"},
+    "benchmarks": {
+        "cli",
+        "data",
+        "evaluation",
+        "inference",
+        "interop",
+        "kernels",
+        "model",
+        "runs",
+        "runtime",
+        "training",
+    },
 }
-ALLOWED = set(ARROWS) - {"config", "benchmarks"}
+ALLOWED = set(ARROWS) - {"config"}
+ARROWS["benchmarks"] = ALLOWED
 ARROWS |= dict.fromkeys(SCRIPTS, ALLOWED)
 ARROWS["app"] = ALLOWED | {"infer"}
 ARROWS["bench"] = ALLOWED | {"benchmarks", "train"}
