@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_dataset
+from in_process import TINY, make_dataset
 from stand_in import nanogpt_checkout
 
 import bench

@@ -1,4 +1,4 @@
-"""bench.py's other processes: rows of a suite, train.py, nanoGPT, the tests for CUDA. Failures are named, none stays."""
+"""bench.py's other processes: rows of a suite, train.py, nanoGPT, the tests for CUDA."""
 
 import dataclasses
 import fcntl
@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, make_dataset
+from in_process import TINY, make_dataset
+from processes import ROOT, command
 from stand_in import nanogpt_checkout
 
 import bench

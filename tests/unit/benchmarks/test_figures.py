@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset
+from in_process import make_dataset
 from safetensors.torch import save_file
 from stand_in import nanogpt_checkout
 
