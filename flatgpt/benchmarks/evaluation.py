@@ -46,7 +46,8 @@ def bench_eval(config: BenchConfig) -> dict:
 
     def score() -> float:
         batches = eval_batches(ids, T, default_batch_size(T, device.device), stride=context_length // 2)
-        return measure(model, batches, device.to_device).loss
+        scores = measure(model, batches, device.to_device)
+        return scores.loss_sum / scores.tokens
 
     def timed(score: Callable[[], float]) -> Callable[[int], tuple[float, float]]:
         def run(_: int) -> tuple[float, float]:
