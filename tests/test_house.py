@@ -26,11 +26,11 @@ ARROWS = {
     "evaluation": {"data", "inference", "model", "runtime"},
     "interop": {"data", "model", "runs", "runtime"},
     "training": {"data", "evaluation", "inference", "interop", "kernels", "model", "runs", "runtime"},
-    "benchmarks": {"data", "evaluation", "inference", "interop", "kernels", "model", "runs", "runtime", "training"},
 }
 # Methods of model.py that delegate: the folder that each may import when it is called.
 DELEGATES = {"from_pretrained": "interop", "generate": "inference"}
-ALLOWED = set(ARROWS) - {"config", "benchmarks"}
+ALLOWED = set(ARROWS) - {"config"}
+ARROWS["benchmarks"] = ALLOWED
 ARROWS |= dict.fromkeys(SCRIPTS, ALLOWED)
 ARROWS["bench"] = ALLOWED | {"benchmarks", "train"}
 # The standard library, numpy, tiktoken and pyarrow are enough for the data side, and imports of what it lacks are slow.
