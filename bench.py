@@ -52,8 +52,10 @@ from flatgpt.runtime.device import find_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json
 from flatgpt.training.plan import matmul_flops
-from flatgpt.training.setup import TrainingRun, build_run, summary
-from train import checkpoint_state, save, train_step
+from flatgpt.training.reporting import summary
+from flatgpt.training.resume import Progress, checkpoint_state
+from flatgpt.training.setup import TrainingRun, build_run
+from train import save, train_step
 
 
 def milliseconds(bench: TrainingRun, work: Callable[[], Any]) -> float:
@@ -70,20 +72,20 @@ def bench_save(config: BenchConfig) -> dict:
     with tempfile.TemporaryDirectory(dir=".") as folder, contextlib.redirect_stdout(sys.stderr):
         bench = build_run(dataclasses.replace(config, out_dir=folder))
         print(summary(bench))
-        saver, made = CheckpointWriter(bench.config), itertools.count()
-        row = {"iter": 0, "tokens": 0, "epoch": 0.0}
+        saver, made = CheckpointWriter(bench.config, metadata={"config": {}}), itertools.count()
+        progress = Progress()
 
         def one() -> float:
             return milliseconds(bench, partial(train_step, bench, next(made)))
 
         for _ in range(config.warmup_updates):
             one()
-        first_copy = milliseconds(bench, lambda: saver.allocate_buffers(checkpoint_state(bench, row, {})))
+        first_copy = milliseconds(bench, lambda: saver.allocate_buffers(checkpoint_state(bench, progress)))
         outside, during, copies, seconds = [], [], [], []
         for number in range(1, config.rounds + 1):
             outside += [one() for _ in range(config.timed_updates)]
-            row["iter"], written = number, threading.Event()
-            copies.append(milliseconds(bench, lambda: save(bench, saver, row, {}, {"config": {}})))
+            progress.row["iter"], written = number, threading.Event()
+            copies.append(milliseconds(bench, lambda: save(bench, progress, saver)))
             began = time.perf_counter()
             saver.submit_after_save(written.set)
             while not written.is_set():

@@ -214,7 +214,7 @@ def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
     fresh.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the next gradients overflow
     loss, norm = train.train_step(fresh, 1)
     assert same(before, fresh.model.state_dict())
-    fresh.nonfinite_guard.check(row := train.log_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
+    fresh.nonfinite_guard.check(row := train.metrics_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
     assert row["skipped"] == 1
 
 
@@ -603,7 +603,7 @@ def test_muon_in_float16_counts_what_its_scaler_skips(tiny_data):
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     loss, norm = train.train_step(run, 0)
     assert same(before, run.model.state_dict())
-    run.nonfinite_guard.check(row := train.log_row(run, 1, loss, norm, train.StepClock()), run.batches, run.ranks)
+    run.nonfinite_guard.check(row := train.metrics_row(run, 1, loss, norm, train.StepClock()), run.batches, run.ranks)
     assert row["skipped"] == 1
 
 
