@@ -427,20 +427,20 @@ class ExportConfig(ModelPathConfig):
 
 @dataclass(frozen=True)
 class WriterConfig(SamplingConfig, ReaderConfig):
-    """What the verbs that write texts share."""
+    """Settings that infer.py and app.py share."""
 
     dtype: str = opt(
         "auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
     )
     quantize: str | None = opt(
-        None, "weights of 8 bits: half of bfloat16's memory, and faster", choices=("int8",), section="Speed"
+        None, "8-bit weights: half the memory of bfloat16, and faster", choices=("int8",), section="Speed"
     )
 
     def problems(self) -> list[str]:
-        """SamplingConfig's; and a precision that int8 does not have."""
+        """Return the problems of SamplingConfig, and a precision that int8 weights do not support."""
         found = super().problems()
         if self.quantize and self.dtype == "float32":
-            found.append("quantize = int8 takes bfloat16 or float16 products: leave out dtype")
+            found.append("quantize = int8 multiplies in bfloat16 or float16: leave out dtype")
         return found
 
 
@@ -448,55 +448,55 @@ class WriterConfig(SamplingConfig, ReaderConfig):
 class InferConfig(WriterConfig):
     """infer.py: checkpoint + prompt -> text."""
 
-    compile: bool | None = opt(None, "torch.compile the step from token to token", none="auto", recipe=False)
+    compile: bool | None = opt(None, "compile the decoding step with torch.compile", none="auto", recipe=False)
     standard_input: str | None = opt(
-        None, "the prompt comes from standard input", choices=("-",), positional=True, section="Text"
+        None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
     )
     prompt: str = opt("", "the text to continue; empty: a new text")
-    prompt_file: str | None = opt(None, "a file with one prompt; a newline at its end is left out")
-    prompts_file: str | None = opt(None, "a file with a prompt a line")
-    interactive: bool = opt(False, "ask for prompts, one after the other")
-    num_samples: int = opt(1, "texts to write from each prompt", low=1)
-    batch_size: int = opt(32, "texts that are written at once", low=1, recipe=False)
-    max_new_tokens: int = opt(200, "tokens to write", low=1)
-    stop: tuple[str, ...] = opt((), "strings that end a text, and are not printed")
-    ignore_eot: bool = opt(False, "write on after end-of-text")
-    stream_text: bool = opt(True, "print text while it is made")
-    json: str | None = opt(None, "write texts, settings and figures to this file, - for standard output")
+    prompt_file: str | None = opt(None, "a file with one prompt; a final newline is dropped")
+    prompts_file: str | None = opt(None, "a file with one prompt per line")
+    interactive: bool = opt(False, "read prompts from the terminal, one after the other")
+    num_samples: int = opt(1, "texts per prompt", low=1)
+    batch_size: int = opt(32, "texts that are generated at once", low=1, recipe=False)
+    max_new_tokens: int = opt(200, "most tokens to generate per text", low=1)
+    stop: tuple[str, ...] = opt((), "strings that end a text; they are not printed")
+    ignore_eot: bool = opt(False, "continue after the end-of-text token")
+    stream_text: bool = opt(True, "print text while it is generated")
+    json: str | None = opt(None, "write texts, settings and figures to this file; -: to standard output")
 
     def problems(self) -> list[str]:
-        """WriterConfig's; and one prompt at a time."""
+        """Return the problems of WriterConfig, and settings that contradict each other."""
         found = super().problems()
         given = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
         given |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
         if len(names := [name for name in given if given[name]]) > 1:
             found.append(f"{' and '.join(names)} exclude each other: give one of them")
         if self.interactive and (self.json or self.num_samples > 1):
-            found.append("--interactive writes one text at a time, to no file: leave out json and num_samples")
+            found.append("--interactive writes one text at a time and no report: leave out json and num_samples")
         if "" in self.stop:
-            found.append("stop = '': an empty string is everywhere; give one to look for, or leave it out")
+            found.append("stop = '': an empty string matches everywhere; give a non-empty string, or leave it out")
         return found
 
 
 @dataclass(frozen=True)
 class AppConfig(WriterConfig):
-    """app.py: a playground in the browser; its sampling options are what the page begins with."""
+    """app.py: a playground in the browser. The sampling settings are the page's initial values."""
 
-    max_new_tokens: int = opt(200, "tokens to write", low=1, section="Text")
-    ignore_eot: bool = opt(False, "write on after end-of-text")
+    max_new_tokens: int = opt(200, "most tokens to generate per text", low=1, section="Text")
+    ignore_eot: bool = opt(False, "continue after the end-of-text token")
     server_name: str | None = opt(
         None,
-        "address to listen at; 0.0.0.0: other machines reach it too",
+        "address to listen on; 0.0.0.0: other machines can connect, too",
         none="GRADIO_SERVER_NAME, else 127.0.0.1",
         section="Server",
     )
     server_port: int | None = opt(
-        None, "its port", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
+        None, "port to listen on", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
     )
-    prompt_limit: int = opt(4000, "characters of a visitor's prompt, at most", low=1)
-    token_limit: int = opt(500, "tokens of a text, at most", low=1)
-    sample_limit: int = opt(4, "texts at once, at most", low=1, high=16)
-    queue_limit: int = opt(20, "visitors who may wait; one is served at a time", low=1)
+    prompt_limit: int = opt(4000, "most characters of a visitor's prompt", low=1)
+    token_limit: int = opt(500, "most tokens of a text", low=1)
+    sample_limit: int = opt(4, "most texts at once", low=1, high=16)
+    queue_limit: int = opt(20, "most visitors who wait; one is served at a time", low=1)
 
 
 @dataclass(frozen=True)

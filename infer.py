@@ -7,212 +7,135 @@ python infer.py --prompts_file prompts.txt --json texts.json
 echo "Once upon a time" | python infer.py -
 """
 
-from config import InferConfig, SamplingConfig, UserError, model_path
+from config import InferConfig, UserError, model_path
 from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
     CONFIG = from_command_line(InferConfig, __doc__)
 
 import contextlib
-import dataclasses
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
-from torch import Tensor
-
-from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import faster_decoding_dtype, prepack
-from flatgpt.inference.sampling import TextStream, generate_batch
+from flatgpt.inference.writer import Text, Writer, decoding_device, prepare
 from flatgpt.interop import loading
-from flatgpt.interop.loading import ModelSource
-from flatgpt.runtime.device import find_device, select_device
+from flatgpt.runtime.device import note
 from flatgpt.runtime.files import require_writable, write_json
 
 
-def say(line: str) -> None:
-    """Facts and figures; standard output is for text."""
-    print(line, file=sys.stderr, flush=True)
+def main(config: InferConfig) -> None:
+    """Write num_samples texts from each prompt. Figures go to standard error: standard output is for text."""
+    require_writable(config.json, "json")
+    prompts = [] if config.interactive else read_prompts(config)
+    device, found = decoding_device(config), loading.find(model_path(config), note)
+    model, encoding = loading.load(found, device, config.context_length)
+    prepared = prepare(config, model, encoding, found.end_of_text, config.compile)
+    note(f"{found.describe()}: {prepared.describe()}")
+    writer = Writer(config, prepared, note)
+    if config.interactive:
+        return converse(writer)
+    facts = {"model": str(found.path), "iter": found.state.get("iter")}
+    facts |= {"parameters": prepared.model.config.num_params(), "machine": prepared.machine}
+    write_texts(config, writer, prompts, facts)
 
 
-@dataclass
-class Text:
-    """One text: what it continues, and how far it is."""
+def read_prompts(config: InferConfig) -> list[str]:
+    """Return the prompts that the command line names.
 
-    prompt: str
-    ids: list[int]
-    stream: TextStream
-    written: str = ""
-    tokens: int = 0
-    ended: str | None = None  # length, end_of_text or stop
-
-    def take(self, token: int) -> None:
-        """Add a token's characters, as far as they are certain."""
-        self.tokens += 1
-        self.written += self.stream.feed(token)
-        if self.stream.stopped:
-            self.ended = "stop"
-
-    def end(self, why: str) -> None:
-        """Add what waited for more tokens."""
-        if not self.ended:
-            self.ended = why
-            self.written += self.stream.end()
+    Raises:
+        UserError: a file that is not UTF-8 text, or that holds no prompt.
+    """
+    if config.prompts_file:
+        lines = read_text(config.prompts_file).removesuffix("\n").split("\n")
+        if lines == [""]:
+            raise UserError(f"prompts_file = {config.prompts_file}: the file is empty; write one prompt per line")
+        return lines
+    if config.prompt_file or config.standard_input:
+        return [read_text(config.prompt_file or "-").removesuffix("\n")]
+    return [config.prompt]
 
 
-class Writer:
-    """A loaded model that writes as config asks, and counts.
+def read_text(name: str) -> str:
+    """Return the text of a file, or of standard input for `-`."""
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise not_utf8("standard input" if name == "-" else name, error) from None
+
+
+def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
+    """Return the error that names the byte at which a text stops being UTF-8."""
+    return UserError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}; convert it to UTF-8 first")
+
+
+class ConsoleView:
+    """Prints texts one after the other. The first one that has not ended is printed while it grows.
 
     Args:
-        start: ids that an empty prompt stands for.
+        headers: a line above each text, or an empty string.
+        live: print a text while it grows, else once it has ended.
     """
 
-    def __init__(self, config: InferConfig, decoder: Decoder, encoding: tiktoken.Encoding, start: list[int]):
-        self.config, self.decoder, self.encoding, self.start = config, decoder, encoding, start
-        self.rows = self.tokens = self.later = 0  # texts; tokens; tokens after each batch's first ones
-        self.first, self.seconds = 0.0, 0.0  # until the very first tokens came; for the later ones
-        self.context = decoder.model.config.context_length
-        self.may_slide = True  # until that was said
+    def __init__(self, headers: list[str], texts: list[Text], live: bool):
+        self.headers, self.texts, self.live = headers, texts, live
+        self.printed = -1  # generated characters of the first text that are printed; -1: not even its prompt
 
-    def text(self, prompt: str) -> Text:
-        """A text to be written."""
-        stream = TextStream(self.encoding, self.config.stop)
-        return Text(prompt, self.encoding.encode_ordinary(prompt) or self.start, stream)
-
-    def write(self, texts: list[Text], watch: Callable[[Tensor, Tensor], None] | None = None) -> Iterator[None]:
-        """Continue texts to their ends, all at once; yields whenever they grew. `watch` as in generate_batch."""
-        longest = max(len(text.ids) for text in texts)
-        if longest + self.config.max_new_tokens - 1 > self.context and self.may_slide:
-            self.may_slide = False
-            dropped = f", the prompt's last {self.context:,} at first" if longest > self.context else ""
-            say(
-                f"note: up to {longest + self.config.max_new_tokens:,} tokens with the prompt; the model sees "
-                f"{self.context:,} at once{dropped}, and then goes on from the newer {max(1, self.context // 2):,}"
-            )
-        began, came, compiling = time.perf_counter(), None, self.decoder.compile_seconds
-        batch = generate_batch(
-            self.decoder,
-            [text.ids for text in texts],
-            self.config.max_new_tokens,
-            self.config,
-            n_vocab=self.encoding.n_vocab,
-            stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),
-            first_row=self.rows,
-            on_sample=watch,
-        )
-        self.rows += len(texts)
-        with contextlib.closing(batch):
-            for tokens in batch:
-                before, came = came, time.perf_counter()
-                taken = 0
-                for text, token in zip(texts, tokens, strict=True):
-                    if token is None:
-                        text.end("end_of_text")
-                    elif not text.ended:
-                        text.take(token)
-                        taken += 1
-                self.tokens += taken
-                compiled, compiling = self.decoder.compile_seconds - compiling, self.decoder.compile_seconds
-                if before is None:
-                    self.first = self.first or came - began
-                else:
-                    self.later += taken
-                    self.seconds += came - before - compiled
-                yield
-                if all(text.ended for text in texts):
-                    break
-        for text in texts:
-            text.end("length" if text.tokens == self.config.max_new_tokens else "end_of_text")
-        yield
-
-    def pace(self) -> str:
-        """What was written and how fast, for people."""
-        line = f"{self.tokens:,} token{'s' * (self.tokens != 1)}, the first after {self.first:.2f} s"
-        line += f", then {self.later / self.seconds:,.1f} tokens/s" if self.later else ""
-        return line + (f"; compiling took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")
-
-
-class Page:
-    """Standard output: texts one after the other, the first that has not ended growing while it is written."""
-
-    def __init__(self, titles: list[str], texts: list[Text], live: bool):
-        self.titles, self.texts, self.live = titles, texts, live
-        self.shown = -1  # characters of the first text on the page, -1: not even its prompt
-
-    def look(self) -> None:
+    def update(self) -> None:
         """Print what is new."""
         while self.texts and (self.live or self.texts[0].ended):
             text = self.texts[0]
-            if self.shown < 0:
-                print(self.titles.pop(0) + text.prompt, end="")
-                self.shown = 0
-            new, self.shown = text.written[self.shown :], len(text.written)  # first: Ctrl-C prints nothing twice
+            if self.printed < 0:
+                print(self.headers.pop(0) + text.prompt, end="")
+                self.printed = 0
+            # The count is set first, so that nothing is printed twice after Ctrl-C.
+            new, self.printed = text.written[self.printed :], len(text.written)
             print(new, end="", flush=True)
             if not text.ended:
                 return
             print(flush=True)
-            self.texts, self.shown = self.texts[1:], -1
+            self.texts, self.printed = self.texts[1:], -1
 
-    def end(self) -> None:
-        """Print the text that will not end by itself as far as it is."""
+    def interrupt(self) -> None:
+        """Print the current text as far as it has been generated."""
         if self.texts:
             self.live = True
-            self.look()
+            self.update()
             print(flush=True)
 
 
-def read_prompts(config: InferConfig) -> list[str]:
-    """The prompts that the command line asks for.
+def write_texts(config: InferConfig, writer: Writer, prompts: list[str], facts: dict) -> None:
+    """Write and print num_samples texts from each prompt, and the report that config.json names.
 
-    Raises:
-        UserError: a file that is not there, is no text, or holds no prompt.
+    Args:
+        facts: about the model, for the report.
     """
-    if config.prompts_file:
-        lines = _read(config.prompts_file).removesuffix("\n").split("\n")
-        if lines == [""]:
-            raise UserError(f"prompts_file = {config.prompts_file}: it is empty; a prompt a line is expected")
-        return lines
-    if config.prompt_file or config.standard_input:
-        return [_read(config.prompt_file or "-").removesuffix("\n")]
-    return [config.prompt]
-
-
-def _read(name: str) -> str:
+    texts, headers = [], []
+    for n, prompt in enumerate(prompts, 1):
+        for sample in range(1, config.num_samples + 1):
+            parts = [f"prompt {n} of {len(prompts)}"] * (len(prompts) > 1)
+            parts += [f"sample {sample} of {config.num_samples}"] * (config.num_samples > 1)
+            headers.append(f"--- {', '.join(parts)}\n" if parts else "")
+            texts.append(writer.text(prompt))
+    view = ConsoleView(headers, [] if config.json == "-" else list(texts), config.stream_text)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as why:
-        where = "standard input" if name == "-" else name
-        raise UserError(f"{where}: no UTF-8 text: {why.reason} at byte {why.start}; convert it first") from None
-
-
-def load(config: InferConfig) -> tuple[Writer, ModelSource, dict]:
-    """The model that config asks for, laid out for writing; where it was found; and facts about it."""
-    device = find_device(config.device)
-    if config.quantize and config.dtype == "float16" and device.type == "cpu":
-        raise UserError("quantize = int8 takes bfloat16 products on a CPU: leave out dtype")
-    found = loading.find(model_path(config), say)
-    model, encoding = loading.load(found, device, config.context_length)
-    facts = {"model": str(found.path), "iter": found.state.get("iter"), "parameters": model.num_params()}
-    # On a CPU compiling pays for long int8 texts only; else oneDNN's packed weights are faster (docs/speed.md).
-    compile = device.type == "cuda" if config.compile is None else config.compile
-    dtype, measured = config.dtype, None
-    if dtype == "auto" and device.type == "cpu" and not config.quantize:
-        dtype, measured = faster_decoding_dtype(model, compile)
-    place = select_device(config.device, dtype)
-    decoder = Decoder(prepack(model, place.dtype, config.quantize, compile), compile)
-    precision = config.quantize or str(place.dtype).removeprefix("torch.") + (f" ({measured})" if measured else "")
-    facts["machine"] = f"{place.name}, {precision}, {'compiled' if compile else 'eager'}"
-    say(f"{found.describe()}: {facts['parameters']:,} parameters, on {facts['machine']}")
-    start = [encoding.eot_token] if found.end_of_text else encoding.encode_ordinary("\n")
-    return Writer(config, decoder, encoding, start), found, facts
+        for start in range(0, len(texts), config.batch_size):
+            for _ in writer.write(texts[start : start + config.batch_size]):
+                view.update()
+            if config.json not in (None, "-"):  # after each batch, in case a long run is killed
+                write_json({**facts, **writer.report(texts)}, config.json)
+    except KeyboardInterrupt:
+        view.interrupt()
+        raise
+    finally:
+        if writer.tokens:
+            note(writer.summary())
+        if config.json:
+            write_json({**facts, **writer.report(texts)}, config.json)
 
 
 def converse(writer: Writer) -> None:
-    """Prompts from the terminal, each continued on its own; Ctrl-C ends a text, and between texts the conversation."""
+    """Continue each prompt that is typed. Ctrl-C ends the current text; between texts it ends the program."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
     sys.stdin.reconfigure(encoding="utf-8", errors="strict")
@@ -221,69 +144,15 @@ def converse(writer: Writer) -> None:
             prompt = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        except UnicodeDecodeError as why:
-            raise UserError(f"standard input: no UTF-8 text: {why.reason} at byte {why.start}") from None
+        except UnicodeDecodeError as error:
+            raise not_utf8("standard input", error) from None
         text = writer.text(prompt)
-        page = Page([""], [text], writer.config.stream_text)
+        view = ConsoleView([""], [text], writer.config.stream_text)
         try:
             for _ in writer.write([text]):
-                page.look()
+                view.update()
         except KeyboardInterrupt:
-            page.end()
-
-
-def report(config: InferConfig, writer: Writer, texts: list[Text]) -> dict:
-    """What --json writes."""
-    settings = [f.name for f in dataclasses.fields(SamplingConfig)] + ["max_new_tokens", "stop", "ignore_eot"]
-    return {
-        "settings": {key: getattr(config, key) for key in settings} | {"temperature": config.effective_temperature},
-        "tokens": sum(text.tokens for text in texts),
-        "seconds_to_first_token": writer.first,
-        "tokens_per_s": writer.later / writer.seconds if writer.later else None,
-        "texts": [
-            {
-                "prompt": text.prompt,
-                "text": text.written,
-                "prompt_tokens": len(text.ids),
-                "tokens": text.tokens,
-                "ended": text.ended or "interrupted",
-            }
-            for text in texts[: writer.rows]
-        ],
-    }
-
-
-def main(config: InferConfig) -> None:
-    """Write num_samples texts from each prompt; what was chosen is said on standard error."""
-    require_writable(config.json, "json")
-    prompts = [] if config.interactive else read_prompts(config)
-    writer, _, facts = load(config)
-    if config.interactive:
-        return converse(writer)
-    texts, titles = [], []
-    for n, prompt in enumerate(prompts, 1):
-        for sample in range(1, config.num_samples + 1):
-            parts = [f"prompt {n} of {len(prompts)}"] * (len(prompts) > 1)
-            parts += [f"sample {sample} of {config.num_samples}"] * (config.num_samples > 1)
-            titles.append(f"--- {', '.join(parts)}\n" if parts else "")
-            texts.append(writer.text(prompt))
-    page = Page(titles, list(texts), config.stream_text)
-    look = page.look if config.json != "-" else lambda: None
-    try:
-        for start in range(0, len(texts), config.batch_size):
-            for _ in writer.write(texts[start : start + config.batch_size]):
-                look()
-            if config.json not in (None, "-"):  # what there is, in case that a long night ends early
-                write_json({**facts, **report(config, writer, texts)}, config.json)
-    except KeyboardInterrupt:
-        if config.json != "-":
-            page.end()
-        raise
-    finally:
-        if writer.tokens:
-            say(writer.pace())
-        if config.json:
-            write_json({**facts, **report(config, writer, texts)}, config.json)
+            view.interrupt()
 
 
 if __name__ == "__main__":

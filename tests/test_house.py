@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from flatgpt.cli import cli
 
@@ -30,7 +30,6 @@ ARROWS = {
 }
 ALLOWED = set(ARROWS) - {"config", "benchmarks"}
 ARROWS |= dict.fromkeys(SCRIPTS, ALLOWED)
-ARROWS["app"] = ALLOWED | {"infer"}
 ARROWS["bench"] = ALLOWED | {"benchmarks", "train"}
 # The standard library, numpy, tiktoken and pyarrow are enough for the data side, and imports of what it lacks are slow.
 WITHOUT_TORCH = ("config", "prepare_data", "flatgpt.cli.cli", "flatgpt.runtime.files", "flatgpt.benchmarks.data")

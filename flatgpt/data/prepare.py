@@ -16,9 +16,8 @@ from flatgpt.data import encode, tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import CHUNK_BYTES
 from flatgpt.data.progress import KEPT, check_settings, done_bytes, locked, read_progress, remove_unfinished, writing
-from flatgpt.data.repositories import DUMP
 from flatgpt.data.shards import SPLITS, ShardWriter, read_meta, write_meta
-from flatgpt.data.sources import SOURCES
+from flatgpt.data.sources import DUMP, SOURCES
 from flatgpt.data.split import Pass, Plan, make_plan
 from flatgpt.runtime.files import atomic_write
 

@@ -1,7 +1,7 @@
-"""Files -> documents: plain text, JSON lines (also .gz, .zst) and parquet, in pieces that fit memory.
+"""Read documents from plain text, JSON lines (also .gz and .zst) and parquet files, in chunks that fit into memory.
 
-A text file is one document; each line of a JSON lines file is one, and each row of a parquet file. A document without
-a character is left out. No torch here: a data worker loads this.
+A text file is one document; so is each line of a JSON lines file and each row of a parquet file. Empty documents are
+left out. This module does not import torch: data workers load it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from pathlib import Path
 from config import UserError
 from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
-CHUNK_BYTES = 4 << 20  # bytes of text that one task holds, about
+CHUNK_BYTES = 4 << 20  # approximate bytes of text in one chunk, and in one task
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file of documents: a path, or a text in memory; or one to be fetched when it is needed.
+    """A file of documents: a path, a text in memory, or a file to be downloaded when it is needed.
 
     Args:
-        size: bytes, as they lie on the disk or on the hub.
+        size: bytes of the file, on the disk or on the hub.
+        fetch: downloads the file and returns its path.
     """
 
     name: str
@@ -39,20 +40,21 @@ class RawFile:
 
     @property
     def missing(self) -> bool:
-        """Whether it has to be fetched first."""
+        """Whether the file has to be downloaded first."""
         return self.fetch is not None and not self.path.exists()
 
     def local_path(self) -> Path:
-        """Its path; fetched if need be."""
+        """Return the file's path; download the file if it is missing."""
         return self.fetch() if self.missing else self.path
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a source by split; where there is no `val`, it is taken out of `train`.
+    """The files of a source, by split.
 
     Args:
-        revision: names the content, where Source.revision could not.
+        revision: identifies the content.
+        notice: a line to print.
     """
 
     files: dict[str, list[RawFile]]
@@ -62,17 +64,23 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A document, or, of one that is longer than a block, a part that can be encoded on its own."""
+    """A document, or a part of a long one that can be encoded on its own.
+
+    Args:
+        first, last: whether it begins, and whether it ends, the document.
+        forced_split: whether it ends within a run of characters without a place to split.
+        starts_mid_word: whether it begins within a word, for the same reason.
+    """
 
     text: str
     first: bool = True
     last: bool = True
-    forced_split: bool = False  # its end is in the middle of a run without a break
-    starts_mid_word: bool = False  # its beginning is in the middle of a word, for the same reason
+    forced_split: bool = False
+    starts_mid_word: bool = False
 
 
 def file_format(name: str | Path) -> str:
-    """`parquet`, `jsonl` or `text`, by the name's ending."""
+    """Return `parquet`, `jsonl` or `text`, by the name's suffix."""
     name = str(name)
     if name.endswith(".parquet"):
         return "parquet"
@@ -80,7 +88,7 @@ def file_format(name: str | Path) -> str:
 
 
 def documents(path: Path, column: str) -> Iterator[Chunk]:
-    """All documents of a file in order, long text files in parts."""
+    """Yield the documents of a file in order, long text files in several chunks."""
     if file_format(path) == "text":
         yield from split_document(text_chunks(path))
     elif file_format(path) == "parquet":
@@ -91,7 +99,7 @@ def documents(path: Path, column: str) -> Iterator[Chunk]:
 
 
 def text_bytes(path: Path, column: str) -> int:
-    """Bytes of text in a file, for progress and disk space: exact for plain text, near it for the others."""
+    """Return the bytes of text in a file, exactly for plain text and approximately for the other formats."""
     return sum(s for _, s in row_groups(path, column)) if file_format(path) == "parquet" else path.stat().st_size
 
 
@@ -100,18 +108,18 @@ def text_bytes(path: Path, column: str) -> int:
 
 
 def text_chunks(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, block by block, newlines as they are, without a byte order mark."""
+    """Yield the text of a UTF-8 file in chunks, with its newlines as they are and without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     offset = 0
-    with _reading(path), open(path, "rb") as file:
+    with _read_errors(path), open(path, "rb") as file:
         while True:
             block = file.read(CHUNK_BYTES)
-            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
             try:
                 yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                # after a mark of three bytes the decoder counts from behind it
-                start = offset - waiting + error.start + 3 * (offset == 0 and block.startswith(codecs.BOM_UTF8))
+                # after a byte order mark (3 bytes) the decoder counts from its end
+                start = offset - pending + error.start + 3 * (offset == 0 and block.startswith(codecs.BOM_UTF8))
                 raise UserError(
                     f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start:,}; "
                     "convert it (iconv -f latin1 -t utf-8, say) or leave it out"
@@ -122,21 +130,21 @@ def text_chunks(path: Path) -> Iterator[str]:
 
 
 def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) -> Iterator[Chunk]:
-    """One document that comes in blocks, in parts of at most `length` characters; nothing where there is no text."""
+    """Yield one document, which comes in blocks, in chunks of at most `length` characters; nothing if it is empty."""
     last = None
-    for piece, cut in split_text(
-        blocks, length
-    ):  # at multiples of MAX_ENCODE_CHARS a run is cut here where the worker would cut it
+    # A long run is split at multiples of MAX_ENCODE_CHARS, where the worker would split it.
+    for text, forced_split in split_text(blocks, length):
         if last:
             yield last
-        inside = last is not None and not (last.text[-1].isspace() or piece[0].isspace())
-        last = Chunk(piece, last is None, False, cut, inside)
+        mid_word = last is not None and not (last.text[-1].isspace() or text[0].isspace())
+        last = Chunk(text, last is None, False, forced_split, mid_word)
     if last:
         yield dataclasses.replace(last, last=True)
 
 
 @contextmanager
-def _reading(path: Path):
+def _read_errors(path: Path):
+    """Turn errors of reading a file into a UserError."""
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -150,15 +158,15 @@ def _reading(path: Path):
 
 
 def line_chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Whole lines of a JSON lines file in blocks of about CHUNK_BYTES bytes, each with the number of its first line."""
+    """Yield complete lines in blocks of about CHUNK_BYTES bytes, each with the number of its first line."""
     line, rest = 1, []
-    with _reading(path), _open(path) as file:
+    with _read_errors(path), _open(path) as file:
         while block := file.read(CHUNK_BYTES):
             head, newline, tail = block.rpartition(b"\n")
             if newline:
-                whole = b"".join([*rest, head, newline])
-                yield line, whole
-                line += whole.count(b"\n")
+                lines = b"".join([*rest, head, newline])
+                yield line, lines
+                line += lines.count(b"\n")
                 rest = []
             rest.append(tail)
         if last := b"".join(rest):
@@ -176,10 +184,13 @@ def _open(path: Path):
 
 
 def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[str]:
-    """The texts of a block of JSON lines; empty lines, nulls and empty texts are left out.
+    """Yield the texts in a block of JSON lines; empty lines, nulls and empty texts are left out.
+
+    Args:
+        line: number of the first line.
 
     Raises:
-        UserError: a line that is no JSON object with that column as a text; names file and line.
+        UserError: a line is not a JSON object with a string under that key.
     """
     for number, raw in enumerate(block.split(b"\n"), line):
         if not raw.strip():
@@ -189,22 +200,17 @@ def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[st
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number:,}: not JSON ({error})") from None
         if not isinstance(row, dict) or column not in row:
-            there = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise UserError(f"{path} line {number:,}: no key {column!r}, {there}; name the one with --column")
+            found = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise UserError(f"{path} line {number:,}: no key {column!r}, {found}; choose the key with --column")
         text = row[column]
         if text is not None and not isinstance(text, str):
             raise UserError(f"{path} line {number:,}: {column!r} is a {type(text).__name__}, not a text")
         if text:
-            yield _without_surrogates(text)
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON can spell half a character ("\\ud83d"): two halves become one, a lone one U+FFFD, as tiktoken does it."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # "\ud83d" is half a character: join pairs, replace a lone one, as tiktoken
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,17 +218,17 @@ def _without_surrogates(text: str) -> str:
 
 
 def _open_parquet(path: Path, column: str):
-    """The file, its column checked. UserError: no parquet, truncated, without that column, or not of texts."""
+    """Open a parquet file. Raises UserError if it is damaged or its column does not exist or does not hold strings."""
     import pyarrow
     import pyarrow.parquet
 
-    with _reading(path):
+    with _read_errors(path):
         try:
-            # buffered, so that a row group is not read whole: some files have one of gigabytes
+            # buffered, so that a row group of gigabytes is not read at once
             file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
         except pyarrow.ArrowInvalid as error:
             reason = _first_line(error).split(". ")[0]
-            raise UserError(f"{path}: no parquet file, or a truncated one ({reason}); get it again") from None
+            raise UserError(f"{path}: not a parquet file, or a truncated one ({reason}); get it again") from None
     schema = file.schema_arrow
     if column not in schema.names:
         raise UserError(
@@ -230,11 +236,10 @@ def _open_parquet(path: Path, column: str):
         )
     if schema.names.count(column) > 1:
         raise UserError(f"{path}: has several columns {column!r}")
-    found = schema.field(column).type
-    if pyarrow.types.is_dictionary(found):
+    types, found = pyarrow.types, schema.field(column).type
+    if types.is_dictionary(found):
         found = found.value_type
-    kinds = pyarrow.types
-    if not any(is_kind(found) for is_kind in (kinds.is_string, kinds.is_large_string, kinds.is_null)):
+    if not (types.is_string(found) or types.is_large_string(found) or types.is_null(found)):
         raise UserError(f"{path}: column {column!r} holds {found}, not text; its columns are {', '.join(schema.names)}")
     return file
 
@@ -244,20 +249,20 @@ def _first_line(error: Exception) -> str:
 
 
 def row_groups(path: Path, column: str) -> list[tuple[int, int]]:
-    """(rows, bytes of the column) of each row group of a parquet file."""
+    """Return (rows, bytes of the column) of each row group of a parquet file."""
     with _open_parquet(path, column) as file:
         meta = file.metadata
         paths = [file.schema.column(n).path for n in range(len(file.schema))]  # nested columns come as several
-        place = paths.index(column)
+        index = paths.index(column)
         groups = [meta.row_group(n) for n in range(meta.num_row_groups)]
-        return [(group.num_rows, group.column(place).total_uncompressed_size) for group in groups]
+        return [(group.num_rows, group.column(index).total_uncompressed_size) for group in groups]
 
 
 def rows(path: Path, column: str, first: int = 0, stop: int | None = None, empty: bool = False) -> Iterator[str]:
-    """The texts of the row groups first .. stop - 1 of a parquet file, in order.
+    """Yield the texts of the row groups first .. stop - 1 of a parquet file, in order.
 
     Args:
-        empty: give a null or empty row as an empty text, instead of leaving it out.
+        empty: yield an empty text for a null or empty row, which is left out otherwise.
     """
     import pyarrow
 
@@ -265,9 +270,9 @@ def rows(path: Path, column: str, first: int = 0, stop: int | None = None, empty
         meta = file.metadata
         groups = list(range(first, meta.num_row_groups if stop is None else stop))
         n = sum(meta.row_group(g).num_rows for g in groups)
-        of_rows = sum(meta.row_group(g).total_byte_size for g in groups)
-        # long rows: few at a time; as entries of a dictionary they can be longer than these sizes say
-        per_batch = max(1, min(128, CHUNK_BYTES * n // (of_rows + 1)))
+        size = sum(meta.row_group(g).total_byte_size for g in groups)
+        # few long rows at a time; rows of a dictionary column can be longer than these sizes say
+        per_batch = max(1, min(128, CHUNK_BYTES * n // (size + 1)))
         try:
             for batch in file.iter_batches(per_batch, row_groups=groups, columns=[column], use_threads=False):
                 for text in batch.column(0).to_pylist():

@@ -13,16 +13,10 @@ import re
 import shlex
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from config import ModelConfig, PrepareConfig
-from flatgpt.data import repositories
+from config import ModelConfig
+from flatgpt.data.sources import DUMP, REPOSITORIES
 from flatgpt.interop.hub import hub_name
 
-ON_HUB = {  # sources that are a repository there
-    "wikitext103": repositories.wikitext103,
-    "wikipedia": repositories.wikipedia,
-    "fineweb": repositories.fineweb,
-    "hub": repositories.hub_repository,
-}
 # Of a run's settings these are about the machine, or about the call, not about the model.
 LOCAL = ("config", "data_dir", "out_dir", "init_from", "resume", "device", "wandb", "wandb_project", "rank_timeout")
 ENGLISH = ("pydoc", "shakespeare", "wikitext103", "fineweb")
@@ -112,13 +106,13 @@ def _manifest(state: dict) -> dict:
 def _repository(manifest: dict) -> str | None:
     """The dataset's repository on the hub."""
     source = manifest.get("source")
-    return ON_HUB[source](PrepareConfig(source=source, repo=manifest.get("repo"))).repo if source in ON_HUB else None
+    return REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
 
 
 def _language(manifest: dict) -> str | None:
     """The language of the data, where its source has one only."""
     if manifest.get("source") == "wikipedia":
-        code = manifest.get("dump", repositories.DUMP).partition(".")[2]
+        code = manifest.get("dump", DUMP).partition(".")[2]
         return code if re.fullmatch("[a-z]{2,3}", code) else None  # of Wikipedia's, `simple` is none
     return "en" if manifest.get("source") in ENGLISH else None
 

@@ -20,7 +20,7 @@ from flatgpt.interop.model_card import LOCAL, body, front_matter
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 
 APP, LOG, LICENSE = "app.py", "metrics.csv", "LICENSE"
-SCRIPTS = (APP, "infer.py", "model.py", "config.py")
+SCRIPTS = (APP, "model.py", "config.py")
 # What they import. Imports of other packages are inside functions that app.py does not call.
 PACKAGES = ("gradio", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "safetensors", "tiktoken", "torch")
 VOCABULARY = "tiktoken_cache"  # app.py has TIKTOKEN_CACHE_DIR name it

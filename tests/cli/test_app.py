@@ -17,27 +17,61 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, free_port, running
+from processes import ROOT, command, free_port, running
 
 import app
 from config import AppConfig, InferConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer
+from flatgpt.inference.sampling import TextStream
+from flatgpt.inference.web import ALTERNATIVES, HtmlView, stream_html
+from flatgpt.inference.writer import Text, Writer
+
+
+class Playground:
+    """A loaded model, and app.py's functions with it."""
+
+    def __init__(self, config: AppConfig):
+        self.config = config
+        self.found, self.prepared = app.load(config)
+
+    def settings(self, **options) -> InferConfig:
+        return app.request(self.config, **options)
+
+    def write(self, settings: InferConfig):
+        return stream_html(Writer(settings, self.prepared), settings.prompt, settings.num_samples)
 
 
 @pytest.fixture(scope="module")
 def playground(tiny_home):
-    return app.Playground(AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", token_limit=60))
+    return Playground(AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", token_limit=60))
 
 
-def plain(page: app.Page) -> str:
+def plain(page: str) -> str:
     """The text that a page shows."""
-    return html.unescape(re.sub("<[^>]*>", "", page.html))
+    return html.unescape(re.sub("<[^>]*>", "", page))
 
 
-def odds(page: app.Page) -> list[str]:
+def odds(page: str) -> list[str]:
     """What it says of each token."""
-    return [html.unescape(told) for told in re.findall(r'data-odds="([^"]*)"', page.html)]
+    return [html.unescape(told) for told in re.findall(r'data-odds="([^"]*)"', page)]
+
+
+class Shown:
+    """An HtmlView of bytes that a test chooses."""
+
+    def __init__(self, prompt: str):
+        encoding = tokenizer.load("byte")
+        self.text = Text(prompt, [], TextStream(encoding))
+        self.view = HtmlView(self.text, encoding)
+
+    def add(self, token: int, top_probs: list[tuple[int, float]]) -> None:
+        self.text.append(token, top_probs)
+        self.view.update()
+
+    @property
+    def html(self) -> str:
+        return self.view.html
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,22 +79,22 @@ def odds(page: app.Page) -> list[str]:
 
 
 def test_a_page_shows_text_as_text_and_only_grows():
-    page = app.Page('<b>"&', tokenizer.load("byte"))
+    page = Shown('<b>"&')
     before = [page.html]
     for token in b"<i>'\n":
-        page.add(chr(token), [(token, 0.5), (token, 0.5), (ord("<"), 0.25)])
+        page.add(token, [(token, 0.5), (token, 0.5), (ord("<"), 0.25)])
         before.append(page.html)
-    assert plain(page) == "<b>\"&<i>'\n"
+    assert plain(page.html) == "<b>\"&<i>'\n"
     assert set(re.findall("<(/?[a-z]+)", page.html)) == {"div", "span", "/span"}
     assert all(after.startswith(earlier) for earlier, after in itertools.pairwise(before))
-    assert "".join(odds(page)).count("“<”") == 6
+    assert "".join(odds(page.html)).count("“<”") == 6
 
 
 def test_odds_name_the_token_that_was_drawn_and_the_likeliest():
-    page = app.Page("", tokenizer.load("byte"))
-    page.add("a", [(97, 0.5), (97, 0.5), (10, 0.25), (0xE6, 0.125)])
-    page.add("z", [(122, 0.001), (97, 0.5), (10, 0.25)])
-    assert odds(page) == [
+    page = Shown("")
+    page.add(97, [(97, 0.5), (97, 0.5), (10, 0.25), (0xE6, 0.125)])
+    page.add(122, [(122, 0.001), (97, 0.5), (10, 0.25)])
+    assert odds(page.html) == [
         "▸  50.0%  “a”\n   25.0%  “\\n”\n   12.5%  “\\xe6”",
         "   50.0%  “a”\n   25.0%  “\\n”\n▸   0.1%  “z”",
     ]
@@ -69,12 +103,12 @@ def test_odds_name_the_token_that_was_drawn_and_the_likeliest():
 
 
 def test_a_character_of_several_tokens_has_the_odds_of_all():
-    page = app.Page("", tokenizer.load("byte"))
-    for token, characters in zip("é".encode(), ("", "é"), strict=True):
-        page.add(characters, [(token, 0.5), (token, 0.5)])
-    page.add("", None)
-    assert plain(page) == "é"
-    assert odds(page) == ["▸  50.0%  “\\xc3”\n\n▸  50.0%  “\\xa9”"]
+    page = Shown("")
+    for token in "é".encode():
+        page.add(token, [(token, 0.5), (token, 0.5)])
+    page.view.update()
+    assert plain(page.html) == "é"
+    assert odds(page.html) == ["▸  50.0%  “\\xc3”\n\n▸  50.0%  “\\xa9”"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +153,7 @@ def test_every_token_says_how_likely_it_was(playground):
     for told in odds(page):
         for table in told.split("\n\n"):
             lines = table.split("\n")
-            assert len(lines) == app.SHOWN
+            assert len(lines) == ALTERNATIVES
             assert lines[0].startswith("▸"), "greedy: the likeliest is drawn"
             shares = [float(line[2:].split("%")[0]) for line in lines]
             assert shares == sorted(shares, reverse=True)
@@ -132,7 +166,7 @@ def test_visitors_who_come_while_another_is_served_change_nothing(playground):
     first = playground.write(playground.settings(**asked(prompt="bottles", seed=9, max_new_tokens=50)))
     next(first)
     *_, ((beside,), _) = playground.write(settings)
-    assert beside.html == alone.html
+    assert beside == alone
     first.close()
 
 
@@ -163,19 +197,19 @@ def test_what_is_out_of_its_limits_is_said(playground, changes, message):
 
 
 def test_about_names_no_folder_of_the_machine(playground, tiny_home):
-    assert playground.name == "quickstart"
-    card, curve = playground.card, playground.curve()
+    name, card, curve = app.about(playground.found)
+    assert name == "quickstart"
     assert card.startswith("A language model of GPT-2's kind with 34,720 parameters")
     assert "## Training" in card
     assert curve.startswith('<div class="curve"><img ')
-    assert str(tiny_home) not in card + curve + playground.facts
+    assert str(tiny_home) not in card + curve + playground.prepared.describe()
 
 
 def test_a_card_that_is_no_utf8_and_has_no_heading(tiny_home, tmp_path):
     shutil.copytree(tiny_home / "out/quickstart/ckpt/best", tmp_path / "its name")
     (tmp_path / "its name/README.md").write_bytes(b"---\na: b\n---\nMod\xe8le\n")
-    playground = app.Playground(AppConfig(model_path=str(tmp_path / "its name"), device="cpu"))
-    assert (playground.name, playground.card, playground.curve()) == ("its name", "Mod\ufffdle", "")
+    playground = Playground(AppConfig(model_path=str(tmp_path / "its name"), device="cpu"))
+    assert app.about(playground.found) == ("its name", "Mod\ufffdle", "")
 
 
 def test_sampling_options_of_the_command_line_are_the_pages_beginning():
@@ -356,7 +390,7 @@ def test_sliders_reach_what_the_command_line_asks_for(tiny_home):
     need_gradio()
     asked_for = {"temperature": 3.0, "top_k": 1000, "top_p": 0.01, "repetition_penalty": 0.5, "max_new_tokens": 9000}
     config = AppConfig(model_path=str(tiny_home / "out/quickstart"), device="cpu", **asked_for)
-    parts = [part["props"] for part in app.build(app.Playground(config)).get_config_file()["components"]]
+    parts = [part["props"] for part in app.build(config, *app.load(config)).get_config_file()["components"]]
     sliders = {part["label"].replace(" ", "_"): part for part in parts if "maximum" in part and "minimum" in part}
     assert {key: sliders[key]["value"] for key in asked_for} == asked_for | {"max_new_tokens": 500}
     assert sliders["max_new_tokens"]["maximum"] == 500
@@ -427,10 +461,10 @@ def shown(page) -> str:
 
 def written(page, tokens: int) -> str:
     """Click on Write, and wait until so many tokens are there; the text."""
-    before = page.locator("#told").inner_text()
+    before = page.locator("#status").inner_text()
     page.get_by_role("button", name="Write", exact=True).click()
     is_new = f"text => text !== {json.dumps(before)} && text.startsWith('{tokens} tokens, the first after')"
-    page.wait_for_function(f"({is_new})(document.querySelector('#told').innerText)")
+    page.wait_for_function(f"({is_new})(document.querySelector('#status').innerText)")
     return shown(page)
 
 
@@ -476,7 +510,7 @@ def test_options_change_the_text_and_tokens_tell_their_odds(page):
     told = page.evaluate("getComputedStyle(document.querySelectorAll('.token')[5], '::after').content")
     assert told.count("%") in (5, 6)
     assert "▸" in told
-    assert page.locator("#told").inner_text().endswith("point at a token to see what else might have been there")
+    assert page.locator("#status").inner_text().endswith("point at a token to see what else might have been there")
 
 
 @pytest.mark.browser

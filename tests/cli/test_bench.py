@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import TINY
+from in_process import TINY
 from stand_in import nanogpt
 
 import bench

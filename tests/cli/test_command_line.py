@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from config import BenchConfig, EvalConfig, InferConfig, PlotConfig, PrepareConfig, TrainConfig, UserError
 from flatgpt.cli import cli

@@ -15,9 +15,10 @@ import pytest
 import tiktoken
 import torch
 import transformers
-from conftest import ROOT, TEXT, Life, make_dataset, train_here
+from forked import ForkedProcess
+from in_process import TEXT, make_dataset, train_here
+from processes import ROOT
 from test_continuations import extras
-from test_ranks import forked
 
 import eval as verb
 from config import EvalConfig, PrepareConfig, UserError
@@ -28,7 +29,7 @@ from flatgpt.evaluation import text_stats as counting
 from flatgpt.interop import loading
 from flatgpt.runtime.distributed import DistributedContext
 
-__all__ = ["extras", "forked"]  # fixtures
+__all__ = ["extras"]  # fixtures
 
 T, EOT = 32, 256  # of the byte models here
 RUN = "out/quickstart"
@@ -712,7 +713,7 @@ def repeated(ids: list[int]) -> float:
 
 
 @pytest.mark.extra
-def test_continuations(extras, forked, home, tmp_path):
+def test_continuations(extras, ranks, home, tmp_path):
     words = ["--generate", 5, "--prompt_tokens", 12, "--max_new_tokens", 20, "--eval_batches", 1]
     got = report(*words)
     assert (got["prompts"], got["bleu_signature"][:8]) == (5, "nrefs:1|")
@@ -729,7 +730,7 @@ def test_continuations(extras, forked, home, tmp_path):
     references = [ids[start + 12 : start + 32] for start in starts]
     references = [text[: text.index(EOT)] if EOT in text else text for text in references]
     assert greedy["reference_repetition"] == pytest.approx(np.mean([repeated(text) for text in references]))
-    one, two = in_one_process_and_two(forked, home, tmp_path, [words, [*words, "--greedy"]])
+    one, two = in_one_process_and_two(ranks, home, tmp_path, [words, [*words, "--greedy"]])
     assert one == [got, greedy]
     assert {
         key: two[0][key] for key in got if key[:4] in ("bleu", "roug", "dist", "repe", "refe")
@@ -783,13 +784,13 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
 
 
 @pytest.fixture
-def life(nursery, home, tmp_path):
-    """life(*words, code) -> Life: eval.py in a process of its own; code is run before it."""
+def life(fork_server, home, tmp_path):
+    """life(*words, code) -> ForkedProcess: eval.py in a process of its own; code is run before it."""
     lives = []
 
-    def start(*words, code: str = "") -> Life:
+    def start(*words, code: str = "") -> ForkedProcess:
         words = [ROOT / "eval.py", "--device", "cpu", *words]
-        lives.append(Life(nursery, tmp_path / f"life{len(lives)}", home, words, code, {}))
+        lives.append(ForkedProcess(fork_server, tmp_path / f"life{len(lives)}", home, words, code, {}))
         return lives[-1]
 
     yield start
@@ -799,23 +800,23 @@ def life(nursery, home, tmp_path):
 
 def test_json_alone_on_standard_output(life):
     alone = life("--model_path", RUN, "--json", "-")
-    assert alone.end() == 0, alone.printed
-    assert json.loads(alone.printed) == report()
+    assert alone.wait() == 0, alone.output
+    assert json.loads(alone.output) == report()
 
 
 def test_a_mistake_is_one_line(life):
     wrong = life("--model_path", "nowhere")
-    assert wrong.end() == 2
-    assert wrong.printed.startswith("error: model_path nowhere: no such folder")
-    assert wrong.printed.count("\n") == 1
+    assert wrong.wait() == 2
+    assert wrong.output.startswith("error: model_path nowhere: no such folder")
+    assert wrong.output.count("\n") == 1
 
 
 def test_closed_pipe_is_no_traceback(life):
     """`| head`"""
     closed = "r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)"
     piped = life("--model_path", RUN, "--eval_batches", 1, code=closed)
-    assert piped.end() == 141
-    assert piped.printed == ""
+    assert piped.wait() == 141
+    assert piped.output == ""
 
 
 def test_ctrl_c(life, tmp_path):
@@ -824,11 +825,11 @@ def test_ctrl_c(life, tmp_path):
     code += "def measure(*words, **more):\n pathlib.Path(folder, 'here').touch(); time.sleep(60)\n"
     code += "metrics.measure = measure"
     stopped = life("--model_path", RUN, "--text", write("t.txt", WORDS), code=code)
-    stopped.until_marked()
+    stopped.wait_for_mark()
     assert len(list(tmp_path.glob("flatgpt-*/text.bin"))) == 1
     stopped.send(signal.SIGINT)
-    assert stopped.end() == 130
-    assert stopped.printed == ""
+    assert stopped.wait() == 130
+    assert stopped.output == ""
     assert not list(tmp_path.glob("flatgpt-*"))
 
 
@@ -849,22 +850,22 @@ leave()
 """
 
 
-def in_one_process_and_two(forked, home, tmp_path, several: list[list]) -> tuple[list[dict], list[dict]]:
+def in_one_process_and_two(ranks, home, tmp_path, several: list[list]) -> tuple[list[dict], list[dict]]:
     """The reports of these words, by one process and by two ranks."""
     script, calls = tmp_path / "several.py", []
     script.write_text(SEVERAL)
     for n, words in enumerate(several):
         target = str(tmp_path / f"{n}.json")
         calls.append(["--device", "cpu", "--model_path", RUN, *map(str, words), "--json", target])
-    done = forked(2, script, json.dumps(calls), cwd=home)
-    assert done.code == 0, done.printed
+    done = ranks(2, json.dumps(calls), script=script, cwd=home)
+    assert done.code == 0, done.output
     two = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(len(several))]
-    heads = [line for line in done.printed.splitlines() if line.startswith(("model ", "Test loss"))]
-    assert len(heads) == len(several), done.printed  # the first rank speaks, and it alone
+    heads = [line for line in done.output.splitlines() if line.startswith(("model ", "Test loss"))]
+    assert len(heads) == len(several), done.output  # the first rank speaks, and it alone
     return [report(*words) for words in several], two
 
 
-def test_ranks_give_the_figures_of_one(forked, home, tmp_path):
+def test_ranks_give_the_figures_of_one(ranks, home, tmp_path):
     """Also where the second rank has a batch less, and where it has none."""
     write("t.txt", WORDS)
     write("c.jsonl", "\n".join(map(json.dumps, QUESTIONS * 3)))
@@ -875,11 +876,11 @@ def test_ranks_give_the_figures_of_one(forked, home, tmp_path):
         ["--protocol", "rolling", "--text", "t.txt", "--format", "smol"],
         ["--choices", "c.jsonl"],
     ]
-    one, two = in_one_process_and_two(forked, home, tmp_path, several)
-    for alone, ranks in zip(one, two, strict=True):
-        for buckets in zip(alone.pop("loss_by_position", []), ranks.pop("loss_by_position", []), strict=True):
+    one, two = in_one_process_and_two(ranks, home, tmp_path, several)
+    for first, both in zip(one, two, strict=True):
+        for buckets in zip(first.pop("loss_by_position", []), both.pop("loss_by_position", []), strict=True):
             assert alike(*buckets, 1e-6)
-        assert alike(alone, ranks, 1e-6), (alone, ranks)
+        assert alike(first, both, 1e-6), (first, both)
 
 
 def test_the_first_rank_alone_writes(monkeypatch, capsys):
@@ -897,7 +898,7 @@ def test_the_first_rank_alone_writes(monkeypatch, capsys):
     assert not [*Path().glob("second.*")]
 
 
-def test_ranks_say_a_mistake_once(forked, home):
-    done = forked(2, ROOT / "eval.py", "--device", "cpu", "--model_path", "nowhere", cwd=home)
+def test_ranks_say_a_mistake_once(ranks, home):
+    done = ranks(2, "--device", "cpu", "--model_path", "nowhere", script=ROOT / "eval.py", cwd=home)
     assert done.code != 0
-    assert done.printed.count("error: model_path nowhere: no such folder") == 1
+    assert done.output.count("error: model_path nowhere: no such folder") == 1

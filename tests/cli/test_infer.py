@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, command, running, waits_long
+from processes import ROOT, command, running, waits_long
 
 import infer
 from config import InferConfig, ModelConfig
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer
+from flatgpt.inference import writer
+from flatgpt.inference.writer import Text, Writer
 from flatgpt.runs import checkpoint
 from model import GPT
 
@@ -102,7 +104,6 @@ class Answer(NamedTuple):
 @pytest.fixture
 def run(in_tmp, monkeypatch, capsys):
     """Run infer.py in this process and a temporary folder, as the command line does; `given` is standard input."""
-    monkeypatch.setattr(infer, "say", lambda line: print(line, file=sys.stderr))  # of now, not of the import
 
     def run(*words, given: bytes = b"", encoding: str = "utf-8") -> Answer:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding=encoding))
@@ -272,10 +273,10 @@ def test_file_with_a_prompt_a_line(texts, content, prompts):
         (["--prompts_file", "none.txt"], None, "error: none.txt: No such file or directory"),
         (["--prompt_file", "out"], None, "error: out: Is a directory"),
         (["--prompts_file", "out"], None, "error: out: Is a directory"),
-        (["--prompts_file", "a.txt"], b"", "error: prompts_file = a.txt: it is empty"),
-        (["--prompt_file", "a.txt"], b"caf\xe9\n", "error: a.txt: no UTF-8 text: "),
-        (["--prompts_file", "a.txt"], b"one\n\xff\xfet\n", "error: a.txt: no UTF-8 text: "),
-        (["-"], b"one \xf0\x9f", "error: standard input: no UTF-8 text: "),
+        (["--prompts_file", "a.txt"], b"", "error: prompts_file = a.txt: the file is empty"),
+        (["--prompt_file", "a.txt"], b"caf\xe9\n", "error: a.txt: not UTF-8 text: "),
+        (["--prompts_file", "a.txt"], b"one\n\xff\xfet\n", "error: a.txt: not UTF-8 text: "),
+        (["-"], b"one \xf0\x9f", "error: standard input: not UTF-8 text: "),
     ],
 )
 def test_prompts_that_cannot_be_read_are_an_error_line(run, words, content, said):
@@ -337,7 +338,7 @@ def test_prompt_longer_than_the_context(run):
     assert done.code == 0
     assert done.err.count("note: ") == 1
     assert "5,040 tokens" in done.err
-    assert "sees 40 at once, the prompt's last 40 at first" in done.err
+    assert "sees 40 at once and starts from the prompt's last 40" in done.err
     report = json.loads(Path("a.json").read_text())
     assert report["texts"][0]["prompt_tokens"] == 5010
     assert done.out.count(long) == 3
@@ -619,13 +620,13 @@ def test_report_on_standard_output_is_all_there_is(run, texts, live):
 
 def test_report_is_there_after_each_batch(run, monkeypatch):
     """A night of prompts may end by a power cut."""
-    write, there = infer.Writer.write, []
+    write, there = Writer.write, []
 
     def looking(writer, texts):
         there.append(len(json.loads(Path("a.json").read_text())["texts"]) if Path("a.json").exists() else 0)
         return write(writer, texts)
 
-    monkeypatch.setattr(infer.Writer, "write", looking)
+    monkeypatch.setattr(Writer, "write", looking)
     words = ["--num_samples", 5, "--batch_size", 2, "--max_new_tokens", 2, "--json", "a.json"]
     assert run("--model_path", by_heart("abc"), *words).code == 0
     assert there == [0, 2, 4]
@@ -647,14 +648,14 @@ def ctrl_c(monkeypatch):
     """Have the signal come while a text takes its n-th token."""
 
     def ctrl_c(*numbers: int) -> None:
-        take, count = infer.Text.take, itertools.count(1)
+        append, count = Text.append, itertools.count(1)
 
-        def interrupted(text, token: int) -> None:
-            take(text, token)
+        def interrupted(text, *more) -> None:
+            append(text, *more)
             if next(count) in numbers:
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(infer.Text, "take", interrupted)
+        monkeypatch.setattr(Text, "append", interrupted)
 
     return ctrl_c
 
@@ -771,7 +772,7 @@ def test_conversation_for_real(tiny_home):
 
 def test_speed_leaves_compiling_out(run, monkeypatch):
     """However long the compiler takes at the second token, the figure is that of the others."""
-    real, now = infer.Decoder.decode_step, 0.0
+    real, now = writer.Decoder.decode_step, 0.0
 
     def slow(self, tokens):
         nonlocal now
@@ -781,8 +782,8 @@ def test_speed_leaves_compiling_out(run, monkeypatch):
             self.compile_seconds = 0.5
         return real(self, tokens)
 
-    monkeypatch.setattr(infer.Decoder, "decode_step", slow)
-    monkeypatch.setattr(infer, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(writer.Decoder, "decode_step", slow)
+    monkeypatch.setattr(writer, "time", SimpleNamespace(perf_counter=lambda: now))
     done = run("--model_path", by_heart("abcdefgh"), "--prompt", "a", "--max_new_tokens", 6, "--json", "a.json")
     assert "; compiling took 0.5 s" in done.err
     assert json.loads(Path("a.json").read_text())["tokens_per_s"] == pytest.approx(10)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from conftest import ROOT, command
+from processes import ROOT, command
 
 import plot
 from config import PlotConfig, UserError

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, command
+from in_process import TEXT
+from processes import command
 from test_split import WRITTEN, hub_data, write
 
 import prepare_data

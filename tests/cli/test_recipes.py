@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import make_dataset
+from in_process import make_dataset
 
 import train
 from config import PrepareConfig, TrainConfig, UserError, run_dir

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, make_dataset, train_here
+from in_process import TINY, make_dataset, train_here
+from processes import ROOT, command
 from safetensors.torch import load_file
 from tqdm import tqdm
 

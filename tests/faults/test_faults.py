@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHER, ROOT, TINY, Life, deliver, free_port, main_thread, make_dataset, waits_long
+from forked import TORCHRUN, ForkedProcess
+from in_process import TINY, make_dataset
+from processes import ROOT, deliver, free_port, main_thread, waits_long
 from safetensors.torch import load_file
 from test_train import TIMES, rows, same, weights
 
@@ -36,13 +38,13 @@ GONE = "another rank is gone"
 NOTED = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
-class Submitted(Life):
-    """A process that is not of the nursery: bash, and what it starts."""
+class Submitted(ForkedProcess):
+    """A process that is not of the fork_server: bash, and what it starts."""
 
     def __init__(self, folder: Path, command: list, cwd: Path, env: dict):
         folder.mkdir()
         self.folder = folder
-        with open(folder / "printed.txt", "ab") as file:
+        with open(folder / "output.txt", "ab") as file:
             self.process = subprocess.Popen(
                 [str(word) for word in command], cwd=cwd, env=os.environ | env, stdout=file, stderr=subprocess.STDOUT
             )
@@ -62,14 +64,14 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(nursery, home, tmp_path):
-    """start(*words) -> Life of torchrun, with train.py or a script, RUN and the words. What is left is killed."""
+def start(fork_server, home, tmp_path):
+    """start(*words) -> ForkedProcess: torchrun of a script with RUN and the words, killed after the test."""
     jobs = []
 
-    def launch(*words, options: tuple = HERE, script: str = TRAIN, env=RESTARTS) -> Life:
+    def launch(*words, options: tuple = HERE, script: str = TRAIN, env=RESTARTS) -> ForkedProcess:
         settings = (*RUN, "--data_dir", home / "data", "--out_dir", tmp_path / "run", *words)
         words = ("torchrun", *options, script, *settings)
-        jobs.append(Life(nursery, tmp_path / f"job{len(jobs)}", home, words, LAUNCHER, env))
+        jobs.append(ForkedProcess(fork_server, tmp_path / f"job{len(jobs)}", home, words, TORCHRUN, env))
         return jobs[-1]
 
     yield launch
@@ -82,9 +84,9 @@ def logged(run: Path) -> int:
     return (run / "metrics.csv").read_text().count("\n") - 1 if (run / "metrics.csv").exists() else 0
 
 
-def errors(job: Life) -> list[str]:
+def errors(job: ForkedProcess) -> list[str]:
     """What it says to its user."""
-    return [line for line in job.printed.splitlines() if line.startswith("error: ")]
+    return [line for line in job.output.splitlines() if line.startswith("error: ")]
 
 
 def ended(run: Path) -> tuple:
@@ -112,21 +114,21 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def forked(nursery, home, tmp_path_factory):
-    """forked(out_dir, *words) -> Life of each rank: train.py with RUN and the words; code runs in it before.
+def forked(fork_server, home, tmp_path_factory):
+    """forked(out_dir, *words) -> ForkedProcess of each rank: train.py with RUN and the words; code runs in it before.
 
     Several ranks get what torchrun would set, but no launcher: their own exit codes are seen, and nobody ends them.
     """
     lives = []
 
-    def give_birth(run: Path, *words, world: int = 1, code: str = "") -> list[Life]:
+    def give_birth(run: Path, *words, world: int = 1, code: str = "") -> list[ForkedProcess]:
         folder, port = tmp_path_factory.mktemp("lives"), free_port()
         words = (TRAIN, *RUN, "--out_dir", run, *words)
         alike = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(world):
             env = {"RANK": rank, "LOCAL_RANK": rank, **alike} if world > 1 else {}
             env = {key: str(value) for key, value in env.items()}
-            lives.append(Life(nursery, folder / str(rank), home, words, code, env))
+            lives.append(ForkedProcess(fork_server, folder / str(rank), home, words, code, env))
         return lives[-world:]
 
     yield give_birth
@@ -134,9 +136,9 @@ def forked(nursery, home, tmp_path_factory):
         life.send(signal.SIGKILL)
 
 
-def ends(lives: list[Life]) -> list[int]:
+def ends(lives: list[ForkedProcess]) -> list[int]:
     """The exit codes of all ranks."""
-    return [life.end() for life in lives]
+    return [life.wait() for life in lives]
 
 
 SHORT = ("--max_iters", "12", "--eval_interval", "6", "--save_interval", "4", "--keep_checkpoints", "9")
@@ -178,7 +180,7 @@ def undisturbed(forked, home):
         folder = home / f"undisturbed_{world}"
         if not folder.exists():
             lives = forked(folder, *SHORT, world=world)
-            assert ends(lives) == [0] * world, lives[0].printed
+            assert ends(lives) == [0] * world, lives[0].output
         return folder
 
     return run
@@ -188,7 +190,7 @@ def undisturbed(forked, home):
 def whole(forked, home) -> Path:
     """The run of LONG by two ranks that nothing disturbs."""
     lives = forked(home / "whole", *LONG, world=2)
-    assert ends(lives) == [0, 0], lives[0].printed
+    assert ends(lives) == [0, 0], lives[0].output
     return home / "whole"
 
 
@@ -199,22 +201,22 @@ def test_stopped_at_any_moment_it_goes_on_as_if_nothing_had_been(forked, undistu
     single process it is what SIGTERM is)."""
     run = tmp_path / "run"
     lives = forked(run, *SHORT, world=world, code=HOOKS + MOMENTS[moment])
-    lives[0].until_marked()
+    lives[0].wait_for_mark()
     for turn in range(1 if number == signal.SIGINT else 2):
         for life in lives[:1] if turn else lives[-1:] if number == signal.SIGUSR1 else lives:
             life.send(number)
     for life in lives:
-        life.go_on()
-    assert ends(lives) == [128 + number] * world, lives[0].printed
+        life.release()
+    assert ends(lives) == [128 + number] * world, lives[0].output
     state = checkpoint.verify(run / "ckpt/last")
     assert not state["finished"]
     expected = {"step": (8,), "evaluation": (6,), "save": (9, 10, 11, 12)}
     assert state["iter"] in expected[moment]
-    assert lives[0].printed.count(f"stopped at iter {state['iter']} of 12, and saved; to go on:") == 1
+    assert lives[0].output.count(f"stopped at iter {state['iter']} of 12, and saved; to go on:") == 1
     assert [row["val_loss"] != "" for row in rows(run)[6:7]] == [moment != "evaluation"]
     again = forked(run, *SHORT, "--resume", world=world)
-    assert ends(again) == [0] * world, again[0].printed
-    assert f"ckpt/iter_{state['iter']:06d}" in again[0].printed
+    assert ends(again) == [0] * world, again[0].output
+    assert f"ckpt/iter_{state['iter']:06d}" in again[0].output
     assert_same_run(run, undisturbed(world))
 
 
@@ -227,24 +229,24 @@ def test_killed_at_20_moments_while_saving_all_the_time_it_ends_as_if_nothing_ha
     words += ("--save_interval", 1)
     run, whole = tmp_path / "run", tmp_path / "whole"
     (alone,) = forked(whole, *words)
-    assert alone.end() == 0, alone.printed
+    assert alone.wait() == 0, alone.output
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")  # pytest shows it where the test fails
     chance, said, resumed = random.Random(seed), "", set()
     for moment in sorted(chance.uniform(0, 90) for _ in range(20)):
         earliest = time.monotonic() + chance.uniform(0, 0.2)
         (life,) = forked(run, *words, "--resume", "auto")
-        life.until(lambda goal=moment, then=earliest: logged(run) > goal and time.monotonic() > then)
+        life.wait_until(lambda goal=moment, then=earliest: logged(run) > goal and time.monotonic() > then)
         time.sleep(0.02 * (moment % 1))
         life.send(signal.SIGKILL)
-        assert life.end() == -signal.SIGKILL, life.printed
-        said += life.printed
-        resumed |= set(re.findall(r"resuming from .*/(iter_\d+)", life.printed))
+        assert life.wait() == -signal.SIGKILL, life.output
+        said += life.output
+        resumed |= set(re.findall(r"resuming from .*/(iter_\d+)", life.output))
         for folder in checkpoint.checkpoints(run):
             checkpoint.verify(folder)
     (life,) = forked(run, *words, "--resume", "auto")
-    assert life.end() == 0, life.printed
-    assert "damaged" not in said + life.printed
+    assert life.wait() == 0, life.output
+    assert "damaged" not in said + life.output
     assert len(resumed) > 8, "too few of the moments were in training"
     assert_same_run(run, whole)
     assert not list((run / "ckpt").glob(".*")), "half-written folders stay"
@@ -255,16 +257,16 @@ def test_killed_at_20_moments_while_saving_all_the_time_it_ends_as_if_nothing_ha
 def test_second_interrupt_leaves_at_once_and_loses_nothing_saved(forked, undisturbed, tmp_path, moment, world):
     run = tmp_path / "run"
     lives = forked(run, *SHORT, world=world, code=HOOKS + MOMENTS[moment])
-    lives[0].until_marked()
+    lives[0].wait_for_mark()
     for _ in range(2):
         for life in lives:
             life.send(signal.SIGINT)
     assert ends(lives) == [130] * world, "each ends while it is held"
-    assert "interrupted twice: leaving at once" in lives[0].printed  # the others may be through with the first by then
+    assert "interrupted twice: leaving at once" in lives[0].output  # the others may be through with the first by then
     # a save that is being written when the evaluation after it begins may not have arrived
     assert checkpoint.verify(run / "ckpt/last")["iter"] in {"evaluation": (4, 6), "save": (6,)}[moment]
     again = forked(run, *SHORT, "--resume", world=world)
-    assert ends(again) == [0] * world, again[0].printed
+    assert ends(again) == [0] * world, again[0].output
     assert_same_run(run, undisturbed(world))
 
 
@@ -274,19 +276,19 @@ def test_second_interrupt_leaves_a_collective_too(forked, undisturbed, tmp_path)
     backward = 'hook(torch.Tensor, "backward", lambda *words: updates == 8 and Path(folder, "backward").touch())'
     lives = forked(run, *SHORT, world=2, code=f"{HOOKS}{MOMENTS['step']}\n{backward}")
     for life in lives:
-        life.until_marked()
+        life.wait_for_mark()
     lives[1].send(signal.SIGSTOP)
-    lives[0].go_on()
-    lives[0].until((lives[0].folder / "backward").exists)
-    lives[0].until(lambda: waits_long(lives[0].pid))
+    lives[0].release()
+    lives[0].wait_until((lives[0].folder / "backward").exists)
+    lives[0].wait_until(lambda: waits_long(lives[0].pid))
     lives[0].send(signal.SIGINT)
     assert lives[0].code is None, "it did not wait"
     lives[0].send(signal.SIGINT)
-    assert lives[0].end() == 130
+    assert lives[0].wait() == 130
     lives[1].send(signal.SIGKILL)
-    lives[1].end()
+    lives[1].wait()
     again = forked(run, *SHORT, "--resume", world=2)
-    assert ends(again) == [0, 0], again[0].printed
+    assert ends(again) == [0, 0], again[0].output
     assert_same_run(run, undisturbed(2))
 
 
@@ -311,17 +313,17 @@ def test_four_ranks_go_on_to_the_bit_and_would_not_with_other_buckets(forked, tm
     whole, run, control = (tmp_path / name for name in ("whole", "run", "control"))
     assert ends(forked(whole, *words, world=4)) == [0] * 4
     lives = forked(run, *words, world=4)
-    lives[0].until(lambda: logged(run) > 5)
+    lives[0].wait_until(lambda: logged(run) > 5)
     lives[3].send(signal.SIGKILL)
-    assert lives[3].end() == -signal.SIGKILL
+    assert lives[3].wait() == -signal.SIGKILL
     assert ends(lives[:3]) == [1] * 3
     shutil.copytree(run, control, symlinks=True)
     assert checkpoint.verify(run / "ckpt/last")["iter"] in (4, 6)
     lives = forked(run, *words, "--resume", world=4)
-    assert ends(lives) == [0] * 4, lives[0].printed
+    assert ends(lives) == [0] * 4, lives[0].output
     assert_same_run(run, whole)
     lives = forked(control, *words, "--resume", world=4, code=UNSETTLED)
-    assert ends(lives) == [0] * 4, lives[0].printed
+    assert ends(lives) == [0] * 4, lives[0].output
     assert not same(weights(control), weights(whole))
     losses = [[float(row["train_loss"]) for row in rows(r)[1:]] for r in (control, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4), "it is another order, not another sum"
@@ -334,8 +336,8 @@ def test_ranks_1_2_4_2_1_make_the_updates_of_one(forked, tmp_path):
     assert ends(forked(whole, *words, "--max_iters", 25)) == [0]
     for turn, world in enumerate((1, 2, 4, 2, 1), 1):
         lives = forked(run, *words, "--resume", "auto", "--max_iters", 5 * turn, world=world)
-        assert ends(lives) == [0] * world, lives[0].printed
-        assert f"; {world} ranks, DDP" in lives[0].printed or world == 1
+        assert ends(lives) == [0] * world, lives[0].output
+        assert f"; {world} ranks, DDP" in lives[0].output or world == 1
     ours, theirs = ([float(row["train_loss"]) for row in rows(r)[1:]] for r in (run, whole))
     assert len(ours) == 25
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -388,13 +390,13 @@ def test_nan_on_one_rank_ends_the_job_and_names_it(start, home, tmp_path):
     run = tmp_path / "run"
     script = wrapped(tmp_path, f"KIND = 'loss'\n{POISON}")
     job = start(*SHORT, "--log_interval", 2, script=script)
-    assert job.end() == 1
+    assert job.wait() == 1
     (error,) = errors(job)
     shown = windows(home, 7, (1, 3))
     said = f"error: iter 8: the loss is nan on rank 1; its batch there: training windows {shown} (window w begins at"
     assert error.startswith(said)
     assert "what was saved stays" in error
-    assert "in run_script" not in job.printed
+    assert "in run_script" not in job.output
     assert [folder.name for folder in checkpoint.checkpoints(run)] == ["iter_000006", "iter_000004"]
     for folder in checkpoint.checkpoints(run):
         checkpoint.verify(folder)
@@ -407,11 +409,11 @@ def test_nan_on_one_rank_is_left_out_on_all(forked, home, tmp_path, kind):
     run = tmp_path / "run"
     code = f"{HOOKS}\nKIND = {kind!r}\n{POISON}"
     lives = forked(run, *SHORT, "--on_nonfinite", "skip", world=2, code=code)
-    assert ends(lives) == [0, 0], lives[0].printed
+    assert ends(lives) == [0, 0], lives[0].output
     what = "the loss is nan" if kind == "loss" else "the norm of the gradient is nan"
     shown = windows(home, 7, (1, 3))
     warning = f"warning: iter 8: {what} on rank 1; its batch there: training windows {shown} (window w begins at"
-    assert lives[0].printed.count("warning: ") == lives[0].printed.count(warning) == 1
+    assert lives[0].output.count("warning: ") == lives[0].output.count(warning) == 1
     assert [int(row["skipped"] or 0) for row in rows(run)] == [0] * 8 + [1] * 5
     for i in (4, 6, 8, 12):
         ours, theirs = (torch.load(life.folder / f"{i}_{rank}.pt") for rank, life in enumerate(lives))
@@ -433,16 +435,16 @@ def test_stalled_rank_is_named_where_rank_0_has_the_store(forked, tmp_path):
         cases[case] = forked(tmp_path / case, *words, world=int(world), code=HOOKS + MOMENTS[moment])
     for case, lives in cases.items():
         silent = lives[int(case.split()[1])]
-        silent.until_marked()
+        silent.wait_for_mark()
         silent.send(signal.SIGSTOP)
         for life in lives:
-            life.go_on()
+            life.release()
     for case, lives in cases.items():
         rank = int(case.split()[1])
         silent, others = lives[rank], lives[:rank] + lives[rank + 1 :]
         assert ends(others) == [1] * len(others)
         silent.send(signal.SIGKILL)
-        said = [line for life in others for line in life.printed.splitlines() if line.startswith("error: ")]
+        said = [line for life in others for line in life.output.splitlines() if line.startswith("error: ")]
         assert len(said) == 1, case
         assert said[0].startswith(f"error: rank {rank} has not answered for 10 s (--rank_timeout)")
         assert checkpoint.verify(tmp_path / case / "ckpt/last")["iter"] in (4, 6)  # its rank 0 may not have come to 6
@@ -456,30 +458,30 @@ def test_stalled_rank_is_named_where_torchrun_has_the_store(start, tmp_path):
         run, env = tmp_path / str(rank), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
         jobs.append((rank, run, start(*words, "--out_dir", run, env=env)))
     for rank, run, job in jobs:
-        job.until((run / "ckpt/last").exists)
+        job.wait_until((run / "ckpt/last").exists)
         os.kill(job.rank(rank), signal.SIGSTOP)
     for rank, run, job in jobs:
-        job.until(lambda job=job: "closing signal SIGTERM" in job.printed)
+        job.wait_until(lambda job=job: "closing signal SIGTERM" in job.output)
         os.kill(job.rank(rank), signal.SIGKILL)  # torchrun does so after 30 s
-        assert job.end() == 1
+        assert job.wait() == 1
         (error,) = errors(job)
         assert error.startswith(f"error: rank {rank} has not answered for 5 s (--rank_timeout)")
-        assert f"failed (exitcode: 1) local_rank: {1 - rank}" in job.printed
+        assert f"failed (exitcode: 1) local_rank: {1 - rank}" in job.output
         assert checkpoint.verify(run / "ckpt/last")["iter"] >= 10
 
 
 def test_rank_that_dies_while_a_checkpoint_is_written_costs_nothing_saved(forked, undisturbed, tmp_path):
     run = tmp_path / "run"
     lives = forked(run, *SHORT, world=2, code=HOOKS + MOMENTS["save"])
-    lives[0].until_marked()
+    lives[0].wait_for_mark()
     lives[1].send(signal.SIGKILL)
-    lives[1].end()
+    lives[1].wait()
     lives[0].send(signal.SIGTERM)  # as torchrun does where a rank is gone
-    lives[0].go_on()
-    assert lives[0].end() in (1, 128 + signal.SIGTERM, -signal.SIGTERM)
+    lives[0].release()
+    assert lives[0].wait() in (1, 128 + signal.SIGTERM, -signal.SIGTERM)
     assert checkpoint.verify(run / "ckpt/last")["iter"] == 8, "what was in flight arrives"
     again = forked(run, *SHORT, "--resume", world=2)
-    assert ends(again) == [0, 0], again[0].printed
+    assert ends(again) == [0, 0], again[0].output
     assert_same_run(run, undisturbed(2))
 
 
@@ -492,10 +494,10 @@ def test_rank_that_dies_while_a_checkpoint_is_written_costs_nothing_saved(forked
 def test_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_been(start, whole, tmp_path, rank):
     run = tmp_path / "run"
     job = start(*LONG, "--resume", "auto", options=(*HERE, "--max_restarts=3"))
-    job.until(lambda: logged(run) > 25)
+    job.wait_until(lambda: logged(run) > 25)
     os.kill(job.rank(rank), signal.SIGKILL)
-    assert job.end() == 0, job.printed
-    assert "resuming from" in job.printed
+    assert job.wait() == 0, job.output
+    assert "resuming from" in job.output
     assert_same_run(run, whole)
 
 
@@ -507,8 +509,8 @@ def test_two_machines_train_like_one(start, whole, tmp_path):
     options += ("--rdzv_id=pair", "--local_addr=127.0.0.1")  # two hosts find their addresses themselves
     machines = [start("--max_iters", 20, "--eval_interval", 20, options=options) for _ in range(2)]
     for job in machines:
-        assert job.end() == 0, job.printed
-    assert sorted("done: 20 updates" in job.printed for job in machines) == [False, True]  # rank 0 alone speaks
+        assert job.wait() == 0, job.output
+    assert sorted("done: 20 updates" in job.output for job in machines) == [False, True]  # rank 0 alone speaks
     ours, theirs = ([float(r["train_loss"]) for r in rows(r)[1:21]] for r in (tmp_path / "run", whole))
     assert len(ours) == 20
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -553,11 +555,11 @@ def test_rank_that_raises_ends_the_job_with_its_own_message(start, tmp_path, cod
     (tmp_path / "faulty.py").write_text(FAULTY)
     env = RESTARTS | {"CODE": code, "FAULTY_RANKS": ranks}
     job = start("--max_iters", 100_000, "--eval_interval", 10, script=str(tmp_path / "faulty.py"), env=env)
-    assert job.end() == 1
-    assert job.printed.count(once) == 1
-    assert job.printed.count("in run_script") == tracebacks  # a rank's; the launcher has one of its own
+    assert job.wait() == 1
+    assert job.output.count(once) == 1
+    assert job.output.count("in run_script") == tracebacks  # a rank's; the launcher has one of its own
     assert [line.startswith(once) for line in errors(job)] == [True] * once.startswith("error: ")
-    assert job.printed.count(GONE) <= 1
+    assert job.output.count(GONE) <= 1
 
 
 @pytest.mark.parametrize(
@@ -573,11 +575,11 @@ def test_mistake_is_said_once_by_the_whole_job(request, start, tmp_path, words, 
     if "whole" in words:
         request.getfixturevalue("whole")
     job = start(*words)
-    assert job.end() == 1
+    assert job.wait() == 1
     assert len(errors(job)) == 1
     assert errors(job)[0].startswith(said)
-    assert GONE not in job.printed
-    assert "in run_script" not in job.printed
+    assert GONE not in job.output
+    assert "in run_script" not in job.output
     assert not (tmp_path / "run").exists()
 
 
@@ -601,8 +603,8 @@ def test_mistake_is_said_when_the_rank_that_says_it_comes_last(start, tmp_path, 
     """torchrun ends all ranks with the first that leaves: the silent one had left, and nobody said a word."""
     (tmp_path / "late.py").write_text(LATE)
     job = start(*words, script=str(tmp_path / "late.py"))
-    assert job.end() == 1
-    assert len(errors(job)) == 1, job.printed
+    assert job.wait() == 1
+    assert len(errors(job)) == 1, job.output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -614,17 +616,17 @@ def test_mistake_is_said_when_the_rank_that_says_it_comes_last(start, tmp_path, 
 def test_stopped_job_goes_on_as_if_nothing_had_been(start, forked, whole, tmp_path, number):
     run = tmp_path / "run"
     job = start(*LONG, options=(*HERE, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"))  # SIGUSR1 ends it otherwise
-    job.until(lambda: logged(run) > 25)
+    job.wait_until(lambda: logged(run) > 25)
     job.send(number)
-    assert job.end() == 1  # torchrun's, whatever its ranks say
+    assert job.wait() == 1  # torchrun's, whatever its ranks say
     state = checkpoint.verify(run / "ckpt/last")
     assert not state["finished"]
     assert state["iter"] == int(rows(run)[-1]["iter"]) < 100
-    assert job.printed.count("stopped at iter") == 1
-    assert GONE not in job.printed
+    assert job.output.count("stopped at iter") == 1
+    assert GONE not in job.output
     again = forked(run, *LONG, "--resume", world=2)
-    assert ends(again) == [0, 0], again[0].printed
-    assert f"iter_{state['iter']:06d}" in again[0].printed
+    assert ends(again) == [0, 0], again[0].output
+    assert f"iter_{state['iter']:06d}" in again[0].output
     assert_same_run(run, whole)
 
 
@@ -633,15 +635,15 @@ def test_rank_that_waits_for_one_that_does_not_answer_can_be_stopped(start, tmp_
     """Its Python code, a handler of SIGTERM too, does not run while a collective waits."""
     env = RESTARTS | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "8"}
     job = start("--max_iters", 100_000, "--eval_interval", 100_000, env=env)
-    job.until(lambda: logged(tmp_path / "run") > 5)
+    job.wait_until(lambda: logged(tmp_path / "run") > 5)
     waiting, silent = job.rank(0), job.rank(1)
     deliver(silent, signal.SIGSTOP)
-    job.until(lambda: waits_long(waiting))
+    job.wait_until(lambda: waits_long(waiting))
     deliver(waiting, signal.SIGTERM)
-    job.until(lambda: not Path(f"/proc/{waiting}").exists())
+    job.wait_until(lambda: not Path(f"/proc/{waiting}").exists())
     os.kill(silent, signal.SIGKILL)  # torchrun would wait longer for it
-    assert job.end() == 1
-    assert "failed (exitcode: 143) local_rank: 0" in job.printed
+    assert job.wait() == 1
+    assert "failed (exitcode: 143) local_rank: 0" in job.output
 
 
 def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
@@ -704,11 +706,11 @@ def test_saves_longer_than_the_timeout_are_waited_for(start, tmp_path, ends):
     env = RESTARTS | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
     job = start(*words, "--on_save_error", "warn", script=str(tmp_path / "slow.py"), env=env)
     if ends:
-        job.until(lambda: logged(tmp_path / "run") > 1)
+        job.wait_until(lambda: logged(tmp_path / "run") > 1)
         os.kill(job.rank(1), signal.SIGUSR1)
-    assert job.end() == (1 if ends else 0), job.printed
+    assert job.wait() == (1 if ends else 0), job.output
     assert errors(job) == []
-    assert GONE not in job.printed
+    assert GONE not in job.output
     newest = checkpoint.checkpoints(tmp_path / "run")[0]
     assert checkpoint.verify(newest)["iter"] == int(rows(tmp_path / "run")[-1]["iter"])
     assert not list((tmp_path / "run/ckpt").glob(".*.tmp"))
@@ -816,20 +818,20 @@ def slurm(home, tmp_path):
     yield submit
     for job in jobs:
         job.kill()
-        job.end()
+        job.wait()
 
 
 @pytest.mark.slow
 def test_slurm_queues_a_stopped_run_again_until_it_is_finished(slurm, whole, tmp_path):
     run = tmp_path / "run"
     job = slurm('exec "$@"', *LONG)
-    job.until(lambda: logged(run) > 25)
+    job.wait_until(lambda: logged(run) > 25)
     job.send(signal.SIGUSR1)
-    assert job.end() == 0, job.printed
+    assert job.wait() == 0, job.output
     assert (tmp_path / "asked").read_text() == "--signal=TERM 77\nrequeue 77\n"
     assert 25 <= checkpoint.read_state(run / "ckpt/last")["iter"] < 100
     job = slurm('exec "$@"', *LONG)
-    assert job.end() == 0, job.printed
+    assert job.wait() == 0, job.output
     assert (tmp_path / "asked").read_text() == ""
     assert_same_run(run, whole)
 
@@ -848,12 +850,12 @@ def test_slurm_tells_finished_from_paused_and_failed(slurm, tmp_path, saved, sta
     state.parent.mkdir(parents=True)
     state.write_text(json.dumps({"finished": False, "iter": 3}))
     job = slurm(f"echo '{json.dumps(saved)}' > {shlex.quote(str(state))}; exit {status}")
-    assert job.end() == code, job.printed
+    assert job.wait() == code, job.output
     assert (tmp_path / "asked").read_text() == asked
 
 
 def test_slurm_spends_no_gpu_on_a_mistake(slurm, tmp_path):
     job = slurm("exit 0", "--lrr", 1)
-    assert job.end() == 2
+    assert job.wait() == 2
     assert len(errors(job)) == 1
     assert not (tmp_path / "srun").exists()

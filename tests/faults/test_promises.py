@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, TINY, Life, free_port, train_here
+from forked import ForkedProcess
+from in_process import TINY, train_here
+from processes import ROOT, free_port
 from test_train import rows
 
 import bench
@@ -201,24 +203,23 @@ def test_loss_whose_save_failed_is_not_the_best(tiny_data, monkeypatch):
 
 
 @pytest.fixture
-def two_ranks(nursery, tiny_data, tmp_path):
-    """two_ranks(code, *words) -> the Life of each rank: train.py with TINY and the words, after code. They end with the
-    test."""
+def two_ranks(fork_server, tiny_data, tmp_path):
+    """two_ranks(code, *words) -> the ForkedProcess of each rank: train.py with TINY and the words, after code."""
     lives = []
 
-    def start(code: str, *words) -> list[Life]:
+    def start(code: str, *words) -> list[ForkedProcess]:
         alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         alike["MASTER_PORT"] = str(free_port())
         words = (ROOT / "train.py", *TINY, *QUIET, "--grad_accum_steps", 2, *words)
         for rank in "01":
             env = alike | {"RANK": rank, "LOCAL_RANK": rank}
-            lives.append(Life(nursery, tmp_path / f"rank{rank}", tiny_data, words, code, env))
+            lives.append(ForkedProcess(fork_server, tmp_path / f"rank{rank}", tiny_data, words, code, env))
         return lives
 
     yield start
     for life in lives:
         life.kill()
-        life.end()
+        life.wait()
 
 
 WATCHED_TIMEOUT = """
@@ -235,7 +236,7 @@ optim.learning_rate = learning_rate
 def test_ranks_wait_twice_as_long_in_the_first_update(two_ranks):
     """Some ranks may still be compiling."""
     lives = two_ranks(WATCHED_TIMEOUT, "--rank_timeout", 100, "--max_iters", 3, "--log_interval", 10)
-    assert [life.end() for life in lives] == [0, 0], lives[0].printed
+    assert [life.wait() for life in lives] == [0, 0], lives[0].output
     for life in lives:
         seen = dict(line.split() for line in (life.folder / "timeouts.txt").read_text().splitlines())
         assert seen == {"0": "200", "1": "100", "2": "100"}
@@ -271,8 +272,8 @@ run.select_device = select_device
 def test_ranks_that_would_not_train_alike_are_refused(two_ranks, code, words, what):
     lives = two_ranks(code, *words)
     said = f"error: {what} of rank 1 is not that of rank 0: every machine has to have the same files and settings"
-    lives[0].until(lambda: any(said in life.printed or life.code == 0 for life in lives))
-    assert any(said in life.printed for life in lives), lives[0].printed
+    lives[0].wait_until(lambda: any(said in life.output or life.code == 0 for life in lives))
+    assert any(said in life.output for life in lives), lives[0].output
     assert not RUN.exists()
 
 

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, make_dataset, train_here
+from in_process import TEXT, make_dataset, train_here
 
 import eval as verb
 import export

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LAUNCHER, ROOT, TINY, Life, command, make_dataset
+from forked import TORCHRUN, ForkedProcess
 from hypothesis import given
 from hypothesis import strategies as st
+from in_process import TINY, make_dataset
+from processes import ROOT, command
 from test_train import rows, weights
 
 import train
@@ -233,30 +235,13 @@ def torchrun(number: int, script: Path, *words, cwd: Path, threads: str | None =
 
 
 @pytest.fixture(scope="module")
-def forked(nursery, tmp_path_factory):
-    """forked(number, script, *words) -> Life: torchrun, as above, to its end; it and its ranks begin in no time."""
+def several(ranks, home):
+    """several(number, runs, before) -> ForkedProcess: BASE with changes, a run after another in one job, after code."""
 
-    def launch(number: int, script: Path, *words, cwd: Path, threads: str | None = "1") -> Life:
-        words = ("torchrun", "--standalone", f"--nproc_per_node={number}", script, *words)
-        folder = tmp_path_factory.mktemp("life") / "0"
-        life = Life(nursery, folder, cwd, words, LAUNCHER, {"OMP_NUM_THREADS": threads})
-        try:
-            life.end(300)
-        finally:
-            life.kill()
-        return life
-
-    return launch
-
-
-@pytest.fixture(scope="module")
-def several(forked, home):
-    """several(number, runs, before) -> Life: BASE with changes, one run after the other into out/<name>, in one job;
-    before: code."""
-
-    def launch(number: int, runs: list[tuple[str, str]], before: str = "") -> Life:
-        done = forked(number, *in_one_job(home, runs, before), cwd=home)
-        assert done.code == 0, done.printed
+    def launch(number: int, runs: list[tuple[str, str]], before: str = "") -> ForkedProcess:
+        script, words = in_one_job(home, runs, before)
+        done = ranks(number, words, script=script, cwd=home)
+        assert done.code == 0, done.output
         return done
 
     return launch
@@ -593,31 +578,31 @@ def test_patience_ends_all_ranks(on_two):
 
 
 @pytest.mark.slow
-def test_time_ends_all_ranks_and_the_run_goes_on(forked, home, one, on_two):
+def test_time_ends_all_ranks_and_the_run_goes_on(ranks, home, one, on_two):
     state = checkpoint.read_state(on_two / "timed/ckpt/last")
     assert not state["finished"]
     assert 0 < state["iter"] < 20
-    done = forked(2, ROOT / "train.py", *BASE, "--out_dir", "out/timed", "--resume", cwd=home)
-    assert done.code == 0, done.printed
+    done = ranks(2, *BASE, "--out_dir", "out/timed", "--resume", cwd=home)
+    assert done.code == 0, done.output
     assert_alike(on_two / "timed", one)
     assert checkpoint.read_state(on_two / "timed/ckpt/last")["finished"]
 
 
-SIX = "from flatgpt.runtime import distributed as ranks\nranks._cores = lambda: 6"
+SIX = "from flatgpt.runtime import distributed\ndistributed._cores = lambda: 6"
 
 
 @pytest.mark.slow
-def test_ranks_share_the_cores(forked, home):
+def test_ranks_share_the_cores(ranks, home):
     """Six for two; torchrun's own choice of one thread does not count."""
     words = (*BASE, "--max_iters", 1, "--out_dir", "out/threads_3")
-    done = forked(2, wrapped(home, SIX), *words, cwd=home, threads=None)
-    assert done.code == 0, done.printed
-    assert "machine  cpu (3 threads)" in done.printed
+    done = ranks(2, *words, script=wrapped(home, SIX), cwd=home, threads=None)
+    assert done.code == 0, done.output
+    assert "machine  cpu (3 threads)" in done.output
 
 
 @pytest.mark.slow
 def test_number_of_threads_that_the_user_asks_for_counts(home):
-    """Not forked: torch reads it as it is imported."""
+    """Not ranks: torch reads it as it is imported."""
     words = (*BASE, "--max_iters", 1, "--out_dir", "out/threads_2")
     done = torchrun(2, wrapped(home, SIX), *words, cwd=home, threads="2")
     assert done.returncode == 0, done.stderr
@@ -635,22 +620,22 @@ elsewhere() if os.environ["RANK"] == "1" else dist.barrier()
 
 
 @pytest.mark.slow
-def test_job_that_does_not_end_tells_where_each_rank_is(nursery, tmp_path):
+def test_job_that_does_not_end_tells_where_each_rank_is(fork_server, tmp_path):
     script = tmp_path / "stuck.py"
     script.write_text(STUCK)
     words = ("torchrun", "--standalone", "--nproc_per_node=2", script)
-    life = Life(nursery, tmp_path / "life", tmp_path, words, LAUNCHER, {})
+    life = ForkedProcess(fork_server, tmp_path / "life", tmp_path, words, TORCHRUN, {})
     try:
-        life.until(lambda: all(f" in {name}\n" in life.explained() for name in ("barrier", "elsewhere")))
+        life.wait_until(lambda: all(f" in {name}\n" in life.output_and_stacks() for name in ("barrier", "elsewhere")))
         with pytest.raises(AssertionError, match=r"(?s)--- process \d+ rank0\n.* in barrier\n"):
-            life.end(0)
+            life.wait(0)
     finally:
         life.kill()
-    assert "pt_gloo_runloop: S " in life.printed
+    assert "pt_gloo_runloop: S " in life.output
 
 
 @pytest.mark.slow
-def test_precision_that_rank_0_measures_is_everyones(forked, home):
+def test_precision_that_rank_0_measures_is_everyones(ranks, home):
     """It measures alone; the other would have found the opposite."""
     code = (
         "from flatgpt.runtime import precision\nfirst = os.environ['RANK'] == '0'\n"
@@ -659,10 +644,10 @@ def test_precision_that_rank_0_measures_is_everyones(forked, home):
         "precision.faster_dtype = lambda *work: (measured, say() or 'found')"
     )
     words = (*BASE, "--dtype", "auto", "--max_iters", 1, "--out_dir", "out/measured")
-    done = forked(2, wrapped(home, code), *words, cwd=home)
-    assert done.code == 0, done.printed
-    assert re.search(r"^machine  cpu \(.*\), bfloat16 \(found\), eager", done.printed, re.M)
-    assert re.findall(r"^\d measures$", done.printed, re.M) == ["0 measures"]
+    done = ranks(2, *words, script=wrapped(home, code), cwd=home)
+    assert done.code == 0, done.output
+    assert re.search(r"^machine  cpu \(.*\), bfloat16 \(found\), eager", done.output, re.M)
+    assert re.findall(r"^\d measures$", done.output, re.M) == ["0 measures"]
     assert checkpoint.read_state(home / "out/measured/ckpt/last")["chosen"]["dtype"] == "bfloat16"
 
 
@@ -670,27 +655,27 @@ ALIKE = "every machine has to have the same files and settings"
 
 
 @pytest.mark.slow
-def test_settings_that_differ_between_ranks_are_refused(forked, home):
+def test_settings_that_differ_between_ranks_are_refused(ranks, home):
     """An older copy of a recipe: ranks would drift apart, as only gradients are summed, or wait for each other."""
     code = "sys.argv += ['--lr', '1e-2', '--eval_interval', '7'] if os.environ['RANK'] == '1' else []"
-    done = forked(2, wrapped(home, code), *BASE, "--out_dir", "out/apart", cwd=home)
+    done = ranks(2, *BASE, "--out_dir", "out/apart", script=wrapped(home, code), cwd=home)
     assert done.code == 1
-    said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
+    said = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert said == ["error: lr, eval_interval of rank 1 is not that of rank 0: " + ALIKE]
     assert not (home / "out/apart").exists()
 
 
 @pytest.mark.slow
-def test_data_that_differ_between_ranks_are_refused(forked, tmp_path):
+def test_data_that_differ_between_ranks_are_refused(ranks, tmp_path):
     """Two machines, of which one has an older copy."""
     for rank, text in enumerate(("The same text. ", "The same text? ")):
         (tmp_path / f"machine{rank}").mkdir()
         make_dataset(tmp_path / f"machine{rank}", text=text * 500)
-    done = forked(2, wrapped(tmp_path, "os.chdir('machine' + os.environ['RANK'])"), *BASE, cwd=tmp_path)
+    done = ranks(2, *BASE, script=wrapped(tmp_path, "os.chdir('machine' + os.environ['RANK'])"), cwd=tmp_path)
     assert done.code == 1
-    said = [line for line in done.printed.splitlines() if line.startswith("error: ")]
+    said = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert said == ["error: dataset data/tiny of rank 1 is not that of rank 0: " + ALIKE]
-    assert "in run_script" not in done.printed
+    assert "in run_script" not in done.output
     assert not list(tmp_path.glob("machine*/out"))
 
 

@@ -66,7 +66,7 @@ class Scripts:
 
     def run_ranks(self, line: str, cwd: Path, world: int) -> list[Result]:
         """Run it on several ranks, with the environment variables that torchrun sets. Returns the results by rank."""
-        from conftest import free_port  # imported here, as the process that forks must not import it
+        from processes import free_port  # imported here, as the process that forks must not import it
 
         port = free_port()
         shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

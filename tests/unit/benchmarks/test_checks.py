@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from in_process import TINY
+from processes import ROOT
 from safetensors.torch import save_file
 
 import bench

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from in_process import TINY
 from stand_in import nanogpt
 from torch.nn import functional as F
 

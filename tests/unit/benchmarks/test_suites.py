@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import command, make_dataset
+from in_process import make_dataset
+from processes import command
 from stand_in import nanogpt
 
 import bench

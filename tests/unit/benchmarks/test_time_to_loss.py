@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY
+from in_process import TINY
 from stand_in import nanogpt
 
 import bench

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 import tiktoken
-from conftest import TEXT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from in_process import TEXT
 
 from flatgpt.data import bpe, tokenizer
 from flatgpt.data.bpe import BlockEncoder

@@ -19,9 +19,9 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, command, running
 from hub_host import hub_environment
 from huggingface_hub import constants
+from processes import ROOT, command, running
 from test_sources import content, prepare, texts
 
 from config import UserError
@@ -435,7 +435,12 @@ def test_whole_files_are_kept_when_the_connection_stays_broken(in_tmp, host, wai
     host.publish("user/name", FILES)
     host.faults[request_] = itertools.repeat(fault)
     answer = refusal()
-    for part in (f"{SECOND} of dataset user/name could not be fetched", "run again", "whole files are kept", str(RAW)):
+    for part in (
+        f"{SECOND} of dataset user/name could not be downloaded",
+        "run again",
+        "complete files are kept",
+        str(RAW),
+    ):
         assert part in answer
     assert capsys.readouterr().err.count("the connection broke") == 3
     there = [path.relative_to(RAW).as_posix() for path in RAW.rglob("*.parquet")]
@@ -451,7 +456,7 @@ def test_nobody_answers(in_tmp, host, waits):
     host.stop()
     answer = refusal()
     for part in (
-        "user/name could not be fetched (",
+        "user/name could not be downloaded (",
         "refused",
         "check the network",
         f"put the files into {RAW} yourself",
@@ -482,12 +487,12 @@ def test_errors_without_a_text_or_with_several_lines(in_tmp, host, waits, monkey
     host.publish("user/name", FILES)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
     answer = refusal()
-    assert f"could not be fetched ({str(why).partition(chr(10))[0]}" in answer
+    assert f"could not be downloaded ({str(why).partition(chr(10))[0]}" in answer
     assert "()" not in answer
 
 
 REFUSALS = [
-    ({"repo": "user/none"}, {}, ["user/none", "the hub has none of this name, or it is private", "hf auth login"]),
+    ({"repo": "user/none"}, {}, ["user/none", "does not exist on the hub, or it is private", "hf auth login"]),
     ({"revision": "v9"}, {}, ["user/name", "has no revision v9", "--revision"]),
     ({"revision": "9" * 40}, {}, ["user/name", "has no revision 999", "--revision"]),
     ({"files": ("*.csv",)}, {}, ["user/name", "has no file *.csv", "--files"]),
@@ -495,9 +500,9 @@ REFUSALS = [
     ({"files": ("*.md", "x")}, {"GET tree": (403, "GatedRepo")}, ["user/name is gated", "/user/name", "hf auth login"]),
     ({}, {f"HEAD {FIRST}": (401, "GatedRepo")}, ["user/name is gated", "accept its terms at https://huggingface.co/"]),
     ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name is gated", "HF_TOKEN"]),
-    ({}, {"GET revision": (403, "")}, ["user/name", "refuses access (HTTP 403)", "hf auth login"]),
-    ({}, {f"HEAD {FIRST}": (403, "")}, ["user/name", "refuses access (HTTP 403)", "hf auth login"]),
-    ({}, {f"GET {FIRST}": (403, "")}, ["user/name", "refuses access (HTTP 403)", "hf auth login"]),
+    ({}, {"GET revision": (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"]),
+    ({}, {f"HEAD {FIRST}": (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"]),
+    ({}, {f"GET {FIRST}": (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"]),
     ({}, {f"HEAD {FIRST}": (404, "EntryNotFound")}, ["user/name", f"has no {FIRST}", "--files"]),
     ({"repo": "user/what?"}, {}, ["user/what?", "user/name"]),
     (
@@ -539,7 +544,7 @@ def test_offline_without_the_files(in_tmp, host, waits, monkeypatch, known):
 @pytest.mark.parametrize(
     ("words", "env", "said"),
     [
-        (["hub", "--repo", "user/none"], {}, "dataset user/none: the hub has none of this name"),
+        (["hub", "--repo", "user/none"], {}, "dataset user/none does not exist on the hub"),
         (
             ["wikitext103"],
             {"HF_HUB_OFFLINE": "1"},
@@ -572,9 +577,10 @@ def test_the_disks_errors_are_not_the_networks(in_tmp, host, waits):
 def test_file_that_came_in_the_meantime_is_kept(in_tmp, host):
     """Of somebody else's making: not fetched over."""
     host.publish("user/name", FILES)
-    listing = hub.list_remote(RAW, "user/name", "main", ("*.parquet",), "--files")
+    files = hub.HubFiles("user/name", "main", ("*.parquet",), RAW)
+    listing = hub.list_remote(files)
     put(RAW, {FIRST: b"mine"})
-    assert hub.download_file(listing, FIRST, RAW, "--files").read_bytes() == b"mine"
+    assert hub.download_file(files, listing, FIRST).read_bytes() == b"mine"
     assert host.fetched() == []
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import TINY
+from processes import command
 from test_shards import cut, finished, llmc, shard, tokens
 
 from config import UserError

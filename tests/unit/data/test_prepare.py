@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TEXT
+from in_process import TEXT
 from test_shards import full_disk
 from test_sources import content, files, from_text, prepare, refusal, texts
 from test_split import WRITTEN, by_hash, free, small_blocks, write

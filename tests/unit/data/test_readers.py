@@ -419,7 +419,7 @@ def test_no_parquet_or_not_all_of_it(tmp_path, call, left):
     else:
         path.write_bytes(whole[: len(whole) // 2 if left == 0.5 else left])
     answer = refusal(call, path, "text")
-    assert answer.startswith(f"{path}: no parquet file, or a truncated one (")
+    assert answer.startswith(f"{path}: not a parquet file, or a truncated one (")
     assert "get it again" in answer
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flatgpt.data import repositories
+from flatgpt.data import hub
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,11 @@ from flatgpt.data import repositories
 )
 def test_split_that_a_name_speaks_of(name, split):
     """In the file's name, else in the folders', the innermost first; words inside other words are none."""
-    assert repositories.by_split([name]) == {split: [name]}
+    assert hub.group_by_split([name]) == {split: [name]}
 
 
 def test_splits_come_in_our_order_and_files_in_theirs():
-    found = repositories.by_split(["b/test.parquet", "train-1", "dev-2", "train-0", "validation-1"])
+    found = hub.group_by_split(["b/test.parquet", "train-1", "dev-2", "train-0", "validation-1"])
     assert list(found.items()) == [
         ("train", ["train-1", "train-0"]),
         ("val", ["dev-2", "validation-1"]),
@@ -56,4 +56,4 @@ def test_splits_come_in_our_order_and_files_in_theirs():
     ],
 )
 def test_numbered_files_are_all_there_or_not(names, whole):
-    assert repositories.complete(names) is whole
+    assert hub.is_complete(names) is whole

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import TEXT
+from in_process import TEXT
 
 from config import PrepareConfig, UserError
 from flatgpt.data import prepare as preparation
@@ -141,8 +141,8 @@ def test_download(server, tmp_path):
     ("page", "sha256", "said"),
     [
         ("/text", "0" * 64, [SHA256[:16], "0" * 16]),
-        ("/none", SHA256, ["could not be fetched", "Not Found"]),
-        ("/cut", SHA256, ["could not be fetched"]),
+        ("/none", SHA256, ["could not be downloaded", "Not Found"]),
+        ("/cut", SHA256, ["could not be downloaded"]),
     ],
 )
 def test_failed_download_leaves_nothing(server, tmp_path, page, sha256, said):
@@ -157,7 +157,7 @@ def test_failed_download_leaves_nothing(server, tmp_path, page, sha256, said):
 def test_nobody_answers(server, tmp_path):
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match=r"could not be fetched \(.*refused.*check the network"):
+    with pytest.raises(UserError, match=r"could not be downloaded \(.*refused.*check the network"):
         sources.download(server.url, tmp_path / "input.txt", SHA256)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TEXT
+from in_process import TEXT
 from test_sources import content, files, from_text, prepare, refusal, texts
 
 from config import PrepareConfig, UserError

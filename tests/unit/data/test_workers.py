@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SYNTHETIC, command
+from processes import ROOT, SYNTHETIC, command
 from test_prepare import mixed
 from test_sources import content, from_text, refusal
 from test_split import held, small_blocks

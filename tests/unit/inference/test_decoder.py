@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import ROOT
 
 from config import ModelConfig, SamplingConfig
 from flatgpt.inference import decoder as decoder_module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import train_here
+from in_process import train_here
 
 import export
 import infer

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from config import ModelConfig, UserError
 from flatgpt.interop import pretrained

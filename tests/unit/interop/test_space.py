@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 import test_house
 import torch
-from conftest import ROOT, SYNTHETIC
+from processes import ROOT, SYNTHETIC
 
 import export
 from config import ExportConfig, TrainConfig, UserError

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import tiktoken
 import tiktoken.load
-from conftest import ROOT, TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import TEXT
+from processes import ROOT
 
 from config import UserError
 from flatgpt.data import tokenizer

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, train_here
+from in_process import TINY, train_here
+from processes import ROOT, command
 from safetensors.torch import load_file
 
 import train
@@ -429,7 +430,7 @@ def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path):
     """A file-size limit stands in for the full disk, in a process of its own; it is met in each of the files."""
     code = f"""
 import resource, signal, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(Path(__file__).parent)!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/support")!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 from test_checkpoint import GPT, SHAPE, ModelConfig, UserError, checkpoint, save, torch
 run, model = Path({str(tmp_path)!r}), GPT(ModelConfig(**SHAPE))

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, train_here
+from in_process import TINY, train_here
+from processes import ROOT
 from safetensors.torch import load_file
 from test_train import rows, same, weights
 

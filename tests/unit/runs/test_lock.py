@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command, train_here
+from in_process import TINY, train_here
+from processes import ROOT, command
 
 import train
 from config import TrainConfig, UserError

@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from processes import ROOT, command
 
 from config import ModelConfig, TrainConfig, UserError
 from flatgpt.cli import cli

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, command, train_here
+from in_process import TINY, train_here
+from processes import ROOT, command
 
 import train
 from flatgpt.runs import run_log

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from processes import ROOT
 
 from config import ModelConfig, UserError
 from flatgpt.runtime.device import compile_forward, find_device, reseed, select_device

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from config import UserError
 from flatgpt.runtime import files

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, train_here
+from in_process import TINY, train_here
 
 import infer
 import train
@@ -228,10 +228,11 @@ def test_a_precision_that_is_asked_for_is_not_measured(tiny_data, measured, dtyp
     words = [*TINY, "--dtype", dtype, "--max_iters", "1", "--eval_interval", "1", "--sample_tokens", "0"]
     train.train(cli.parse(TrainConfig, words))
     print_plan(cli.parse(TrainConfig, words))
+    one_token = ["--device", "cpu", "--max_new_tokens", "1"]
     for more in ([], ["--quantize", "int8"]):
         if dtype == "bfloat16" or not more:
-            infer.load(cli.parse(InferConfig, ["--device", "cpu", "--dtype", dtype, *more]))
-    infer.load(cli.parse(InferConfig, ["--device", "cpu", "--quantize", "int8"]))  # its kernel takes bfloat16 only
+            infer.main(cli.parse(InferConfig, [*one_token, "--dtype", dtype, *more]))
+    infer.main(cli.parse(InferConfig, [*one_token, "--quantize", "int8"]))  # its kernel takes bfloat16 only
 
 
 def test_plan_and_nanogpt_at_its_best_take_what_training_would(tiny_data, measured, monkeypatch, capsys):
@@ -413,7 +414,6 @@ def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypat
 
     said: list[str] = []
     measured(first)
-    monkeypatch.setattr(infer, "say", lambda line: print(line, file=infer.sys.stderr))  # the captured stderr
     first_text = text()
     assert f"on cpu, {first[0]} ({first[1]}), eager\n" in said[0]
     measured(second)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, train_here
+from in_process import TINY, train_here
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, command, make_dataset, train_here
+from in_process import TINY, make_dataset, train_here
+from processes import command
 from safetensors.torch import load_file
 from test_lock import QUIET, RUN, snapshot
 

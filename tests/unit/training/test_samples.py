@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import TINY
+from in_process import TINY
 
 from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.cli import cli

@@ -1,0 +1,133 @@
+"""HTML of growing texts, style sheet and server of app.py."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import tiktoken
+
+from config import UserError
+from flatgpt.inference.writer import Text, Writer
+
+ALTERNATIVES = 5  # most likely tokens that are listed for each token
+HINT = " · point at a token to see what else might have been there"
+UPDATE_SECONDS = 0.1  # time between two updates of the page
+DARKEST = 8.0  # surprise in nats from which on a token has the darkest shade
+STYLE = """
+.text { white-space: break-spaces; overflow-wrap: anywhere; unicode-bidi: plaintext; padding: 12px; line-height: 1.7;
+  font-family: var(--font-mono); font-size: 0.9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+.text .prompt { font-weight: 700; }
+.text .token { background: rgb(0 114 178 / calc(var(--s) * 0.45)); border-radius: 2px; }
+.text .token:hover { outline: 2px solid rgb(0 114 178); }
+.text .token:hover::after { content: attr(data-odds); position: fixed; bottom: 12px; left: 50%; z-index: 100;
+  transform: translateX(-50%); white-space: pre; padding: 10px 14px; border-radius: 8px; line-height: 1.5;
+  background: #1b1f24; color: #fff; box-shadow: 0 2px 12px rgb(0 0 0 / 0.4); max-width: 94vw; overflow: hidden;
+  pointer-events: none; }
+#status { min-height: 3rem; }
+#status .wrap { height: 100%; }
+#texts { flex-wrap: wrap; }
+#texts > * { flex: 1 1 280px; min-width: 0; }
+.curve { overflow-x: auto; }
+.curve img { width: 100%; min-width: 640px; }
+footer { display: none !important; }
+"""
+# A model card may come from a stranger, and an image on another server would tell that server who opened the page.
+# The hub is allowed, as cards of Spaces keep their images there.
+POLICY = """<meta http-equiv="Content-Security-Policy" content="form-action 'none'; media-src 'self';
+  img-src 'self' data: https://huggingface.co https://*.huggingface.co">"""
+
+# Nothing leaves this machine, and nothing but the page is served.
+DISABLED = ("share", "show_error", "ssr_mode", "mcp_server", "enable_monitoring", "run_history")
+
+
+class HtmlView:
+    """The HTML of one text: the prompt, then a span for each token. It only grows.
+
+    Attributes:
+        html: the HTML so far. Its outermost element is left open, which browsers accept.
+    """
+
+    def __init__(self, text: Text, encoding: tiktoken.Encoding):
+        self.html = f'<div class="text"><span class="prompt">{html.escape(text.prompt)}</span>'
+        self._text, self._encoding = text, encoding
+        self._characters = self._tokens = 0  # of the text, that are in the HTML
+        self._tables: list[str] = []  # of tokens whose characters are not certain yet
+        self._surprise = 0.0  # of these tokens together, in nats
+
+    def update(self) -> None:
+        """Add what is new. Call it after each token."""
+        text = self._text
+        if text.tokens > self._tokens:
+            self._tables.append(self._table(text.top_probs))
+            self._surprise -= math.log(max(text.top_probs[0][1], 1e-9))
+            self._tokens = text.tokens
+        if characters := text.written[self._characters :]:
+            odds = html.escape("\n\n".join(self._tables)).replace("\n", "&#10;")
+            self.html += f'<span class="token" style="--s:{min(self._surprise / DARKEST, 1):.2f}" data-odds="{odds}">'
+            self.html += f"{html.escape(characters)}</span>"
+            self._tables, self._surprise, self._characters = [], 0.0, len(text.written)
+
+    def _table(self, top_probs: list[tuple[int, float]]) -> str:
+        """Return a line for each of the most likely tokens, the chosen one marked, and appended if it is not one."""
+        chosen, *likely = top_probs
+        lines = [*likely, *([] if chosen[0] in dict(likely) else [chosen])]
+        return "\n".join(f"{'▸' if id == chosen[0] else ' '} {p:6.1%}  {self._quoted(id)}" for id, p in lines)
+
+    def _quoted(self, id: int) -> str:
+        text = self._encoding.decode_single_token_bytes(id).decode("utf-8", "backslashreplace")
+        return "“" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "”"
+
+
+def stream_html(writer: Writer, prompt: str, count: int) -> Iterator[tuple[list[str], str]]:
+    """Write texts from a prompt. Yields the HTML of each and a status line whenever the page should be updated.
+
+    Args:
+        count: number of texts.
+    """
+    texts = [writer.text(prompt) for _ in range(count)]
+    views = [HtmlView(text, writer.encoding) for text in texts]
+    updated = 0.0
+    for _ in writer.write(texts, top_probs=ALTERNATIVES):
+        for view in views:
+            view.update()
+        if time.perf_counter() - updated > UPDATE_SECONDS:
+            updated = time.perf_counter()
+            yield [view.html for view in views], f"{writer.tokens:,} tokens{HINT}"
+    yield [view.html for view in views], writer.summary() + HINT
+
+
+def serve(blocks, server_name: str | None, server_port: int | None) -> None:
+    """Serve a gradio.Blocks until Ctrl-C.
+
+    Raises:
+        UserError: the address cannot be listened on.
+    """
+    try:
+        server, url, _ = blocks.launch(
+            # Gradio expects an IPv6 address in brackets, as in a URL.
+            server_name=f"[{server_name}]" if server_name and ":" in server_name else server_name,
+            server_port=server_port,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=1,
+            footer_links=[],
+            css=STYLE,
+            head=POLICY,
+            **dict.fromkeys(DISABLED, False),
+        )
+    except OSError:
+        raise UserError(
+            f"server_name = {server_name}, server_port = {server_port}: cannot listen there: the port is in use, or "
+            "the address does not belong to this machine; choose others, or leave them out"
+        ) from None
+    server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
+    print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)
