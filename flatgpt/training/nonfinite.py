@@ -83,7 +83,8 @@ class NonfiniteGuard:
 
     def state_dict(self) -> dict:
         """Return the counts that a resumed run continues."""
-        return {name: int(getattr(self, name)) for name in COUNTS}
+        unused = dict.fromkeys(("mean", "square", "rows"), 0)  # earlier versions of flatGPT need these keys
+        return {name: int(getattr(self, name)) for name in COUNTS} | unused
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from these counts."""

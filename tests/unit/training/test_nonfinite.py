@@ -196,10 +196,10 @@ def test_twenty_in_a_row_end_the_run(scaled, last_row):
 
 
 def test_state_of_earlier_versions_loads():
-    """They stored the mean of the logged losses too."""
+    """They stored the mean of the logged losses too, and need its keys to load a newer checkpoint."""
     guard = NonfiniteGuard("skip", CPU, scaled=False)
     guard.load_state_dict({"skipped": 3, "in_a_row": 1, "longest": 2, "mean": 2.5, "square": 6.3, "rows": 40})
-    assert guard.state_dict() == {"skipped": 3, "in_a_row": 1, "longest": 2}
+    assert guard.state_dict() == {"skipped": 3, "in_a_row": 1, "longest": 2, "mean": 0, "square": 0, "rows": 0}
 
 
 class FakeRank(DistributedContext):
