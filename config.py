@@ -14,6 +14,13 @@ from pathlib import Path
 # Two keys that say the same thing in two units: the one set at the later level wins, both at one level is an error.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # what eval.py scores: one of them
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
+# Settings that are gone, and what takes their place, by config and key.
+REMOVED = {
+    "EvalConfig": {
+        "sampled": "was removed: precision, recall and F1 of the most likely token are always in the report, and "
+        "--generate scores sampled text; leave it out"
+    }
+}
 
 
 class UserError(Exception):
@@ -368,7 +375,6 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     )
     batch_size: int | None = opt(None, "windows per pass", low=1, none="by size", recipe=False)
     rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other", low=1)
-    sampled: bool = opt(False, "precision, recall and F1 of a sampled next token too (temperature 1)")
     generate: int = opt(0, "continue so many prompts cut from the split, and compare with it (BLEU, ROUGE-L)", low=0)
     prompt_tokens: int = opt(64, "of each of these prompts", low=1)
     max_new_tokens: int = opt(64, "of each continuation", low=1)
@@ -381,7 +387,7 @@ class EvalConfig(SamplingConfig, ReaderConfig):
         found = super().problems()
         if self.stride and self.protocol != "stride":
             found.append(f"stride = {self.stride} belongs to --protocol stride, not to {self.protocol}: leave it out")
-        of_text = {"protocol": self.protocol != "window", "eval_batches": self.eval_batches, "sampled": self.sampled}
+        of_text = {"protocol": self.protocol != "window", "eval_batches": self.eval_batches}
         of_text |= {"generate": self.generate, "plot": self.plot, "format": self.format != "table"}
         if self.choices:
             found += [f"{key} is for text, not for --choices: leave it out" for key in of_text if of_text[key]]

@@ -174,7 +174,7 @@ def names_of_prepare_data(scripts: Scripts, home: Path) -> dict[str, set[str]]:
 
 
 def names_of_eval(scripts: Scripts, home: Path) -> dict[str, set[str]]:
-    found = {"report": json.loads(run(scripts, home, "eval --device cpu --sampled --json -"))}
+    found = {"report": json.loads(run(scripts, home, "eval --device cpu --json -"))}
     two = "eval --device cpu --model_path out/ranks out/ranks/ckpt/last --choices choices.jsonl --json -"
     found["report of two on questions"] = json.loads(run(scripts, home, two))
     return {name: paths(report) for name, report in found.items()}

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from config import (
     EXCLUSIVE,
+    REMOVED,
     AppConfig,
     BenchConfig,
     EvalConfig,
@@ -129,7 +130,8 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             layers = _read_recipe(cls, str(beside if beside.is_file() else base), problems, (*seen, path.resolve()))
     fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True)}
     # One recipe serves all verbs: keys of another verb are known, and left to that verb.
-    elsewhere = {n for other in SCRIPT_CONFIGS for n in _fields(other)} - set(fields)
+    elsewhere = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
+    elsewhere -= {*fields, *REMOVED.get(cls.__name__, ())}
     layer = {}
     for key, value in table.items():
         if key in elsewhere:
@@ -138,7 +140,8 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             problems.append(f"{path}: config: a recipe builds on another one with base = NAME")
             continue
         if key not in fields:
-            problems.append(f"{path}: {key}: no such key{_nearest(key, fields)}")
+            removed = REMOVED.get(cls.__name__, {}).get(key)
+            problems.append(f"{path}: {key}: {removed or 'no such key' + _nearest(key, fields)}")
             continue
         try:
             layer[fields[key].name] = _convert(cls, fields[key], value, from_words=False)
@@ -167,7 +170,9 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
             negated = name.startswith("no_") and name not in fields and name[3:] in fields
             field = fields.get(name[3:] if negated else name)
             if field is None:
-                problems.append(f"--{key}: no such key{_nearest(name, fields)}; --help lists them all")
+                removed = REMOVED.get(cls.__name__, {}).get(name.removeprefix("no_"))
+                unknown = f"no such key{_nearest(name, fields)}; --help lists them all"
+                problems.append(f"--{key}: {removed or unknown}")
                 while words and not words[0].startswith("--"):
                     words.pop(0)  # its value
                 continue

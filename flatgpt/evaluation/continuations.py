@@ -1,9 +1,9 @@
-"""Prompts cut from a split, continued by a model, and compared with how the text went on.
+"""Prompts taken from a split, continued by a model, and compared with the text that follows them there.
 
-require()
-places = cut(tokens, 100, prompt_tokens=64, new_tokens=64, end_of_text=encoding.eot_token)
-written = continue_all(decoder, encoding, places, 64, SamplingConfig())
-scores = compare(encoding, places, written)
+require_packages()
+prompts = select_prompts(tokens, 100, prompt_tokens=64, new_tokens=64, end_of_text=encoding.eot_token)
+continuations = generate_continuations(decoder, encoding, prompts, 64, SamplingConfig())
+figures = score_continuations(encoding, prompts, continuations)
 """
 
 from __future__ import annotations
@@ -20,151 +20,121 @@ from flatgpt.data.shards import Tokens
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import TextStream, generate_batch
 
-EXTRAS = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}  # module -> package
+PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}  # module -> package
 
 
-def require() -> None:
-    """Raise UserError where a package that `compare` needs is missing: before hours of work, not after."""
-    if missing := [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]:
-        needs = f"BLEU and ROUGE need {' and '.join(missing)}"
-        raise UserError(f"{needs}: pip install -r requirements-extra.txt")
+def require_packages() -> None:
+    """Raise UserError if a package is missing that score_continuations needs, before hours of work."""
+    if missing := [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+        raise UserError(f"BLEU and ROUGE need {' and '.join(missing)}: pip install -r requirements-extra.txt")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A prompt and how the text goes on after it, in ids."""
+class Prompt:
+    """Token ids of a prompt and of the text that follows it."""
 
-    prompt: list[int]
+    ids: list[int]
     reference: list[int]
 
 
-def cut(tokens: Tokens, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int) -> list[Place]:
-    """n places of a split, from its start to its end at equal distances; in a short one they overlap.
+def select_prompts(tokens: Tokens, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int) -> list[Prompt]:
+    """Take n prompts at equal distances from a split; in a short split they overlap.
 
-    A prompt may reach over the end of a document, as the windows of training do. A reference ends before its first
-    end-of-text; a place that would have an empty one is left out.
-
-    Args:
-        tokens: only what is returned is read of it.
+    A prompt may span documents, as the windows of training do. A reference ends before its first end-of-text; a prompt
+    whose reference would be empty is left out.
 
     Raises:
-        UserError: the split is shorter than one prompt and its continuation, or nothing is left.
+        UserError: the split is shorter than a prompt and its continuation, or no prompt is left.
     """
     span = prompt_tokens + new_tokens
-    room = len(tokens) - span
-    if room < 0:
+    last = len(tokens) - span
+    if last < 0:
         raise UserError(
             f"a prompt of {prompt_tokens:,} tokens and {new_tokens:,} to compare with do not fit into a split of "
             f"{len(tokens):,}: lower --prompt_tokens or --max_new_tokens"
         )
-    places, n = [], min(n, room + 1)
+    prompts, n = [], min(n, last + 1)
     for i in range(n):
-        start = i * room // max(1, n - 1)
+        start = i * last // max(1, n - 1)
         ids = tokens[start : start + span].tolist()
         reference = ids[prompt_tokens:]
         if end_of_text in reference:
             reference = reference[: reference.index(end_of_text)]
         if reference:
-            places.append(Place(ids[:prompt_tokens], reference))
-    if not places:
+            prompts.append(Prompt(ids[:prompt_tokens], reference))
+    if not prompts:
         raise UserError(
             f"after each of the {n:,} prompts comes end-of-text: there is no text to compare with; "
             "take another --prompt_tokens or --generate"
         )
-    return places
+    return prompts
 
 
-def continue_all(
+def generate_continuations(
     decoder: Decoder,
     encoding: tiktoken.Encoding,
-    places: Sequence[Place],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     options: SamplingConfig,
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
-    all_gather: Callable[[list], list[list]] = lambda mine: [mine],
-    watch: Callable[[list], Iterable] = iter,
+    all_gather: Callable[[list], list[list]] = lambda values: [values],
+    progress: Callable[[list], Iterable] = iter,
 ) -> list[list[int]]:
-    """The ids that the model writes after each prompt, up to end-of-text; the same for any batch size and ranks.
+    """Return the ids that the model generates after each prompt, up to end-of-text.
+
+    They do not depend on batch_size or on the number of ranks.
 
     Args:
-        share: (rank, world): this process writes every world-th batch.
-        all_gather: the values that all ranks have here (ranks.DistributedContext.all_gather).
-        watch: gives the list of batches, each the number of its first place, and may show how far it is.
+        share: (rank, world); this process generates every world-th batch.
+        all_gather: returns the values of all ranks.
+        progress: wraps the list of batches, as tqdm does.
     """
-    mine = []
-    for first in watch([*range(0, len(places), batch_size)][share[0] :: share[1]]):
-        prompts = [place.prompt for place in places[first : first + batch_size]]
-        written = [[] for _ in prompts]
+    generated = []
+    for first in progress([*range(0, len(prompts), batch_size)][share[0] :: share[1]]):
+        batch = [prompt.ids for prompt in prompts[first : first + batch_size]]
+        rows = [[] for _ in batch]
         settings = {"n_vocab": encoding.n_vocab, "stop_ids": (encoding.eot_token,), "first_row": first}
-        for tokens in generate_batch(decoder, prompts, max_new_tokens, options, **settings):
-            for ids, token in zip(written, tokens, strict=True):
+        for tokens in generate_batch(decoder, batch, max_new_tokens, options, **settings):
+            for row, token in zip(rows, tokens, strict=True):
                 if token is not None:
-                    ids.append(token)
-        mine += enumerate(written, first)
-    return [ids for _, ids in sorted(pair for part in all_gather(mine) for pair in part)]
+                    row.append(token)
+        generated += enumerate(rows, first)
+    return [ids for _, ids in sorted(pair for part in all_gather(generated) for pair in part)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# figures
+def score_continuations(
+    encoding: tiktoken.Encoding, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
+) -> dict:
+    """Return the figures of continuations under the keys of report.ROWS.
 
-
-@dataclass(frozen=True)
-class ContinuationScores:
-    """Figures of continuations; what asks no reference is given for the references too.
-
-    Attributes:
-        prompts: how many were continued.
-        bleu: of all continuations together, 0 to 100 (sacrebleu's corpus BLEU; Papineni et al., 2002).
-        bleu_signature: sacrebleu's, the settings without which BLEU cannot be compared.
-        rouge_l: mean F-measure, 0 to 1 (rouge-score's rougeL without stemming; Lin, 2004). Its words are runs of a-z
-            and 0-9 in lower case: text in other scripts has none.
-        distinct_1, distinct_2: different words, or pairs of words, over all of them, in all continuations together
-            (Li et al., 2016); words are what white space separates.
-        repetition: share of a continuation's runs of 4 tokens that were there before in it, the mean over those that
-            have one (seq-rep-4; Welleck et al., 2020).
+    bleu: sacrebleu's corpus BLEU, 0 to 100 (Papineni et al., 2002), with its signature. rouge_l: mean F-measure of
+    rouge-score's rougeL without stemming, 0 to 1 (Lin, 2004); its words are runs of a-z and 0-9, so text in other
+    scripts has none. distinct_1, distinct_2: Li et al., 2016. repetition: seq-rep-4, Welleck et al., 2020.
     """
-
-    prompts: int
-    bleu: float
-    bleu_signature: str
-    rouge_l: float
-    distinct_1: float
-    distinct_2: float
-    repetition: float
-    reference_distinct_1: float
-    reference_distinct_2: float
-    reference_repetition: float
-
-
-def compare(
-    encoding: tiktoken.Encoding, places: Sequence[Place], continuations: Sequence[Sequence[int]]
-) -> ContinuationScores:
-    """The figures of continuations, ids after each place's prompt."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 
-    references = [place.reference for place in places]
-    theirs = [text_after(encoding, place.prompt, place.reference) for place in places]
-    ours = [text_after(encoding, place.prompt, ids) for place, ids in zip(places, continuations, strict=True)]
-    bleu = BLEU(force=True)  # force: no advice about WikiText's blanks in front of full stops
-    rouge = RougeScorer(["rougeL"])
-    return ContinuationScores(
-        len(places),
-        bleu.corpus_score(ours, [theirs]).score,
-        str(bleu.get_signature()),
-        sum(rouge.score(*pair)["rougeL"].fmeasure for pair in zip(theirs, ours, strict=True)) / len(places),
-        distinct(ours, 1),
-        distinct(ours, 2),
-        repetition(continuations),
-        distinct(theirs, 1),
-        distinct(theirs, 2),
-        repetition(references),
-    )
+    bleu, rouge = BLEU(force=True), RougeScorer(["rougeL"])  # force: no warning about WikiText's " ."
+    texts = [text_after(encoding, prompt.ids, ids) for prompt, ids in zip(prompts, continuations, strict=True)]
+    references = [text_after(encoding, prompt.ids, prompt.reference) for prompt in prompts]
+    rouge_l = [rouge.score(*pair)["rougeL"].fmeasure for pair in zip(references, texts, strict=True)]
+    return {
+        "prompts": len(prompts),
+        "bleu": bleu.corpus_score(texts, [references]).score,
+        "bleu_signature": str(bleu.get_signature()),
+        "rouge_l": sum(rouge_l) / len(prompts),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "repetition": repetition(continuations),
+        "reference_distinct_1": distinct(references, 1),
+        "reference_distinct_2": distinct(references, 2),
+        "reference_repetition": repetition([prompt.reference for prompt in prompts]),
+    }
 
 
 def text_after(encoding: tiktoken.Encoding, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of ids; a character whose first bytes the prompt has belongs to it."""
+    """Return the text of ids, without a character whose first bytes belong to the prompt."""
     stream = TextStream(encoding)
     for token in prompt:
         stream.feed(token)
@@ -172,16 +142,16 @@ def text_after(encoding: tiktoken.Encoding, prompt: Sequence[int], ids: Sequence
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different runs of n words over all such runs of all texts; nan where there is none."""
-    runs = [run for text in texts for run in _runs(text.split(), n)]
-    return len(set(runs)) / len(runs) if runs else math.nan
+    """Return the share of distinct n-grams of words (split at white space) in all texts; NaN if there are none."""
+    ngrams = [ngram for text in texts for ngram in _ngrams(text.split(), n)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
 
 
 def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
-    """1 - different runs of n ids / all of them, the mean over the sequences that have one; nan where none has."""
-    all_runs = [runs for ids in sequences if (runs := _runs(ids, n))]
-    return sum(1 - len(set(runs)) / len(runs) for runs in all_runs) / len(all_runs) if all_runs else math.nan
+    """Return the share of repeated n-grams of ids, the mean over sequences that have any; NaN if none has."""
+    shares = [1 - len(set(ngrams)) / len(ngrams) for ids in sequences if (ngrams := _ngrams(ids, n))]
+    return sum(shares) / len(shares) if shares else math.nan
 
 
-def _runs(items: Sequence, n: int) -> list[tuple]:
+def _ngrams(items: Sequence, n: int) -> list[tuple]:
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]

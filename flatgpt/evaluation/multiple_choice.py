@@ -1,7 +1,6 @@
-"""Multiple-choice questions in HellaSwag's form, scored by the likelihood that a model gives each ending.
+"""Multiple-choice questions in HellaSwag's form, scored by the log-likelihood of each ending.
 
-scores = score_choices(model, encoding, read_choices("hellaswag_val.jsonl"), to_device)
-scores.accuracy, scores.accuracy_norm
+score_choices(model, encoding, read_choices("hellaswag_val.jsonl"), to_device)["choice_accuracy"]
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from flatgpt.evaluation.metrics import alone, evaluating, rows_per_chunk
+from flatgpt.evaluation.metrics import AllReduce, evaluating, rows_per_chunk, single_process
 from model import GPT
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reading
 
 
 @dataclass(frozen=True)
 class Question:
-    """A context, how it may go on, and the number of the right ending, from 0."""
+    """A context, its possible endings, and the index of the correct one."""
 
     ctx: str
     endings: tuple[str, ...]
@@ -37,36 +33,36 @@ class Question:
 
 
 def read_choices(path: str | Path) -> list[Question]:
-    """The questions of a file of JSON lines with keys `ctx`, `endings` and `label` (a number, or its digits).
+    """Read questions from JSON lines with the keys `ctx`, `endings` and `label` (a number, or its digits).
 
-    Other keys are ignored. lm-evaluation-harness's hellaswag makes its contexts of activity_label, ctx_a and ctx_b, and
-    cleans them: its figures come from a file that has those texts as ctx and endings.
+    Other keys are ignored. lm-evaluation-harness's hellaswag builds its contexts from activity_label, ctx_a and ctx_b;
+    its figures come from a file with those texts as ctx and endings.
 
     Raises:
-        UserError: the file cannot be read, has no question, or a line is none; names file and line.
+        UserError: the file cannot be read or is empty, or a line is not a question; names file and line.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
-    except OSError as why:
-        raise UserError(f"{path}: cannot be read: {why.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     questions = []
     for number, line in enumerate(lines, 1):
         try:
             if text := line.decode("utf-8-sig").strip():
-                questions.append(_question(text))
-        except (ValueError, RecursionError) as why:
-            raise UserError(f"{path} line {number:,}: {why}") from None
+                questions.append(_parse_question(text))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number:,}: {error}") from None
     if not questions:
         raise UserError(f"{path} is empty: a line of JSON with ctx, endings and label is expected for each question")
     return questions
 
 
-def _question(line: str) -> Question:
-    """Raises ValueError where it is none."""
+def _parse_question(line: str) -> Question:
+    """Parse one line; ValueError says what is wrong with it."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as why:
-        raise ValueError(f"not JSON ({why})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}; an object with ctx, endings and label is expected")
     if missing := [key for key in ("ctx", "endings", "label") if key not in row]:
@@ -79,64 +75,21 @@ def _question(line: str) -> Question:
     if isinstance(label, str) and re.fullmatch("[0-9]+", label):
         label = int(label)
     if type(label) is not int or not 0 <= label < len(endings):
-        raise ValueError(f"label = {label!r}: the right ending's number is expected, 0 to {len(endings) - 1}")
+        raise ValueError(f"label = {label!r}: the correct ending's index is expected, 0 to {len(endings) - 1}")
     return Question(ctx, tuple(endings), label)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scoring
+def encode_pairs(encoding: tiktoken.Encoding, question: Question) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of the context and of each ending, as lm-evaluation-harness tokenises them (_encode_pair, 0.4.13).
 
-
-@dataclass(frozen=True)
-class ChoiceScores:
-    """How many questions were answered rightly.
-
-    Attributes:
-        correct: where the right ending's log-likelihood is the largest (lm-evaluation-harness: acc).
-        correct_norm: where it is, divided by the ending's characters (acc_norm). Of equals the first counts.
+    White space at the end of the context belongs to the endings, after one more space. The context is encoded alone,
+    and again together with the ending, whose ids are those beyond the context's number of ids. An empty context becomes
+    end-of-text. Special tokens within a text are encoded as text.
     """
-
-    questions: int
-    correct: int
-    correct_norm: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of questions, 0 to 1."""
-        return self.correct / self.questions
-
-    @property
-    def accuracy_norm(self) -> float:
-        """Share of questions, 0 to 1."""
-        return self.correct_norm / self.questions
-
-    @property
-    def accuracy_stderr(self) -> float:
-        """Standard error of accuracy, were the questions drawn from many; nan for a single one."""
-        return self._stderr(self.accuracy)
-
-    @property
-    def accuracy_norm_stderr(self) -> float:
-        """Standard error of accuracy_norm."""
-        return self._stderr(self.accuracy_norm)
-
-    def _stderr(self, p: float) -> float:
-        # n - 1: the estimate without bias of a sample's variance, as lm-evaluation-harness has it
-        return math.sqrt(p * (1 - p) / (self.questions - 1)) if self.questions > 1 else math.nan
-
-
-def encode_pair(encoding: tiktoken.Encoding, ctx: str, endings: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-    """The ids of a context and of each of its endings, as lm-evaluation-harness has them (_encode_pair, 0.4.13).
-
-    White space at the context's end counts to the ending, which begins with one more blank. The context is encoded
-    alone, and again with the ending behind it; of the latter, the ids from the context's number on are the ending's.
-    A context without a token is end-of-text. Text that spells a special token is text.
-    """
-    text = ctx.rstrip()
-    blanks = ctx[len(text) :]
+    text = question.ctx.rstrip()
     context = encoding.encode_ordinary(text)
-    pairs = [(context, encoding.encode_ordinary(f"{text}{blanks} {ending}")[len(context) :]) for ending in endings]
-    return [(context or [encoding.eot_token], ending) for context, ending in pairs]
+    wholes = [encoding.encode_ordinary(f"{question.ctx} {ending}") for ending in question.endings]
+    return [(context or [encoding.eot_token], whole[len(context) :]) for whole in wholes]
 
 
 def log_likelihoods(
@@ -145,21 +98,20 @@ def log_likelihoods(
     to_device: Callable[[np.ndarray], Tensor],
     batch_tokens: int = 8192,
     share: tuple[int, int] = (0, 1),
-    total: Callable[[Tensor], Tensor] = alone,
-    watch: Callable[[list], Iterable] = iter,
+    all_reduce: AllReduce = single_process,
+    progress: Callable[[list], Iterable] = iter,
 ) -> np.ndarray:
-    """The log-likelihood of each ending after its context, in nats: (n,) float64.
+    """Return the log-likelihood of each ending after its context, in nats: (n,) float64.
 
-    Of a pair longer than the model's context_length the last context_length + 1 ids are taken: the last one is only
-    predicted. The model's mode is put back, and no random number is drawn.
+    A pair longer than context_length + 1 ids loses its first ones. Draws no random number.
 
     Args:
-        pairs: ids of a context, one at least, and of an ending, one to context_length.
-        to_device: moves one array to the model's device.
-        batch_tokens: that go through the model at once, padding too, or those of a single pair.
-        share: (rank, world): this process computes every world-th batch.
-        total: sums a float64 tensor over ranks.
-        watch: gives the list of batches one by one, and may show how far it is.
+        pairs: ids of a context, at least one, and of an ending, 1 to context_length.
+        to_device: moves an array to the model's device.
+        batch_tokens: upper limit for a batch, with padding; a single pair may have more.
+        share: (rank, world); this process computes every world-th batch.
+        all_reduce: sums a float64 tensor over ranks.
+        progress: wraps the list of batches, as tqdm does.
     """
     longest = model.config.context_length + 1
     sequences = [((context + ending)[-longest:], len(ending)) for context, ending in pairs]
@@ -167,28 +119,28 @@ def log_likelihoods(
     sums = np.zeros(len(pairs))
     batches = _batches([len(ids) - 1 for ids, _ in sequences], batch_tokens)
     with evaluating(model):
-        for batch in watch(batches[share[0] :: share[1]]):
+        for batch in progress(batches[share[0] :: share[1]]):
             rows = [sequences[n] for n in batch]
             x = np.zeros((len(rows), len(rows[0][0]) - 1), dtype=np.int64)  # the first is the longest
             scored = np.zeros(x.shape, dtype=bool)
             for row, (ids, n) in enumerate(rows):
                 T = len(ids) - 1
-                x[row, :T] = ids[:-1]  # what stands behind them does not reach them
+                x[row, :T] = ids[:-1]  # attention is causal: the padding after them has no effect
                 scored[row, T - n : T] = True
             targets = to_device(np.concatenate([ids[-n:] for ids, n in rows]))  # (N)
-            hidden = model.hidden_states(to_device(x))[to_device(scored)]  # (N, C): the head is spared the contexts
-            some = rows_per_chunk(model.config.vocab_size, hidden.device)
+            hidden = model.hidden_states(to_device(x))[to_device(scored)]  # (N, C): no logits for the contexts
+            chunk = rows_per_chunk(model.config.vocab_size, hidden.device)
             losses = [
                 F.cross_entropy(model.compute_logits(h).float(), y, reduction="none")
-                for h, y in zip(hidden.split(some), targets.split(some), strict=True)
+                for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True)
             ]
             lengths = np.array([n for _, n in rows])
             sums[batch] = -np.add.reduceat(torch.cat(losses).cpu().double().numpy(), lengths.cumsum() - lengths)
-    return total(torch.from_numpy(sums)).numpy()
+    return all_reduce(torch.from_numpy(sums)).numpy()
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Numbers of sequences in batches of similar length; the longest first, so that want of memory shows at once."""
+    """Indices of sequences in batches of similar length, the longest first, so that running out of memory shows up."""
     order, batches = sorted(range(len(lengths)), key=lambda n: -lengths[n]), []
     while order:
         rows = max(1, batch_tokens // lengths[order[0]])
@@ -202,29 +154,39 @@ def score_choices(
     encoding: tiktoken.Encoding,
     questions: Sequence[Question],
     to_device: Callable[[np.ndarray], Tensor],
-    **more,
-) -> ChoiceScores:
-    """Answer the questions by the likelihood of their endings; further arguments as in log_likelihoods.
+    **options,
+) -> dict:
+    """Answer each question with its most likely ending; returns figures under the keys of report.ROWS.
+
+    They are lm-evaluation-harness's acc, acc_norm (log-likelihood per character of the ending) and their standard
+    errors (NaN for a single question). Of equal endings the first counts.
+
+    Args:
+        options: as in log_likelihoods.
 
     Raises:
-        UserError: an ending that is longer than the model's context, or a model whose logits are no numbers.
+        UserError: an ending longer than the model's context, or log-likelihoods that are NaN.
     """
-    T, pairs = model.config.context_length, []
+    T, pairs, n = model.config.context_length, [], len(questions)
     for number, question in enumerate(questions, 1):
-        found = encode_pair(encoding, question.ctx, question.endings)
-        if (most := max(len(ending) for _, ending in found)) > T:
+        encoded = encode_pairs(encoding, question)
+        if (longest := max(len(ending) for _, ending in encoded)) > T:
             raise UserError(
-                f"question {number:,} ({question.ctx[:40]!r}) has an ending of {most:,} tokens, and the model sees "
+                f"question {number:,} ({question.ctx[:40]!r}) has an ending of {longest:,} tokens, and the model sees "
                 f"{T:,} at once: leave that question out"
             )
-        pairs += found
-    sums = log_likelihoods(model, pairs, to_device, **more)
+        pairs += encoded
+    sums = log_likelihoods(model, pairs, to_device, **options)
     if np.isnan(sums).any():
-        raise UserError("the model's log-likelihoods are nan: its training diverged; take an earlier checkpoint")
+        raise UserError("the model's log-likelihoods are NaN: its training diverged; take an earlier checkpoint")
     correct = correct_norm = stop = 0
     for question in questions:
         start, stop = stop, stop + len(question.endings)
         characters = [len(ending) for ending in question.endings]
         correct += int(sums[start:stop].argmax()) == question.label
         correct_norm += int((sums[start:stop] / characters).argmax()) == question.label
-    return ChoiceScores(len(questions), correct, correct_norm)
+    figures = {"questions": n}
+    for key, share in (("choice_accuracy", correct / n), ("choice_accuracy_norm", correct_norm / n)):
+        # n - 1: the unbiased variance of a sample, as lm-evaluation-harness has it
+        figures |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan}
+    return figures

@@ -1,4 +1,4 @@
-"""What eval.py found, for people: a table with each figure's unit, smol-GPT's six lines, a picture."""
+"""Reports of eval.py: a table with the unit of each figure, smol-GPT's six lines, and a picture."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 
 from flatgpt.evaluation.metrics import Scores
-from flatgpt.evaluation.text_stats import TextCounts
+from flatgpt.evaluation.text import TextCounts
 
-LIKELIEST = "of the likeliest token, weighted by the targets' classes"
-DRAWN = "of a token drawn at temperature 1, weighted likewise"
-# Key -> (label, what the figure is counted in or divided by), in the table's order.
+GREEDY = "of the most likely token, weighted by the targets' classes"
+# Key -> (label, unit or definition), in the table's order.
 ROWS = {
     "model": ("model", ""),
     "iter": ("iter", ""),
@@ -23,72 +22,59 @@ ROWS = {
     "dtype": ("dtype", "of the matrix products"),
     "tokens": ("tokens", "scored"),
     "bytes": ("bytes", "of text scored"),
-    "words": ("words", "of the text, its first token's too; split at white space, line ends are not counted"),
+    "words": ("words", "of the text, with its first token's; split at white space, line ends are not counted"),
     "lines": ("line ends", ""),
     "loss": ("loss", "nats per token scored"),
     "perplexity": ("token perplexity", "exp(loss)"),
     "word_perplexity": ("word perplexity", "exp(sum of losses / words)"),
     "bits_per_byte": ("bits per byte", "sum of losses / ln 2 / bytes"),
-    "accuracy": ("top-1 accuracy", "share of tokens that were the likeliest"),
-    "top5_accuracy": ("top-5 accuracy", "share of tokens among the five likeliest"),
-    "precision": ("precision", LIKELIEST),
-    "recall": ("recall", LIKELIEST),
-    "f1": ("F1", LIKELIEST),
-    "sampled_precision": ("precision, sampled", DRAWN),
-    "sampled_recall": ("recall, sampled", DRAWN),
-    "sampled_f1": ("F1, sampled", DRAWN),
-    "calibration_error": ("calibration error", "expected: |accuracy - probability| of the likeliest token, 15 bins"),
+    "accuracy": ("top-1 accuracy", "share of tokens that were the most likely"),
+    "top5_accuracy": ("top-5 accuracy", "share of tokens among the five most likely"),
+    "precision": ("precision", GREEDY),
+    "recall": ("recall", GREEDY),
+    "f1": ("F1", GREEDY),
+    "calibration_error": ("calibration error", "expected calibration error, 15 bins"),
     "questions": ("questions", ""),
-    "choice_accuracy": ("accuracy", "share of questions; the likeliest ending"),
+    "choice_accuracy": ("accuracy", "share of questions; the most likely ending"),
     "choice_accuracy_stderr": ("  standard error", ""),
-    "choice_accuracy_norm": ("accuracy, normalised", "share of questions; the likeliest ending per character"),
+    "choice_accuracy_norm": ("accuracy, normalised", "share of questions; the most likely ending per character"),
     "choice_accuracy_norm_stderr": ("  standard error", ""),
     "prompts": ("prompts continued", ""),
     "prompts_mean": ("", ""),
     "bleu": ("BLEU", "0 to 100, of all continuations"),
     "bleu_signature": ("  sacrebleu", ""),
     "rouge_l": ("ROUGE-L", "mean F-measure, 0 to 1"),
-    "distinct_1": ("distinct-1", "different words / words"),
+    "distinct_1": ("distinct-1", "distinct words / words"),
     "reference_distinct_1": ("  of the text itself", ""),
-    "distinct_2": ("distinct-2", "different pairs of words / pairs"),
+    "distinct_2": ("distinct-2", "distinct pairs of words / pairs"),
     "reference_distinct_2": ("  of the text itself", ""),
-    "repetition": ("repetition", "share of runs of 4 tokens that were there before"),
+    "repetition": ("repetition", "share of 4-grams of tokens that are repeated"),
     "reference_repetition": ("  of the text itself", ""),
 }
+UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per token scored there"}
 
 
 def figures(scores: Scores, counts: TextCounts) -> dict:
-    """Every figure of scored text under ROWS' keys, and the losses by position."""
-    answer = {
-        "tokens": scores.tokens,
-        "bytes": counts.bytes,
-        "words": counts.words,
-        "lines": counts.lines,
-        "loss": scores.loss,
-        "perplexity": _exp(scores.loss),
+    """Return every figure of a scored text under the keys of ROWS, and the losses by position."""
+    answer = {"bytes": counts.bytes, "words": counts.words, "lines": counts.lines} | scores.figures()
+    return answer | {
+        "perplexity": _exp(answer["loss"]),
         "word_perplexity": _exp(scores.loss_sum / counts.words) if counts.words else None,
         "bits_per_byte": scores.loss_sum / math.log(2) / counts.bytes if counts.bytes else None,
-        "accuracy": scores.accuracy,
-        "top5_accuracy": scores.top5_accuracy,
-        **scores.weighted(),
     }
-    if scores.sampled:
-        answer |= {f"sampled_{name}": value for name, value in scores.weighted("sampled").items()}
-    return answer | {"calibration_error": scores.calibration_error, "loss_by_position": scores.by_position}
-
-
-def units(report: dict) -> dict[str, str]:
-    """What each figure of a report is counted in or divided by, where it has to be said."""
-    said = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per token scored there"}
-    return {key: said[key] for key in report if key in said}
 
 
 def _exp(nats: float) -> float:
     return math.inf if nats >= 700 else math.exp(nats)
 
 
+def units(report: dict) -> dict[str, str]:
+    """Return the unit or definition of each figure of a report that has one."""
+    return {key: UNITS[key] for key in report if key in UNITS}
+
+
 def table(reports: Sequence[dict]) -> str:
-    """The reports side by side, a figure a line, with what it is divided by; what all have in common once."""
+    """Return the reports side by side, a figure a line, with its unit; texts that they share are written once."""
     rows = []
     for key, (label, unit) in ROWS.items():
         values = [report.get(key) for report in reports]
@@ -115,29 +101,25 @@ def _text(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.4f}"  # of text without blanks, per word, say
+        return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.4f}"  # word perplexity of text without spaces
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def smol(reports: Sequence[dict]) -> str:
-    """smol-GPT's six lines of each report, below the model's name where there are several.
+    """Return smol-GPT's six lines of each report, below the model's name if there are several.
 
-    Precision, recall, F1 and accuracy are a sampled token's where one was scored, as there. Its accuracy divided the
-    matches by the batch size, this one by the tokens: it is recall, weighted, by definition.
+    Its own accuracy divides the matches by the batch size; this one divides them by the number of tokens.
     """
     blocks = []
     for report in reports:
-        prefix = "sampled_" if "sampled_f1" in report else ""
-        values = {"loss": report["loss"], "perplexity": report["perplexity"]}
-        values |= {name: report[f"{prefix}{name}"] for name in ("precision", "recall", "f1")}
-        values["accuracy"] = report["sampled_recall"] if prefix else report["accuracy"]
         name = [str(report["model"])] * (len(reports) > 1)
-        blocks.append("\n".join(name + [f"Test {key}: {value:.4f}" for key, value in values.items()]))
+        keys = ("loss", "perplexity", "precision", "recall", "f1", "accuracy")
+        blocks.append("\n".join(name + [f"Test {key}: {report[key]:.4f}" for key in keys]))
     return "\n\n".join(blocks)
 
 
 def draw_positions(reports: Sequence[dict]) -> bytes:
-    """The loss by position in the context, a line a model, as a PNG file's content."""
+    """Return a PNG image of the loss by position in the context, with a line for each report."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -152,6 +134,6 @@ def draw_positions(reports: Sequence[dict]) -> bytes:
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize="small")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -1,9 +1,9 @@
-"""Which tokens of a text are scored, and with how much context: windows, as numpy arrays. Never torch.
+"""The windows in which a text is scored, as numpy arrays; never imports torch.
 
-window   windows that do not overlap; every token but the first is scored once
-stride   windows that begin `stride` tokens after each other; each scores its last ones, that no earlier one has scored
-rolling  window, of the text with one id put in front, so that the first token is scored too; the last window is full,
-         and scores what is left: lm-evaluation-harness's loglikelihood_rolling
+window   windows do not overlap; every token but the first is scored once
+stride   windows begin `stride` tokens apart; each scores its last tokens, those that no earlier window has scored
+rolling  as window, with one id in front of the text, so that the first token is scored too; the last window has full
+         length and scores the remaining tokens (lm-evaluation-harness's loglikelihood_rolling)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from flatgpt.data.shards import Tokens
 
-IGNORE = -1  # target of a place that is not scored
+IGNORE = -1  # a target that is not scored
 
 
 class Prefixed:
@@ -35,13 +35,13 @@ class Prefixed:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Windows over a text of `length` ids: input i has target i + 1.
+    """Windows over a text of `length` ids, in which input i has target i + 1.
 
     Args:
-        length: ids, of rolling with the one in front.
+        length: number of ids; for rolling with the one in front.
         T: inputs of a window.
-        stride: inputs from the start of one window to that of the next.
-        full: the last window begins early enough to have T inputs.
+        stride: distance between the first inputs of two windows.
+        full: whether the last window begins early enough to have T inputs.
     """
 
     length: int
@@ -53,15 +53,15 @@ class Protocol:
         return 1 + max(0, -(-(self.length - 1 - self.T) // self.stride)) if self.length > 1 else 0
 
     def window(self, k: int) -> tuple[int, int, int]:
-        """(first input, inputs, how many of its last targets are scored) of window k."""
-        start, last = k * self.stride, self.length - 1  # last: the number of targets
-        stop = min(start + self.T, last)
+        """Return (first input, number of inputs, number of targets scored: the last ones) of window k."""
+        start, targets = k * self.stride, self.length - 1
+        stop = min(start + self.T, targets)
         scored = stop - (start - self.stride + self.T if k else 0)
         start = max(0, stop - self.T) if self.full else start
         return start, stop - start, scored
 
     def scored(self, windows: int) -> int:
-        """Targets that the first so many windows score."""
+        """Return the number of targets that the first windows score together."""
         start, inputs, _ = self.window(windows - 1)
         return start + inputs
 
@@ -76,13 +76,13 @@ def eval_batches(
     stride: int | None = None,
     full: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Windows in order, the incomplete last one too: without more words every token but the first is a target once.
+    """Yield batches of windows in order, with the incomplete last one; by default every token but the first is scored.
 
     Args:
-        limit: stop after so many batches; 0: go through all of the text.
-        share: (rank, world): every world-th batch from the rank-th on. All ranks get equally many (models in parts
-            have to compute together): some a last one in which nothing is to be scored.
-        stride, full: as Protocol has them.
+        limit: number of batches, from the start; 0: all.
+        share: (rank, world): every world-th batch, from the rank-th on. All ranks get the same number, as sharded
+            models compute together: some a last batch without a scored target.
+        stride, full: as in Protocol; without stride windows do not overlap.
 
     Yields:
         inputs and targets, (B, T) int64 each; targets that are not scored are IGNORE.

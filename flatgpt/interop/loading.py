@@ -80,11 +80,14 @@ def find(model_path: str | None, say: Callable[[str], None]) -> ModelSource:
     return ModelSource(path, ModelConfig(**pretrained_shape(str(path))), name, {})
 
 
-def load(found: ModelSource, device: torch.device, context_length: int | None = None) -> tuple[GPT, tiktoken.Encoding]:
+def load(
+    found: ModelSource, device: torch.device, context_length: int | None = None, model_class: type[GPT] = GPT
+) -> tuple[GPT, tiktoken.Encoding]:
     """The model in evaluation mode, and its tokenizer.
 
     Args:
         context_length: see at most so many tokens at once; None: as many as it was trained with.
+        model_class: GPT or a subclass.
 
     Raises:
         UserError: a tokenizer that encodes differently now, weights that do not fit, or a longer context than it has.
@@ -103,7 +106,7 @@ def load(found: ModelSource, device: torch.device, context_length: int | None = 
                 "take at most that"
             )
         config = dataclasses.replace(config, context_length=context_length)
-    model = GPT.on_meta_device(config)
+    model = model_class.on_meta_device(config)
     try:
         model.load_state_dict(_weights(found.path, config), assign=True)
     except (RuntimeError, SafetensorError) as why:

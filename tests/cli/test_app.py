@@ -199,7 +199,7 @@ def test_what_is_out_of_its_limits_is_said(playground, changes, message):
 def test_about_names_no_folder_of_the_machine(playground, tiny_home):
     name, card, curve = app.about(playground.found)
     assert name == "quickstart"
-    assert card.startswith("A language model of GPT-2's kind with 34,720 parameters")
+    assert card.startswith("A GPT-2 style language model with 34,720 parameters")
     assert "## Training" in card
     assert curve.startswith('<div class="curve"><img ')
     assert str(tiny_home) not in card + curve + playground.prepared.describe()

@@ -1,4 +1,4 @@
-"""eval.py beside lm-evaluation-harness, which reads the folder that export.py writes; without a network."""
+"""eval.py against lm-evaluation-harness, which reads the folder that export.py writes; without a network."""
 
 import contextlib
 import importlib.util
@@ -8,19 +8,27 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from in_process import TEXT, make_dataset, train_here
+from test_multiple_choice import ENCODINGS, MERGES, QUESTIONS, T, V
+from test_windows import FIRST, START, batches, read
 
 import eval as verb
 import export
-from config import EvalConfig, ExportConfig
+from config import EvalConfig, ExportConfig, ModelConfig
 from flatgpt.cli import cli
 from flatgpt.evaluation import windows
+from flatgpt.evaluation.multiple_choice import encode_pairs, log_likelihoods
+from flatgpt.interop.huggingface import hugging_face_weights
+from flatgpt.interop.pretrained import pretrained_shape
+from model import GPT
 
 pytestmark = pytest.mark.extra
 
 # Of several windows and of one that is not full; no white space at an end, where the harness counts a word.
 LONG, SHORT = TEXT[1000:1400].strip(), "3 green bottles 🎈"
-QUESTIONS = [
+TASK_QUESTIONS = [
     {"ctx": "98 green bottles hanging on", "endings": ["the wall, and", "zzz", "Q"], "label": 0},
     {"ctx": "there will be", "endings": ["Q", "97 green bottles. Naïve café", "#!"], "label": 1},
     {"ctx": "if 5 green bottles should accidentally", "endings": ["fall, there", "of the", "X"], "label": 2},
@@ -77,7 +85,7 @@ def report(*words) -> dict:
     return json.loads(Path("report.json").read_text())
 
 
-def log_likelihood(text: str) -> float:
+def our_log_likelihood(text: str) -> float:
     """eval.py's, of the run itself."""
     Path("text.txt").write_text(text, encoding="utf-8")
     got = report("--model_path", "out/quickstart", "--text", "text.txt", "--protocol", "rolling")
@@ -85,7 +93,7 @@ def log_likelihood(text: str) -> float:
     return -got["loss"] * got["tokens"]
 
 
-def theirs(reader, text: str) -> float:
+def their_log_likelihood(reader, text: str) -> float:
     from lm_eval.api.instance import Instance
 
     return reader.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)[0]
@@ -96,13 +104,13 @@ TEXTS = {"several windows": LONG, "one": SHORT} | {f"{n} tokens": "x" + LONG[: n
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_rolling_log_likelihood_is_the_harnesss_own(reader, text):
-    assert log_likelihood(text) == pytest.approx(theirs(reader, text), rel=1e-5)
+def test_rolling_log_likelihood_equals_the_harness(reader, text):
+    assert our_log_likelihood(text) == pytest.approx(their_log_likelihood(reader, text), rel=1e-5)
 
 
 def test_a_last_window_of_short_context_would_show(reader, monkeypatch):
     """The control: the same, but that the last window begins where the one before it ends."""
-    right = theirs(reader, LONG)
+    right = their_log_likelihood(reader, LONG)
     window = windows.Protocol.window
 
     def short(self, k: int) -> tuple[int, int, int]:
@@ -110,7 +118,7 @@ def test_a_last_window_of_short_context_would_show(reader, monkeypatch):
 
     assert len(LONG.encode()) % 32
     monkeypatch.setattr(windows.Protocol, "window", short)
-    got = log_likelihood(LONG)
+    got = our_log_likelihood(LONG)
     assert abs(got / right - 1) > 1e-5
     assert got == pytest.approx(right, rel=0.1)  # and it is no more than that
 
@@ -139,8 +147,66 @@ def test_figures_of_a_text_equal_a_task_of_the_harness(reader, tmp_path):
 
 
 def test_accuracies_equal_a_task_of_the_harness(reader, tmp_path):
-    got = evaluated(reader, tmp_path, "local_choices", QUESTIONS)
+    got = evaluated(reader, tmp_path, "local_choices", TASK_QUESTIONS)
     ours = report("--model_path", "exported", "--choices", tmp_path / "local_choices.jsonl")
     assert ours["choice_accuracy"] == got["acc,none"]
     assert ours["choice_accuracy_norm"] == got["acc_norm,none"]
     assert ours["choice_accuracy"] not in (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pieces of it, without a run
+
+
+def test_rolling_windows_equal_the_harness():
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for width in range(1, 9):
+        for length in range(1, 40):
+            text = list(range(START, START + length))
+            rolling = get_rolling_token_windows(text, FIRST, max_seq_len=width, context_len=1)
+            # a context, and what is predicted after it; the model reads both but for the last id
+            pairs = [((context + scored)[:-1], scored) for context, scored in map(make_disjoint_window, rolling)]
+            assert read(batches(text, width, "rolling", width, 3)) == pairs
+
+
+def their_tokenizer(folder: Path, use_regex: bool) -> transformers.PreTrainedTokenizerFast:
+    """ENCODINGS as transformers has them."""
+
+    def spell(raw: bytes) -> str:
+        """Hugging Face writes byte b as a printable character."""
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        return "".join(chr(b) if b in printable else chr(256 + others.index(b)) for b in raw)
+
+    merges = [(spell(a), spell(b)) for a, b in MERGES]
+    vocabulary = {spell(bytes([b])): b for b in range(256)} | {a + b: 256 + n for n, (a, b) in enumerate(merges)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    settings = {"version": "1.0", "pre_tokenizer": level, "decoder": level}
+    settings["model"] = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    file = str(folder / "tokenizer.json")
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_log_likelihoods_equal_the_harness(tmp_path, name):
+    """Without blank contexts, which the harness refuses, and special tokens, which it encodes as such."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": T, "vocab_size": V}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=262, eos_token_id=262)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    model = GPT(ModelConfig(**pretrained_shape(str(tmp_path))))
+    model.load_state_dict(hugging_face_weights(tmp_path, model.config))
+    reader = HFLM(theirs, tokenizer=their_tokenizer(tmp_path, name == "words"), batch_size=3, device="cpu")
+    questions = [q for q in QUESTIONS if q.ctx != " \n" and "<|" not in q.ctx]
+    asked = [(q.ctx, f" {ending}") for q in questions for ending in q.endings]
+    answers = reader.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(asked)])
+    pairs = [pair for q in questions for pair in encode_pairs(ENCODINGS[name], q)]
+    assert log_likelihoods(model, pairs, torch.from_numpy).tolist() == pytest.approx([a for a, _ in answers], rel=1e-5)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,14 +22,11 @@ from processes import ROOT, command
 from test_train import rows, weights
 
 import train
-from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError
+from config import ReportedByOtherRank, TrainConfig, UserError
 from flatgpt.cli import cli
-from flatgpt.evaluation import metrics
-from flatgpt.evaluation.windows import IGNORE, eval_batches
 from flatgpt.runs import checkpoint
 from flatgpt.runtime import device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, equal_pair, join_process_group
-from model import GPT
 
 WORLD = st.integers(1, 9)
 
@@ -155,43 +151,6 @@ def test_one_process_joins_nobody(monkeypatch, world):
         assert alone.run_on_rank0(lambda: 5) == 5
         alone.require_equal({"dataset": "hash"})
         alone.barrier()
-
-
-@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 5), st.integers(0, 6), WORLD)
-def test_ranks_score_every_window_once(length, T, batch_size, limit, world):
-    """Ranks that are given a different number of batches would wait for each other for ever (models in parts)."""
-    tokens = np.arange(1, length + 1, dtype=np.uint16)
-    all_of_it = list(eval_batches(tokens, T, batch_size, limit))
-    shares = [list(eval_batches(tokens, T, batch_size, limit, (rank, world))) for rank in range(world)]
-    assert {len(share) for share in shares} == {-(-len(all_of_it) // world)}
-    for rank, share in enumerate(shares):
-        mine = all_of_it[rank::world]
-        for got, expected in zip(share, mine, strict=False):
-            assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
-        for x, y in share[len(mine) :]:
-            assert x.shape == y.shape == (1, T)
-            assert (y == IGNORE).all()
-    scored = [int(t) for share in shares for _, y in share for t in y[y != IGNORE]]
-    expected = tokens[1:] if not limit else tokens[1 : limit * batch_size * T + 1]
-    assert sorted(scored) == expected.tolist()
-
-
-@pytest.mark.parametrize("batch_size", [2, 4, 7])
-def test_scores_are_summed_over_ranks(batch_size):
-    """Two ranks' sums, not their means, make the figures of one; in the last case the second has nothing to score."""
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=8, vocab_size=12))
-    text, others = np.random.default_rng(0).integers(12, size=52), []
-
-    def scores(share, total):
-        batches = eval_batches(text, 8, batch_size, 0, share)
-        return metrics.mean_loss(model, batches, torch.from_numpy, total)
-
-    scores((1, 2), lambda sums: others.append(sums) or sums)
-    assert others[0].dtype == torch.float64
-    assert (others[0][1] == 0) == (batch_size == 7)
-    both, alone = scores((0, 2), lambda sums: sums + others[0]), scores((0, 1), lambda sums: sums)
-    assert both == pytest.approx(alone, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,11 +340,11 @@ def high_scale(machine: "device.DeviceSettings") -> torch.amp.GradScaler:
 
 
 PREPARED = f"""
-import os, torch; from flatgpt.runtime import device as runtime
+import os, torch; from flatgpt.runtime import device as runtime, stop
 {inspect.getsource(high_scale)}
 runtime.DeviceSettings.scaler = high_scale
 if os.environ["RANK"] == "1":
-    runtime.StopRequest.reason = lambda self: 0
+    stop.StopRequest.reason = lambda self: 0
 """
 # What a model in parts has gathered while it computes.
 WATCHED = """

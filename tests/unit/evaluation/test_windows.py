@@ -1,7 +1,5 @@
 """Which tokens each protocol scores, and with how much context, against plain loops."""
 
-import importlib.util
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,16 +10,16 @@ from test_shards import tokens
 
 from flatgpt.evaluation.windows import IGNORE, Prefixed, Protocol, eval_batches
 
-FIRST, HERE = 7, 100  # the id in front of a text, and the text's first one: 100, 101, 102, ...
+FIRST, START = 7, 100  # the id in front of a text, and the text's first one: 100, 101, 102, ...
 Pairs = list[tuple[list[int], list[int]]]  # of each window its inputs, and those of its last targets that are scored
 
 quick = settings(max_examples=150)
 
 
 def strided_loop(text: list[int], max_length: int, stride: int) -> Pairs:
-    """The loop of transformers' documentation on perplexity of models of fixed length.
+    """The loop of transformers' documentation on the perplexity of models with a fixed length.
 
-    A window there has `max_length` ids, whose labels the model shifts by one: its first id is no target.
+    A window there has `max_length` ids, whose labels the model shifts by one: its first id is not a target.
     """
     pairs, prev_end = [], 0
     for begin in range(0, len(text), stride):
@@ -34,41 +32,40 @@ def strided_loop(text: list[int], max_length: int, stride: int) -> Pairs:
     return pairs
 
 
-def rolling_loop(text: list[int], first: int, T: int) -> Pairs:
-    """Parts of T ids, the last one shorter; the inputs end before its last id and are T, where there are so many."""
-    ids, pairs = [first, *text], []
-    for done in range(0, len(text), T):
-        end = min(done + T, len(text))
-        pairs.append((ids[max(0, end - T) : end], text[done:end]))
+def rolling_loop(text: list[int], T: int) -> Pairs:
+    """Chunks of T targets, the last one shorter; each has the T inputs before its end, if there are as many."""
+    ids, pairs = [FIRST, *text], []
+    for start in range(0, len(text), T):
+        end = min(start + T, len(text))
+        pairs.append((ids[max(0, end - T) : end], text[start:end]))
     return pairs
 
 
+def expected(text: list[int], T: int, protocol: str, stride: int) -> Pairs:
+    """The windows that have a target."""
+    pairs = rolling_loop(text, T) if protocol == "rolling" else strided_loop(text, T + 1, stride)
+    return [pair for pair in pairs if pair[1]]
+
+
 @st.composite
-def asked(draw) -> tuple[list[int], int, str, int]:
+def cases(draw) -> tuple[list[int], int, str, int]:
     """A text, T, a protocol and its stride."""
     T = draw(st.integers(1, 12))
     protocol = draw(st.sampled_from(["window", "stride", "rolling"]))
     stride = draw(st.integers(1, T)) if protocol == "stride" else T
-    length = draw(st.integers(0, 60))
-    return list(range(HERE, HERE + length)), T, protocol, stride
+    return list(range(START, START + draw(st.integers(0, 60)))), T, protocol, stride
 
 
-def expected(text: list[int], T: int, protocol: str, stride: int) -> Pairs:
-    """The windows that have something to score: none of a text of one id."""
-    pairs = rolling_loop(text, FIRST, T) if protocol == "rolling" else strided_loop(text, T + 1, stride)
-    return [pair for pair in pairs if pair[1]]
-
-
-def batches(text: list[int], T: int, protocol: str, stride: int, batch_size: int, **more) -> list:
-    ids = np.array(text, dtype=np.uint16)
+def batches(ids, T: int, protocol: str, stride: int, batch_size: int, **more) -> list:
+    ids = np.array(ids, dtype=np.uint16) if isinstance(ids, list) else ids
     rolling = protocol == "rolling"
-    return list(
-        eval_batches(Prefixed(ids, FIRST) if rolling else ids, T, batch_size, stride=stride, full=rolling, **more)
-    )
+    ids = Prefixed(ids, FIRST) if rolling else ids
+    more |= {} if protocol == "window" else {"stride": stride, "full": rolling}
+    return list(eval_batches(ids, T, batch_size, **more))
 
 
 def read(batches: Iterable) -> Pairs:
-    """The windows of batches, without what fills them up (no id of these tests is 0)."""
+    """The windows of batches without their padding (no id of these tests is 0)."""
     pairs = []
     for x, y in batches:
         for inputs, targets in zip(x, y, strict=True):
@@ -81,96 +78,60 @@ def read(batches: Iterable) -> Pairs:
     return pairs
 
 
-def alike(one: tuple, other: tuple) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is scored
-
-
 @quick
-@given(asked(), st.integers(1, 9), st.integers(0, 5))
-def test_windows_equal_a_plain_loop(asked, batch_size, limit):
-    """Every token but the first (rolling: every one) is scored once, with the context that it has there."""
-    text, T, protocol, _ = asked
-    plain = expected(*asked)
+@given(cases(), st.integers(1, 9), st.integers(0, 5))
+def test_windows_equal_a_plain_loop(case, batch_size, limit):
+    """Every token but the first (rolling: every one) is scored once; and the count of what windows score is right."""
+    text, T, protocol, stride = case
+    plain = expected(*case)
     assert [t for _, targets in plain for t in targets] == (text if protocol == "rolling" else text[1:])
-    got = batches(*asked, batch_size, limit=limit)
+    got = batches(*case, batch_size, limit=limit)
     for n, (x, y) in enumerate(got):
         assert x.shape == y.shape == (len(x), T)
         assert x.dtype == y.dtype == np.int64
         assert len(x) == batch_size if n + 1 < len(got) else 1 <= len(x) <= batch_size
     assert read(got) == (plain[: limit * batch_size] if limit else plain)
-
-
-@quick
-@given(asked())
-def test_count_of_what_the_first_windows_score(asked):
-    text, T, protocol, stride = asked
     rolling = protocol == "rolling"
     windows = Protocol(len(text) + rolling, T, stride, full=rolling)
-    plain = expected(*asked)
     assert len(windows) == len(plain)
     sums = np.cumsum([len(targets) for _, targets in plain]).tolist()
     assert [windows.scored(n) for n in range(1, len(plain) + 1)] == sums
 
 
-@quick
-@given(st.integers(0, 60), st.integers(1, 12), st.integers(1, 9))
-def test_without_more_words_windows_do_not_overlap(length, T, batch_size):
-    text = np.arange(HERE, HERE + length, dtype=np.uint16)
-    pairs = read(eval_batches(text, T, batch_size))
-    assert [target for _, targets in pairs for target in targets] == text[1:].tolist()
-    assert [inputs[0] for inputs, _ in pairs] == [HERE + n * T for n in range(len(pairs))]
-
-
 @pytest.mark.parametrize("length", [2, 5, 6, 23])
-def test_windows_over_several_files(tmp_path, length):
-    """Of 4 ids each, or fewer."""
-    text = list(range(HERE, HERE + length))
-    files = tokens(tmp_path, *np.array_split(text, -(-length // 4)))
-    assert read(eval_batches(files, 5, 2)) == strided_loop(text, 6, 5)
-    assert read(eval_batches(files, 5, 2, stride=3)) == strided_loop(text, 6, 3)
-    assert read(eval_batches(Prefixed(files, FIRST), 5, 2, full=True)) == rolling_loop(text, FIRST, 5)
+def test_windows_span_shard_files(tmp_path, length):
+    text = list(range(START, START + length))
+    files = tokens(tmp_path, *np.array_split(text, -(-length // 4)))  # up to 4 ids each
+    for protocol, stride in (("window", 5), ("stride", 3), ("rolling", 5)):
+        assert read(batches(files, 5, protocol, stride, 2)) == expected(text, 5, protocol, stride)
 
 
 @quick
-@given(asked(), st.integers(1, 4), st.integers(0, 6), st.integers(1, 5))
-def test_ranks_share_the_batches_in_turn(asked, batch_size, limit, world):
-    """All have equally many: some a last one of one window in which nothing is to be scored."""
-    whole = batches(*asked, batch_size, limit=limit)
+@given(cases(), st.integers(1, 4), st.integers(0, 6), st.integers(1, 5))
+def test_ranks_share_the_batches_in_turn(case, batch_size, limit, world):
+    """All get the same number: some a last batch of one window without a scored target."""
+    whole = batches(*case, batch_size, limit=limit)
     for rank in range(world):
-        share = batches(*asked, batch_size, limit=limit, share=(rank, world))
-        mine = whole[rank::world]
+        share, own = batches(*case, batch_size, limit=limit, share=(rank, world)), whole[rank::world]
         assert len(share) == -(-len(whole) // world)
-        assert all(map(alike, share, mine))
-        for x, y in share[len(mine) :]:
-            assert x.shape == y.shape == (1, asked[1])
+        for got, wanted in zip(share, own, strict=False):
+            assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
+        for x, y in share[len(own) :]:
+            assert x.shape == y.shape == (1, case[1])
             assert (y == IGNORE).all()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# an id in front
 
 
 @quick
 @given(st.integers(0, 6), st.none() | st.integers(-9, 9), st.none() | st.integers(-9, 9))
-def test_slices_with_an_id_in_front(length, start, stop):
-    ids = np.arange(HERE, HERE + length, dtype=np.uint16)
-    prefixed = Prefixed(ids, 65535)
-    assert len(prefixed) == 1 + length
-    part = prefixed[start:stop]
+def test_slices_of_prefixed_tokens(length, start, stop):
+    ids = np.arange(START, START + length, dtype=np.uint16)
+    part = Prefixed(ids, 65535)[start:stop]
     assert part.tolist() == [65535, *ids.tolist()][start:stop]
     assert part.dtype == np.uint16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# long texts
-
-
 class Endless:
-    """10^15 ids, each its place modulo 50,000; knows how many were read at once."""
+    """10^15 ids, each its index modulo 50,000; records how many were read at once."""
 
     most = 0
 
@@ -182,38 +143,14 @@ class Endless:
         return (np.arange(span.start, min(span.stop, 10**15)) % 50_000).astype(np.uint16)
 
 
-@pytest.mark.parametrize("protocol", ["window", "stride", "rolling"])
-def test_windows_are_computed_and_not_listed(protocol):
-    """The first and the last batch of a text that no memory holds."""
-    text, T, batch_size = Endless(), 1000, 4
-    more = {"window": {}, "stride": {"stride": 300}, "rolling": {"full": True}}[protocol]
-    ids = Prefixed(text, FIRST) if protocol == "rolling" else text
-    x, _ = next(eval_batches(ids, T, batch_size, **more))
-    assert x[0, 1] == (0 if protocol == "rolling" else 1)
-    windows = len(Protocol(len(ids), T, **{"stride": T, **more}))
-    assert windows == {"window": 10**12, "stride": 1 - (-(10**15 - 1 - T) // 300), "rolling": 10**12}[protocol]
+@pytest.mark.parametrize(("protocol", "stride"), [("window", 1000), ("stride", 300), ("rolling", 1000)])
+def test_windows_are_computed_on_demand(protocol, stride):
+    """The last batch of a text that fits into no memory."""
+    text, rolling, batch_size = Endless(), protocol == "rolling", 4
+    windows = len(Protocol(len(text) + rolling, 1000, stride, rolling))
+    assert windows == (1 - (-(10**15 - 1001) // 300) if protocol == "stride" else 10**12)
     count = -(-windows // batch_size)
-    ((x, y),) = eval_batches(ids, T, batch_size, share=(count - 1, count), **more)
+    ((x, y),) = batches(text, 1000, protocol, stride, batch_size, share=(count - 1, count))
     assert len(x) == windows - (count - 1) * batch_size
     assert y[y != IGNORE].max() == y[-1].max() == 49_999
-    assert text.most <= T + 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the harness's own
-
-
-@pytest.mark.extra
-def test_rolling_windows_equal_the_harness():
-    if importlib.util.find_spec("lm_eval") is None:
-        reason = "lm-eval is not installed: pip install -r requirements-extra.txt"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    for T in range(1, 9):
-        for length in range(1, 40):
-            text = list(range(HERE, HERE + length))
-            theirs = map(make_disjoint_window, get_rolling_token_windows(text, FIRST, max_seq_len=T, context_len=1))
-            # a context, and what is predicted after it; the model reads both but for the last id
-            pairs = [((context + scored)[:-1], scored) for context, scored in theirs]
-            assert read(batches(text, T, "rolling", T, 3)) == pairs
+    assert text.most <= 1001
