@@ -82,12 +82,16 @@ def find(model_path: str | None, log: Callable[[str], None]) -> ModelSource:
 
 
 def load(
-    source: ModelSource, device: torch.device | str, context_length: int | None = None
+    source: ModelSource,
+    device: torch.device | str,
+    context_length: int | None = None,
+    model_class: type[GPT] = GPT,
 ) -> tuple[GPT, tiktoken.Encoding]:
     """Load a model, in evaluation mode, and its tokenizer.
 
     Args:
         context_length: the number of tokens that the model sees at once; None: as many as it was trained with.
+        model_class: GPT or a subclass.
 
     Raises:
         UserError: the tokenizer's vocabulary has changed, the weights do not fit, or context_length is too large.
@@ -106,7 +110,7 @@ def load(
                 "take at most that"
             )
         config = dataclasses.replace(config, context_length=context_length)
-    model = GPT.on_meta_device(config)
+    model = model_class.on_meta_device(config)
     try:
         model.load_state_dict(_read_weights(source.path, config), assign=True)
     except (RuntimeError, SafetensorError) as error:

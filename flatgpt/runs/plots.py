@@ -1,10 +1,15 @@
-"""Runs as one picture: losses, learning rate, gradient norm, speed, memory. matplotlib is loaded where it is drawn."""
+"""Plot the metrics of one or several runs: losses, learning rate, gradient norm, speed and memory.
+
+matplotlib is imported when a figure is drawn. It simplifies paths itself, so long logs make no large files.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,160 +17,128 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import UserError
-from flatgpt.runs.curves import POINTS, format_tick, isolated_points, log_ticks, shorten, smooth, thin, time_unit
 from flatgpt.runs.history import RECIPE, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.gridspec import SubplotSpec
 
-# Okabe and Ito's palette, which all kinds of colour vision tell apart, its yellow, too light for lines, last; markers
-# and dashes are for those who print it grey.
+# Okabe and Ito's palette for all kinds of colour vision, its yellow darker; markers and dashes are for print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#B3A500")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-INCHES, DPI = 8, 200  # 1,600 pixels; at half of them, as a page shows it, the smallest text has 10
+INCHES, DPI = 8, 200  # 1,600 pixels wide; shown at half that width, the smallest text is 10 pixels high
 STYLE = {
-    "font.family": "sans-serif",
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "xtick.labelsize": 7.5,
     "ytick.labelsize": 7.5,
     "legend.fontsize": 7.5,
-    "legend.framealpha": 0.7,
-    "legend.edgecolor": "none",
-    "lines.solid_capstyle": "round",
-    "text.parse_math": False,  # a run's name may have dollars
+    "text.parse_math": False,  # the name of a run may contain dollar signs
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "flatgpt",  # the same log, the same file
+    "svg.hashsalt": "flatgpt",  # the same log gives the same file
 }
 RAW = {"linewidth": 0.7, "alpha": 0.35}
-SPAN, LOSS_SPAN = 10, 4  # largest / smallest value from which on an axis is logarithmic
-UNLIKE = 20  # longest / shortest run from which on x is, so that both are seen
-MOST_MARKERS = 40  # on a line
-NAME, CHARACTERS = 48, 125  # of a run's name, of a line of text as wide as the picture
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One of the small ones: a column of the log."""
-
-    key: str
-    title: str
-    smooth: bool = True
-    log: bool = True  # where the values span much
-
-
-PANELS = (
-    Panel("lr", "learning rate", smooth=False, log=False),
-    Panel("grad_norm", "gradient norm"),
-    Panel("step_ms", "time per update (ms)"),
-    Panel("tok_per_s", "tokens/s"),
-    Panel("peak_mem_gb", "peak memory (GB)", smooth=False),
-    Panel("loss_scale", "loss scale", smooth=False),
-)
+LOG_SPAN, LOSS_LOG_SPAN = 10, 4  # an axis is logarithmic if its largest value is so many times the smallest
+MAX_MARKERS = 40  # on one line
+NAME_LENGTH, LINE_LENGTH = 48, 125  # characters of a run's name, and of a line as wide as the figure
+# A value is weighted with exp(-distance / width) in the mean at another iteration. The width is this share of the run,
+# and less near its beginning, where losses fall fast: NEAR of the distance from there.
+SMOOTHING, NEAR = 0.015, 0.1
+TIME_UNITS = (("s", 1, 180), ("min", 60, 3 * 3600), ("h", 3600, 4 * 86400), ("days", 86400, math.inf))
+# The small panels: title by column of metrics.csv, whether it is smoothed, and whether the axis may be logarithmic.
+PANELS = {
+    "lr": ("learning rate", False, False),
+    "grad_norm": ("gradient norm", True, True),
+    "step_ms": ("time per update (ms)", True, True),
+    "tok_per_s": ("tokens/s", True, True),
+    "peak_mem_gb": ("peak memory (GB)", False, True),
+    "loss_scale": ("loss scale", False, True),
+}
 LOSSES = ("train_loss", "val_loss")
-KEYS = (*LOSSES, *(panel.key for panel in PANELS))
+Curve = tuple[list[float], list[float], list[float]]  # iterations, x and y values
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that is drawn, and how.
-
-    Args:
-        xs: where its rows lie on the axis; nan: nowhere.
-        lines: columns of the log that have something to draw, as `line` gives them.
-    """
+class PlottedRun:
+    """A run with its curves by column, and the colour and dashes of its lines."""
 
     history: History
     xs: list[float]
-    lines: dict[str, tuple[list[float], list[float], list[float]]]
-    colour: str
+    curves: dict[str, Curve]
+    style: dict
     marker: str
-    dashes: str | tuple
-
-    def skipped(self) -> list[float]:
-        """Where updates were left out, or had a loss that is not finite."""
-        rows = zip(self.xs, self.history["lr"], self.history["train_loss"], self.history["skipped"], strict=True)
-        found, before = [], 0.0
-        for x, lr, loss, skipped in rows:
-            if math.isfinite(x) and (skipped > before or (math.isfinite(lr) and not math.isfinite(loss))):
-                found.append(x)
-            before = skipped if math.isfinite(skipped) else before
-        return found
 
 
-def line(history: History, xs: Sequence[float], key: str) -> tuple[list[float], list[float], list[float]] | None:
-    """Iterations, places on the axis and values of a column; nan where an update gave none that is finite.
+def read_curve(history: History, xs: Sequence[float], key: str) -> Curve | None:
+    """Return the curve of a column; y is nan, a gap, where an update's value is not finite.
 
-    Rows that have no place, or were never meant to have a value, are left out: a line goes on over them.
+    Rows without an x value, and rows of an evaluation only, are left out.
     """
-    ys = history[key]
-    if not any(map(math.isfinite, ys)):
-        return None
-    kept = [
+    rows = [
         (i, x, y if math.isfinite(y) else math.nan)
-        for i, x, y, lr in zip(history["iter"], xs, ys, history["lr"], strict=True)
+        for i, x, y, lr in zip(history["iter"], xs, history[key], history["lr"], strict=True)
         if math.isfinite(x) and (math.isfinite(y) or (key != "val_loss" and math.isfinite(lr)))
     ]
-    return tuple(map(list, zip(*kept, strict=True))) if any(math.isfinite(y) for _, _, y in kept) else None
+    return tuple(map(list, zip(*rows, strict=True))) if any(math.isfinite(y) for _, _, y in rows) else None
 
 
 def plot_runs(histories: Sequence[History], x: str = "iter") -> Figure:
-    """The picture of one run, or of several in each panel; runs and panels without anything to draw are left out.
+    """Draw one run, or several in each panel. Runs and panels without values are left out.
 
     Args:
-        x: along what, as History.along has it.
+        x: the x axis: iter, tokens or time.
 
     Raises:
-        UserError: none of them has anything to draw there.
+        UserError: none of the runs has values to draw.
     """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    runs, label = _runs(histories, x)
+    runs, x_label = _prepare(histories, x)
     if not runs:
         raise UserError(f"{', '.join(history.name for history in histories)}: nothing in the log to draw along {x}")
-    panels = [panel for panel in PANELS if any(panel.key in run.lines for run in runs)]
-    losses = any(key in run.lines for run in runs for key in LOSSES)
+    panels = [key for key in PANELS if any(key in run.curves for run in runs)]
+    rows = math.ceil(len(panels) / 3)
+    groups = [panels[row * len(panels) // rows : (row + 1) * len(panels) // rows] for row in range(rows)]
+    mosaic = [[key for key in group for _ in range(6 // len(group))] for group in groups]
+    heights = [1.0] * rows
+    if any(key in run.curves for run in runs for key in LOSSES):
+        mosaic, heights = [["loss"] * 6, *mosaic], [2.0, *heights]
     with _style():
-        rows = math.ceil(len(panels) / 3)
-        heights = [2.0] * losses + [1.0] * rows
-        drawn = Figure(figsize=(INCHES, 0.7 + 1.6 * sum(heights)))
-        grid = drawn.add_gridspec(len(heights), 6, height_ratios=heights)
-        if losses:
-            _draw_losses(_axes(drawn, grid[0, :], runs), runs)
-        for row in range(rows):
-            there = panels[row * len(panels) // rows : (row + 1) * len(panels) // rows]
-            width = 6 // len(there)
-            for n, panel in enumerate(there):
-                _draw_panel(_axes(drawn, grid[losses + row, n * width : (n + 1) * width], runs), panel, runs)
-        for axes in drawn.axes:
-            _number(axes, whole=x != "time" or len({place for run in runs for place in run.xs}) == 1)
-        drawn.supxlabel(label, fontsize="medium")
-        _head(drawn, runs)
-    return drawn
+        figure = Figure(figsize=(INCHES, 0.7 + 1.6 * sum(heights)))
+        all_axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
+        if "loss" in all_axes:
+            _plot_losses(all_axes["loss"], runs)
+        for key in panels:
+            _plot_panel(all_axes[key], key, runs)
+        xs = [value for run in runs for value in run.xs if math.isfinite(value)]
+        margin = 0.02 * (max(xs) - min(xs)) or 0.5
+        for axes in figure.axes:
+            axes.set_xlim(min(xs) - margin, max(xs) + margin)
+            _set_ticks(axes, integer=x != "time" or len(set(xs)) == 1)
+        figure.supxlabel(x_label, fontsize="medium")
+        _add_title(figure, runs)
+    return figure
 
 
-def render(drawn: Figure, format: str) -> bytes:
-    """The content of its file: png, 1,600 pixels wide, or svg."""
+def render(figure: Figure, format: str) -> bytes:
+    """Return the content of the figure's file: png, 1,600 pixels wide, or svg."""
     file = io.BytesIO()
     with _style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font has not: boxes
-        drawn.savefig(file, format=format, dpi=DPI, metadata={"Date": None} if format == "svg" else None)
+        warnings.filterwarnings("ignore", "Glyph")  # boxes stand for letters that the font does not have
+        figure.savefig(file, format=format, dpi=DPI, metadata={"Date": None} if format == "svg" else None)
     return file.getvalue()
 
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """STYLE over matplotlib's defaults: a matplotlibrc of the user's is for pictures of his own."""
+    """Use STYLE over matplotlib's defaults, without the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -174,89 +147,83 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _runs(histories: Sequence[History], x: str) -> tuple[list[Run], str]:
-    """How each is drawn, and what the axis is called."""
+def _prepare(histories: Sequence[History], x: str) -> tuple[list[PlottedRun], str]:
+    """Return the runs that have values, and the label of the x axis."""
     columns = [history.x_values(x) for history in histories]
     label = {"iter": "iter (updates done)", "tokens": "tokens trained on"}.get(x)
     if x == "time":
-        unit, size = time_unit(max((s for column in columns for s in column if math.isfinite(s)), default=0.0))
+        longest = max((s for column in columns for s in column if math.isfinite(s)), default=0.0)
+        unit, size = next((unit, size) for unit, size, below in TIME_UNITS if longest < below)
         columns, label = [[s / size for s in column] for column in columns], f"time of the updates ({unit})"
     runs = []
-    for run, xs in zip(histories, columns, strict=True):
-        if lines := {key: found for key in KEYS if (found := line(run, xs, key))}:
+    for history, xs in zip(histories, columns, strict=True):
+        if curves := {key: found for key in (*LOSSES, *PANELS) if (found := read_curve(history, xs, key))}:
             n = len(runs)
-            runs.append(Run(run, xs, lines, COLOURS[n % 8], MARKERS[n % 8], DASHES[n % 4]))
+            style = {"color": COLOURS[n % len(COLOURS)], "linestyle": DASHES[n % len(DASHES)]}
+            runs.append(PlottedRun(history, xs, curves, style, MARKERS[n % len(MARKERS)]))
     return runs, label
 
 
-def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
+def _plot_losses(axes: Axes, runs: Sequence[PlottedRun]) -> None:
     single = len(runs) == 1
     axes.set_title("loss (nats per token)" + ": validation bold, training thin" * (not single))
-    log = _scale(axes, [y for run in runs for key in LOSSES if key in run.lines for y in run.lines[key][2]], LOSS_SPAN)
+    values = [y for run in runs for key in LOSSES if key in run.curves for y in run.curves[key][2]]
+    log = _use_log_scale(axes, values, LOSS_LOG_SPAN)
     for run in runs:
-        if "train_loss" in run.lines:
-            iters, xs, ys = run.lines["train_loss"]
-            means = smooth(iters, ys, log)
-            if single:
-                _draw_line(axes, xs, ys, color=run.colour, **RAW)
-                _draw_line(axes, xs, means, color=run.colour, linewidth=1.4, label="training (smoothed)")
-            else:
-                _draw_line(axes, xs, means, color=run.colour, linewidth=0.8, alpha=0.8)
-        if "val_loss" in run.lines:
-            _draw_validation(axes, run, single)
+        if "train_loss" in run.curves:
+            look = {"linewidth": 1.4, "label": "training (smoothed)"} if single else {"linewidth": 0.8, "alpha": 0.8}
+            _plot_smoothed(axes, run.curves["train_loss"], single, log, color=run.style["color"], **look)
+        if "val_loss" in run.curves:
+            _, xs, ys = run.curves["val_loss"]
+            look = {**run.style, "color": COLOURS[1] if single else run.style["color"], "linewidth": 1.8}
+            look |= {"marker": run.marker, "markersize": 4, "markevery": math.ceil(len(xs) / MAX_MARKERS)}
+            axes.plot(xs, ys, label="validation", **look)
+            best = min(range(len(ys)), key=ys.__getitem__)
+            star = {"markersize": 12, "markeredgecolor": "white", "zorder": 5, "label": "best"}
+            axes.plot(xs[best], ys[best], "*", color=look["color"], **star)
     if single:
-        if skipped := runs[0].skipped():
+        if skipped := skipped_updates(runs[0].history, runs[0].xs):
             look = {"color": "black", "markersize": 7, "linestyle": "none", "transform": axes.get_xaxis_transform()}
-            skipped = skipped[:: math.ceil(len(skipped) / POINTS)]
             axes.plot(skipped, [0.03] * len(skipped), "|", label="update skipped", **look)
         axes.legend()
 
 
-def _draw_validation(axes: Axes, run: Run, single: bool) -> None:
-    """With each evaluation, as long as markers have room, and the best."""
-    from matplotlib.patheffects import withStroke
-
-    _, xs, ys = run.lines["val_loss"]
-    colour, best = COLOURS[1] if single else run.colour, min(range(len(ys)), key=ys.__getitem__)
-    every = math.ceil(len(xs) / MOST_MARKERS)
-    look = {"color": colour, "linestyle": run.dashes, "linewidth": 1.8, "marker": run.marker, "markersize": 4}
-    axes.plot(xs, ys, markevery=every, label="validation", **look)
-    axes.plot(xs[best], ys[best], "*", color=colour, markersize=12, markeredgecolor="white", zorder=5, label="best")
-    if single:
-        share = (xs[best] - xs[0]) / (xs[-1] - xs[0] or 1)
-        side = "left" if share < 0.1 else "right" if share > 0.9 else "center"
-        place = {"xytext": (0, 8), "textcoords": "offset points", "horizontalalignment": side, "zorder": 6}
-        text = axes.annotate(f"{ys[best]:.4f}", (xs[best], ys[best]), color=colour, weight="bold", **place)
-        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
-
-
-def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
-    """One column: of a single run as it is, faint, and smoothed; of several smoothed alone."""
-    axes.set_title(panel.title)
-    there = [run for run in runs if panel.key in run.lines]
-    lines = [run.lines[panel.key] for run in there]
-    shown = [ys if len(runs) == 1 or not panel.smooth else smooth(iters, ys) for iters, _, ys in lines]
+def _plot_panel(axes: Axes, key: str, runs: Sequence[PlottedRun]) -> None:
+    title, smoothed, may_be_log = PANELS[key]
+    axes.set_title(title)
+    single, with_values = len(runs) == 1, [run for run in runs if key in run.curves]
+    curves = [run.curves[key] for run in with_values]
+    shown = [ys if single or not smoothed else smooth(iters, ys) for iters, _, ys in curves]
     values = [y for ys in shown for y in ys if math.isfinite(y)]
-    log = panel.log and _scale(axes, values, SPAN)
-    for run, (iters, xs, ys) in zip(there, lines, strict=True):
-        if panel.smooth and len(runs) == 1:
-            _draw_line(axes, xs, ys, color=run.colour, **RAW)
-        means = smooth(iters, ys, log) if panel.smooth else ys
-        _draw_line(axes, xs, means, color=run.colour, linestyle=run.dashes, linewidth=1.4)
+    log = may_be_log and _use_log_scale(axes, values, LOG_SPAN)
+    for run, curve in zip(with_values, curves, strict=True):
+        if smoothed:
+            _plot_smoothed(axes, curve, single, log, linewidth=1.4, **run.style)
+        else:
+            _plot_line(axes, *curve[1:], linewidth=1.4, **run.style)
     if not log:
         axes.set_ylim(0, 1.08 * max(values) or 1)
 
 
-def _draw_line(axes: Axes, xs: list[float], ys: list[float], **look) -> None:
-    xs, ys = thin(xs, ys, log=axes.get_xscale() == "log")
+def _plot_smoothed(axes: Axes, curve: Curve, raw: bool, log: bool, **look) -> None:
+    """Draw the smoothed curve, and faintly the raw one if asked."""
+    iters, xs, ys = curve
+    if raw:
+        _plot_line(axes, xs, ys, color=look["color"], **RAW)
+    _plot_line(axes, xs, smooth(iters, ys, log), **look)
+
+
+def _plot_line(axes: Axes, xs: list[float], ys: list[float], **look) -> None:
     axes.plot(xs, ys, **look)
-    if points := isolated_points(ys):  # a run's first row, say
+    known = [False, *map(math.isfinite, ys), False]
+    # a line does not show points between gaps, such as a run's only row
+    if isolated := [n for n in range(len(ys)) if known[n + 1] and not known[n] and not known[n + 2]]:
         look |= {"linestyle": "none", "marker": ".", "label": None}
-        axes.plot([xs[n] for n in points], [ys[n] for n in points], **look)
+        axes.plot([xs[n] for n in isolated], [ys[n] for n in isolated], **look)
 
 
-def _scale(axes: Axes, values: Sequence[float], span: float) -> bool:
-    """Make the axis logarithmic where values span so much, and none is negative; whether it is."""
+def _use_log_scale(axes: Axes, values: Sequence[float], span: float) -> bool:
+    """Make the y axis logarithmic if no value is negative and the positive ones span so much. Return whether it is."""
     known = [y for y in values if y > 0]
     if not known or max(known) < span * min(known) or any(y < 0 for y in values):
         return False
@@ -264,69 +231,120 @@ def _scale(axes: Axes, values: Sequence[float], span: float) -> bool:
     return True
 
 
-def _axes(drawn: Figure, place: SubplotSpec, runs: Sequence[Run]) -> Axes:
-    """A panel with its limits along x, the same for all."""
-    axes = drawn.add_subplot(place)
-    places = [[x for x in run.xs if math.isfinite(x)] for run in runs]
-    low, high = min(map(min, places)), max(map(max, places))
-    ends = [max(xs) for xs in places if max(xs) > 0]
-    if ends and max(ends) > UNLIKE * min(ends):
-        axes.set_xscale("log", nonpositive="mask")
-        axes.set_xlim(min(x for xs in places for x in xs if x > 0) / 1.2, high * 1.2)
-    else:
-        margin = 0.02 * (high - low) or 0.5
-        axes.set_xlim(low - margin, high + margin)
-    return axes
-
-
-def _number(axes: Axes, whole: bool) -> None:
-    """Few round numbers on both axes.
-
-    Args:
-        whole: none between 1 and 2 along x.
-    """
+def _set_ticks(axes: Axes, integer: bool) -> None:
+    """Put a few round numbers on both axes, along x only integers if asked."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    columns = len(axes.get_subplotspec().colspan)  # of six
-    for axis, most, few, kind in (
-        (axes.xaxis, 2 * columns, 2 + columns, {"integer": whole, "min_n_ticks": 1}),
-        (axes.yaxis, 5, 6, {}),
-    ):
-        (low, high), log = axis.get_view_interval(), axis.get_scale() == "log"
-        ticks = log_ticks(low, high, few) if log else []
-        rounded = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], **kind)
-        axis.set_major_locator(FixedLocator(ticks) if ticks else rounded)
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(lambda value, _, largest=0 if log else high: format_tick(value, largest))
+    steps, columns = [1, 2, 2.5, 5, 10], len(axes.get_subplotspec().colspan)  # of six
+    axes.xaxis.set_major_locator(MaxNLocator(2 * columns, steps=steps, integer=integer, min_n_ticks=1))
+    log = axes.get_yscale() == "log"
+    ticks = log_ticks(*axes.get_ylim(), 6) if log else []
+    axes.yaxis.set_major_locator(FixedLocator(ticks) if ticks else MaxNLocator(5, steps=steps))
+    axes.yaxis.set_minor_locator(NullLocator())
+    for axis, largest in ((axes.xaxis, axes.get_xlim()[1]), (axes.yaxis, 0 if log else axes.get_ylim()[1])):
+        axis.set_major_formatter(lambda value, _, largest=largest: format_tick(value, largest))
 
 
-def _head(drawn: Figure, runs: Sequence[Run]) -> None:
-    """The title; of several runs the legend, under one."""
+def _add_title(figure: Figure, runs: Sequence[PlottedRun]) -> None:
+    """Add the title, and for several runs a legend below it."""
     from matplotlib.lines import Line2D
 
-    facts = [_facts(run.history) for run in runs]
-    same = [values[0] for values in zip(*facts, strict=True) if values[0] and len(set(values)) == 1]
-    bests = [run.history.best for run in runs]
+    facts, bests = [], [run.history.best for run in runs]
+    for history in (run.history for run in runs):
+        recipe, count = Path(history.settings.get("config") or RECIPE), history.parameters
+        # the recipe of a resumed run can be the config.toml in its folder
+        name = shorten([history.name if recipe.name == RECIPE else recipe.stem], NAME_LENGTH)[0]
+        facts.append((name, f"{format_tick(float(f'{count:.3g}'))} parameters" if count else "", history.device))
+    shared = [values[0] for values in zip(*facts, strict=True) if values[0] and len(set(values)) == 1]
     if len(runs) == 1:
-        said = f"best validation loss {bests[0][1]:.4f} at iter {bests[0][0]:,}" if bests[0] else "no validation loss"
-        drawn.suptitle(f"{', '.join(same)}\n{said}", fontsize="large")
+        best = f"best validation loss {bests[0][1]:.4f} at iter {bests[0][0]:,}" if bests[0] else "no validation loss"
+        figure.suptitle(f"{', '.join(shared)}\n{best}", fontsize="large")
         return
-    names = shorten([run.history.name for run in runs], NAME)
+    names = shorten([run.history.name for run in runs], NAME_LENGTH)
     labels = [f"{name}, best {best[1]:.4f}" if best else name for name, best in zip(names, bests, strict=True)]
-    columns = max(1, min(4, CHARACTERS // (max(map(len, labels)) + 12)))
-    drawn.set_figheight(drawn.get_figheight() + 0.15 * math.ceil(len(runs) / columns))
-    handles = [
-        Line2D([], [], color=run.colour, marker=run.marker, linestyle=run.dashes, markersize=4, linewidth=1.8)
-        for run in runs
+    columns = max(1, min(4, LINE_LENGTH // (max(map(len, labels)) + 12)))
+    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(runs) / columns))
+    handles = [Line2D([], [], marker=run.marker, markersize=4, linewidth=1.8, **run.style) for run in runs]
+    options = {"ncols": columns, "handlelength": 3.5, "title_fontsize": "large"}
+    title = ", ".join([f"{len(runs)} runs", *shared])
+    figure.legend(handles, labels, loc="outside upper center", title=title, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curves, numbers and names
+
+
+def skipped_updates(history: History, xs: Sequence[float]) -> list[float]:
+    """Return the x values of rows in which updates were skipped, or had a loss that is not finite."""
+    found, before = [], 0.0
+    for x, lr, loss, skipped in zip(xs, history["lr"], history["train_loss"], history["skipped"], strict=True):
+        if math.isfinite(x) and (skipped > before or (math.isfinite(lr) and not math.isfinite(loss))):
+            found.append(x)
+        before = skipped if math.isfinite(skipped) else before
+    return found
+
+
+def smooth(iters: Sequence[float], values: Sequence[float], log: bool = False) -> list[float]:
+    """Return exponentially weighted means over the neighbours on both sides, which do not lag behind; nan stays nan.
+
+    Weights depend on the distance in iterations and are divided by their sum over finite values (as Adam's bias
+    correction does): neither the ends of a run nor gaps shift the curve.
+
+    Args:
+        log: of the logarithms, so that a spike does not become wide on a logarithmic axis.
+    """
+    if not values:
+        return []
+    decays = [0.0]  # of the weights from one row to the next
+    for before, i in itertools.pairwise(iters):
+        width = min(SMOOTHING * (iters[-1] - iters[0]), NEAR * ((before + i) / 2 - iters[0]))
+        decays.append(math.exp(-abs(i - before) / width) if width > 0 else 0.0)
+    known = [math.isfinite(y) and (y > 0 or not log) for y in values]
+    terms = [(math.log(y) if log else y) if k else 0.0 for y, k in zip(values, known, strict=True)]
+    left = _decayed_sums(terms, known, decays)
+    right = _decayed_sums(terms[::-1], known[::-1], [0.0, *decays[:0:-1]])[::-1]
+    means = [
+        (before + after - y) / (weight_before + weight_after - 1) if k else math.nan
+        for (before, weight_before), (after, weight_after), y, k in zip(left, right, terms, known, strict=True)
     ]
-    looks = {"ncols": columns, "handlelength": 3.5, "title_fontsize": "large"}
-    title = ", ".join([f"{len(runs)} runs", *same])
-    drawn.legend(handles, labels, loc="outside upper center", title=title, **looks)
+    return [math.exp(mean) for mean in means] if log else means
 
 
-def _facts(history: History) -> tuple[str, str, str]:
-    """Recipe, size and device; empty where nobody knows."""
-    recipe, count = Path(history.settings.get("config") or RECIPE), history.parameters
-    # a run that goes on has its own recipe, which lies in its folder, and no name
-    name = shorten([history.name if recipe.name == RECIPE else recipe.stem], NAME)[0]
-    return name, f"{format_tick(float(f'{count:.3g}'))} parameters" if count else "", history.device or ""
+def _decayed_sums(terms: list[float], weights: list[bool], decays: list[float]) -> list[tuple[float, float]]:
+    """Return running sums of terms and weights, which are multiplied by a row's decay before the row is added."""
+    sums, total, total_weight = [], 0.0, 0.0
+    for term, weight, decay in zip(terms, weights, decays, strict=True):
+        total, total_weight = total * decay + term, total_weight * decay + weight
+        sums.append((total, total_weight))
+    return sums
+
+
+def format_tick(value: float, largest: float = 0.0) -> str:
+    """Format a number on an axis: 0.0003, 1.5, 2,000, 1.5M; in the unit of the axis's largest value, if given."""
+    size = max(abs(value), abs(largest))
+    unit, by = next(((unit, by) for unit, by in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if size >= by), ("", 1.0))
+    if value == 0:
+        return "0"
+    if size >= 1e15 or abs(value) < 1e-4:
+        return f"{value:.3g}".replace("e+", "e").replace("e-0", "e-")
+    return f"{value / by:.6g}{unit}" if unit or abs(value) < 1000 else f"{value:,.6g}" if value % 1 else f"{value:,.0f}"
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Return three to `most` round numbers on a logarithmic axis, or none if it is too short for three."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for multiples in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**d for d in decades for m in multiples if low <= m * 10.0**d <= high]
+        if len(ticks) <= most:
+            break
+    return ticks[:: math.ceil(len(ticks) / most)] if len(ticks) >= 3 else []
+
+
+def shorten(names: Sequence[str], most: int) -> list[str]:
+    """Shorten names to so many characters: drop the words that all begin with, then the middle."""
+    if max(map(len, names)) > most and len(names) > 1:
+        shared = os.path.commonprefix(names)  # noqa: RUF071 - characters are meant
+        start = 1 + max(shared[:-1].rfind(separator) for separator in "_-./ ")
+        names = ["…" + name[start:] if start > 1 else name for name in names]
+    tail = (most - 1) // 2
+    return [name if len(name) <= most else f"{name[: most - 1 - tail]}…{name[-tail:]}" for name in names]

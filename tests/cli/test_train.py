@@ -847,6 +847,6 @@ def test_gpu_resumes_bit_for_bit_when_it_is_deterministic(tmp_path, dtype, compi
 def test_gpu_bench_gives_figures(tiny_data):
     import bench
 
-    figures = bench.bench_train(cli.parse(BenchConfig, ["train", *GPU, "--device", "cuda"]))
+    figures = bench.bench_train(cli.parse(BenchConfig, ["train", *GPU, "--device", "cuda"]), train.train_step)
     assert figures["ms"] > 0
     assert figures["peak_mem_gb"] > 0

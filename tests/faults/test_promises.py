@@ -22,7 +22,7 @@ from test_train import rows
 import bench
 import train
 from config import BenchConfig, TrainConfig, UserError
-from flatgpt.benchmarks import data
+from flatgpt.benchmarks import data, measure
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runs import checkpoint
@@ -394,7 +394,7 @@ def test_preparation_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocab
     for name in ("flatgpt", "config.py"):
         (in_tmp / "house" / name).symlink_to(ROOT / name)
     (in_tmp / "house/prepare_data.py").write_text("raise SystemExit('no encoder')")
-    monkeypatch.setattr(data, "REPO_ROOT", in_tmp / "house")
+    monkeypatch.setattr(measure, "REPO_ROOT", in_tmp / "house")
     for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):
         words = ["data", "--input", given, "--size_mb", "1", "--rounds", "1", "--json", "-"]
         with pytest.raises(SystemExit) as ended:
