@@ -13,148 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from forked import TORCHRUN, ForkedProcess
-from hypothesis import given
-from hypothesis import strategies as st
 from in_process import TINY, make_dataset
 from processes import ROOT, command
 from test_train import rows, weights
 
 import train
-from config import ReportedByOtherRank, TrainConfig, UserError
+from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.runs import checkpoint
 from flatgpt.runtime import device
-from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, equal_pair, join_process_group
-
-WORLD = st.integers(1, 9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# shares
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "steps", "world", "pair"),
-    [
-        (16, 1, 2, (8, 2)),
-        (16, 1, 8, (2, 8)),
-        (12, 40, 8, (12, 40)),
-        (4, 3, 2, (3, 4)),  # not (6, 2): a device may have no room for more than it was given
-        (4, 6, 4, (3, 8)),
-        (3, 1, 2, (2, 2)),  # 3 sequences become 4
-        (5, 3, 2, (4, 4)),
-        (16, 1, 3, (6, 3)),
-        (1, 1, 8, (1, 8)),
-    ],
-)
-def test_equal_pair_table(batch_size, steps, world, pair):
-    assert equal_pair(batch_size, steps, world) == pair
-
-
-@given(st.integers(1, 70), st.integers(1, 70), WORLD)
-def test_equal_pair_is_the_same_update_where_there_is_one(batch_size, steps, world):
-    total, (small, many) = batch_size * steps, equal_pair(batch_size, steps, world)
-    assert many % world == 0
-    assert small <= batch_size
-    assert small * many == next(n for n in range(total, total + world) if n % world == 0)
-    larger = range(small + 1, batch_size + 1)
-    assert not [b for b in larger if small * many % (b * world) == 0], "devices are not used as fully as they could be"
-    if steps % world == 0:
-        assert (small, many) == (batch_size, steps)
-
-
-@given(st.integers(1, 70), WORLD)
-def test_every_micro_batch_is_of_one_rank(steps, world):
-    shares = [DistributedContext(rank, world).micro_batches(steps) for rank in range(world)]
-    assert sorted(n for share in shares for n in share) == list(range(steps))
-    assert max(map(len, shares)) - min(map(len, shares)) <= (steps % world > 0)
-
-
-def as_rank(monkeypatch, rank: int, world: int) -> None:
-    """This process's environment as torchrun sets it."""
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, str(rank))
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, str(world))
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "steps", "world", "advice"),
-    [
-        (16, 1, 2, "take --batch_size 8 --grad_accum_steps 2 (the same updates)"),
-        (3, 1, 2, "take --batch_size 2 --grad_accum_steps 2 (4 sequences, not 3)"),
-        (4, 6, 4, "take --batch_size 3 --grad_accum_steps 8 (the same updates)"),
-    ],
-)
-def test_update_that_cannot_be_shared_is_refused_before_any_work(monkeypatch, batch_size, steps, world, advice):
-    as_rank(monkeypatch, 0, world)
-    config = TrainConfig(batch_size=batch_size, grad_accum_steps=steps)
-    with (
-        pytest.raises(UserError) as caught,
-        join_process_group(config, lambda *words: pytest.fail("a device was asked for")),
-    ):
-        pytest.fail("it was let in")
-    assert f"grad_accum_steps = {steps} counts the passes of all devices together" in str(caught.value)
-    assert f"cannot be shared by {world}: {advice}" in str(caught.value)
-
-
-def test_ranks_but_the_first_leave_what_all_know_unsaid(monkeypatch, capsys):
-    as_rank(monkeypatch, 1, 2)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
-    with pytest.raises(ReportedByOtherRank), join_process_group(TrainConfig(grad_accum_steps=1), device.find_device):
-        pytest.fail("it was let in")
-    print("by a rank that is not the first")
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"},
-        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-    ],
-)
-def test_environment_that_is_not_torchruns_is_refused(monkeypatch, given):
-    """Some clusters set WORLD_SIZE alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(UserError, match=r"WORLD_SIZE = 2, .* do not fit"),
-        join_process_group(TrainConfig(), device.find_device),
-    ):
-        pytest.fail("it was let in")
-
-
-@pytest.mark.parametrize("world", [None, 1])
-def test_one_process_joins_nobody(monkeypatch, world):
-    """Also one that torchrun started: a process group would cost it time and sums that it does not need."""
-    if world:
-        as_rank(monkeypatch, 0, world)
-    said = sys.stdout
-    with join_process_group(TrainConfig(grad_accum_steps=3), device.find_device) as alone:
-        assert alone == SINGLE_PROCESS
-        assert alone.first
-        assert not dist.is_initialized()
-        assert sys.stdout is said
-        value = torch.ones(2)
-        assert alone.sum(value) is value
-        assert alone.all_reduce_max(3, 1) == [3, 1]
-        assert alone.all_gather(5) == [5]
-        assert alone.all(True)
-        assert not alone.all(False)
-        assert alone.run_on_rank0(lambda: 5) == 5
-        alone.require_equal({"dataset": "hash"})
-        alone.barrier()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# real processes
+from flatgpt.runtime.distributed import equal_pair
 
 BASE = [*TINY, *shlex.split("--dropout 0.1 --grad_accum_steps 4 --lr 5e-3 --max_iters 20 --eval_interval 10")]
 BASE += ["--keep_checkpoints", "9"]
