@@ -200,7 +200,7 @@ def train_on(ranks: DistributedContext, claim: RunLock, config: TrainConfig) -> 
                     saver.check()
                 if saved == i and better and ranks.all(saver.failure is None):
                     progress |= {"best_loss": loss, "best_iter": i, "since_best": 0}
-                    saver.submit_after_save(checkpoint.point, folder, "best", i)
+                    saver.submit_after_save(checkpoint.set_link, folder, "best", i)
                 over = config.patience is not None and progress["since_best"] >= config.patience and saved == i
             if row["iter"] == i and (asked or "val_loss" in row or any(i % n == 0 for n in intervals)):
                 log.write(row)
@@ -224,7 +224,7 @@ def train_on(ranks: DistributedContext, claim: RunLock, config: TrainConfig) -> 
             if due or asked or save_now:
                 row = log_row(run, i, loss, norm, clock)
                 for text in look(run, saver, row) + (run.nonfinite_guard.spike(row) if due else []):
-                    log.say(text)
+                    log.print(text)
         if not asked:
             saver.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
         ranks.poll_all(saver.idle)
@@ -261,7 +261,7 @@ def draw(log: RunLog, folder: Path) -> None:
     log.bar.close()  # matplotlib may have to say something
     try:
         log.write_picture(render(plot_runs([history.read(folder)]), "png"))
-        log.say(f"picture  {folder / PICTURE}")
+        log.print(f"picture  {folder / PICTURE}")
     except Exception as why:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {why}", file=sys.stderr)
 

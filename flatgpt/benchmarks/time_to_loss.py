@@ -27,7 +27,7 @@ from flatgpt.benchmarks.training import speedup
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import cpu_name, select_device
 
-OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # run_log.line
+OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # run_log.format_row
 THEIRS = r"step (\d+): train loss [\d.]+, val loss ([\d.]+)"
 # nanoGPT's README, "I only have a macbook": tiny Shakespeare's characters on a CPU
 CPU_RECIPE = shlex.split(

@@ -12,8 +12,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flatgpt.runs.run_log import summary
-
 PROFILED = 3  # updates
 ROWS = {  # of the table: what it says, and how
     "ms": ("ms per update", "{:,.2f}"),
@@ -53,12 +51,12 @@ def update_figures(
         peak: FLOP/s that the data sheet promises, of all devices together; None: not known.
         matmul: FLOP/s of a matrix product here, of all devices together.
     """
-    median, p10, p90 = summary(timed)
+    median, tenths = statistics.median(timed), statistics.quantiles(timed, n=10, method="inclusive")
     flops = 1e3 * tokens / median * flops_per_token
     return {
         "ms": median,
-        "ms_p10": p10,
-        "ms_p90": p90,
+        "ms_p10": tenths[0],
+        "ms_p90": tenths[-1],
         "first_ms": warm[0],
         "warmup_ms": statistics.median(warm[1:]) if warm[1:] else None,
         "tokens_per_s": 1e3 * tokens / median,

@@ -227,7 +227,7 @@ def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, claim: RunLoc
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         archive_later_checkpoints(folder, after=at.row["iter"])
         atomic_write(folder / "config.toml", recipe.encode())
-        return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])
+        return progress["best_iter"] is None or checkpoint.set_link(folder, "best", progress["best_iter"])
 
     if not ranks.run_on_rank0(make_ready):  # the best checkpoint has moved aside, too
         progress["best_loss"] = progress["best_iter"] = None
@@ -250,7 +250,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     if unlike := state_mismatches(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
         more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
         raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
-    checkpoint.load_weights(run.model, folder, cut=shard_like)
+    checkpoint.load_weights(run.model, folder, convert=shard_like)
     if sharded:  # and so AdamW's
         for index, entries in saved["state"].items():
             entries.update(

@@ -4,6 +4,7 @@ import json
 import shutil
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from in_process import TINY
@@ -59,6 +60,7 @@ def test_warm_up_is_apart_from_what_counts():
     assert figures["tokens_per_s"] == 100 / 5e-3
     assert figures["mfu"] == pytest.approx(100 * 7 / 5e-3 / 1e6)
     assert figures["mfu_measured"] == pytest.approx(100 * 7 / 5e-3 / 5e5)
+    assert (figures["ms_p10"], figures["ms_p90"]) == pytest.approx(tuple(np.percentile([4.0, 5.0, 6.0], (10, 90))))
     alone = training.update_figures([900.0], [4.0, 5.0], 100, 7, None, 5e5)
     assert (alone["warmup_ms"], alone["mfu"]) == (None, None)
 

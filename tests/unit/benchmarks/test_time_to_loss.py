@@ -18,7 +18,7 @@ from flatgpt.benchmarks import time_to_loss
 from flatgpt.benchmarks.time_to_loss import OURS, THEIRS, bench_loss, until_loss
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
-from flatgpt.runs.run_log import line
+from flatgpt.runs.run_log import format_row
 
 
 def script(folder: Path, text: str) -> list:
@@ -93,9 +93,9 @@ def test_what_was_compiled_before_is_compiled_again(in_tmp):
 
 def test_line_of_our_log_is_understood():
     row = {"iter": 250, "train_loss": 1.5, "val_loss": 1.8858, "lr": 1e-3, "grad_norm": 0.5, "step_ms": 12.0}
-    match = time_to_loss.re.match(OURS, line(row))
+    match = time_to_loss.re.match(OURS, format_row(row))
     assert (match[1], match[2]) == ("250", "1.8858")
-    assert not time_to_loss.re.match(OURS, line({**row, "val_loss": None}))
+    assert not time_to_loss.re.match(OURS, format_row({**row, "val_loss": None}))
 
 
 # a train.py that says what it was asked to do; its loss falls with the seed

@@ -71,7 +71,7 @@ def save(run_dir: str = "out/r", encoding: str = "byte", changes: dict | None = 
         "data": {"folder": "data/tiny", "manifest_sha256": "0" * 64, "end_of_text": False, "tokens": {"train": 99}},
     } | state
     checkpoint.save(Path(run_dir), state, model.state_dict(), {}, keep=1)
-    checkpoint.point(Path(run_dir), "best", 7)
+    checkpoint.set_link(Path(run_dir), "best", 7)
     Path(run_dir, "metrics.csv").write_text("iter,train_loss,val_loss\n0,,5.5\n7,5.25,5.125\n")
     return model
 

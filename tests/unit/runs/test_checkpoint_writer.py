@@ -224,7 +224,7 @@ def test_what_comes_after_a_save_comes_after_it_and_in_order(start, gate, tmp_pa
     saver, done = start(), []
     saver.save(state(1), parts(1.0))
     saver.submit_after_save(lambda word: done.append((word, iters(tmp_path))), "first")
-    saver.submit_after_save(checkpoint.point, tmp_path, "best", 1)
+    saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 1)
     saver.submit_after_save(lambda word: done.append((word, os.readlink(tmp_path / "ckpt/best"))), "second")
     assert gate.reached.wait(60)
     assert done == []
@@ -239,7 +239,7 @@ def test_newest_best_and_every_nth_are_kept(start, tmp_path):
     for iteration in (10, 20, 30, 40, 50):
         saver.save(state(iteration), parts(iteration))
         if iteration == 10:
-            saver.submit_after_save(checkpoint.point, tmp_path, "best", 10)
+            saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 10)
     saver.wait()
     assert iters(tmp_path) == [50, 40, 30, 10]
     assert os.readlink(tmp_path / "ckpt/last") == "iter_000050"
@@ -343,11 +343,11 @@ def test_what_would_come_after_a_failed_save_is_left_out(start, gate, tmp_path, 
     gate.opened.set()
     saver = start(on_save_error=on_save_error, keep_checkpoints=1)
     saver.save(state(1), parts(1.0))
-    saver.submit_after_save(checkpoint.point, tmp_path, "best", 1)
+    saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 1)
     saver.wait()
     gate.broken = UserError("no room")
     saver.save(state(2), parts(2.0))
-    saver.submit_after_save(checkpoint.point, tmp_path, "best", 2)
+    saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 2)
     saver.submit_after_save(checkpoint.mark_finished, tmp_path / "ckpt/last")
     if on_save_error == "stop":
         with pytest.raises(UserError, match="no room"):
