@@ -25,7 +25,7 @@ from pathlib import Path
 from flatgpt.inference.web import serve, stream_html
 from flatgpt.inference.writer import PreparedModel, Writer, decoding_device, prepare
 from flatgpt.interop import loading
-from flatgpt.interop.model_card import body
+from flatgpt.interop.model_card import card_body
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runtime.device import note
@@ -82,13 +82,7 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
         card = file.read_text(encoding="utf-8", errors="replace")
     else:
         use = f"```sh\npython infer.py --model_path {shlex.quote(f'out/{name}')} --prompt 'Once upon a time'\n```"
-        facts = {
-            "tokenizer": found.tokenizer,
-            "parameters": found.config.num_params(),
-            "dtype": "float32",
-            "recipe": "",
-        }
-        card = body(found.path, found.state, found.config, name=name, **facts, use=use, as_trained=True)
+        card = card_body(found, name=name, use=use, as_trained=True)
     if run.is_dir() and len(log := history.read(run)):
         svg = base64.b64encode(render(plot_runs([log]), "svg")).decode()
         plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'

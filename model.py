@@ -1,99 +1,42 @@
-"""GPT-2, whole: config -> logits, loss, KV cache.
+"""GPT-2: token ids -> logits or loss.
 
-Sizes in the comments: B batch, T time (tokens), C channels (n_embd), H heads, D = C / H, V vocabulary.
-Names of modules are those of Hugging Face's GPT-2, so a state dict reads the same; matrices lie as nn.Linear has
-them, (out, in). The paper: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+Sizes in the comments: B batch, T time (tokens), C channels (n_embd), H heads, D = C / H head size, V vocabulary.
+Modules have the names of Hugging Face's GPT-2, so that state dicts are alike; matrices lie as nn.Linear has them,
+(out, in). The paper: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from config import ModelConfig
+from config import ModelConfig, SamplingConfig
+from flatgpt.kernels.attention import attention
 from flatgpt.kernels.cross_entropy import CHUNK_ROWS, fused_loss, fused_loss_outside_graph, use_fused_loss
+from flatgpt.kernels.parameters import skip_init, tie_parameters
+from flatgpt.kernels.rope import Rope, RotaryEmbedding, rotate
 
-ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
+if TYPE_CHECKING:
+    from flatgpt.inference.kv_cache import KVCache
 
-
-class KVCache:
-    """Keys and values of earlier tokens, allocated once: (B, H, capacity, D) for each layer.
-
-    `position` is where the next tokens are stored. An int is the same for all rows: attention reads the keys up to it.
-    A (B,) int64 tensor on the device holds a position for each row, so that rows may differ in length: attention reads
-    `key_length` keys, and attention_mask hides those that are not stored yet, so shapes are the same in every step, as
-    compilers need. The caller sets both.
-    """
-
-    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.position: int | Tensor = 0
-        self.key_length = capacity
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, (B, H, T, D); T is 1 where `position` is a tensor.
-
-        Returns the keys and values to attend to, (B, H, position + T, D) or (B, H, key_length, D).
-        """
-        all_k, all_v = self.k[layer], self.v[layer]
-        if isinstance(self.position, int):
-            stop = self.position + k.size(2)
-            all_k[:, :, self.position : stop] = k
-            all_v[:, :, self.position : stop] = v
-            return all_k[:, :, :stop], all_v[:, :, :stop]
-        rows = torch.arange(k.size(0), device=k.device)
-        all_k[rows, :, self.position] = k[:, :, 0].type_as(all_k)
-        all_v[rows, :, self.position] = v[:, :, 0].type_as(all_v)
-        return all_k[:, :, : self.key_length], all_v[:, :, : self.key_length]
-
-    def attention_mask(self) -> Tensor | None:
-        """(B, 1, 1, key_length) bool, true where a key is visible to the new token; None: all are."""
-        if isinstance(self.position, int):
-            return None
-        return (torch.arange(self.key_length, device=self.k[0].device) <= self.position[:, None])[:, None, None]
-
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines
-
-
-class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (Su et al., "RoFormer", 2021), base 10,000, first half of D paired with the second."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        half = config.n_embd // config.n_head // 2
-        frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)  # (D/2)
-        angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32, device="cpu"), frequencies)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (context_length, D/2)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, positions: Tensor) -> Rope:
-        """Positions (T) or (B, T) -> cosines and sines of their angles, ([B,] 1, T, D/2): the same for all heads."""
-        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Queries or keys, (B, H, T, D), turned by their positions' angles."""
-    cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+ACTIVATIONS = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Attention(nn.Module):
-    """Causal self-attention: each token takes in the values of those up to itself, by likeness of query and key."""
+    """Causal self-attention: each token reads the values of the tokens up to itself, weighted by query times key."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         C, bias = config.n_embd, config.bias if config.attn_bias is None else config.attn_bias
-        self.c_attn = nn.Linear(C, 3 * C, bias=bias)  # queries, keys and values of all heads, in one product
+        self.c_attn = nn.Linear(C, 3 * C, bias=bias)  # queries, keys and values of all heads in one product
         self.c_proj = nn.Linear(C, C, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
@@ -106,81 +49,34 @@ class Attention(nn.Module):
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(q, rope), rotate(k, rope)  # (B, H, T, D)
+        mask = None  # causal
         if cache is not None:
-            stored_k, stored_v = cache.append(self.layer, k, v)
-        if cache is not None and T == 1:  # in the cache's precision
-            y = last_token_attention(q.to(stored_k.dtype), stored_k, stored_v, cache.attention_mask())
-        else:  # a text from its start: its tokens see each other only
-            dropout = self.dropout if self.training else 0.0
-            # torch's CPU kernel for bf16 is slower than plain products up to 512 tokens (docs/speed.md)
-            plain = self.manual or (x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512)
-            y = (causal_attention if plain else fused_attention)(q, k, v, dropout)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D): with the S - T tokens before
+            mask = cache.attention_mask()  # (B, 1, 1, S) or None; true: visible
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, mask, dropout, self.manual)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention, written out.
-
-    Args:
-        q: (B, H, T, D).
-        k, v: (B, H, S, D).
-        mask: bool, broadcast to (B, H, T, S): which keys a query sees; None: all.
-
-    Returns:
-        (B, H, T, D).
-    """
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, H, T, S): likeness of each query to each key
-    if mask is not None:  # added, which takes a CPU a third less time than masked_fill on the scores
-        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
-    weights = F.softmax(scores, dim=-1)  # each row sums to 1
-    return F.dropout(weights, dropout) @ v
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """What the fused kernels compute, plain: no token sees the ones after it. q, k, v: (B, H, T, D)."""
-    mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()  # (T, T)
-    return manual_attention(q, k, v, mask, dropout)
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """The same by torch's kernels, which never hold all scores at once.
-
-    Kernels for cards before Ampere (a T4) take head sizes that are multiples of 8 only; zeros fill others up, add
-    nothing to a score, and are cut off again.
-    """
-    D = q.size(-1)
-    if D % 8:
-        q, k, v = (F.pad(t, (0, -D % 8)) for t in (q, k, v))  # (B, H, ..., D rounded up)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=1 / math.sqrt(D))
-    return y[..., :D]
-
-
-def last_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """manual_attention for T = 1, by what is fastest; on a GPU, kernels that the compiler makes of plain products."""
-    if q.device.type != "cpu":
-        return manual_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1 / math.sqrt(q.size(-1)))
-
-
 class MLP(nn.Module):
-    """Two Linear layers with a non-linearity between them, applied to each token on its own."""
+    """Two Linear layers with a non-linearity between them, applied to each token."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        hidden = round(config.mlp_ratio * config.n_embd)
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        width = round(config.mlp_ratio * config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C) -> (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normalised copy of the residual stream and added to it (pre-norm)."""
+    """Attention, then MLP, each on the normalised residual stream and added to it (pre-norm)."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -194,21 +90,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class _NoInitialWeights(TorchFunctionMode):
-    """Leaves parameters as they are: random numbers on the meta device load torch's compiler, which takes a second."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):  # of a tensor, or torch.nn.init's
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 class GPT(nn.Module):
-    """The network. `config.vocab_size` has to be set.
+    """The whole network. `config.vocab_size` has to be set.
 
-    Inside, the vocabulary is padded to a multiple of 64, which matrix units like; the padding has no say in loss,
-    probabilities or samples, because logits are cut to vocab_size on the only way out.
+    The embedding and the head have a multiple of 64 rows, for which matrix units are faster. The padding does not
+    affect loss, probabilities or samples: logits are cut to vocab_size.
     """
 
     def __init__(self, config: ModelConfig):
@@ -224,13 +110,13 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(C, bias=config.bias),
             }
         )
+        self.rotary = RotaryEmbedding(config) if config.position == "rope" else None
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.context_length, C)
-            self.rotary = None
-        else:
-            self.rotary = RotaryEmbedding(config)
-        # A tied head has no parameter of its own, so it is stored once, counted once and updated once.
-        self.lm_head = None if config.tie_weights else nn.Linear(C, padded, bias=config.head_bias)
+        with skip_init() if config.tie_weights else contextlib.nullcontext():
+            self.lm_head = nn.Linear(C, padded, bias=config.head_bias)
+        if config.tie_weights:
+            tie_parameters(self, "transformer.wte.weight", "lm_head.weight")
         self.fused_loss = fused_loss
         self.init_weights()
 
@@ -238,66 +124,55 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases zero."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith("c_proj") else 0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=residual_std if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         for table in (self.transformer.wte, self.lm_head):
-            if table is not None:
-                table.weight[self.config.vocab_size :] = 0  # the padding
+            table.weight[self.config.vocab_size :] = 0  # the padding
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None
     ) -> Tensor:
-        """Logits, or the loss where targets are given.
+        """Compute logits, or the loss where targets are given.
 
         Args:
-            idx: (B, T) int64 token ids, T at most context_length (what is in the cache counts).
-            targets: (B, T) int64, the next token of each place; -1 where there is none to score.
-            reduction: "mean" of the losses, or "none": the loss of each target, 0 where there is none to score.
-        cache: keys and values of the tokens before idx; idx's go to `cache.position`, which T > 1 needs to be 0.
+            idx: (B, T) int64 token ids, T at most context_length.
+            targets: (B, T) int64, the next token of each position; -1 where there is none to score.
+            reduction: of the losses: "mean", or "none" for each of them, 0 where there is none to score.
+            cache: keys and values of the tokens before idx; those of idx are added. T > 1 needs an empty one.
 
         Returns:
-            targets given: the mean cross-entropy in nats, a float32 scalar, or (B T) of them with reduction "none".
-            cache given: (B, 1, V) logits of the last place only.
-            otherwise: (B, T, V) logits.
+            with targets: cross-entropy in nats, float32: a scalar, or (B T) with reduction "none".
+            with a cache: (B, 1, V) logits of the last position.
+            else: (B, T, V) logits.
         """
         x = self.hidden_states(idx, cache)  # (B, T, C)
-        if cache is not None:
-            x = x[:, -1:]  # (B, 1, C): only the last place is asked for
-        if (
-            reduction == "none"
-        ):  # some rows at a time, for evaluation: float32 logits of all would be more than training takes
-            x, rows = x.flatten(0, 1), CHUNK_ROWS[x.device.type]
-            parts = zip(x.split(rows), targets.flatten().split(rows), strict=True)
-            return torch.cat([self._losses(hidden, their, "none") for hidden, their in parts])
-        if targets is not None and use_fused_loss(idx.numel(), self.transformer.wte.num_embeddings):
-            head = self.lm_head or self.transformer.wte
-            weight, bias = head.weight, getattr(head, "bias", None)
-            return self.fused_loss(x.flatten(0, 1), weight, bias, targets.flatten(), self.config.vocab_size)
         if targets is None:
-            return self.compute_logits(x)  # (B, T, V)
-        return self._losses(x.flatten(0, 1), targets.flatten(), "mean")
+            return self.compute_logits(x if cache is None else x[:, -1:])
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        if reduction == "none":  # in chunks, for evaluation: float32 logits of all rows take more memory than training
+            rows = CHUNK_ROWS[x.device.type]
+            chunks = zip(x.split(rows), targets.split(rows), strict=True)
+            return torch.cat([self._cross_entropy(*chunk, reduction) for chunk in chunks])  # (B T)
+        head, V = self.lm_head, self.config.vocab_size
+        if reduction == "mean" and use_fused_loss(len(x), self.transformer.wte.num_embeddings):
+            return self.fused_loss(x, head.weight, head.bias, targets, V, self.adjust_logits)
+        return self._cross_entropy(x, targets, reduction)
 
-    def _losses(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        # float32: the sum over V of exponentials is where bf16 would lose the loss's third digit
+    def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        # float32: in bf16 the sum over V of exponentials would lose the third digit of the loss
         return F.cross_entropy(self.compute_logits(x).float(), targets, ignore_index=-1, reduction=reduction)
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head makes logits of: (B, T, C), for ids and cache as forward takes them."""
-        _, T = idx.shape
-        if cache is None or isinstance(cache.position, int):
-            start = cache.position if cache else 0
-            assert start == 0 or T == 1, (start, T)
-            assert start + T <= self.config.context_length, (start, T)
-            positions = torch.arange(start, start + T, device=idx.device)  # (T)
-        else:
-            positions = cache.position[:, None]  # (B, 1)
-        x = self.transformer.wte(idx)  # (B, T, C)
-        rope = None
+        """Compute what the head reads, (B, T, C); arguments as in `forward`."""
+        if idx.size(1) > self.config.context_length:
+            raise ValueError(f"{idx.size(1)} tokens: context_length = {self.config.context_length}")
+        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
+        x, rope = self.transformer.wte(idx), None  # (B, T, C)
         if self.rotary is None:
-            x = x + self.transformer.wpe(positions)  # ([B,] T, C)
+            x = x + self.transformer.wpe(positions)  # (T, C), or (B, 1, C) where rows have positions of their own
         else:
             rope = self.rotary(positions)
         x = self.transformer.drop(x)
@@ -306,44 +181,84 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope, cache)
+        if cache is not None:
+            cache.advance(idx.size(1))
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def compute_logits(self, x: Tensor, padded: bool = False) -> Tensor:
-        """Logits (..., V) of what `hidden_states` gave, (..., C).
+        """Compute logits (..., V) of hidden states (..., C).
 
         Args:
-            padded: leave the vocabulary's padding there, as -inf, where a softmax would copy rows that lie apart.
+            padded: return the columns of the padding too, as -inf: a softmax copies rows that are cut.
         """
-        logits = F.linear(x, self.transformer.wte.weight) if self.lm_head is None else self.lm_head(x)
-        if padded:
-            logits[..., self.config.vocab_size :] = -torch.inf
-            return logits
-        return logits[..., : self.config.vocab_size]  # the padding stays inside
+        logits = self.lm_head(x)  # (..., V padded)
+        cut = logits[..., : self.config.vocab_size]  # (..., V)
+        adjusted = self.adjust_logits(cut)
+        if not padded:
+            return adjusted
+        if adjusted is not cut:
+            return F.pad(adjusted, (0, logits.size(-1) - cut.size(-1)), value=-torch.inf)
+        logits[..., self.config.vocab_size :] = -torch.inf
+        return logits
+
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        """Change logits, (..., V), in training, evaluation and sampling alike: `15 * torch.tanh(logits / 15)`, say.
+
+        Return new logits, do not change the argument in place.
+        """
+        return logits
 
     def exclude_loss_from_compile(self) -> None:
-        """Before torch.compile: the fused loss goes by chunks in memory of its own, which a graph would undo."""
+        """Call before torch.compile: the fused loss reuses memory chunk by chunk, which a compiled graph would not."""
         self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device)
 
     @classmethod
     def on_meta_device(cls, config: ModelConfig) -> GPT:
-        """The network on the meta device: names and sizes, and no time or memory for weights that a file will give."""
-        with torch.device("meta"), _NoInitialWeights():
+        """Build the network without memory for its weights, for load_state_dict(..., assign=True) or its sizes."""
+        with torch.device("meta"), skip_init():
             return cls(config)
 
+    @classmethod
+    def from_pretrained(cls, name: str, device: str = "cpu") -> GPT:
+        """Load a trained model in evaluation mode.
+
+        Args:
+            name: a run's folder, a checkpoint, a Hugging Face folder, a name on the hub ("gpt2") or nanoGPT's ckpt.pt.
+        """
+        from flatgpt.interop.loading import find, load
+
+        return load(find(name, print), torch.device(device), model_class=cls)[0]
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
+        """Continue each row of idx.
+
+        Args:
+            idx: (B, T) int64 token ids, T at least 1.
+            sampling: settings of SamplingConfig: temperature (0.8), greedy, top_k, top_p, min_p, repetition_penalty,
+                seed. Row r draws from a generator of its own, seeded by seed and r.
+
+        Returns:
+            (B, T + max_new_tokens) int64: idx and the new ids. End-of-text does not stop a row.
+        """
+        from flatgpt.inference.decoder import Decoder
+        from flatgpt.inference.sampling import generate_batch
+
+        options = SamplingConfig(**sampling)
+        if problems := options.problems():
+            raise ValueError("; ".join(problems))
+        steps = generate_batch(Decoder(self), idx.tolist(), max_new_tokens, options)
+        new = torch.tensor([*steps], dtype=torch.int64, device=idx.device).view(-1, len(idx))  # (max_new_tokens, B)
+        return torch.cat((idx, new.T), dim=1)
+
     def num_params(self) -> int:
-        """Parameters, the vocabulary's padding left out: 124,439,808 for GPT-2 124M."""
-        padding = self.transformer.wte.num_embeddings - self.config.vocab_size
-        per_row = self.config.n_embd if self.lm_head is None else 2 * self.config.n_embd + self.config.head_bias
-        return sum(p.numel() for p in self.parameters()) - padding * per_row
+        """Count parameters without the vocabulary's padding: 124,439,808 for GPT-2 124M."""
+        return self.config.num_params()
 
     def flops_per_token(self) -> int:
-        """Floating point operations to train on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, appendix B, 2022).
+        """Floating-point operations to train on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, appendix B, 2022).
 
-        N is the parameters in matrix products: the head, once; no position table, no untied input table.
+        N counts the parameters in matrix products: the head, but no position table and no untied input embedding.
         """
-        tables = [self.transformer.wpe] if self.rotary is None else []
-        tables += [self.transformer.wte] if self.lm_head is not None else []
-        padding = (self.transformer.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
-        unused = sum(t.weight.numel() for t in tables) - (padding if self.lm_head is not None else 0)
         c = self.config
-        return 6 * (self.num_params() - unused) + 12 * c.n_layer * c.n_embd * c.context_length
+        lookups = c.context_length * (c.position == "learned") + c.vocab_size * (not c.tie_weights)  # rows
+        return 6 * (c.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length

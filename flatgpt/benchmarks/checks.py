@@ -1,4 +1,4 @@
-"""bench.py tests and bench.py resume: run the tests that need CUDA; check that resuming is exact on this device."""
+"""bench.py tests and resume: run the tests that need CUDA; check that resuming is exact on this device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
-from flatgpt.benchmarks import nanogpt
+from flatgpt.benchmarks.measure import USER_ENVIRONMENT, failure, log, script, write_recipe
 from flatgpt.runtime.device import find_device
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")  # columns of metrics.csv that differ between equal runs
@@ -75,13 +74,10 @@ def bench_tests(config: BenchConfig) -> dict:
     return counts if cuda else counts | {"collected_only": outcomes.collected}
 
 
-def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -> dict:
+def bench_resume(config: BenchConfig) -> dict:
     """Train with train.py, stop after half of max_iters and resume; compare with an uninterrupted run.
 
-    Losses in metrics.csv and the last checkpoint's weights have to be equal bit for bit.
-
-    Args:
-        recipe: the settings of train.py, as a recipe's text.
+    Losses in metrics.csv and the weights of the last checkpoint have to be equal bit for bit.
 
     Returns:
         the number of updates, `identical`, and the seconds of each of the three runs.
@@ -89,49 +85,42 @@ def bench_resume(config: BenchConfig, recipe: str, say: Callable[[str], None]) -
     Raises:
         UserError: a run failed, or the resumed run differs from the uninterrupted one.
     """
-    whole, half, figures = config.max_iters, config.max_iters // 2, {}
+    max_iters, half, figures = config.max_iters, config.max_iters // 2, {}
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name).resolve()
-        (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
-        shared = ["--config", folder / "recipe.toml", "--lr_decay_iters", whole, "--eval_interval", half]
-        resumed, uninterrupted = folder / "resumed", folder / "uninterrupted"
+        shared = ["--config", write_recipe(config, folder), "--lr_decay_iters", max_iters, "--eval_interval", half]
         for run, words in (
-            ("stopped", ["--out_dir", resumed, "--max_iters", half]),
-            ("resumed", ["--out_dir", resumed, "--max_iters", whole, "--resume"]),
-            ("uninterrupted", ["--out_dir", uninterrupted, "--max_iters", whole]),
+            ("stopped", ["--out_dir", folder / "resumed", "--max_iters", half]),
+            ("resumed", ["--out_dir", folder / "resumed", "--max_iters", max_iters, "--resume"]),
+            ("uninterrupted", ["--out_dir", folder / "uninterrupted", "--max_iters", max_iters]),
         ):
-            words, began = list(map(str, [*shared, "--log_interval", 1, *words])), time.perf_counter()
-            command = [sys.executable, str(REPO_ROOT / "train.py"), *words]
-            done = subprocess.run(
-                command, env=nanogpt.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            command, began = script("train.py", *shared, "--log_interval", 1, *words), time.perf_counter()
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            done = subprocess.run(command, env=USER_ENVIRONMENT, **streams)
             if done.returncode:
-                lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise UserError(f"train.py {shlex.join(words)} failed: {lines[-1].removeprefix('error: ')}")
+                raise failure(command, done.stdout, done.returncode)
             figures[f"{run}_s"] = time.perf_counter() - began
-            say(f"{run:<13} {figures[f'{run}_s']:6.1f} s")
-        if found := difference(resumed, uninterrupted):
+            log(f"{run:<13} {figures[f'{run}_s']:6.1f} s")
+        if found := difference(folder / "resumed", folder / "uninterrupted"):
             raise UserError(f"the resumed run differs from the uninterrupted one: {found}")
-    return {"updates": whole, "identical": True} | figures
+    return {"updates": max_iters, "identical": True} | figures
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """The first difference between two runs' logs or last weights; None if there is none."""
-    for a, b in zip(*map(_rows, (one, other)), strict=False):
+    """Return the first difference between the logs or the last weights of two runs; None if there is none."""
+    tables = []
+    for run in (one, other):
+        with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+            tables.append(list(csv.DictReader(file)))
+    for a, b in zip(*tables, strict=False):
         for key in a:
             if a[key] != b[key] and key not in TIMES:
                 return f"metrics.csv has {key} = {a[key]} and {b[key]} at iter {a['iter']} and {b['iter']}"
-    counts = [len(_rows(run)) for run in (one, other)]
-    if counts[0] != counts[1]:
-        return f"metrics.csv has {counts[0]} and {counts[1]} rows"
+    if len(tables[0]) != len(tables[1]):
+        return f"metrics.csv has {len(tables[0])} and {len(tables[1])} rows"
     weights, others = (load_file(run / "ckpt" / "last" / "model.safetensors") for run in (one, other))
     unequal = [name for name in weights if not torch.equal(weights[name], others[name])]
     if unequal:
         largest = max((weights[name] - others[name]).abs().max().item() for name in unequal)
         return f"{len(unequal)} of {len(weights)} tensors differ, by at most {largest:.3g}; the first is {unequal[0]}"
     return None
-
-
-def _rows(run: Path) -> list[dict]:
-    with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flatgpt.inference.kv_cache import KVCache
 from flatgpt.runtime.device import note
-from model import GPT, KVCache
+from model import GPT
 
 
 class Decoder:

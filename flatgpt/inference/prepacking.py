@@ -110,8 +110,6 @@ def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile
         kind, dtype = Int8Linear, torch.bfloat16 if device.type == "cpu" else dtype
     else:
         kind = _layout(device, dtype, compile)
-    if model.lm_head is None:
-        model.lm_head = kind(model.transformer.wte.weight, None, dtype)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
@@ -133,10 +131,10 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
         model: a model that is not packed yet.
         compile: as prepack takes it.
     """
-    c, head = model.config, model.lm_head or model.transformer.wte
+    c = model.config
     layers = [layer for layer in model.transformer.h.modules() if isinstance(layer, nn.Linear)]
     timed, size = defaultdict(list), 0  # by shape
-    for layer in (*layers, head):
+    for layer in (*layers, model.lm_head):
         timed[layer.weight.shape].append(layer)
         size += layer.weight.numel()
         if size >= TIMED_ELEMENTS:
@@ -146,7 +144,7 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
         kind = _layout(torch.device("cpu"), dtype, compile)
         inputs = {shape: torch.ones(1, 1, shape[1]) for shape in timed}
         return [
-            [partial(kind(layer.weight, getattr(layer, "bias", None), dtype), inputs[shape]) for layer in same]
+            [partial(kind(layer.weight, layer.bias, dtype), inputs[shape]) for layer in same]
             for shape, same in timed.items()
         ]
 

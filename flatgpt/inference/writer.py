@@ -161,19 +161,18 @@ class Writer:
         self.rows += len(texts)
         with contextlib.closing(batch):
             for tokens in batch:
-                now, appended = time.perf_counter(), 0
+                now, before = time.perf_counter(), self.tokens
                 for text, token, of_token in zip(texts, tokens, probs, strict=True):
                     if token is None:
                         text.end("end_of_text")
                     elif not text.ended:
+                        self.tokens += 1
                         text.append(token, of_token)
-                        appended += 1
-                self.tokens += appended
                 compiled, compiling = self.decoder.compile_seconds - compiling, self.decoder.compile_seconds
                 if last is None:
                     self.first_seconds = self.first_seconds or now - started
                 else:
-                    self.timed_tokens += appended
+                    self.timed_tokens += self.tokens - before
                     self.timed_seconds += now - last - compiled
                 last = now
                 yield

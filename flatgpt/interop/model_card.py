@@ -1,6 +1,6 @@
-"""The model card of an export, README.md: a checkpoint's state.json -> Markdown under the hub's YAML.
+"""Write model cards: Markdown with the hub's metadata, from a checkpoint's state.json.
 
-What would tell of somebody's machine stays out: folders, absolute paths in the command line, wandb's ids.
+Nothing that identifies the user's machine is published: folders, absolute paths, wandb's ids.
 """
 
 from __future__ import annotations
@@ -12,90 +12,101 @@ import math
 import re
 import shlex
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
-from config import ModelConfig
 from flatgpt.data.sources import DUMP, REPOSITORIES
 from flatgpt.interop.hub import hub_name
 
-# Of a run's settings these are about the machine, or about the call, not about the model.
+if TYPE_CHECKING:
+    from flatgpt.interop.loading import ModelSource
+
+# Settings of a run that are about the machine or the call, not about the model.
 LOCAL = ("config", "data_dir", "out_dir", "init_from", "resume", "device", "wandb", "wandb_project", "rank_timeout")
 ENGLISH = ("pydoc", "shakespeare", "wikitext103", "fineweb")
 
 
-def card(
-    path: Path,
-    state: dict,
-    config: ModelConfig,
-    *,
-    name: str,
-    repo: str | None,
-    tokenizer: str,
-    parameters: int,
-    dtype: str,
-    recipe: str,
-) -> str:
-    """README.md of an exported model: what it is, its data, how it was trained, what it reached, how to use it.
+def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, recipe: str) -> str:
+    """Return README.md of an exported model: metadata and evaluation results for the hub, and `card_body`.
 
     Args:
-        path: the checkpoint's folder, for the log of its run.
-        state: its state.json; {} where flatGPT has not trained the model, and nobody says how it was.
-        config: the model as it is exported.
-        name: what to call it.
-        repo: where it is going on the hub.
-        tokenizer: its name.
-        dtype: of the weights.
-        recipe: the settings it was trained with, as TOML; empty: not known.
+        source: the model as it is exported.
+        name: the model's name.
+        repo: the repository that the model is uploaded to.
+        dtype: of the exported weights.
+        recipe: the settings it was trained with, as TOML; empty if unknown.
     """
-    use = _use(repo or "user/name", named=repo is not None)
-    facts = {"name": name, "tokenizer": tokenizer, "parameters": parameters, "dtype": dtype, "recipe": recipe}
-    return f"{_metadata(state, _manifest(state))}\n\n{body(path, state, config, **facts, use=use)}"
+    from huggingface_hub import ModelCardData
+
+    state, manifest = source.state, _manifest(source.state)
+    base, repository, language = _initial_model(state), _repository(manifest), _language(manifest)
+    results = _eval_results(source, repository)
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", *["flatgpt"] * bool(state)],
+        language=[language] if language else None,
+        datasets=[repository] if repository else None,
+        base_model=base.partition("@")[0] if base else None,
+        eval_results=results or None,
+        model_name=" ".join(name.split()) if results else None,
+    )
+    target = repo or "user/name"
+    python = (
+        "from transformers import pipeline\n\n"
+        f'write = pipeline("text-generation", "{target}")\n'
+        'print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])'
+    )
+    shell = f'python infer.py --model_path {target} --prompt "Once upon a time"'
+    note = "" if repo else f"{_code(target)} stands for this repository, or for the folder with this file.\n\n"
+    use = f"{note}{_fenced(python, 'python')}\n\nWith flatGPT:\n\n{_fenced(shell, 'sh')}"
+    return f"---\n{metadata}\n---\n\n{card_body(source, name=name, use=use, dtype=dtype, recipe=recipe)}"
 
 
-def body(
-    path: Path,
-    state: dict,
-    config: ModelConfig,
-    *,
-    name: str,
-    tokenizer: str,
-    parameters: int,
-    dtype: str,
-    recipe: str,
-    use: str,
-    as_trained: bool = False,
+def card_body(
+    source: ModelSource, *, name: str, use: str, dtype: str = "float32", recipe: str = "", as_trained: bool = False
 ) -> str:
-    """What a person reads of it.
+    """Return the Markdown text of a model card.
 
     Args:
-        path, state, config, name, tokenizer, dtype, recipe: as card has them.
-        use: Markdown that says how to use it.
-        as_trained: the weights are the checkpoint's own; else they are what Hugging Face's GPT-2 makes of them.
+        source, name, dtype, recipe: as in `model_card`.
+        use: Markdown that says how to use the model.
+        as_trained: whether the weights are the checkpoint's, not converted to Hugging Face's GPT-2.
     """
-    manifest = _manifest(state)
-    parts = [f"# {_code(name)}"]
-    whose = "trained with flatGPT" if state else "in the layout of Hugging Face's transformers, written by flatGPT"
-    parts += [f"A language model of GPT-2's kind with {parameters:,} parameters, {whose}."]
-    parts += ["## Model", _table(_shape(config, state, tokenizer, dtype, as_trained))]
-    parts += ["## Use", use]
+    state, config = source.state, source.config
+    origin = "trained with flatGPT" if state else "in the format of Hugging Face transformers, written by flatGPT"
+    rows = _model_rows(source, dtype, as_trained)
+    parts = [
+        f"# {_code(name)}",
+        f"A GPT-2 style language model with {config.num_params():,} parameters, {origin}.",
+        "## Model",
+        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
+        "## Use",
+        use,
+    ]
     if state:
-        parts += ["## Data", _list(_data(state, manifest))]
-        parts += ["## Training", _list(_training(state, _logged(path, state["iter"])))]
+        parts += ["## Data", _list(_data_lines(state)), "## Training", _list(_training_lines(source))]
         if state.get("command"):
-            command = shlex.join(["python", *map(_public, state["command"])])
-            parts += ["The command, absolute paths cut to their last name:", _fenced(command, "sh")]
+            command = shlex.join(["python", *map(_without_folders, state["command"])])
+            parts += ["The command, absolute paths reduced to their last name:", _fenced(command, "sh")]
         if recipe:
             summary = "All settings, as a recipe (<code>python train.py --config FILE</code>)"
             parts += [f"<details><summary>{summary}</summary>", _fenced(recipe.rstrip("\n"), "toml"), "</details>"]
-    parts += ["## Limits", _limits(config, state)]
+    unknown = "" if state else " Its training and its data are not known here."
+    parts += [
+        "## Limits",
+        "It continues text in the style of its training data, including false and offensive statements; it was not "
+        f"trained to follow or to refuse instructions. Its context is {config.context_length:,} tokens.{unknown}",
+        "No license is set: the publisher chooses one that is compatible with the data's.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is known
+# facts
 
 
 def _manifest(state: dict) -> dict:
-    """meta.json of the dataset, where it still is the one that the model was trained on; else {}."""
+    """Return meta.json of the training data if it is still the same, else {}."""
     try:
         content = (Path(state["data"]["folder"]) / "meta.json").read_bytes()
     except (OSError, KeyError):
@@ -104,160 +115,145 @@ def _manifest(state: dict) -> dict:
 
 
 def _repository(manifest: dict) -> str | None:
-    """The dataset's repository on the hub."""
+    """Return the dataset's repository on the hub."""
     source = manifest.get("source")
     return REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
 
 
 def _language(manifest: dict) -> str | None:
-    """The language of the data, where its source has one only."""
+    """Return the language code of a source with a single language."""
     if manifest.get("source") == "wikipedia":
         code = manifest.get("dump", DUMP).partition(".")[2]
-        return code if re.fullmatch("[a-z]{2,3}", code) else None  # of Wikipedia's, `simple` is none
+        return code if re.fullmatch("[a-z]{2,3}", code) else None  # 20231101.simple has no code
     return "en" if manifest.get("source") in ENGLISH else None
 
 
-def _began_with(state: dict) -> str | None:
-    """The model on the hub that training began with."""
+def _initial_model(state: dict) -> str | None:
+    """Return the model on the hub that training started from."""
     name = state.get("config", {}).get("init_from")
     return name and hub_name(name)
 
 
-def _logged(path: Path, iteration: int) -> dict:
-    """The evaluated row of this iteration in the run's log, {} without. A state.json is written before it is known."""
-    file = path.parent.parent / "metrics.csv"
-    if path.parent.name != "ckpt" or not file.is_file():
+def _evaluation(source: ModelSource) -> dict:
+    """Return the row of metrics.csv with this checkpoint's evaluation, {} without one.
+
+    The val_loss in state.json is from an earlier evaluation: a checkpoint is saved before it is evaluated.
+    """
+    file = source.path.parent.parent / "metrics.csv"
+    if not source.state or source.path.parent.name != "ckpt" or not file.is_file():
         return {}
     with open(file, encoding="utf-8", errors="replace", newline="") as rows:
-        found = [r for r in csv.DictReader(rows) if r["iter"] == str(iteration) and r["val_loss"]]
+        iteration = str(source.state["iter"])
+        found = [row for row in csv.DictReader(rows) if row["iter"] == iteration and row["val_loss"]]
     return found[-1] if found else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the parts
+def _eval_results(source: ModelSource, repository: str | None) -> list:
+    """Return the validation loss and perplexity of this checkpoint for the hub's model-index."""
+    from huggingface_hub import EvalResult
+
+    row, data = _evaluation(source), source.state.get("data", {})
+    if not row or "folder" not in data or not math.isfinite(loss := float(row["val_loss"])):
+        return []
+    name = Path(data["folder"]).name
+    metrics = {"loss": ("loss, nats per token", loss), "perplexity": ("perplexity per token", _perplexity(loss))}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_name=name,
+            dataset_type=repository or name,
+            dataset_split="val",
+            metric_type=kind,
+            metric_name=label,
+            metric_value=round(value, 4),
+        )
+        for kind, (label, value) in metrics.items()
+    ]
 
 
-def _metadata(state: dict, manifest: dict) -> str:
-    """The hub's front matter."""
-    base, repository, language = _began_with(state), _repository(manifest), _language(manifest)
-    entries = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["gpt2", *["flatgpt"] * bool(state)],
-        "language": language and [language],
-        "datasets": repository and [repository],
-        "base_model": base and base.partition("@")[0],
-    }
-    return front_matter({key: value for key, value in entries.items() if value})
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
 
 
-def front_matter(entries: dict) -> str:
-    """The hub's YAML block; JSON's texts, lists and booleans are YAML's too."""
-    # not as \u escapes: JSON has two for an emoji, which YAML takes for two characters
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()]
-    return "".join(["---\n", *lines, "---"])
-
-
-def _shape(config: ModelConfig, state: dict, tokenizer: str, dtype: str, as_trained: bool) -> dict[str, str]:
-    biased = config.bias if config.attn_bias is None else config.attn_bias
+def _model_rows(source: ModelSource, dtype: str, as_trained: bool) -> dict[str, str]:
+    """Return the rows of the table about the model."""
+    config = source.config
+    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
     biases = {
         (True, True): "everywhere",
         (False, False): "none" + " (stored as zeros)" * (not as_trained),
-        (True, False): "not in attention" + " (there stored as zeros)" * (not as_trained),
-        (False, True): "in attention only" + " (else zeros)" * (not as_trained),
+        (True, False): "not in attention" + " (stored as zeros there)" * (not as_trained),
+        (False, True): "in attention only" + " (zeros elsewhere)" * (not as_trained),
     }
+    trained = source.state.get("config", {}).get("context_length", config.context_length)
+    cropped = f" (of {trained:,} in training)" if trained != config.context_length else ""
     positions = {"learned": "learned positions", "rope": "rotary positions (RoPE)"}[config.position]
-    trained = state.get("config", {}).get("context_length", config.context_length)
-    cut = f" (of {trained:,} in training)" if trained != config.context_length else ""
+    head = "a separate matrix" + ", with a bias" * config.head_bias
+    tokenizer = f"{source.tokenizer} (tiktoken), vocab_size {config.vocab_size:,}"
     return {
         "layers": f"{config.n_layer:,}",
         "attention heads": f"{config.n_head:,}",
-        "width": f"{config.n_embd:,}",
-        "width of the MLP": f"{round(config.mlp_ratio * config.n_embd):,}",
+        "embedding size": f"{config.n_embd:,}",
+        "MLP hidden size": f"{round(config.mlp_ratio * config.n_embd):,}",
         "activation": config.activation,
-        "biases": biases[config.bias, biased],
-        "output head": "the token embedding's matrix"
-        if config.tie_weights
-        else "a matrix of its own" + ", with a bias" * config.head_bias,
-        "context": f"{config.context_length:,} tokens{cut}, {positions}",
-        "tokenizer": f"{tokenizer} (tiktoken's name), the model has {config.vocab_size:,} ids"
-        if tokenizer != "byte"
-        else "bytes of UTF-8, and end-of-text",
+        "biases": biases[config.bias, attn_bias],
+        "output head": "tied to the token embedding" if config.tie_weights else head,
+        "context": f"{config.context_length:,} tokens{cropped}, {positions}",
+        "tokenizer": "UTF-8 bytes and end-of-text" if source.tokenizer == "byte" else tokenizer,
         "weights": dtype,
     }
 
 
-def _use(repo: str, named: bool) -> str:
-    python = (
-        "from transformers import pipeline\n\n"
-        f'write = pipeline("text-generation", "{repo}")\n'
-        'print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])'
-    )
-    shell = f'python infer.py --model_path {repo} --prompt "Once upon a time"'
-    where = "" if named else f"{_code(repo)} stands for this repository, or for the folder that this file is in.\n\n"
-    return f"{where}{_fenced(python, 'python')}\n\nWith flatGPT:\n\n{_fenced(shell, 'sh')}"
-
-
-def _data(state: dict, manifest: dict) -> list[str]:
-    data, repository = state["data"], _repository(manifest)
-    lines = [f"dataset {_code(Path(data['folder']).name)}" if "folder" in data else None]
+def _data_lines(state: dict) -> list[str | None]:
+    data, manifest = state["data"], _manifest(state)
+    repository = _repository(manifest)
+    name = f"dataset {_code(Path(data['folder']).name)}" if "folder" in data else None
     if manifest:
-        lines[0] += f": source {_code(manifest['source'])}, revision {_code(manifest['revision'])}"
-        lines += [f"repository {_code(repository)} on the Hugging Face hub" if repository else None]
-        lines += [f"{key} = {_code(str(manifest[key]))}" for key in ("dump", "sample_size") if key in manifest]
+        name += f": source {_code(manifest['source'])}, revision {_code(manifest['revision'])}"
     tokens = ", ".join(f"{split} {count:,}" for split, count in data.get("tokens", {}).items())
-    lines += [f"tokens: {tokens}" if tokens else None]
-    lines += [f"end-of-text after each document: {'yes' if data['end_of_text'] else 'no'}"]
-    lines += [f"SHA-256 of its manifest: {data['manifest_sha256']}" if "manifest_sha256" in data else None]
-    return [line for line in lines if line]
+    return [
+        name,
+        f"repository {_code(repository)} on the Hugging Face hub" if repository else None,
+        *(f"{key} = {_code(str(manifest[key]))}" for key in ("dump", "sample_size") if key in manifest),
+        f"tokens: {tokens}" if tokens else None,
+        f"end-of-text after each document: {'yes' if data['end_of_text'] else 'no'}",
+        f"SHA-256 of its manifest: {data['manifest_sha256']}" if "manifest_sha256" in data else None,
+    ]
 
 
-def _training(state: dict, row: dict) -> list[str]:
-    config = state["config"]
-    size = f"{state['iter']:,} updates"
-    size += f", {state['tokens']:,} tokens, {state['epoch']:.2f} epochs" if "epoch" in state else ""
-    lines = [size, f"it began with the weights of {_code(_began_with(state))}" if _began_with(state) else None]
-    if config.get("init_from") and not _began_with(state):
-        lines += ["it began with the weights of another model"]
+def _training_lines(source: ModelSource) -> list[str | None]:
+    state, config, row = source.state, source.state["config"], _evaluation(source)
+    size = f", {state['tokens']:,} tokens, {state['epoch']:.2f} epochs" if "epoch" in state else ""
+    lines = [f"{state['iter']:,} updates{size}"]
+    if config.get("init_from"):
+        base = _initial_model(state)
+        lines += [f"started from the weights of {_code(base) if base else 'another model'}"]
     if row:
-        batches = config["eval_batches"]
+        loss, batches = float(row["val_loss"]), config.get("eval_batches")
         part = f"the first {batches:,} batches of {config['batch_size']:,} windows" if batches else "all"
-        loss = float(row["val_loss"])
         lines += [
-            f"validation loss {loss:.4f} nats per token, perplexity {math.exp(min(loss, 700)):,.2f}: the mean over "
-            f"{part} of the val split, in windows of {config['context_length']:,} tokens that do not overlap, "
-            f"computed in {config['dtype']} as training was",
-            f"training loss of the last update {float(row['train_loss']):.4f} nats per token"
-            if row["train_loss"]
-            else None,
+            f"validation loss {loss:.4f} nats per token, perplexity {_perplexity(loss):,.2f}: the mean over {part} of "
+            f"the val split, in windows of {config['context_length']:,} tokens that do not overlap, computed in "
+            f"{config['dtype']} like the training"
         ]
+        if row["train_loss"]:
+            lines += [f"training loss of the last update {float(row['train_loss']):.4f} nats per token"]
     elif state.get("val_loss") is not None:
         lines += [f"validation loss {state['val_loss']:.4f} nats per token, at an evaluation before this checkpoint"]
     ranks = state.get("ranks", 1)
     device = state.get("cpu") if state.get("device") == "cpu" else state.get("device")
-    lines += [f"on {ranks} x {device}" if device and ranks > 1 else f"on {device}" if device else None]
     versions = [f"{key} {state[key]}" for key in ("python", "torch") if state.get(key)]
     if state.get("git_commit"):
         versions += [f"flatGPT {state['git_commit']}" + ", with local changes" * bool(state.get("git_dirty"))]
-    return [line for line in [*lines, ", ".join(versions)] if line]
-
-
-def _limits(config: ModelConfig, state: dict) -> str:
-    unknown = "" if state else " How it was trained, and on what, is not known here."
-    return (
-        "It continues text in the manner of the text that it was trained on, false and offensive statements included; "
-        "it was not taught to follow instructions or to decline them. "
-        f"It sees {config.context_length:,} tokens at once.{unknown}\n\n"
-        "No license is set here: that is for whoever publishes it to choose, and has to fit the data's."
-    )
+    return [*lines, f"on {f'{ranks} x ' * (ranks > 1)}{device}" if device else None, ", ".join(versions)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Markdown
 
 
-def _public(word: str) -> str:
-    """A word of the command line without the folders of an absolute path: --input=/home/me/a.txt, --input=.../a.txt."""
+def _without_folders(word: str) -> str:
+    """Reduce an absolute path in a word of the command line: --input=/home/me/a.txt becomes --input=.../a.txt."""
     key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     windows = PureWindowsPath(value)  # knows both slashes
     if PurePosixPath(value).is_absolute() or windows.is_absolute() or value.startswith("~"):
@@ -265,25 +261,21 @@ def _public(word: str) -> str:
     return key + equals + value
 
 
-def _ticks(text: str, least: int) -> str:
-    """Backticks that cannot be ended from inside the text."""
+def _backticks(text: str, least: int) -> str:
+    """Return more backticks than any run of them in the text."""
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _code(text: str) -> str:
     text = " ".join(text.split())
-    ticks, space = _ticks(text, 1), " " * ("`" in text)
+    ticks, space = _backticks(text, 1), " " * ("`" in text)
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _fenced(text: str, language: str) -> str:
-    ticks = _ticks(text, 3)
+    ticks = _backticks(text, 3)
     return f"{ticks}{language}\n{text}\n{ticks}"
 
 
-def _list(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+def _list(lines: list[str | None]) -> str:
+    return "\n".join(f"- {line}" for line in lines if line)

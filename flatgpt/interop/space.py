@@ -1,7 +1,7 @@
-"""A folder that runs as a Hugging Face Space: app.py, the code it imports, a model, and what describes them.
+"""Make a folder that runs as a Hugging Face Space: app.py, flatgpt/, a model, and the files that describe them.
 
-A Space installs requirements.txt and runs the file that README.md's front matter names
-(huggingface.co/docs/hub/spaces-config-reference). Nothing is fetched there: the tokenizer's files are in the folder.
+A Space installs requirements.txt and runs the file that README.md's metadata names
+(huggingface.co/docs/hub/spaces-config-reference). Nothing is downloaded there: the folder has the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop.hub import hub_name
 from flatgpt.interop.loading import ModelSource
-from flatgpt.interop.model_card import LOCAL, body, front_matter
+from flatgpt.interop.model_card import LOCAL, card_body
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 
-APP, LOG, LICENSE = "app.py", "metrics.csv", "LICENSE"
-SCRIPTS = (APP, "model.py", "config.py")
-# What they import. Imports of other packages are inside functions that app.py does not call.
+LOG, LICENSE = "metrics.csv", "LICENSE"
+SCRIPTS = ("app.py", "model.py", "config.py")
+# What these import. Imports of other packages are in functions that app.py does not call.
 PACKAGES = ("gradio", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "safetensors", "tiktoken", "torch")
-VOCABULARY = "tiktoken_cache"  # app.py has TIKTOKEN_CACHE_DIR name it
-DECLARED = ("requirements.txt", "requirements-extra.txt")
-# Of state.json; the rest is for going on with the run, or is about the machine.
+VOCABULARY = "tiktoken_cache"  # the TIKTOKEN_CACHE_DIR of app.py
+# Keys of state.json that are published. The others are for resuming, or are about the machine.
 PUBLIC = (
     *("format", "iter", "tokens", "epoch", "val_loss", "best_loss", "best_iter", "tokenizer"),
     *("git_commit", "git_dirty", "python", "torch", "device", "cpu", "ranks"),
@@ -34,58 +33,48 @@ CPU_ONLY = """\
 # torch without CUDA, a tenth of the size; for a Space with a GPU, leave out this line
 --extra-index-url https://download.pytorch.org/whl/cpu
 """
-IGNORED = b"__pycache__/\n.gradio/\n"  # come where app.py runs; compiled code has this machine's paths in it
+IGNORED = b"__pycache__/\n.gradio/\n"  # created when app.py runs; compiled code contains paths of this machine
 USE = """\
 ```sh
 pip install -r requirements.txt
 python app.py
 ```
 
-It prints the address to open in a browser. The weights and the tokenizer are in this folder: nothing is fetched."""
+It prints the address to open in a browser. The weights and the tokenizer are in this folder: nothing is downloaded."""
 
 
-def space_files(found: ModelSource, name: str, recipe: str, given: str | None) -> dict[str, bytes | Path]:
-    """{name in the folder: content, or the file to copy}; of a model that is not ours, without the model itself.
+def space_files(source: ModelSource, name: str, recipe: str, given: str | None) -> dict[str, bytes | Path]:
+    """Return {name in the folder: content, or the file to copy}; the weights only of a flatGPT checkpoint.
 
     Args:
-        name: what to call it.
-        recipe: the settings it was trained with, as TOML; empty: not known.
-        given: what the user called the model, a name on the hub say.
+        name: the model's name.
+        recipe: the settings it was trained with, as TOML; empty if unknown.
+        given: the model as the user named it.
 
     Raises:
         UserError: gradio is not installed.
     """
-    version = gradio_version()
+    gradio = gradio_version()
     files: dict[str, bytes | Path] = {}
-    if found.state:
-        files |= {WEIGHTS: found.path / WEIGHTS, STATE: state_file(public_state(found.state, name))}
-        run = found.path.parent.parent if found.path.parent.name == "ckpt" else found.path
+    if source.state:
+        files |= {WEIGHTS: source.path / WEIGHTS, STATE: state_file(public_state(source.state, name))}
+        run = source.path.parent.parent if source.path.parent.name == "ckpt" else source.path
         files |= {LOG: run / LOG} if (run / LOG).is_file() else {}
-    parameters = found.config.num_params()
-    text = body(
-        found.path,
-        found.state,
-        found.config,
-        name=name,
-        tokenizer=found.tokenizer,
-        parameters=parameters,
-        dtype="float32",
-        recipe=recipe,
-        use=USE,
-        as_trained=bool(found.state),
-    )
-    files["README.md"] = f"{_metadata(name, parameters, given, version)}\n\n{text}".encode()
-    files["requirements.txt"] = requirements(version).encode()
-    files[".gitignore"] = IGNORED  # `hf upload` goes by it too
-    files |= code_files() | {LICENSE: REPO_ROOT / LICENSE}  # which wants to be with copies
-    return files | {f"{VOCABULARY}/{key}": data for key, data in tokenizer.vocabulary_files(found.tokenizer).items()}
+    metadata = space_metadata(name, source.config.num_params(), given, gradio)
+    body = card_body(source, name=name, use=USE, recipe=recipe, as_trained=bool(source.state))
+    files["README.md"] = f"---\n{metadata}\n---\n\n{body}".encode()
+    files["requirements.txt"] = requirements(gradio).encode()
+    files[".gitignore"] = IGNORED  # `hf upload` follows it too
+    for file in (*(REPO_ROOT / script for script in (*SCRIPTS, LICENSE)), *(REPO_ROOT / "flatgpt").rglob("*.py")):
+        files[file.relative_to(REPO_ROOT).as_posix()] = file
+    return files | {f"{VOCABULARY}/{key}": data for key, data in tokenizer.vocabulary_files(source.tokenizer).items()}
 
 
 def public_state(state: dict, name: str) -> dict:
-    """state.json of the weights alone, without what would tell of somebody's machine.
+    """Return the parts of state.json that describe the weights and do not identify the user's machine.
 
     Args:
-        name: what to call the run, whose folder is not named.
+        name: replaces the run's folder.
     """
     known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
     config = {key: value for key, value in state["config"].items() if key in known} | {"out_dir": name}
@@ -98,59 +87,43 @@ def public_state(state: dict, name: str) -> dict:
     return kept | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# code
-
-
-def code_files() -> dict[str, Path]:
-    """{name in the folder: file} of all code that app.py may import."""
-    files = [*(REPO_ROOT / name for name in SCRIPTS), *sorted((REPO_ROOT / "flatgpt").rglob("*.py"))]
-    return {file.relative_to(REPO_ROOT).as_posix(): file for file in files}
-
-
 def requirements(gradio: str) -> str:
-    """requirements.txt of the packages, in the versions that the repository asks for."""
-    lines = [
-        line.partition("#")[0].strip() for file in DECLARED for line in (REPO_ROOT / file).read_text().splitlines()
-    ]
+    """Return requirements.txt of PACKAGES, in the versions that the repository requires."""
+    texts = [(REPO_ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-extra")]
+    lines = [line.partition("#")[0].strip() for text in texts for line in text.splitlines()]
     # a name ends where its version, an extra or a marker begins
     declared = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower(): line for line in lines if line[:1].isalpha()}
-    # Spaces install the front matter's version of gradio, whatever is asked for here
-    wanted = declared | {"gradio": f"gradio=={gradio}"}
-    return CPU_ONLY + "".join(f"{wanted[name]}\n" for name in PACKAGES)
+    declared["gradio"] = f"gradio=={gradio}"  # a Space installs the metadata's sdk_version in any case
+    return CPU_ONLY + "".join(f"{declared[name]}\n" for name in PACKAGES)
 
 
 def gradio_version() -> str:
-    """Of the one that is installed, with which the folder can be tried before it is published."""
+    """Return the version of the installed gradio, with which the folder can be tried before it is published."""
     try:
         return importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "--space names the version of gradio to run with, the one that is here, and there is none: "
+            "--space names the version of gradio to run with, that of the installed one, and gradio is not installed: "
             "pip install -r requirements-extra.txt"
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# words
+def space_metadata(name: str, parameters: int, given: str | None, gradio: str):
+    """Return the metadata of a Space, a huggingface_hub SpaceCardData, whose text is YAML."""
+    from huggingface_hub import SpaceCardData
 
-
-def _metadata(name: str, parameters: int, given: str | None, gradio: str) -> str:
     hub = given and hub_name(given)
-    return front_matter(
-        {
-            "title": name,
-            "emoji": "📝",
-            "colorFrom": "blue",
-            "colorTo": "green",
-            "sdk": "gradio",
-            "sdk_version": gradio,
-            "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
-            "app_file": APP,
-            "pinned": False,
-            # the hub takes 60 characters
-            "short_description": f"A language model of {parameters:,} parameters to try out",
-            "tags": ["gpt2", "text-generation", "flatgpt"],
-            **({"models": [hub.partition("@")[0]]} if hub else {}),
-        }
+    return SpaceCardData(
+        title=name,
+        emoji="📝",
+        colorFrom="blue",
+        colorTo="green",
+        sdk="gradio",
+        sdk_version=gradio,
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+        app_file="app.py",
+        pinned=False,
+        short_description=f"A language model of {parameters:,} parameters to try out",  # at most 60 characters
+        tags=["gpt2", "text-generation", "flatgpt"],
+        models=[hub.partition("@")[0]] if hub else None,
     )

@@ -1,8 +1,8 @@
 """The output head and its cross-entropy in one step, which never holds the logits of a whole batch.
 
-A logit's gradient is known as soon as its row is: softmax minus one-hot. So the forward pass goes through the rows in
-chunks, makes logits, turns them into their gradients where they lie, and multiplies these out at once: what is kept for
-the backward pass is as large as the hidden states and the matrix. Sizes in the comments as in model.py; N = B T rows.
+The gradient of a row's logits is known as soon as the logits are: softmax minus one-hot. So the forward pass goes
+through the rows in chunks: it computes logits, replaces them by their gradient and multiplies that out at once. What is
+kept for the backward pass is as large as the hidden states and the matrix. N = B T rows in the comments.
 """
 
 from __future__ import annotations
@@ -14,98 +14,120 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows whose logits are there at once, as many as keep the matrix products busy; and bytes of float32 logits that a
-# softmax goes through at once: on a CPU they stay in its cache (docs/speed.md).
+# Rows whose logits are computed at once: enough to keep the matrix products busy.
 CHUNK_ROWS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+# Bytes of float32 logits that the softmax takes at once: on a CPU they stay in its cache (docs/speed.md).
 SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28, "mps": 2**27}
-MIN_FUSED_LOGITS = 2**21  # logits of a batch that plain operators are as fast for
+MIN_FUSED_LOGITS = 2**21  # up to this many logits of a batch plain operators are as fast
 
 
-def use_fused_loss(rows: int, ids: int) -> bool:
+def use_fused_loss(rows: int, vocab_size: int) -> bool:
     """Whether fused_loss is the faster way to train on so many rows of logits."""
-    return rows * ids > MIN_FUSED_LOGITS and torch.is_grad_enabled()
+    return rows * vocab_size > MIN_FUSED_LOGITS and torch.is_grad_enabled()
 
 
 def fused_loss(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_size: int, one_kernel: Callable | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    vocab_size: int,
+    adjust_logits: Callable[[Tensor], Tensor] = lambda logits: logits,
+    softmax_gradient: Callable | None = None,
 ) -> Tensor:
-    """The mean cross-entropy of the logits x @ weight.T + bias, in nats, a float32 scalar.
+    """The mean cross-entropy of adjust_logits(x @ weight.T + bias), in nats, a float32 scalar.
 
     Args:
         x: (N, C) hidden states.
-        weight: (V, C), V with the vocabulary's padding, which has no say in the loss.
+        weight: (V, C), V with the vocabulary's padding, which does not affect the loss.
         bias: (V) or None.
         targets: (N) int64; -1 where there is none to score.
+        vocab_size: V without the padding.
+        adjust_logits: differentiable function of logits (n, vocab_size), which it does not change in place. If it
+            returns its argument, it costs nothing.
+        softmax_gradient: computes losses and gradients of logits; by default _gradient_in_place.
     """
-    return _FusedLoss.apply(x, weight, bias, targets, vocab_size, one_kernel)
+    probe = x.new_zeros(1, vocab_size)
+    adjusted = adjust_logits(probe)
+    if adjusted.requires_grad:  # it has parameters, whose gradients only plain operators give
+        logits = F.linear(x, weight, bias)[:, :vocab_size]
+        return F.cross_entropy(adjust_logits(logits).float(), targets, ignore_index=-1)
+    adjust = None if adjusted is probe else adjust_logits
+    return _FusedLoss.apply(x, weight, bias, targets, vocab_size, adjust, softmax_gradient or _gradient_in_place)
 
 
 def fused_loss_outside_graph(device: torch.device) -> Callable:
-    """fused_loss for a forward that is compiled: left out of its graph, on CUDA with a kernel for the softmax."""
-    one_kernel = torch.compile(_gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
-    return torch.compiler.disable(partial(fused_loss, one_kernel=one_kernel))
+    """fused_loss for a forward that is compiled: left out of its graph, on CUDA with a compiled softmax."""
+    kernel = torch.compile(_gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
+    return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, V, one_kernel):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        N, low, seen = len(x), weight.to(dtype), (targets >= 0)[:, None]
-        scored, at = (x * seen).to(dtype), targets.clamp(min=0)[:, None]  # (N, C), (N, 1)
-        rows = -(-N // -(-N // CHUNK_ROWS[kind]))  # chunks of equal size, but for the last
+    def forward(ctx, x, weight, bias, targets, V, adjust, softmax_gradient):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        N, low_weight, scored = len(x), weight.to(dtype), (targets >= 0)[:, None]
+        inputs, ids = (x * scored).to(dtype), targets.clamp(min=0)[:, None]  # (N, C), (N, 1)
+        rows = -(-N // -(-N // CHUNK_ROWS[device]))  # chunks of equal size, except for the last
         buffer = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
         losses, dx, dweight = torch.empty(N, 1, device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)
-        # sums over the rows of a chunk can leave float16's range
-        unit = 2**10 if dtype == torch.float16 else 1
-        inputs = scored / unit if unit > 1 else scored
-        for first in range(0, N, rows):
-            part = slice(first, first + rows)
-            logits = torch.mm(scored[part], low.t(), out=buffer[: len(scored[part])])  # (rows, V)
+        scale = 2**10 if dtype == torch.float16 else 1  # sums over the rows of a chunk can exceed float16's range
+        scaled_inputs = inputs / scale if scale > 1 else inputs
+        for start in range(0, N, rows):
+            chunk = slice(start, start + rows)
+            logits = torch.mm(inputs[chunk], low_weight.t(), out=buffer[: len(inputs[chunk])])  # (rows, V padded)
             if bias is not None:
                 logits += bias
-            if one_kernel:
-                losses[part], gradient = one_kernel(logits, at[part], V)
+            if adjust is None:
+                losses[chunk], gradient = softmax_gradient(logits, ids[chunk], V)
             else:
-                losses[part], gradient = _gradient_in_place(logits, at[part], V)
-            dx[part] = gradient @ low
-            dweight.add_(gradient.t() @ inputs[part], alpha=unit)
+                with torch.enable_grad():
+                    raw = logits[:, :V].detach().requires_grad_()
+                    adjusted = adjust(raw)
+                losses[chunk], gradient = softmax_gradient(adjusted.detach().clone(), ids[chunk], V)
+                logits[:, :V] = torch.autograd.grad(adjusted, raw, gradient)[0]
+                logits[:, V:] = 0
+                gradient = logits
+            dx[chunk] = gradient @ low_weight
+            dweight.add_(gradient.t() @ scaled_inputs[chunk], alpha=scale)
             if bias is not None:
-                dbias += (gradient.t() @ seen[part].to(dtype))[:, 0]
-        ctx.scored = seen.sum()
-        ctx.save_for_backward(dx.mul_(seen), dweight, dbias)
-        return (losses * seen).sum() / ctx.scored
+                dbias += (gradient.t() @ scored[chunk].to(dtype))[:, 0]
+        ctx.count = scored.sum()
+        ctx.save_for_backward(dx.mul_(scored), dweight, dbias)
+        return (losses * scored).sum() / ctx.count
 
     @staticmethod
     def backward(ctx, gradient):
-        scale = gradient / ctx.scored
-        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None
+        scale = gradient / ctx.count
+        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
 
-def _gradient_in_place(logits: Tensor, at: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """The losses, (n, 1), of the ids `at`, (n, 1), and the logits' gradients, (n, V padded), where the logits were."""
+def _gradient_in_place(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """Losses (n, 1) of the target ids (n, 1), and the gradient of the logits (n, V padded), which it overwrites."""
     n, padded = logits.shape
     rows = min(n, max(1, SOFTMAX_BYTES[logits.device.type] // (4 * padded)))
-    # set aside once: memory of this size is given back to the system each time, and finding it anew takes longest
-    wide, chances = torch.empty(2, rows, padded, device=logits.device)
+    # Allocated once: memory of this size goes back to the system each time, and to get it again takes longest.
+    logits32, probs = torch.empty(2, rows, padded, device=logits.device)
     losses = torch.empty(n, 1, device=logits.device)
-    for first in range(0, n, rows):
-        part = slice(first, first + rows)
-        f, p, here = wide[: len(at[part])], chances[: len(at[part])], at[part]
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        part_ids = ids[part]
+        f, p = logits32[: len(part_ids)], probs[: len(part_ids)]
         f.copy_(logits[part])
         f[:, V:] = -torch.inf
         torch.softmax(f, -1, out=p)
-        # The largest p, at least 1 / V, says the sum of exponentials without another pass. It is added last: large
-        # logits would round it away.
-        losses[part] = f.amax(-1, keepdim=True) - f.gather(1, here) - p.amax(-1, keepdim=True).log()
-        p.scatter_(1, here, p.gather(1, here) - 1)
+        # The largest p, at least 1 / V, gives the log of the sum of exponentials without another pass. It is added
+        # last: large logits would round it away.
+        losses[part] = f.amax(-1, keepdim=True) - f.gather(1, part_ids) - p.amax(-1, keepdim=True).log()
+        p.scatter_(1, part_ids, p.gather(1, part_ids) - 1)
         logits[part] = p
     return losses, logits
 
 
-def _gradient_in_one_kernel(logits: Tensor, at: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """The same for a compiler, which fuses it all."""
+def _gradient_in_one_kernel(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The same, but not in place, in operators that torch.compile fuses."""
     column = torch.arange(logits.size(1), device=logits.device)
     log_p = F.log_softmax(torch.where(column < V, logits.float(), -torch.inf), -1)
-    return -log_p.gather(1, at), (log_p.exp() - (column == at).float()).type_as(logits)
+    return -log_p.gather(1, ids), (log_p.exp() - (column == ids).float()).type_as(logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -85,6 +86,13 @@ class StepClock:
             loss.item()
             self.warm = True
             self.start()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that passes inside."""
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
 
     def ms_per_update(self) -> float | None:
         """Return milliseconds per update since `start`; None before the first counted update."""

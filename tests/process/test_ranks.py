@@ -340,11 +340,11 @@ def high_scale(machine: "device.DeviceSettings") -> torch.amp.GradScaler:
 
 
 PREPARED = f"""
-import os, torch; from flatgpt.runtime import device as runtime
+import os, torch; from flatgpt.runtime import device as runtime, stop
 {inspect.getsource(high_scale)}
 runtime.DeviceSettings.scaler = high_scale
 if os.environ["RANK"] == "1":
-    runtime.StopRequest.reason = lambda self: 0
+    stop.StopRequest.reason = lambda self: 0
 """
 # What a model in parts has gathered while it computes.
 WATCHED = """

@@ -1,4 +1,4 @@
-"""A folder that looks like a checkout of nanoGPT: a model of two tables, and a train.py that says what it was given."""
+"""A folder that looks like a checkout of nanoGPT: a model of two tables, and a train.py that records its arguments."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        self.asked = (weight_decay, learning_rate, betas, device_type)
+        self.optimizer_words = (weight_decay, learning_rate, betas, device_type)
         GPT.made = self
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
@@ -60,8 +60,8 @@ print("step 250: train loss 2.0000, val loss 2.1000")
 """
 
 
-def nanogpt(folder: Path) -> Path:
-    """The folder, made."""
+def nanogpt_checkout(folder: Path) -> Path:
+    """Make the folder."""
     (folder / "config").mkdir(parents=True)
     (folder / "model.py").write_text(MODEL)
     (folder / "train.py").write_text(TRAIN)

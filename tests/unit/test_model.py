@@ -1,116 +1,42 @@
-"""model.py against transformers, torch's own functions and arithmetic by hand."""
+"""model.py against torch's own functions, arithmetic by hand and a copy in float64; parity/ has transformers."""
 
+import copy
 import dataclasses
 import math
-import subprocess
-import sys
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import ROOT
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from random_models import SMALL, T, V, random_ids, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_module
-from config import ModelConfig
+from config import ModelConfig, SamplingConfig
+from flatgpt.evaluation.metrics import mean_loss, measure
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.prepacking import prepack
+from flatgpt.inference.sampling import generate_batch
 from flatgpt.kernels import cross_entropy
-from model import GPT, KVCache, RotaryEmbedding, causal_attention, fused_attention, manual_attention, rotate
+from model import GPT
 
+B = 3
 GPT2 = ModelConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50257)
-B, T, V = 3, 16, 50  # V is no multiple of 64: the vocabulary is padded inside
-IDS = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-TARGETS = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2))
-KINDS = [
-    {"position": position, "attention": attention}
-    for position in ("learned", "rope")
-    for attention in ("flash", "manual")
-]
+IDS, TARGETS = random_ids(seed=1), random_ids(seed=2)
+HEADS = pytest.mark.parametrize(
+    "head", [{}, {"tie_weights": False}, {"tie_weights": False, "head_bias": True}], ids=["tied", "untied", "biased"]
+)
+POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
 
 
-def config(**changes) -> ModelConfig:
-    return dataclasses.replace(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=T, vocab_size=V), **changes)
-
-
-def fresh(seed: int = 0, **changes) -> GPT:
+def fresh(**changes) -> GPT:
     """A small model as training starts it."""
-    torch.manual_seed(seed)
-    return GPT(config(**changes))
-
-
-def lively(seed: int = 0, **changes) -> GPT:
-    """A small model with large random numbers in every parameter, biases and gains too: a mistake in any shows.
-    In eval mode."""
-    model = fresh(seed, **changes)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2)
-    return model.eval()
+    torch.manual_seed(0)
+    return GPT(dataclasses.replace(SMALL, **changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# parity
-
-
-def hugging_face(model: GPT):
-    """transformers' GPT-2 with the same weights; its Conv1D matrices lie transposed, its vocabulary is not padded."""
-    import transformers
-
-    c = model.config
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_embd=c.n_embd,
-            n_positions=c.context_length,
-            vocab_size=c.vocab_size,
-            tie_word_embeddings=c.tie_weights,
-            attn_implementation="eager",
-        )
-    ).eval()
-    ours = model.state_dict()
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.copy_(ours[name].T if "c_" in name and p.dim() == 2 else ours[name][: p.size(0)])
-    return theirs
-
-
-@pytest.mark.parametrize("tie_weights", [True, False])
-@pytest.mark.parametrize("attention", ["flash", "manual"])
-def test_logits_and_loss_equal_hugging_faces(attention, tie_weights):
-    model = lively(attention=attention, tie_weights=tie_weights)
-    theirs = hugging_face(model)
-    with torch.no_grad():
-        answer = theirs(IDS, labels=IDS)  # labels are shifted inside
-        assert (model(IDS) - answer.logits).abs().max() < 1e-4
-        assert model(IDS[:, :-1], IDS[:, 1:]).item() == pytest.approx(answer.loss.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("tie_weights", [True, False])
-def test_state_dict_has_hugging_faces_names(tie_weights):
-    model = fresh(tie_weights=tie_weights)
-    theirs = {n for n in hugging_face(model).state_dict() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
-    assert set(model.state_dict()) == theirs - ({"lm_head.weight"} if tie_weights else set())
-
-
-def test_rope_stores_no_positions():
-    assert set(fresh(position="rope").state_dict()) == set(fresh().state_dict()) - {"transformer.wpe.weight"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sizes
-
-
-def on_meta(**changes) -> GPT:
-    return GPT.on_meta_device(dataclasses.replace(GPT2, **changes))
-
-
-def test_a_model_without_values_takes_no_memory_and_no_compiler():
-    """Random numbers on the meta device import torch._dynamo, which takes a second."""
-    assert {p.device.type for p in on_meta(tie_weights=False, head_bias=True).parameters()} == {"meta"}
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import GPT; from config import ModelConfig; "
-    code += "GPT.on_meta_device(ModelConfig(vocab_size=99, tie_weights=False)); print('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+# sizes, initial weights, storage
 
 
 @pytest.mark.parametrize(
@@ -123,16 +49,26 @@ def test_a_model_without_values_takes_no_memory_and_no_compiler():
         ({"position": "rope"}, 124_439_808 - 1024 * 768),
         # per block 9 C of biases in Linear and 2 C in LayerNorm, and ln_f's C
         ({"bias": False}, 124_439_808 - (12 * 11 + 1) * 768),
+        ({"attn_bias": False}, 124_439_808 - 12 * 4 * 768),
+        ({"bias": False, "attn_bias": True}, 124_439_808 - (12 * 7 + 1) * 768),
     ],
 )
 def test_number_of_parameters(changes, parameters):
-    assert on_meta(**changes).num_params() == parameters
+    """Also counted from the tensors, of which the head's and the embedding's have rows of padding."""
+    model = GPT.on_meta_device(dataclasses.replace(GPT2, **changes))
+    V = model.config.vocab_size
+    tensors = list(model.parameters())
+    assert {p.device.type for p in tensors} == {"meta"}
+    rows = [V if p.size(0) == 50304 else p.size(0) for p in tensors]
+    assert sum(n * p[0].numel() for n, p in zip(rows, tensors, strict=True)) == parameters
+    assert model.num_params() == parameters
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False}, {"position": "rope"}])
 def test_flops_per_token_by_hand(changes):
     """6 (124,439,808 - 1024 * 768) + 12 * 12 * 768 * 1024; an untied head costs what a tied one costs."""
-    assert on_meta(**changes).flops_per_token() == 741_920_256 + 113_246_208
+    model = GPT.on_meta_device(dataclasses.replace(GPT2, **changes))
+    assert model.flops_per_token() == 741_920_256 + 113_246_208
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
@@ -145,316 +81,268 @@ def test_flops_per_token_equal_what_torch_counts(tie_weights):
     assert counter.get_total_flops() == B * T * (model.flops_per_token() - 6 * vectors)
 
 
+@HEADS
+def test_initial_weights(head):
+    """GPT-2's: 0.02, and 0.02 / sqrt(2 n_layer) = 0.005 for what is added to the residual stream."""
+    model = fresh(n_layer=8, n_embd=64, **head)
+    for name, p in model.named_parameters():
+        if name.endswith(".bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.005 if "c_proj" in name else 0.02
+            assert p[:V].std().item() == pytest.approx(expected, rel=0.08), name
+            assert abs(p[:V].mean()) < 0.1 * expected, name
+    assert not model.lm_head.weight[V:].any()
+    assert model(IDS, TARGETS).item() == pytest.approx(math.log(V), abs=0.1)  # a guess among the real ids
+
+
+@HEADS
+@pytest.mark.parametrize("how", ["copy", "assign", "assign on meta"])
+def test_a_tied_head_is_one_parameter_stored_once(head, how):
+    """Also of a state dict in which both names are, as transformers has them."""
+    model, tied = small_model(**head), not head
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    assert ("lm_head.weight" in weights) is not tied
+    assert len(list(model.parameters())) == len(weights)
+    for more in ({}, {"lm_head.weight": weights["transformer.wte.weight"].clone()} if tied else {}):
+        other = GPT.on_meta_device(model.config).eval() if how == "assign on meta" else small_model(seed=1, **head)
+        other.load_state_dict(weights | more, assign=how != "copy")
+        assert (other.lm_head.weight is other.transformer.wte.weight) is tied
+        assert all(p.requires_grad for p in other.parameters())
+        assert torch.equal(other(IDS), model(IDS))
+        other(IDS, TARGETS).backward()
+        assert other.lm_head.weight.grad is not None
+    other = other.double()
+    assert (other.lm_head.weight is other.transformer.wte.weight) is tied
+    weights.pop("transformer.wte.weight")
+    with pytest.raises(RuntimeError, match=r"transformer\.wte\.weight"):
+        other.load_state_dict(weights)
+
+
+@HEADS
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_independent(copied, head):
+    model = small_model(**head)
+    other, before = copied(model), model(IDS)
+    assert (other.lm_head.weight is other.transformer.wte.weight) is not head
+    other.load_state_dict(small_model(seed=1, **head).state_dict(), assign=True)
+    assert torch.equal(model(IDS), before)
+    assert torch.equal(other(IDS), small_model(seed=1, **head)(IDS))
+
+
+def test_rope_stores_no_positions():
+    assert set(fresh(position="rope").state_dict()) == set(fresh().state_dict()) - {"transformer.wpe.weight"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# vocabulary and loss
+# logits and loss
 
 
-@pytest.mark.parametrize("tie_weights", [True, False])
-def test_first_loss_is_that_of_a_guess_among_the_real_ids(tie_weights):
-    """257 ids are padded to 320; ln 257 = 5.549, ln 320 = 5.768."""
-    model = fresh(vocab_size=257, tie_weights=tie_weights)
-    assert model(IDS, TARGETS).item() == pytest.approx(math.log(257), abs=0.05)
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_weights": False}, {"tie_weights": False, "head_bias": True}], ids=["tied", "untied", "biased"]
-)
-def test_padding_of_the_vocabulary_has_no_say(changes):
-    model = lively(**changes)
+@HEADS
+def test_padding_of_the_vocabulary_affects_nothing(head):
+    model = small_model(**head)
     logits, loss = model(IDS), model(IDS, TARGETS)
     assert logits.shape == (B, T, V)
     loss.backward()
     tables = [p for p in model.parameters() if p.size(0) == 64]
-    assert len(tables) == 1 + len(changes)
+    assert len(tables) == 1 + len(head)
     for table in tables:
         assert table.grad[:V].any()
         assert not table.grad[V:].any()
         with torch.no_grad():
             table[V:] = 100.0
+    with torch.no_grad():
+        padded = model.compute_logits(model.hidden_states(IDS), padded=True)
     assert torch.equal(model(IDS), logits)
     assert torch.equal(model(IDS, TARGETS), loss)
-    assert model(IDS, cache=new_cache(model)).shape == (B, 1, V)
+    assert torch.equal(padded[..., :V], logits)
+    assert (padded[..., V:] == -torch.inf).all()
 
 
-def test_targets_of_minus_one_are_not_scored():
-    model = lively()
-    targets = TARGETS.clone()
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_targets_of_minus_one_are_not_scored(rows, monkeypatch):
+    """The mean and each loss; in chunks of `rows` rows."""
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", rows)
+    model, targets = small_model(), TARGETS.clone()
     targets[0, 5:] = -1
     targets[2, ::2] = -1
-    chances = model(IDS).double().log_softmax(-1)
-    losses = [-chances[b, t, targets[b, t]].item() for b in range(B) for t in range(T) if targets[b, t] >= 0]
-    assert model(IDS, targets).item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    log_probs = model(IDS).detach().double().log_softmax(-1)
+    losses = -log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+    found = model(IDS, targets, reduction="none")
+    torch.testing.assert_close(found.double(), losses.flatten(), rtol=1e-5, atol=1e-6)
+    assert found[targets.flatten() < 0].tolist() == [0] * int((targets < 0).sum())
+    assert model(IDS, targets).item() == pytest.approx(float(losses.sum() / (targets >= 0).sum()), rel=1e-6)
+    with pytest.raises(ValueError, match="medium"):
+        model(IDS, targets, reduction="medium")
 
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_loss_is_float32_where_products_are_bfloat16(autocast):
-    model = lively() if autocast else lively().bfloat16()
+    model = small_model() if autocast else small_model().bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert model(IDS).dtype == torch.bfloat16
         assert model(IDS, TARGETS).dtype == torch.float32
 
 
-def test_one_batch_can_be_learned_by_heart():
-    model = fresh()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        loss = model(IDS, TARGETS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# attention and positions
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
-@pytest.mark.parametrize("t", [1, 7, 15])
-def test_no_token_sees_the_future(kind, t):
-    model = lively(**kind)
-    changed = IDS.clone()
-    changed[:, t] = (changed[:, t] + 1) % V
-    before, after = model(IDS), model(changed)
-    torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
-    assert ((after - before)[:, t:].abs().amax(dim=(0, 2)) > 1e-3).all()  # the past is seen
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_manual_attention_equals_flash(bf16, monkeypatch):
-    """530 tokens: up to 512, bf16 on a CPU takes the manual way in any case."""
-    fused = []
-    torchs = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: fused.append(1) or torchs(*a, **k))
-    ids = torch.randint(V, (1, 530), generator=torch.Generator().manual_seed(3))
-    logits = {}
-    for attention in ("flash", "manual"):
-        model = lively(context_length=530, attention=attention)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.no_grad():
-            logits[attention] = model(ids).float()
-        assert len(fused) == model.config.n_layer  # by the first; the second adds none
-    torch.testing.assert_close(logits["manual"], logits["flash"], rtol=0, atol=0.15 if bf16 else 1e-5)
-
-
-@pytest.mark.parametrize(("n_embd", "heads"), [(12, 2), (8, 4)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_manual_attention_equals_a_loop(causal, n_embd, heads):
-    q, k, v = torch.randn(3, 2, heads, 5, n_embd // heads, generator=torch.Generator().manual_seed(0)).double()
-    expected = torch.zeros_like(q)
-    for b, h, t in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        seen = range(t + 1) if causal else range(5)
-        likeness = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(n_embd // heads)) for s in seen]
-        expected[b, h, t] = sum(w / sum(likeness) * v[b, h, s] for w, s in zip(likeness, seen, strict=True))
-    got = causal_attention(q, k, v, 0.0) if causal else manual_attention(q, k, v, None)
-    torch.testing.assert_close(got, expected)
-
-
-def test_manual_attention_does_not_see_what_is_hidden():
-    q, k, v = torch.randn(3, 2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    mask[0, ..., 2:] = False
-    got = manual_attention(q, k, v, mask)
-    torch.testing.assert_close(got[0], manual_attention(q[:1], k[:1, :, :2], v[:1, :, :2], None)[0])
-    torch.testing.assert_close(got[1], manual_attention(q, k, v, None)[1])
-
-
-def test_odd_head_sizes_are_filled_up_for_the_kernel(monkeypatch):
-    """57, GPT2's: the kernel sees 64, the result and the gradients are those of 57."""
-    seen = []
-    torchs = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(a[0].shape[-1]) or torchs(*a, **k)
-    )
-    qkv = torch.randn(3, 2, 3, 6, 57, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    results = {}
-    for attention in (fused_attention, causal_attention):
-        y = attention(*qkv, 0.0)
-        results[attention] = y, *torch.autograd.grad(y.square().sum(), qkv)
-    assert seen == [64]
-    assert results[fused_attention][0].shape == (2, 3, 6, 57)
-    for fused, manual in zip(*results.values(), strict=True):
-        torch.testing.assert_close(fused, manual, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("head_size", [32, 57, 64])
-def test_gpu_has_a_fused_kernel_for_every_head_size(head_size):
-    """The only kernels that a T4 has, in float16; where none fits, torch raises."""
-    q, k, v = torch.randn(3, 2, 4, 128, head_size, device="cuda", dtype=torch.float16).requires_grad_()
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        y = fused_attention(q, k, v, 0.0)
-        y.sum().backward()
-    torch.testing.assert_close(y, causal_attention(q, k, v, 0.0), rtol=0, atol=5e-3)
-
-
-def test_rotary_is_a_turn_of_complex_numbers():
-    """RoFormer's definition: the pair (x_j, x_j+D/2) as a complex number, times exp(i position / 10,000^(2j/D))."""
-    x = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
-    pairs = torch.complex(x[..., :8], x[..., 8:]).to(torch.complex128)
-    speed = 10_000 ** (-2 * torch.arange(8).double() / 16)
-    angle = torch.outer(torch.arange(7, 12).double(), speed)
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)
-    rotary = RotaryEmbedding(config(position="rope"))
-    places = torch.arange(7, 12)
-    expected = torch.cat((turned.real, turned.imag), -1).float()
-    torch.testing.assert_close(rotate(x, rotary(places)), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        rotate(x, rotary(torch.stack((places, places)))), expected, rtol=0, atol=1e-5
-    )  # a row each
-    assert rotate(x.bfloat16(), rotary(places)).dtype == torch.bfloat16
-
-
-def test_rotary_sees_distances_only_and_keeps_lengths():
-    rotary = RotaryEmbedding(config(position="rope"))
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
-    at = torch.arange(T)[:, None]
-    products = {
-        (m, n): (rotate(q, rotary(at[m])) * rotate(k, rotary(at[n]))).sum().item() for m in range(T) for n in range(T)
-    }
-    for (m, n), product in products.items():
-        first = products[(m - n, 0)] if m >= n else products[(0, n - m)]
-        assert product == pytest.approx(first, abs=1e-5)
-    assert max(products.values()) - min(products.values()) > 1
-    lengths = torch.stack([rotate(q, rotary(m)).norm() for m in at])
-    torch.testing.assert_close(lengths, q.norm().expand(T))
-
-
-@pytest.mark.parametrize("position", ["learned", "rope"])
-def test_order_of_the_past_matters(position):
-    """One block without positions would give the same answer for a past in another order."""
-    model = lively(n_layer=1, position=position)
-    swapped = IDS.clone()
-    swapped[:, [0, 1]] = IDS[:, [1, 0]]
-    assert (model(swapped) - model(IDS))[:, -1].abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
-@pytest.mark.parametrize("prompt", [1, 5, T])
-def test_logits_through_the_cache_equal_those_without(kind, prompt):
-    """With one place for all rows, and with a place for each."""
-    model = lively(**kind)
-    expected = model(IDS).detach()
-    for place in (int, lambda t: torch.full((B,), t)):
-        cache, got = new_cache(model), []
-        with torch.no_grad():
-            for t in range(prompt - 1, T):
-                cache.position = place(t) if t >= prompt else 0
-                got.append(model(IDS[:, : t + 1] if t < prompt else IDS[:, t : t + 1], cache=cache))
-        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("position", ["learned", "rope"])
-def test_rows_of_a_cache_may_differ_in_length(position):
-    """Each row's logits are those of its own text; what lies in places that it has not come to does not matter."""
-    model, cache = lively(position=position), None
-    lengths = [3, T - 2, 5, 1][:B]
-    assert len(set(lengths)) == B
-    with torch.no_grad():
-        cache = new_cache(model)
-        model(IDS, cache=cache)  # all places hold something
-        cache.position, cache.key_length = torch.tensor(lengths), T - 1
-        got = model(torch.stack([IDS[row, n] for row, n in enumerate(lengths)])[:, None], cache=cache)
-        for row, n in enumerate(lengths):
-            torch.testing.assert_close(got[row, 0], model(IDS[row : row + 1, : n + 1])[0, -1], rtol=0, atol=1e-5)
-
-
-def new_cache(model: GPT) -> KVCache:
-    return KVCache(model.config, B, T, torch.device("cpu"), torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# switches
-
-
-def biases(**changes) -> set[str]:
-    """Modules of the first block and of the end that have a bias."""
-    names = {n.removesuffix(".bias") for n, _ in fresh(**changes).named_parameters() if n.endswith(".bias")}
-    return {n.removeprefix("transformer.").removeprefix("h.0.") for n in names if "h.1." not in n}
-
-
-ATTENTION, REST = {"attn.c_attn", "attn.c_proj"}, {"mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2", "ln_f"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, ATTENTION | REST),
-        ({"bias": False}, set()),
-        ({"attn_bias": False}, REST),
-        ({"bias": False, "attn_bias": True}, ATTENTION),
-        ({"tie_weights": False}, ATTENTION | REST),
-        ({"tie_weights": False, "bias": False, "head_bias": True}, {"lm_head"}),
-    ],
-)
-def test_bias_switches(changes, expected):
-    assert biases(**changes) == expected
-
-
 def test_head_bias_is_added_to_the_logits():
-    model = lively(tie_weights=False, head_bias=True)
-    before = model(IDS)
-    shift = torch.linspace(-3, 3, V)
+    model = small_model(tie_weights=False, head_bias=True)
+    before, shift = model(IDS), torch.linspace(-3, 3, V)
     with torch.no_grad():
         model.lm_head.bias[:V] += shift
     torch.testing.assert_close(model(IDS) - before, shift.expand(B, T, V), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ratio", "hidden"), [(4.0, 128), (2.5, 80), (2.74, 88)])
-def test_mlp_ratio(ratio, hidden):
-    mlp = fresh(mlp_ratio=ratio).transformer.h[0].mlp
-    assert mlp.c_fc.weight.shape == (hidden, 32)
-    assert mlp.c_proj.weight.shape == (32, hidden)
+# ---------------------------------------------------------------------------------------------------------------------
+# adjust_logits
 
 
-@pytest.mark.parametrize(
-    ("name", "torchs"),
-    [("gelu_tanh", torch.nn.GELU("tanh")), ("gelu", torch.nn.GELU()), ("relu", torch.nn.ReLU())],
-)
-def test_activation(name, torchs):
-    mlp = lively(activation=name).transformer.h[1].mlp
-    x = 3 * torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    expected = torchs(x @ mlp.c_fc.weight.T + mlp.c_fc.bias) @ mlp.c_proj.weight.T + mlp.c_proj.bias
-    torch.testing.assert_close(mlp(x), expected, rtol=0, atol=1e-5)
-    assert set(model_module.ACTIVATIONS) == set(ModelConfig.__dataclass_fields__["activation"].metadata["choices"])
+def capped(logits: torch.Tensor) -> torch.Tensor:
+    return 15 * torch.tanh(logits / 15)
+
+
+def plain_logits(model: GPT, ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Capped logits, (B, T, V), by plain operators."""
+    return capped(F.linear(model.hidden_states(ids), model.lm_head.weight, model.lm_head.bias)[..., :vocab_size])
+
+
+@pytest.fixture(params=["edited", "subclass"])
+def soft_cap(request, monkeypatch):
+    """Models whose logits are capped, by an edit of model.py or by a subclass."""
+
+    class Capped(GPT):
+        def adjust_logits(self, logits):
+            return capped(logits)
+
+    if request.param == "subclass":
+        return Capped
+    monkeypatch.setattr(GPT, "adjust_logits", lambda self, logits: capped(logits))
+    return GPT
+
+
+@HEADS
+@pytest.mark.parametrize("case", ["plain loss", "small chunks", "above 2M logits"])
+def test_soft_cap_changes_training(case, head, soft_cap, monkeypatch):
+    """Loss and gradients are those of plain operators in float64; some logits are near the cap."""
+    size, ids, targets = V, IDS, TARGETS.clone()
+    if case == "small chunks":
+        monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", 0)
+        monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 20)
+        monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cpu", 7 * 64 * 4)
+    if case == "above 2M logits":
+        size, ids, targets = 50_000, random_ids(vocab_size=50_000), random_ids(seed=2, vocab_size=50_000)
+        assert ids.numel() * size > 2**21
+    targets[1, 3:6] = -1
+    model = small_model(model_class=soft_cap, std=1.0, vocab_size=size, **head)
+    used = []
+    model.fused_loss = lambda *args: used.append(1) or cross_entropy.fused_loss(*args)
+    loss = model(ids, targets)
+    loss.backward()
+    assert len(used) == (case != "plain loss")
+    reference = copy.deepcopy(model).double()
+    logits = plain_logits(reference, ids, size)
+    assert (logits.abs() > 8).double().mean() > 0.01
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    reference.zero_grad()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() < 1e-4 * q.grad.abs().max(), name
+
+
+@HEADS
+@torch.no_grad()
+def test_soft_cap_changes_evaluation_and_sampling(head, soft_cap):
+    """Each token's loss, the figures of eval.py, and the probabilities of infer.py's steps, in int8 too."""
+    model = small_model(model_class=soft_cap, std=1.0, **head)
+    logits = plain_logits(model, IDS, V)
+    losses = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), reduction="none")
+    torch.testing.assert_close(model(IDS, TARGETS, reduction="none"), losses)
+    batches = [(IDS.numpy(), TARGETS.numpy())]
+    assert mean_loss(model, batches, torch.from_numpy) == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert measure(model, batches, torch.from_numpy).loss_sum == pytest.approx(losses.sum().item(), rel=1e-5)
+    for quantize, tolerance in ((None, 1e-3), ("int8", 4.0)):
+        decoder = Decoder(prepack(copy.deepcopy(model), torch.float32, quantize) if quantize else model)
+        seen, prompt = [], IDS[0, :4].tolist()
+        options = SamplingConfig(temperature=1.0)
+        steps = generate_batch(decoder, [prompt], 6, options, on_sample=lambda found, _: seen.append(found[0]))  # noqa: B023
+        text = torch.tensor([prompt + [step[0] for step in steps]])
+        expected = plain_logits(model, text, V)[0, 3:9]
+        torch.testing.assert_close(torch.stack(seen).float(), expected, rtol=0, atol=tolerance)
+        assert max(found.abs().max() for found in seen) <= 15
+
+
+def test_adjust_logits_with_a_parameter_trains_it(monkeypatch):
+    """The fused loss, which has no gradient for it, is not used."""
+
+    class Scaled(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+        def adjust_logits(self, logits):
+            return self.scale * logits
+
+    found = []
+    for fewest in (0, 10**9):
+        monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", fewest)
+        model = small_model(model_class=Scaled)
+        model(IDS, TARGETS).backward()
+        found.append([p.grad for p in model.parameters()])
+        assert model.scale.grad.abs() > 0.01
+    torch.testing.assert_close(*found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention, positions, dropout
+
+
+@POSITIONS
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_a_token_sees_the_past_in_order_and_not_the_future(position, attention):
+    model = small_model(n_layer=1, position=position, attention=attention)
+    before = model(IDS)
+    for t in (1, 7, 15):
+        changed = IDS.clone()
+        changed[:, t] = (changed[:, t] + 1) % V
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
+        assert ((after - before)[:, t:].abs().amax(dim=(0, 2)) > 1e-3).all()
+    swapped = IDS.clone()
+    swapped[:, [0, 1]] = IDS[:, [1, 0]]
+    assert (model(swapped) - before)[:, -1].abs().max() > 1e-3
 
 
 def test_dropout_zeroes_its_share_in_training_and_nothing_in_evaluation():
-    """On the embedding and on what each block adds; the three places that GPT-2 has besides the attention weights."""
-    model = lively(dropout=0.25, n_embd=64, context_length=64)
-    ids = torch.randint(V, (8, 64), generator=torch.Generator().manual_seed(0))
-    seen = {}
+    """Of the embedding and of what each block adds."""
+    model = small_model(dropout=0.25, n_embd=64, context_length=64)
+    ids, seen = random_ids(8, 64), {}
     for name in ("drop", "h.0.attn", "h.1.mlp"):
         module = model.transformer.get_submodule(name)
         module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (out == 0).float().mean()}))
-    expected = lively(n_embd=64, context_length=64)(ids)
-    torch.testing.assert_close(model(ids), expected)
+    torch.testing.assert_close(model(ids), small_model(n_embd=64, context_length=64)(ids))
     assert max(seen.values()) == 0
-    model.train()
-    model(ids)
+    model.train()(ids)
     assert [share.item() for share in seen.values()] == pytest.approx([0.25] * 3, abs=0.02)
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
-def test_dropout_of_attention_weights(attention):
-    """With every other dropout off, what is left to chance is the attention weights; their mean is kept."""
-    attn = lively(dropout=0.5, attention=attention).transformer.h[0].attn
+def test_attention_weights_are_dropped_in_training_only(attention):
+    attn = small_model(dropout=0.5, attention=attention).transformer.h[0].attn
+    attn.resid_dropout.p = 0.0
     x = torch.randn(1, T, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = attn(x)
-        attn.train()
-        attn.resid_dropout.eval()
-        torch.manual_seed(0)
-        dropped = attn(x.expand(4000, T, 32))
-    assert (dropped[0] - dropped[1]).abs().max() > 0.1
-    torch.testing.assert_close(dropped.mean(0), expected[0], rtol=0, atol=0.1)
+    assert torch.equal(attn(x), attn(x))
+    attn.train()
+    assert (attn(x) - attn(x)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("position", ["learned", "rope"])
+@POSITIONS
 def test_activation_checkpointing_changes_nothing_but_memory(position):
-    """Dropout is on: the second run of a block has to draw the masks of the first."""
+    """With dropout: the second pass through a block has to draw the masks of the first."""
     answers = {}
     for on in (False, True):
-        model = lively(activation_checkpointing=on, dropout=0.2, position=position).train()
+        model = small_model(activation_checkpointing=on, dropout=0.2, position=position).train()
         entered = []
         model.transformer.h[0].mlp.register_forward_pre_hook(lambda m, args, entered=entered: entered.append(1))
         torch.manual_seed(5)
@@ -465,70 +353,81 @@ def test_activation_checkpointing_changes_nothing_but_memory(position):
     torch.testing.assert_close(answers[True], answers[False])
 
 
-@pytest.mark.parametrize("tie_weights", [True, False])
-def test_initialisation(tie_weights):
-    """GPT-2's: 0.02, and 0.02 / sqrt(2 n_layer) = 0.005 for what is added to the residual stream."""
-    model = fresh(n_layer=8, n_embd=64, context_length=64, tie_weights=tie_weights)
-    for name, p in model.named_parameters():
-        if name.endswith(".bias"):
-            assert not p.any(), name
-        elif p.dim() == 1:
-            assert (p == 1).all(), name
-        else:
-            expected = 0.005 if "c_proj" in name else 0.02
-            assert p[:V].std().item() == pytest.approx(expected, rel=0.06), name
-            assert abs(p[:V].mean()) < 0.1 * expected, name
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# what only a GPU shows
+# cache, text
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind.values()))
-def test_logits_on_the_gpu_equal_those_of_the_cpu(kind):
-    model = lively(**kind)
-    with torch.no_grad():
-        expected = model(IDS)
-        assert torch.get_float32_matmul_precision() == "highest"  # no TF32
-        got = model.cuda()(IDS.cuda()).cpu()
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+def new_cache(model: GPT, capacity: int = T) -> KVCache:
+    return KVCache(model.config, B, capacity, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.gpu
-def test_manual_attention_equals_flash_on_the_gpu():
-    ids = torch.randint(V, (4, 256), generator=torch.Generator().manual_seed(3)).cuda()
-    logits = {}
-    for attention in ("flash", "manual"):
-        model = lively(n_embd=128, context_length=256, attention=attention).cuda()
-        with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
-            logits[attention] = model(ids).float()
-    difference = (logits["manual"] - logits["flash"]).abs()
-    assert difference.max() < 0.05 * logits["flash"].abs().max()
-    assert difference.mean() < 0.005 * logits["flash"].abs().max()
+@POSITIONS
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+@pytest.mark.parametrize("prompt", [1, 5, T])
+@torch.no_grad()
+def test_logits_with_a_cache_equal_those_without(prompt, attention, position):
+    """With one position for all rows, which the model advances, and with one for each row."""
+    model = small_model(position=position, attention=attention)
+    expected = model(IDS)
+    for per_row in (False, True):
+        cache = new_cache(model)
+        found = [model(IDS[:, :prompt], cache=cache)]
+        for t in range(prompt, T):
+            if per_row:
+                cache.position = torch.full((B,), t)
+            found.append(model(IDS[:, t : t + 1], cache=cache))
+        torch.testing.assert_close(torch.cat(found, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("tie_weights", [True, False])
-def test_head_of_hidden_is_forward_and_its_padding_has_no_say(tie_weights):
-    model = fresh(vocab_size=70, tie_weights=tie_weights).eval()
-    idx = torch.randint(70, (2, 5))
-    hidden = model.hidden_states(idx)
-    assert hidden.shape == (2, 5, 32)
-    with torch.no_grad():
-        padded = model.compute_logits(hidden, padded=True)
-    assert torch.equal(model.compute_logits(hidden), model(idx))
-    assert padded.shape == (2, 5, 128)
-    assert torch.equal(padded[..., :70], model(idx))
-    assert (padded[..., 70:] == -torch.inf).all()
+@POSITIONS
+@torch.no_grad()
+def test_rows_of_a_cache_may_differ_in_length(position):
+    """What is stored after a row's position does not matter."""
+    model, lengths = small_model(position=position), [3, T - 2, 5]
+    cache = new_cache(model)
+    model(IDS, cache=cache)
+    cache.position, cache.key_length = torch.tensor(lengths), T - 1
+    found = model(torch.stack([IDS[row, n] for row, n in enumerate(lengths)])[:, None], cache=cache)
+    for row, n in enumerate(lengths):
+        torch.testing.assert_close(found[row, 0], model(IDS[row : row + 1, : n + 1])[0, -1], rtol=0, atol=1e-5)
 
 
-def test_each_loss_by_itself(monkeypatch):
-    """Some rows at a time, the last of them fewer; 0 where there is nothing to score."""
-    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 4)
-    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, context_length=5, vocab_size=70))
-    idx, targets = torch.randint(70, (2, 2, 5))
-    targets[1, 2:4] = -1
-    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
-    found = model(idx, targets, reduction="none")
-    torch.testing.assert_close(found, expected)
-    assert found[7:9].tolist() == [0, 0]
+def test_wrong_cache_positions_are_errors():
+    model = small_model()
+    cache = new_cache(model, 8)
+    with pytest.raises(ValueError, match="9 tokens after 0 cached ones exceed capacity = 8"):
+        model(IDS[:, :9], cache=cache)
+    model(IDS[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="2 tokens after 5 cached ones: pass one at a time"):
+        model(IDS[:, 5:7], cache=cache)
+    for t in (5, 6, 7):
+        model(IDS[:, t : t + 1], cache=cache)
+    with pytest.raises(ValueError, match="1 tokens after 8 cached ones exceed capacity = 8"):
+        model(IDS[:, 8:9], cache=cache)
+    cache.position = torch.full((B,), 3)
+    with pytest.raises(ValueError, match="takes one at a time"):
+        model(IDS[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="capacity = 17"):
+        new_cache(model, T + 1)
+    with pytest.raises(ValueError, match="17 tokens: context_length = 16"):
+        model(random_ids(length=T + 1))
+
+
+def test_generate_is_what_the_scripts_sample():
+    """Beyond the context too; settings change the text, the model's mode and the prompt stay."""
+    model = small_model().train()
+    prompt, texts = IDS[:, :5], []
+    for settings in ({"greedy": True}, {"seed": 1}, {"seed": 1, "top_k": 2}, {"seed": 2, "temperature": 2.0}):
+        found = model.generate(prompt, 20, **settings)
+        assert (found.shape, found.dtype) == ((B, 25), torch.int64)
+        assert torch.equal(found[:, :5], prompt)
+        steps = generate_batch(Decoder(model), prompt.tolist(), 20, SamplingConfig(**settings))
+        assert found[:, 5:].T.tolist() == list(steps)
+        texts.append(found.tolist())
+    assert all(texts.count(text) == 1 for text in texts)
+    assert model.training
+    assert torch.equal(model.generate(prompt, 0), prompt)
+    with pytest.raises(TypeError, match="temprature"):
+        model.generate(prompt, 1, temprature=1.0)
+    with pytest.raises(ValueError, match="leave out top_k"):
+        model.generate(prompt, 1, greedy=True, top_k=3)

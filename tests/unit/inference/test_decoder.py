@@ -16,9 +16,10 @@ from processes import ROOT
 from config import ModelConfig, SamplingConfig
 from flatgpt.inference import decoder as decoder_module
 from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
-from model import GPT, KVCache
+from model import GPT
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, context_length=12, vocab_size=30)
 GREEDY = SamplingConfig(temperature=0)

@@ -15,9 +15,10 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.evaluation.metrics import mean_loss
 from flatgpt.evaluation.windows import eval_batches
+from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.prepacking import CastLinear, Int8Linear, PrepackedLinear, prepack, prepacked_bytes
 from flatgpt.interop.loading import find, load
-from model import GPT, KVCache
+from model import GPT
 
 CPU = torch.device("cpu")
 SIZES = [(64, 192), (32, 65), (57, 65), (30, 3), (1, 1)]  # (in, out)

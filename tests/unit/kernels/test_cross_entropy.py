@@ -61,7 +61,9 @@ def answers(made: list[Tensor], targets: Tensor, loss_of=plain, dtype: torch.dty
 
 
 def fused(kernel=None):
-    return lambda x, weight, bias, targets: cross_entropy.fused_loss(x, weight, bias, targets, V, kernel)
+    return lambda x, weight, bias, targets: cross_entropy.fused_loss(
+        x, weight, bias, targets, V, softmax_gradient=kernel
+    )
 
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:

@@ -1,0 +1,52 @@
+"""Scaled dot-product attention, by the operators that are fastest for device, precision and shapes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this length torch's fused CPU kernel is slower in bfloat16 than plain operators (docs/speed.md).
+BF16_CPU_MAX_PLAIN_TOKENS = 512
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, manual: bool = False
+) -> Tensor:
+    """Attention of T queries to S keys, where T = S, or T = 1 and the query is that of the newest key.
+
+    Args:
+        q: queries, (B, H, T, D).
+        k, v: keys and values, (B, H, S, D). Their precision is that of the result.
+        mask: bool, broadcastable to (B, H, T, S), true where a key is visible to a query. None: causal, each query
+            sees its own key and those before it.
+        dropout: probability that an attention weight is dropped.
+        manual: compute it by manual_attention.
+
+    Returns:
+        (B, H, T, D).
+    """
+    T, D, on_cpu = q.size(2), q.size(3), q.device.type == "cpu"
+    q, causal = q.type_as(k), mask is None and T > 1
+    # For a single token on a GPU torch.compile makes faster kernels of plain operators.
+    plain = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS if on_cpu else T == 1
+    if manual or plain:
+        if causal:
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
+        return manual_attention(q, k, v, mask, dropout)
+    if D % 8 and T > 1:
+        # Kernels of GPUs before Ampere need head sizes that are multiples of 8. Zeros do not change the scores.
+        q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))  # (B, H, ..., D rounded up)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1 / math.sqrt(D))
+    return y[..., :D]
+
+
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention, written out; arguments as in `attention`, but without a mask every query sees all keys."""
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, H, T, S): similarity of each query to each key
+    if mask is not None:  # on a CPU the sum takes a third less time than masked_fill on the scores
+        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
+    weights = F.softmax(scores, dim=-1)  # each row sums to 1
+    return F.dropout(weights, dropout) @ v

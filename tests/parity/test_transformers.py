@@ -1,0 +1,57 @@
+"""model.py against transformers' GPT-2 with the same weights: logits, loss, greedy text, names of weights."""
+
+import pytest
+import torch
+from random_models import random_ids, small_model
+
+transformers = pytest.importorskip("transformers")
+
+ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+SHAPES = [
+    {},
+    {"tie_weights": False},
+    {"attention": "manual"},
+    {"activation": "gelu", "mlp_ratio": 2.5},
+    {"activation": "relu", "mlp_ratio": 2.74},  # 87.68 -> 88
+    {"n_layer": 1, "n_head": 1, "vocab_size": 64},  # without padding
+    {"n_layer": 3, "n_head": 3, "n_embd": 57, "vocab_size": 257},  # heads of 19 channels, as in GPT2's 57
+    {"context_length": 1},
+    {"context_length": 40, "vocab_size": 130, "tie_weights": False},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@torch.no_grad()
+def test_same_as_transformers(changes):
+    model = small_model(**changes)
+    c = model.config
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            n_inner=round(c.mlp_ratio * c.n_embd),
+            activation_function=ACTIVATIONS[c.activation],
+            n_positions=c.context_length,
+            vocab_size=c.vocab_size,
+            tie_word_embeddings=c.tie_weights,
+            attn_implementation="eager",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    weights = model.state_dict()
+    names = {n for n in reference.state_dict() if not n.endswith((".attn.bias", ".attn.masked_bias"))}
+    assert set(weights) == names - ({"lm_head.weight"} if c.tie_weights else set())
+    for name, p in reference.named_parameters():  # Conv1D's matrices lie (in, out), the vocabulary has no padding
+        p.copy_(weights[name].T if "c_" in name and p.dim() == 2 else weights[name][: p.size(0)])
+    ids = random_ids(length=c.context_length, vocab_size=c.vocab_size)
+    answer = reference(ids, labels=ids)  # labels are shifted inside
+    assert (model(ids) - answer.logits).abs().max() < 1e-4
+    if c.context_length > 1:
+        assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(answer.loss.item(), abs=1e-5)
+        prompt, new = ids[:, :3], c.context_length - 3
+        expected = reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        assert torch.equal(model.generate(prompt, new, greedy=True), expected)
