@@ -1,4 +1,4 @@
-"""A server in this process that replies to huggingface_hub like the Hugging Face hub (conftest.py: the fixture host)."""
+"""A server in this process that replies to huggingface_hub as the Hugging Face hub does, for the fixture `host`."""
 
 import base64
 import hashlib
