@@ -12,7 +12,7 @@ from in_process import TINY, train_here
 import infer
 import train
 from config import BenchConfig, InferConfig, ModelConfig, TrainConfig
-from flatgpt.benchmarks.nanogpt import ways
+from flatgpt.benchmarks.nanogpt import peer_settings
 from flatgpt.cli import cli
 from flatgpt.inference import prepacking
 from flatgpt.runs import checkpoint
@@ -242,7 +242,7 @@ def test_plan_and_nanogpt_at_its_best_take_what_training_would(tiny_data, measur
         measured(choice)
         print_plan(cli.parse(TrainConfig, [*TINY, "--dtype", "auto"]))
         assert asked.pop() == dtype
-        found = ways(cli.parse(BenchConfig, ["train", *TINY, "--dtype", "auto"]))
+        found = peer_settings(cli.parse(BenchConfig, ["train", *TINY, "--dtype", "auto"]))
         assert [how.dtype for how in found.values()] == [torch.float32, dtype]
 
 
