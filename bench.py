@@ -40,11 +40,11 @@ from flatgpt.benchmarks.training import bench_save, bench_train, train_table
 from flatgpt.runtime.device import find_device
 from flatgpt.runtime.distributed import join_process_group
 from flatgpt.runtime.files import require_writable, write_json
-from train import checkpoint_state, save, train_step
+from train import save, train_step
 
 BENCHMARKS = {  # of a single process
     "loss": bench_loss,
-    "save": partial(bench_save, train_step=train_step, checkpoint_state=checkpoint_state, save=save),
+    "save": partial(bench_save, train_step=train_step, save=save),
     "data": bench_data,
     "infer": bench_infer,
     "eval": bench_eval,

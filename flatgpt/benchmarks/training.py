@@ -23,11 +23,12 @@ from flatgpt.benchmarks import nanogpt
 from flatgpt.benchmarks.measure import aligned, in_turn, milliseconds, seconds_since_start, speedup
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.run_log import peak_flops
-from flatgpt.runs.run_log import summary as percentiles
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.files import require_writable
 from flatgpt.training.plan import matmul_flops
-from flatgpt.training.setup import TrainingRun, build_run, summary
+from flatgpt.training.reporting import summary
+from flatgpt.training.resume import Progress, checkpoint_state
+from flatgpt.training.setup import TrainingRun, build_run
 
 PROFILED = 3  # updates
 FIGURES = {  # of an update: label and format
@@ -121,31 +122,34 @@ def _progress(name: str, latest: dict[str, list[float]]) -> str:
 def bench_save(
     config: BenchConfig,
     train_step: Callable[[TrainingRun, int], Any],
-    checkpoint_state: Callable[[TrainingRun, dict, dict], dict],
-    save: Callable[[TrainingRun, CheckpointWriter, dict, dict, dict], None],
+    save: Callable[[TrainingRun, Progress, CheckpointWriter], None],
 ) -> dict:
     """Time updates with and without a save beside them, in turn, and what of a save the loop waits for.
 
     Args:
-        train_step, checkpoint_state, save: train.py's.
+        train_step, save: train.py's.
     """
     with tempfile.TemporaryDirectory(dir=".") as folder, contextlib.redirect_stdout(sys.stderr):
         run = build_run(dataclasses.replace(config, out_dir=folder))
         print(summary(run))
-        writer, iters, device = CheckpointWriter(run.config), itertools.count(), run.device_settings
-        row = {"iter": 0, "tokens": 0, "epoch": 0.0}
+        writer, iters, device = (
+            CheckpointWriter(run.config, metadata={"config": {}}),
+            itertools.count(),
+            run.device_settings,
+        )
+        progress = Progress()
 
         def time_update() -> float:
             return milliseconds(device, lambda: train_step(run, next(iters)))
 
         for _ in range(config.warmup_updates):
             time_update()
-        first_copy = milliseconds(device, lambda: writer.allocate_buffers(checkpoint_state(run, row, {})))
+        first_copy = milliseconds(device, lambda: writer.allocate_buffers(checkpoint_state(run, progress)))
         outside, during, copies, seconds = [], [], [], []
         for number in range(1, config.rounds + 1):
             outside += [time_update() for _ in range(config.timed_updates)]
-            row["iter"], written = number, threading.Event()
-            copies.append(milliseconds(device, lambda: save(run, writer, row, {}, {"config": {}})))
+            progress.row["iter"], written = number, threading.Event()
+            copies.append(milliseconds(device, lambda: save(run, progress, writer)))
             began = time.perf_counter()
             writer.submit_after_save(written.set)
             while not written.is_set():
@@ -184,12 +188,12 @@ def update_figures(
         peak: FLOP/s of all devices together by their data sheet; None: unknown.
         matmul: measured FLOP/s of a matrix product on all devices together.
     """
-    median, p10, p90 = percentiles(timed)
+    median, tenths = statistics.median(timed), statistics.quantiles(timed, n=10, method="inclusive")
     flops = 1e3 * tokens / median * flops_per_token
     return {
         "ms": median,
-        "ms_p10": p10,
-        "ms_p90": p90,
+        "ms_p10": tenths[0],
+        "ms_p90": tenths[-1],
         "first_ms": warmup[0],
         "warmup_ms": statistics.median(warmup[1:]) if warmup[1:] else None,
         "tokens_per_s": 1e3 * tokens / median,

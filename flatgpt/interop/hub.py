@@ -93,7 +93,7 @@ def fetch_model(repo: str, log: Callable[[str], None]) -> Path:
     folder = download(CONFIG).parent
     for file in TOKENIZER:
         download(file)
-    for file in [WEIGHTS] if WEIGHTS in files else _indexed_files(download(INDEX)):  # last: they make it complete
+    for file in [WEIGHTS] if WEIGHTS in files else indexed_files(download(INDEX)):  # last: they make it complete
         if download(file) is None:
             raise UserError(f"{repo}: {INDEX} names {file}, which does not exist: the upload is incomplete")
     download(CONFIG, revision)  # records the commit of the branch
@@ -115,19 +115,24 @@ def _cached(name: str, revision: str) -> Path | None:
     folder = Path(config).parent
     if isinstance(weights, str):
         return folder
-    if isinstance(index, str) and all((folder / file).is_file() for file in _indexed_files(Path(index))):
+    if isinstance(index, str) and all((folder / file).is_file() for file in indexed_files(Path(index))):
         return folder
     return None
 
 
-def _indexed_files(index: Path) -> list[str]:
-    """Return the weight files that an index names."""
+def indexed_files(index: Path, remedy: str = "") -> list[str]:
+    """Return the weight files that an index names.
+
+    Args:
+        remedy: what to do about a damaged index; by default to remove it from huggingface_hub's cache.
+    """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no file")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{index} is damaged: {error}; remove {index.parents[2]} and run again, or choose another model"
-        ) from None
+        remedy = remedy or f"remove {index.parents[2]} and run again, or choose another model"
+        raise UserError(f"{index} is damaged: {error}; {remedy}") from None
     if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
         raise UserError(f"{index}: {wrong[0]} is not a safetensors file in the same folder; choose another model")
     return names

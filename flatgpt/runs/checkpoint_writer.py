@@ -1,7 +1,7 @@
-"""Checkpoints beside training: the loop waits for one copy into buffers, a thread hashes and writes them.
+"""Write checkpoints in a background thread. Training only waits for a copy into buffers.
 
-One save is in flight at most. What has to come after it, moving `best` for one, is done by the same thread in its turn,
-and only where the save has arrived: else `best` would lead to nothing, and the checkpoint that it led to be pruned.
+At most one save is in flight. Work that has to follow it, such as moving `best`, runs in the same thread, and only if
+the save succeeded: otherwise `best` would point to nothing, and its former checkpoint would be pruned.
 """
 
 from __future__ import annotations
@@ -21,97 +21,93 @@ from torch import Tensor
 
 from config import TrainConfig, UserError
 from flatgpt.runs import checkpoint
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
+from flatgpt.runtime.parallel import full_tensor
 
 
 def lower_thread_priority() -> None:
-    """A thread that takes turns with torch's makes them all wait: updates took 2.8 times as long (docs/speed.md)."""
-    if sys.platform == "linux":  # where a thread has a niceness of its own
+    """Lower the calling thread's priority: at equal priority torch's threads wait for it in turn (docs/speed.md)."""
+    if sys.platform == "linux":  # where each thread has its own niceness
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one run.
+    """Saves the checkpoints of one run. Rank 0 writes; the other ranks help to gather sharded tensors.
 
     Args:
-        config: resolved: its folder, what is kept there, and what a failed save means.
-        writes: False on ranks that only help to put sharded tensors together.
-        whole: makes a sharded tensor whole; called on every rank, for every tensor in the same order.
-        still_locked: whether the folder still is the one that the run began in.
+        config: resolved.
+        ranks: every rank calls `save`, `allocate_buffers` and `wait` at the same time.
+        metadata: what state.json of every checkpoint says.
+        still_locked: whether the folder is still the one that the run began in.
 
     Attributes:
-        failure: of the newest save, where that failed and training went on.
+        failure: the newest save's error, where that save failed and training went on.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        writes: bool = True,
-        whole: Callable[[Tensor], Tensor] = lambda t: t,
+        ranks: DistributedContext = SINGLE_PROCESS,
+        metadata: dict | None = None,
         still_locked: Callable[[], bool] = lambda: True,
     ):
-        self.run_dir, self.config, self.writes, self.whole = Path(config.out_dir), config, writes, whole
-        self.still_locked = still_locked
+        self.run_dir, self.config, self.ranks = Path(config.out_dir), config, ranks
+        self.metadata, self.still_locked = metadata or {}, still_locked
         self.failure: Exception | None = None
-        self._began = time.monotonic()  # the newest save, or before it this
+        self._last_save = time.monotonic()
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
         self._tasks: list[Future] = []
-        self._arrived = True  # the newest save, as far as the thread has come
+        self._succeeded = True  # the newest save that the thread has tried
 
     def timer_due(self) -> bool:
-        """Whether save_minutes are over since the newest save."""
+        """Whether save_minutes have passed since the newest save."""
         minutes = self.config.save_minutes
-        return minutes is not None and time.monotonic() - self._began >= 60 * minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
-    def allocate_buffers(self, parts: dict) -> None:
-        """Make the buffers for such parts (finding fresh memory takes several times as long as a copy), and look for
-        room on the disk.
+    def allocate_buffers(self, tensors: dict) -> None:
+        """Allocate buffers for these nested tensors, and check that the disk has room for a checkpoint.
+
+        Fresh memory takes several times as long as a copy.
 
         Raises:
-            UserError: not even one checkpoint fits, and on_save_error is `stop`; or a save has failed, as in `save`.
+            UserError: no checkpoint fits, and on_save_error is `stop`; or an earlier save failed, as in `save`.
         """
-        self.wait()  # a save may be in flight, and its copies are in these buffers
-        self._copy(parts)
-        if not self.writes:
-            return
+        self.wait()  # a save in flight reads the buffers
+        self._copy(tensors)
         size, free = sum(b.nbytes for b in self._buffers.values()), shutil.disk_usage(self.run_dir).free
-        for_good = self.config.max_iters // self.config.keep_every if self.config.keep_every else 0
-        kept = self.config.keep_checkpoints + 1 + for_good - len(checkpoint.checkpoints(self.run_dir))
-        if free < size:
+        if self.ranks.first and free < size:
             text = f"{self.run_dir} has {free / 1e6:,.0f} MB free, a checkpoint of this run takes {size / 1e6:,.0f} MB"
             self._fail(UserError(f"{text}: make room, or take an --out_dir on another disk"))
-        elif free < size * (kept + 1):  # one more while it is written
-            print(
-                f"note: {self.run_dir} has {free / 1e6:,.0f} MB free; up to {kept} more checkpoints of "
-                f"{size / 1e6:,.0f} MB will be kept, and one is being written meanwhile"
-            )
 
-    def save(self, state: dict, parts: dict) -> None:
-        """Begin to write a checkpoint: state, and the `weights` and `train_state` in parts as they are now.
+    def save(self, state: dict, tensors: dict) -> None:
+        """Start to write a checkpoint. Waits for the save before it and for the copy.
 
-        Waits for the save before it, and for the copy.
+        Args:
+            state: what state.json says besides the metadata.
+            tensors: `weights` and `train_state`, copied as they are now.
 
         Raises:
             UserError: the save before it failed, and on_save_error is `stop`.
         """
         self.wait()
-        state, copied, self._began = dict(state), self._copy(parts), time.monotonic()
+        state, copied, self._last_save = {**state, **self.metadata}, self._copy(tensors), time.monotonic()
 
         def write() -> None:
-            self._arrived, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
+            self._succeeded, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
             if not self.still_locked():
                 raise UserError(f"{self.run_dir} is no longer the folder that this run began in: nothing is saved")
             checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
-            self._arrived = True
+            self._succeeded = True
 
         self._submit(write)
 
     def submit_after_save(self, work: Callable, *args) -> None:
-        """Do this work when all that was begun before it is on the disk; where a save failed, leave it out."""
-        self._submit(lambda: self._arrived and work(*args))
+        """Do this work once everything submitted before is on the disk; skip it where the newest save failed."""
+        self._submit(lambda: self._succeeded and work(*args))
 
     def _submit(self, work: Callable) -> None:
-        if self.writes:
+        if self.ranks.first:
             self._tasks.append(self._thread.submit(work))
 
     def idle(self) -> bool:
@@ -119,34 +115,33 @@ class CheckpointWriter:
         return all(task.done() for task in self._tasks)
 
     def check(self) -> None:
-        """Raise UserError, or warn, as on_save_error says, where a save has failed; waits for nothing."""
+        """Raise or print the error of a save that has failed, as on_save_error says. Does not wait."""
         while self._tasks and self._tasks[0].done():
             try:
                 self._tasks.pop(0).result()
-                if self._arrived:  # else this is what was left out
+                if self._succeeded:  # otherwise this task was skipped
                     self.failure = None
-            except (UserError, OSError) as why:
-                self._fail(why)
+            except (UserError, OSError) as error:
+                self._fail(error)
 
-    def _fail(self, why: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         if self.config.on_save_error == "stop":
-            raise why
-        self.failure = why
-        print(f"warning: {why}. Training goes on (on_save_error = warn)", file=sys.stderr)
+            raise error
+        self.failure = error
+        print(f"warning: {error}. Training goes on (on_save_error = warn)", file=sys.stderr)
 
     def wait(self) -> None:
-        """Until nothing is in flight; then as `check`."""
-        for task in self._tasks:
-            task.exception()
+        """Wait until nothing is in flight on any rank, then `check`."""
+        self.ranks.poll_all(self.idle)
         self.check()
 
     def close(self) -> None:
-        """Until nothing is in flight, whatever became of it."""
+        """Wait until nothing is in flight on this rank, whatever the outcome."""
         self._thread.shutdown()
 
-    def _copy(self, parts: dict) -> dict:
-        """Dicts and lists with their tensors copied into the buffers; with None for them on ranks that do not write."""
-        cuda = set()
+    def _copy(self, tensors: dict) -> dict:
+        """Return nested dicts and lists with their tensors copied into the buffers; None for them on other ranks."""
+        cuda_devices = set()
 
         def copy(value: Any, name: str) -> Any:
             if isinstance(value, dict):
@@ -155,18 +150,18 @@ class CheckpointWriter:
                 return [copy(item, f"{name}/{n}") for n, item in enumerate(value)]
             if not isinstance(value, Tensor):
                 return value
-            value = self.whole(value)
-            if not self.writes:
+            value = full_tensor(value)
+            if not self.ranks.first:
                 return None
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
                 buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
                 self._buffers[name] = buffer
             if value.is_cuda:
-                cuda.add(value.device)
+                cuda_devices.add(value.device)
             return buffer.copy_(value, non_blocking=True)
 
-        copied = copy(parts, "")
-        for device in cuda:
+        copied = copy(tensors, "")
+        for device in cuda_devices:
             torch.cuda.synchronize(device)
         return copied

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it may, what becomes of what lies in its way, and the way back."""
+"""Find, validate and restore the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,31 +29,32 @@ from flatgpt.training.muon import Muon
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun
 
-# Keys that decide, with the model's, which run it is; and keys that only say how it was called.
+# Settings that identify a run, with those of the model; and settings of the call, which a resume may change silently.
 FIXED = ("stride", "seed", "optimizer")
-BATCH = ("batch_size", "grad_accum_steps")  # their product does
+BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
 CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "list", "plan", "gpus", "mfu")
 
 
-def find_resume_checkpoint(claim: RunLock, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
-    """The verified checkpoint that training goes on from, with its state; None to start anew.
+def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
+    """Return the verified checkpoint to resume from, with its state; None to start from the beginning.
 
     Args:
-        claim: to the run's folder, which is taken.
-        resume: None, `latest`, `auto` (start anew when there is none), or a run's or checkpoint's folder.
-        overwrite: a run that is there is no mistake; RunLock.prepare_folder takes care of it.
+        lock: of the run's folder; it is acquired here.
+        resume: None, `latest`, `auto` (start from the beginning where there is no run), or the folder of a run or a
+            checkpoint.
+        overwrite: an existing run is no error; RunLock.prepare_folder moves it away.
 
     Raises:
-        UserError: there is a run and neither was asked for, or nothing to resume, or somebody trains there.
+        UserError: the folder is in use; it holds a run, and neither was asked for; or there is nothing to resume.
     """
-    claim.acquire()
-    run_dir = claim.run_dir
-    there = checkpoint.folders(run_dir)
+    lock.acquire()
+    run_dir = lock.run_dir
+    existing = checkpoint.folders(run_dir)
     if resume in ("latest", "auto"):
-        found = checkpoint.first_valid(there, (WEIGHTS, TRAIN_STATE), print)
-        if found is None and (resume == "latest" or there):
-            reason = "every checkpoint there is damaged" if there else "there is no checkpoint"
-            remedy = "add --overwrite instead to start again" if there else "start without --resume"
+        found = checkpoint.first_valid(existing, (WEIGHTS, TRAIN_STATE), print)
+        if found is None and (resume == "latest" or existing):
+            reason = "every checkpoint there is damaged" if existing else "there is no checkpoint"
+            remedy = "add --overwrite instead to start again" if existing else "start without --resume"
             raise UserError(f"nothing to resume in {run_dir}: {reason}; {remedy}")
         return found
     if resume:
@@ -65,42 +66,42 @@ def find_resume_checkpoint(claim: RunLock, resume: str | None, overwrite: bool) 
             path = found[0]
         try:
             state = checkpoint.verify(path)
-        except checkpoint.DamagedCheckpointError as why:
-            raise UserError(f"resume = {resume}: {why}") from None
-        if there and path.resolve().parent.parent != run_dir.resolve():
+        except checkpoint.DamagedCheckpointError as error:
+            raise UserError(f"resume = {resume}: {error}") from None
+        if existing and path.resolve().parent.parent != run_dir.resolve():
             raise UserError(
                 f"resume = {resume} is of another run, and {run_dir} holds checkpoints of its own; "
                 "give the new run an --out_dir of its own"
             )
         return path.resolve(), state
-    if there and not overwrite:
+    if existing and not overwrite:
         raise UserError(
-            f"{run_dir} already holds a run (at iter {int(there[0].name.removeprefix('iter_'))}): "
+            f"{run_dir} already holds a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
             "add --resume to go on with it, or --overwrite to start again (the old run moves away, nothing is deleted)"
         )
     return None
 
 
 def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
-    """What a user should know of the resuming: the checkpoint, what is different now, what stays as it was.
+    """Return the lines that describe a resume: the checkpoint, and which settings changed or stay.
 
     Raises:
-        UserError: names all differences that would make it another run: model, batch, seed, data, tokenizer.
+        UserError: lists all differences that would make it another run: model, batch, seed, data, tokenizer.
     """
     config, saved = run.config, state["config"]
     now = dataclasses.asdict(config)
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
-    now = {k: v for k, v in now.items() if k not in dict(EXCLUSIVE) or v is not None}  # resolved into its other unit
+    now = {k: v for k, v in now.items() if k not in dict(EXCLUSIVE) or v is not None}  # given in the other unit
     now = {k: list(v) if isinstance(v, tuple) else v for k, v in now.items()}  # as JSON has it
-    # sample_prompt was one text once
+    # earlier versions had one sample_prompt
     saved = {k: [v] if isinstance(v, str) and isinstance(now.get(k), list) else v for k, v in saved.items()}
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
     if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # the sequences of an update
         fixed |= set(BATCH)
     differing = [changed[k] for k in sorted(fixed & set(changed))]
-    then, there = state["tokenizer"], run.dataset.meta
-    if (then["name"], then["ranks_sha256"]) != (there["tokenizer"], there["ranks_sha256"]):
-        differing.append(f"tokenizer = {there['tokenizer']} (was {then['name']})")
+    tokenizer, meta = state["tokenizer"], run.dataset.meta
+    if (tokenizer["name"], tokenizer["ranks_sha256"]) != (meta["tokenizer"], meta["ranks_sha256"]):
+        differing.append(f"tokenizer = {meta['tokenizer']} (was {tokenizer['name']})")
     if state["data"]["manifest_sha256"] != run.dataset.manifest_hash:
         differing.append(f"the data: {config.data_dir}/{config.dataset} is not the dataset it was trained on")
     if differing:
@@ -114,17 +115,14 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
         lines.append(f"note: it is past max_iters = {config.max_iters} already: nothing is left to train")
     if "max_iters" in changed and "lr_decay_iters" not in changed:
         lines.append(f"note: the schedule stays: lr_decay_iters = {config.lr_decay_iters}, as the run began")
-    exact = [f"{key} = {now} (was {state.get(key)})" for key, now in _exact(run).items() if state.get(key) != now]
-    if exact:
-        lines.append(f"note: equal to rounding, not to the bit: {'; '.join(exact)}")
+    conditions = bitwise_conditions(run).items()
+    if inexact := [f"{key} = {now} (was {state.get(key)})" for key, now in conditions if state.get(key) != now]:
+        lines.append(f"note: equal to rounding, not to the bit: {'; '.join(inexact)}")
     return lines
 
 
 def archive_later_checkpoints(run_dir: Path, after: int) -> None:
-    """Move checkpoints later than iteration `after` to <run_dir>/ckpt/lost-<time>/: a resumed run writes them anew.
-
-    Half-written ones, which a killed process left, are removed.
-    """
+    """Move checkpoints later than iteration `after` to <run_dir>/ckpt/lost-<time>/, and delete half-written ones."""
     for partial in run_dir.glob("ckpt/.iter_*.tmp"):
         shutil.rmtree(partial)
     for folder in checkpoint.folders(run_dir):
@@ -133,7 +131,7 @@ def archive_later_checkpoints(run_dir: Path, after: int) -> None:
 
 
 def provenance() -> dict:
-    """What made this: command line, code and Python, for state.json. Secrets of the environment are left out."""
+    """Return the command line, commit and Python version for state.json, with secrets of the environment masked."""
 
     def git(*words: str) -> str | None:
         call = ["git", "-C", REPO_ROOT, *words]
@@ -155,7 +153,7 @@ def provenance() -> dict:
 
 
 def run_metadata(run: TrainingRun) -> dict:
-    """What every state.json of a run says alike."""
+    """Return what state.json says in every checkpoint of a run."""
     config, meta = run.config, run.dataset.meta
     return {
         "config": dataclasses.asdict(config),
@@ -168,99 +166,125 @@ def run_metadata(run: TrainingRun) -> dict:
             "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
         },
         **provenance(),
-        **_exact(run),
+        **bitwise_conditions(run),
     }
 
 
-def _exact(run: TrainingRun) -> dict:
-    """Where these are the same, a resumed run is equal to the bit."""
+def bitwise_conditions(run: TrainingRun) -> dict:
+    """Return what has to stay the same for a resumed run to be bit-identical."""
     machine = {"device": run.device_settings.name, "cpu": cpu_name(), "threads": torch.get_num_threads()}
     return machine | {"ranks": run.ranks.world, "torch": torch.__version__}
 
 
 @dataclass
-class Position:
-    """Where a run is when its loop begins."""
+class Progress:
+    """How far a run has come, and what its evaluations have found."""
 
-    row: dict  # of the newest update
-    progress: dict  # what evaluations have found so far
-    saved: int | None = None  # iteration of the checkpoint in the run's own folder that it goes on from
-    evaluated: int | None = None  # the same, where an evaluation came after it: to be made again
+    iter: int = 0
+    row: dict = field(default_factory=lambda: {"iter": 0, "tokens": 0, "epoch": 0.0})  # of the newest logged iteration
+    eval_pending: bool = True  # `iter` is to be evaluated
+    val_loss: float | None = None  # of the newest evaluation
+    best_loss: float | None = None
+    best_iter: int | None = None
+    since_best: int = 0  # evaluations since best_iter
+    forked: bool = False  # resumed from another run's checkpoint, and not saved in this run's folder yet
     wandb_id: str | None = None
 
+    def patience_exhausted(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations found no new best loss."""
+        return patience is not None and self.best_iter is not None and self.since_best >= patience
 
-def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, claim: RunLock, recipe: str) -> Position:
-    """Make a run's folder ready, and bring the run to where its checkpoint is; every rank calls it.
+    def state_dict(self) -> dict:
+        """Return what every checkpoint stores, in state.json and train_state.pt."""
+        keys = "val_loss", "best_loss", "best_iter", "since_best", "eval_pending"
+        return {key: getattr(self, key) for key in keys}
 
-    Older runs, and checkpoints later than the one that it goes on from, move aside.
+    def load_state_dict(self, train_state: dict, state: dict) -> None:
+        """Continue from a checkpoint's train_state.pt and state.json."""
+        for key in self.state_dict():
+            if key in train_state:
+                setattr(self, key, train_state[key])
+        if "eval_pending" not in train_state:  # written before that key existed, always ahead of the evaluation
+            before = state["config"]
+            self.eval_pending = self.iter % before["eval_interval"] == 0 or self.iter >= before["max_iters"]
+        self.wandb_id = state["wandb_id"]
+
+
+def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock, recipe: str) -> Progress:
+    """Prepare the run's folder, and load the checkpoint where there is one. Every rank calls it.
+
+    Earlier runs, and checkpoints later than the one resumed, are moved aside.
 
     Args:
-        start: what find_resume_checkpoint gave.
-        claim: to the folder, which is taken.
-        recipe: run.config as TOML, which is written there.
+        start: what find_resume_checkpoint returned.
+        lock: of the run's folder, acquired.
+        recipe: run.config as TOML, to be written there.
 
     Raises:
-        UserError: another run's checkpoint, or not the same one on every machine.
+        UserError: the checkpoint is another run's, or is not the same on every machine.
     """
-    config, ranks, folder = run.config, run.ranks, claim.run_dir
-    progress = {"val_loss": None, "best_loss": None, "best_iter": None, "since_best": 0}
-    at = Position({"iter": 0, "tokens": 0, "epoch": 0.0}, progress)
+    config, ranks, folder, progress = run.config, run.ranks, lock.run_dir, Progress()
     if start:
         path, state = start
         print("\n".join(require_same_run(path, state, run)))
         if not ranks.all(path.is_dir()):
             reason = "out_dir has to be a folder that all machines share" if ranks.world > 1 else "start again"
             raise UserError(f"{path} has gone meanwhile, or is not there on every machine: {reason}")
-        ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # its files' hashes too
+        ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # with the hashes of its files
         train_state = restore(path, run)
-        at.row = train_state["row"]
-        if path.resolve().parent == (folder / "ckpt").resolve():  # not another run's: that one's best is not ours
-            progress |= {key: train_state[key] for key in progress if key in train_state}
-            at.saved, at.wandb_id, before = at.row["iter"], state["wandb_id"], state["config"]
-            if at.saved % before["eval_interval"] == 0 or at.saved >= before["max_iters"]:
-                at.evaluated = at.saved  # for the log and for `best`
+        progress.row, progress.iter = train_state["row"], train_state["row"]["iter"]
+        progress.forked = path.resolve().parent != (folder / "ckpt").resolve()
+        progress.eval_pending = False
+        if not progress.forked:  # the best of another run is not this run's
+            progress.load_state_dict(train_state, state)
+    progress.eval_pending |= progress.iter % config.eval_interval == 0 or progress.iter >= config.max_iters
 
-    def make_ready() -> bool:
-        claim.prepare_folder(config.overwrite)
+    def prepare_folder() -> bool:
+        lock.prepare_folder(config.overwrite)
         toml = folder / "config.toml"
-        if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # somebody's own
+        if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # the user's file
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
-        archive_later_checkpoints(folder, after=at.row["iter"])
+        archive_later_checkpoints(folder, after=progress.iter)
         atomic_write(folder / "config.toml", recipe.encode())
-        return progress["best_iter"] is None or checkpoint.point(folder, "best", progress["best_iter"])
+        return progress.best_iter is None or checkpoint.set_link(folder, "best", progress.best_iter)
 
-    if not ranks.run_on_rank0(make_ready):  # the best checkpoint has moved aside, too
-        progress["best_loss"] = progress["best_iter"] = None
-    return at
+    if not ranks.run_on_rank0(prepare_folder):  # the best checkpoint was moved aside too
+        progress.best_loss = progress.best_iter = None
+    return progress
+
+
+def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:
+    """Return the tensors and plain values of a checkpoint, which `restore` loads."""
+    train_state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    train_state |= {"health": run.nonfinite_guard.state_dict(), "row": progress.row, **progress.state_dict()}
+    return {"weights": run.model.state_dict(), "train_state": train_state}
 
 
 def restore(folder: Path, run: TrainingRun) -> dict:
-    """Load weights, optimizer, scaler and health of a verified checkpoint; returns the rest of its train state.
+    """Load weights, optimizer, scaler and skip counts of a verified checkpoint; return its train state.
 
-    Model and optimizer may be in parts (fully_shard): every rank reads the folder and keeps its own.
+    Model and optimizer may be sharded (fully_shard): every rank reads the files and keeps its shard.
 
     Raises:
-        UserError: a tensor is missing or of another shape than the model's; nothing has been loaded then.
+        UserError: a tensor is missing, or its shape or dtype is not the model's. Nothing has been loaded then.
     """
     optimizer, params = run.optimizer, [p for group in run.optimizer.param_groups for p in group["params"]]
     sharded = is_sharded(params[0])
     train_state = checkpoint.load_train_state(folder, mmap=sharded)
-    saved, left_out = train_state["optimizer"], train_state.get("health", {}).get("skipped", 0)
+    saved, skipped = train_state["optimizer"], train_state.get("health", {}).get("skipped", 0)
     names = {p: name for name, p in run.model.named_parameters()}
-    if unlike := state_mismatches(saved, optimizer, names, applied=train_state["row"]["iter"] > left_out):
-        more = f", and {len(unlike) - 3} more" if len(unlike) > 3 else ""
-        raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(unlike[:3])}{more}")
-    checkpoint.load_weights(run.model, folder, cut=shard_like)
-    if sharded:  # and so AdamW's
-        for index, entries in saved["state"].items():
-            entries.update(
-                {k: shard_like(v, params[index]) for k, v in entries.items() if v.dim()}
-            )  # all but the steps
+    if found := state_mismatches(saved, optimizer, names, has_stepped=train_state["row"]["iter"] > skipped):
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(found[:3])}{more}")
+    checkpoint.load_weights(run.model, folder, convert=shard_like)
+    if sharded:
+        for index, entries in saved["state"].items():  # all but the step counts, which have no dimension
+            entries.update({k: shard_like(v, params[index]) for k, v in entries.items() if v.dim()})
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
-    for group, now in zip(optimizer.param_groups, settings, strict=True):
-        group.update(now)  # load_state_dict brings back the old ones, whatever this call asks for
-    if train_state["scaler"]:  # empty where the run has not been float16 so far
+    for group, current in zip(optimizer.param_groups, settings, strict=True):
+        group.update(current)  # load_state_dict restores the old settings, but this call's config counts
+    if train_state["scaler"]:  # empty unless the dtype was float16
         run.scaler.load_state_dict(train_state["scaler"])
     if "health" in train_state:
         run.nonfinite_guard.load_state_dict(train_state["health"])
@@ -271,27 +295,29 @@ MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentu
 
 
 def state_mismatches(
-    saved: dict, optimizer: torch.optim.Optimizer | MuonAndAdamW, names: dict[Tensor, str], applied: bool
+    saved: dict, optimizer: torch.optim.Optimizer | MuonAndAdamW, names: dict[Tensor, str], has_stepped: bool
 ) -> list[str]:
-    """What of a saved optimizer is not this one's: torch itself takes other shapes, and goes without some.
+    """List the differences between a saved optimizer state and this optimizer; load_state_dict accepts most of them.
 
     Args:
-        applied: whether it has made an update; before the first one it has nothing.
+        saved: a state_dict.
+        names: of the parameters.
+        has_stepped: whether an update was applied; before that there may be no moments.
     """
     if isinstance(optimizer, MuonAndAdamW):
         pairs = (saved.get("muon"), optimizer.muon), (saved.get("adamw"), optimizer.adamw)
-        return [text for part, its in pairs for text in state_mismatches(part or {}, its, names, applied)]
-    sides = saved.get("param_groups", []), optimizer.param_groups
-    sizes, expected = ([len(group["params"]) for group in side] for side in sides)
-    if sizes != expected:
-        return [f"its groups have {sizes} parameters, not {expected}"]
-    found, moments = [], saved.get("state", {})
-    indices, params = ([p for group in side for p in group["params"]] for side in sides)
+        return [text for part, single in pairs for text in state_mismatches(part or {}, single, names, has_stepped)]
+    groups = saved.get("param_groups", []), optimizer.param_groups
+    sizes, expected_sizes = ([len(group["params"]) for group in side] for side in groups)
+    if sizes != expected_sizes:
+        return [f"its groups have {sizes} parameters, not {expected_sizes}"]
+    mismatches, state = [], saved.get("state", {})
+    indices, params = ([p for group in side for p in group["params"]] for side in groups)
     for index, param in zip(indices, params, strict=True):
-        for name in MOMENTS[type(optimizer)] if moments or applied else ():
-            tensor = moments.get(index, {}).get(name)
-            there = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else "missing"
-            like = f"() {torch.float32}" if name == "step" else f"{tuple(param.shape)} {param.dtype}"
-            if there != like:
-                found.append(f"{name} of {names[param]} is {there}, not {like}")
-    return found
+        for name in MOMENTS[type(optimizer)] if state or has_stepped else ():
+            tensor = state.get(index, {}).get(name)
+            found = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else "missing"
+            expected = f"() {torch.float32}" if name == "step" else f"{tuple(param.shape)} {param.dtype}"
+            if found != expected:
+                mismatches.append(f"{name} of {names[param]} is {found}, not {expected}")
+    return mismatches

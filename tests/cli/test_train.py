@@ -3,7 +3,6 @@
 import copy
 import csv
 import dataclasses
-import io
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import torch
 from in_process import TINY, make_dataset, train_here
 from processes import ROOT, command
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import train
 from config import BenchConfig, TrainConfig, UserError
@@ -30,8 +28,7 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
-from flatgpt.runs.run_log import RunLog
-from flatgpt.training import resume
+from flatgpt.training import reporting, resume
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")
 
@@ -96,21 +93,11 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     train_here("--resume", "--max_iters", 7, picture=True)
     second = (run / "metrics.png").read_bytes()
     assert second != first
-    monkeypatch.setattr(train, "plot_runs", lambda histories: 1 / 0)
+    monkeypatch.setattr(reporting, "plot_runs", lambda histories: 1 / 0)
     train_here("--resume", "--max_iters", 8, picture=True)
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == second
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
-
-
-def test_what_is_said_of_a_picture_stands_below_the_bar(tmp_path, monkeypatch, capsys):
-    """Of matplotlib's, too: on a terminal the bar's line has no end until it is closed."""
-    log = RunLog(tmp_path, 0, 3)
-    log.bar = tqdm(total=3, file=io.StringIO())
-    monkeypatch.setattr(train, "plot_runs", lambda histories: print("\n" in log.bar.fp.getvalue()))
-    train.draw(log, tmp_path)
-    log.close()
-    assert capsys.readouterr().out == "True\n"
 
 
 @pytest.mark.parametrize("data_dir", ["data", "elsewhere"])
@@ -209,13 +196,12 @@ def test_float16_on_a_cpu_scales_skips_and_counts(tiny_data):
     assert all(int(r["skipped"]) >= 0 for r in logged[1:])
     config = cli.parse(TrainConfig, [*TINY, "--dtype", "float16"])
     fresh = train.build_run(config)
-    clock = train.StepClock()
     train.train_step(fresh, 0)
     before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
     fresh.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the next gradients overflow
     loss, norm = train.train_step(fresh, 1)
     assert same(before, fresh.model.state_dict())
-    fresh.nonfinite_guard.check(row := train.log_row(fresh, 2, loss, norm, clock), fresh.batches, fresh.ranks)
+    fresh.nonfinite_guard.check(row := train.metrics_row(fresh, 2, loss, norm, None), fresh.batches, fresh.ranks)
     assert row["skipped"] == 1
 
 
@@ -604,7 +590,7 @@ def test_muon_in_float16_counts_what_its_scaler_skips(tiny_data):
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     loss, norm = train.train_step(run, 0)
     assert same(before, run.model.state_dict())
-    run.nonfinite_guard.check(row := train.log_row(run, 1, loss, norm, train.StepClock()), run.batches, run.ranks)
+    run.nonfinite_guard.check(row := train.metrics_row(run, 1, loss, norm, None), run.batches, run.ranks)
     assert row["skipped"] == 1
 
 
@@ -710,7 +696,7 @@ def test_stop_before_the_first_update_says_how_to_start_again(tiny_data, monkeyp
     *_, said, command = capsys.readouterr().out.splitlines()
     assert said == "stopped at iter 0 of 6, before there was anything to save; to start again:"
     assert shlex.split(command)[:2] == ["python", "train.py"]
-    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr(train, "draw_picture", lambda *_: None)
     train.train(cli.parse(TrainConfig, shlex.split(command)[2:]))
     assert checkpoint.read_state(Path("out/quickstart/ckpt/last"))["finished"]
 

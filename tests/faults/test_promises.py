@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,8 @@ import torch
 from forked import ForkedProcess
 from in_process import TINY, train_here
 from processes import ROOT, free_port
-from test_train import rows
+from safetensors.torch import load_file
+from test_train import rows, same
 
 import bench
 import train
@@ -26,6 +28,7 @@ from flatgpt.benchmarks import data, measure
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runs import checkpoint
+from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.training import samples, setup
 
 RUN = Path("out/quickstart")
@@ -420,3 +423,97 @@ def test_samples_of_all_evaluations_have_the_same_noise(tiny_data):
     again, other = (written(f"seed_{seed}", "--init_from", "out/first", "--seed", seed) for seed in (1337, 1338))
     assert again == first, "the same weights"
     assert set(other).isdisjoint(first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# updates that are not finite, memory, saves
+
+
+def poison(monkeypatch, updates, value: float = math.nan) -> list[int]:
+    """Add the value to the loss of these updates (from 0). Returns the updates that are made, as they are made."""
+    real, made = train.train_step, []
+
+    def train_step(run, i):
+        made.append(i)
+        forward = run.forward
+        if i in updates:
+            run.forward = lambda x, y: forward(x, y) + value
+        answer = real(run, i)
+        run.forward = forward
+        return answer
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    return made
+
+
+def test_nonfinite_loss_ends_the_run_at_the_next_row(tiny_data, monkeypatch):
+    """What was saved stays."""
+    made = poison(monkeypatch, (6, 8))
+    words = ("--log_interval", 5, "--eval_interval", 100, "--save_interval", 5, "--max_iters", 30)
+    with pytest.raises(UserError, match=r"^iter 7: the loss is nan; its batch there: training windows "):
+        train_here(*QUIET, *words)
+    assert made == list(range(10)), "it ends with the row of iter 10"
+    assert [row["iter"] for row in rows(RUN)] == ["0", "5"]
+    assert [checkpoint.verify(folder)["iter"] for folder in checkpoint.checkpoints(RUN)] == [5]
+
+
+def test_nonfinite_losses_can_be_skipped_and_counted(tiny_data, monkeypatch, capsys):
+    poison(monkeypatch, (6, 7, 13))
+    words = ("--log_interval", 5, "--eval_interval", 100, "--max_iters", 20, "--on_nonfinite", "skip")
+    run = train_here(*QUIET, *words)
+    warnings = [line.split(":")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [" iter 7", " iter 14"]
+    assert [row["skipped"] for row in rows(run)] == ["", "0", "2", "3", "3"]
+    assert checkpoint.read_state(run / "ckpt/last")["finished"]
+
+
+def test_out_of_memory_is_one_error_and_the_checkpoints_stay(tiny_data, monkeypatch):
+    real = train.train_step
+
+    def train_step(run, i):
+        if i == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(run, i)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(UserError) as caught:
+        train_here(*QUIET, "--grad_accum_steps", 2)
+    message = str(caught.value)
+    assert message.startswith("cpu is out of memory at batch_size = 4, grad_accum_steps = 2; the peak was ")
+    assert "--batch_size 2 --grad_accum_steps 4 (8 sequences = 256 tokens an update, as before)" in message
+    assert checkpoint.verify(RUN / "ckpt/last")["iter"] == 3
+
+
+def test_fork_of_a_run_saves_the_checkpoint_as_it_was(tiny_data, gate, monkeypatch):
+    """The save lasts until training waits for it after its first update: by then the weights have changed."""
+    first = train_here(*QUIET, "--max_iters", 3)
+    held, wait, real, updates = gate(checkpoint, "save"), CheckpointWriter.wait, train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda run, i: updates.append(i) or real(run, i))
+    monkeypatch.setattr(CheckpointWriter, "wait", lambda saver: (updates and held.open()) or wait(saver))
+    words = ("--resume", first, "--out_dir", "out/fork", "--max_iters", 5, "--keep_checkpoints", 9)
+    fork = train_here(*QUIET, *words)
+    before, after = (load_file(run / "ckpt/iter_000003/model.safetensors") for run in (first, fork))
+    assert same(before, after)
+    assert checkpoint.load_train_state(fork / "ckpt/iter_000003")["row"]["iter"] == 3
+
+
+def test_run_whose_last_save_failed_ends_with_an_error(tiny_data, monkeypatch):
+    """Although a failed save is a warning: its weights are nowhere. `best` and `last` lead where they led."""
+    save = checkpoint.save
+
+    def full(run_dir, state, *rest):
+        if state["iter"] == 6:
+            raise UserError("no room")
+        return save(run_dir, state, *rest)
+
+    words = (*QUIET, "--on_save_error", "warn", "--lr", "5e-3")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(UserError, match="the run ends at iter 6, and its last checkpoint is not there: no room"):
+            train_here(*words)
+    assert {name: os.readlink(RUN / "ckpt" / name) for name in ("best", "last")} == dict.fromkeys(
+        ("best", "last"), "iter_000003"
+    )
+    assert checkpoint.read_state(RUN / "ckpt/last")["finished"] is False
+    train_here(*words, "--resume")
+    assert checkpoint.verify(RUN / "ckpt/best")["iter"] == 6

@@ -1,5 +1,6 @@
-"""trained.py: every name of a model leads to the same model; what is known of it, and what is refused."""
+"""Every name of a model leads to the same model; what is known of it, and what is refused."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -7,122 +8,125 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from in_process import train_here
+from gpt2_reference import nanogpt_checkpoint, random_gpt2
+from random_models import random_model
 
-import export
-import infer
-import train
-from config import ExportConfig, InferConfig, TrainConfig, UserError, run_dir
-from flatgpt.cli import cli
+import flatgpt
+from config import ModelConfig, TrainConfig, UserError
+from flatgpt.cli import cli as command_line
+from flatgpt.data import tokenizer
 from flatgpt.interop import loading, pretrained
-from flatgpt.interop.pretrained import initial_shape
+from flatgpt.interop.pretrained import initial_shape, pretrained_shape
+from flatgpt.runs import checkpoint
+from model import GPT
 
-CPU = torch.device("cpu")
 T = 32
 
 
+@pytest.fixture(scope="module")
+def home(tiny_home, tmp_path_factory) -> Path:
+    """out/quickstart is the session's run, hf its export. Read only."""
+    import export
+    from config import ExportConfig
+
+    folder = tmp_path_factory.mktemp("loading")
+    (folder / "out").mkdir()
+    (folder / "out" / "quickstart").symlink_to(tiny_home / "out" / "quickstart")
+    with contextlib.chdir(folder):
+        export.main(command_line.parse(ExportConfig, ["--model_path", "out/quickstart", "--out", "hf"]))
+    return folder
+
+
 @pytest.fixture
-def here(tiny_home, tmp_path, monkeypatch) -> Path:
-    """The current folder: out/quickstart is the trained run, hf its export."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "quickstart").symlink_to(tiny_home / "out" / "quickstart")
-    monkeypatch.chdir(tmp_path)
-    export.main(cli.parse(ExportConfig, ["--model_path", "out/quickstart", "--out", "hf"]))
-    return tmp_path
+def here(home, monkeypatch) -> Path:
+    monkeypatch.chdir(home)
+    return home
 
 
-def loaded(path: str | None, **more):
-    found = loading.find(path, print)
-    return found, *loading.load(found, CPU, **more)
+def load(path: str | None, **more):
+    source = loading.find(path, print)
+    return source, *loading.load(source, "cpu", **more)
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return model.state_dict()
-
-
-def same(one, other) -> bool:
-    one, other = weights(one), weights(other)
+def same(one: GPT, other: GPT) -> bool:
+    """Whether all weights are equal; biases that only one of them has are zero."""
+    one, other = one.state_dict(), other.state_dict()
     return all(torch.equal(one[name], tensor) if name in one else not tensor.any() for name, tensor in other.items())
 
 
-def test_every_way_to_name_a_run(here):
-    found, model, encoding = loaded("out/quickstart")
-    assert (found.tokenizer, encoding.name, found.state["iter"]) == ("byte", "byte", 60)
-    assert found.describe() == "out/quickstart/ckpt/iter_000060, iter 60"
+def save_run(run: Path, **changes) -> GPT:
+    """A run's folder with one checkpoint of a random model of bytes."""
+    model = random_model(context_length=24, vocab_size=257, **changes).eval()
+    vocabulary = {"name": "byte", "ranks_sha256": tokenizer.ranks_hash(tokenizer.load("byte"))}
+    state = {"iter": 7, "config": dataclasses.asdict(model.config), "tokenizer": vocabulary}
+    checkpoint.save(run, state, model.state_dict(), {}, keep=1)
+    return model
+
+
+def test_every_name_of_a_run(here):
+    source, model, encoding = load("out/quickstart")
+    assert (source.tokenizer, encoding.name, source.state["iter"]) == ("byte", "byte", 60)
+    assert source.describe() == "out/quickstart/ckpt/iter_000060, iter 60"
+    assert source.end_of_text is source.state["data"]["end_of_text"] is True
     assert not model.training
     for name in (None, "out/quickstart/ckpt/iter_000060", "out/quickstart/ckpt/iter_000060/model.safetensors"):
-        other, again, _ = loaded(name)
-        assert os.path.realpath(other.path) == os.path.realpath(found.path)
+        other, again, _ = load(name)
+        assert os.path.realpath(other.path) == os.path.realpath(source.path)
         assert same(model, again)
 
 
-def test_tokenizer_that_encodes_differently_now_is_refused(here):
-    found = loading.find("out/quickstart", print)
-    other = found.state | {"tokenizer": found.state["tokenizer"] | {"ranks_sha256": "0" * 64}}
-    with pytest.raises(UserError, match=r"iter_000060: tokenizer byte has not the vocabulary that the model knows$"):
-        loading.load(dataclasses.replace(found, state=other), CPU)
-
-
 def test_an_exported_folder_is_the_same_model(here):
-    found, model, encoding = loaded("hf")
-    assert (found.state, found.tokenizer, encoding.name, found.describe()) == ({}, "byte", "byte", "hf")
-    assert found.end_of_text, "nobody says, and most had"
-    assert same(loaded("out/quickstart")[1], model)
+    source, model, encoding = load("hf")
+    assert (source.state, source.tokenizer, encoding.name, source.describe()) == ({}, "byte", "byte", "hf")
+    assert source.end_of_text
+    assert same(load("out/quickstart")[1], model)
 
 
-def test_a_name_on_the_hub(here, host, capsys):
-    """Fetched once for all that ask, trained on, and written with."""
+def test_three_lines_in_a_notebook(here):
+    """flatgpt.load gives the model and its tokenizer."""
+    model, encoding = flatgpt.load("hf")
+    ids = torch.tensor([encoding.encode_ordinary("99 green")])
+    assert torch.equal(model(ids), load("hf")[1](ids))
+    assert flatgpt.load(context_length=8)[0].config.context_length == 8
+
+
+def test_a_nanogpt_file_of_gpt2s_vocabulary(tmp_path):
+    """Padded to 50,304 ids, as nanoGPT does it."""
+    reference = random_gpt2(activation_function="gelu", vocab_size=50304)
+    torch.save(nanogpt_checkpoint(reference), tmp_path / "ckpt.pt")
+    _, model, encoding = load(str(tmp_path / "ckpt.pt"), context_length=8)
+    assert (encoding.name, model.config.vocab_size) == ("gpt2", 50304)
+    with torch.no_grad():
+        ids = torch.tensor([encoding.encode_ordinary("a b c")])
+        assert (model(ids) - reference(ids).logits).abs().max() < 1e-4
+
+
+def test_a_name_on_the_hub_is_downloaded_once(here, host, capsys, cli):
+    """For every function that asks; also by infer.py, and for init_from."""
     commit = host.publish("user/tiny", {p.name: p.read_bytes() for p in Path("hf").iterdir()}, kind="models")
-    pretrained._fetched.cache_clear()
-    _, model, _ = loaded("user/tiny")
-    assert same(loaded("hf")[1], model)
+    pretrained.fetch_once.cache_clear()
+    _, model, _ = load("user/tiny")
+    assert same(load("hf")[1], model)
     assert capsys.readouterr().err.splitlines() == [f"user/tiny: commit {commit[:7]}, from the hub"]
-    infer.main(cli.parse(InferConfig, ["--model_path", "user/tiny", "--prompt", "99 green", "--max_new_tokens", "3"]))
-    printed = capsys.readouterr()
-    assert printed.out.startswith("99 green")
-    assert "commit" not in printed.err
-    assert cli.parse(TrainConfig, ["--init_from", "user/tiny"], initial_shape).n_embd == 32
-    pretrained._fetched.cache_clear()
+    done = cli("infer", "--device", "cpu", "--model_path", "user/tiny", "--prompt", "99 green", "--max_new_tokens", 3)
+    assert done.out.startswith("99 green")
+    assert "commit" not in done.err
+    config = command_line.parse(TrainConfig, ["--init_from", "user/tiny"], initial_shape)
+    assert config.n_embd == 32
+    started = GPT(ModelConfig(**pretrained_shape("user/tiny")))
+    loading.load_pretrained(started, "user/tiny")
+    assert same(started, model)
+    pretrained.fetch_once.cache_clear()
 
 
-def test_training_begins_with_weights_of_the_hub(tiny_data, here, host):
-    host.publish("user/tiny", {p.name: p.read_bytes() for p in Path("hf").iterdir()}, kind="models")
-    pretrained._fetched.cache_clear()
-    words = [
-        "--dataset",
-        "tiny",
-        "--init_from",
-        "user/tiny",
-        "--max_iters",
-        "1",
-        "--eval_interval",
-        "1",
-        "--lr",
-        "1e-9",
-    ]
-    words += ["--min_lr", "0", "--sample_tokens", "0", "--device", "cpu", "--dtype", "float32", "--out_dir", "out/more"]
-    config = cli.parse(TrainConfig, words, initial_shape)
-    train.train(config)
-    for name, tensor in weights(loaded(str(run_dir(config)))[1]).items():
-        assert torch.allclose(tensor, weights(loaded("hf")[1])[name], atol=1e-6)
-    pretrained._fetched.cache_clear()
-
-
-def test_fewer_positions(here):
-    idx = torch.arange(8)[None]
-    whole, short = loaded("hf")[1], loaded("hf", context_length=8)[1]
+def test_a_smaller_context(here):
+    ids = torch.arange(8)[None]
+    whole, short = load("hf")[1], load("hf", context_length=8)[1]
     assert short.config.context_length == 8
-    assert torch.equal(short(idx), whole(idx))
-    assert loaded("out/quickstart", context_length=8)[1].transformer.wpe.weight.shape == (8, 32)
+    assert torch.equal(short(ids), whole(ids))
+    assert load("out/quickstart", context_length=8)[1].transformer.wpe.weight.shape == (8, 32)
     with pytest.raises(UserError, match=f"context_length = {T + 1}: hf was trained with {T}; take at most that"):
-        loaded("hf", context_length=T + 1)
-
-
-def test_end_of_text_is_what_the_data_had(tiny_data):
-    train_here("--max_iters", 1, "--eval_interval", 1)
-    found = loading.find("out/quickstart", print)
-    assert found.end_of_text is found.state["data"]["end_of_text"] is True
+        load("hf", context_length=T + 1)
 
 
 @pytest.mark.parametrize(
@@ -131,24 +135,53 @@ def test_end_of_text_is_what_the_data_had(tiny_data):
         ("out/nothing", "model_path out/nothing: no such folder; a run's folder .* or nanoGPT's ckpt.pt is expected"),
         ("a/b/c", "no such folder; .*a name on the hub"),
         ("empty", "model_path = empty: no weights are there"),
+        ("characters", re.escape("model_path = characters: nothing there says which tokenizer")),
     ],
 )
-def test_nothing_there(in_tmp, path, message):
+def test_names_that_lead_to_no_model(in_tmp, path, message):
+    """characters: nanoGPT's character model of 65 ids, whose characters are in a pickle."""
     Path("empty").mkdir()
+    random_gpt2(vocab_size=65).save_pretrained("characters")
     with pytest.raises(UserError, match=message):
         loading.find(path, print)
 
 
-def test_a_tokenizer_that_nobody_knows(in_tmp):
-    """nanoGPT's character model: 65 ids, whose characters are in a pickle."""
-    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=65, bos_token_id=0)
-    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
-    with pytest.raises(UserError, match=re.escape("model_path = hf: nothing there says which tokenizer")):
-        loading.find("hf", print)
-
-
-def test_a_vocabulary_larger_than_the_models(here):
-    found = loading.find("hf", print)
-    small = dataclasses.replace(found, config=dataclasses.replace(found.config, vocab_size=200))
+def test_tokenizer_that_encodes_differently_now_is_refused(here):
+    source = loading.find("out/quickstart", print)
+    other = source.state | {"tokenizer": source.state["tokenizer"] | {"ranks_sha256": "0" * 64}}
+    with pytest.raises(UserError, match=r"iter_000060: tokenizer byte does not have the vocabulary of the model$"):
+        loading.load(dataclasses.replace(source, state=other), "cpu")
+    source = loading.find("hf", print)
+    small = dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=200))
     with pytest.raises(UserError, match="the model has 200 ids, tokenizer byte 257"):
-        loading.load(small, CPU)
+        loading.load(small, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# init_from
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("context_length", [8, 24])
+def test_initial_weights_of_a_run(tmp_path, position, context_length):
+    saved = save_run(tmp_path / "run", position=position, bias=False, tie_weights=False)
+    shape = pretrained_shape(str(tmp_path / "run")) | {"context_length": context_length}
+    model = GPT(ModelConfig(**shape)).eval()
+    loading.load_pretrained(model, str(tmp_path / "run"))
+    ids = torch.arange(context_length)[None]
+    torch.testing.assert_close(model(ids), saved(ids), rtol=0, atol=1e-6)
+    if position == "rope":  # has no longest context
+        loading.load_pretrained(GPT(ModelConfig(**shape | {"context_length": 48})), str(tmp_path / "run"))
+
+
+def test_initial_weights_that_do_not_fit(tmp_path):
+    save_run(tmp_path / "run")
+    run, shape = str(tmp_path / "run"), pretrained_shape(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"n_head = 4 \(there 2\)"):  # their sizes fit
+        loading.load_pretrained(GPT(ModelConfig(**shape | {"n_head": 4})), run)
+    with pytest.raises(UserError, match="context_length = 48: the pretrained model has 24"):
+        loading.load_pretrained(GPT(ModelConfig(**shape | {"context_length": 48})), run)
+    file = tmp_path / "run/ckpt/last/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match=r"init_from = .*model.safetensors is damaged"):
+        loading.load_pretrained(GPT(ModelConfig(**shape)), run)

@@ -444,7 +444,7 @@ def test_checkpoint_before_any_update_was_applied_has_no_moments(here, tmp_path)
     run = train.build_run(config)
     run.nonfinite_guard.skipped += 3
     row = {"iter": 3, "tokens": 384, "epoch": 0.1}
-    saved = train.checkpoint_state(run, row, {})
+    saved = resume.checkpoint_state(run, resume.Progress(iter=3, row=row))
     folder = checkpoint.save(tmp_path, {"iter": 3, "config": {}}, saved["weights"], saved["train_state"], 1)
     again = train.build_run(config)
     assert resume.restore(folder, again)["row"] == row
