@@ -314,8 +314,9 @@ def test_bfloat16(position):
 
 
 def softmax(row: torch.Tensor) -> list[float]:
-    weights = [math.exp(x - row.max().item()) for x in row.double().tolist()]
-    return [w / math.fsum(weights) for w in weights]
+    weights = [math.exp(x) for x in (row - row.max()).double().tolist()]
+    total = math.fsum(weights)
+    return [w / total for w in weights]
 
 
 def slow_top_p(row: torch.Tensor, top_p: float) -> set[int]:
@@ -331,7 +332,8 @@ def slow_top_p(row: torch.Tensor, top_p: float) -> set[int]:
 
 def slow_min_p(row: torch.Tensor, min_p: float) -> set[int]:
     p = softmax(row)
-    return {i for i, x in enumerate(p) if x >= min_p * max(p)}
+    largest = max(p)
+    return {i for i, x in enumerate(p) if x >= min_p * largest}
 
 
 def assert_kept(logits: torch.Tensor, kept: torch.Tensor, expected: list[set[int]]) -> None:
