@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from prepared import content, prepare, texts
 
 from config import UserError
-from flatgpt.data import hub, readers
+from flatgpt.data import hub
 from flatgpt.data.sources import REPOSITORIES
 
 WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
@@ -328,14 +328,6 @@ def test_published_size_of_wikitext103(in_tmp, host, real_text):
     assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikitext103"), WIKITEXT, [])
 
 
-def test_wikipedia_from_files_of_the_user(in_tmp, host, real_text):
-    """The default dump's files, without their folder."""
-    data = prepare("wikipedia", tokenizer="byte", raw_dir=str(real_text), val_fraction=0.1)
-    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in readers.rows(f, "text")]
-    assert "".join(texts(data, "train") + texts(data, "val")) == "".join(rows)
-    assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikipedia_byte"), WIKIPEDIA, [])
-
-
 def test_dumps_of_wikipedia_are_separate(in_tmp, host):
     """Files without a folder are of the default dump; each dump has its own folder and dataset."""
     numbered = [f"train-0000{n}-of-00002.parquet" for n in (0, 1)]
@@ -474,23 +466,6 @@ def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
     refused(parts, **keys)
     assert waits == []
     assert list(Path("data").rglob("*.parquet")) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "offline", "part"),
-    [
-        (["hub", "--repo", "user/none"], False, "dataset user/none does not exist on the hub"),
-        (["hub", "--repo", "user/gated"], False, "accept its terms at https://huggingface.co/datasets/user/gated"),
-        (["wikitext103"], True, "wikitext-103-raw-v1 of dataset Salesforce/wikitext is not in data/raw"),
-    ],
-)
-def test_an_error_is_one_line(in_tmp, host, cli, monkeypatch, words, offline, part):
-    host.publish("user/gated", FILES)
-    host.faults[f"HEAD {FIRST}"] = host.faults[f"HEAD {DATA[0]}"] = itertools.repeat((403, "GatedRepo"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    result = cli("prepare_data", *words, "--tokenizer", "byte")
-    assert part in result.error
-    assert (result.out, result.err.count("\n")) == ("", 1)
 
 
 @pytest.mark.parametrize("listed", [False, True])
