@@ -468,6 +468,23 @@ def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
     assert list(Path("data").rglob("*.parquet")) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "offline", "part"),
+    [
+        (["hub", "--repo", "user/none"], False, "dataset user/none does not exist on the hub"),
+        (["hub", "--repo", "user/gated"], False, "accept its terms at https://huggingface.co/datasets/user/gated"),
+        (["wikitext103"], True, "wikitext-103-raw-v1 of dataset Salesforce/wikitext is not in data/raw"),
+    ],
+)
+def test_an_error_is_one_line(in_tmp, host, cli, monkeypatch, words, offline, part):
+    host.publish("user/gated", FILES)
+    host.faults[f"HEAD {FIRST}"] = host.faults[f"HEAD {DATA[0]}"] = itertools.repeat((403, "GatedRepo"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    result = cli("prepare_data", *words, "--tokenizer", "byte")
+    assert part in result.error
+    assert (result.out, result.err.count("\n")) == ("", 1)
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_offline_without_the_files(in_tmp, host, waits, monkeypatch, listed):
     """Never downloaded; or the list of files is cached, and one of them was removed."""

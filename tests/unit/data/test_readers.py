@@ -40,6 +40,19 @@ def refused(parts, call, *args) -> None:
         assert str(part) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("a.txt", "a.md", "a.py", "parquet"), "text"),
+        (("a.jsonl", "b.a.jsonl.gz", "a.jsonl.zst"), "jsonl"),
+        (("train-00000-of-00001.parquet",), "parquet"),
+    ],
+)
+def test_file_format(names, expected):
+    for name in names:
+        assert readers.file_format(name) == readers.file_format(Path("folder.parquet", name)) == expected
+
+
 @pytest.mark.parametrize("suffix", readers.SUFFIXES)
 def test_folders_and_missing_files(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
@@ -113,6 +126,18 @@ def test_chunks_of_a_document(blocks, length):
     # a part that begins inside a word makes one more of the words
     assert sum(len(p.text.split()) - p.starts_mid_word for p in found) == len("".join(blocks).split())
     assert not any(part.forced_split for part in found if part.last)
+
+
+def test_chunks_of_a_long_file(tmp_path):
+    """Each can be encoded on its own, and has at most 4 * MAX_ENCODE_CHARS characters."""
+    text = "a long line of words, and so on;\n" * 300_000
+    (tmp_path / "a.txt").write_text(text)
+    found = list(readers.documents(tmp_path / "a.txt", "text"))
+    assert "".join(part.text for part in found) == text
+    assert len(found) == 3
+    assert max(len(part.text) for part in found) <= 4 * tokenizer.MAX_ENCODE_CHARS
+    assert [(part.first, part.last) for part in found] == [(True, False), (False, False), (False, True)]
+    assert all(part.text[0] in " \n" and not part.forced_split for part in found[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -227,6 +227,7 @@ def test_existing_folders_and_missing_gradio(in_tmp, monkeypatch):
     Path("full").mkdir()
     Path("full/mine.txt").write_text("mine")
     refused("space = full already exists.* another --space", "--space", "full")
+    refused("space = full already exists", "--space", "full", "--dry_run")
     refused("space = full/mine.txt/s: cannot be written: Not a directory", "--space", "full/mine.txt/s")
 
     def version(name):
@@ -234,6 +235,12 @@ def test_existing_folders_and_missing_gradio(in_tmp, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     refused("pip install -r requirements-extra.txt", "--space", "s")
+
+
+def test_weights_that_are_not_finite(in_tmp):
+    save_run(alter=lambda model: model.transformer.wte.weight[0].fill_(float("nan")))
+    message = "wte.weight has NaN or infinite values in float32: the run diverged; choose an earlier checkpoint$"
+    refused(message, "--space", "s")
 
 
 def test_printed_table_and_next_steps(in_tmp, capsys):
@@ -246,5 +253,6 @@ def test_printed_table_and_next_steps(in_tmp, capsys):
     real = capsys.readouterr().out
     assert table_rows(dry) == table_rows(real)
     assert set(table_rows(real)) == files_in("my s") | {"together"}
+    assert len({len(line) for line in real.splitlines() if line.endswith(("bytes", "MB"))}) == 1, "columns"
     assert "  (cd 'my s' && python app.py)\n" in real
     assert "  hf upload user/name 'my s' . --repo-type space --private   # after" in real
