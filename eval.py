@@ -54,11 +54,6 @@ class EvalContext:
     settings: DeviceSettings
     ranks: DistributedContext
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """(rank, world)."""
-        return self.ranks.rank, self.ranks.world
-
     def log(self, line: str) -> None:
         """Print to standard error, on the first rank; standard output is for the report."""
         if self.ranks.first:
@@ -80,7 +75,7 @@ def evaluate_model(context: EvalContext, source: ModelSource) -> dict:
         means = "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice"
         answer = {"text": config.choices, "protocol": "choices", "protocol_means": means}
         answer["window"] = model.config.context_length
-        options = {"share": context.share, "all_reduce": context.ranks.sum, "progress": context.progress}
+        options = {"ranks": context.ranks, "progress": context.progress}
         answer |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, **options)
     else:
         answer = evaluate_text(context, model, encoding, source)
@@ -91,21 +86,21 @@ def evaluate_model(context: EvalContext, source: ModelSource) -> dict:
 
 def evaluate_text(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, source: ModelSource) -> dict:
     """Score the text that the config names, and continuations of it if they are asked for."""
-    config, settings, T = context.config, context.settings, model.config.context_length
+    config, settings, ranks = context.config, context.settings, context.ranks
+    T = model.config.context_length
     rolling = config.protocol == "rolling"
     stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
     if stride > T:
         raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
-    trained_on = Path(source.state["data"]["folder"]) if source.state else None
-    names = str(source.path), trained_on
-    with open_tokens(config, encoding, source.config.vocab_size, *names, context.log) as (tokens, name):
+    with open_tokens(config, encoding, source.config, str(source.path), source.state, context.log) as (tokens, name):
         ids = Prefixed(tokens, encoding.eot_token) if rolling else tokens
         protocol = Protocol(len(ids), T, stride, full=rolling)
         batch_size = config.batch_size or default_batch_size(T, settings.device)
         targets = protocol.scored(min(len(protocol), config.eval_batches * batch_size or len(protocol)))
-        batches = eval_batches(ids, T, batch_size, config.eval_batches, context.share, stride=stride, full=rolling)
-        with context.progress(total=targets // context.ranks.world, unit="token", unit_scale=True) as bar:
-            scores = measure(model, batches, settings.to_device, context.ranks.sum, bar.update)
+        share = ranks.rank, ranks.world
+        batches = eval_batches(ids, T, batch_size, config.eval_batches, share, stride=stride, full=rolling)
+        with context.progress(total=targets // ranks.world, unit="token", unit_scale=True) as bar:
+            scores = measure(model, batches, settings.to_device, ranks, bar.update)
         counts = count_text(tokens, targets + (not rolling), encoding)
         if not rolling:  # the first token is not scored; its word counts, so that words do not depend on the protocol
             counts = dataclasses.replace(counts, bytes=counts.bytes - count_text(tokens, 1, encoding).bytes)
@@ -123,7 +118,7 @@ def evaluate_continuations(context: EvalContext, model: GPT, encoding: tiktoken.
     """Score continuations of prompts at equal distances in the text."""
     config, length = context.config, context.config.max_new_tokens
     prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
-    options = {"share": context.share, "all_gather": context.ranks.all_gather, "progress": context.progress}
+    options = {"ranks": context.ranks, "progress": context.progress}
     written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, **options)
     changed = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
     means = [
