@@ -18,7 +18,7 @@ from flatgpt.runs.run_log import duration, peak_flops
 from model import GPT
 
 FLOAT32, INT64 = 4, 8  # bytes
-GPUS = ("T4", "A10G", "A100", "H100", "H200")  # of run_log's table, those that report() reckons with
+GPUS = ("T4", "A10G", "A100", "H100", "H200")  # rows of --plan; in the table of run_log
 
 # ---------------------------------------------------------------------------------------------------------------------
 # activations
@@ -200,9 +200,9 @@ def memory(config: TrainConfig, dtype: torch.dtype, device_type: str = "cuda", g
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix product, tried in growing sizes for about a quarter of a second.
+    """Return the FLOP/s of the fastest square matrix product, measured in about a quarter of a second.
 
-    Stands in for the peak of a device that is not in run_log's table, a CPU say.
+    It stands in for the peak of devices that are not in the table of run_log, such as CPUs.
     """
     best, n, seconds = 0.0, 128, 0.0
     while seconds < 0.03 and n < 8192:  # the next size takes eight times as long

@@ -20,8 +20,8 @@ import torch
 from forked import TORCHRUN, ForkedProcess
 from in_process import TINY, make_dataset
 from processes import ROOT, deliver, free_port, main_thread, waits_long
+from run_files import assert_same_run, rows, same, weights
 from safetensors.torch import load_file
-from test_train import TIMES, rows, same, weights
 
 from config import TrainConfig
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
@@ -87,26 +87,6 @@ def logged(run: Path) -> int:
 def errors(job: ForkedProcess) -> list[str]:
     """What it says to its user."""
     return [line for line in job.output.splitlines() if line.startswith("error: ")]
-
-
-def ended(run: Path) -> tuple:
-    """What of a run's end is not a tensor: progress, counters, scaler, where `best` leads."""
-    state = checkpoint.load_train_state(run / "ckpt/last")
-    row = {key: value for key, value in state.pop("row").items() if key not in TIMES}
-    return row, {key: value for key, value in state.items() if key != "optimizer"}, os.readlink(run / "ckpt/best")
-
-
-def assert_same_run(run: Path, whole: Path) -> None:
-    """Every iteration is logged once and alike, and all that a checkpoint holds ended alike, bit for bit."""
-    state = checkpoint.verify(run / "ckpt/last")
-    assert state["finished"]
-    assert rows(run) == rows(whole)
-    assert [int(row["iter"]) for row in rows(run)] == list(range(state["config"]["max_iters"] + 1))
-    assert ended(run) == ended(whole)
-    assert same(weights(run), weights(whole))
-    ours, theirs = (checkpoint.load_train_state(r / "ckpt/last")["optimizer"]["state"] for r in (run, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(same(ours[key], theirs[key]) for key in theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

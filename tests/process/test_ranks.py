@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from in_process import TINY, make_dataset
 from processes import ROOT, command
-from test_train import rows, weights
+from run_files import rows, weights
 
 import train
 from config import ReportedByOtherRank, TrainConfig, UserError
