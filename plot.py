@@ -2,8 +2,8 @@
 
 python plot.py                                            # the newest run: out/<run>/metrics.png
 python plot.py out/shakespeare --svg
-python plot.py out/a out/b --x tokens --out compared.png  # or --x time: several runs in one picture
-python plot.py out/shakespeare --watch                    # drawn anew while the run goes on
+python plot.py out/a out/b --x tokens --out compared.png  # several runs in one picture; also --x time
+python plot.py out/shakespeare --watch                    # drawn again while the run trains
 """
 
 from __future__ import annotations
@@ -27,70 +27,71 @@ from flatgpt.runs.history import History
 from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runtime.files import require_writable, write_output
 
-# From one look at the logs to the next: seconds, and at least how many times as long as drawing took, as the run needs
-# the processor too.
-SECONDS, REST = 2.0, 5
+# --watch looks at the logs every WATCH_SECONDS, and at most so often that drawing takes a small part of the time: the
+# run needs the processor too.
+WATCH_SECONDS, PAUSE_PER_DRAWING = 2.0, 5
 
 
 def read_runs(folders: Sequence[Path]) -> list[History]:
-    """Their histories, those of the same name by as much of the path as tells them apart."""
-    found = [history.read(folder) for folder in folders]
-    paths = [folder.resolve() for folder in folders]
+    """Read the runs. Runs of the same name get as much of their paths as tells them apart."""
+    runs, paths = [history.read(folder) for folder in folders], [folder.resolve() for folder in folders]
     for depth in range(2, max(len(path.parts) for path in paths) + 1):
-        if len({run.name for run in found}) == len(found):
+        if len({run.name for run in runs}) == len(runs):
             break
-        found = [
-            dataclasses.replace(run, name="/".join(path.parts[-depth:])) for run, path in zip(found, paths, strict=True)
-        ]
-    return found
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    return runs
 
 
 def draw(config: PlotConfig, folders: Sequence[Path], target: str) -> str:
-    """Draw the runs that have rows into the file; what was drawn."""
-    runs = read_runs(folders)
-    some = [any(map(math.isfinite, run.x_values(config.x))) for run in runs]
-    empty = ", ".join(str(folder) for folder, there in zip(folders, some, strict=True) if not there)
-    why = f"no rows in {history.LOG} there" + f" that tell {config.x}" * (config.x != "iter")
-    if not any(some):
-        raise UserError(f"{empty}: nothing to draw, {why}; name another run, or wait for this one with --watch")
+    """Draw the runs that have rows into the file. Returns a line about it."""
+    runs, empty = [], []
+    for folder, run in zip(folders, read_runs(folders), strict=True):
+        if any(map(math.isfinite, run.x_values(config.x))):
+            runs.append(run)
+        else:
+            empty.append(str(folder))
+    names = ", ".join(empty)
+    reason = f"no rows in {history.LOG} there" + f" that tell {config.x}" * (config.x != "iter")
+    if not runs:
+        raise UserError(f"{names}: nothing to draw, {reason}; name another run, or wait for this one with --watch")
     if empty:
-        print(f"warning: {empty}: left out, {why}", file=sys.stderr)
-    runs = [run for run, there in zip(runs, some, strict=True) if there]
+        print(f"warning: {names}: left out, {reason}", file=sys.stderr)
     write_output(render(plot_runs(runs, config.x), config.format), target, "out")
     return f"{target}: {len(runs)} runs" if len(runs) > 1 else f"{target}: to iter {runs[0]['iter'][-1]:,.0f}"
 
 
 def watch(config: PlotConfig, folders: Sequence[Path], target: str) -> None:
-    """Draw whenever a file has changed that is read; what fails is tried again at the next change."""
+    """Draw whenever a log or a checkpoint has changed. After an error, try again at the next change."""
     files = [folder / name for folder in folders for name in (history.LOG, history.CHECKPOINT)]
     before = None
     while True:
-        began, now = time.monotonic(), [_mark(file) for file in files]
+        began, now = time.monotonic(), [_version(file) for file in files]
         if now != before:
             try:
                 print(draw(config, folders, target), flush=True)
-            except (UserError, OSError) as why:
-                print(f"waiting: {why}", file=sys.stderr, flush=True)
+            except (UserError, OSError) as error:
+                print(f"waiting: {error}", file=sys.stderr, flush=True)
             before = now
-        time.sleep(max(SECONDS, REST * (time.monotonic() - began)))
+        time.sleep(max(WATCH_SECONDS, PAUSE_PER_DRAWING * (time.monotonic() - began)))
 
 
-def _mark(file: Path) -> tuple[int, int] | None:
+def _version(file: Path) -> tuple[int, int] | None:
     try:
-        facts = file.stat()
+        stat = file.stat()
     except OSError:
         return None
-    return facts.st_mtime_ns, facts.st_size
+    return stat.st_mtime_ns, stat.st_size
 
 
 def main(config: PlotConfig) -> None:
-    """Draw once, or again and again."""
+    """Draw once, or with --watch again and again."""
     folders = list({Path(name).resolve(): Path(name) for name in config.runs}.values())
     if not folders:
         folders = [history.newest()]
         print(f"the newest run: {folders[0]}", file=sys.stderr)
     target = config.out or str((folders[0] if len(folders) == 1 else Path()) / f"metrics.{config.format}")
-    read_runs(folders)  # a wrong name is said before anything waits
+    read_runs(folders)  # an error in a name is reported before --watch waits
     require_writable(target, "out")
     if config.watch:
         watch(config, folders, target)

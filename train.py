@@ -115,7 +115,7 @@ def record_evaluation(run: TrainingRun, progress: Progress, checkpoints: Checkpo
         checkpoints.wait()
     if run.ranks.all(checkpoints.failure is None):
         progress.best_loss, progress.best_iter, progress.since_best = loss, progress.iter, 0
-        checkpoints.submit_after_save(checkpoint.point, Path(run.config.out_dir), "best", progress.iter)
+        checkpoints.submit_after_save(checkpoint.set_link, Path(run.config.out_dir), "best", progress.iter)
 
 
 def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) -> None:
@@ -200,7 +200,7 @@ def check_nonfinite(run: TrainingRun, progress: Progress, checkpoints: Checkpoin
     """Print warnings about non-finite updates, or end the run as on_nonfinite says."""
     try:
         for text in run.nonfinite_guard.check(progress.row, run.batches, run.ranks):
-            log.say(text)
+            log.print(text)
     except UserError:
         run.ranks.poll_all(checkpoints.idle)  # torchrun ends all ranks with the first that leaves
         raise

@@ -23,7 +23,7 @@ from flatgpt.benchmarks.measure import USER_ENVIRONMENT, aligned, failure, in_tu
 from flatgpt.data.dataset import Dataset, open_dataset
 from flatgpt.runtime.device import cpu_name, select_device
 
-OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # run_log.line
+OURS = r"iter +(\d+) .*\bval +([\d.]+)"  # run_log.format_row
 NANOGPT = r"step (\d+): train loss [\d.]+, val loss ([\d.]+)"
 # nanoGPT's README, "I only have a macbook": tiny Shakespeare's characters on a CPU
 CPU_RECIPE = shlex.split(

@@ -23,7 +23,6 @@ from flatgpt.benchmarks import nanogpt
 from flatgpt.benchmarks.measure import aligned, in_turn, milliseconds, seconds_since_start, speedup
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.run_log import peak_flops
-from flatgpt.runs.run_log import summary as percentiles
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.files import require_writable
 from flatgpt.training.plan import matmul_flops
@@ -189,12 +188,12 @@ def update_figures(
         peak: FLOP/s of all devices together by their data sheet; None: unknown.
         matmul: measured FLOP/s of a matrix product on all devices together.
     """
-    median, p10, p90 = percentiles(timed)
+    median, tenths = statistics.median(timed), statistics.quantiles(timed, n=10, method="inclusive")
     flops = 1e3 * tokens / median * flops_per_token
     return {
         "ms": median,
-        "ms_p10": p10,
-        "ms_p90": p90,
+        "ms_p10": tenths[0],
+        "ms_p90": tenths[-1],
         "first_ms": warmup[0],
         "warmup_ms": statistics.median(warmup[1:]) if warmup[1:] else None,
         "tokens_per_s": 1e3 * tokens / median,

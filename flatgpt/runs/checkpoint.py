@@ -1,8 +1,9 @@
-"""Save, find, verify and load: `out/<run>/ckpt/iter_000500/` with model.safetensors, train_state.pt and state.json.
+"""Save, find, verify and load checkpoints.
 
-state.json, written last, holds size and SHA-256 of the other two, and its own: a folder without a valid one is none.
-`ckpt/last` and `ckpt/best` are relative symlinks, replaced by rename. Nothing here unpickles: weights are safetensors,
-train_state.pt is read with weights_only=True.
+out/<run>/ckpt/iter_000500/ has model.safetensors, train_state.pt and state.json. state.json is written last. It holds
+size and SHA-256 of the other files, and its own SHA-256; a folder without a valid state.json is not a checkpoint.
+`ckpt/last` and `ckpt/best` are relative symlinks. Nothing is unpickled: weights are safetensors, and train_state.pt is
+read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ WEIGHTS, TRAIN_STATE, STATE = "model.safetensors", "train_state.pt", "state.json
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that is not what was written; the message names the file."""
+    """A checkpoint whose files are not as they were written. The message names the file."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,91 +42,96 @@ class DamagedCheckpointError(Exception):
 def save(
     run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: dict, keep: int, keep_every: int | None = None
 ) -> Path:
-    """Write one checkpoint and move `last` to it; of the others keep the newest K - 1, `best`, and every N-th.
+    """Write a checkpoint, set `last` to it, and delete those that need not be kept.
 
     Args:
-        run_dir: the run's folder.
-        state: what state.json says, `iter` among it; format and files are added here.
-        weights: of the raw module, never of a compiled or wrapped one.
+        state: the content of state.json, with `iter`. Format and files are added.
+        weights: state dict of the raw model, not of a compiled or wrapped one.
         train_state: tensors and plain types, for resuming.
-        keep: how many of the newest checkpoints stay.
-        keep_every: those whose iteration is a multiple of it stay too.
+        keep: number of the newest checkpoints to keep, besides `best`.
+        keep_every: keep all checkpoints whose iteration is a multiple of it.
 
     Returns:
         the checkpoint's folder.
 
     Raises:
-        UserError: it could not be written; what was there before is untouched.
+        UserError: it could not be written. Earlier checkpoints are untouched.
     """
-    folder, writing = run_dir / "ckpt" / _name(state["iter"]), WEIGHTS
+    folder, file = run_dir / "ckpt" / _name(state["iter"]), WEIGHTS
     partial = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
-        writing = TRAIN_STATE
+        file = TRAIN_STATE
         torch.save(train_state, partial / TRAIN_STATE)
-        (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors lets nobody else read it
+        (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors makes it readable for its owner
         files = {name: fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
-        writing = STATE
+        file = STATE
         write_state(partial, {"format": FORMAT, **state, "files": files})
-        for writing in (*files, "."):
-            _flush(partial / writing)
-        if folder.exists():  # damaged, else the run would have gone on from there
+        for file in (*files, "."):
+            _flush(partial / file)
+        if folder.exists():  # a damaged one: a valid one would have been resumed
             move_aside(folder, "in the way of a new one")
         os.rename(partial, folder)
         _flush(folder.parent)
-        point(run_dir, "last", state["iter"])
-    except (OSError, RuntimeError, SafetensorError) as why:
-        reason = why.strerror if isinstance(why, OSError) and why.strerror else (str(why).splitlines() or [""])[0]
-        if "inline_container" in reason:  # torch's "unexpected pos 64 vs 0"
-            reason = "only a part of it was taken: a full disk, a quota or a limit of file sizes"
-        size, partly = _size([weights, train_state]), sum(path.stat().st_size for path in partial.glob("*"))
+        set_link(run_dir, "last", state["iter"])
+    except (OSError, RuntimeError, SafetensorError) as error:
+        written = sum(path.stat().st_size for path in partial.glob("*"))
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(run_dir).free if run_dir.exists() else 0
-        there = ", ".join(f"iter {read_state(p)['iter']}" for p in checkpoints(run_dir))
+        needed, free = _num_bytes([weights, train_state]), shutil.disk_usage(run_dir).free if run_dir.exists() else 0
+        kept = ", ".join(f"iter {read_state(path)['iter']}" for path in checkpoints(run_dir))
         raise UserError(
-            f"checkpoint {folder} could not be written: {writing}: {reason}. {size / 1e6:,.1f} MB are needed, "
-            f"{partly / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free now. "
-            f"Still there: {there or 'none'}. Make room; a run that ended goes on with --resume"
+            f"checkpoint {folder} could not be written: {file}: {_reason(error)}. {needed / 1e6:,.1f} MB are needed, "
+            f"{written / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free now. "
+            f"Still there: {kept or 'none'}. Make room; a run that ended goes on with --resume"
         ) from None
     linked = {(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
     for old in checkpoints(run_dir)[keep:]:
-        if old.resolve() not in linked and not (keep_every and read_state(old)["iter"] % keep_every == 0):
-            try:
-                os.rename(old, partial)  # first: half a folder must not look like a checkpoint
-                shutil.rmtree(partial)
-            except OSError as why:  # somebody reads it on a network's disk, say
-                print(f"warning: {old}, which is not needed any more, stays: {why.strerror}", file=sys.stderr)
+        if old.resolve() in linked or (keep_every and read_state(old)["iter"] % keep_every == 0):
+            continue
+        try:
+            os.rename(old, partial)  # first, so that a half-deleted folder does not look like a checkpoint
+            shutil.rmtree(partial)
+        except OSError as error:  # on a network disk, another process may be reading it
+            print(f"warning: {old} is no longer needed but cannot be deleted: {error.strerror}", file=sys.stderr)
     return folder
 
 
-def _size(value: Any) -> int:
+def _num_bytes(value) -> int:
     if isinstance(value, dict | list):
-        return sum(map(_size, value.values() if isinstance(value, dict) else value))
+        return sum(map(_num_bytes, value.values() if isinstance(value, dict) else value))
     return value.nbytes if isinstance(value, Tensor) else 0
 
 
-def move_aside(folder: Path, why: str) -> None:
-    """Move a checkpoint to ckpt/lost-<time>/ beside it: nothing is deleted."""
+def _reason(error: Exception) -> str:
+    text = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
+    if "inline_container" in text:  # torch's "unexpected pos 64 vs 0"
+        return "only a part of it was taken: a full disk, a quota or a limit of file sizes"
+    return text
+
+
+def move_aside(folder: Path, reason: str) -> None:
+    """Move a checkpoint to ckpt/lost-<time>/. Nothing is deleted."""
     lost = folder.parent / f"lost-{time.strftime('%Y%m%d-%H%M%S')}"
     lost.mkdir(exist_ok=True)
     os.rename(folder, lost / folder.name)
-    print(f"{folder}, {why}, is now in {lost}")
+    print(f"{folder}, {reason}, is now in {lost}")
 
 
 def mark_finished(folder: Path) -> None:
-    """Have a checkpoint's state.json say that its run is over, where that was decided after it was written."""
+    """Record in a checkpoint's state.json that its run has ended, if that was decided after it was written."""
     if state := read_state(folder):
         write_state(folder, {**state, "finished": True})
 
 
 def write_state(folder: Path, state: dict) -> None:
+    """Write state.json with its own SHA-256."""
     atomic_write(folder / STATE, state_file(state))
 
 
 def state_file(state: dict) -> bytes:
-    """The content of state.json: the state, and its own SHA-256."""
+    """Return the content of state.json: the state and its SHA-256."""
     return json.dumps({**state, "sha256": _hash(state)}, indent=1).encode()
 
 
@@ -134,19 +139,19 @@ def _hash(state: dict) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
-def point(run_dir: Path, name: str, iteration: int) -> bool:
-    """Make the symlink ckpt/<name> lead to the checkpoint of an iteration; it is never half written.
+def set_link(run_dir: Path, name: str, iteration: int) -> bool:
+    """Atomically point the symlink ckpt/<name> at the checkpoint of an iteration.
 
     Returns:
-        whether that checkpoint is there; where it is not, the link is removed.
+        whether that checkpoint exists. If not, the link is removed.
     """
-    target, link = run_dir / "ckpt" / name, run_dir / "ckpt" / f".{name}.tmp"
+    link, partial = run_dir / "ckpt" / name, run_dir / "ckpt" / f".{name}.tmp"
     if read_state(run_dir / "ckpt" / _name(iteration)) is None:
-        target.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
         return False
-    link.unlink(missing_ok=True)
-    link.symlink_to(_name(iteration))
-    os.replace(link, target)
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(_name(iteration))
+    os.replace(partial, link)
     return True
 
 
@@ -155,6 +160,7 @@ def _name(iteration: int) -> str:
 
 
 def fingerprint(path: Path) -> dict:
+    """Return a file's size and SHA-256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -172,7 +178,7 @@ def _flush(path: Path) -> None:
 
 
 def read_state(folder: Path) -> dict | None:
-    """A checkpoint's state.json, None where there is no valid one."""
+    """Return the content of a checkpoint's state.json, or None if it is missing or not valid."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -186,22 +192,22 @@ def read_state(folder: Path) -> dict | None:
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """The run's folders of checkpoints, newest first, damaged ones too; a copy, iter_000500.old, is none."""
-    found = [p for p in run_dir.glob("ckpt/iter_*") if p.name.removeprefix("iter_").isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("iter_")), reverse=True)
+    """Return the run's checkpoint folders, damaged ones too, newest first; a copy, iter_000500.old, is ignored."""
+    found = [path for path in run_dir.glob("ckpt/iter_*") if path.name.removeprefix("iter_").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Those with a valid state.json."""
+    """Return the run's folders with a valid state.json, newest first."""
     return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
 def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dict:
-    """The state of a checkpoint whose files are as they were written.
+    """Check these files of a checkpoint and return its state.
 
     Raises:
         DamagedCheckpointError: no valid state.json, or a file with another size or SHA-256.
-        UserError: a format of another version.
+        UserError: the format of another version.
     """
     state = read_state(folder)
     if state is None:
@@ -210,38 +216,40 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
         raise UserError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
     for name in names:
         try:
-            if fingerprint(folder / name) != state["files"].get(name):
-                raise DamagedCheckpointError(
-                    f"{folder / name} is damaged: its size or SHA-256 is not the one in state.json"
-                )
-        except OSError as why:  # a bad sector, say
-            raise DamagedCheckpointError(f"{folder / name} is missing or cannot be read: {why.strerror}") from None
+            damaged = fingerprint(folder / name) != state["files"].get(name)
+        except OSError as error:  # a bad sector, for example
+            reason = f"is missing or cannot be read: {error.strerror}"
+            raise DamagedCheckpointError(f"{folder / name} {reason}") from None
+        if damaged:
+            reason = "is damaged: its size or SHA-256 is not the one in state.json"
+            raise DamagedCheckpointError(f"{folder / name} {reason}")
     return state
 
 
-def first_valid(folders: list[Path], names: tuple[str, ...], say: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The first checkpoint that verifies, with its state; damaged ones are named and passed over."""
+def first_valid(folders: list[Path], names: tuple[str, ...], log: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """Return the first checkpoint whose files are valid, with its state. Warn about each damaged one before it."""
     for folder in folders:
         try:
             return folder, verify(folder, names)
-        except DamagedCheckpointError as why:
-            say(f"warning: {why}; trying the checkpoint before it")
+        except DamagedCheckpointError as error:
+            log(f"warning: {error}; trying the checkpoint before it")
     return None
 
 
-def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("out")) -> tuple[Path, dict]:
-    """The checkpoint that --model_path means, verified, with its state.
+def find(model_path: str | None, log: Callable[[str], None], runs: Path = Path("out")) -> tuple[Path, dict]:
+    """Find and verify the checkpoint that --model_path names. Returns its folder and its state.
 
-    A run's folder means its `best`, else its `last`; a checkpoint's folder means itself; None means the newest run.
+    Args:
+        model_path: the folder of a run (its `best`, else its `last`) or of a checkpoint. None: the newest run.
 
     Raises:
         UserError: nothing there, or nothing undamaged.
     """
     if model_path is None:
-        marks = sorted(runs.glob("*/ckpt/last"), key=lambda p: p.lstat().st_mtime)
-        if not marks:
+        links = sorted(runs.glob("*/ckpt/last"), key=lambda path: path.lstat().st_mtime)
+        if not links:
             raise UserError(f"no run in {runs}/ yet: train one (python train.py), or name one with --model_path")
-        path = marks[-1].parent.parent
+        path = links[-1].parent.parent
     else:
         path = Path(model_path)
     path = path.parent if path.name == WEIGHTS else path
@@ -250,11 +258,11 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
     if (path / STATE).exists() or not (path / "ckpt").is_dir():
         try:
             return path, verify(path, (WEIGHTS,))
-        except DamagedCheckpointError as why:
+        except DamagedCheckpointError as error:
             hint = f"; other checkpoints lie in {path.resolve().parent}" if path.name.startswith("iter_") else ""
-            raise UserError(f"model_path {path} is no usable checkpoint: {why}{hint}") from None
+            raise UserError(f"model_path {path} is no usable checkpoint: {error}{hint}") from None
     linked = [(path / "ckpt" / name).resolve() for name in ("best", "last") if (path / "ckpt" / name).exists()]
-    found = first_valid(list(dict.fromkeys([*linked, *folders(path.resolve())])), (WEIGHTS,), say)
+    found = first_valid(list(dict.fromkeys([*linked, *folders(path.resolve())])), (WEIGHTS,), log)
     if found is None:
         raise UserError(f"model_path {path}: this run has no usable checkpoint yet")
     return path / "ckpt" / found[0].name, found[1]
@@ -265,39 +273,43 @@ def find(model_path: str | None, say: Callable[[str], None], runs: Path = Path("
 
 
 def load_weights(
-    model: GPT, folder: Path, assign: bool = False, cut: Callable[[Tensor, Tensor], Tensor] | None = None
+    model: GPT, folder: Path, assign: bool = False, convert: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> None:
-    """Copy a checkpoint's weights into a model of the same shape.
+    """Load a checkpoint's weights into a model of the same shape.
 
     Args:
-        assign: put them in its place, instead.
-        cut: makes of a whole tensor what is to be copied into the model's, its second argument.
+        assign: replace the model's tensors instead of copying into them.
+        convert: called with a whole tensor and the model's tensor of that name; returns what is loaded, a shard for
+            example.
+
+    Raises:
+        UserError: the weights do not fit the model.
     """
     try:
-        weights, there = load_file(folder / WEIGHTS), model.state_dict()
-        if cut:
-            weights = {name: cut(t, there[name]) if name in there else t for name, t in weights.items()}
+        weights, current = load_file(folder / WEIGHTS), model.state_dict()
+        if convert:
+            weights = {name: convert(t, current[name]) if name in current else t for name, t in weights.items()}
         model.load_state_dict(weights, assign=assign)
-    except (RuntimeError, SafetensorError) as why:
-        raise UserError(f"{folder / WEIGHTS} does not fit its config: {str(why).splitlines()[-1].strip()}") from None
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} does not fit its config: {str(error).splitlines()[-1].strip()}") from None
 
 
 def load_train_state(folder: Path, mmap: bool = False) -> dict:
-    """What `save` was given as train_state; loaded without unpickling anything but tensors and plain types.
+    """Load the train_state that `save` wrote. Only tensors and plain types are unpickled.
 
     Args:
-        mmap: read only what is used of it.
+        mmap: read only the parts that are used.
 
     Raises:
-        UserError: it holds something else, or is no such file.
+        UserError: the file holds something else, or is no such file.
     """
     try:
         state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)
         if isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state):
             return state
-        why = "it is no train state"
-    except pickle.UnpicklingError:  # its own text explains how to run what is in there
-        why = "it holds more than tensors and plain types, and reading that could run anybody's code"
+        reason = "it is no train state"
+    except pickle.UnpicklingError:  # torch's text explains how to load it anyway
+        reason = "it holds more than tensors and plain types, and reading that could run anybody's code"
     except (RuntimeError, EOFError) as error:
-        why = str(error).split("\n")[0]
-    raise UserError(f"{folder / TRAIN_STATE} is not loaded: {why}")
+        reason = str(error).partition("\n")[0]
+    raise UserError(f"{folder / TRAIN_STATE} is not loaded: {reason}")

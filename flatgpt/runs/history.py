@@ -1,9 +1,9 @@
-"""A run as it lies on the disk: metrics.csv -> columns, and what its checkpoints say of it. Neither torch nor numpy.
+"""Read a run's folder: the columns of metrics.csv, and what its checkpoints say about it. Neither torch nor numpy.
 
 history = read(Path("out/shakespeare"))
 history["train_loss"]   # a number for each row, nan where the log has none
 history.best            # (iter, loss)
-history.seconds         # of training, up to each row
+history.seconds         # training time up to each row
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,13 @@ CHECKPOINT = f"ckpt/last/{STATE}"
 
 @dataclass(frozen=True)
 class History:
-    """What is known of a run.
+    """The log and the settings of a run.
 
     Args:
-        name: its folder's.
-        columns: metrics.csv by key, all of one length; nan where a row has no value, or none that is a number.
+        name: of its folder.
+        columns: metrics.csv by column name, all of one length; nan where a row has no number.
         state: state.json of its last checkpoint; {} before the first one.
-        settings: of the run, by key; {} where nobody says.
+        settings: of the run, by key; {} if unknown.
     """
 
     name: str
@@ -44,7 +45,7 @@ class History:
         return len(self.columns.get("iter", ()))
 
     def x_values(self, x: str) -> list[float]:
-        """Where each row lies on an axis: iter, tokens, or time in seconds."""
+        """Return the x value of each row: iter, tokens, or time in seconds."""
         return self.seconds if x == "time" else self[x]
 
     @property
@@ -55,39 +56,38 @@ class History:
 
     @property
     def seconds(self) -> list[float]:
-        """Of all updates up to each row; nan where the log never says how long one takes.
+        """Time of all updates up to each row, without evaluations and saves; nan if the log has no step_ms.
 
-        The log has no clock: evaluations and saves are not in step_ms, so not in this. A row without step_ms, as the
-        first one is, counts with the speed of the row before it, else of the one after it.
+        A row without step_ms, as the first one, counts with the step_ms of the row before it, else of the one after it.
         """
         known = [ms for ms in self["step_ms"] if math.isfinite(ms)]
-        speed, before, total, answer = known[0] if known else math.nan, 0.0, 0.0, []
+        step_ms, before, total, seconds = known[0] if known else math.nan, 0.0, 0.0, []
         for i, ms in zip(self["iter"], self["step_ms"], strict=True):
-            speed = ms if math.isfinite(ms) else speed
-            total += (i - before) * speed / 1e3 if i > before else 0.0
+            step_ms = ms if math.isfinite(ms) else step_ms
+            total += (i - before) * step_ms / 1e3 if i > before else 0.0
             before = i
-            answer.append(total)
-        return answer
+            seconds.append(total)
+        return seconds
 
     @property
     def parameters(self) -> int | None:
-        """How many the model has."""
+        """Number of the model's parameters."""
         known = {key: self.settings[key] for key in ModelConfig.__dataclass_fields__ if key in self.settings}
         try:
             return ModelConfig(**known).num_params() if known.get("vocab_size") else None
-        except TypeError:  # somebody's own state.json
+        except TypeError:  # a state.json that was edited
             return None
 
     @property
     def device(self) -> str | None:
-        """What computed: `NVIDIA H200`, `2 x Tesla T4`, `AMD EPYC`."""
+        """Name of the devices: `NVIDIA H200`, `2 x Tesla T4`, `AMD EPYC`."""
         name = self.state.get("cpu") if self.state.get("device") == "cpu" else self.state.get("device")
         ranks = self.state.get("ranks", 1)
         return f"{ranks} x {name}" if name and ranks > 1 else name
 
 
 def newest(runs: Path = Path("out")) -> Path:
-    """The run's folder whose log was written last.
+    """Return the folder of the run whose log was written last.
 
     Raises:
         UserError: there is none.
@@ -99,35 +99,35 @@ def newest(runs: Path = Path("out")) -> Path:
 
 
 def read(folder: Path) -> History:
-    """The history of a run's folder, or of a folder with one checkpoint's files and a log; without a log, no rows.
+    """Read the history of a run's folder, or of a folder with one checkpoint's files and a log. No log gives no rows.
 
-    A run may be writing: half a last line does not count, nor does a line that is not a row.
+    The run may be writing at the same time: lines that are not whole rows are ignored.
 
     Raises:
         UserError: no such folder, or a log that cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
-    state = _json(folder / STATE) or _json(folder / CHECKPOINT)
+    state = _read_table(folder / STATE, json.loads) or _read_table(folder / CHECKPOINT, json.loads)
     config = state.get("config")
-    settings = config if isinstance(config, dict) else _recipe(folder / RECIPE)
-    return History(Path(os.path.abspath(folder)).name, _columns(folder / LOG), state, settings)
+    settings = config if isinstance(config, dict) else _read_table(folder / RECIPE, tomllib.loads)
+    return History(Path(os.path.abspath(folder)).name, _read_columns(folder / LOG), state, settings)
 
 
-def _columns(file: Path) -> dict[str, list[float]]:
+def _read_columns(file: Path) -> dict[str, list[float]]:
     try:
-        text = file.read_bytes().decode("utf-8-sig", errors="replace")  # a spreadsheet puts a mark before it
+        text = file.read_bytes().decode("utf-8-sig", errors="replace")  # spreadsheets write a byte order mark
     except FileNotFoundError:
         return {}
-    except OSError as why:
-        raise UserError(f"{file} cannot be read: {why.strerror}") from None
-    whole, _, _ = text.replace("\0", "").rpartition("\n")
-    keys, *rows = (line.split(",") for line in whole.splitlines() or [""])  # numbers alone: nothing is quoted
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    lines, _, _ = text.replace("\0", "").rpartition("\n")
+    keys, *rows = (line.split(",") for line in lines.splitlines() or [""])  # numbers only: nothing is quoted
     if "iter" not in keys:
         return {}
-    at = keys.index("iter")
-    rows = [row for row in rows if len(row) == len(keys) and math.isfinite(_number(row[at]))]
-    return {key: [_number(row[n]) for row in rows] for n, key in enumerate(keys)}
+    numbers = [[_number(cell) for cell in row] for row in rows if len(row) == len(keys)]
+    numbers = [row for row in numbers if math.isfinite(row[keys.index("iter")])]
+    return {key: [row[n] for row in numbers] for n, key in enumerate(keys)}
 
 
 def _number(text: str) -> float:
@@ -137,16 +137,10 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _json(file: Path) -> dict:
+def _read_table(file: Path, loads: Callable[[str], dict]) -> dict:
+    """Return the content of a JSON or TOML file, {} if it has none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _recipe(file: Path) -> dict:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

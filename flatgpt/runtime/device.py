@@ -1,4 +1,4 @@
-"""What the machine gives: device, precision, compiler, random state. Says what `auto` chose, and why."""
+"""Device, dtype, compilation and random state of a run. States what `auto` selected, and why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """Where a run computes and how; `why` says for each choice of `auto` what decided it."""
+    """The device of a run, the dtype of its matrix products, and whether it is compiled.
+
+    Attributes:
+        why: the reason of each choice that `auto` made, by 'dtype' and 'compile'.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -31,31 +35,29 @@ class DeviceSettings:
     why: dict[str, str]
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in `dtype`; what needs float32 stays in it. Nothing at all for float32."""
+        """Return torch.autocast for `dtype`; a null context for float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss so that float16's small gradients do not vanish; does nothing for other dtypes."""
+        """Return a gradient scaler, which is enabled for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """A numpy array as a tensor on the device; on CUDA the copy does not wait."""
+        """Copy a numpy array to the device; asynchronously on CUDA."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given; for clocks."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        """Wait until the device has completed its queued work."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
 
     def peak_memory_gb(self) -> float:
-        """Most memory in use so far, 10^9 bytes: the device's on CUDA, else the process's resident set."""
+        """Return the peak of memory in use, in 10^9 bytes: of the device on CUDA, else of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -63,69 +65,69 @@ class DeviceSettings:
 
     @property
     def name(self) -> str:
-        """What the device calls itself: `NVIDIA H200`, or `cpu`."""
+        """The name of a GPU, `NVIDIA H200` for example, else the type of the device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the settings and their reasons as one line."""
         count = torch.get_num_threads()
         threads = f" ({count} thread{'s' * (count > 1)})" if self.device.type == "cpu" else ""
-        dtype = str(self.dtype).removeprefix("torch.") + self._reason("dtype")
-        return f"{self.name}{threads}, {dtype}, {'compiled' if self.compile else 'eager'}{self._reason('compile')}"
-
-    def _reason(self, choice: str) -> str:
-        return f" ({self.why[choice]})" if choice in self.why else ""
+        reasons = {key: f" ({self.why[key]})" if key in self.why else "" for key in ("dtype", "compile")}
+        dtype, mode = str(self.dtype).removeprefix("torch."), "compiled" if self.compile else "eager"
+        return f"{self.name}{threads}, {dtype}{reasons['dtype']}, {mode}{reasons['compile']}"
 
 
 def note(text: str) -> None:
-    """Say something on standard error, once where torchrun started several of us."""
+    """Print a line to standard error, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
 def find_device(device: str, local_rank: int | None = None) -> torch.device:
-    """The device that `auto` or a name means; of several GPUs the one that belongs to the rank.
+    """Return the device for a name or `auto`, and prepare this process for it.
 
     Args:
-        local_rank: this process's number among torchrun's on this machine; None: the verb uses a single device.
+        local_rank: the GPU to take, by torchrun's LOCAL_RANK; None: the script uses a single device.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: the device does not exist, or torch is too old to read files safely.
     """
     if local_rank is None and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this verb uses one device; start it without torchrun"
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this script uses one device; start it without torchrun"
         )
     _require_safe_torch()
-    # Huge pages for large CPU tensors (Linux): with 50,257 ids over half of an update was page faults on the logits
-    # (docs/speed.md). torch reads this once, when it first allocates.
+    # Huge pages for large CPU tensors (Linux): with 50,257 ids, page faults on the logits took over half of an update
+    # (docs/speed.md). torch reads the variable once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    _keep_memory()
+    _keep_freed_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [name for name, found in available.items() if found]
     if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    elif not available[device]:
-        there = " or ".join(name for name, yes in available.items() if yes)
-        raise UserError(f"device = {device}: torch {torch.__version__} sees none here; take --device {there}")
+        device = names[0]
+    elif device not in names:
+        raise UserError(
+            f"device = {device}: torch {torch.__version__} sees none here; take --device {' or '.join(names)}"
+        )
     if device != "cuda":
         return torch.device(device)
-    asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if local_rank is not None and asked > there:
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local_rank is not None and processes > gpus:
         raise UserError(
-            f"nproc_per_node = {asked}: this machine has {there} GPU{'s' * (there > 1)}, and each process takes one; "
-            f"start torchrun with --nproc_per_node={there}"
+            f"nproc_per_node = {processes}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process takes one; "
+            f"start torchrun with --nproc_per_node={gpus}"
         )
     if local_rank:
         torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank or 0)
 
 
-def _keep_memory() -> None:
-    """Have glibc keep freed memory for the next tensors, else each update gives it back and finds it anew.
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory for later tensors. Returning it to the system took a fifth of an update on a CPU.
 
-    That took a fifth of an update on a CPU (docs/speed.md). Pieces over 256 MB are given back: holes would cost more.
+    Blocks over 256 MB are still returned: keeping them would leave large holes (docs/speed.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS and musl have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing on macOS and musl
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h's numbers
         mallopt(trim_threshold, 2**31 - 1)
@@ -142,14 +144,14 @@ def _require_safe_torch() -> None:
 
 
 def make_deterministic() -> None:
-    """Have this process compute the same bits twice, where it computes with the same number of threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses CUDA's matrix products
+    """Make torch use deterministic algorithms: equal results for an equal number of threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses CUDA's matrix products without it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, for memory that nobody reads
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would take time for memory that is never read
 
 
 def cpu_name() -> str:
-    """The processor's model, as the system calls it."""
+    """Return the processor's model name."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         for line in lines:
             if line.startswith("model name"):
@@ -164,53 +166,49 @@ def select_device(
     local_rank: int | None = None,
     why: dict[str, str] | None = None,
 ) -> DeviceSettings:
-    """Settle what is `auto` (compile: None). On a CPU `auto` is float32 here; precision.py measures.
+    """Resolve `auto` (for compile: None). The dtype for a CPU is float32 here; precision.py measures.
 
     Args:
-        local_rank: as find_device takes it.
-        why: reasons for what the caller has chosen, by 'dtype' and 'compile'.
+        local_rank: as for find_device.
+        why: reasons for choices that the caller has made, by 'dtype' and 'compile'.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: as find_device.
     """
-    place, why = find_device(device, local_rank), dict(why or {})
+    found, why = find_device(device, local_rank), dict(why or {})
+    if found.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(found)
+        auto_dtype = (
+            ("bfloat16", f"capability {major}.{minor} has it")
+            if major >= 8
+            else ("float16", f"capability {major}.{minor} has no bfloat16 units")
+        )
+        auto_compile = True, "pays on CUDA"
+    elif found.type == "mps":
+        auto_dtype, auto_compile = ("float32", "this device has no fast bfloat16"), (False, "mps runs eager")
+    else:
+        auto_dtype = "float32", "no other was measured"
+        auto_compile = False, "on a CPU it saves little and takes half a minute"  # docs/speed.md
     if dtype == "auto":
-        dtype, why["dtype"] = _auto_dtype(place)
-    elif dtype == "float16" and place.type == "cpu":
+        dtype, why["dtype"] = auto_dtype
+    elif dtype == "float16" and found.type == "cpu":
         note("note: float16 is slow on a CPU; bfloat16 or float32 is faster")
     if compile is None:
-        compile, why["compile"] = _auto_compile(place)
-    return DeviceSettings(place, DTYPES[dtype], compile, why)
-
-
-def _auto_dtype(device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return "bfloat16", f"capability {major}.{minor} has it"
-        return "float16", f"capability {major}.{minor} has no bfloat16 units"
-    return "float32", "no other was measured" if device.type == "cpu" else "this device has no fast bfloat16"
-
-
-def _auto_compile(device: torch.device) -> tuple[bool, str]:
-    if device.type == "cuda":
-        return True, "pays on CUDA"
-    if device.type == "mps":
-        return False, "mps runs eager"
-    return False, "on a CPU it saves little and takes half a minute"  # docs/speed.md
+        compile, why["compile"] = auto_compile
+    return DeviceSettings(found, DTYPES[dtype], compile, why)
 
 
 def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> Callable[..., Tensor]:
-    """torch.compile of the model's forward; where the compiler fails, one warning and the plain forward.
+    """Compile the model's forward. If the compiler fails, warn once and use the eager forward.
 
     Args:
-        model: as the ranks share it; of one that fully_shard has cut, each part is compiled on its own.
-        agree: whether something holds on every rank.
+        model: as wrap_model returns it. With fully_shard, each sharded module is compiled by itself.
+        agree: returns whether its argument is true on every rank.
     """
     if hasattr(model, "unshard"):
         for block in model.transformer.h:
-            for part in (block.attn, block.mlp):
-                part.compile(dynamic=False)
+            for module in (block.attn, block.mlp):
+                module.compile(dynamic=False)
         return model
     getattr(model, "module", model).exclude_loss_from_compile()  # DDP's module is the model
     compiled = torch.compile(model, dynamic=False)
@@ -219,9 +217,9 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
     def forward(x: Tensor, y: Tensor) -> Tensor:
         nonlocal chosen
         if chosen is None:
-            with getattr(model, "no_sync", contextlib.nullcontext)():  # a rank that fails is waited for by none
-                works = _compiles(compiled, x, y)
-            chosen = compiled if agree(works) else model
+            with getattr(model, "no_sync", contextlib.nullcontext)():  # no rank waits for one whose compiler fails
+                compiles = _compiles(compiled, x, y)
+            chosen = compiled if agree(compiles) else model
             model.zero_grad(set_to_none=True)
         return chosen(x, y)
 
@@ -229,36 +227,37 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
 
 
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
-    """For text: the parts that compile_forward compiled would be compiled anew for each of its lengths."""
+    """Return a context for generation: sharded modules that are compiled would compile anew for each length."""
     return torch.compiler.set_stance("force_eager") if hasattr(model, "unshard") else contextlib.nullcontext()
 
 
 def _compiles(compiled: Callable[..., Tensor], x: Tensor, y: Tensor) -> bool:
-    """Whether forward and backward go through the compiler, tried once: the backward is compiled when it is first used.
+    """Return whether forward and backward compile: the backward is compiled when it is first run.
 
-    Leaves gradients behind, and the random state as it was.
+    Leaves gradients behind; keeps the random state.
     """
-    from torch._dynamo.exc import TorchDynamoException  # slow to load, and needed only here
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     try:
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             loss = compiled(x, y)
-            with torch.autocast(x.device.type, enabled=False):  # as training does it
+            with torch.autocast(x.device.type, enabled=False):  # as in training
                 loss.backward()
     except TorchDynamoException as error:
-        first = str(error).strip().splitlines()[0]
-        note(f"warning: torch.compile failed, going on without it: {first}")
+        note(f"warning: torch.compile failed, going on without it: {str(error).strip().splitlines()[0]}")
         return False
     return True
 
 
 def seed_of(*key: int) -> int:
-    """A seed for a generator, of its own for each key."""
+    """Return a seed for a generator that depends on all numbers of the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def reseed(*key: int) -> None:
-    """Seed torch's generators from a key (seed, update, micro-batch): dropout masks follow the key, and no random
-    state has to be stored to resume."""
+    """Seed torch's generators from a key (seed, update, micro-batch).
+
+    Dropout masks are then a function of the key, and no random state is stored to resume.
+    """
     torch.manual_seed(seed_of(*key))

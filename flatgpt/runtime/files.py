@@ -1,4 +1,4 @@
-"""Write files whole or not at all. Standard library only."""
+"""Write files atomically. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from config import UserError
 
 
 def write_json(figures: dict, target: str) -> None:
-    """Write figures as JSON to a file, or to standard output for `-`; nan and infinity, which it has not, as null.
+    """Write figures as JSON to a file, or to standard output for `-`. NaN and infinity become null.
 
     Raises:
-        UserError: it cannot be written; a file that was there before is untouched.
+        UserError: the file cannot be written; its previous content is kept.
     """
     text = json.dumps(_finite(figures), indent=1, allow_nan=False) + "\n"
     if target == "-":
@@ -34,7 +34,7 @@ def _finite(value: Any) -> Any:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, flushed to disk, renamed."""
+    """Write a file under a temporary name, flush it to disk and rename it: no reader sees a part of it."""
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "wb") as file:
         file.write(content)
@@ -44,23 +44,23 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_output(content: bytes, target: str, key: str) -> None:
-    """Write a file that the setting `key` names; errors as in write_json."""
+    """Write the file that a setting names. Pipes and devices are written to directly. Raises as write_json."""
     path = Path(target).resolve()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # train.py and plot.py --watch write one picture
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # train.py and plot.py --watch share a file
     try:
         if _is_device(target):
             Path(target).write_bytes(content)
         else:
             partial.write_bytes(content)
             os.replace(partial, path)
-    except OSError as why:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"{key} = {target}: cannot be written: {why.strerror}") from None
+        raise UserError(f"{key} = {target}: cannot be written: {error.strerror}") from None
 
 
 def require_writable(target: str | None, key: str) -> None:
-    """Raise UserError where write_output would for want of a folder: before hours of work, not after."""
+    """Raise UserError if write_output could not write there: before hours of work instead of after."""
     if target in (None, "-") or _is_device(target):
         return
     folder = Path(target).resolve().parent
@@ -69,4 +69,4 @@ def require_writable(target: str | None, key: str) -> None:
 
 
 def _is_device(target: str) -> bool:
-    return target.startswith("/dev/") or Path(target).is_fifo()  # written to as it is
+    return target.startswith("/dev/") or Path(target).is_fifo()

@@ -1,4 +1,4 @@
-"""The precision that `auto` selects on a CPU: float32 or bfloat16, whichever is measured to be faster.
+"""The dtype that `auto` selects on a CPU: float32 or bfloat16, whichever is measured to be faster.
 
 The CPU's flags do not tell which that is. Of two CPUs with AVX512-BF16 and without AMX, an Intel Xeon multiplies in
 bfloat16 at half of float32's speed, an AMD Zen 4 at twice (docs/speed.md).

@@ -46,7 +46,7 @@ def draw_picture(log: RunLog, folder: Path) -> None:
     log.bar.close()  # so that matplotlib's messages come below it
     try:
         log.write_picture(render(plot_runs([history.read(folder)]), "png"))
-        log.say(f"picture  {folder / PICTURE}")
+        log.print(f"picture  {folder / PICTURE}")
     except Exception as error:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {error}", file=sys.stderr)
 

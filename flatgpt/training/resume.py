@@ -246,7 +246,7 @@ def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         archive_later_checkpoints(folder, after=progress.iter)
         atomic_write(folder / "config.toml", recipe.encode())
-        return progress.best_iter is None or checkpoint.point(folder, "best", progress.best_iter)
+        return progress.best_iter is None or checkpoint.set_link(folder, "best", progress.best_iter)
 
     if not ranks.run_on_rank0(prepare_folder):  # the best checkpoint was moved aside too
         progress.best_loss = progress.best_iter = None
@@ -276,7 +276,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     if found := state_mismatches(saved, optimizer, names, has_stepped=train_state["row"]["iter"] > skipped):
         more = f", and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer: {'; '.join(found[:3])}{more}")
-    checkpoint.load_weights(run.model, folder, cut=shard_like)
+    checkpoint.load_weights(run.model, folder, convert=shard_like)
     if sharded:
         for index, entries in saved["state"].items():  # all but the step counts, which have no dimension
             entries.update({k: shard_like(v, params[index]) for k, v in entries.items() if v.dim()})

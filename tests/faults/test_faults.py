@@ -277,13 +277,12 @@ def test_second_interrupt_leaves_a_collective_too(forked, undisturbed, tmp_path)
 
 
 LARGE = ("--n_embd", 192, "--lr", "5e-3")  # 0.9 million weights: DDP's first bucket is 1 MB
-# parallel.wrap_model as it is, but for the backward pass after which DDP lays out its buckets
+# parallel.wrap_model without the backward pass after which DDP rebuilds its buckets
 UNSETTLED = """
-import inspect; from flatgpt.runtime import parallel; from flatgpt.training import setup as run
-code, settling = inspect.getsource(parallel.wrap_model), "model(nothing, nothing).backward()"
+import inspect; from flatgpt.runtime import parallel
+code, settling = inspect.getsource(parallel._wrap_with_ddp), "model(ids, ids).backward()"
 assert code.count(settling) == 1
 exec(code.replace(settling, "pass"), vars(parallel))
-run.wrap_model = parallel.wrap_model
 """
 
 

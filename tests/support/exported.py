@@ -57,7 +57,7 @@ def save_run(run_dir="out/r", encoding="byte", alter=lambda model: None, state: 
         "data": {"folder": "data/tiny", "manifest_sha256": "0" * 64, "end_of_text": False, "tokens": {"train": 99}},
     }
     checkpoint.save(Path(run_dir), {**facts, **(state or {})}, model.state_dict(), {}, keep=1)
-    checkpoint.point(Path(run_dir), "best", 7)
+    checkpoint.set_link(Path(run_dir), "best", 7)
     Path(run_dir, "metrics.csv").write_text("iter,train_loss,val_loss\n0,,5.5\n7,5.25,5.125\n")
     return model
 

@@ -4,6 +4,7 @@ import math
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from in_process import make_dataset
@@ -16,7 +17,7 @@ from flatgpt.benchmarks import measure, nanogpt, suites, time_to_loss, training
 from flatgpt.benchmarks.checks import difference
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
-from flatgpt.runs.run_log import line
+from flatgpt.runs.run_log import format_row
 
 UPDATES = {
     **{"ms": 5.0, "tokens_per_s": 25600.0, "tflop_per_s": 0.25, "mfu": None, "mfu_measured": 0.125, "start_s": 3.0},
@@ -46,6 +47,7 @@ def test_warm_up_is_apart_from_what_counts():
     assert figures["tokens_per_s"] == 100 / 5e-3
     assert figures["mfu"] == pytest.approx(100 * 7 / 5e-3 / 1e6)
     assert figures["mfu_measured"] == pytest.approx(100 * 7 / 5e-3 / 5e5)
+    assert [figures["ms_p10"], figures["ms_p90"]] == pytest.approx(np.percentile([4.0, 5.0, 6.0], (10, 90)).tolist())
     alone = training.update_figures([900.0], [4.0, 5.0], 100, 7, None, 5e5)
     assert (alone["warmup_ms"], alone["mfu"]) == (None, None)
 
@@ -90,9 +92,9 @@ def test_difference_of_runs(tmp_path, losses, weight, found):
 
 def test_lines_of_our_log_are_understood():
     row = {"iter": 250, "train_loss": 1.5, "val_loss": 1.8858, "lr": 1e-3, "grad_norm": 0.5, "step_ms": 12.0}
-    match = time_to_loss.re.match(time_to_loss.OURS, line(row))
+    match = time_to_loss.re.match(time_to_loss.OURS, format_row(row))
     assert (match[1], match[2]) == ("250", "1.8858")
-    assert not time_to_loss.re.match(time_to_loss.OURS, line({**row, "val_loss": None}))
+    assert not time_to_loss.re.match(time_to_loss.OURS, format_row({**row, "val_loss": None}))
 
 
 def test_nanogpt_trains_on_our_ids(tiny_data):

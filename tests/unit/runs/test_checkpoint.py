@@ -88,7 +88,7 @@ def test_rope_model_loads_with_its_tables(tmp_path):
 def test_links_are_relative_and_a_run_can_be_moved(tmp_path, model):
     save(tmp_path / "a", 1, model)
     save(tmp_path / "a", 2, model)
-    checkpoint.point(tmp_path / "a", "best", 1)
+    checkpoint.set_link(tmp_path / "a", "best", 1)
     assert os.readlink(tmp_path / "a/ckpt/last") == "iter_000002"
     shutil.move(tmp_path / "a", tmp_path / "b")
     folder, state = checkpoint.find(str(tmp_path / "b"), print)
@@ -99,7 +99,7 @@ def test_newest_and_best_are_kept(tmp_path, model):
     for iteration in range(1, 7):
         save(tmp_path, iteration, model, keep=2)
         if iteration == 2:
-            checkpoint.point(tmp_path, "best", 2)
+            checkpoint.set_link(tmp_path, "best", 2)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["iter_000006", "iter_000005", "iter_000002"]
 
 
@@ -118,7 +118,7 @@ def test_more_saves_than_are_kept(tmp_path, model):
     for iteration in range(10, 10 * (keep + 4), 10):
         save(tmp_path, iteration, model, keep, keep_every=50)
         if iteration == 20:
-            checkpoint.point(tmp_path, "best", 20)
+            checkpoint.set_link(tmp_path, "best", 20)
             shutil.copytree(tmp_path / "ckpt/iter_000020", tmp_path / "ckpt/iter_000020.mine")
     kept = [checkpoint.read_state(folder)["iter"] for folder in checkpoint.checkpoints(tmp_path)]
     assert kept == [60, 50, 40, 20]
@@ -516,6 +516,6 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, model, mon
     monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
     save(tmp_path, 2, model, keep=1)
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/ckpt/iter_000001, which is not needed any more, stays: Device or resource busy\n"
+        f"warning: {tmp_path}/ckpt/iter_000001 is no longer needed but cannot be deleted: Device or resource busy\n"
     )
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["iter_000002"]

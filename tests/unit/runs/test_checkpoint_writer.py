@@ -165,7 +165,7 @@ def test_work_after_a_save_runs_after_it_and_in_order(writer, gate, tmp_path):
     held, saver, done = gate(checkpoint, "save"), writer(), []
     saver.save(make_state(1), make_tensors(1.0))
     saver.submit_after_save(lambda: done.append(saved_iters(tmp_path)))
-    saver.submit_after_save(checkpoint.point, tmp_path, "best", 1)
+    saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 1)
     saver.submit_after_save(lambda: done.append(os.readlink(tmp_path / "ckpt/best")))
     held.wait()
     saver.check()  # does not wait
@@ -181,7 +181,7 @@ def test_newest_best_and_every_nth_are_kept(writer, tmp_path):
     for iteration in (10, 20, 30, 40, 50):
         saver.save(make_state(iteration), make_tensors(float(iteration)))
         if iteration == 10:
-            saver.submit_after_save(checkpoint.point, tmp_path, "best", 10)
+            saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 10)
     saver.wait()
     assert saved_iters(tmp_path) == [50, 40, 30, 10]
     assert os.readlink(tmp_path / "ckpt/last") == "iter_000050"
@@ -252,11 +252,11 @@ def test_work_after_a_failed_save_is_skipped(writer, monkeypatch, tmp_path, on_s
     """It ran: `best` led to nothing, its former checkpoint was pruned, and an older one was marked finished."""
     saver = writer(on_save_error=on_save_error, keep_checkpoints=1)
     saver.save(make_state(1), make_tensors(1.0))
-    saver.submit_after_save(checkpoint.point, tmp_path, "best", 1)
+    saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 1)
     saver.wait()
     fail_saves(monkeypatch, UserError("no room"))
     saver.save(make_state(2), make_tensors(2.0))
-    saver.submit_after_save(checkpoint.point, tmp_path, "best", 2)
+    saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 2)
     saver.submit_after_save(checkpoint.mark_finished, tmp_path / "ckpt/last")
     saver.close()
     assert os.readlink(tmp_path / "ckpt/best") == "iter_000001"

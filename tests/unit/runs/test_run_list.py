@@ -19,7 +19,7 @@ from flatgpt.cli import cli
 from flatgpt.data.sources import SOURCES
 from flatgpt.interop import tokenizer_files
 from flatgpt.runs import run_list
-from flatgpt.runs.run_list import age, print_list
+from flatgpt.runs.run_list import format_age, print_list
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 4, "vocab_size": 300}
 PARAMETERS = f"{ModelConfig(**SHAPE).num_params():,}"
@@ -191,7 +191,7 @@ def test_no_runs_yet(shown, monkeypatch):
     ],
 )
 def test_age(seconds, said):
-    assert age(seconds) == said
+    assert format_age(seconds) == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
 
 def test_ids_known_beforehand_are_the_tokenizers():
     assert run_list.SIZES == tokenizer_files.SIZES
-    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == run_list.OWN
+    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == run_list.TOKENIZERS
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from processes import ROOT, command
 
 import train
 from flatgpt.runs import run_log
-from flatgpt.runs.run_log import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb, summary
+from flatgpt.runs.run_log import KEYS, RunLog, StepClock, duration, peak_flops, start_wandb
 
 
 def rows(path: Path) -> list[dict]:
@@ -277,11 +277,6 @@ def test_a_run_without_samples_has_no_file_of_them(tmp_path):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-def test_summary_is_numpys():
-    values = [5.0, 1.0, 9.0, 2.5, 7.0, 3.0]
-    assert summary(values) == pytest.approx(tuple(np.percentile(values, (50, 10, 90))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
