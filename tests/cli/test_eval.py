@@ -323,7 +323,7 @@ def test_a_pipe_is_read_by_one_model_only():
         ("--choices c.jsonl --plot x.png", "plot is for text"),
         ("--choices c.jsonl --eval_batches 2", "eval_batches is for text"),
         ("--plot x.pdf", "plot = x.pdf: a name that ends in .png is expected"),
-        ("--greedy --top_k 3", "greedy takes the likeliest token: leave out top_k"),
+        ("--greedy --top_k 3", "greedy chooses the most likely token: leave out top_k"),
         ("--context_length 33", f"{RUN}/ckpt/iter_000060 was trained with 32; take at most that"),
         ("--sampled", "--sampled: was removed: precision, recall and F1 of the most likely token are always"),
         ("--no-sampled", "--no-sampled: was removed"),
