@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from config import TrainConfig
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
 from flatgpt.runs import checkpoint
-from flatgpt.runtime import device
 from flatgpt.runtime.stop import StopRequest
 
 HERE = ("--standalone", "--nproc_per_node=2")
@@ -627,7 +626,7 @@ def test_rank_that_waits_for_one_that_does_not_answer_can_be_stopped(start, tmp_
 
 def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(device.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     endless, stop = StopRequest(), StopRequest(max_minutes=2)
     try:
         assert stop.reason() == 0
@@ -652,7 +651,7 @@ def test_ranks_whose_launcher_is_gone_are_asked_to_stop(monkeypatch):
     stop, alone = StopRequest(among_ranks=True), StopRequest()
     try:
         assert stop.reason() == 0
-        monkeypatch.setattr(device.os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.reason() == signal.SIGTERM
         assert alone.reason() == 0, "a single process may outlive its shell: nohup"
     finally:
