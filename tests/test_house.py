@@ -105,6 +105,13 @@ def test_the_readme_names_every_module():
     assert files | folders <= set(named)
 
 
+def test_agents_md_is_short_and_names_paths_that_exist():
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    paths = re.findall(r"(?:flatgpt|tests|docs)/[a-z_/]*(?:\.\w+)?", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def declared(file: str) -> set[str]:
     """Package names in a requirements file, -r lines followed."""
     found = set()

@@ -186,10 +186,10 @@ class Writer:
         """Log once that a text outgrows the context."""
         longest, context = max(len(text.ids) for text in texts), self.decoder.model.config.context_length
         if self._log and longest + self.config.max_new_tokens - 1 > context:
-            start = f" and starts from the prompt's last {context:,}" if longest > context else ""
+            start = f", at first the prompt's last {context:,}" if longest > context else ""
             self._log(
-                f"note: up to {longest + self.config.max_new_tokens:,} tokens with the prompt: the model sees "
-                f"{context:,} at once{start}; whenever these are full, it keeps the newest {max(1, context // 2):,}"
+                f"note: prompt and text can reach {longest + self.config.max_new_tokens:,} tokens; the model sees "
+                f"{context:,} at once{start}, and continues from the newest {max(1, context // 2):,} when they are full"
             )
             self._log = None
 

@@ -1,4 +1,4 @@
-"""A server on this machine that answers huggingface_hub as the Hugging Face hub does; conftest has its fixture."""
+"""A server in this process that replies to huggingface_hub as the Hugging Face hub does, for the fixture `host`."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ WRITER, READER = "hf_writer", "hf_reader"  # tokens
 
 
 def hashes(path: str, body: bytes) -> dict:
-    """The hub's: git's of small files; of those in its large file storage SHA-256 besides."""
+    """Return the hub's hashes of a file: git's, and SHA-256 for a file in the large file storage."""
     sha256 = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
     return {"oid": blob_id(body), **({"lfs": sha256} if path.endswith(LARGE) else {})}
 
@@ -26,13 +26,13 @@ def blob_id(body: bytes) -> str:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Large files come from another host, to which the hub redirects."""
+    """Requests for large files are redirected to another host name."""
 
     def do_GET(self):
         host, revision, place = self.server, "main", "hub"
         match [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]:
             case ["gpt2", *_] | ["api", "models", "gpt2", *_]:
-                return self.answer(307, {"Location": self.path.replace("/gpt2/", "/openai-community/gpt2/", 1)})
+                return self.reply(307, {"Location": self.path.replace("/gpt2/", "/openai-community/gpt2/", 1)})
             case ["api", "models" as kind, user, name]:
                 what = "model"
             case ["api", "models" | "datasets" as kind, user, name, "revision", revision]:
@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             case ["storage-token"]:
                 expires = int(time.time()) + 3600
                 facts = {"Cas-Url": host.storage, "Access-Token": "-", "Token-Expiration": expires}
-                return self.answer(200, {f"X-Xet-{key}": value for key, value in facts.items()})
+                return self.reply(200, {f"X-Xet-{key}": value for key, value in facts.items()})
             case ["cdn" as place, kind, user, name, "resolve", revision, *path]:
                 what = "/".join(path)
             case ["datasets" as kind, user, name, "resolve", revision, *path]:
@@ -50,25 +50,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             case [user, name, "resolve", revision, *path]:
                 what, kind = "/".join(path), "models"
             case _:
-                return self.answer(404)
+                return self.reply(404)
         redirect = what.endswith(LARGE) and place == "hub"
         asked = f"{self.command} {what}"
         fault = self.fault(asked) if not redirect or self.command == "HEAD" else None
         if fault == "drop":
             return None
         if isinstance(fault, tuple):
-            return self.refuse(*fault)
+            return self.reply_error(*fault)
         repo = f"{kind}/{user}/{name}"
         if repo not in host.repos or (repo in host.private and place == "hub" and not self.token()):
-            return self.refuse(401, "RepoNotFound")
+            return self.reply_error(401, "RepoNotFound")
         commit = host.branches[repo].get(revision, revision)
         if commit not in host.repos[repo]:
-            return self.refuse(404, "RevisionNotFound")
+            return self.reply_error(404, "RevisionNotFound")
         files = host.repos[repo][commit]
         if what in ("revision", "model"):
             siblings = [{"rfilename": path} for path in files]
             facts = {"id": f"{user}/{name}", "sha": commit, "private": repo in host.private, "siblings": siblings}
-            return self.say(facts)
+            return self.reply_json(facts)
         if what.startswith("tree"):
             start, deep = what[5:] and what[5:] + "/", "recursive=true" in self.path.lower()
             tree = [{"type": "directory", "path": start + "folder", "oid": "0" * 40}] + [
@@ -77,10 +77,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if path.startswith(start) and (deep or "/" not in path[len(start) :])
             ]
             if len(tree) == 1:
-                return self.refuse(404, "EntryNotFound")
-            return self.say(tree)
+                return self.reply_error(404, "EntryNotFound")
+            return self.reply_json(tree)
         if what not in files:
-            return self.refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
+            return self.reply_error(404, "EntryNotFound", {"X-Repo-Commit": commit})
         body = fault if isinstance(fault, bytes) else files[what]
         digest = hashlib.sha256 if what.endswith(LARGE) else hashlib.sha1
         facts = {"X-Repo-Commit": commit, "ETag": f'"{digest(files[what]).hexdigest()}"'}
@@ -89,19 +89,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if host.storage:
                 facts |= {"X-Xet-Hash": "c" * 64, "X-Xet-Refresh-Route": f"{host.url}/storage-token"}
             place = f"http://localhost:{host.server_port}/cdn/{repo}/resolve/{commit}/{what}"
-            return self.answer(302, {**facts, "Location": place})
-        return self.answer(200, facts, body, fault)
+            return self.reply(302, {**facts, "Location": place})
+        return self.reply(200, facts, body, fault)
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_POST(self):
-        """What writes: of user/... models, with WRITER's token; a commit is all or nothing."""
+        """Requests that write to the models of `user`, with WRITER as the token."""
         host, body = self.server, self.body()
         match urlsplit(self.path).path.strip("/").split("/"):
             case ["api", "validate-yaml"]:
                 wrong = b"license: [" in body
-                return self.say({"errors": [{"message": "no YAML"}] * wrong, "warnings": []}, 400 if wrong else 200)
+                return self.reply_json(
+                    {"errors": [{"message": "no YAML"}] * wrong, "warnings": []}, 400 if wrong else 200
+                )
             case ["api", "repos", "create" as what]:
                 asked = json.loads(body)
                 user, name = asked["organization"], asked["name"]
@@ -110,35 +112,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             case [user, name, "info", "lfs", "objects", "batch" as what]:
                 name = name.removesuffix(".git")
             case _:
-                return self.answer(404)
+                return self.reply(404)
         match fault := self.fault(f"POST {what}"):
             case "drop":
                 return None
             case (status, code):
-                return self.refuse(status, code)
+                return self.reply_error(status, code)
         if self.token() not in (WRITER, READER):
-            return self.refuse(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return self.reply_error(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
         if self.token() == READER or user != "user":
-            return self.refuse(403, "", {"X-Error-Message": f"You don't have the rights to write {user}/{name}"})
+            return self.reply_error(403, "", {"X-Error-Message": f"You don't have the rights to write {user}/{name}"})
         repo = f"models/{user}/{name}"
         if what == "create":
             answer = {"url": f"{host.url}/{user}/{name}"}
             if repo in host.repos:
-                return self.say({"error": "You already created this model repo", **answer}, 409)
+                return self.reply_json({"error": "You already created this model repo", **answer}, 409)
             assert asked.get("type", "model") == "model"
             host.created[f"{user}/{name}"] = asked.get("visibility") or {True: "private"}.get(asked.get("private"))
             host.publish(f"{user}/{name}", {".gitattributes": b""}, kind="models")
             if host.created[f"{user}/{name}"] == "private":
                 host.private.add(repo)
-            return None if fault == "lost" else self.say(answer)
+            return None if fault == "lost" else self.reply_json(answer)
         if repo not in host.repos:
-            return self.refuse(404, "RepoNotFound")
+            return self.reply_error(404, "RepoNotFound")
         files = host.files(f"{user}/{name}")
         said = {"preupload": self.preupload, "batch": self.batch, "commit": self.commit}[what](body, files)
-        return None if fault == "lost" else self.say(said)
+        return None if fault == "lost" else self.reply_json(said)
 
     def preupload(self, body: bytes, files: dict) -> dict:
-        """How each file is to be sent, and its hash where the repository has one of this name."""
+        """Return how each file is to be uploaded, and the hash of the repository's file of this name."""
         answers = []
         for file in json.loads(body)["files"]:
             path, large = file["path"], file["path"].endswith(LARGE)
@@ -151,7 +153,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"files": answers}
 
     def batch(self, body: bytes, files: dict) -> dict:
-        """Where to send large files that are not stored yet."""
+        """Return where to upload large files that are not stored yet."""
         objects = []
         for file in json.loads(body)["objects"]:
             href = f"http://localhost:{self.server.server_port}/storage/{file['oid']}"
@@ -182,14 +184,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             case "drop":
                 return
             case (status, code):
-                return self.refuse(status, code)
+                return self.reply_error(status, code)
         self.server.stored[oid] = body
-        self.answer(200)
+        self.reply(200)
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def fault(self, asked: str):
-        """Notes what was asked; what is to go wrong with it."""
+        """Record a request, and return its fault."""
         self.server.asked.append(asked)
         return next(self.server.faults.get(asked, iter(())), None)
 
@@ -206,13 +208,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def say(self, facts, status=200):
-        self.answer(status, {"Content-Type": "application/json"}, json.dumps(facts).encode())
+    def reply_json(self, facts, status=200):
+        self.reply(status, {"Content-Type": "application/json"}, json.dumps(facts).encode())
 
-    def refuse(self, status, code, facts=None):
-        self.answer(status, {"X-Error-Code": code, **(facts or {})})
+    def reply_error(self, status, code, facts=None):
+        self.reply(status, {"X-Error-Code": code, **(facts or {})})
 
-    def answer(self, status, facts=None, body=b"", fault=None):
+    def reply(self, status, facts=None, body=b"", fault=None):
         total = len(body)
         if status == 200 and "Range" in self.headers:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
@@ -236,18 +238,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Host(http.server.ThreadingHTTPServer):
-    """A hub on this machine. Datasets and models of one name are two repositories.
+    """A hub on this machine. A dataset and a model of one name are two repositories.
 
     Args:
-        asked: requests so far: `GET revision`, `GET tree/folder`, `HEAD path`, `GET path`, `GET model`; of those that
-            write `POST create`, `POST preupload`, `POST batch`, `PUT`, `POST commit`.
-        faults: {such a request: what goes wrong, one after the other}: `drop` the connection; (status, code) is the
-            answer; of those that read also: cut after so many bytes; other bytes; or call something in the middle; of
-            those that write: do it, and let the answer be `lost`.
-        storage: the address of Xet storage, for large files.
-        private: repositories that nobody sees without a token: models/user/name.
-        created: {repository: the visibility that it was made with, None where none was said}.
-        stored, commits: {SHA-256: bytes} in the large file storage; the files of each commit that was sent.
+        asked: the requests: `GET revision`, `GET tree/folder`, `HEAD path`, `GET path`, `GET model`, and those that
+            write: `POST create`, `POST preupload`, `POST batch`, `PUT`, `POST commit`.
+        faults: {request: iterator of faults}. `drop` closes the connection; (status, code) is the reply. For a request
+            that reads: the number of bytes to send, other bytes, or a function to call in the middle. For a request
+            that writes: `lost` does it without a reply.
+        storage: the address of Xet storage for large files.
+        private: models/user/name of repositories that need a token.
+        created: {repository: visibility, None if the request does not set it}.
+        stored, commits: {SHA-256: bytes} of the large file storage; the files of each commit.
     """
 
     def __init__(self):
@@ -256,25 +258,19 @@ class Host(http.server.ThreadingHTTPServer):
         self.repos, self.branches, self.faults, self.asked, self.storage = {}, {}, {}, [], None
         self.private, self.created, self.stored, self.commits = set(), {}, {}, []
 
-    def publish(
-        self,
-        repo: str,
-        files: dict[str, bytes],
-        branch: str = "main",
-        commit: str | None = None,
-        kind: str = "datasets",
-    ) -> str:
+    def publish(self, repo: str, files: dict, branch="main", commit: str | None = None, kind="datasets") -> str:
+        """Make a commit of these files, {path: bytes}, on a branch, and return its hash."""
         commit = commit or hashlib.sha1(f"{repo} {branch} {sorted(files.items())}".encode()).hexdigest()
         self.repos.setdefault(f"{kind}/{repo}", {})[commit] = files
         self.branches.setdefault(f"{kind}/{repo}", {}).update({branch: commit, commit[:7]: commit})
         return commit
 
     def files(self, repo: str) -> dict[str, bytes]:
-        """A model's, as its main branch has them."""
+        """Return the files of a model on its main branch."""
         return self.repos[f"models/{repo}"][self.branches[f"models/{repo}"]["main"]]
 
     def fetched(self) -> list[str]:
-        """A dataset's files of which the content was asked, each request."""
+        """Return the dataset files whose content was requested, once per request."""
         return [
             what[4:] for what in self.asked if what.startswith("GET ") and what.endswith((".parquet", ".jsonl", ".gz"))
         ]
@@ -285,7 +281,7 @@ class Host(http.server.ThreadingHTTPServer):
 
 
 def serving(monkeypatch, tmp_path):
-    """Yields a hub that huggingface_hub takes for its own, in this process; hub_environment does so for others."""
+    """Yield a hub that huggingface_hub uses in this process; hub_environment has the variables for other processes."""
     monkeypatch.setenv("no_proxy", "*")
     host = Host()
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, host.url)

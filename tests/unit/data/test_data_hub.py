@@ -1,6 +1,6 @@
-"""Datasets on the hub: what is asked and fetched, what the disk already has, and what is said when it goes wrong.
+"""Datasets on the hub: requests, files that are on the disk already, and errors.
 
-The hub is a server on this machine that answers huggingface_hub as the real one does.
+The hub is a server in this process (hub_host.py) that huggingface_hub talks to.
 """
 
 import gzip
@@ -8,10 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,23 +15,14 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_host import hub_environment
 from huggingface_hub import constants
-from processes import ROOT, command, running
-from test_sources import content, prepare, texts
+from prepared import content, prepare, texts
 
 from config import UserError
-from flatgpt.data import hub, readers
-from flatgpt.data.dataset import open_dataset
+from flatgpt.data import hub
+from flatgpt.data.sources import REPOSITORIES
 
-WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
-WIKIPEDIA = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"
-FINEWEB = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-
-
-def verb(host, *words, **env):
-    """prepare_data.py as a user runs it, in the current folder."""
-    return command("prepare_data", *words, "--tokenizer", "byte", cwd=Path.cwd(), env=hub_environment(host, **env))
+WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
 
 
 def parquet(*rows: str, column: str = "text") -> bytes:
@@ -44,8 +31,8 @@ def parquet(*rows: str, column: str = "text") -> bytes:
     return file.getvalue().to_pybytes()
 
 
-def lines(*rows: str, column: str = "text") -> bytes:
-    return "".join(json.dumps({"id": 1, column: row}) + "\n" for row in rows).encode()
+def lines(*rows: str) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": row}) + "\n" for row in rows).encode()
 
 
 FILES = {
@@ -63,8 +50,8 @@ TEXTS = {"train": ["one", "two", "three"], "val": ["five", "four"], "test": ["si
 RAW = Path("data/raw/hub/user/name")
 
 
-def from_hub(repo="user/name", **keys):
-    return prepare("hub", repo=repo, **{"tokenizer": "byte", **keys})
+def from_hub(**keys):
+    return prepare("hub", **{"repo": "user/name", "tokenizer": "byte", **keys})
 
 
 def splits_of(data) -> dict[str, list[str]]:
@@ -77,72 +64,98 @@ def put(root: Path, files: dict[str, bytes]) -> None:
         (root / name).write_bytes(body)
 
 
-def refusal(**keys) -> str:
-    """The error line of a dataset that cannot be had; nothing is left of it."""
+def refused(parts, **keys) -> None:
+    """Check that there is one error line with these parts, and no dataset."""
     with pytest.raises(UserError) as caught:
         prepare(**{"source": "hub", "repo": "user/name", "tokenizer": "byte", **keys})
     assert {path.name for path in Path("data").glob("*")} <= {"raw"}
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names of files
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *((name, "train") for name in ("data/train-00000-of-00002.parquet", "000_00000.parquet", "test/training.x")),
+        *((name, "train") for name in ("contest.parquet", "latest/x.parquet", "devices/invalid/testimony.jsonl")),
+        *((name, "val") for name in ("validation-00000-of-00001.parquet", "valid.jsonl", "wiki.val.jsonl.gz")),
+        *((name, "val") for name in ("dev-v1.1.jsonl", "default/partial-validation/0000.parquet")),
+        *((name, "test") for name in ("data/TEST.parquet", "my_testing_2.parquet", "test2.parquet", "test/0000.x")),
+        ("dev/en/test/0.parquet", "test"),
+    ],
+)
+def test_split_of_a_file_name(name, split):
+    """A word of the file's name, else of the innermost folder's; parts of other words do not count."""
+    assert hub.group_by_split([name]) == {split: [name]}
+
+
+def test_order_of_splits_and_files():
+    found = hub.group_by_split(["b/test.parquet", "train-1", "dev-2", "train-0", "validation-1"])
+    assert list(found.items()) == [
+        ("train", ["train-1", "train-0"]),
+        ("val", ["dev-2", "validation-1"]),
+        ("test", ["b/test.parquet"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "complete"),
+    [
+        ([], True),
+        (["a.parquet", "000_00000.parquet"], True),
+        (["train-00001-of-00002.parquet", "train-00000-of-00002.parquet", "x.parquet"], True),
+        (["a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"], True),
+        (["train-00001-of-00002.parquet", "x.parquet"], False),
+        (["a/train-00000-of-00002.parquet", "b/train-00001-of-00002.parquet"], False),
+        (["dev-00000-of-00002.parquet", "test-00001-of-00002.parquet"], False),
+        (["train-00000-of-00002.parquet", "train-00001-of-00003.parquet"], False),
+    ],
+)
+def test_complete_series(names, complete):
+    assert hub.is_complete(names) is complete
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # any repository
 
 
-def test_whole_repository_end_to_end(in_tmp, host):
-    """By its newest commit, into raw_dir under the repository's names; then again, with no hub at all."""
+@pytest.mark.parametrize("state", ["up", "newer commit", "down", "offline"])
+def test_whole_repository(in_tmp, host, monkeypatch, state):
+    """At its newest commit, into raw_dir under the repository's names. A second dataset makes no request."""
     commit = host.publish("user/name", FILES)
-    made = verb(host, "hub", "--repo", "user/name")
-    assert (made.returncode, made.stderr) == (0, "")
-    data = open_dataset(Path("data/name_byte"))
-    assert splits_of(data) == TEXTS
-    assert (data.meta["revision"], data.meta["repo"]) == (commit, "user/name")
+    one = from_hub()
+    assert splits_of(one) == TEXTS
+    assert (one.folder, one.meta["revision"], one.meta["repo"]) == (Path("data/name_byte"), commit, "user/name")
     assert host.asked[:2] == ["GET revision", "GET tree"]
     assert sorted(host.fetched()) == DATA
     found = {path.relative_to(RAW).as_posix(): path.read_bytes() for path in RAW.rglob("*.parquet")}
     assert found == {name: FILES[name] for name in DATA}
-    host.stop()
-    again = verb(host, "hub", "--repo", "user/name", "--name", "again", HF_HUB_OFFLINE="1")
-    assert (again.returncode, again.stderr) == (0, "")
-    assert content(Path("data/again")) == content(data.folder)
-
-
-@pytest.mark.parametrize("state", ["up", "moved on", "down", "offline"])
-def test_second_dataset_of_the_same_files_asks_for_nothing(in_tmp, host, monkeypatch, state):
-    host.publish("user/name", FILES)
-    one = from_hub()
     host.asked.clear()
-    if state == "moved on":
+    if state == "newer commit":
         host.publish("user/name", {"data/train.parquet": parquet("new")})
     if state == "down":
         host.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", state == "offline")
-    two = from_hub(data_dir="two")
-    assert content(two.folder) == content(one.folder)
-    assert host.asked == []
-
-
-def test_the_same_command_again_asks_for_nothing(in_tmp, host):
-    """Nor looks at the raw files."""
-    host.publish("user/name", FILES)
-    from_hub()
-    host.asked.clear()
+    assert content(from_hub(data_dir="two").folder) == content(one.folder)
     (RAW / FIRST).write_bytes(b"cut")
-    said = []
-    prepare("hub", said.append, repo="user/name", tokenizer="byte")
-    assert "nothing to do" in said[0]
+    logged = []
+    prepare("hub", logged.append, repo="user/name", tokenizer="byte")  # not even the raw files are read
+    assert "nothing to do" in logged[0]
     assert host.asked == []
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v2", "refs/convert/parquet", "commit", "short"])
-def test_revision_is_resolved_to_its_commit(in_tmp, host, revision):
+def test_revisions(in_tmp, host, revision):
     commits = {"main": host.publish("user/name", FILES)}
     for branch in ("v2", "refs/convert/parquet"):
         commits[branch] = host.publish("user/name", {"train.jsonl": lines(branch), "dev.jsonl": lines("val")}, branch)
     commits |= {None: commits["main"], "commit": commits["v2"], "short": commits["v2"]}
-    asked = {"commit": commits["v2"], "short": commits["v2"][:7]}.get(revision, revision)
-    data = from_hub(revision=asked)
+    data = from_hub(revision={"commit": commits["v2"], "short": commits["v2"][:7]}.get(revision, revision))
     assert data.meta["revision"] == commits[revision]
     train = {None: TEXTS["train"], "main": TEXTS["train"], "refs/convert/parquet": ["refs/convert/parquet"]}
     assert splits_of(data)["train"] == train.get(revision, ["v2"])
@@ -150,39 +163,30 @@ def test_revision_is_resolved_to_its_commit(in_tmp, host, revision):
 
 
 @pytest.mark.parametrize("where", ["data/", ""])
-def test_numbered_files_are_completed(in_tmp, host, where):
-    """One of two by hand, under its name in the repository or without folders: the other is fetched, and it alone."""
+def test_files_of_the_user(in_tmp, host, where):
+    """Under their names in the repository or without folders: a complete folder is used without a request."""
     host.publish("user/name", FILES)
-    put(RAW, {where + FIRST.removeprefix("data/"): FILES[FIRST]})
-    data = from_hub()
-    assert splits_of(data) == TEXTS
-    assert sorted(host.fetched()) == [name for name in DATA if name != FIRST]
-    assert [path.relative_to(RAW).as_posix() for path in RAW.rglob("train-00000*.parquet")] == [
-        where + FIRST.removeprefix("data/")
-    ]
-
-
-@pytest.mark.parametrize("where", ["data/", ""])
-def test_folder_filled_by_hand_is_taken_as_it_is(in_tmp, host, where):
-    """Also when the hub has more splits; the hub is not asked, and the revision is what was asked for."""
     names = [FIRST, SECOND, "data/validation-00000-of-00001.parquet"]
-    put(RAW, {where + name.removeprefix("data/"): FILES[name] for name in names} | {"notes.txt": b"mine"})
-    said = []
-    data = prepare("hub", said.append, repo="user/name", tokenizer="byte")
+    paths = [where + name.removeprefix("data/") for name in names]
+    put(RAW, {path: FILES[name] for path, name in zip(paths, names, strict=True)} | {"notes.txt": b"mine"})
+    logged = []
+    data = prepare("hub", logged.append, repo="user/name", tokenizer="byte")
     assert splits_of(data) == {"train": TEXTS["train"], "val": ["four"]}
     assert data.meta["revision"] == "main"
-    assert "3 files as they are, without asking the hub" in said[0]
+    assert "3 files as they are, without asking the hub" in logged[0]
     assert host.asked == []
+    (RAW / paths[1]).unlink()  # its series is incomplete now
+    assert splits_of(from_hub(name="completed")) == TEXTS
+    assert sorted(host.fetched()) == [name for name in DATA if name not in (names[0], names[2])]
+    assert [path.relative_to(RAW).as_posix() for path in RAW.rglob("train-00000*.parquet")] == paths[:1]
 
 
 @pytest.mark.parametrize("where", ["data/", ""])
-def test_file_of_another_size_is_refused_and_kept(in_tmp, host, where):
+def test_a_file_of_another_size_is_refused_and_kept(in_tmp, host, where):
     host.publish("user/name", FILES)
-    name = where + FIRST.removeprefix("data/")
+    name, size = where + FIRST.removeprefix("data/"), len(FILES[FIRST])
     put(RAW, {name: FILES[FIRST][:-1]})
-    answer = refusal()
-    for part in (f"{RAW / name} has {len(FILES[FIRST]) - 1:,} bytes", f"{len(FILES[FIRST]):,}", "move it away"):
-        assert part in answer
+    refused([f"{RAW / name} has {size - 1:,} bytes", f"{size:,}", "move it away"])
     assert (RAW / name).read_bytes() == FILES[FIRST][:-1]
     assert host.fetched() == []
 
@@ -195,8 +199,8 @@ def test_file_of_another_size_is_refused_and_kept(in_tmp, host, where):
         ({"files": ("b/*",)}, {"train": ["b"], "val": ["val b"]}),
     ],
 )
-def test_what_was_fetched_is_not_taken_for_something_else(in_tmp, host, keys, expected):
-    """Another revision, or other --files, of a repository of which the hub has filled the folder in part."""
+def test_downloaded_files_of_another_request(in_tmp, host, keys, expected):
+    """Another revision, or other --files, of a repository that is in raw_dir in part."""
     files = {
         f"{c}/{split}.parquet": parquet(f"{text}{c}") for c in "ab" for split, text in (("train", ""), ("val", "val "))
     }
@@ -206,12 +210,12 @@ def test_what_was_fetched_is_not_taken_for_something_else(in_tmp, host, keys, ex
     keys = {"files": ("a/*",), **keys}
     if expected:
         assert splits_of(from_hub(**keys)) == expected
-    else:  # under the same name, where one of the two can be
+    else:
         with pytest.raises(UserError, match="of another revision; move it away"):
             from_hub(**keys)
 
 
-def test_damaged_listing_is_asked_for_again(in_tmp, host):
+def test_damaged_listing_is_requested_again(in_tmp, host):
     host.publish("user/name", FILES)
     one = from_hub()
     (listing,) = RAW.glob(".listing*")
@@ -223,56 +227,37 @@ def test_damaged_listing_is_asked_for_again(in_tmp, host):
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    "files",
     [
-        (
-            {"train.jsonl": lines("one", "two"), "dev.jsonl": lines("three")},
-            {"train": ["one", "two"], "val": ["three"]},
-        ),
-        ({"train.jsonl.gz": gzip.compress(lines("one")), "test/x.jsonl.gz": gzip.compress(lines("two"))}, None),
-        (
-            {"train.jsonl.gz": gzip.compress(lines("one")), "val.jsonl": lines("two")},
-            {"train": ["one"], "val": ["two"]},
-        ),
-        (
-            {"train.parquet": parquet("one"), "val.parquet": parquet("v"), "all.jsonl": lines("no")},
-            {"train": ["one"], "val": ["v"]},
-        ),
+        {"train.jsonl": lines("one"), "dev.jsonl": lines("two")},
+        {"train.jsonl.gz": gzip.compress(lines("one")), "val.jsonl": lines("two")},
+        {"train.parquet": parquet("one"), "val.parquet": parquet("two"), "all.jsonl": lines("no")},
     ],
 )
-def test_layouts_without_files(in_tmp, host, files, expected):
-    """JSON lines where there is no parquet; several folders are asked about."""
+def test_formats(in_tmp, host, files):
+    """JSON lines if there is no parquet file."""
     host.publish("user/name", {"README.md": b"", "notes.txt": b"no", **files})
-    if expected is None:
-        answer = refusal()
-        for part in ("user/name", "2 folders (., test)", "--files"):
-            assert part in answer
-    else:
-        assert splits_of(from_hub()) == expected
+    assert splits_of(from_hub()) == {"train": ["one"], "val": ["two"]}
 
 
 def test_several_folders(in_tmp, host):
-    """The error names them; --files chooses, once for the dataset and once for the folder of the raw files."""
-    made = {
-        f"{c}/{s}-00000-of-00001.parquet": parquet(f"{c} {s}", column="body") for c in "ab" for s in ("train", "dev")
-    }
-    host.publish("user/name", made)
-    answer = refusal(column="body")
-    for part in ("user/name", "2 folders (a, b)", "--files 'a/*'", "all: '*.parquet'"):
-        assert part in answer
+    """The error names them; --files chooses, also when the folder of raw files has others."""
+    names = [f"{c}/{split}-00000-of-00001.parquet" for c in "ab" for split in ("train", "dev")]
+    host.publish("user/name", {name: parquet(name[:4], column="body") for name in names})
+    refused(["user/name", "2 folders (a, b)", "--files 'a/*'", "all: '*.parquet'"], column="body")
     assert host.fetched() == []
     data = from_hub(files=("b/*",), column="body")
-    assert splits_of(data) == {"train": ["b train"], "val": ["b dev"]}
+    assert splits_of(data) == {"train": ["b/tr"], "val": ["b/de"]}
     assert data.meta["files"] == ["b/*"]
     assert sorted(set(host.fetched())) == ["b/dev-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"]
     with pytest.raises(UserError, match=r"other settings: files \['b/\*'\]"):
         from_hub(files=("*.parquet",), column="body")
     both = from_hub(files=("a/*.parquet", "b/t*"), column="body", name="both", raw_dir="raw")
-    assert splits_of(both) == {"train": ["a train", "b train"], "val": ["a dev"]}
+    assert splits_of(both) == {"train": ["a/tr", "b/tr"], "val": ["a/de"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the sources that are known by name
+# known repositories
 
 
 WIKITEXT_ROWS = {
@@ -281,12 +266,17 @@ WIKITEXT_ROWS = {
     "validation-00000-of-00001": ["", " = Other = \n"],
     "test-00000-of-00001": [" = Third = \n", ""],
 }
+WIKITEXT_TEXTS = {
+    "train": [" = Title = \n Some text . \n More of it . \n"],
+    "val": [" = Other = \n"],
+    "test": [" = Third = \n"],
+}
 RAW_CONFIG = "wikitext-103-raw-v1"
 
 
 @pytest.fixture
 def wikitext(host):
-    """Salesforce/wikitext with its configurations; in the other ones other text."""
+    """Publish Salesforce/wikitext with other text in its other configurations."""
     others = ("wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
     files = {f"{RAW_CONFIG}/{name}.parquet": parquet(*rows) for name, rows in WIKITEXT_ROWS.items()}
     files |= {f"{other}/{name}.parquet": parquet("<unk>") for other in others for name in WIKITEXT_ROWS}
@@ -294,132 +284,101 @@ def wikitext(host):
     return files
 
 
-def test_wikitext103_is_one_running_text(in_tmp, host, wikitext):
-    data = prepare("wikitext103", tokenizer="byte")
-    assert splits_of(data) == {
-        "train": [" = Title = \n Some text . \n More of it . \n"],
-        "val": [" = Other = \n"],
-        "test": [" = Third = \n"],
-    }
+@pytest.mark.parametrize(
+    ("by_hand", "splits", "fetched"),
+    [
+        ([], (), list(WIKITEXT_ROWS)),
+        ([], ("val",), ["validation-00000-of-00001"]),
+        (["test-00000-of-00001"], ("test",), []),
+        (["test-00000-of-00001"], (), [name for name in WIKITEXT_ROWS if "test" not in name]),
+        (list(WIKITEXT_ROWS), (), []),
+    ],
+)
+def test_wikitext103(in_tmp, host, wikitext, by_hand, splits, fetched):
+    """One running text per split; the splits that are missing are downloaded, the others need no hub."""
+    for name in by_hand:
+        folder = f"{RAW_CONFIG}/" if "train" in name else ""
+        put(Path("data/raw/wikitext103"), {f"{folder}{name}.parquet": wikitext[f"{RAW_CONFIG}/{name}.parquet"]})
+    data = prepare("wikitext103", tokenizer="byte", splits=splits)
+    assert splits_of(data) == {split: WIKITEXT_TEXTS[split] for split in splits or WIKITEXT_TEXTS}
     assert (data.meta["end_of_text"], data.meta["revision"]) == (False, WIKITEXT)
-    assert [entry["documents"] for entry in data.meta["splits"].values()] == [6, 2, 2]  # rows, also empty ones
-    names = [f"{RAW_CONFIG}/{name}.parquet" for name in sorted(WIKITEXT_ROWS)]
-    assert sorted(host.fetched()) == names
-    assert host.asked[0] == f"GET tree/{RAW_CONFIG}"
-    assert all(Path("data/raw/wikitext103", name).read_bytes() == wikitext[name] for name in names)
+    documents = {"train": 6, "val": 2, "test": 2}  # rows, also empty ones
+    assert {split: entry["documents"] for split, entry in data.meta["splits"].items()} == {
+        split: documents[split] for split in data.meta["splits"]
+    }
+    assert sorted(host.fetched()) == [f"{RAW_CONFIG}/{name}.parquet" for name in sorted(fetched)]
+    assert host.asked[:1] == [f"GET tree/{RAW_CONFIG}"] * bool(fetched)
+    for name in host.fetched():
+        assert Path("data/raw/wikitext103", name).read_bytes() == wikitext[name]
+    host.asked.clear()
+    shutil.rmtree("data/raw")
+    logged = []
+    prepare("wikitext103", logged.append, tokenizer="byte", splits=splits)
+    assert "nothing to do" in logged[0]
+    assert host.asked == []
 
 
 @pytest.mark.usefixtures("gpt2_vocabulary")
-def test_wikitext103_test_split_by_hand_has_the_numbers_that_everybody_has(in_tmp, host, real_text):
-    """Tokens of GPT-2 and words, by which perplexities per token and per word are compared; without a network."""
+def test_published_size_of_wikitext103(in_tmp, host, real_text):
+    """The test split has the 283,287 GPT-2 tokens that perplexities are computed over."""
     data = prepare("wikitext103", raw_dir=str(real_text), splits=("test",))
     entry = data.meta["splits"].pop("test")
-    assert (entry["tokens"], entry["bytes"], entry["words"]) == (283_287, 1_287_656, 241_211)
+    assert (entry["tokens"], entry["bytes"]) == (283_287, 1_287_656)
     assert data.meta["splits"] == {}
     assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikitext103"), WIKITEXT, [])
 
 
-def test_wikitext103_fetches_the_splits_that_are_not_there(in_tmp, host, wikitext):
-    """All three where the test split lies there by hand; asked for alone, it needs no hub."""
-    name = "test-00000-of-00001.parquet"
-    root = Path("data/raw/wikitext103")
-    put(root, {name: wikitext[f"{RAW_CONFIG}/{name}"]})
-    alone = prepare("wikitext103", tokenizer="byte", splits=("test",), name="alone")
-    assert host.asked == []
-    data = prepare("wikitext103", tokenizer="byte")
-    assert list(data.meta["splits"]) == ["train", "val", "test"]
-    assert texts(data, "test") == texts(alone, "test") == [" = Third = \n"]
-    assert sorted(host.fetched()) == [f"{RAW_CONFIG}/{n}.parquet" for n in sorted(WIKITEXT_ROWS) if "test" not in n]
-
-
-def test_wikitext103_by_hand(in_tmp, host, wikitext):
-    """Some in the repository's folder, some not; the dataset stays when the raw files are gone."""
-    for name in WIKITEXT_ROWS:
-        place = f"{RAW_CONFIG}/" if "train" in name else ""
-        put(Path("data/raw/wikitext103"), {f"{place}{name}.parquet": wikitext[f"{RAW_CONFIG}/{name}.parquet"]})
-    made = prepare("wikitext103", tokenizer="byte")
-    assert splits_of(made)["train"] == [" = Title = \n Some text . \n More of it . \n"]
-    assert list(made.meta["splits"]) == ["train", "val", "test"]
-    shutil.rmtree("data/raw")
-    said = []
-    prepare("wikitext103", said.append, tokenizer="byte")
-    assert "nothing to do" in said[0]
-    assert host.asked == []
-
-
-def test_wikitext103_fetches_the_splits_that_are_asked_for(in_tmp, host, wikitext):
-    data = prepare("wikitext103", tokenizer="byte", splits=("val",))
-    assert splits_of(data) == {"val": [" = Other = \n"]}
-    assert host.fetched() == [f"{RAW_CONFIG}/validation-00000-of-00001.parquet"]
-
-
-def test_wikipedia_by_hand(in_tmp, host, real_text):
-    """The default dump's files without their folder."""
-    data = prepare("wikipedia", tokenizer="byte", raw_dir=str(real_text), val_fraction=0.1)
-    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in readers.rows(f, "text")]
-    assert "".join(texts(data, "train") + texts(data, "val")) == "".join(rows)
-    assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikipedia_byte"), WIKIPEDIA, [])
-
-
-def test_wikipedia_dumps_do_not_mix(in_tmp, host):
-    """Flat files are the default dump's; each dump has its own folder and dataset."""
-    by_hand = {
-        f"{place}train-0000{n}-of-00002.parquet": parquet(f"{place}by hand {n}")
-        for place in ("", "20231101.nds/")
-        for n in (0, 1)
-    }
-    put(Path("data/raw/wikipedia"), by_hand)
-    dumps = {
-        f"{dump}/train-0000{n}-of-00002.parquet": parquet(f"{dump} {n}")
-        for dump in ("20231101.simple", "20231101.en")
-        for n in (0, 1)
-    }
+def test_dumps_of_wikipedia_are_separate(in_tmp, host):
+    """Files without a folder are of the default dump; each dump has its own folder and dataset."""
+    numbered = [f"train-0000{n}-of-00002.parquet" for n in (0, 1)]
+    put(Path("data/raw/wikipedia"), {f"{f}{n}": parquet(f"{f}mine") for f in ("", "20231101.nds/") for n in numbered})
+    dumps = {f"{dump}/{n}": parquet(dump) for dump in ("20231101.simple", "20231101.en") for n in numbered}
     host.publish("wikimedia/wikipedia", dumps, commit=WIKIPEDIA)
     keys = {"tokenizer": "byte", "val_fraction": 0.5}
     data = prepare("wikipedia", dump="20231101.simple", **keys)
     assert data.folder == Path("data/wikipedia_20231101.simple_byte")
-    assert "".join(texts(data, "train") + texts(data, "val")) == "20231101.simple 020231101.simple 1"
-    fetched = ["20231101.simple/train-00000-of-00002.parquet", "20231101.simple/train-00001-of-00002.parquet"]
+    assert "".join(texts(data, "train") + texts(data, "val")) == "20231101.simple" * 2
+    fetched = [f"20231101.simple/{name}" for name in numbered]
     assert (host.asked[0], host.fetched()) == ("GET tree/20231101.simple", fetched)
     assert all(Path("data/raw/wikipedia", name).read_bytes() == dumps[name] for name in fetched)
     default = prepare("wikipedia", **keys)
     assert default.folder == Path("data/wikipedia_byte")
-    assert "".join(texts(default, "train") + texts(default, "val")) == "by hand 0by hand 1"
+    assert "".join(texts(default, "train") + texts(default, "val")) == "minemine"
     assert default.meta["end_of_text"] is True
     assert host.fetched() == fetched
 
 
-def test_fineweb_sample_fetches_what_it_needs(in_tmp, host):
-    """Of 60 documents a file: 1 file for 60 of them, 3 for 150, and then the last one for all."""
+def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
+    """Of 60 documents each: 1 file for 60 documents, 3 for 150, and then the last one for all."""
     names = [f"sample/10BT/00{n}_00000.parquet" for n in range(4)]
     files = {name: parquet(*(f"document {n} {k}" for k in range(60))) for n, name in enumerate(names)}
     files["data/CC-MAIN-2013-20/train-00000-of-00014.parquet"] = parquet("another configuration")
     host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB)
-    whole = [f"document {n} {k}" for n in range(4) for k in range(60)]
+    documents = [f"document {n} {k}" for n in range(4) for k in range(60)]
     for size, fetched in ((60, names[:1]), (150, names[:3]), (None, names)):
         data = prepare("fineweb", tokenizer="byte", sample_size=size, val_fraction=0.5, name=f"s{size}")
         found = texts(data, "train") + texts(data, "val")
-        assert len("".join(found)) == len("".join(whole[:size]))
-        assert set(found) == set(whole[:size]) or size == 60  # so few are cut by characters
+        assert len("".join(found)) == len("".join(documents[:size]))
+        assert set(found) == set(documents[:size]) or size == 60  # so few are split by characters
         assert host.fetched() == fetched
     assert (data.meta["revision"], host.asked[0]) == (FINEWEB, "GET tree/sample/10BT")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what goes wrong
+# errors
 
 
 @pytest.mark.parametrize(
     ("request_", "faults", "waited"),
     [
-        (f"GET {SECOND}", [10, 0, 300], [1, 1, 1]),  # huggingface_hub's own max_seconds
+        (f"GET {SECOND}", [10, 0, 300], [1, 1, 1]),  # huggingface_hub's own attempts
         (f"GET {SECOND}", [parquet("three")[:-9]], [1]),
         (f"HEAD {SECOND}", ["drop"] * 3, [1, 2, 4]),
         ("GET revision", ["drop"] * 3, [1, 2, 4]),
         ("GET tree", [(503, "")] * 3, [1, 2, 4]),
     ],
 )
-def test_broken_connection_is_taken_up_again(in_tmp, host, waits, request_, faults, waited):
+def test_download_after_a_broken_connection(in_tmp, host, waits, request_, faults, waited):
     host.publish("user/name", FILES)
     host.faults[request_] = iter(faults)
     assert splits_of(from_hub()) == TEXTS
@@ -431,141 +390,116 @@ def test_broken_connection_is_taken_up_again(in_tmp, host, waits, request_, faul
 @pytest.mark.parametrize(
     ("request_", "fault"), [(f"GET {SECOND}", 0), (f"HEAD {SECOND}", "drop"), (f"HEAD {SECOND}", (503, ""))]
 )
-def test_whole_files_are_kept_when_the_connection_stays_broken(in_tmp, host, waits, capsys, request_, fault):
+def test_complete_files_are_kept_while_the_connection_stays_broken(in_tmp, host, waits, capsys, request_, fault):
+    """Old temporary files of a killed download are removed, young ones may be in use."""
     host.publish("user/name", FILES)
     host.faults[request_] = itertools.repeat(fault)
-    answer = refusal()
-    for part in (
-        f"{SECOND} of dataset user/name could not be downloaded",
-        "run again",
-        "complete files are kept",
-        str(RAW),
-    ):
-        assert part in answer
+    temporary = RAW / ".cache/huggingface/download/data"
+    put(temporary, {"old.incomplete": b"x", "young.incomplete": b"x"})
+    os.utime(temporary / "old.incomplete", times=(time.time() - 3700, time.time() - 3700))
+    failed = f"{SECOND} of dataset user/name could not be downloaded"
+    refused([failed, "run again", "complete files are kept", str(RAW)])
     assert capsys.readouterr().err.count("the connection broke") == 3
-    there = [path.relative_to(RAW).as_posix() for path in RAW.rglob("*.parquet")]
-    assert there == [FIRST]
-    assert list(RAW.rglob("*.incomplete")) == []
+    assert [path.relative_to(RAW).as_posix() for path in RAW.rglob("*.parquet")] == [FIRST]
+    assert list(RAW.rglob("*.incomplete")) == [temporary / "young.incomplete"]
     host.faults.clear()
     host.asked.clear()
     assert splits_of(from_hub()) == TEXTS
-    assert sorted(host.fetched()) == [name for name in DATA if name not in there]
+    assert sorted(host.fetched()) == [name for name in DATA if name != FIRST]
 
 
-def test_nobody_answers(in_tmp, host, waits):
+def test_no_network(in_tmp, host, waits):
     host.stop()
-    answer = refusal()
-    for part in (
-        "user/name could not be downloaded (",
-        "refused",
-        "check the network",
-        f"put the files into {RAW} yourself",
-    ):
-        assert part in answer
+    where = f"put the files into {RAW} yourself"
+    refused(["user/name could not be downloaded (", "refused", "check the network", where])
     assert waits == [1, 2, 4]
 
 
-def test_storage_that_does_not_answer(in_tmp, host, waits, monkeypatch):
-    """Most large files are on the hub's Xet storage, where a library of its own goes for them."""
+def test_xet_storage_without_an_answer(in_tmp, host, waits, monkeypatch):
+    """Large files are on the hub's Xet storage, which hf_xet reads; plain HTTP is the second attempt."""
     pytest.importorskip("hf_xet")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "0")
     monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "1ms")
     host.publish("user/name", FILES)
     host.storage = "http://127.0.0.1:1"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
-    data = from_hub()
-    assert waits == [1], "once, and then by plain HTTP"
+    assert splits_of(from_hub()) == TEXTS
+    assert waits == [1]
     assert {FIRST, SECOND} <= set(host.fetched())
-    assert sum(entry["documents"] for entry in data.meta["splits"].values()) > 0
 
 
-@pytest.mark.parametrize("why", [ConnectionError(), TimeoutError(), OSError("many\nlines")])
-def test_errors_without_a_text_or_with_several_lines(in_tmp, host, waits, monkeypatch, why):
+@pytest.mark.parametrize("error", [ConnectionError(), TimeoutError(), OSError("many\nlines")])
+def test_errors_without_a_text_or_with_several_lines(in_tmp, host, waits, monkeypatch, error):
     def broken(*_, **__):
-        raise why
+        raise error
 
     host.publish("user/name", FILES)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
-    answer = refusal()
-    assert f"could not be downloaded ({str(why).partition(chr(10))[0]}" in answer
-    assert "()" not in answer
+    refused([f"could not be downloaded ({str(error).partition(chr(10))[0] or type(error).__name__})"])
 
 
-REFUSALS = [
-    ({"repo": "user/none"}, {}, ["user/none", "does not exist on the hub, or it is private", "hf auth login"]),
-    ({"revision": "v9"}, {}, ["user/name", "has no revision v9", "--revision"]),
-    ({"revision": "9" * 40}, {}, ["user/name", "has no revision 999", "--revision"]),
-    ({"files": ("*.csv",)}, {}, ["user/name", "has no file *.csv", "--files"]),
-    ({"files": ("nope/*.parquet",)}, {}, ["user/name", "has no folder nope", "--files"]),
-    ({"files": ("*.md", "x")}, {"GET tree": (403, "GatedRepo")}, ["user/name is gated", "/user/name", "hf auth login"]),
-    ({}, {f"HEAD {FIRST}": (401, "GatedRepo")}, ["user/name is gated", "accept its terms at https://huggingface.co/"]),
-    ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name is gated", "HF_TOKEN"]),
-    ({}, {"GET revision": (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"]),
-    ({}, {f"HEAD {FIRST}": (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"]),
-    ({}, {f"GET {FIRST}": (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"]),
-    ({}, {f"HEAD {FIRST}": (404, "EntryNotFound")}, ["user/name", f"has no {FIRST}", "--files"]),
-    ({"repo": "user/what?"}, {}, ["user/what?", "user/name"]),
-    (
-        {"source": "wikipedia", "repo": None, "dump": "19990101.en"},
-        {},
-        ["wikimedia/wikipedia", "19990101.en", "--dump"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("keys", "faults", "said"), REFUSALS)
-def test_refusals(in_tmp, host, waits, keys, faults, said):
-    """At once: what the hub says clearly is not asked again."""
+@pytest.mark.parametrize(
+    ("keys", "faults", "parts"),
+    [
+        ({"repo": "user/none"}, {}, ["user/none does not exist on the hub, or it is private", "hf auth login"]),
+        ({"revision": "v9"}, {}, ["user/name", "has no revision v9", "--revision"]),
+        ({"revision": "9" * 40}, {}, ["user/name", "has no revision 999", "--revision"]),
+        ({"files": ("*.csv",)}, {}, ["user/name", "has no file *.csv", "--files"]),
+        ({"files": ("nope/*.parquet",)}, {}, ["user/name", "has no folder nope", "--files"]),
+        ({"files": ("*.md", "x")}, {"GET tree": (403, "GatedRepo")}, ["user/name is gated", "hf auth login"]),
+        ({}, {f"HEAD {FIRST}": (401, "GatedRepo")}, ["accept its terms at https://huggingface.co/datasets/user/name"]),
+        ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name is gated", "HF_TOKEN"]),
+        *(
+            ({}, {request: (403, "")}, ["user/name", "denies access (HTTP 403)", "hf auth login"])
+            for request in ("GET revision", f"HEAD {FIRST}", f"GET {FIRST}")
+        ),
+        ({}, {f"HEAD {FIRST}": (404, "EntryNotFound")}, ["user/name", f"has no {FIRST}", "--files"]),
+        ({"repo": "user/what?"}, {}, ["user/what?", "user/name"]),
+        ({"source": "wikipedia", "repo": None, "dump": "1999.en"}, {}, ["wikimedia/wikipedia", "1999.en", "--dump"]),
+    ],
+)
+def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
+    """A clear answer of the hub is not requested again."""
     host.publish("user/name", FILES)
     host.publish("wikimedia/wikipedia", {"20231101.en/train-00000-of-00001.parquet": b""}, commit=WIKIPEDIA)
     host.faults = {request: itertools.repeat(fault) for request, fault in faults.items()}
-    answer = refusal(**keys)
-    for part in said:
-        assert part in answer
+    refused(parts, **keys)
     assert waits == []
     assert list(Path("data").rglob("*.parquet")) == []
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_offline_without_the_files(in_tmp, host, waits, monkeypatch, known):
-    """Nothing there; or the hub has told once of the files, and one of them is gone."""
+@pytest.mark.parametrize(
+    ("words", "offline", "part"),
+    [
+        (["hub", "--repo", "user/none"], False, "dataset user/none does not exist on the hub"),
+        (["hub", "--repo", "user/gated"], False, "accept its terms at https://huggingface.co/datasets/user/gated"),
+        (["wikitext103"], True, "wikitext-103-raw-v1 of dataset Salesforce/wikitext is not in data/raw"),
+    ],
+)
+def test_an_error_is_one_line(in_tmp, host, cli, monkeypatch, words, offline, part):
+    host.publish("user/gated", FILES)
+    host.faults[f"HEAD {FIRST}"] = host.faults[f"HEAD {DATA[0]}"] = itertools.repeat((403, "GatedRepo"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    result = cli("prepare_data", *words, "--tokenizer", "byte")
+    assert part in result.error
+    assert (result.out, result.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_offline_without_the_files(in_tmp, host, waits, monkeypatch, listed):
+    """Never downloaded; or the list of files is cached, and one of them was removed."""
     host.publish("user/name", FILES)
-    if known:
+    if listed:
         from_hub(data_dir="other")
         (RAW / SECOND).unlink()
         host.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    answer = refusal()
-    for part in ("HF_HUB_OFFLINE is set", SECOND if known else "user/name", str(RAW), "unset it"):
-        assert part in answer
+    refused(["HF_HUB_OFFLINE is set", SECOND if listed else "user/name", str(RAW), "unset it"])
     assert (host.asked, waits) == ([], [])
 
 
-@pytest.mark.parametrize(
-    ("words", "env", "said"),
-    [
-        (["hub", "--repo", "user/none"], {}, "dataset user/none does not exist on the hub"),
-        (
-            ["wikitext103"],
-            {"HF_HUB_OFFLINE": "1"},
-            "wikitext-103-raw-v1 of dataset Salesforce/wikitext is not in data/raw",
-        ),
-        (["hub", "--repo", "user/gated"], {}, "accept its terms at https://huggingface.co/datasets/user/gated"),
-    ],
-)
-def test_refusal_is_one_error_line(in_tmp, host, words, env, said):
-    host.publish("user/gated", FILES)
-    host.faults[f"HEAD {FIRST}"] = host.faults[f"HEAD {DATA[0]}"] = itertools.repeat((403, "GatedRepo"))
-    answer = verb(host, *words, **env)
-    assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr.startswith("error: ")
-    assert answer.stderr.count("\n") == 1
-    assert said in answer.stderr
-    assert {path.name for path in Path("data").glob("*")} <= {"raw"}
-
-
-def test_the_disks_errors_are_not_the_networks(in_tmp, host, waits):
-    """A file where a folder has to be: said once, without waiting."""
+def test_errors_of_the_disk_are_not_retried(in_tmp, host, waits):
+    """There is a file in the place of a folder."""
     host.publish("user/name", FILES)
     put(RAW, {"data": b"a file"})
     with pytest.raises(OSError, match="data") as caught:
@@ -574,37 +508,10 @@ def test_the_disks_errors_are_not_the_networks(in_tmp, host, waits):
     assert waits == []
 
 
-def test_file_that_came_in_the_meantime_is_kept(in_tmp, host):
-    """Of somebody else's making: not fetched over."""
+def test_a_file_that_appears_meanwhile_is_not_replaced(in_tmp, host):
     host.publish("user/name", FILES)
     files = hub.HubFiles("user/name", "main", ("*.parquet",), RAW)
     listing = hub.list_remote(files)
     put(RAW, {FIRST: b"mine"})
     assert hub.download_file(files, listing, FIRST).read_bytes() == b"mine"
     assert host.fetched() == []
-
-
-def test_killed_in_the_middle_of_a_file(in_tmp, host):
-    """The next call makes the whole; what the killed one left is removed when it is older than an hour."""
-    host.publish("user/name", FILES)
-    halfway, gone = threading.Event(), threading.Event()
-    host.faults[f"GET {SECOND}"] = iter([lambda: (halfway.set(), gone.wait(60))])
-    words = ["hub", "--repo", "user/name", "--tokenizer", "byte"]
-    env = {**os.environ, "PYTHONPATH": "", **hub_environment(host)}
-    call = [sys.executable, ROOT / "prepare_data.py", *words]
-    with running(call, env=env, stderr=subprocess.DEVNULL) as started:
-        assert halfway.wait(60)
-        started.kill()
-        assert started.wait() == -signal.SIGKILL
-    gone.set()
-    (left,) = RAW.rglob("*.incomplete")
-    assert not (RAW / SECOND).exists()
-    (young := left.with_name("young.incomplete")).touch()
-    os.utime(left, times=(time.time() - 3700, time.time() - 3700))
-    host.asked.clear()
-    done = verb(host, *words[:3])
-    assert (done.returncode, done.stderr) == (0, "")
-    assert splits_of(open_dataset(Path("data/name_byte"))) == TEXTS
-    assert FIRST not in host.fetched()
-    assert SECOND in host.fetched()
-    assert list(RAW.rglob("*.incomplete")) == [young]

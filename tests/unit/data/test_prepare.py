@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from in_process import TEXT
+from prepared import content, files, from_text, prepare, refusal, texts
 from test_shards import full_disk
-from test_sources import content, files, from_text, prepare, refusal, texts
 from test_split import WRITTEN, by_hash, free, small_blocks, write
 
 from config import PrepareConfig, UserError

@@ -1,4 +1,4 @@
-"""From source names to files: one text, downloads, anyone's own; which split a name speaks of; what is refused."""
+"""The sources: pydoc, tiny Shakespeare, downloads, and the user's own files."""
 
 import hashlib
 import http.server
@@ -7,82 +7,33 @@ from pathlib import Path
 
 import pytest
 from in_process import TEXT
+from prepared import content, files, from_text, prepare, refusal, texts
 
-from config import PrepareConfig, UserError
-from flatgpt.data import prepare as preparation
+from config import UserError
 from flatgpt.data import sources, tokenizer
-
-
-def prepare(source, log=lambda line: None, **keys):
-    return preparation.prepare(PrepareConfig(source=source, **keys), log)
-
-
-def from_text(*inputs, log=lambda line: None, **keys):
-    """The user's own files in bytes, in data/text_byte."""
-    return prepare("text", log, **{"input": tuple(map(str, inputs)), "tokenizer": "byte", **keys})
-
-
-def refusal(*args, **keys) -> str:
-    with pytest.raises(UserError) as caught:
-        from_text(*args, **keys)
-    return str(caught.value)
-
-
-def texts(data, split) -> list[str]:
-    """The split's documents, cut where an end-of-text follows, decoded by hand: byte's ids are UTF-8."""
-    ids = data.tokens(split)[:].tolist()
-    if not data.meta["end_of_text"]:
-        return [bytes(ids).decode()]
-    assert ids[-1] == 256
-    ends = [n for n, i in enumerate(ids) if i == 256]
-    return [bytes(ids[a + 1 : b]).decode() for a, b in zip([-1, *ends], ends, strict=False)]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def files(folder: Path, **named) -> None:
-    """`a="..."` writes a.txt; newlines stay as they are."""
-    for name, text in named.items():
-        (folder / f"{name}.txt").write_bytes(text.encode())
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pydoc and shakespeare
 
 
-def test_pydoc_is_the_same_bytes_everywhere(in_tmp, monkeypatch):
-    """Also where Python's file would list its topics in another order."""
-    from pydoc_data.topics import topics
-
-    one = prepare("pydoc")
-    monkeypatch.setattr("pydoc_data.topics.topics", dict(reversed(topics.items())))
-    two = prepare("pydoc", data_dir="elsewhere")
-    assert content(one.folder) == content(two.folder)
-    assert one.folder == Path("data/pydoc")
-
-
-def test_pydoc_is_pythons_reference_cut_at_90_percent(in_tmp):
+def test_pydoc(in_tmp, monkeypatch):
+    """Python's topics in alphabetical order without duplicates, whatever their order, split at 90%."""
     from pydoc_data.topics import topics
 
     data = prepare("pydoc")
-    assert data.meta["tokenizer"] == "byte"
+    assert (data.folder, data.meta["tokenizer"]) == (Path("data/pydoc"), "byte")
     (train,), (val,) = texts(data, "train"), texts(data, "val")
-    text = train + val
-    assert len(train) == len(text) * 9 // 10
-    unique = []
-    for name in sorted(topics):
-        topic = topics[name].strip("\n")
-        if topic not in unique:
-            unique.append(topic)
-    assert text == "\n\n".join(unique) + "\n"
+    unique = list(dict.fromkeys(topics[name].strip("\n") for name in sorted(topics)))
+    assert train + val == "\n\n".join(unique) + "\n"
+    assert len(train) == len(train + val) * 9 // 10
     assert len(unique) < len(topics)
-    assert len(text) > 300_000
+    assert len(train) > 300_000
+    monkeypatch.setattr("pydoc_data.topics.topics", dict(reversed(topics.items())))
+    assert content(prepare("pydoc", data_dir="elsewhere").folder) == content(data.folder)
 
 
 @pytest.mark.usefixtures("gpt2_vocabulary")
-def test_shakespeare_has_the_numbers_that_everybody_has(in_tmp, real_text):
+def test_published_sizes_of_shakespeare(in_tmp, real_text):
     """nanoGPT's README: 301,966 and 36,059 tokens of GPT-2; and its character-level cut at 1,003,854 characters."""
     data = prepare("shakespeare", raw_dir=str(real_text))
     counts = {split: (e["tokens"], e["bytes"], e["documents"]) for split, e in data.meta["splits"].items()}
@@ -102,7 +53,7 @@ def test_shakespeare_has_the_numbers_that_everybody_has(in_tmp, real_text):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A host on this machine: serves `pages`, {path: body}; lists what it was `asked`; /cut stops in the middle."""
+    """Serve `pages` ({path: body}) and list the requested paths in `asked`; /cut ends in the middle of its body."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -138,36 +89,29 @@ def test_download(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("page", "sha256", "said"),
+    ("page", "place", "sha256", "parts"),
     [
-        ("/text", "0" * 64, [SHA256[:16], "0" * 16]),
-        ("/none", SHA256, ["could not be downloaded", "Not Found"]),
-        ("/cut", SHA256, ["could not be downloaded"]),
+        ("/text", "raw/input.txt", "0" * 64, [SHA256[:16], "0" * 16, "--raw_dir"]),
+        ("/none", "raw/input.txt", SHA256, ["could not be downloaded", "Not Found", "--raw_dir"]),
+        ("/cut", "raw/input.txt", SHA256, ["could not be downloaded", "--raw_dir"]),
+        (None, "raw/input.txt", SHA256, ["could not be downloaded (", "refused", "check the network"]),
+        ("/text", "file/x/input.txt", SHA256, ["could not be written"]),
     ],
 )
-def test_failed_download_leaves_nothing(server, tmp_path, page, sha256, said):
-    path = tmp_path / "raw" / "input.txt"
-    with pytest.raises(UserError) as caught:
-        sources.download(server.url + page, path, sha256)
-    for part in (server.url + page, str(path), "--raw_dir", *said):
-        assert part in str(caught.value)
-    assert list(tmp_path.rglob("*.*")) == []
-
-
-def test_nobody_answers(server, tmp_path):
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match=r"could not be downloaded \(.*refused.*check the network"):
-        sources.download(server.url, tmp_path / "input.txt", SHA256)
-
-
-def test_download_to_an_impossible_place(server, tmp_path):
+def test_a_failed_download_leaves_nothing(server, tmp_path, page, place, sha256, parts):
+    """Another content, no page, a broken connection, no server, and a folder that cannot be made."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"file/x.*(Not a directory|File exists)"):
-        sources.download(f"{server.url}/text", tmp_path / "file" / "x" / "input.txt", SHA256)
+    if page is None:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(UserError) as caught:
+        sources.download(server.url + (page or ""), tmp_path / place, sha256)
+    for part in (str(tmp_path / place), *parts):
+        assert part in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_raw_file_is_fetched_once_and_its_hash_checked(server, in_tmp, monkeypatch):
+def test_shakespeare_is_downloaded_once_and_checked(server, in_tmp, monkeypatch):
     monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server.url}/text")
     monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", SHA256)
     data = prepare("shakespeare", tokenizer="byte")
@@ -184,11 +128,11 @@ def test_raw_file_is_fetched_once_and_its_hash_checked(server, in_tmp, monkeypat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# anyone's own files
+# the user's files
 
 
 def read(*inputs) -> str:
-    """What `--input` reads: both splits, put together again."""
+    """Return the text of both splits."""
     data = from_text(*inputs, val_fraction=0.5)
     return "".join(texts(data, "train") + texts(data, "val"))
 
@@ -207,8 +151,8 @@ def read(*inputs) -> str:
         (["link.txt", "a.txt"], "a"),
     ],
 )
-def test_what_input_reads(in_tmp, inputs, found):
-    """Files, folders and patterns; in a folder what we can read; each file once, in the order given, then sorted."""
+def test_input_files(in_tmp, inputs, found):
+    """Files, patterns, and folders with the known suffixes; each file once, in the given order, then sorted."""
     (in_tmp / "in" / "deep").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "in/c.py", "in/d.md", "in/deep/e.md", "odd.html", "in/x.html"):
         letter = "h" if name == "odd.html" else Path(name).stem
@@ -228,23 +172,23 @@ def test_what_input_reads(in_tmp, inputs, found):
         (b"<|endoftext|> is text here", "<|endoftext|> is text here"),
     ],
 )
-def test_text_stays_as_it_is_but_for_the_byte_order_mark(in_tmp, raw, text):
+def test_text_is_unchanged_except_for_a_byte_order_mark(in_tmp, raw, text):
     Path("a.txt").write_bytes(raw)
     assert read("a.txt") == text
 
 
 def test_empty_files_are_left_out(in_tmp):
-    """Those without a character: a byte order mark is none, white space is."""
+    """A file with only a byte order mark is empty, one with white space is not."""
     files(in_tmp, a=TEXT, blank=" \r\n\n", empty="", mark="\ufeff")
     data = from_text("*.txt", val_fraction=0.5)
     train, val = texts(data, "train"), texts(data, "val")
     assert "".join(train + val) == TEXT + " \r\n\n"
     assert (len(train), val[-1]) == (1, " \r\n\n")
-    assert sum(entry["documents"] for entry in data.meta["splits"].values()) == 3  # two files, one cut in two
+    assert sum(entry["documents"] for entry in data.meta["splits"].values()) == 3  # two files, one split in two
 
 
 @pytest.mark.parametrize(
-    ("named", "inputs", "said"),
+    ("named", "inputs", "parts"),
     [
         ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], ["too little text", "train split"]),
         ({"a": TEXT}, ["a.txt", "b.txt"], ["--input b.txt", "no such file"]),
@@ -254,10 +198,10 @@ def test_empty_files_are_left_out(in_tmp):
         ({"a": "a"}, ["a.txt"], ["too little text", "train split"]),
     ],
 )
-def test_input_that_does_not_do(in_tmp, named, inputs, said):
+def test_refused_input(in_tmp, named, inputs, parts):
     files(in_tmp, **named)
     answer = refusal(*inputs, val_fraction=1e-9 if len(named) == 100 else None)
-    for part in said:
+    for part in parts:
         assert part in answer
     assert not Path("data").exists()
 

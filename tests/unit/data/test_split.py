@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from in_process import TEXT
-from test_sources import content, files, from_text, prepare, refusal, texts
+from prepared import content, files, from_text, prepare, refusal, texts
 
 from config import PrepareConfig, UserError
 from flatgpt.data import encode, readers

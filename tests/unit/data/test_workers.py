@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared import content, from_text, refusal
 from processes import ROOT, SYNTHETIC, command
 from test_prepare import mixed
-from test_sources import content, from_text, refusal
 from test_split import held, small_blocks
 
 from flatgpt.data import prepare, workers

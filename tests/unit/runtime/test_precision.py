@@ -1,4 +1,4 @@
-"""precision.py: the faster precision is chosen, with injected times; infer caches its choice, training stores it."""
+"""precision.py: the faster dtype is chosen, by injected times; choices for decoding are cached."""
 
 import json
 import os
@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import TINY, train_here
+from in_process import TINY
 
-import infer
-import train
-from config import BenchConfig, InferConfig, ModelConfig, TrainConfig
-from flatgpt.benchmarks.nanogpt import peer_settings
+from config import ModelConfig, TrainConfig
 from flatgpt.cli import cli
 from flatgpt.inference import prepacking
-from flatgpt.runs import checkpoint
 from flatgpt.runtime import precision
-from flatgpt.training.setup import print_plan
 from model import GPT
 
 FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as measured: 9 GFLOP/s")
@@ -187,66 +182,6 @@ def test_this_cpu_is_really_measured():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# training
-
-
-def printed_machine(text: str) -> list[str]:
-    return re.findall(r"^machine +cpu \(\d+ threads?\), (.*?), eager", text, re.M)
-
-
-def test_a_run_prints_stores_and_keeps_its_choice(tiny_data, measured, capsys):
-    words = ("--dtype", "auto", "--sample_tokens", 0)
-    assert measured(BFLOAT16) == []
-    run = train_here(*words, "--max_iters", 3)
-    assert measured(None) == ["matmul 128 x 32 x 128"]
-    for iters in (6, 9):
-        chosen = checkpoint.read_state(run / "ckpt/last")["chosen"]
-        assert chosen["dtype"] == "bfloat16"
-        assert chosen["why"]["dtype"].endswith("as measured: 9 GFLOP/s")
-        train_here(*words, "--max_iters", iters, "--resume")
-    later = "bfloat16 (chosen when the run began: as measured: 9 GFLOP/s)"
-    assert printed_machine(capsys.readouterr().out) == ["bfloat16 (as measured: 9 GFLOP/s)", later, later]
-
-
-def test_a_run_of_an_earlier_version_keeps_its_choice(tiny_data, measured, capsys):
-    """Resumed runs of earlier versions stored no reason."""
-    measured(BFLOAT16)
-    words = ("--dtype", "auto", "--sample_tokens", 0)
-    state_file = train_here(*words, "--max_iters", 3) / "ckpt/last/state.json"
-    state = json.loads(state_file.read_text())
-    state["chosen"]["why"] = {}
-    del state["sha256"]
-    state_file.write_text(json.dumps(state))
-    measured(None)
-    train_here(*words, "--max_iters", 6, "--resume")
-    assert printed_machine(capsys.readouterr().out)[1] == "bfloat16 (chosen when the run began)"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_precision_that_is_asked_for_is_not_measured(tiny_data, measured, dtype):
-    measured(None)
-    words = [*TINY, "--dtype", dtype, "--max_iters", "1", "--eval_interval", "1", "--sample_tokens", "0"]
-    train.train(cli.parse(TrainConfig, words))
-    print_plan(cli.parse(TrainConfig, words))
-    one_token = ["--device", "cpu", "--max_new_tokens", "1"]
-    for more in ([], ["--quantize", "int8"]):
-        if dtype == "bfloat16" or not more:
-            infer.main(cli.parse(InferConfig, [*one_token, "--dtype", dtype, *more]))
-    infer.main(cli.parse(InferConfig, [*one_token, "--quantize", "int8"]))  # its kernel takes bfloat16 only
-
-
-def test_plan_and_nanogpt_at_its_best_take_what_training_would(tiny_data, measured, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr("flatgpt.training.plan.matmul_flops", lambda device, dtype: asked.append(dtype) or 1e12)
-    for choice, dtype in ((BFLOAT16, torch.bfloat16), (FLOAT32, torch.float32)):
-        measured(choice)
-        print_plan(cli.parse(TrainConfig, [*TINY, "--dtype", "auto"]))
-        assert asked.pop() == dtype
-        found = peer_settings(cli.parse(BenchConfig, ["train", *TINY, "--dtype", "auto"]))
-        assert [how.dtype for how in found.values()] == [torch.float32, dtype]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # choices that are cached
 
 
@@ -271,32 +206,26 @@ def test_a_choice_is_measured_once(measured, cache):
     assert os.listdir(cache.parent) == ["precision.json"]
 
 
-@pytest.mark.parametrize(
-    "change", [*({k: 2 * SHAPE[k]} for k in ("n_layer", "n_embd", "vocab_size")), {"mlp_ratio": 2}]
-)
-def test_another_shape_is_measured_anew(measured, change):
+OTHERS = {
+    "processor": (prepacking, "cpu_name", lambda: "another"),
+    "instructions": (torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+    "threads": (torch, "get_num_threads", lambda: 77),
+    "torch": (torch, "__version__", "2.99.0"),
+}
+
+
+@pytest.mark.parametrize("change", [*OTHERS, "compile", "n_layer", "n_embd", "vocab_size", "mlp_ratio"])
+def test_another_machine_or_shape_is_measured_anew(measured, monkeypatch, change):
+    """The home folder may be shared between machines. The first choice stays cached."""
     measured(BFLOAT16)
     prepacking.faster_decoding_dtype(model())
     measured(FLOAT32)
-    assert prepacking.faster_decoding_dtype(model(**change)) == FLOAT32
-    assert prepacking.faster_decoding_dtype(model()) == BFLOAT16  # both are cached
-
-
-@pytest.mark.parametrize("other", ["processor", "instructions", "threads", "torch", "compiled"])
-def test_another_machine_is_measured_anew(measured, monkeypatch, other):
-    """The home folder may be shared between machines."""
-    measured(BFLOAT16)
-    prepacking.faster_decoding_dtype(model())
-    measured(FLOAT32)
-    if other == "processor":
-        monkeypatch.setattr(prepacking, "cpu_name", lambda: "another")
-    elif other == "instructions":
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-    elif other == "threads":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    elif other == "torch":
-        monkeypatch.setattr(torch, "__version__", "2.99.0")
-    assert prepacking.faster_decoding_dtype(model(), other == "compiled") == FLOAT32
+    shape = {change: 2 * SHAPE.get(change, 1)} if change not in (*OTHERS, "compile") else {}
+    with monkeypatch.context() as patch:
+        if change in OTHERS:
+            patch.setattr(*OTHERS[change])
+        assert prepacking.faster_decoding_dtype(model(**shape), change == "compile") == FLOAT32
+    assert prepacking.faster_decoding_dtype(model()) == BFLOAT16
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -398,25 +327,3 @@ def test_of_two_processes_at_once_both_take_the_first_choice(cache):
         "another": "float32",
         "a third": "bfloat16",
     }
-
-
-@pytest.mark.parametrize(("first", "second"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)])
-def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypatch, capsys, first, second):
-    """Also where the next measurement would differ. The machine line has the measured speeds."""
-    monkeypatch.chdir(tiny_home)
-    words = ["--device", "cpu", "--prompt", "99 green", "--max_new_tokens", "60", "--temperature", "1.5"]
-
-    def text(*more: str) -> str:
-        infer.main(cli.parse(InferConfig, [*words, *more]))
-        out, err = capsys.readouterr()
-        said.append(err)
-        return out
-
-    said: list[str] = []
-    measured(first)
-    first_text = text()
-    assert f"on cpu, {first[0]} ({first[1]}), eager\n" in said[0]
-    measured(second)
-    assert text() == first_text
-    assert said[1].splitlines()[0] == said[0].splitlines()[0]
-    assert text("--dtype", first[0]) == first_text

@@ -1,0 +1,201 @@
+"""Exported tokenizer files: transformers reads them and gives tiktoken's ids; GPT-2's are OpenAI's."""
+
+import base64
+import functools
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken.load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_process import TEXT
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+
+from flatgpt.data import tokenizer
+from flatgpt.interop.tokenizer_files import END, tokenizer_files
+
+# GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
+PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+NAMES = ("byte", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
+OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's cache has these files
+SHA256 = {  # of r50k_base.tiktoken and p50k_base.tiktoken, as tiktoken checks them (tiktoken_ext/openai_public.py)
+    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+}
+TEXTS = {
+    "empty": "",
+    "text": TEXT[:500],
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈👍🏽 🇫🇷x🎈",
+    "scripts": "東京 人工智能,你好 Привет мир שלום ‏مرحبا नमस्ते สวัสดี 안녕 ქართული",
+    "combining": "e\u0301 n\u0303o \u0301 a\u0300\u0301\u0302 क्षि Z\u0335\u0321\u0353",
+    "controls": "\0a\0\0 \x01\x1b[0m\x7f\x80\x85\x9f \x1c\x1d\x1e\x1f \v\f",
+    "lines": "one\r\ntwo\rthree\n\n\n\tfour\t\tfive \t six\n ",
+    "spaces": "a" + " " * 2 + "b" + " " * 24 + "d" + " " * 25 + "e" + " " * 26 + "f" + " " * 99,
+    "only spaces": " " * 777,
+    "other spaces": "a\xa0b \xa0 c\u2003\u2009d\u3000e\u2028f\u2029g\u200bh\u202fi\ufeffj\u1680k\u180el \u2003",
+    "contractions": "it's it’s I'll I’ll we've they'd you're I'm don't DON'T I'LL 's' ''s ' s ’s 'süd 'll've",
+    "digits": "1234567890 3.14 ١٢٣ ४५६ ⅷ ½ ² 𝟘𝟙 1a2b 一二三",
+    "long words": "x" * 3000 + "=" * 3000 + "#" * 17,
+    "code": "def f(x):\n        return x ** 2  # a . b , c ! n't 'm\n\n\n" * 5,
+    "printable": "Ġthe Ċ Ġ ĉ ÃĤ",  # what the files write for bytes is text like any other
+    "marks": "<|endoftext <|end|> |endoftext|> [PAD] <s> <unk>",
+    "rare": "\ue000\uffff\U0010ffff\U000e0001 ß ẞ ŉ ﬃ Å",
+}
+
+
+def published(name: str) -> tiktoken.Encoding:
+    """tokenizer.load's, but for p50k_base, which is GPT-2's with runs of spaces and need not be downloaded."""
+    if name != "p50k_base":
+        return tokenizer.load(name)
+    gpt2 = tokenizer.load("gpt2")
+    ranks = {token: gpt2.encode_single_token(token) for token in gpt2.token_byte_values()}
+    ranks |= {b" " * n: 50255 + n for n in range(2, 26)}
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256})
+
+
+def save(folder: Path, files: dict[str, bytes]) -> Path:
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+def auto(folder: Path):
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def vocab_and_merges(folder: Path):
+    """What a reader without the tokenizers library reads."""
+    copy = folder.with_name(f"{folder.name}_slow")
+    return auto(shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("tokenizer.json"), dirs_exist_ok=True))
+
+
+def tokenizer_json(folder: Path):
+    """tokenizer.json alone, as servers read it: its pattern and decoder count."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+READERS = {"auto": auto, "vocab and merges": vocab_and_merges, "tokenizer.json": tokenizer_json}
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """read(name, reader): an encoding's files as transformers reads them, written and read once."""
+
+    @functools.cache
+    def write(name: str) -> Path:
+        return save(tmp_path_factory.mktemp(name), tokenizer_files(tokenizer.load(name), 1024))
+
+    return functools.cache(lambda name, reader="auto": READERS[reader](write(name)))
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_files_of_gpt2_are_openais():
+    files = tokenizer_files(tokenizer.load("gpt2"), 1024)
+    assert files["merges.txt"] == tiktoken.load.read_file_cached(f"{OPENAI}/vocab.bpe")
+    ids = json.loads(files["vocab.json"])
+    assert ids == json.loads(tiktoken.load.read_file_cached(f"{OPENAI}/encoder.json"))
+    model = json.loads(files["tokenizer.json"])["model"]
+    assert (model["vocab"], len(model["merges"])) == (ids, 50_000)
+    for name, file in (("gpt2", "r50k_base"), ("p50k_base", "p50k_base")):
+        encoding = published(name)
+        ranks = sorted((encoding.encode_single_token(token), token) for token in encoding.token_byte_values())
+        content = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
+        assert hashlib.sha256(content).hexdigest() == SHA256[file]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_tiktokens_and_text_comes_back(name, reader, read):
+    theirs, ours = read(name, reader), tokenizer.load(name)
+    for what, text in TEXTS.items():
+        ids = theirs.encode(text)
+        assert ids == ours.encode_ordinary(text), what
+        assert theirs.decode(ids) == text, what
+    for text in (END * 2, f" {END}\n{END} ", "the <|fim_prefix|>x<|fim_suffix|> y<|fim_middle|>"):
+        assert theirs.encode(text) == ours.encode(text, allowed_special="all")
+        assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.decode(theirs.encode(f"a{END} b"), skip_special_tokens=True) == "a b"
+
+
+@pytest.mark.parametrize("reader", ["auto", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["byte", "gpt2"])
+def test_any_text(name, reader, read):
+    theirs, ours = read(name, reader), tokenizer.load(name)
+
+    @settings(max_examples=100)
+    @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t'sdmtlvreĠ1\xa0"))))
+    def check(text):
+        ids = theirs.encode(text)
+        assert ids == ours.encode(text, allowed_special="all")  # hypothesis tries END too, which this file names
+        assert theirs.decode(ids) == text
+
+    check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings(name, read):
+    theirs, ours = read(name), tokenizer.load(name)
+    assert (type(theirs).__name__, theirs.is_fast) == ("GPT2Tokenizer", True)
+    assert theirs.bos_token_id == theirs.eos_token_id == theirs.unk_token_id == ours.eot_token
+    assert theirs.pad_token is None
+    assert theirs.model_max_length == 1024
+    assert theirs.clean_up_tokenization_spaces is False
+    assert len(theirs) == ours.n_vocab
+
+
+def test_in_the_folder_of_a_whole_model(tmp_path):
+    """transformers reads config.json first."""
+    save(tmp_path, tokenizer_files(tokenizer.load("gpt2"), 1024))
+    GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path)
+    theirs = auto(tmp_path)
+    assert type(theirs).__name__ == "GPT2Tokenizer"
+    assert theirs.encode(TEXT) == tokenizer.load("gpt2").encode_ordinary(TEXT)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_vocabulary_with_holes(reader, tmp_path):
+    """GPT-2's pattern, tokens that several pairs could make, end-of-text in the middle."""
+    tokens = [b"aa", b"aaa", b"ab", b"aab", b"bc", b"abc", b" a", b" aaa", b"  ", b"   ", b"\n\n", b"\xc3\xa9", b"aaaa"]
+    ranks = {bytes([255 - n]): n for n in range(256)} | {token: 260 + 2 * n for n, token in enumerate(tokens)}
+    ours = tiktoken.Encoding("p50k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 263})
+    theirs = READERS[reader](save(tmp_path, tokenizer_files(ours, 64)))
+    holes = {256, 257, 258, 259, 261, *range(265, ours.n_vocab, 2)}
+    assert {n for n in range(ours.n_vocab) if theirs.convert_ids_to_tokens(n) is None} == holes
+
+    @settings(max_examples=100)
+    @given(st.one_of(st.text("abc \né"), st.text(st.characters(exclude_categories=["Cs"]))))
+    def check(text):
+        ids = theirs.encode(text + END)
+        assert ids == ours.encode(text + END, allowed_special="all")
+        assert theirs.decode(ids) == text + END
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["byte", "gpt2", "p50k_base"])
+def test_real_text(name, gpt2_vocabulary, real_text, tmp_path):
+    """WikiText-103's test split, as one text and line by line."""
+    from pyarrow import parquet
+
+    rows = parquet.read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"].to_pylist()
+    ours, text = published(name), "".join(rows)
+    theirs = auto(save(tmp_path, tokenizer_files(ours, 1024)))
+    ids = theirs.encode(text)
+    assert ids == ours.encode_ordinary(text)
+    assert theirs.decode(ids) == text
+    assert theirs(rows)["input_ids"] == ours.encode_ordinary_batch(rows)
+
+
+@pytest.mark.slow
+def test_every_code_point(read):
+    """Letters, digits and white space are the same to both libraries' regular expressions."""
+    theirs, ours = read("gpt2"), tokenizer.load("gpt2")
+    points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    for start in range(0, len(points), 1024):
+        text = "".join(f"a{c}b1{c}2 {c}! {c}" for c in map(chr, points[start : start + 1024]))
+        assert theirs.encode(text) == ours.encode_ordinary(text), hex(points[start])

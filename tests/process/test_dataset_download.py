@@ -1,0 +1,48 @@
+"""prepare_data.py with a dataset on the hub, as a user runs it: killed during a download, run again, and offline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from hub_host import hub_environment
+from prepared import content, texts
+from processes import ROOT, command, running
+
+from flatgpt.data.dataset import open_dataset
+
+ROWS = [f"text number {n}" for n in range(120)]
+FIRST, SECOND = (f"train-0000{n}-of-00002.jsonl" for n in (0, 1))
+FILES = {
+    name: "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    for name, rows in ((FIRST, ROWS[:60]), (SECOND, ROWS[60:]))
+}
+RAW = Path("data/raw/hub/user/name")
+WORDS = ["hub", "--repo", "user/name", "--tokenizer", "byte", "--val_fraction", "0.5"]
+
+
+def test_killed_during_a_download(in_tmp, host):
+    host.publish("user/name", FILES)
+    halfway, killed = threading.Event(), threading.Event()
+    host.faults[f"GET {SECOND}"] = iter([lambda: (halfway.set(), killed.wait(60))])
+    env = {**os.environ, "PYTHONPATH": "", **hub_environment(host)}
+    with running([sys.executable, ROOT / "prepare_data.py", *WORDS], env=env, stderr=subprocess.DEVNULL) as process:
+        assert halfway.wait(60)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    killed.set()
+    assert not (RAW / SECOND).exists()
+    host.asked.clear()
+    again = command("prepare_data", *WORDS, cwd=Path.cwd(), env=hub_environment(host))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert host.fetched() == [SECOND]
+    data = open_dataset(Path("data/name_byte"))
+    assert sorted(texts(data, "train") + texts(data, "val")) == sorted(ROWS)
+    host.stop()
+    env = hub_environment(host, HF_HUB_OFFLINE="1")
+    offline = command("prepare_data", *WORDS, "--name", "again", cwd=Path.cwd(), env=env)
+    assert (offline.returncode, offline.stderr) == (0, "")
+    assert content(Path("data/again")) == content(data.folder)
