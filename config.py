@@ -27,8 +27,8 @@ class UserError(Exception):
     """A mistake of the user's: the message says what was wrong, with which value, and what to do."""
 
 
-class ReportedByOtherRank(UserError):  # noqa: N818 - it is no error of this rank
-    """The same, where another rank tells the user."""
+class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
+    """A UserError that another rank reports; this rank exits silently."""
 
 
 def opt(default, help: str, **meta):
