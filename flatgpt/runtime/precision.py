@@ -30,7 +30,7 @@ CHOICES = ("float32", "bfloat16")
 
 
 def has_bfloat16() -> bool:
-    """Return whether oneDNN has bfloat16 matmuls for this CPU. Otherwise torch's are many times slower than float32's."""
+    """Return whether oneDNN has bfloat16 matmuls for this CPU. Others are many times slower than float32's."""
     operators = torch.ops.mkldnn
     return (
         torch.backends.mkldnn.is_available()
