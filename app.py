@@ -2,7 +2,7 @@
 
 python app.py                                          # the newest run, at http://127.0.0.1:7860
 python app.py --model_path out/shakespeare --temperature 0.9 --top_p 0.95
-python app.py --model_path gpt2 --server_name 0.0.0.0  # for other machines, too
+python app.py --model_path gpt2 --server_name 0.0.0.0  # other machines can connect
 python export.py --model_path out/shakespeare --space space   # the same as a Hugging Face Space
 """
 

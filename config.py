@@ -298,23 +298,23 @@ MODEL = "a run's folder (its best checkpoint), a checkpoint, a Hugging Face fold
 
 @dataclass(frozen=True)
 class ModelPathConfig:
-    """What the verbs that read a trained model share."""
+    """Settings of the scripts that read a trained model."""
 
     config: str | None = opt(None, "a recipe: the bare name of a file in configs/, or a path", section="Shared")
     model_path: str | None = opt(None, MODEL, none="the newest run")
     out_dir: str | None = opt(None, "a run's folder, when model_path is not given", none="out/<recipe>")
     context_length: int | None = opt(
-        None, "tokens that the model sees at once, fewer than it could", low=1, none="the model's", recipe=False
+        None, "tokens that the model sees at once, to use fewer than it has", low=1, none="the model's", recipe=False
     )
 
     def problems(self) -> list[str]:
-        """None: the fields do not touch each other."""
+        """Return no problems: the fields do not depend on each other."""
         return []
 
 
 @dataclass(frozen=True)
 class ReaderConfig(ModelPathConfig):
-    """Of these, those that run it."""
+    """Settings of the scripts that run a trained model."""
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt(
@@ -324,30 +324,32 @@ class ReaderConfig(ModelPathConfig):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen; all that sampling.py needs."""
+    """How the next token is chosen."""
 
     temperature: float | None = opt(
-        None, "below 1 safer, above 1 wilder; 0: greedy", low=0, none="0.8", section="Sampling"
+        None, "below 1 more predictable, above 1 more varied; 0: greedy", low=0, none="0.8", section="Sampling"
     )
-    greedy: bool = opt(False, "always take the likeliest token")
-    top_k: int = opt(0, "draw from the k likeliest tokens only; 0: from all", low=0)
-    top_p: float = opt(1.0, "draw from the likeliest tokens that together reach this probability", above=0, high=1)
-    min_p: float = opt(0.0, "draw from tokens at least this likely, the likeliest being 1", low=0, high=1)
-    repetition_penalty: float = opt(1.0, "above 1: tokens that were there before are less likely", above=0)
-    seed: int = opt(1337, "of the random numbers; the n-th text has its own", low=0, below=2**63, recipe=False)
+    greedy: bool = opt(False, "always choose the most likely token")
+    top_k: int = opt(0, "sample from the k most likely tokens only; 0: from all", low=0)
+    top_p: float = opt(1.0, "sample from the most likely tokens that together reach this probability", above=0, high=1)
+    min_p: float = opt(0.0, "least probability, as a share of the most likely token's; 0: any", low=0, high=1)
+    repetition_penalty: float = opt(1.0, "above 1: tokens that already occurred become less likely", above=0)
+    seed: int = opt(
+        1337, "seed of the random numbers, which differ from text to text", low=0, below=2**63, recipe=False
+    )
 
     @property
     def effective_temperature(self) -> float:
-        """The temperature that counts; 0: greedy."""
+        """The temperature in use; 0: greedy."""
         return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
 
     def problems(self) -> list[str]:
-        """Options that could not all be meant."""
+        """Return sampling options that greedy decoding does not use."""
         if self.effective_temperature:
             return []
         why = "greedy" if self.greedy else "temperature = 0"
         asked = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}
-        return [f"{why} takes the likeliest token: leave out {key}" for key in asked if asked[key]]
+        return [f"{why} chooses the most likely token: leave out {key}" for key in asked if asked[key]]
 
 
 @dataclass(frozen=True)

@@ -48,16 +48,11 @@ PROTOCOLS = {
 
 @dataclass
 class EvalContext:
-    """The settings, device and ranks of all evaluations of one call."""
+    """The config, device settings and ranks of all evaluations of one call."""
 
     config: EvalConfig
-    device: DeviceSettings
+    settings: DeviceSettings
     ranks: DistributedContext
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """(rank, world)."""
-        return self.ranks.rank, self.ranks.world
 
     def log(self, line: str) -> None:
         """Print to standard error, on the first rank; standard output is for the report."""
@@ -71,17 +66,17 @@ class EvalContext:
 
 def evaluate_model(context: EvalContext, source: ModelSource) -> dict:
     """Return the report of one model."""
-    config, device = context.config, context.device
-    model, encoding = loading.load(source, device.device, config.context_length)
-    prepack(model, device.dtype)  # on a CPU the evaluation takes half the time
+    config, settings = context.config, context.settings
+    model, encoding = loading.load(source, settings.device, config.context_length)
+    prepack(model, settings.dtype)  # on a CPU the evaluation takes half the time
     facts = {"model": str(source.path), "iter": source.state.get("iter")}
-    facts["dtype"] = str(device.dtype).removeprefix("torch.")
+    facts["dtype"] = str(settings.dtype).removeprefix("torch.")
     if config.choices:
         means = "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice"
         answer = {"text": config.choices, "protocol": "choices", "protocol_means": means}
         answer["window"] = model.config.context_length
-        options = {"share": context.share, "all_reduce": context.ranks.sum, "progress": context.progress}
-        answer |= score_choices(model, encoding, read_choices(config.choices), device.to_device, **options)
+        options = {"ranks": context.ranks, "progress": context.progress}
+        answer |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, **options)
     else:
         answer = evaluate_text(context, model, encoding, source)
         if math.isnan(answer["loss"]):
@@ -90,22 +85,22 @@ def evaluate_model(context: EvalContext, source: ModelSource) -> dict:
 
 
 def evaluate_text(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, source: ModelSource) -> dict:
-    """Score the text that the settings name, and continuations of it if they are asked for."""
-    config, device, T = context.config, context.device, model.config.context_length
+    """Score the text that the config names, and continuations of it if they are asked for."""
+    config, settings, ranks = context.config, context.settings, context.ranks
+    T = model.config.context_length
     rolling = config.protocol == "rolling"
     stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
     if stride > T:
         raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
-    trained_on = Path(source.state["data"]["folder"]) if source.state else None
-    names = str(source.path), trained_on
-    with open_tokens(config, encoding, source.config.vocab_size, *names, context.log) as (tokens, name):
+    with open_tokens(config, encoding, source.config, str(source.path), source.state, context.log) as (tokens, name):
         ids = Prefixed(tokens, encoding.eot_token) if rolling else tokens
         protocol = Protocol(len(ids), T, stride, full=rolling)
-        batch_size = config.batch_size or default_batch_size(T, device.device)
+        batch_size = config.batch_size or default_batch_size(T, settings.device)
         targets = protocol.scored(min(len(protocol), config.eval_batches * batch_size or len(protocol)))
-        batches = eval_batches(ids, T, batch_size, config.eval_batches, context.share, stride=stride, full=rolling)
-        with context.progress(total=targets // context.ranks.world, unit="token", unit_scale=True) as bar:
-            scores = measure(model, batches, device.to_device, context.ranks.sum, bar.update)
+        share = ranks.rank, ranks.world
+        batches = eval_batches(ids, T, batch_size, config.eval_batches, share, stride=stride, full=rolling)
+        with context.progress(total=targets // ranks.world, unit="token", unit_scale=True) as bar:
+            scores = measure(model, batches, settings.to_device, ranks, bar.update)
         counts = count_text(tokens, targets + (not rolling), encoding)
         if not rolling:  # the first token is not scored; its word counts, so that words do not depend on the protocol
             counts = dataclasses.replace(counts, bytes=counts.bytes - count_text(tokens, 1, encoding).bytes)
@@ -123,7 +118,7 @@ def evaluate_continuations(context: EvalContext, model: GPT, encoding: tiktoken.
     """Score continuations of prompts at equal distances in the text."""
     config, length = context.config, context.config.max_new_tokens
     prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
-    options = {"share": context.share, "all_gather": context.ranks.all_gather, "progress": context.progress}
+    options = {"ranks": context.ranks, "progress": context.progress}
     written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, **options)
     changed = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
     means = [
@@ -146,8 +141,8 @@ def main(config: EvalConfig) -> None:
         for key, path in (("text", config.text), ("choices", config.choices)):
             if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
                 raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
-        device = select_device(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
-        context = EvalContext(config, device, ranks)
+        settings = select_device(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
+        context = EvalContext(config, settings, ranks)
         sources = [loading.find(path, context.log) for path in models]  # all of them, before the first is scored
         reports = [evaluate_model(context, source) for source in sources]
     if not ranks.first:

@@ -1,4 +1,4 @@
-"""Let a model write: checkpoint + prompt -> text on standard output.
+"""Generate text: checkpoint + prompt -> text on standard output.
 
 python infer.py --prompt "First Citizen:"               # the newest run
 python infer.py --model_path out/shakespeare --prompt "ROMEO:" --max_new_tokens 300 --temperature 0.9 --top_p 0.95

@@ -100,7 +100,7 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
             yield batch
 
     with run.device_settings.autocast():
-        loss = mean_loss(run.model, until_stopped(), run.device_settings.to_device, ranks.sum)
+        loss = mean_loss(run.model, until_stopped(), run.device_settings.to_device, ranks)
     return None if stopped else loss
 
 

@@ -19,6 +19,7 @@ from config import SamplingConfig, UserError
 from flatgpt.data.shards import Tokens
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import TextStream, generate_batch
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}  # module -> package
 
@@ -77,8 +78,7 @@ def generate_continuations(
     max_new_tokens: int,
     options: SamplingConfig,
     batch_size: int = 32,
-    share: tuple[int, int] = (0, 1),
-    all_gather: Callable[[list], list[list]] = lambda values: [values],
+    ranks: DistributedContext = SINGLE_PROCESS,
     progress: Callable[[list], Iterable] = iter,
 ) -> list[list[int]]:
     """Return the ids that the model generates after each prompt, up to end-of-text.
@@ -86,12 +86,11 @@ def generate_continuations(
     They do not depend on batch_size or on the number of ranks.
 
     Args:
-        share: (rank, world); this process generates every world-th batch.
-        all_gather: returns the values of all ranks.
+        ranks: the processes that share the batches.
         progress: wraps the list of batches, as tqdm does.
     """
     generated = []
-    for first in progress([*range(0, len(prompts), batch_size)][share[0] :: share[1]]):
+    for first in progress([*range(0, len(prompts), batch_size)][ranks.rank :: ranks.world]):
         batch = [prompt.ids for prompt in prompts[first : first + batch_size]]
         rows = [[] for _ in batch]
         settings = {"n_vocab": encoding.n_vocab, "stop_ids": (encoding.eot_token,), "first_row": first}
@@ -100,7 +99,7 @@ def generate_continuations(
                 if token is not None:
                     row.append(token)
         generated += enumerate(rows, first)
-    return [ids for _, ids in sorted(pair for part in all_gather(generated) for pair in part)]
+    return [ids for _, ids in sorted(pair for part in ranks.all_gather(generated) for pair in part)]
 
 
 def score_continuations(

@@ -10,17 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
+
 BUCKETS, BINS = 8, 15  # of positions in the context; of confidence
 LOGITS_BYTES = {"cpu": 32e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}  # on a CPU more are no faster
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
-AllReduce = Callable[[Tensor], Tensor]
-
-
-def single_process(sums: Tensor) -> Tensor:
-    """Return the sum over ranks where there is only one rank."""
-    return sums
 
 
 def default_batch_size(T: int, device: torch.device) -> int:
@@ -49,21 +45,21 @@ def mean_loss(
     model: nn.Module,
     batches: Batches,
     to_device: Callable[[np.ndarray], Tensor],
-    all_reduce: AllReduce = single_process,
+    ranks: DistributedContext = SINGLE_PROCESS,
 ) -> float:
     """Return the mean loss over all targets, in nats per token.
 
     Args:
         batches: inputs and targets, (B, T) each; a target of -1 is not scored.
         to_device: moves an array to the model's device.
-        all_reduce: sums a float64 tensor over ranks that score different batches.
+        ranks: the processes that score the other batches.
     """
     loss_sum, tokens = torch.zeros((), dtype=torch.float64), 0
     with evaluating(model):
         for x, y in batches:
             tokens += int((y >= 0).sum())
             loss_sum += model(to_device(x), to_device(y), reduction="none").double().sum().cpu()
-    sums = all_reduce(torch.tensor([loss_sum, tokens], dtype=torch.float64))  # counts are exact up to 2^53
+    sums = ranks.sum(torch.tensor([loss_sum, tokens], dtype=torch.float64))  # counts are exact up to 2^53
     return float(sums[0] / sums[1])
 
 
@@ -116,9 +112,9 @@ class Scores:
         ):
             self._sums[name] += np.bincount(index, weights, minlength=len(self._sums[name]))
 
-    def reduce(self, all_reduce: AllReduce) -> None:
+    def all_reduce(self, ranks: DistributedContext) -> None:
         """Replace the sums by those over all ranks."""
-        self._flat[:] = all_reduce(torch.from_numpy(self._flat)).numpy()
+        self._flat[:] = ranks.sum(torch.from_numpy(self._flat)).numpy()
 
     @property
     def tokens(self) -> int:
@@ -164,7 +160,7 @@ def measure(
     model: nn.Module,
     batches: Batches,
     to_device: Callable[[np.ndarray], Tensor],
-    all_reduce: AllReduce = single_process,
+    ranks: DistributedContext = SINGLE_PROCESS,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Scores:
     """Score a GPT on batches; arguments as in mean_loss. Logits are computed for scored targets only, in chunks.
@@ -184,7 +180,7 @@ def measure(
             columns = {name: torch.cat([f[name] for f in found]).cpu().numpy() for name in found[0]}
             scores.add(targets=targets, positions=scored % y.shape[1], **columns)
             progress(len(scored))
-    scores.reduce(all_reduce)
+    scores.all_reduce(ranks)
     return scores
 
 

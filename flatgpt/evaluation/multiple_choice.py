@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from flatgpt.evaluation.metrics import AllReduce, evaluating, rows_per_chunk, single_process
+from flatgpt.evaluation.metrics import evaluating, rows_per_chunk
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from model import GPT
 
 
@@ -97,8 +98,7 @@ def log_likelihoods(
     pairs: Sequence[tuple[list[int], list[int]]],
     to_device: Callable[[np.ndarray], Tensor],
     batch_tokens: int = 8192,
-    share: tuple[int, int] = (0, 1),
-    all_reduce: AllReduce = single_process,
+    ranks: DistributedContext = SINGLE_PROCESS,
     progress: Callable[[list], Iterable] = iter,
 ) -> np.ndarray:
     """Return the log-likelihood of each ending after its context, in nats: (n,) float64.
@@ -109,8 +109,7 @@ def log_likelihoods(
         pairs: ids of a context, at least one, and of an ending, 1 to context_length.
         to_device: moves an array to the model's device.
         batch_tokens: upper limit for a batch, with padding; a single pair may have more.
-        share: (rank, world); this process computes every world-th batch.
-        all_reduce: sums a float64 tensor over ranks.
+        ranks: the processes that share the batches.
         progress: wraps the list of batches, as tqdm does.
     """
     longest = model.config.context_length + 1
@@ -119,7 +118,7 @@ def log_likelihoods(
     sums = np.zeros(len(pairs))
     batches = _batches([len(ids) - 1 for ids, _ in sequences], batch_tokens)
     with evaluating(model):
-        for batch in progress(batches[share[0] :: share[1]]):
+        for batch in progress(batches[ranks.rank :: ranks.world]):
             rows = [sequences[n] for n in batch]
             x = np.zeros((len(rows), len(rows[0][0]) - 1), dtype=np.int64)  # the first is the longest
             scored = np.zeros(x.shape, dtype=bool)
@@ -136,7 +135,7 @@ def log_likelihoods(
             ]
             lengths = np.array([n for _, n in rows])
             sums[batch] = -np.add.reduceat(torch.cat(losses).cpu().double().numpy(), lengths.cumsum() - lengths)
-    return all_reduce(torch.from_numpy(sums)).numpy()
+    return ranks.sum(torch.from_numpy(sums)).numpy()
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

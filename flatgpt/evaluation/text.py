@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import EvalConfig, UserError
+from config import EvalConfig, ModelConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.readers import text_chunks
@@ -25,17 +25,18 @@ CHUNK_TOKENS = 1 << 18  # decoded at once
 def open_tokens(
     config: EvalConfig,
     encoding: tiktoken.Encoding,
-    vocab_size: int,
-    model: str,
-    trained_on: Path | None,
+    model: ModelConfig,
+    model_name: str,
+    state: dict,
     log: Callable[[str], None],
 ) -> Iterator[tuple[Tokens, str]]:
     """Open the token ids to score; yields them and their name in the report.
 
     Args:
         encoding: the model's tokenizer.
-        model: the model's name in messages.
-        trained_on: folder of the dataset that the model was trained on, None if it is not known.
+        model: the model's shape.
+        model_name: as messages name it.
+        state: state.json of its checkpoint, which names the dataset it was trained on; {} of other projects' models.
 
     Raises:
         UserError: nothing to score, or ids of another tokenizer than the model's.
@@ -63,17 +64,17 @@ def open_tokens(
             else:
                 dataset_tokenizer = meta["tokenizer"]
         else:
-            dataset = open_dataset(_dataset_folder(config, model, trained_on))
+            dataset = open_dataset(_dataset_folder(config, model_name, state))
             if dataset.notice:
                 log(dataset.notice)
             tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
             dataset_tokenizer = dataset.meta["tokenizer"]
         if dataset_tokenizer not in (None, encoding.name):
             raise UserError(
-                f"{name} is tokenised with {dataset_tokenizer}, the model {model} was trained with {encoding.name}: "
-                "prepare the text with the model's tokenizer, or give the text itself: --text FILE"
+                f"{name} is tokenised with {dataset_tokenizer}, the model {model_name} was trained with "
+                f"{encoding.name}: prepare the text with the model's tokenizer, or give the text itself: --text FILE"
             )
-        tokens.check_ids(vocab_size)
+        tokens.check_ids(model.vocab_size)
         if len(tokens) < 2 and config.protocol != "rolling":
             raise UserError(f"{name} has {len(tokens)} token: two are needed to score one, or --protocol rolling")
         yield tokens, name
@@ -85,14 +86,16 @@ def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
         yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
 
 
-def _dataset_folder(config: EvalConfig, model: str, trained_on: Path | None) -> Path:
-    if config.dataset is None and trained_on is None:
+def _dataset_folder(config: EvalConfig, model_name: str, state: dict) -> Path:
+    """Return the folder of --dataset, or else of the dataset that the model was trained on, which may have moved."""
+    if config.dataset:
+        return Path(config.data_dir) / config.dataset
+    if not state:
         raise UserError(
-            f"{model} does not say which dataset it was trained on: give --dataset, --test_data_path or --text"
+            f"{model_name} does not say which dataset it was trained on: give --dataset, --test_data_path or --text"
         )
-    if config.dataset is None and trained_on.is_dir():
-        return trained_on
-    return Path(config.data_dir) / (config.dataset or trained_on.name)
+    folder = Path(state["data"]["folder"])
+    return folder if folder.is_dir() else Path(config.data_dir) / folder.name
 
 
 @dataclass(frozen=True)

@@ -471,7 +471,7 @@ def test_options_change_the_text_tokens_show_their_odds_and_mistakes_are_explain
     set_option(page, "temperature", 0)
     set_option(page, "top k", 5)
     click(page, "Write")
-    page.get_by_text("temperature = 0 takes the likeliest token: leave out top_k").wait_for()
+    page.get_by_text("temperature = 0 chooses the most likely token: leave out top_k").wait_for()
 
 
 @pytest.mark.browser

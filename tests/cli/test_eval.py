@@ -14,6 +14,7 @@ import pytest
 import tiktoken
 import torch
 import transformers
+from gpt2_reference import random_gpt2
 from in_process import TEXT, make_dataset, train_here
 from processes import ROOT
 
@@ -188,17 +189,6 @@ def test_smol_gpts_six_lines(capsys):
     assert capsys.readouterr().out.splitlines() == [f"Test {key}: {got[key]:.4f}" for key in keys]
 
 
-@torch.no_grad()
-def test_a_smaller_context():
-    got = report("--context_length", 8, "--text", write("t.txt", WORDS))
-    ids, model = [*WORDS.encode()], byte_model()
-    logits = [model(torch.tensor([ids[(i - 1) // 8 * 8 : i]]))[0, -1].double() for i in range(1, len(ids))]
-    losses = [-float(row.log_softmax(-1)[target]) for row, target in zip(logits, ids[1:], strict=True)]
-    assert (got["window"], got["loss"]) == (8, pytest.approx(np.mean(losses), rel=1e-5))
-    assert [bucket["last"] for bucket in got["loss_by_position"]] == [*range(8)]
-    assert report("--context_length", 1, "--protocol", "stride")["window"] == 1
-
-
 def test_json_on_standard_output_and_pictures(cli, tmp_path):
     """cli runs the script with its command line."""
     expected = report()
@@ -244,8 +234,9 @@ BOM, MIXED = b"\xef\xbb\xbf", "one\r\ntwo\n\n three 🎈 <|endoftext|> \t naïve
 
 
 @pytest.mark.parametrize("encoding", ["byte", "gpt2"])
-def test_text_equals_the_same_text_prepared(encoding, request, tmp_path):
-    """A file given to --text and to prepare_data.py."""
+def test_text_equals_the_same_text_prepared(encoding, request, tmp_path, monkeypatch):
+    """A file given to --text and to prepare_data.py, also if it is encoded in chunks."""
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 100)
     model = RUN if encoding == "byte" else request.getfixturevalue("gpt2_folder")
     file = tmp_path / "mixed.txt"
     file.write_bytes(BOM + (MIXED * 5).encode())
@@ -262,17 +253,6 @@ def test_text_equals_the_same_text_prepared(encoding, request, tmp_path):
     assert report("--text", file, "--protocol", "rolling", model=model)["bytes"] == len(MIXED.encode()) * 5
 
 
-@pytest.mark.parametrize("encoding", ["byte", "gpt2"])
-def test_a_text_in_chunks_has_the_ids_of_the_whole(encoding, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 70_000)
-    text = "".join(f"{n} green\r\nbottles hanging 🎈, and  if {n * n} fall…\n" for n in range(40_000))
-    enc = tokenizer.load(encoding)
-    parts = list(evaluation_text.encode_file(write("large.txt", BOM + text.encode()), enc))
-    assert len(parts) > 20
-    expected = [*text.encode()] if encoding == "byte" else enc.encode_ordinary(text)
-    assert np.concatenate(parts).tolist() == expected
-
-
 def test_figures_beyond_float64():
     """A language without spaces: all of the text is one word. JSON knows no infinity."""
     got = report("--text", write("cn.txt", "東京都は日本の首都である。" * 40))
@@ -283,7 +263,7 @@ def test_figures_beyond_float64():
 
 def test_a_diverged_model(tmp_path, capsys):
     """Its figures are NaN; the report is JSON all the same."""
-    model = random_gpt2(n_positions=8)
+    model = random_gpt2(n_positions=8, vocab_size=50257)
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     model.save_pretrained(tmp_path)
     got = report("--text", write("t.txt", WORDS), "--format", "smol", model=tmp_path)
@@ -323,7 +303,7 @@ def test_a_pipe_is_read_by_one_model_only():
         ("--choices c.jsonl --plot x.png", "plot is for text"),
         ("--choices c.jsonl --eval_batches 2", "eval_batches is for text"),
         ("--plot x.pdf", "plot = x.pdf: a name that ends in .png is expected"),
-        ("--greedy --top_k 3", "greedy takes the likeliest token: leave out top_k"),
+        ("--greedy --top_k 3", "greedy chooses the most likely token: leave out top_k"),
         ("--context_length 33", f"{RUN}/ckpt/iter_000060 was trained with 32; take at most that"),
         ("--sampled", "--sampled: was removed: precision, recall and F1 of the most likely token are always"),
         ("--no-sampled", "--no-sampled: was removed"),
@@ -435,21 +415,10 @@ def test_ctrl_c_leaves_no_file(monkeypatch, tmp_path):
 # several models, and those of other projects
 
 
-def random_gpt2(**changes) -> transformers.GPT2LMHeadModel:
-    """With large random numbers in every parameter, so that a mistake in any shows."""
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 50257, **changes}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def gpt2_folder(home) -> str:
     """A small model that transformers saved, without tokenizer files; its vocabulary's size is OpenAI's."""
-    random_gpt2().save_pretrained(home / "theirs")
+    random_gpt2(n_positions=16, vocab_size=50257).save_pretrained(home / "theirs")
     return "theirs"
 
 
@@ -471,8 +440,10 @@ def test_a_hugging_face_folder_is_scored_as_transformers_does(gpt2_folder):
     assert got["loss"] == pytest.approx(transformers_loss(model, TEXT[:400], 16), rel=1e-5)
     assert (got["model"], got["iter"], got["window"]) == ("theirs", None, 16)
     assert got["bytes"] == len(TEXT[:400].encode()) - 2  # "99" is one token
-    cropped = report("--text", text, "--context_length", 5, model=gpt2_folder)
-    assert cropped["loss"] == pytest.approx(transformers_loss(model, TEXT[:400], 5), rel=1e-5)
+    cropped = report("--text", text, "--context_length", 8, model=gpt2_folder)
+    assert (cropped["window"], [bucket["last"] for bucket in cropped["loss_by_position"]]) == (8, [*range(8)])
+    assert cropped["loss"] == pytest.approx(transformers_loss(model, TEXT[:400], 8), rel=1e-5)
+    assert report("--text", text, "--context_length", 1, "--protocol", "stride", model=gpt2_folder)["window"] == 1
     assert "give --dataset, --test_data_path or --text" in refusal(model=gpt2_folder)
     longer = refusal("--text", text, "--context_length", 17, model=gpt2_folder)
     assert longer == "context_length = 17: theirs was trained with 16; take at most that"
@@ -521,42 +492,20 @@ def test_multiple_choice(capsys):
     assert refusal("--choices", "c.jsonl").startswith("c.jsonl line 2: not JSON")
 
 
-@torch.no_grad()
-def plain_greedy(model, prompt: list[int], count: int) -> list[int]:
-    """The most likely ids after a prompt, one by one, up to end-of-text."""
-    written = []
-    while len(written) < count:
-        written.append(int(model(torch.tensor([prompt + written]))[0, -1].argmax()))
-        if written[-1] == EOT:
-            return written[:-1]
-    return written
-
-
-def share_repeated(ids: list[int]) -> float:
-    """Share of the 4-grams that occurred before."""
-    ngrams = [tuple(ids[k : k + 4]) for k in range(len(ids) - 3)]
-    return sum(ngram in ngrams[:k] for k, ngram in enumerate(ngrams)) / len(ngrams)
-
-
 @pytest.mark.extra
 def test_continuations(ranks, home, tmp_path):
+    """Figures and texts are compared in test_continuations.py and tests/parity."""
     for module in ("sacrebleu", "rouge_score"):
         pytest.importorskip(module)
     words = ["--generate", 5, "--prompt_tokens", 12, "--max_new_tokens", 20, "--eval_batches", 1]
-    got, greedy = report(*words), report(*words, "--greedy")
-    assert (got["prompts"], got["bleu_signature"][:8]) == (5, "nrefs:1|")
-    ids = np.fromfile("data/tiny/val_000000.bin", dtype="<u2").tolist()
-    starts = [n * (len(ids) - 32) // 4 for n in range(5)]
-    written = [plain_greedy(byte_model(), ids[start : start + 12], 20) for start in starts]
-    assert greedy["repetition"] == pytest.approx(np.mean([share_repeated(text) for text in written]))
-    assert greedy["repetition"] != got["repetition"]
-    references = [ids[start + 12 : start + 32] for start in starts]
-    assert EOT not in ids[:-1]
-    references = [text[: text.index(EOT)] if EOT in text else text for text in references]
-    assert greedy["reference_repetition"] == pytest.approx(np.mean([share_repeated(text) for text in references]))
     one, two = in_one_process_and_two(ranks, home, tmp_path, [words, [*words, "--greedy"]])
-    assert one == [got, greedy]
+    sampled, greedy = one
     assert two == near(one, 1e-6)
+    assert (sampled["prompts"], sampled["bleu_signature"][:8]) == (5, "nrefs:1|")
+    assert sampled["prompts_mean"] == "20 tokens after 12, temperature 0.8, seed 1337"
+    assert greedy["prompts_mean"].startswith("20 tokens after 12, temperature 0,")
+    assert sampled["repetition"] != greedy["repetition"] > 0
+    assert sampled["reference_repetition"] == greedy["reference_repetition"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import eval as verb
 import export
 from config import EvalConfig, ExportConfig, ModelConfig
 from flatgpt.cli import cli
-from flatgpt.evaluation import windows
 from flatgpt.evaluation.multiple_choice import encode_pairs, log_likelihoods
 from flatgpt.interop.huggingface import hugging_face_weights
 from flatgpt.interop.pretrained import pretrained_shape
@@ -106,21 +105,6 @@ TEXTS = {"several windows": LONG, "one": SHORT} | {f"{n} tokens": "x" + LONG[: n
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_rolling_log_likelihood_equals_the_harness(reader, text):
     assert our_log_likelihood(text) == pytest.approx(their_log_likelihood(reader, text), rel=1e-5)
-
-
-def test_a_last_window_of_short_context_would_show(reader, monkeypatch):
-    """The control: the same, but that the last window begins where the one before it ends."""
-    right = their_log_likelihood(reader, LONG)
-    window = windows.Protocol.window
-
-    def short(self, k: int) -> tuple[int, int, int]:
-        return window(windows.Protocol(self.length, self.T, self.stride, full=False), k)
-
-    assert len(LONG.encode()) % 32
-    monkeypatch.setattr(windows.Protocol, "window", short)
-    got = our_log_likelihood(LONG)
-    assert abs(got / right - 1) > 1e-5
-    assert got == pytest.approx(right, rel=0.1)  # and it is no more than that
 
 
 def evaluated(reader, folder: Path, name: str, rows: list[dict]) -> dict:

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from config import ModelConfig
+from flatgpt.runtime.distributed import DistributedContext
 from model import GPT
 
 T, V = 16, 50  # V is not a multiple of 64: the vocabulary is padded
@@ -33,9 +34,15 @@ def random_ids(batch_size: int = 3, length: int = T, seed: int = 1, vocab_size: 
 
 
 def over_ranks(world: int, score):
-    """What the last rank gets from score(share, all_reduce) after all other ranks have summed theirs."""
-    sums = []
-    for rank in range(world):
-        answer = score((rank, world), lambda own: sums.append(own.clone()) or torch.stack(sums).sum(0))
-    assert {part.dtype for part in sums} == {torch.float64}
-    return answer
+    """What the last rank gets from score(ranks) after all other ranks have given their part of each sum."""
+    parts = []
+
+    class PlayedRank(DistributedContext):
+        def sum(self, value: torch.Tensor) -> torch.Tensor:
+            assert value.dtype == torch.float64
+            parts.append(value.clone())
+            return torch.stack(parts).sum(0)
+
+    answers = [score(PlayedRank(rank, world)) for rank in range(world)]
+    assert len(parts) == world
+    return answers[-1]

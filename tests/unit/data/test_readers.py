@@ -115,11 +115,6 @@ def test_text_that_is_not_utf8(tmp_path_factory, mark, before, broken, after, bl
         refused([where, "iconv"], readers.text_chunks, path)
 
 
-def test_offset_in_a_long_file(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"x" * 1_234_567 + b"\xe9")
-    refused([tmp_path, "byte 0xe9 at offset 1,234,567;"], texts, tmp_path / "a.txt")
-
-
 @quick
 @given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
 def test_chunks_of_a_document(blocks, length):

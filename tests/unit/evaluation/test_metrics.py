@@ -10,8 +10,9 @@ from random_models import over_ranks, random_model
 from torch.nn.functional import cross_entropy
 
 from flatgpt.evaluation import metrics
-from flatgpt.evaluation.metrics import Scores, mean_loss, measure, single_process
+from flatgpt.evaluation.metrics import Scores, mean_loss, measure
 from flatgpt.evaluation.windows import eval_batches
+from flatgpt.runtime.distributed import SINGLE_PROCESS
 
 V, T = 12, 8
 IDS = np.random.default_rng(0).integers(V, size=8 * 4 * 10 + 7)
@@ -116,16 +117,15 @@ def test_ranks_together_give_the_figures_of_one(world):
     """11 batches: with 3 and 8 ranks some have a last one in which nothing is scored."""
     model = random_model()
 
-    def scores(share, all_reduce) -> Scores:
-        return measure(model, eval_batches(IDS, T, 4, 0, share), torch.from_numpy, all_reduce)
+    def scores(ranks=SINGLE_PROCESS) -> Scores:
+        return measure(model, eval_batches(IDS, T, 4, 0, (ranks.rank, ranks.world)), torch.from_numpy, ranks)
 
-    def loss(share, all_reduce) -> float:
-        return mean_loss(model, eval_batches(IDS, T, 4, 0, share), torch.from_numpy, all_reduce)
+    def loss(ranks=SINGLE_PROCESS) -> float:
+        return mean_loss(model, eval_batches(IDS, T, 4, 0, (ranks.rank, ranks.world)), torch.from_numpy, ranks)
 
-    alone = scores((0, 1), single_process)
-    assert_same(over_ranks(world, scores), alone)
-    assert over_ranks(world, loss) == pytest.approx(loss((0, 1), single_process), rel=1e-12)
-    assert over_ranks(world, loss) == pytest.approx(alone.figures()["loss"], rel=1e-6)
+    assert_same(over_ranks(world, scores), scores())
+    assert over_ranks(world, loss) == pytest.approx(loss(), rel=1e-12)
+    assert over_ranks(world, loss) == pytest.approx(scores().figures()["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -13,6 +13,7 @@ from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.evaluation import metrics
 from flatgpt.evaluation.multiple_choice import Question, encode_pairs, log_likelihoods, read_choices, score_choices
+from flatgpt.runtime.distributed import SINGLE_PROCESS
 from model import GPT
 
 T = 24
@@ -194,13 +195,12 @@ def test_ranks_share_the_batches(world):
             seen.append(batch)
             yield batch
 
-    def score(share, all_reduce) -> np.ndarray:
-        more = {"batch_tokens": 60, "share": share, "all_reduce": all_reduce}
-        return log_likelihoods(model, all_pairs(), torch.from_numpy, progress=progress, **more)
+    def score(ranks=SINGLE_PROCESS) -> np.ndarray:
+        return log_likelihoods(model, all_pairs(), torch.from_numpy, 60, ranks, progress)
 
     together = over_ranks(world, score)
     assert sorted(n for batch in seen for n in batch) == list(range(len(all_pairs())))
-    assert np.array_equal(together, score((0, 1), lambda sums: sums))
+    assert np.array_equal(together, score())
 
 
 def test_scoring_leaves_the_model_as_it_was():
