@@ -542,7 +542,7 @@ class PlotConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(TrainConfig):
-    """Options of bench.py."""
+    """bench.py: speed and memory of the other scripts."""
 
     what: str = opt(
         "train",
