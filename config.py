@@ -139,6 +139,7 @@ class PrepareConfig:
     test_fraction: float | None = opt(None, "share of test documents, likewise", above=0, below=1, none="no test split")
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
     tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
+    encoder: str = opt("tiktoken", "gigatoken: the same ids, several times as fast", choices=("tiktoken", "gigatoken"))
     data_dir: str = opt("data", "folder that the shards' folder goes into")
     raw_dir: str = opt("data/raw", "folder of downloads; a file already in <raw_dir>/<source>/ is used as it is")
     shard_tokens: int = opt(100_000_000, "tokens per shard file", low=1)
