@@ -12,11 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
 from tqdm import tqdm
 
 from flatgpt.runtime.files import atomic_write, write_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEYS = (
     "iter",  # updates done

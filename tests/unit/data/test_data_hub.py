@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from prepared import content, prepare, texts
 
 from config import UserError
-from flatgpt.data import hub, readers
+from flatgpt.data import hub
 from flatgpt.data.sources import REPOSITORIES
 
 WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
@@ -326,14 +326,6 @@ def test_published_size_of_wikitext103(in_tmp, host, real_text):
     assert (entry["tokens"], entry["bytes"]) == (283_287, 1_287_656)
     assert data.meta["splits"] == {}
     assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikitext103"), WIKITEXT, [])
-
-
-def test_wikipedia_from_files_of_the_user(in_tmp, host, real_text):
-    """The default dump's files, without their folder."""
-    data = prepare("wikipedia", tokenizer="byte", raw_dir=str(real_text), val_fraction=0.1)
-    rows = [r for f in sorted((real_text / "wikipedia").iterdir()) for r in readers.rows(f, "text")]
-    assert "".join(texts(data, "train") + texts(data, "val")) == "".join(rows)
-    assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikipedia_byte"), WIKIPEDIA, [])
 
 
 def test_dumps_of_wikipedia_are_separate(in_tmp, host):

@@ -217,23 +217,6 @@ def test_an_interrupted_download_is_continued(in_tmp, host, monkeypatch, waits, 
 
 
 @pytest.mark.parametrize(
-    ("request_", "faults"),
-    [
-        ("GET revision", ["drop", (503, "")]),
-        ("HEAD merges.txt", ["drop", (503, "")]),
-        ("GET tokenizer.json", [3]),
-        ("GET model.safetensors", [5, "drop"]),
-    ],
-)
-def test_download_after_a_broken_connection(in_tmp, host, waits, request_, faults):
-    publish(host)
-    host.faults[request_] = iter(faults)
-    assert fetch()[0] == WANTED
-    assert host.asked.count(request_) == 1 + len(faults)
-    assert waits
-
-
-@pytest.mark.parametrize(
     ("files", "parts"),
     [
         (("config.json", "pytorch_model.bin"), ["only pytorch_model.bin, a pickle", "save_pretrained"]),

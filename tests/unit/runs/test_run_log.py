@@ -1,4 +1,4 @@
-"""run_log.py: the CSV through resumes and kills, the bar, wandb without a key or a network, clocks and peaks."""
+"""run_log.py: metrics.csv and samples.txt through resumes and kills, the terminal, clocks and peaks, wandb."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import TINY, train_here
-from processes import ROOT, command
+from processes import ROOT, command, running
 
 import train
 from flatgpt.runs import run_log
@@ -29,11 +29,11 @@ def rows(path: Path) -> list[dict]:
 
 
 def iters(path: Path) -> list[int]:
-    return [int(row["iter"]) for row in rows(path)]
+    return [int(row["iter"]) for row in rows(path)] if path.exists() else []
 
 
 def log(folder: Path, start: int, *written: int, **values) -> None:
-    """A run that goes on from `start` and writes rows of these iterations."""
+    """Log rows of these iterations for a run that resumes from `start`."""
     run = RunLog(folder, start, max_iters=100)
     for i in written:
         run.write({"iter": i, **values})
@@ -44,15 +44,13 @@ def log(folder: Path, start: int, *written: int, **values) -> None:
 # metrics.csv
 
 
-def test_values_come_back_to_the_last_bit_of_float32(tmp_path):
-    """And at once: a run that is killed has its rows on the disk."""
+def test_values_come_back_to_the_last_bit_of_float32_and_at_once(tmp_path):
+    """A run that is killed has its rows on the disk."""
     floats = [float(np.float32(x)) for x in (10.824905, 1e-8, 123456.789, 2e-4, 1 / 3)]
     keys = ("train_loss", "lr", "tok_per_s", "grad_norm", "epoch")
     run = RunLog(tmp_path, 0, max_iters=10)
     run.write({"iter": 1, "tokens": 10_000_000_001, **dict(zip(keys, floats, strict=True)), "mfu": None})
-    file = tmp_path / "metrics.csv"
-    assert file.read_text().splitlines()[0] == ",".join(KEYS)
-    (row,) = rows(file)
+    (row,) = rows(tmp_path / "metrics.csv")
     assert [np.float32(row[key]) for key in keys] == [np.float32(x) for x in floats]
     assert (row["iter"], row["tokens"]) == ("1", "10000000001")
     assert all(row[key] == "" for key in set(KEYS) - {"iter", "tokens", *keys})
@@ -60,53 +58,42 @@ def test_values_come_back_to_the_last_bit_of_float32(tmp_path):
 
 
 def test_columns_keep_their_names_and_order(tmp_path):
-    """Spreadsheets and scripts lean on them, and files of earlier runs have them."""
-    run = RunLog(tmp_path, 0, max_iters=10)
-    run.write({"iter": 0})
-    run.close()
-    header, row = (tmp_path / "metrics.csv").read_text().splitlines()
-    first = "iter,tokens,epoch,train_loss,val_loss,lr,grad_norm,loss_scale,skipped,step_ms,tok_per_s,mfu,peak_mem_gb"
-    assert header == first
-    assert row == "0" + 12 * ","
+    """Spreadsheets and scripts rely on them, and the files of earlier runs have them."""
+    log(tmp_path, 0, 0)
+    header = "iter,tokens,epoch,train_loss,val_loss,lr,grad_norm,loss_scale,skipped,step_ms,tok_per_s,mfu,peak_mem_gb"
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [header, "0" + 12 * ","]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"], "no samples, no file of them"
 
 
-def test_resume_moves_later_rows_aside(tmp_path):
-    """The row of the checkpoint's iteration makes way too: it is written again. One header, however often."""
+def test_resume_moves_later_rows_to_a_second_file(tmp_path):
+    """The row of the checkpoint's iteration is written again. Each file has one header, however often it is resumed."""
     file, lost = tmp_path / "metrics.csv", tmp_path / "metrics.lost.csv"
     log(tmp_path, 0, 0, 10, 20, 30, train_loss=1.0)
     log(tmp_path, 20, 20, 30, 40, train_loss=2.0)
-    assert iters(file) == [0, 10, 20, 30, 40]
     assert [row["train_loss"] for row in rows(file)] == ["1", "1", "2", "2", "2"]
-    assert iters(lost) == [30]
+    assert (iters(file), iters(lost)) == ([0, 10, 20, 30, 40], [30])
     log(tmp_path, 30)
-    assert iters(file) == [0, 10, 20]
-    assert iters(lost) == [30, 40]
+    assert (iters(file), iters(lost)) == ([0, 10, 20], [30, 40])
     assert [row["train_loss"] for row in rows(lost)] == ["1", "2"]
     assert file.read_text().count("iter") == lost.read_text().count("iter") == 1
-    log(tmp_path, 30, 30)  # a resume that loses nothing
-    assert iters(file) == [0, 10, 20, 30]
-    assert iters(lost) == [30, 40]
+    log(tmp_path, 30, 30)  # loses nothing
+    assert (iters(file), iters(lost)) == ([0, 10, 20, 30], [30, 40])
 
 
-@pytest.mark.parametrize("gone", [4, 6, 30, 70])
+@pytest.mark.parametrize("missing", [4, 6, 30, 70])
 @pytest.mark.parametrize("start", [15, 40])
-def test_half_a_last_line_is_dropped(tmp_path, gone, start):
-    """A killed process leaves one. Whether the cut is in the last value or before it: half a number is a wrong one."""
+def test_half_a_last_line_is_dropped(tmp_path, missing, start):
+    """A killed process leaves one. Half a number would be a wrong one."""
     log(tmp_path, 0, 10, 20, 30, **dict.fromkeys(KEYS[1:], 123.456789))
     file = tmp_path / "metrics.csv"
-    file.write_bytes(file.read_bytes()[:-gone])
+    file.write_bytes(file.read_bytes()[:-missing])
     log(tmp_path, start)
     assert iters(file) == [i for i in (10, 20) if i < start]
-    lost = tmp_path / "metrics.lost.csv"
-    assert (iters(lost) if lost.exists() else []) == [i for i in (20,) if i > start]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# for people
+    assert iters(tmp_path / "metrics.lost.csv") == [i for i in (20,) if i > start]
 
 
 def test_rows_wait_while_the_disk_is_full(tmp_path):
-    """A limit of the file's size stands in for it, in a process of its own; the row that is cut there comes whole."""
+    """A limit of file sizes, in a process of its own, stands in for the full disk. No row is cut."""
     code = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -133,142 +120,69 @@ log.close()
     ]
 
 
-def test_rows_are_aligned_and_say_how_long_it_takes(tmp_path, monkeypatch, capsys):
-    """By the updates' own time at first, later by all the time that passed."""
-    now = 0.0
-    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now))
+# ---------------------------------------------------------------------------------------------------------------------
+# the terminal
+
+
+def test_rows_are_aligned_and_tell_the_time_left(tmp_path, clock, capsys):
+    """By step_ms at first, later by all the time that passed."""
+    now = clock(run_log)
     row = {"train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
     run = RunLog(tmp_path, 0, max_iters=2000)
     run.write({"iter": 0, "val_loss": 10.8})
     run.write({**row, "iter": 10})
-    now = 20.0
+    now.now += 20
     run.write({**row, "iter": 20, "val_loss": 2.0, "mfu": 0.4123})
     run.write({**row, "iter": 9000})  # a resumed run that is past its end
     run.close()
-    assert capsys.readouterr().out.splitlines() == [
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
         "iter    0 |              | val 10.8000",
         "iter   10 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 40m57s",
         "iter   20 | loss  1.2346 | val  2.0000 | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | mfu 41.2% "
         "| eta 1h06m",
         "iter 9000 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 0s",
     ]
+    assert printed.err == "", "no bar where stderr is no terminal"
 
 
-LINES = """
-import sys; from pathlib import Path; from flatgpt.runs.run_log import RunLog, start_wandb
-log = RunLog(Path('.'), 0, 300, start_wandb('disabled', 'p', Path('.'), {}))
-for i in range(1, 301):
-    log.bar.update()
-    if i % 100 == 0: log.write({'iter': i, 'train_loss': 1.5, 'val_loss': 2.5 if i == 200 else None})
-log.close(); print('wandb' in sys.modules)
+ON_A_TERMINAL = """
+import resource, signal
+from pathlib import Path; from flatgpt.runs.run_log import RunLog
+log = RunLog(Path("."), 0, 300)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+for i in (100, 200, 300):
+    log.bar.update(100)
+    log.write({"iter": i, "train_loss": 1.5, "val_loss": 2.5 if i == 200 else None})
+log.close()
 """
-ROWS = ["iter 100 | loss  1.5000", "iter 200 | loss  1.5000 | val  2.5000", "iter 300 | loss  1.5000", "False"]
-
-
-def test_no_bar_where_nobody_watches(tmp_path):
-    """stderr is no terminal: no carriage return, no colour, and nothing of wandb is loaded."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", LINES], cwd=tmp_path, env=env, capture_output=True, check=True)
-    assert done.stdout.decode().split("\n") == [*ROWS, ""]
-    assert done.stderr == b""
-
-
-def on_a_terminal(folder: Path, code: str, **setting: str) -> list[str]:
-    """What each line of the screen shows in the end: a carriage return begins it anew."""
-    ours, its = pty.openpty()
-    termios.tcsetwinsize(its, (24, 100))
-    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-    env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", **setting}
-    seen = b""
-    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=env, stdout=its, stderr=its) as process:
-        try:
-            os.close(its)
-            with contextlib.suppress(OSError):  # the terminal is closed
-                while data := os.read(ours, 1 << 16):
-                    seen += data
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-            os.close(ours)
-    return [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
 
 
 @pytest.mark.parametrize(("setting", "bold"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_rows_and_bar_on_a_terminal(tmp_path, setting, bold):
-    """Whole lines above the bar, which is there to the end; evaluations stand out, where colour is welcome."""
-    lines = on_a_terminal(tmp_path, LINES, **setting)
-    expected = [f"\033[1m{row}\033[0m" if bold and "val" in row else row for row in ROWS]
-    assert [line for line in lines if line.removeprefix("\033[1m").startswith(("iter", "False"))] == expected
-    assert "100%" in lines[-3]
-    assert "300/300" in lines[-3]
-    assert "loss 1.500" in lines[-3]
-
-
-def test_a_warning_is_a_line_of_its_own_on_a_terminal(tmp_path):
-    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
-    lines = on_a_terminal(tmp_path, LINES.replace("for i", full + "for i"))
+    """Whole lines above the bar, which stays at the end; evaluations are bold; a warning is a line of its own."""
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", **setting}
+    seen = b""
+    words = [sys.executable, "-c", ON_A_TERMINAL]
+    with running(words, cwd=tmp_path, env=env, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # at its end
+            while data := os.read(screen, 1 << 16):
+                seen += data
+        assert process.wait(60) == 0
+    os.close(screen)
+    # what a line shows in the end: a carriage return begins it again
+    lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
+    expected = ["iter 100 | loss  1.5000", "iter 200 | loss  1.5000 | val  2.5000", "iter 300 | loss  1.5000"]
+    expected[1] = f"\033[1m{expected[1]}\033[0m" if bold else expected[1]
+    assert [line for line in lines if "iter " in line] == expected
     assert "warning: metrics.csv: File too large; rows wait until there is room" in lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# samples.txt
-
-
-def sampled(run: RunLog, i: int, *texts: str) -> None:
-    run.write_samples({"iter": i, "val_loss": 1.0 + i}, [text[:1] for text in texts], texts)
-
-
-def test_samples_are_kept_with_their_iteration(tmp_path, capsys):
-    run = RunLog(tmp_path, 0, max_iters=20)
-    sampled(run, 0, "a b\n=== iter 9 | val", "\n東京 🎈")
-    sampled(run, 10, "ab", "\n")
-    run.close()
-    assert (tmp_path / "samples.txt").read_text(encoding="utf-8") == (
-        '=== iter 0 | val 1.0000 | prompt "a"\na b\n === iter 9 | val\n\n'
-        '=== iter 0 | val 1.0000 | prompt "\\n"\n\n東京 🎈\n\n'
-        '=== iter 10 | val 11.0000 | prompt "a"\nab\n\n=== iter 10 | val 11.0000 | prompt "\\n"\n\n\n\n'
-    )
-    assert capsys.readouterr().out.startswith("--- sample after 0 updates\na b\n")
-
-
-def test_samples_go_on_where_the_run_does(tmp_path):
-    """Half a sample, which a kill leaves, goes; those after the checkpoint move aside."""
-    run = RunLog(tmp_path, 0, max_iters=20)
-    for i in (0, 10, 20, 30):
-        sampled(run, i, f"text {i}\n\nof two parts")
-    run.close()
-    file = tmp_path / "samples.txt"
-    before = file.read_text()
-    file.write_text(before[:-3])
-    run = RunLog(tmp_path, 10, max_iters=20)
-    for i in (10, 20, 30):
-        sampled(run, i, f"text {i}\n\nof two parts")
-    run.close()
-    assert file.read_text() == before
-    lost = (tmp_path / "samples.lost.txt").read_text()
-    assert lost == before[before.index("=== iter 20") :][: len(lost)]
-    assert "text 30" in lost
-
-
-def test_samples_that_are_kept_stay_as_they_are(tmp_path):
-    """To the byte, whatever ends a line elsewhere, or looks like a title there."""
-    text = "\ra\r\n=== iter 5 | v\x85\u2028=== iter 5 | v\0\n===\n"
-    for start in (0, 10):
-        run = RunLog(tmp_path, start, max_iters=20)
-        for i in range(start, 20, 5):
-            sampled(run, i, text, "\u2028\x85")
-        run.close()
-        if not start:
-            before = (tmp_path / "samples.txt").read_bytes()
-    assert (tmp_path / "samples.txt").read_bytes() == before
-    assert before.count(b"\r\n") == 4
-    assert (tmp_path / "samples.lost.txt").read_bytes() == before[before.index(b"=== iter 15") :]
-
-
-def test_a_run_without_samples_has_no_file_of_them(tmp_path):
-    log(tmp_path, 0, 10)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    (bar,) = [line for line in lines if line.startswith("100%")]
+    assert all(text in bar for text in ("300/300", "loss 1.500"))
 
 
 @pytest.mark.parametrize(
@@ -280,28 +194,61 @@ def test_duration(seconds, text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# samples.txt
+
+
+def log_samples(run: RunLog, i: int, *texts: str) -> None:
+    run.write_samples({"iter": i, "val_loss": 1.0 + i}, [text[:1] for text in texts], texts)
+
+
+def test_samples_have_their_iteration_and_loss(tmp_path, capsys):
+    run = RunLog(tmp_path, 0, max_iters=20)
+    log_samples(run, 0, "a b\n=== iter 9 | val", "\n東京 🎈")
+    log_samples(run, 10, "ab", "\n")
+    run.close()
+    assert (tmp_path / "samples.txt").read_text(encoding="utf-8") == (
+        '=== iter 0 | val 1.0000 | prompt "a"\na b\n === iter 9 | val\n\n'
+        '=== iter 0 | val 1.0000 | prompt "\\n"\n\n東京 🎈\n\n'
+        '=== iter 10 | val 11.0000 | prompt "a"\nab\n\n=== iter 10 | val 11.0000 | prompt "\\n"\n\n\n\n'
+    )
+    assert capsys.readouterr().out.startswith("--- sample after 0 updates\na b\n")
+
+
+@pytest.mark.parametrize("text", ["text\n\nof two parts", "\ra\r\n=== iter 5 | v\x85\u2028=== iter 5 | v\0\n===\n"])
+def test_samples_continue_where_the_run_resumes(tmp_path, text):
+    """Those before it stay as they are, to the byte; half a sample, which a kill leaves, is dropped."""
+    file = tmp_path / "samples.txt"
+    for start in (0, 10):
+        run = RunLog(tmp_path, start, max_iters=20)
+        for i in range(start, 20, 5):
+            log_samples(run, i, text, "\u2028\x85")
+        run.close()
+        if not start:
+            before = file.read_bytes()
+            file.write_bytes(before + b"=== iter 20 | val 1.")
+    assert file.read_bytes() == before
+    assert (tmp_path / "samples.lost.txt").read_bytes() == before[before.index(b"=== iter 15") :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # speed
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
+    ("name", "tflops"),
     [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", 70e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("Tesla T4", 65e12),
-        ("Tesla V100-SXM2-16GB", 125e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("AMD Instinct MI300X", None),
-        ("cpu", None),
+        *(("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362)),
+        *(("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70), ("NVIDIA L4", 121), ("Tesla T4", 65)),
+        *(
+            ("Tesla V100-SXM2-16GB", 125),
+            ("NVIDIA GeForce RTX 4090", 165),
+            ("AMD Instinct MI300X", None),
+            ("cpu", None),
+        ),
     ],
 )
-def test_peak_flops(name, peak):
-    assert peak_flops(name) == peak
+def test_peak_flops(name, tflops):
+    assert peak_flops(name) == (tflops and 1e12 * tflops)
 
 
 @pytest.mark.parametrize(
@@ -317,28 +264,28 @@ def test_peak_flops(name, peak):
     ],
 )
 def test_peak_of_a_chip_with_a_similar_name_is_not_taken(name, known):
-    """All of these have other peaks on their data sheets; a wrong MFU is worse than none."""
+    """They have other peaks on their data sheets; a wrong MFU is worse than none."""
     assert peak_flops(name) != peak_flops(known)
 
 
-def test_clock_leaves_out_the_first_update_and_what_happens_between_rows(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now))
-    clock, loss = StepClock(), torch.tensor(1.0)
-    clock.start()
-    now += 30  # the first update compiles
-    clock.count(loss)
-    assert clock.ms_per_update() is None
+def test_clock_leaves_out_the_first_update_and_pauses(clock):
+    now, steps, loss = clock(run_log), StepClock(), torch.tensor(1.0)
+    steps.start()
+    now.now += 30  # the first update compiles
+    steps.count(loss)
+    assert steps.ms_per_update() is None
     for _ in range(4):
-        now += 0.25
-        clock.count(loss)
-    assert clock.ms_per_update() == pytest.approx(250)
-    now += 60  # an evaluation
-    clock.start()
-    assert clock.ms_per_update() is None
-    now += 0.5
-    clock.count(loss)
-    assert clock.ms_per_update() == pytest.approx(500)
+        now.now += 0.25
+        steps.count(loss)
+    with steps.paused():
+        now.now += 10  # a save
+    assert steps.ms_per_update() == pytest.approx(250)
+    now.now += 60  # an evaluation
+    steps.start()
+    assert steps.ms_per_update() is None
+    now.now += 0.5
+    steps.count(loss)
+    assert steps.ms_per_update() == pytest.approx(500)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +440,7 @@ def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     run = RunLog(tmp_path, 0, 20, SimpleNamespace(log=take, finish=lambda: take("end")))
     for i in (0, 10, 20):
         run.write({"iter": i})
-    sampled(run, 20, "ab")
+    log_samples(run, 20, "ab")
     run.write_picture(base64.b64decode(DOT))
     run.close()
     assert took == [{"iter": 0}, {"iter": 10}, {"iter": 20}, "end"]
@@ -503,6 +450,9 @@ def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch, capsys):
+    """Without --wandb it is not even imported."""
     monkeypatch.setitem(sys.modules, "wandb", None)  # import wandb: ImportError
+    assert start_wandb("disabled", "flatgpt", tmp_path, {}) is None
+    assert capsys.readouterr().err == ""
     assert start_wandb("online", "flatgpt", tmp_path, {}) is None
     assert "pip install wandb" in capsys.readouterr().err
