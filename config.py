@@ -27,8 +27,8 @@ class UserError(Exception):
     """An error of the user. The message says what was wrong, with which value, and what to do."""
 
 
-class ReportedByOtherRank(UserError):  # noqa: N818 - it is not printed
-    """A UserError that another rank prints."""
+class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
+    """A UserError that another rank reports; this rank exits silently."""
 
 
 def opt(default, help: str, **meta):
@@ -139,6 +139,7 @@ class PrepareConfig:
     test_fraction: float | None = opt(None, "share of test documents, likewise", above=0, below=1, none="no test split")
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
     tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
+    encoder: str = opt("tiktoken", "gigatoken: the same ids, several times as fast", choices=("tiktoken", "gigatoken"))
     data_dir: str = opt("data", "folder that the shards' folder goes into")
     raw_dir: str = opt("data/raw", "folder of downloads; a file already in <raw_dir>/<source>/ is used as it is")
     shard_tokens: int = opt(100_000_000, "tokens per shard file", low=1)
@@ -549,7 +550,7 @@ class PlotConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(TrainConfig):
-    """bench.py: speed and memory of what the other scripts run."""
+    """bench.py: speed and memory of the other scripts."""
 
     what: str = opt(
         "train",
@@ -557,32 +558,36 @@ class BenchConfig(TrainConfig):
         choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu"),
         positional=True,
     )
-    warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
-    timed_updates: int = opt(20, "updates that are; of save and beside a peer: in each round", low=2)
-    rounds: int = opt(3, "times that each way is measured, in turn", low=1)
+    warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1, section="Benchmark")
+    timed_updates: int = opt(20, "timed updates; in each round for save and with --peer", low=2)
+    rounds: int = opt(3, "rounds in which all contenders are measured in turn", low=1)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
-    peer: tuple[str, ...] = opt((), "run another project beside it, in turn: nanoGPT and the folder it lies in")
-    profile: str | None = opt(None, "train: torch.profiler's trace of a few updates, to this file", bare="trace.json")
-    dry_run: bool = opt(False, "gpu: run every row at toy size on the CPU, to check that each one works")
-    target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
-    seeds: int = opt(3, "runs, with seeds from 1", low=1)
-    input: tuple[str, ...] = opt(
-        (), "files whose documents are repeated; without: Python's reference", section="Benchmark of data"
+    peer: tuple[str, ...] = opt((), "measure another project in turn: nanoGPT and the folder of its checkout")
+    profile: str | None = opt(
+        None, "train: write torch.profiler's trace of a few updates to this file", bare="trace.json"
     )
-    size_mb: int = opt(300, "text to encode", low=1)
-    workers: int | None = opt(None, "processes that encode", low=1, none="one a core")
-    prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
-    new_tokens: int = opt(64, "tokens to write after it", low=2)
-    samples: int = opt(8, "texts at once, for the row that has several", low=2)
-    variants: tuple[str, ...] = opt((), "what to time, by names in the results: bfloat16, int8 ...; without it, all")
+    dry_run: bool = opt(False, "gpu: run each row at toy size on the CPU, to check that it works")
+    target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
+    seeds: int = opt(3, "number of runs, with seeds from 1", low=1)
+    input: tuple[str, ...] = opt(
+        (), "files whose documents are repeated; default: Python's reference", section="Benchmark of data"
+    )
+    size_mb: int = opt(300, "MB of text to encode", low=1)
+    workers: int | None = opt(None, "number of processes that encode", low=1, none="one a core")
+    prompt_tokens: int = opt(128, "length of the prompt in tokens", low=1, section="Benchmark of infer")
+    new_tokens: int = opt(64, "tokens to generate", low=2)
+    samples: int = opt(8, "texts at once, for the variants that generate several", low=2)
+    variants: tuple[str, ...] = opt(
+        (), "variants to time, by their names in the results: bfloat16, int8 ...; default: all"
+    )
     model_path: str | None = opt(
         None, "the trained model that scores data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
     )
-    split: str = opt("val", "which split of it", choices=("train", "val", "test"))
-    text_tokens: int = opt(0, "tokens of it, from its start; 0: all", low=0)
+    split: str = opt("val", "split that is scored", choices=("train", "val", "test"))
+    text_tokens: int = opt(0, "tokens of the split that are scored, from its start; 0: all", low=0)
 
     def problems(self) -> list[str]:
-        """TrainConfig's; and what only a run has is refused rather than ignored."""
+        """As TrainConfig's. Settings that do not apply are refused rather than ignored."""
         asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
         asked |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]]

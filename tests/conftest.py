@@ -95,6 +95,16 @@ def in_tmp(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Data preparation with tasks of 300 bytes and chunks of 400, so that a small input makes many of both."""
+    from flatgpt.data import readers
+
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # a slow disk shall not make slow tests
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(readers.split_document, "__defaults__", (400,))
+
+
 @pytest.fixture(scope="session")
 def real_text() -> Path:
     """The folder of real text that FLATGPT_TEST_DATA names."""

@@ -42,6 +42,7 @@ OPTIONAL = {
     "flatgpt.benchmarks.data": {"datasets"},
     "flatgpt.benchmarks.evaluation": {"transformers"},
     "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
+    "flatgpt.data.encode": {"gigatoken"},
     "flatgpt.data.workers": {"distributed"},
     "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
 }

@@ -29,7 +29,7 @@ ROW_GROUP = 1000  # rows, as in the hub's datasets
 
 def bench_data(config: BenchConfig) -> dict:
     """Time all three in turn: medians of the rounds, peak memory, and the hours that large corpora would take."""
-    processes = config.workers or workers.cores()
+    processes = config.workers or workers.available_cores()
     tokenizer.load("gpt2")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         raw = Path(folder).resolve() / "raw"

@@ -1,325 +1,262 @@
-"""Work that can be done anywhere: files of documents -> tasks, and a task -> token ids by split.
+"""Documents -> token ids by split: what a worker does with a task.
 
-What a task gives depends on the task alone, so any number of workers, here or on a cluster, gives the same bytes.
+The result depends on the task alone, so any number of workers, here or on a cluster, writes the same bytes.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import sys
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import tiktoken
 
-from flatgpt.data import readers, tokenizer
-from flatgpt.data.readers import CHUNK_BYTES, Chunk
-from flatgpt.data.tokenizer import MAX_ENCODE_CHARS
+from config import UserError
+from flatgpt.data import tokenizer
+from flatgpt.data.readers import Chunk
+from flatgpt.data.tokenizer import SAME_PATTERN, split_text, to_uint16
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH_CHARS = 1 << 18  # characters of short documents that are encoded in one call
+REBUILD_CHARS = 200_000_000  # characters after which gigatoken's encoder is built anew
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all tasks of a dataset share.
+    """What all tasks of a pass share.
 
     Args:
-        column: of the documents' text, in parquet and JSON lines.
-        val_fraction, test_fraction: shares that the hash of the text gives to these splits.
-        splits: the ones that are wanted; others are not encoded.
-        vocabulary: tiktoken's cache folder.
+        split: of all documents; None: a hash of the text decides.
+        val_fraction, test_fraction: shares of the documents that the hash gives to these splits.
+        outputs: the splits to encode; documents of others are left out.
+        vocabulary: tiktoken's cache folder, for workers whose environment does not name one.
     """
 
     tokenizer: str
+    encoder: str
     end_of_text: bool
-    column: str
-    val_fraction: float
-    test_fraction: float
-    splits: tuple[str, ...]
+    split: str | None
+    outputs: tuple[str, ...]
+    val_fraction: float = 0
+    test_fraction: float = 0
     vocabulary: str | None = None
 
 
 @dataclass(frozen=True)
-class Span:
-    """A document, or a part of one, as documents.Chunk. Split None: the hash of the text decides.
-
-    Args:
-        documents: how many end here.
-    """
-
-    text: str
-    split: str | None = None
-    first: bool = True
-    last: bool = True
-    cut: bool = False
-    inside: bool = False
-    documents: int = 1
-
-
-@dataclass(frozen=True)
 class Task:
-    """Row groups of a parquet file, which the worker reads; or lines or spans of text, which travel with the task.
+    """Chunks of documents that travel to the worker, or a function with which the worker reads whole documents.
 
     Args:
-        path: the file they come from.
-        split: of all documents; None: the hash of the text decides.
-        documents: how many there are; at most so many, where empty ones are not known yet.
-        size: bytes of text, as `documents.size` counts them.
-        start, stop: row groups; or the number of the first line.
+        size: bytes of text, as readers.text_bytes counts them.
     """
 
-    path: str
-    split: str | None
-    documents: int
     size: int
-    start: int = 0
-    stop: int = 0
-    lines: bytes | None = None
-    spans: tuple[Span, ...] | None = None
+    chunks: tuple[Chunk, ...] = ()
+    read: Callable[[], Iterator[str]] | None = None
 
 
 @dataclass
 class Encoded:
-    """What a task gives for one split: ids, (n,) uint16, and the counts of their text."""
+    """The result of a task for one split: ids, (n,) uint16, and the counts of their text."""
 
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, "<u2"))
-    documents: int = 0
-    bytes: int = 0
-    words: int = 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a worker does
+    ids: np.ndarray
+    documents: int
+    bytes: int
+    forced_splits: int
 
 
-def choose_split(text: str, val_fraction: float, test_fraction: float) -> str:
-    """The split of a document, by a keyed hash of its text: equal texts land on one side, in every dataset."""
-    return _choose(hashlib.blake2b(text.encode(), digest_size=8, key=b"flatgpt split"), val_fraction, test_fraction)
-
-
-def _choose(digest, val_fraction: float, test_fraction: float) -> str:
-    place = int.from_bytes(digest.digest(), "big") / 2**64
-    return "test" if place < test_fraction else "val" if place < test_fraction + val_fraction else "train"
-
-
-def count_words(raw: bytes) -> int:
-    """How many words UTF-8 text has, as `str.split` finds them, at ten times its speed."""
-    text = np.frombuffer(raw, dtype=np.uint8)
-    # uint8 wraps: these are 9 to 13, 28 to 31 and the blank
-    space = (text - np.uint8(9) <= 4) | (text - np.uint8(28) <= 4)
-    lead = np.flatnonzero(text >= 0xC2)  # of a character of several bytes
-    first, second, third = (
-        text[lead],
-        text[np.minimum(lead + 1, text.size - 1)],
-        text[np.minimum(lead + 2, text.size - 1)],
-    )
-    two = (first == 0xC2) & ((second == 0x85) | (second == 0xA0))
-    # U+1680, U+2000 to 200A, 2028, 2029, 202F, 205F, U+3000
-    three = (first == 0xE2) & (second == 0x80) & ((third <= 0x8A) | (third == 0xA8) | (third == 0xA9) | (third == 0xAF))
-    three |= (first == 0xE2) & (second == 0x81) & (third == 0x9F)
-    three |= (first == 0xE1) & (second == 0x9A) & (third == 0x80)
-    three |= (first == 0xE3) & (second == 0x80) & (third == 0x80)
-    for places, width in ((lead[two], 2), (lead[three], 3)):
-        for n in range(width):
-            space[places + n] = True
-    return int(np.count_nonzero(space[:-1] & ~space[1:])) + int(text.size > 0 and not space[0])
-
-
-def _texts(job: Job, task: Task) -> Iterator[tuple[str, str, Span | None]]:
-    """(text, split, None) of the task's documents, or (text, split, span) of parts of them."""
-    if task.spans is not None:
-        for span in task.spans:
-            split = span.split or task.split or choose_split(span.text, job.val_fraction, job.test_fraction)
-            yield span.text, split, None if span.first and span.last and span.documents == 1 else span
-        return
-    if task.lines is not None:
-        texts = readers.parse_lines(task.lines, job.column, Path(task.path), task.start)
-    else:
-        texts = readers.rows(Path(task.path), job.column, task.start, task.stop)
-    for text in texts:
-        yield text, task.split or choose_split(text, job.val_fraction, job.test_fraction), None
-
-
-def encode(job: Job, task: Task, limit: int | None = None) -> tuple[dict[str, Encoded], int, int]:
-    """Ids of a task by split.
+def choose_split(chunks: Iterable[str], val_fraction: float, test_fraction: float) -> str:
+    """Return the split of a document, by a keyed hash of its text: equal texts go to one split, in every dataset.
 
     Args:
-        limit: take the first so many documents only.
-
-    Returns:
-        what each split gets; how many documents there were; in how many places a long run was cut.
+        chunks: the text of the document, in any chunks.
     """
-    if job.vocabulary:  # a worker of a cluster may have another environment
+    digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
+    for chunk in chunks:
+        digest.update(chunk.encode())
+    position = int.from_bytes(digest.digest(), "big") / 2**64
+    return "test" if position < test_fraction else "val" if position < test_fraction + val_fraction else "train"
+
+
+def encode_task(job: Job, task: Task) -> dict[str, Encoded]:
+    """Encode the documents of a task: the result for each of the job's outputs, documents in order."""
+    if job.vocabulary:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", job.vocabulary)
     encoding = tokenizer.load(job.tokenizer)
-    found = {split: Encoded() for split in job.splits}
-    ids: dict[str, list[np.ndarray]] = {split: [] for split in job.splits}
-    waiting: dict[str, list[str]] = {split: [] for split in job.splits}
-    taken = cuts = size = 0
-
-    def encode_texts(split: str, texts: list[str], end_of_text: bool) -> None:
-        nonlocal cuts
-        encoded, more = tokenizer.encode(encoding, texts, end_of_text)
-        raw = "\n".join(texts).encode()
-        ids[split].append(encoded)
-        found[split].bytes += len(raw) - max(0, len(texts) - 1)
-        found[split].words += count_words(raw)
-        cuts += more
-
-    def encode_waiting() -> None:
-        nonlocal size
-        for split in job.splits:
-            encode_texts(split, waiting[split], job.end_of_text)
-            waiting[split] = []
-        size = 0
-
-    for text, split, span in _texts(job, task):
-        if taken == limit:
-            break
-        taken += span.documents if span else 1
-        if split not in found:
-            continue
-        found[split].documents += span.documents if span else 1
-        if span:
-            encode_waiting()
-            encode_texts(split, [text], job.end_of_text and span.last)
-            found[split].words -= span.inside
-            cuts += span.cut and encoding.name != "byte"  # bytes can be cut anywhere
-            continue
-        waiting[split].append(text)
-        size += len(text)
-        if size > MAX_ENCODE_CHARS:
-            encode_waiting()
-    encode_waiting()
-    for split, entry in found.items():
-        entry.ids = np.concatenate([np.zeros(0, "<u2"), *ids[split]])
-    return found, taken, cuts
+    encode = load_encoder(encoding, job.encoder)
+    by_split: dict[str, list[Chunk]] = {split: [] for split in job.outputs}
+    for chunk in map(Chunk, task.read()) if task.read else task.chunks:
+        split = chunk.split or job.split
+        if split is None:
+            split = choose_split([chunk.text], job.val_fraction, job.test_fraction)
+        if split in by_split:
+            by_split[split].append(chunk)
+    return {split: encode_chunks(encoding, encode, chunks, job.end_of_text) for split, chunks in by_split.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# files -> tasks
+# text -> ids
+
+Encode = Callable[[Sequence[str], Sequence[bool]], np.ndarray]  # as tiktoken_ids without its first argument
 
 
-def whole_documents(files: Iterable[tuple[str, Path]], job: Job, split: str | None) -> Iterator[Task]:
-    """Tasks of about CHUNK_BYTES bytes over all documents of the files, in order.
+def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Iterable[Chunk], end_of_text: bool) -> Encoded:
+    """Encode chunks of documents in batches.
 
     Args:
-        files: (name for messages, path), asked for one by one.
-        split: as Task's.
+        encode: as load_encoder returns it.
+        end_of_text: put that id after each document.
     """
-    waiting: list[Span] = []
-    size = 0
-    for name, path in files:
-        if readers.file_format(path) != "text":
-            if waiting:
-                yield _of_spans(name, waiting)
-                waiting, size = [], 0
-            yield from _of_lines(path, split) if readers.file_format(path) == "jsonl" else _of_rows(path, job, split)
-            continue
-        for span in _of_text(path, job, split):
-            waiting.append(span)
-            size += len(span.text)
-            if size >= CHUNK_BYTES:
-                yield _of_spans(name, waiting)
-                waiting, size = [], 0
-    if waiting:
-        yield _of_spans(name, waiting)
+    result = Encoded(np.zeros(0, "<u2"), 0, 0, 0)
+    parts, texts, ends, size = [result.ids], [], [], 0
+    # only GPT-2's pattern is known to keep all ids where split_text splits
+    max_chars = tokenizer.MAX_ENCODE_CHARS if encoding.name in SAME_PATTERN else sys.maxsize
+
+    def encode_batch() -> None:
+        nonlocal texts, ends, size
+        parts.append(to_uint16(encode(texts, ends), encoding.n_vocab))
+        result.bytes += len("".join(texts).encode())
+        texts, ends, size = [], [], 0
+
+    for chunk in chunks:
+        if len(chunk.text) <= max_chars:
+            texts.append(chunk.text)
+            ends.append(False)
+        else:
+            for text, forced_split in split_text([chunk.text], max_chars):
+                texts.append(text)
+                ends.append(False)
+                result.forced_splits += forced_split
+        ends[-1] = end_of_text and chunk.documents > 0
+        size += len(chunk.text)
+        result.documents += chunk.documents
+        result.forced_splits += chunk.forced_split and encoding.name != "byte"  # bytes can be split anywhere
+        if size > BATCH_CHARS:
+            encode_batch()
+    if texts:
+        encode_batch()
+    result.ids = np.concatenate(parts)
+    return result
 
 
-def _of_spans(name: str, spans: Iterable[Span], split: str | None = None) -> Task:
-    spans = tuple(spans)
-    return Task(name, split, sum(s.documents for s in spans), sum(len(s.text.encode()) for s in spans), spans=spans)
+def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken") -> Encode:
+    """Return the function that encodes batches of texts.
+
+    Args:
+        encoding: as tokenizer.load returns it.
+        encoder: `tiktoken` or `gigatoken`.
+
+    Raises:
+        UserError: as GigatokenEncoder raises.
+    """
+    if encoder == "gigatoken":
+        return _gigatoken_encoder(encoding, threading.get_ident())
+    return functools.partial(byte_ids if encoding.name == "byte" else tiktoken_ids, encoding)
 
 
-def _of_text(path: Path, job: Job, split: str | None) -> Iterator[Span]:
-    parts = readers.documents(path, job.column)
-    for part in parts:
-        if split is None and not part.last:  # the hash takes the whole document: read it once for that
-            digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-            for block in readers.text_chunks(path):
-                digest.update(block.encode())
-            split = _choose(digest, job.val_fraction, job.test_fraction)
-        yield Span(part.text, split, part.first, part.last, part.forced_split, part.starts_mid_word, int(part.last))
+@functools.lru_cache(maxsize=64)
+def _gigatoken_encoder(encoding: tiktoken.Encoding, thread: int) -> GigatokenEncoder:
+    return GigatokenEncoder(encoding)  # it has a cache that it writes to: each thread has its own
 
 
-def _of_lines(path: Path, split: str | None) -> Iterator[Task]:
-    total, done = path.stat().st_size, 0
-    for line, block in readers.line_chunks(path):
-        # compressed files: nobody knows how much is left, so the bar goes by what a block usually becomes
-        size = len(block) if path.name.endswith("l") else min(len(block) // 3, total - done)
-        done += size
-        yield Task(str(path), split, block.count(b"\n") + 1, size, line, lines=block)
+def tiktoken_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
+    """Return the ids of the texts, one after the other, each as encode_ordinary has them: (n,) unsigned integers.
+
+    Args:
+        texts: valid Unicode (no lone surrogates).
+        ends: for each text, whether the end-of-text id follows it.
+    """
+    joined = END_OF_TEXT.join([*texts, ""])  # one call for all: a call for each costs short texts half of the speed
+    if joined.count(END_OF_TEXT) == len(texts):
+        ids = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
+        return ids if all(ends) else np.delete(ids, np.flatnonzero(ids == encoding.eot_token)[~np.array(ends, bool)])
+    # a text has these characters, which stand for themselves there
+    rows = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    return _insert_eot(encoding, np.concatenate(rows), np.cumsum([len(row) for row in rows]), ends)
 
 
-def _of_rows(path: Path, job: Job, split: str | None) -> Iterator[Task]:
-    start = rows = size = 0
-    groups = readers.row_groups(path, job.column)
-    for n, (group_rows, group_size) in enumerate(groups):
-        if group_size > 4 * CHUNK_BYTES:  # too large for a worker's memory: read here, a block at a time
-            if rows:
-                yield Task(str(path), split, rows, size, start, n)
-            texts = readers.rows(path, job.column, n, n + 1)
-            for texts_of_block in _blocks(texts):
-                yield _of_spans(str(path), map(Span, texts_of_block), split)
-            start, rows, size = n + 1, 0, 0
-            continue
-        rows, size = rows + group_rows, size + group_size
-        if size >= CHUNK_BYTES:
-            yield Task(str(path), split, rows, size, start, n + 1)
-            start, rows, size = n + 1, 0, 0
-    if rows:
-        yield Task(str(path), split, rows, size, start, len(groups))
+def byte_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
+    """Return the UTF-8 bytes of the texts, as tiktoken_ids does."""
+    rows = [text.encode() for text in texts]
+    ids = np.frombuffer(b"".join(rows), np.uint8).astype(np.uint16)
+    return _insert_eot(encoding, ids, np.cumsum([len(row) for row in rows]), ends)
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    block, size = [], 0
-    for text in texts:
-        block.append(text)
-        size += len(text)
-        if size >= CHUNK_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+def _insert_eot(encoding: tiktoken.Encoding, ids: np.ndarray, stops: np.ndarray, ends: Sequence[bool]) -> np.ndarray:
+    """Insert the end-of-text id at those of the stops at which a document ends."""
+    return np.insert(ids, stops[np.array(ends, bool)], encoding.eot_token)
 
 
-def cut_by_characters(parts: Iterable[Chunk], rooms: dict[str, int]) -> Iterator[Task]:
-    """Tasks over documents of which each split takes so many characters, in order; a document may be cut in two."""
+class GigatokenEncoder:
+    """Encodes batches of texts with gigatoken, once its ids of a probe text are equal to tiktoken's.
 
-    def spans() -> Iterator[Span]:
-        left = [(split, room) for split, room in rooms.items() if room]
-        if not left:
-            return
-        (split, room), begun = left.pop(0), False
-        for part in parts:
-            begun, text, inside = begun and not part.first, part.text, part.starts_mid_word
-            while text:
-                head, text = text[:room], text[room:]
-                room -= len(head)
-                last = not room or (part.last and not text)
-                yield Span(head, split, not begun, last, part.forced_split and not text, begun and inside, int(last))
-                begun, inside = True, False
-                if not room and left:
-                    (split, room), begun = left.pop(0), False
+    Raises:
+        UserError: gigatoken is not installed, cannot take this encoding, or has other ids than tiktoken.
+    """
 
-    for span in spans():
-        yield _of_spans("", [span])
+    def __init__(self, encoding: tiktoken.Encoding):
+        if encoding.name not in SAME_PATTERN:
+            raise UserError(
+                f"--encoder gigatoken: not for tokenizer {encoding.name}, only for {', '.join(SAME_PATTERN)}; "
+                "leave --encoder out"
+            )
+        self.encoding = encoding
+        self._build()
+        probe = probe_text()
+        if self([probe], [False]).tolist() != encoding.encode_ordinary(probe):
+            raise UserError(f"gigatoken's ids of tokenizer {encoding.name} are not tiktoken's: take --encoder tiktoken")
+
+    def _build(self) -> None:
+        """Build gigatoken's tokenizer, without special tokens: it would find them in the texts."""
+        try:
+            from gigatoken import Tokenizer
+        except ImportError:
+            raise UserError(
+                "--encoder gigatoken needs gigatoken: pip install -r requirements-extra.txt (gigatoken)"
+            ) from None
+        ranks = sorted((self.encoding.encode_single_token(t), t) for t in self.encoding.token_byte_values())
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks))
+            file.flush()
+            try:
+                self._tokenizer = Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2", special_tokens={})
+            except (RuntimeError, ValueError) as error:  # it takes no gaps between ids, which p50k_base has
+                raise UserError(
+                    f"gigatoken cannot take tokenizer {self.encoding.name} ({str(error).splitlines()[0]}): "
+                    "take --encoder tiktoken"
+                ) from None
+        self._chars = 0  # encoded since then
+
+    def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
+        """Return the ids of the texts, as tiktoken_ids does."""
+        joined = "".join(texts)
+        # 0.10.0 knows the letters of Unicode 17, tiktoken 0.14 those of 16: with new characters the ids may differ
+        if not joined.isascii() and unassigned()[np.frombuffer(joined.encode("utf-32-le"), np.uint32)].any():
+            return tiktoken_ids(self.encoding, texts, ends)
+        if self._chars > REBUILD_CHARS:  # its cache of words has no bound in 0.10.0
+            self._build()
+        self._chars += len(joined)
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout  # Awkward Array's
+        return _insert_eot(self.encoding, rows.content.data, rows.offsets.data[1:], ends)
 
 
-def joined(files: Iterable[tuple[str, Path]], job: Job, split: str, limit: int | None) -> Iterator[Task]:
-    """Tasks over the rows of the files put together to one running text, as they are; `limit` rows at most."""
-    count = 0
+@functools.cache
+def unassigned() -> np.ndarray:
+    """Return for each code point whether Python's Unicode has no character there: (0x110000,) bool."""
+    return np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])
 
-    def blocks() -> Iterator[str]:
-        nonlocal count
-        rows = (text for _, path in files for text in readers.rows(path, job.column, empty=True))
-        for block in _blocks(itertools.islice(rows, limit)):
-            count += len(block)
-            yield "".join(block)
 
-    told = 0
-    for part in readers.split_document(blocks()):
-        rows, told = count - told, count
-        yield _of_spans(
-            "", [Span(part.text, split, part.first, part.last, part.forced_split, part.starts_mid_word, rows)]
-        )
+def probe_text() -> str:
+    """Return a text with all kinds of characters between letters, digits, punctuation and white space."""
+    points = [*range(0x3100), *range(0x3100, 0xD800, 61), *range(0xE000, 0x110000, 61)]
+    words = "It's we'll I'm they've you'd we're isn't 'S 'LL 'x <|endoftext|> 3.14 1st  two   three\t\n \n\r\n"
+    known = [chr(point) for point in points if not unassigned()[point]]
+    return words + "".join(f"a{c}b{c}1{c} {c}!{c}{c}\n{c}'s" for c in known)

@@ -1,32 +1,41 @@
-"""A source -> a dataset folder: its tasks done in order, on many processes; safe to stop at any moment."""
+"""Make a dataset folder from a source: tasks are encoded by many processes and written in order; resumable."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from config import PrepareConfig, UserError
-from flatgpt.data import encode, tokenizer, workers
+from flatgpt.data import tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
-from flatgpt.data.encode import CHUNK_BYTES
-from flatgpt.data.progress import KEPT, check_settings, done_bytes, locked, read_progress, remove_unfinished, writing
+from flatgpt.data.encode import encode_task, load_encoder
+from flatgpt.data.progress import (
+    RESUMABLE,
+    check_settings,
+    done_bytes,
+    locked,
+    read_progress,
+    remove_unfinished,
+    write_errors,
+)
 from flatgpt.data.shards import SPLITS, ShardWriter, read_meta, write_meta
 from flatgpt.data.sources import DUMP, SOURCES
-from flatgpt.data.split import Pass, Plan, make_plan
+from flatgpt.data.split import Pass, make_passes
 from flatgpt.runtime.files import atomic_write
 
-SAVE_SECONDS = 10  # between two notes of how far it came
+MIN_POOL_BYTES = 8 << 20  # of text; less is done before a process has started
+SAVE_SECONDS = 10  # between two saves of progress.json
 LINE_SECONDS = 60  # between two lines of progress where there is no terminal
 
 
 def dataset_folder(config: PrepareConfig) -> Path:
-    """data_dir/name; name is the source's (dump's, repository's), and the tokenizer's where that is not its own."""
+    """Return data_dir/name; the default name is that of the source, dump or repository, and of a tokenizer given."""
     name = config.repo.split("/")[-1] if config.source == "hub" else config.source
     if config.dump not in (None, DUMP):
         name += f"_{config.dump}"
@@ -36,13 +45,13 @@ def dataset_folder(config: PrepareConfig) -> Path:
 
 
 def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Dataset:
-    """Make the dataset that the config describes, go on with it, or open it if it is there already.
+    """Make the dataset that the config describes, continue it, or open it if it is finished.
 
     Args:
-        log: takes lines of progress.
+        log: called with lines of progress.
 
     Raises:
-        UserError: bad input, too little of it, no room, or the folder holds something else.
+        UserError: bad input, too little text, no space on the disk, or the folder holds something else.
     """
     source, folder = SOURCES[config.source], dataset_folder(config)
     name = config.tokenizer or source.tokenizer
@@ -59,6 +68,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         "column": None if config.column == "text" else config.column,
         "revision": revision,
         "tokenizer": name,
+        "encoder": config.encoder,
         "shard_tokens": config.shard_tokens,
         "val_fraction": source.val_fraction if config.val_fraction is None else config.val_fraction,
         "test_fraction": config.test_fraction or None,
@@ -71,6 +81,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         log(f"{folder} is there already, with these settings; nothing to do")
         return open_dataset(folder)
     encoding = tokenizer.load(name)
+    load_encoder(encoding, config.encoder)  # its errors come before downloads
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
@@ -80,9 +91,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         progress = read_progress(folder, config, settings, corpus)
         if progress["passes"]:
             log(f"{folder}: going on where the work was stopped")
-        plan = make_plan(config, corpus, settings["val_fraction"] or 0, folder, done_bytes(progress))
-        run = Run(config, folder, encoding.n_vocab, plan, progress)
-        entries = run()
+        passes = make_passes(config, corpus, settings["val_fraction"] or 0, folder, done_bytes(progress))
+        work = Preparation(config, folder, encoding.n_vocab, passes, progress)
+        entries = work.run()
         for split, entry in entries.items():
             if entry["tokens"] < 2:
                 remove_unfinished(folder)
@@ -90,10 +101,11 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
                     f"too little text: the {split} split of {folder.name} would have {entry['tokens']} tokens, and it "
                     "takes 2 to score one; give more text" + f", or a larger --{split}_fraction" * (split != "train")
                 )
-        if cuts := run.progress["cuts"]:
+        if forced := work.progress["cuts"]:
             log(
-                f"note: cut in {cuts:,} place{'s' * (cuts > 1)}, in runs of more than {tokenizer.MAX_ENCODE_CHARS:,} "
-                "characters without a break, which would not fit memory; ids next to a cut may differ"
+                f"note: cut in {forced:,} place{'s' * (forced > 1)}, in runs of more than "
+                f"{tokenizer.MAX_ENCODE_CHARS:,} characters without a break, which would not fit memory; ids next to a "
+                "cut may differ"
             )
         meta = {
             **{key: value for key, value in settings.items() if value is not None},
@@ -104,135 +116,109 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
             "dtype": "uint16",
             "splits": entries,
         }
-        with writing(folder):
+        with write_errors(folder):
             write_meta(folder, meta)
             (folder / PROGRESS).unlink()
     return open_dataset(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the work
-
-
-class Run:
-    """Does a plan's tasks in order, on many processes, and writes what they give.
+class Preparation:
+    """Encodes the tasks of all passes and appends what they give to the shards, in order.
 
     Args:
-        progress: as read_progress gives it; kept up to date.
+        progress: as read_progress returns it; kept up to date.
     """
 
-    def __init__(self, config: PrepareConfig, folder: Path, n_vocab: int, plan: Plan, progress: dict):
-        self.config, self.folder, self.plan, self.progress = config, folder, plan, progress
-        self.begun = self.saved = self.told = time.monotonic()
+    def __init__(self, config: PrepareConfig, folder: Path, n_vocab: int, passes: list[Pass], progress: dict):
+        self.config, self.folder, self.passes, self.progress = config, folder, passes, progress
+        self.size = max(done_bytes(progress), sum(each.size for each in passes))
+        self.started = self.saved = self.last_logged = time.monotonic()
         if not progress["passes"]:
             remove_unfinished(folder)
+        outputs = [split for split in SPLITS for each in passes if split in each.job.outputs]
         self.writers = {
             split: ShardWriter(folder, split, n_vocab, config.shard_tokens, progress["splits"].get(split))
-            for split in plan.splits
+            for split in outputs
         }
         self.tokens_before = sum(writer.tokens for writer in self.writers.values())
-        self.bar = None
 
-    def __call__(self) -> dict[str, dict]:
-        """Do it all; the manifest's entry of each split.
+    def run(self) -> dict[str, dict]:
+        """Do all the work; return the manifest's entry of each split.
 
         Raises:
-            UserError: bad input, a full disk, a worker that died. What was done is noted.
+            UserError: bad input, a full disk, a worker that was killed. The work that is done is kept.
         """
         from tqdm import tqdm
 
-        done = done_bytes(self.progress)
         self.bar = tqdm(
-            total=max(done, self.plan.size),
-            initial=done,
+            total=self.size,
+            initial=done_bytes(self.progress),
             desc=self.folder.name,
             unit="B",
             unit_scale=True,
             disable=None,
         )
         try:
-            self._save()  # from now on the folder says what it is
-            with self.bar, self._workers() as pool:
-                for each in self.plan.passes:
-                    self._do(each, pool)
-            with writing(self.folder):
+            self._save()  # from now on the folder names the command that continues it
+            with self.bar, self._workers() as run_tasks:
+                for each in self.passes:
+                    self._run_pass(each, run_tasks)
+            with write_errors(self.folder):
                 return {split: writer.close() for split, writer in self.writers.items()}
-        except BaseException as why:
+        except BaseException as error:
             with suppress(UserError):
                 self._save()
-            if isinstance(why, KeyboardInterrupt):
-                print(f"{self.folder}: stopped; {KEPT}", file=sys.stderr)
-            elif workers.died(why):
-                raise UserError(f"a worker was killed, perhaps for memory (fewer: --workers N); {KEPT}") from None
-            elif self.config.cluster and isinstance(why, OSError):
-                raise UserError(f"the cluster at {self.config.cluster} was lost ({why}); {KEPT}") from None
+            if isinstance(error, KeyboardInterrupt):
+                print(f"{self.folder}: stopped; {RESUMABLE}", file=sys.stderr)
+            elif workers.is_killed_worker(error):
+                raise UserError(f"a worker was killed, perhaps for memory (fewer: --workers N); {RESUMABLE}") from None
+            elif self.config.cluster and isinstance(error, OSError):
+                raise UserError(f"the cluster at {self.config.cluster} was lost ({error}); {RESUMABLE}") from None
             raise
 
     def _workers(self):
         if self.config.cluster:
             return workers.dask_cluster(self.config.cluster)
-        if self.plan.size < 2 * CHUNK_BYTES:  # done before a process has started
-            return workers.here()
-        return workers.local_pool(self.config.workers or workers.cores())
+        if self.size < MIN_POOL_BYTES:
+            return workers.this_process()
+        return workers.local_pool(self.config.workers or workers.available_cores())
 
-    def _do(self, each: Pass, pool: workers.WorkerPool) -> None:
-        """One pass, from where it is: tasks go out ahead, and what they give is written in their order."""
-        state = self.progress["passes"].setdefault(each.name, {"tasks": 0, "documents": 0, "size": 0, "done": False})
+    def _run_pass(self, each: Pass, run_tasks: Callable) -> None:
+        """Do the tasks of a pass that are not done yet."""
+        state = self.progress["passes"].setdefault(each.name, {"tasks": 0, "size": 0, "done": False})
         if state["done"]:
             return
         todo = itertools.islice(each.tasks(), state["tasks"], None)
-        window, in_window = deque(), 0
-        while True:
-            left = sys.maxsize if each.limit is None else each.limit - state["documents"]
-            while len(window) < pool.max_in_flight and in_window < left and (task := next(todo, None)):
-                window.append((task, pool.executor.submit(encode.encode, each.job, task)))
-                in_window += task.documents
-            if not window or left <= 0:
-                break
-            task, future = window.popleft()
-            in_window -= task.documents
-            found, documents, cuts = pool.result(future)
-            # only now is it known how many of them are empty; behind the last may be the beginning of a long one
-            if documents > left or (documents == left and task.spans and not task.spans[-1].last):
-                found, documents, cuts = encode.encode(each.job, task, left)
-            with writing(self.folder):
-                for split, part in found.items():
-                    self.writers[split].add(part.ids, part.documents, part.bytes, part.words)
-            state = {
-                "tasks": state["tasks"] + 1,
-                "documents": state["documents"] + documents,
-                "size": state["size"] + task.size,
-                "done": False,
-            }
-            self._advance(each.name, state, cuts, task.size)
-        for _, future in window:
-            future.cancel()
+        for task, encoded in run_tasks(functools.partial(encode_task, each.job), todo):
+            with write_errors(self.folder):
+                for split, part in encoded.items():
+                    self.writers[split].add(part.ids, part.documents, part.bytes)
+            state = {**state, "tasks": state["tasks"] + 1, "size": state["size"] + task.size}
+            self._advance(each.name, state, sum(part.forced_splits for part in encoded.values()), task.size)
         self._advance(each.name, {**state, "done": True}, 0, 0)
 
-    def _advance(self, name: str, state: dict, cuts: int, size: int) -> None:
-        """Note a whole task. In memory; now and then on the disk."""
-        shards = sum(len(p["files"]) for p in self.progress["splits"].values())
+    def _advance(self, name: str, state: dict, forced_splits: int, size: int) -> None:
+        """Record a finished task in memory, and now and then on the disk."""
+        shards = sum(len(position["files"]) for position in self.progress["splits"].values())
         self.progress = {
             **self.progress,
             "passes": {**self.progress["passes"], name: state},
             "splits": {split: writer.position() for split, writer in self.writers.items()},
-            "cuts": self.progress["cuts"] + cuts,
+            "cuts": self.progress["cuts"] + forced_splits,
         }
         now, tokens = time.monotonic(), sum(writer.tokens for writer in self.writers.values())
+        speed = f"{tokens:,} tokens, {(tokens - self.tokens_before) / (now - self.started) / 1e6:.2f}M tokens/s"
         self.bar.update(size)
-        self.bar.set_postfix_str(f"{tokens:,} tokens, {self._speed(tokens)}", refresh=False)
-        if self.bar.disable and now - self.told > LINE_SECONDS:
-            self.told = now
-            part = done_bytes(self.progress) / max(1, self.plan.size)
-            print(f"{self.folder}: {part:.0%}, {tokens:,} tokens, {self._speed(tokens)}", file=sys.stderr, flush=True)
-        if now - self.saved > SAVE_SECONDS or shards < sum(len(w.files) for w in self.writers.values()):
+        self.bar.set_postfix_str(speed, refresh=False)
+        if self.bar.disable and now - self.last_logged > LINE_SECONDS:
+            self.last_logged = now
+            done = done_bytes(self.progress) / max(1, self.size)
+            print(f"{self.folder}: {done:.0%}, {speed}", file=sys.stderr, flush=True)
+        if now - self.saved > SAVE_SECONDS or shards < sum(len(writer.files) for writer in self.writers.values()):
             self._save()
 
-    def _speed(self, tokens: int) -> str:
-        return f"{(tokens - self.tokens_before) / (time.monotonic() - self.begun) / 1e6:.2f}M tokens/s"
-
     def _save(self) -> None:
-        with writing(self.folder):
+        with write_errors(self.folder):
             for writer in self.writers.values():
                 writer.flush()
             atomic_write(self.folder / PROGRESS, json.dumps(self.progress).encode())

@@ -1,7 +1,7 @@
-"""How far the making of a dataset came: its folder's lock, progress.json, and what is in the way.
+"""Resumable preparation state, and the dataset folder's lock.
 
-progress.json says after which task the shards were last known good: the next call cuts them back to that and goes on.
-It is removed when meta.json is there, the manifest of a finished dataset.
+progress.json names the task after which the shards were last known to be good: the next call truncates them to that and
+continues. It is removed when meta.json, the manifest of a finished dataset, is written.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from flatgpt.data.dataset import PROGRESS
 from flatgpt.data.readers import Corpus
 from flatgpt.data.shards import OUR_FILES
 
-TASKS = 1  # how files are cut into tasks; another number cannot go on from the same place
-KEPT = "what is done is kept, and the same command goes on from there"
+RESUMABLE = "what is done is kept, and the same command goes on from there"
 
 
-def check_settings(folder: Path, what: str, there: dict, settings: dict) -> None:
-    differing = [f"{k} {there.get(k)} (now {v})" for k, v in settings.items() if there.get(k) != v]
+def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None:
+    """Raise UserError, naming them, where settings differ from those of the dataset in the folder."""
+    found = {"encoder": "tiktoken", **found}  # earlier versions knew no other
+    differing = [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]
     if differing:
         raise UserError(
             f"{folder} already holds {what} of other settings: {'; '.join(differing)}. "
@@ -36,35 +37,36 @@ def check_settings(folder: Path, what: str, there: dict, settings: dict) -> None
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder, made and locked against a second call; removed again if nothing came into it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Create the folder and lock it against a second call; remove it again if it is still empty."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as why:
-        raise UserError(f"{folder} could not be written: {why.strerror}; another place: --data_dir") from None
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror}; another place: --data_dir") from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it, also after kill -9
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it, also after kill -9
         yield
     except BlockingIOError:
         raise UserError(f"{folder}: another prepare_data.py is at work in this folder; wait for it") from None
     finally:
         os.close(handle)
         with suppress(OSError):
-            for path in made:
+            for path in created:
                 path.rmdir()
 
 
 def read_progress(folder: Path, config: PrepareConfig, settings: dict, corpus: Corpus) -> dict:
-    """How far the work in this folder came; a fresh start where there is none.
+    """Return the state of the work in this folder, or the state of a new one.
 
     Raises:
-        UserError: other settings, other raw files, or other people's files.
+        UserError: other settings, other raw files, or shards that flatGPT did not write.
     """
     raw = json.dumps([[file.name, file.size] for group in corpus.files.values() for file in group])
     fresh = {
-        "tasks": TASKS,
-        "command": again(config),
+        # how files are cut into tasks: work is continued only where the tasks are the same
+        "tasks": 2 if config.sample_size else 1,
+        "command": command_line(config),
         "settings": settings,
         "raw": hashlib.sha256(raw.encode()).hexdigest(),
         "passes": {},
@@ -76,9 +78,9 @@ def read_progress(folder: Path, config: PrepareConfig, settings: dict, corpus: C
         if not any(split["files"] for split in found["splits"].values()) and any(
             found[key] != fresh[key] for key in ("tasks", "settings", "raw")
         ):
-            return fresh  # not one shard was finished: nothing is lost by starting anew
+            return fresh  # no shard is finished: nothing is lost
         check_settings(folder, "an unfinished dataset", found["settings"], settings)
-        if found["tasks"] != TASKS:
+        if found["tasks"] != fresh["tasks"]:
             raise UserError(f"{folder}: another version of flatGPT began this dataset: move {folder} away")
         if found["raw"] != fresh["raw"]:
             raise UserError(f"{folder}: the raw files changed since this dataset was begun: move {folder} away")
@@ -93,8 +95,8 @@ def read_progress(folder: Path, config: PrepareConfig, settings: dict, corpus: C
     return fresh
 
 
-def again(config: PrepareConfig) -> str:
-    """The command line that gives this config."""
+def command_line(config: PrepareConfig) -> str:
+    """Return the command line of this config."""
     words = ["python", "prepare_data.py", config.source]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -104,22 +106,22 @@ def again(config: PrepareConfig) -> str:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what prepare wrote into a folder that has no manifest."""
+    """Remove the files of an unfinished dataset."""
     for path in [*folder.glob("*.bin"), *folder.glob("*.tmp"), folder / PROGRESS]:
         if OUR_FILES.fullmatch(path.name) or path.name.startswith(PROGRESS):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What the system says against writing there, as UserError."""
+def write_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of writing there into a UserError."""
     try:
         yield
-    except OSError as why:
-        what = f"{why.filename or folder} could not be written: {why.strerror}"
-        raise UserError(f"{what}; not finished: {KEPT}") from None
+    except OSError as error:
+        what = f"{error.filename or folder} could not be written: {error.strerror}"
+        raise UserError(f"{what}; not finished: {RESUMABLE}") from None
 
 
 def done_bytes(progress: dict) -> int:
-    """Bytes of text that are done."""
+    """Return the bytes of text that are done."""
     return sum(state["size"] for state in progress["passes"].values())

@@ -67,16 +67,15 @@ class Chunk:
     """A document, or a part of a long one that can be encoded on its own.
 
     Args:
-        first, last: whether it begins, and whether it ends, the document.
+        documents: how many documents end with this chunk; 0: the next chunk continues the document.
         forced_split: whether it ends within a run of characters without a place to split.
-        starts_mid_word: whether it begins within a word, for the same reason.
+        split: where the document goes; None: not decided yet.
     """
 
     text: str
-    first: bool = True
-    last: bool = True
+    documents: int = 1
     forced_split: bool = False
-    starts_mid_word: bool = False
+    split: str | None = None
 
 
 def file_format(name: str | Path) -> str:
@@ -136,10 +135,9 @@ def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) ->
     for text, forced_split in split_text(blocks, length):
         if last:
             yield last
-        mid_word = last is not None and not (last.text[-1].isspace() or text[0].isspace())
-        last = Chunk(text, last is None, False, forced_split, mid_word)
+        last = Chunk(text, 0, forced_split)
     if last:
-        yield dataclasses.replace(last, last=True)
+        yield dataclasses.replace(last, documents=1)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, n_vocab: int, shard_tokens: int, position: dict | None = None):
         self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
-        self.counts = {"documents": 0, "bytes": 0, "words": 0}
+        self.counts = {"documents": 0, "bytes": 0}
         self.files: list[dict] = []
         self._file, self._digest, self._room = None, None, 0
         if position:
@@ -89,11 +89,11 @@ class ShardWriter:
         self._file = open(f"{self._path(len(self.files))}.tmp", mode)  # noqa: SIM115, _finish closes it
         self._digest, self._room = hashlib.sha256(), self.shard_tokens
 
-    def add(self, ids: np.ndarray, documents: int = 1, text_bytes: int = 0, words: int = 0) -> None:
-        """Append ids, and add to the counts of the text that they stand for."""
+    def add(self, ids: np.ndarray, documents: int = 1, text_bytes: int = 0) -> None:
+        """Append ids, and add the counts of their text."""
         ids = to_uint16(np.asarray(ids), self.n_vocab)
-        for key, more in (("documents", documents), ("bytes", text_bytes), ("words", words)):
-            self.counts[key] += more
+        self.counts["documents"] += documents
+        self.counts["bytes"] += text_bytes
         while ids.size:
             if self._file is None:
                 self._open()

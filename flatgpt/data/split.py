@@ -1,166 +1,237 @@
-"""The files of a source -> passes over them: which documents make which split, and how much there is to do."""
+"""Decide which documents make which split, and cut the files of a source into tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import PrepareConfig, UserError
-from flatgpt.data import encode, readers
-from flatgpt.data.encode import Job, Task
+from flatgpt.data import readers
+from flatgpt.data.encode import Job, Task, choose_split
 from flatgpt.data.readers import Chunk, Corpus, RawFile
 from flatgpt.data.shards import SPLITS
 from flatgpt.data.sources import SOURCES
 
-FEW_DOCUMENTS = 100  # below this a split by documents would be too coarse
-BYTES_PER_TOKEN = 4  # of GPT-2's BPE, to estimate shards: Wikipedia has 4.5, Shakespeare 3.3
+FEW_DOCUMENTS = 100  # fewer are split by characters, because whole documents would be too coarse
+BYTES_PER_TOKEN = 4  # of GPT-2's BPE, to estimate the size of shards: Wikipedia has 4.5, Shakespeare 3.3
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The tasks over one of the source's splits; `limit`: of how many documents at most, None: of all."""
+    """The work on one of the source's splits.
+
+    Args:
+        tasks: yields the tasks, the same ones each time.
+        size: bytes of text, an estimate with --sample_size.
+    """
 
     name: str
     job: Job
     tasks: Callable[[], Iterator[Task]]
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What there is to do. `splits`: the dataset's; `size`: bytes of text, an estimate with --sample_size."""
-
-    passes: list[Pass]
-    splits: list[str]
     size: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus, val_fraction: float, folder: Path, done: int) -> Plan:
-    """Decide which split comes from where; fetch what is missing; make sure that there is room.
+def make_passes(config: PrepareConfig, corpus: Corpus, val_fraction: float, folder: Path, done: int) -> list[Pass]:
+    """Decide which of the source's splits makes which of the dataset's; download missing files.
 
-    The splits that the source has are kept. Without a `val`, it is taken out of `train` (and `test`, when asked for):
-    by a hash of each document, or, where there are fewer than 100, by characters, from the end.
+    The source's splits are kept. Where it has no `val`, or no `test` and one is asked for, that is held out of `train`:
+    by a hash of each document or, of fewer than FEW_DOCUMENTS, by characters, from the end.
 
     Args:
-        val_fraction: share of the documents in train, where there is no val.
+        val_fraction: share of the documents of train where there is no val.
         folder: of the dataset.
         done: bytes of text that are already in it.
 
     Raises:
-        UserError: splits that there are not, no room, and what fetching and reading raise.
+        UserError: splits that do not exist, no space on the disk, and what fetching and reading raise.
     """
-    has = list(corpus.files)
+    source, name = SOURCES[config.source], config.tokenizer or SOURCES[config.source].tokenizer
     fractions = {"val": val_fraction, "test": config.test_fraction or 0}
-    for split, given in (("val", config.val_fraction), ("test", config.test_fraction)):
-        if given and split in has:
+    for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
+        if fraction and split in corpus.files:
             raise UserError(f"{config.source} has a {split} split of its own: leave --{split}_fraction out")
-    taken_out = [split for split in fractions if fractions[split] and split not in has and "train" in has]
-    there = [split for split in SPLITS if split in [*has, *taken_out]]
-    if unknown := [split for split in config.splits if split not in there]:
-        hint = "; --test_fraction makes one" if unknown == ["test"] and taken_out else ""
-        raise UserError(f"splits = {', '.join(unknown)}: {config.source} has {', '.join(there)}{hint}")
-    splits = [split for split in there if split in (config.splits or there)]
-    job = Job(
-        tokenizer=config.tokenizer or SOURCES[config.source].tokenizer,
-        end_of_text=SOURCES[config.source].end_of_text,
-        column=config.column,
-        val_fraction=fractions["val"] if "val" in taken_out else 0,
-        test_fraction=fractions["test"] if "test" in taken_out else 0,
-        splits=(),
-        vocabulary=os.environ.get("TIKTOKEN_CACHE_DIR") and os.path.abspath(os.environ["TIKTOKEN_CACHE_DIR"]),
-    )
-    gives = {split: [s for s in splits if s == split or (split == "train" and s in taken_out)] for split in has}
-    used = {split: corpus.files[split] for split in has if gives[split]}
-    missing = [file for files in used.values() for file in files if file.missing]
-    if missing and not config.sample_size:  # a sample fetches what it needs, file by file
+    held_out = {s: f for s, f in fractions.items() if f and s not in corpus.files and "train" in corpus.files}
+    available = [split for split in SPLITS if split in corpus.files or split in held_out]
+    if unknown := [split for split in config.splits if split not in available]:
+        hint = "; --test_fraction makes one" if unknown == ["test"] and held_out else ""
+        raise UserError(f"splits = {', '.join(unknown)}: {config.source} has {', '.join(available)}{hint}")
+    vocabulary = os.environ.get("TIKTOKEN_CACHE_DIR")
+    common = {
+        "tokenizer": name,
+        "encoder": config.encoder,
+        "end_of_text": source.end_of_text,
+        "vocabulary": vocabulary and os.path.abspath(vocabulary),
+    }
+    jobs = {}
+    for split in corpus.files:
+        shared = held_out if split == "train" else {}
+        outputs = tuple(s for s in available if s in (split, *shared) and s in (config.splits or available))
+        if outputs:
+            fractions = {f"{s}_fraction": fraction for s, fraction in shared.items()}
+            jobs[split] = Job(split=None if shared else split, outputs=outputs, **common, **fractions)
+    bytes_per_byte = 2 if name == "byte" else 2 / BYTES_PER_TOKEN  # of shards, per byte of text
+    missing = [file for split in jobs for file in corpus.files[split] if file.missing]
+    if missing and not config.sample_size:  # a sample downloads files one by one, until it has enough
         size = sum(file.size for file in missing)
-        _make_sure_of_room({Path(config.raw_dir): size, folder: _shard_bytes(2 * size, job)})
+        require_space({Path(config.raw_dir): size, folder: 2 * size * bytes_per_byte})
         for file in missing:
             file.local_path()
-    passes, size = [], 0
-    for split, files in used.items():
-        own = dataclasses.replace(job, splits=tuple(gives[split]))
-        made, text = _pass(config, split, files, own, bool(taken_out) and split == "train")
-        passes.append(made)
-        size += text
-    _make_sure_of_room({folder: _shard_bytes(max(0, size - done), job)})
-    return Plan(passes, splits, size)
+    passes = [make_pass(config, split, corpus.files[split], job) for split, job in jobs.items()]
+    require_space({folder: max(0, sum(each.size for each in passes) - done) * bytes_per_byte})
+    return passes
 
 
-def _pass(config: PrepareConfig, split: str, files: list[RawFile], job: Job, shared: bool) -> tuple[Pass, int]:
-    """The pass over one of the source's splits, and its bytes of text; `shared`: documents go to other splits too."""
-    limit, column = config.sample_size, job.column
-    paths = functools.partial(_paths, files, absolute=config.cluster is not None)
+def make_pass(config: PrepareConfig, name: str, files: list[RawFile], job: Job) -> Pass:
+    """Make the pass over the files of one of the source's splits."""
+    limit, column = config.sample_size, config.column
+    complete = not any(file.missing for file in files)
+    size = sum(f.size if f.text else readers.text_bytes(f.path, column) for f in files if not f.missing)
     if SOURCES[config.source].joined:
-        joined = functools.partial(encode.joined, job=job, split=split, limit=limit)
-        return Pass(split, job, lambda: joined(paths())), _text_bytes(files, column)
-    count, characters, few = _count(_parts(files, column, limit)) if shared or limit else (0, 0, False)
-    size = _text_bytes(files, column)
+        return Pass(name, job, lambda: chunk_tasks(joined_rows(files, column, limit), 0), size)
+    in_train = dataclasses.replace(job, split="train")
+    count = characters = 0
+    if limit or job.split is None:  # how long the documents are, and whether they are few
+        for chunk in read_chunks(files, column, in_train, min(limit or FEW_DOCUMENTS, FEW_DOCUMENTS)):
+            count, characters = count + chunk.documents, characters + len(chunk.text)
     if limit:
         sample = characters * limit // max(1, count)
-        size = sample if any(file.missing for file in files) else min(size, sample)
-    if shared and few:
+        size = min(sample, size) if complete else sample
+    if job.split is None and count < FEW_DOCUMENTS:
         train = int(characters * (1 - job.val_fraction - job.test_fraction))
         val = int(characters * (1 - job.test_fraction)) - train
-        rooms = {"train": train, "val": val, "test": characters - train - val}
-        return Pass(split, job, lambda: encode.cut_by_characters(_parts(files, column, limit), rooms)), size
-    fixed = None if shared else split
-    return Pass(split, job, lambda: encode.whole_documents(paths(), job, fixed), limit), size
+        chars_per_split = {"train": train, "val": val, "test": characters - train - val}
+        chunks = functools.partial(read_chunks, files, column, in_train, limit)
+        return Pass(name, job, lambda: chunk_tasks(split_by_characters(chunks(), chars_per_split), 0), size)
+    if limit:
+        return Pass(name, job, lambda: chunk_tasks(read_chunks(files, column, job, limit)), size)
+    root = Path.cwd() if config.cluster else Path()  # a cluster's workers run in other folders
+    return Pass(name, job, lambda: file_tasks(files, column, job, root), size)
 
 
-def _paths(files: list[RawFile], absolute: bool) -> Iterator[tuple[str, Path]]:
-    """Name and path of each file, fetched when it is asked for; absolute for workers in other folders."""
-    for file in files:
-        yield file.name, file.local_path().absolute() if absolute else file.local_path()
+def require_space(needed: dict[Path, float]) -> None:
+    """Raise UserError where the disks of these folders have fewer bytes free; folders on one disk share them."""
+    disks: dict[int, tuple[Path, float]] = {}
+    for folder, size in needed.items():
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        disk = existing.stat().st_dev
+        disks[disk] = existing, size + disks.get(disk, (existing, 0))[1]
+    for existing, size in disks.values():
+        if size > (free := shutil.disk_usage(existing).free):
+            raise UserError(
+                f"about {size / 1e9:,.2f} GB are needed in {existing}, {free / 1e9:,.2f} GB are free: "
+                "make room, choose another disk with --data_dir and --raw_dir, or take fewer documents: --sample_size"
+            )
 
 
-def _parts(files: list[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
-    """The documents of the files, the first `limit`."""
+# ---------------------------------------------------------------------------------------------------------------------
+# files -> chunks
+
+
+def read_chunks(files: Iterable[RawFile], column: str, job: Job, limit: int | None = None) -> Iterator[Chunk]:
+    """Yield the documents of the files, the first `limit`, long ones in chunks whose split is decided."""
     count = 0
     for file in files:
-        for part in readers.split_document([file.text]) if file.text else readers.documents(file.local_path(), column):
-            yield part
-            count += part.last
+        split = job.split
+        for chunk in readers.split_document([file.text]) if file.text else readers.documents(file.local_path(), column):
+            if split is None and not chunk.documents:  # the hash takes the whole document: read it once for that
+                split = choose_split(readers.text_chunks(file.path), job.val_fraction, job.test_fraction)
+            yield dataclasses.replace(chunk, split=split)
+            count += chunk.documents
             if count == limit:
                 return
 
 
-def _count(parts: Iterator[Chunk]) -> tuple[int, int, bool]:
-    """Documents, their characters, and whether there are fewer than FEW_DOCUMENTS; of more, the first so many."""
-    count = characters = 0
-    for part in parts:
-        count += part.last
-        characters += len(part.text)
-        if count == FEW_DOCUMENTS:
-            return count, characters, False
-    return count, characters, True
+def split_by_characters(chunks: Iterable[Chunk], chars_per_split: dict[str, int]) -> Iterator[Chunk]:
+    """Give each split so many characters, in order; a document at a border becomes one document of both splits."""
+    borders = iter([(split, chars) for split, chars in chars_per_split.items() if chars])
+    left = 0
+    for chunk in chunks:
+        text = chunk.text
+        while text:
+            if not left:
+                split, left = next(borders)
+            head, text = text[:left], text[left:]
+            left -= len(head)
+            ends = not left or (chunk.documents and not text)
+            yield Chunk(head, int(bool(ends)), chunk.forced_split and not text, split)
 
 
-def _text_bytes(files: list[RawFile], column: str) -> int:
-    """Bytes of text in the files that are here."""
-    here = [file for file in files if not file.missing]
-    return sum(file.size if file.text else readers.text_bytes(file.path, column) for file in here)
+def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
+    """Yield the rows of the files joined to one text, `limit` rows at most; a chunk's documents are its rows."""
+    rows = counted = 0
+
+    def blocks() -> Iterator[str]:
+        nonlocal rows
+        texts = (text for file in files for text in readers.rows(file.local_path(), column, empty=True))
+        for task in chunk_tasks(map(Chunk, itertools.islice(texts, limit))):
+            rows += len(task.chunks)
+            yield "".join(chunk.text for chunk in task.chunks)
+
+    for chunk in readers.split_document(blocks()):
+        yield dataclasses.replace(chunk, documents=rows - counted)
+        counted = rows
 
 
-def _shard_bytes(text: int, job: Job) -> int:
-    return 2 * text if job.tokenizer == "byte" else 2 * text // BYTES_PER_TOKEN
+# ---------------------------------------------------------------------------------------------------------------------
+# files, chunks -> tasks
 
 
-def _make_sure_of_room(wanted: dict[Path, int]) -> None:
-    """UserError where the disks of these folders lack so many bytes; two folders on one disk share it."""
-    disks: dict[int, tuple[Path, int]] = {}
-    for folder, size in wanted.items():
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        disk = there.stat().st_dev
-        disks[disk] = (there, size + disks.get(disk, (there, 0))[1])
-    for there, size in disks.values():
-        if size > (free := shutil.disk_usage(there).free):
-            raise UserError(
-                f"about {size / 1e9:,.2f} GB are needed in {there}, {free / 1e9:,.2f} GB are free: "
-                "make room, choose another disk with --data_dir and --raw_dir, or take fewer documents: --sample_size"
-            )
+def chunk_tasks(chunks: Iterable[Chunk], size: int | None = None) -> Iterator[Task]:
+    """Yield tasks of at least `size` characters, by default CHUNK_BYTES, over the chunks."""
+    size = readers.CHUNK_BYTES if size is None else size
+    waiting, characters = [], 0
+
+    def task() -> Task:
+        return Task(sum(len(chunk.text.encode()) for chunk in waiting), tuple(waiting))
+
+    for chunk in chunks:
+        waiting.append(chunk)
+        characters += len(chunk.text)
+        if characters >= size:
+            yield task()
+            waiting, characters = [], 0
+    if waiting:
+        yield task()
+
+
+def file_tasks(files: Iterable[RawFile], column: str, job: Job, root: Path) -> Iterator[Task]:
+    """Yield tasks over all documents of the files, in order; files are downloaded when their turn comes."""
+    for file_format, group in itertools.groupby(files, lambda file: readers.file_format(file.path)):
+        if file_format == "text":  # small files share a task
+            yield from chunk_tasks(read_chunks(group, column, job))
+        else:
+            for file in group:
+                make = line_tasks if file_format == "jsonl" else row_tasks
+                yield from make(root / file.local_path(), column)
+
+
+def line_tasks(path: Path, column: str) -> Iterator[Task]:
+    """Yield tasks over the lines of a JSON lines file, which travel to the worker."""
+    total, done = path.stat().st_size, 0
+    for line, block in readers.line_chunks(path):
+        # how much of a compressed file is left is unknown: assume that text is three times as large
+        size = len(block) if path.name.endswith("l") else min(len(block) // 3, total - done)
+        done += size
+        yield Task(size, read=functools.partial(readers.parse_lines, block, column, path, line))
+
+
+def row_tasks(path: Path, column: str) -> Iterator[Task]:
+    """Yield tasks over row groups of a parquet file, which the worker reads."""
+    start = size = 0
+    groups = readers.row_groups(path, column)
+    for n, (_, group_size) in enumerate(groups):
+        large = group_size > 4 * readers.CHUNK_BYTES  # than fits into a worker's memory: read here, in chunks
+        size += 0 if large else group_size
+        stop = n if large else n + 1
+        if stop > start and (large or size >= readers.CHUNK_BYTES or n == len(groups) - 1):
+            yield Task(size, read=functools.partial(readers.rows, path, column, start, stop))
+            start, size = stop, 0
+        if large:
+            yield from chunk_tasks(map(Chunk, readers.rows(path, column, n, n + 1)))
+            start = n + 1

@@ -1,8 +1,7 @@
-"""Tokenizer names -> tiktoken encodings: any tiktoken encoding whose ids fit uint16, and `byte`; text -> ids.
+"""Tokenizer names -> tiktoken encodings: any tiktoken encoding whose ids fit uint16, and `byte`.
 
 enc = load("gpt2")
 enc.encode_ordinary("Hello"), enc.decode_single_token_bytes(15496), enc.n_vocab, enc.eot_token
-ids, cuts = encode(enc, ["one document", "another"], end_of_text=True)
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -19,18 +17,16 @@ import tiktoken.load
 import tiktoken.registry
 
 from config import UserError
-from flatgpt.data.bpe import BlockEncoder
 
 MAX_ENCODE_CHARS = 1_000_000  # characters encoded at once; a longer run without a break is cut
-BLOCK = 1 << 18  # characters of short documents that are encoded at once: their arrays stay in the cache
 SAME_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
-# GPT-2's pattern never looks back, and ends a match wherever white space follows something else: at such a place a text
-# can be cut without changing an id.
+# GPT-2's pattern never looks back, and a match ends wherever white space follows another character: a text can be split
+# there without changing an id.
 _BREAK = re.compile(r"\S(?=[ \n])")
 
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
 
-# Known to need ids beyond uint16; named here so that nobody downloads megabytes to be told.
+# Known not to fit uint16; listed here so that nothing is downloaded to find out.
 TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
 
 
@@ -48,7 +44,7 @@ def check_name(name: str) -> None:
 
 @functools.cache
 def load(name: str) -> tiktoken.Encoding:
-    """The encoding of that name; `byte` is UTF-8 itself: ids 0 to 255, and 256 for end-of-text.
+    """Return the encoding of that name; `byte` is UTF-8 itself: ids 0 to 255, and 256 for end-of-text.
 
     Raises:
         UserError: an unknown name, more than 65,536 ids, or a vocabulary that cannot be fetched.
@@ -64,10 +60,10 @@ def load(name: str) -> tiktoken.Encoding:
     check_name(name)
     try:
         encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as why:  # requests' errors are OSErrors; tiktoken's hash mismatch is a ValueError
-        url = getattr(getattr(why, "request", None), "url", "its host")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; tiktoken's hash mismatch is a ValueError
+        url = getattr(getattr(error, "request", None), "url", "its host")
         raise UserError(
-            f"tokenizer {name}: its vocabulary could not be fetched from {url} ({type(why).__name__}). "
+            f"tokenizer {name}: its vocabulary could not be fetched from {url} ({type(error).__name__}). "
             "Set TIKTOKEN_CACHE_DIR to a folder that has it (tiktoken's cache of a machine with a network), "
             "or take --tokenizer byte, which needs no download"
         ) from None
@@ -77,14 +73,14 @@ def load(name: str) -> tiktoken.Encoding:
 
 
 def vocabulary_files(name: str) -> dict[str, bytes]:
-    """The files that make this encoding, as a TIKTOKEN_CACHE_DIR has them; `byte` needs none.
+    """Return the files of this encoding, named as in a TIKTOKEN_CACHE_DIR; `byte` needs none.
 
-    tiktoken's constructors fetch by URL, through a cache where a file's name is the SHA-1 of its URL (its load.py).
+    tiktoken's constructors fetch by URL, through a cache in which a file's name is the SHA-1 of its URL (its load.py).
 
     Raises:
         UserError: as in load.
     """
-    load(name)  # fetched, where they were not, and checked
+    load(name)  # fetches what is missing, and checks it
     if name == "byte":
         return {}
     files, read = {}, tiktoken.load.read_file_cached
@@ -102,7 +98,7 @@ def vocabulary_files(name: str) -> dict[str, bytes]:
 
 
 def ranks_hash(encoding: tiktoken.Encoding) -> str:
-    """SHA-256 over all (id, bytes) pairs: two vocabularies with one hash encode alike."""
+    """SHA-256 over all (id, bytes) pairs: two vocabularies with the same hash encode alike."""
     digest = hashlib.sha256()
     for token in encoding.token_byte_values():
         digest.update(encoding.encode_single_token(token).to_bytes(4, "little") + token + b"\0")
@@ -110,11 +106,11 @@ def ranks_hash(encoding: tiktoken.Encoding) -> str:
 
 
 def split_text(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]:
-    """The text of the blocks in pieces of at most `length` characters that encode to the ids of the whole.
+    """Split the text of the blocks into chunks of at most `length` characters that encode to the ids of the whole.
 
     Yields:
-        a piece, and whether its end is in the middle of a run of more than `length` characters without a break, so
-        that the ids around it may differ from the whole's.
+        chunk, forced_split: True where more than `length` characters have no break, so that the chunk ends within a
+        word and the ids around the split may differ from those of the whole.
     """
     rest = ""
     for block in blocks:
@@ -129,60 +125,16 @@ def split_text(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]
 
 
 def _last_break(text: str, start: int, stop: int) -> int:
-    """The last place in start + 1 .. stop where a cut changes no id; 0 where there is none."""
+    """Return the last index in start + 1 .. stop at which a split changes no id; 0 where there is none."""
     for first in (max(start, stop - 4096), start):
-        places = [match.end() for match in _BREAK.finditer(text, first, stop + 1)]
-        if places:
-            return places[-1]
+        breaks = [match.end() for match in _BREAK.finditer(text, first, stop + 1)]
+        if breaks:
+            return breaks[-1]
     return 0
 
 
-def encode(encoding: tiktoken.Encoding, documents: Iterable[str], end_of_text: bool) -> tuple[np.ndarray, int]:
-    """What `encode_ordinary` gives for each document, one after the other; with GPT-2's pattern faster than it.
-
-    Args:
-        documents: valid Unicode (no lone surrogates).
-        end_of_text: put that id after each document.
-
-    Returns:
-        ids, (n,) uint16; and in how many places a run of more than MAX_ENCODE_CHARS characters without a break had to
-        be cut.
-    """
-    eot = np.full(int(end_of_text), encoding.eot_token, dtype=np.uint32)
-    parts, cuts = [np.zeros(0, np.uint32)], 0
-    if encoding.name == "byte":
-        for text in documents:
-            parts += [np.frombuffer(text.encode(), dtype=np.uint8), eot]
-    elif encoding.name not in SAME_PATTERN:
-        for text in documents:
-            parts += [encoding.encode_to_numpy(text, disallowed_special=()), eot]
-    else:
-        encoder, block, size = _block_encoder(encoding, threading.get_ident()), [], 0
-        for text in documents:
-            if len(text) > MAX_ENCODE_CHARS:
-                parts.append(encoder(block, end_of_text))
-                block, size = [], 0
-                for piece, cut in split_text([text], MAX_ENCODE_CHARS):
-                    parts.append(encoder([piece], False))
-                    cuts += cut
-                parts.append(eot)
-                continue
-            block.append(text)
-            size += len(text)
-            if size > BLOCK:
-                parts.append(encoder(block, end_of_text))
-                block, size = [], 0
-        parts.append(encoder(block, end_of_text))
-    return to_uint16(np.concatenate(parts), encoding.n_vocab), cuts
-
-
-@functools.lru_cache(maxsize=64)
-def _block_encoder(encoding: tiktoken.Encoding, thread: int) -> BlockEncoder:
-    return BlockEncoder(encoding)  # it learns as it goes, so each thread has its own
-
-
 def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:
-    """The ids as uint16; asserts that all are in 0 .. n_vocab - 1."""
-    # astype(uint16) would wrap 70000 to 4464 without a word
+    """Convert ids to little-endian uint16; asserts that all are in 0 .. n_vocab - 1."""
+    # astype alone would wrap 70000 to 4464
     assert ids.size == 0 or (ids.min() >= 0 and ids.max() < n_vocab), (ids.min(), ids.max(), n_vocab)
     return ids.astype("<u2")

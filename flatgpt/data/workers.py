@@ -1,6 +1,6 @@
-"""Who does the tasks: this process, a pool of processes, or a Dask cluster, behind one executor interface.
+"""Run tasks in order: in this process, in processes on this machine, or on a Dask cluster.
 
-Each is a context manager that gives a WorkerPool.
+Each is a context manager that yields `run_tasks(function, tasks)`, an iterator over (task, result).
 """
 
 from __future__ import annotations
@@ -12,43 +12,60 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from config import UserError
 
 
-@dataclass(frozen=True)
-class WorkerPool:
-    """An executor and how to work with it.
+@contextmanager
+def this_process():
+    """Run tasks in this process, where the text is too short to start others."""
+    yield lambda function, tasks: ((task, function(task)) for task in tasks)
+
+
+def ordered(
+    submit: Callable[..., Any], max_in_flight: int, failure: Callable[[], Exception | None]
+) -> Callable[[Callable, Iterable], Iterator[tuple[Any, Any]]]:
+    """Return run_tasks over an executor.
 
     Args:
-        max_in_flight: how many tasks to keep in it.
-        failure: the error to raise where it will never answer again.
+        submit: the executor's, which returns a future.
+        max_in_flight: how many tasks are read ahead; it bounds the memory.
+        failure: returns the error to raise where the executor will never answer again.
     """
 
-    executor: concurrent.futures.Executor
-    max_in_flight: int
-    failure: Callable[[], Exception | None] = lambda: None
-
-    def result(self, future: concurrent.futures.Future):
-        """What the task gave, or raises."""
+    def result(future):
         while True:
             try:
                 return future.result(timeout=3)
             except TimeoutError:
                 if future.done():
                     return future.result()
-                if why := self.failure():
-                    raise why from None
+                if error := failure():
+                    raise error from None
             except concurrent.futures.CancelledError:  # by Dask's client, when its scheduler is gone
                 raise ConnectionError("its scheduler is gone") from None
 
+    def run_tasks(function, tasks):
+        in_flight = deque()
+        for task in tasks:
+            in_flight.append((task, submit(function, task)))
+            if len(in_flight) == max_in_flight:
+                task, future = in_flight.popleft()
+                yield task, result(future)
+        while in_flight:
+            task, future = in_flight.popleft()
+            yield task, result(future)
+
+    return run_tasks
+
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it, also when it was killed."""
+    """Leave Ctrl-C to the parent, and exit when the parent does, also when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -56,25 +73,30 @@ def _start_worker() -> None:
 
 @contextmanager
 def local_pool(workers: int):
-    """Processes on this machine."""
+    """Run tasks in processes on this machine."""
     # spawn: this process has threads (of pyarrow, of downloads), and a fork would copy their locks
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children start with it: no traceback of a half-started one
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children start with it: no traceback of a half-started one
     try:
         for _ in range(workers):
             pool.submit(os.getpid)
     finally:
-        signal.signal(signal.SIGINT, ours)
+        signal.signal(signal.SIGINT, handler)
+
+    def failure() -> Exception | None:
+        processes = list((pool._processes or {}).values())
+        return BrokenProcessPool() if any(process.exitcode is not None for process in processes) else None
+
     try:
-        yield WorkerPool(pool, 2 * workers + 2, lambda: BrokenProcessPool() if _dead(pool) else None)
+        yield ordered(pool.submit, 2 * workers + 2, failure)
     except BrokenProcessPool:
-        # Killed in the middle of a message, a worker leaves the pool's threads waiting for the rest, in both directions
-        # (in part https://github.com/python/cpython/issues/94777): nobody is left, so close the other ends.
+        # A worker that is killed in the middle of a message leaves the pool's threads waiting for the rest, in both
+        # directions (in part https://github.com/python/cpython/issues/94777): close the other ends.
         for process in list((pool._processes or {}).values()):
             process.kill()
         pool._result_queue._writer.close()
-        # Newer Pythons close this end in that thread: two who close at once can meet "Bad file descriptor".
+        # Newer Pythons close this end in that thread; two threads that close it at once raise "Bad file descriptor".
         pool._executor_manager_thread.join(2)
         if pool._executor_manager_thread.is_alive():
             pool._call_queue._reader.close()
@@ -83,61 +105,39 @@ def local_pool(workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-def _dead(pool: concurrent.futures.ProcessPoolExecutor) -> bool:
-    return any(process.exitcode is not None for process in list((pool._processes or {}).values()))
-
-
-class _Here(concurrent.futures.Executor):
-    def submit(self, call, *args) -> concurrent.futures.Future:
-        future = concurrent.futures.Future()
-        future.set_result(call(*args))
-        return future
-
-
-@contextmanager
-def here():
-    """This process, for texts too small to start others for."""
-    yield WorkerPool(_Here(), 1)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @contextmanager
 def dask_cluster(address: str):
-    """A Dask cluster, whose workers see the same files."""
+    """Run tasks on a Dask cluster, whose workers see the same files."""
     try:
         from distributed import Client
     except ImportError:
         raise UserError("--cluster needs Dask: pip install -r requirements-extra.txt (distributed)") from None
     try:
         client = Client(address, timeout="10s")
-    except (OSError, ValueError) as why:
-        raise UserError(f"cluster = {address}: no scheduler answers ({why}); the form is tcp://host:8786") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cluster = {address}: no scheduler answers ({error}); the form is tcp://host:8786") from None
+    start = f"in a checkout of this repository, with `PYTHONPATH=. dask worker {address}`"
     with client:
-        slots = sum(client.nthreads().values())
-        if not slots:
-            raise UserError(
-                f"cluster = {address}: the scheduler has no workers; start some with "
-                f"`PYTHONPATH=. dask worker {address}` in a checkout of this repository"
-            )
+        if not (threads := sum(client.nthreads().values())):
+            raise UserError(f"cluster = {address}: the scheduler has no workers; start some {start}")
         try:
             client.run(importlib.import_module, "flatgpt.data.encode")
-        except ImportError as why:
+        except ImportError as error:
             raise UserError(
-                f"cluster = {address}: a worker cannot import flatGPT's code ({why}): start it in a checkout, with "
-                f"PYTHONPATH=. dask worker {address}"
+                f"cluster = {address}: a worker cannot import flatGPT's code ({error}): start it {start}"
             ) from None
-        yield WorkerPool(client.get_executor(), 2 * slots + 2, lambda: _closed(client))
+        yield ordered(
+            lambda function, task: client.submit(function, task, pure=False),
+            2 * threads + 2,
+            lambda: ConnectionError("its scheduler is gone") if client.status == "closed" else None,
+        )
 
 
-def _closed(client) -> Exception | None:
-    return ConnectionError("its scheduler is gone") if client.status == "closed" else None
-
-
-def died(why: BaseException) -> bool:
-    """Whether an executor gives this error because a worker was killed (more often than Dask retries)."""
-    broken = isinstance(why, BrokenProcessPool)
-    return broken or type(why).__name__ == "KilledWorker"  # distributed's, not imported for this
+def is_killed_worker(error: BaseException) -> bool:
+    """Whether an executor raised the error because a worker was killed (on Dask: more often than it retries)."""
+    return isinstance(error, BrokenProcessPool) or type(error).__name__ == "KilledWorker"  # distributed's

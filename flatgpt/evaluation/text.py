@@ -15,6 +15,7 @@ import tiktoken
 from config import EvalConfig, ModelConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
+from flatgpt.data.encode import load_encoder
 from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
 
@@ -82,8 +83,9 @@ def open_tokens(
 
 def encode_file(path: str, encoding: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """Tokenise a text file in chunks, with the same ids as prepare_data.py."""
-    for piece, _ in tokenizer.split_text(text_chunks(Path(path)), tokenizer.MAX_ENCODE_CHARS):
-        yield tokenizer.encode(encoding, [piece], end_of_text=False)[0]
+    encode = load_encoder(encoding)
+    for chunk, _ in tokenizer.split_text(text_chunks(Path(path)), tokenizer.MAX_ENCODE_CHARS):
+        yield tokenizer.to_uint16(encode([chunk], [False]), encoding.n_vocab)
 
 
 def _dataset_folder(config: EvalConfig, model_name: str, state: dict) -> Path:

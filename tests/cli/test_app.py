@@ -22,7 +22,7 @@ from processes import ROOT, command, free_port, running
 import app
 from config import AppConfig, InferConfig, UserError
 from flatgpt.data import tokenizer
-from flatgpt.inference.sampling import TextStream
+from flatgpt.inference.text_stream import TextStream
 from flatgpt.inference.web import ALTERNATIVES, HtmlView, stream_html
 from flatgpt.inference.writer import PreparedModel, Text, Writer
 

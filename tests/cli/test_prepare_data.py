@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dataset_files import WRITTEN, cut, flip, hub_data, write, wrong_id
 from in_process import TEXT
 from processes import command
-from test_split import WRITTEN, hub_data, write
 
 import prepare_data
 from config import PrepareConfig, TrainConfig
@@ -77,7 +77,7 @@ def test_mistake_is_one_error_line(tmp_path, words, said):
         ("text --input a.txt --tokenizer byte --shard_tokens 0", "shard_tokens = 0"),
         (
             "text --input a.jsonl --tokenizer byte --column body",
-            "a.jsonl line 1: no key 'body', its keys are n, text; name",
+            "a.jsonl line 1: no key 'body', its keys are n, text",
         ),
         ("text --input a.txt --sample_size 0", "sample_size = 0"),
         ("text", "source text needs --input"),
@@ -157,20 +157,6 @@ def test_info_says_what_the_manifest_says_and_shows_text(in_tmp, capsys):
         assert f"--- {split}, the first 60 tokens\n{start}" in out
 
 
-def flip(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[-2] ^= 1
-    path.write_bytes(raw)
-
-
-def out_of_vocabulary(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
 def test_verify_of_what_is_whole(in_tmp, capsys):
     data = made()
     shards = sum(len(entry["files"]) for entry in data.meta["splits"].values())
@@ -189,8 +175,8 @@ def test_verify_of_what_is_whole(in_tmp, capsys):
     ("damage", "said"),
     [
         (flip, "its SHA-256 is not meta.json's"),
-        (out_of_vocabulary, "id 65535 at byte"),
-        (truncate, "truncated"),
+        (wrong_id, "id 257 at byte"),
+        (cut, "truncated"),
         (Path.unlink, "cannot be read: No such file"),
     ],
 )
@@ -207,7 +193,7 @@ def test_verify_names_all_that_is_damaged(in_tmp, capsys, damage, said):
     assert err.endswith("Move the folder away and run prepare_data.py again\n")
 
 
-@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
 def test_info_of_what_is_damaged_names_the_file(in_tmp, capsys, damage):
     made()
     damage(Path("data/mine/val_000000.bin"))

@@ -18,8 +18,8 @@ import torch
 from forked import ForkedProcess
 from in_process import TINY, train_here
 from processes import ROOT, free_port
+from run_files import rows, same
 from safetensors.torch import load_file
-from test_train import rows, same
 
 import bench
 import train

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_files import cut, finished, flip, llmc, nanogpt, shard, tokens, wrong_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import TINY
 from processes import command
-from test_shards import cut, finished, llmc, shard, tokens
 
 from config import UserError
 from flatgpt.data import dataset, tokenizer
@@ -25,47 +25,39 @@ from flatgpt.evaluation.windows import eval_batches
 quick = settings(max_examples=60)
 
 
-def nanogpt(folder: Path, **splits) -> Path:
-    """A folder as nanoGPT's data/*/prepare.py leave it."""
-    folder.mkdir(exist_ok=True)
-    for split, ids in splits.items():
-        shard(folder / f"{split}.bin", ids)
-    return folder
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # a finished folder
 
 
 def test_finished_dataset(tmp_path):
-    data = open_dataset(finished(tmp_path / "d", [[1, 2], range(5)], shard_tokens=3))
+    data = open_dataset(finished(tmp_path / "d", {"train": [[1, 2], range(5)]}, shard_tokens=3))
     assert data.tokens("train")[:].tolist() == [1, 2, 0, 1, 2, 3, 4]
     assert data.meta["splits"]["train"]["documents"] == 2
     assert data.notice == ""
 
 
 def test_manifest_hash_names_the_data(tmp_path):
-    one = open_dataset(finished(tmp_path / "one", [[1, 2, 3]]))
-    same = open_dataset(finished(tmp_path / "same", [[1, 2, 3]]))
-    other = open_dataset(finished(tmp_path / "other", [[1, 2, 4]]))
+    one = open_dataset(finished(tmp_path / "one", {"train": [[1, 2, 3]]}))
+    same = open_dataset(finished(tmp_path / "same", {"train": [[1, 2, 3]]}))
+    other = open_dataset(finished(tmp_path / "other", {"train": [[1, 2, 4]]}))
     assert one.manifest_hash == same.manifest_hash != other.manifest_hash
 
 
 def test_manifest_hash_of_finished_datasets_never_changes(tmp_path):
     """A run resumed with a later version of this code asks whether its data is the same."""
-    folder = finished(tmp_path / "d", [[1, 2, 3]])
+    folder = finished(tmp_path / "d", {"train": [[1, 2, 3]]})
     assert open_dataset(folder).manifest_hash == hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
 
 
 def test_missing_split_names_those_there_are(tmp_path):
-    data = open_dataset(finished(tmp_path / "d", [[1, 2]], split="val"))
+    data = open_dataset(finished(tmp_path / "d", {"val": [[1, 2]]}))
     with pytest.raises(UserError, match=r"no split test; it has val$"):
         data.tokens("test")
 
 
 def test_manifest_of_another_tokenizer(tmp_path):
     with pytest.raises(UserError, match="tokenizer gpt3"):
-        open_dataset(finished(tmp_path / "d", [[1, 2]], tokenizer="gpt3"))
+        open_dataset(finished(tmp_path / "d", {"train": [[1, 2]]}, tokenizer="gpt3"))
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 99}'])
@@ -132,7 +124,7 @@ def test_damaged_progress_is_unfinished_too(tmp_path, content):
 
 def test_progress_beside_a_manifest_is_forgotten(tmp_path):
     """Killed between the manifest and the removal of progress.json."""
-    folder = finished(tmp_path / "d", [[1, 2]])
+    folder = finished(tmp_path / "d", {"train": [[1, 2]]})
     (folder / "progress.json").write_text('{"command": "x"}')
     assert open_dataset(folder).tokens("train")[:].tolist() == [1, 2]
 
@@ -254,13 +246,6 @@ def test_train_and_eval_on_shards_of_others(tmp_path, monkeypatch, capsys, gpt2_
 # damage
 
 
-def flip(path: Path) -> None:
-    """One bit of the last id's lower byte."""
-    raw = bytearray(path.read_bytes())
-    raw[-2] ^= 1
-    path.write_bytes(raw)
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -272,11 +257,7 @@ def flip(path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["train_000000.bin", "train_000002.bin", "val_000001.bin"])
 def test_damaged_files_are_named(tmp_path, name, damage, said):
-    parts = {split: finished(tmp_path / split, [range(30)], 10, split) for split in ("train", "val")}
-    splits = {split: open_dataset(folder).meta["splits"][split] for split, folder in parts.items()}
-    folder = finished(tmp_path / "d", [range(30)], 10, splits=splits)
-    for path in parts["val"].glob("*.bin"):
-        shutil.copy(path, folder)
+    folder = finished(tmp_path / "d", {split: [range(30)] for split in ("train", "val")}, 10)
     names = [f"{split}_{n:06d}.bin" for split in ("train", "val") for n in range(3)]
     data = open_dataset(folder)
     assert list(data.verify_shards()) == [(each, "") for each in names]
@@ -311,20 +292,7 @@ def test_uint32_ids_in_a_folder_of_nanogpts(tmp_path):
 
 def three_splits(folder: Path) -> Path:
     """train, val and test of 30 ids in three files each."""
-    parts = {split: finished(folder / split, [range(30)], 10, split) for split in ("train", "val", "test")}
-    splits = {split: open_dataset(part).meta["splits"][split] for split, part in parts.items()}
-    whole = finished(folder / "d", [range(30)], 10, splits=splits)
-    for split in ("val", "test"):
-        for path in parts[split].glob("*.bin"):
-            shutil.copy(path, whole)
-    return whole
-
-
-def wrong_id(path: Path) -> None:
-    """The last id is the first that is none."""
-    raw = bytearray(path.read_bytes())
-    raw[-2:] = (257).to_bytes(2, "little")
-    path.write_bytes(raw)
+    return finished(folder / "d", {split: [range(30)] for split in ("train", "val", "test")}, 10)
 
 
 def check(data, full: bool) -> str:
@@ -395,7 +363,7 @@ def test_check_of_shards_of_others(tmp_path, full):
 @pytest.mark.parametrize("place", [0, 5, 9, 10, 16])
 def test_batches_never_hold_an_id_outside_the_vocabulary(tmp_path, place):
     """At the first place, the last, and on both sides of the border of two files; others can be had."""
-    folder, T = finished(tmp_path / "d", [[256] * 17], 10), 4
+    folder, T = finished(tmp_path / "d", {"train": [[256] * 17]}, 10), 4
     data = open_dataset(folder)
     split = data.tokens("train")  # what is open sees what is written now
     path, at = folder / f"train_{place // 10:06d}.bin", 2 * (place % 10)

@@ -21,12 +21,11 @@ BYTE = tokenizer.load("byte")
 
 def texts(path: Path, column: str = "text") -> list[str]:
     """Return the documents of a file, their chunks joined."""
-    found = []
-    for part in readers.documents(path, column):
-        if part.first:
-            found.append("")
-        found[-1] += part.text
-    return found
+    found = [""]
+    for chunk in readers.documents(path, column):
+        found[-1] += chunk.text
+        found += [""] * chunk.documents
+    return found[:-1]
 
 
 def refused(parts, call, *args) -> None:
@@ -121,11 +120,9 @@ def test_chunks_of_a_document(blocks, length):
     found = list(readers.split_document(blocks, length))
     pieces = list(tokenizer.split_text(["".join(blocks)], length))
     last = len(pieces) - 1
-    facts = [(part.text, part.first, part.last, part.forced_split) for part in found]
-    assert facts == [(piece, n == 0, n == last, cut) for n, (piece, cut) in enumerate(pieces)]
-    # a part that begins inside a word makes one more of the words
-    assert sum(len(p.text.split()) - p.starts_mid_word for p in found) == len("".join(blocks).split())
-    assert not any(part.forced_split for part in found if part.last)
+    facts = [(chunk.text, chunk.documents, chunk.forced_split) for chunk in found]
+    assert facts == [(piece, n == last, cut) for n, (piece, cut) in enumerate(pieces)]
+    assert not any(part.forced_split for part in found if part.documents)
 
 
 def test_chunks_of_a_long_file(tmp_path):
@@ -136,7 +133,7 @@ def test_chunks_of_a_long_file(tmp_path):
     assert "".join(part.text for part in found) == text
     assert len(found) == 3
     assert max(len(part.text) for part in found) <= 4 * tokenizer.MAX_ENCODE_CHARS
-    assert [(part.first, part.last) for part in found] == [(True, False), (False, False), (False, True)]
+    assert [part.documents for part in found] == [0, 0, 1]
     assert all(part.text[0] in " \n" and not part.forced_split for part in found[1:])
 
 

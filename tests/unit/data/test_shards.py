@@ -7,69 +7,21 @@ import os
 import pickle
 import shutil
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_files import FACTS, cut, finished, full_disk, llmc, shard, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import content
 
 from config import UserError
 from flatgpt.data.shards import ShardWriter, Tokens, read_meta, write_meta
 from flatgpt.runtime.files import atomic_write
 
 quick = settings(max_examples=60)
-
-# What a manifest says of the tokenizer; the tests here read ids alone.
-FACTS = {"tokenizer": "byte", "vocab_size": 257, "ranks_sha256": "", "eot_id": 256, "end_of_text": True}
-
-
-def shard(path: Path, ids) -> tuple[Path, int]:
-    ids = np.asarray(ids, dtype="<u2")
-    path.write_bytes(ids.tobytes())
-    return path, ids.size
-
-
-def tokens(folder: Path, *parts) -> Tokens:
-    """Tokens over one shard file per part."""
-    return Tokens([shard(folder / f"train_{n:06d}.bin", part) for n, part in enumerate(parts)])
-
-
-def llmc(path: Path, ids, magic=20240520, version=1, count=None, dtype="<u2") -> Path:
-    """A file as llm.c's data scripts and modded-nanogpt's write it."""
-    ids = np.asarray(ids, dtype=dtype)
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, ids.size if count is None else count
-    path.write_bytes(header.tobytes() + ids.tobytes())
-    return path
-
-
-def finished(folder: Path, documents, shard_tokens=10**6, split="train", n_vocab=257, **meta) -> Path:
-    """A finished dataset of these lists of ids."""
-    folder.mkdir()
-    writer = ShardWriter(folder, split, n_vocab, shard_tokens)
-    for ids in documents:
-        writer.add(ids)
-    write_meta(folder, {**FACTS, "vocab_size": n_vocab, "splits": {split: writer.close()}, **meta})
-    return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@contextmanager
-def full_disk(room: int):
-    """No file can grow past `room` bytes: a real write error in the middle of a file."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # writing and reading
@@ -78,10 +30,10 @@ def full_disk(room: int):
 @pytest.mark.parametrize("shard_tokens", [1, 7, 10, 23, 100])
 def test_what_is_written_is_read(tmp_path, shard_tokens):
     writer = ShardWriter(tmp_path, "val", 65536, shard_tokens)
-    writer.add([0, 1, 2], text_bytes=5, words=3)
+    writer.add([0, 1, 2], text_bytes=5)
     writer.add([])
-    writer.add(list(range(11)), documents=3, text_bytes=13, words=2)
-    writer.add(np.full(9, 65535), documents=0, words=1)
+    writer.add(list(range(11)), documents=3, text_bytes=13)
+    writer.add(np.full(9, 65535), documents=0)
     entry = writer.close()
     flat = [0, 1, 2, *range(11), *[65535] * 9]
     paths = sorted(tmp_path.iterdir())
@@ -92,7 +44,6 @@ def test_what_is_written_is_read(tmp_path, shard_tokens):
         "tokens": 23,
         "documents": 5,
         "bytes": 18,
-        "words": 6,
         "files": [
             {"name": p.name, "tokens": len(piece), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
             for p, piece in zip(paths, pieces, strict=True)
@@ -120,7 +71,7 @@ def test_a_file_has_its_name_when_it_is_full(tmp_path):
 
 
 def test_nothing_written_is_no_file(tmp_path):
-    nothing = {"tokens": 0, "documents": 0, "bytes": 0, "words": 0, "files": []}
+    nothing = {"tokens": 0, "documents": 0, "bytes": 0, "files": []}
     assert ShardWriter(tmp_path, "train", 257, 4).close() == nothing
     assert content(tmp_path) == {}
 
@@ -188,7 +139,7 @@ PART = st.lists(st.integers(0, 256), max_size=9)
 @given(st.lists(PART, max_size=5), st.integers(1, 15), st.data())
 def test_writer_that_goes_on_ends_as_if_never_stopped(parts, shard_tokens, data):
     """Stopped at any places, each time with more written than the position knows of; the copy is what a kill leaves."""
-    counts = [{"documents": n % 3, "text_bytes": 5 * n, "words": n} for n in range(len(parts))]
+    counts = [{"documents": n % 3, "text_bytes": 5 * n} for n in range(len(parts))]
     with tempfile.TemporaryDirectory() as root:
         whole, folder = Path(root, "whole"), Path(root, "stopped")
         whole.mkdir()
@@ -229,11 +180,6 @@ def test_position_without_ids_drops_what_came_after_it(tmp_path):
     ShardWriter(tmp_path, "train", 257, 4).add(range(10))
     ShardWriter(tmp_path, "train", 257, 4, position)
     assert content(tmp_path) == {}
-
-
-def cut(path: Path) -> None:
-    """Take the last id away."""
-    path.write_bytes(path.read_bytes()[:-2])
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
@@ -524,7 +470,7 @@ def test_pickle_is_refused_and_not_run(tmp_path, content, protocol):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickle_of_a_shards_name_and_size_is_refused_and_not_run(tmp_path, protocol):
-    folder, canary = finished(tmp_path / "d", [range(9)]), tmp_path / "canary"
+    folder, canary = finished(tmp_path / "d", {"train": [range(9)]}), tmp_path / "canary"
     pickled = pickle.dumps(Trap(canary), protocol)
     if len(pickled) % 2:
         canary = tmp_path / "canary_"

@@ -3,9 +3,9 @@
 from unittest import mock
 
 import numpy as np
+from dataset_files import tokens
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_shards import tokens
 
 from flatgpt.data import tokenizer
 from flatgpt.evaluation import text as evaluation_text
@@ -58,7 +58,7 @@ def test_wikitext_has_the_numbers_of_the_literature(tmp_path, real_text, gpt2_vo
 
     column = read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"]
     encoding = tokenizer.load("gpt2")
-    ids, _ = tokenizer.encode(encoding, ["".join(column.to_pylist())], end_of_text=False)
+    ids = np.array(encoding.encode_ordinary("".join(column.to_pylist())), np.uint16)
     monkeypatch.setattr(evaluation_text, "CHUNK_TOKENS", 10_000)
     split = tokens(tmp_path, *np.array_split(ids, 3))
     assert len(split) == 283_287

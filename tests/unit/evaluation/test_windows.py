@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from dataset_files import tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_shards import tokens
 
 from flatgpt.evaluation.windows import IGNORE, Prefixed, Protocol, eval_batches
 

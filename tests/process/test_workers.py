@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -17,15 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_files import mixed, texts_by_split
 from prepared import content, from_text, refusal
 from processes import ROOT, SYNTHETIC, command
-from test_prepare import mixed
-from test_split import held, small_blocks
 
 from flatgpt.data import prepare, workers
-from flatgpt.data.dataset import open_dataset
-
-__all__ = ["small_blocks"]  # a fixture
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 FEW = ("--tokenizer", "byte", "--shard_tokens", 100_000, "--workers", 2, "--name", "mine")
@@ -40,33 +37,32 @@ sys.path.insert(0, {str(ROOT)!r})
 from flatgpt.cli.cli import from_command_line, run_script
 from config import PrepareConfig
 import prepare_data
-from flatgpt.data import encode as tasks, prepare as preparation, readers as documents
+from flatgpt.data import encode, prepare, readers
 
-for module in (documents, preparation, tasks):
-    module.CHUNK_BYTES = 1 << 18
-encode, advance = tasks.encode, preparation.Run._advance
+readers.CHUNK_BYTES, prepare.MIN_POOL_BYTES = 1 << 18, 0
+encode_task, advance = encode.encode_task, prepare.Preparation._advance
 
 def hold():
     open(f"held_{{os.getpid()}}", "w").close()
     while not os.path.exists("go"):
         time.sleep(0.01)
 
-def held_encode(job, task, limit=None):
-    if task.start > 3150:  # lines
+def held_encode_task(job, task):
+    if task.read.args[-1] > 3150:  # the first line's number
         hold()
-    return encode(job, task, limit)
+    return encode_task(job, task)
 
-def held_advance(run, name, state, *words):
-    advance(run, name, state, *words)
+def held_advance(work, name, state, *words):
+    advance(work, name, state, *words)
     if state["tasks"] == 10:
         hold()
 
 if "--cluster" in sys.argv:
-    preparation.Run._advance = held_advance
+    prepare.Preparation._advance = held_advance
 else:
     # as pickle sends it to a worker, by name
-    held_encode.__module__, held_encode.__qualname__ = "flatgpt.data.encode", "encode"
-    tasks.encode = held_encode
+    held_encode_task.__module__, held_encode_task.__qualname__ = "flatgpt.data.encode", "encode_task"
+    encode.encode_task = prepare.encode_task = held_encode_task
 if __name__ == "__main__":
     run_script(prepare_data.main, from_command_line(PrepareConfig, prepare_data.__doc__))
 """
@@ -185,7 +181,7 @@ def finish(big: Path, *words) -> None:
 # the same bytes
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     pool, pools = workers.local_pool, []
@@ -194,28 +190,20 @@ def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     settings = {"tokenizer": name, "test_fraction": 0.1, "shard_tokens": 2000}
     here = from_text("in", **settings, name="here")
     assert pools == []
-    assert name != "byte" or sorted(sum(held(here).values(), [])) == sorted(written)  # noqa: RUF017, it is short
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 0)  # nothing is too small for a pool
+    assert name != "byte" or sorted(itertools.chain(*texts_by_split(here).values())) == sorted(written)
+    monkeypatch.setattr(prepare, "MIN_POOL_BYTES", 0)
     for n in (1, 2, 3) if name == "byte" else (2,):
         assert content(from_text("in", **settings, name=f"of{n}", workers=n).folder) == content(here.folder)
     assert pools == ([1, 2, 3] if name == "byte" else [2])
 
 
-def test_sample_of_a_pool_is_that_of_one_process(in_tmp, monkeypatch, small_blocks):
-    """Tasks that went out ahead and are not needed change nothing."""
-    mixed()
-    here = from_text("in", sample_size=130, name="here")
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 0)
-    assert content(from_text("in", sample_size=130, workers=2).folder) == content(here.folder)
-
-
 @linux
 def test_cores_are_those_that_this_process_may_use():
     allowed = os.sched_getaffinity(0)
-    assert workers.cores() == len(allowed)
+    assert workers.available_cores() == len(allowed)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert workers.cores() == 1
+        assert workers.available_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
 
@@ -329,9 +317,10 @@ def dask() -> None:
 @contextlib.contextmanager
 def new_cluster(tmp_path_factory):
     """A scheduler and workers of one thread each, as `dask scheduler` and `dask worker` start them, elsewhere: they
-    have neither our folder, nor our modules, nor GPT-2's vocabulary. Gives its address and the processes."""
+    run this checkout, and have neither our folder nor GPT-2's vocabulary. Gives its address and the processes."""
     folder, processes = tmp_path_factory.mktemp("cluster"), []
-    environment = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR"} | SYNTHETIC
+    environment = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *SYNTHETIC.values()])
 
     def start(what: str, *words) -> None:
         with open(folder / f"{len(processes)}.log", "w") as log:
@@ -370,7 +359,7 @@ def doomed(dask, tmp_path_factory):
 
 
 @pytest.mark.extra
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 def test_dask_gives_the_same_bytes(cluster, in_tmp, name):
     mixed()
@@ -424,7 +413,7 @@ def test_no_dask_workers(doomed, in_tmp):
     Path("a.txt").write_text("some text\n" * 100)
     done = command("prepare_data", "text", "--input", "a.txt", "--tokenizer=byte", "--cluster", address, cwd=in_tmp)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"error: cluster = {address}: the scheduler has no workers; start some with")
+    assert done.stderr.startswith(f"error: cluster = {address}: the scheduler has no workers; start some in a checkout")
 
 
 @pytest.mark.extra
@@ -445,25 +434,6 @@ def test_cluster_without_dask_is_one_error_line(in_tmp, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # much
-
-
-def lines_of(path: Path, n: int) -> None:
-    with open(path, "w") as file:
-        file.writelines(f'{{"text": "{k}"}}\n' for k in range(n))
-
-
-def test_a_million_tiny_documents(in_tmp):
-    lines_of(Path("a.jsonl"), 1_000_000)
-    done = command("prepare_data", "text", "--input", "a.jsonl", "--tokenizer", "byte", "--name", "mine", cwd=in_tmp)
-    assert (done.returncode, done.stderr) == (0, "")
-    data = open_dataset(Path("data/mine"))
-    entries = data.meta["splits"]
-    assert sum(entry["documents"] for entry in entries.values()) == 1_000_000
-    assert sum(entry["bytes"] for entry in entries.values()) == sum(len(str(n)) for n in range(1_000_000))
-    numbers = [
-        int(part) for split in entries for part in data.tokens(split)[:].astype("u1").tobytes().split(b"\0")[:-1]
-    ]
-    assert sorted(numbers) == list(range(1_000_000))
 
 
 def memory(process: int) -> int:
