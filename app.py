@@ -115,7 +115,7 @@ def build(config: AppConfig, found: loading.ModelSource, prepared: PreparedModel
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
         unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
         # Visitors share no writer: the texts of an earlier one may still be in progress.
-        for pages, line in stream_html(Writer(settings, prepared), prompt, settings.num_samples):
+        for pages, line in stream_html(Writer(settings, prepared)):
             yield [line, *(gr.HTML(page, visible=True) for page in pages), *unused]
 
     with gr.Blocks(title=f"{name} · flatGPT", analytics_enabled=False) as blocks:

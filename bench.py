@@ -1,18 +1,18 @@
-"""Time what the other verbs run.
+"""Measure the speed and memory of the other scripts.
 
 python bench.py train                                   # the update of the default recipe
 python bench.py train --config shakespeare --dtype float32 --no-compile --json -
-python bench.py train --config shakespeare_char_cpu --peer nanoGPT ../nanoGPT    # beside a checkout of it, in turn
-python bench.py train --config gpt2_124m --grad_accum_steps 1 --profile          # what takes the time; trace.json
+python bench.py train --config shakespeare_char_cpu --peer nanoGPT ../nanoGPT    # in turn with nanoGPT
+python bench.py train --config gpt2_124m --grad_accum_steps 1 --profile          # the most expensive operations
 python bench.py loss --config shakespeare_char_cpu --target 1.9 --peer nanoGPT ../nanoGPT    # seconds to that loss
-python bench.py save --config gpt2_124m --batch_size 1   # updates beside a save, and the wait for its copy
-python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, beside plain encoding and datasets.map
-python bench.py infer --config gpt2_124m                # tokens/s of text, beside transformers and llama.cpp
-python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # beside transformers
+python bench.py save --config gpt2_124m --batch_size 1   # updates during a save, and the wait for its copy
+python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, with plain encoding and datasets.map
+python bench.py infer --config gpt2_124m                # tokens/s, with transformers and llama.cpp
+python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # with transformers
 python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # docs/speed.md's tables: cpu.json, cpu.md
 python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # for a GPU, in about 6 minutes (docs/testing.md)
 python bench.py gpu --json dry.json --dry_run            # each row of that list at toy size, on the CPU
-python bench.py resume --config shakespeare_char_cpu --max_iters 20   # a resumed run is bit for bit one not stopped
+python bench.py resume --config shakespeare_char_cpu --max_iters 20   # a resumed run equals an uninterrupted one
 python bench.py tests                                    # the tests that need CUDA
 """
 

@@ -1,4 +1,4 @@
-"""Every setting: one frozen dataclass per script, each field with its help, limits and default; and UserError.
+"""All settings: one frozen dataclass per script, each field with its help, limits and default; and UserError.
 
 flatgpt/cli fills these from TOML recipes and the command line. Standard library only.
 """
@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-# Two keys that say the same thing in two units: the one set at the later level wins, both at one level is an error.
+# Two keys for one setting: the one set at the later level wins, both at one level is an error.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # what eval.py scores: one of them
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
 # Settings that are gone, and what takes their place, by config and key.
@@ -24,30 +24,30 @@ REMOVED = {
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message says what was wrong, with which value, and what to do."""
+    """An error of the user. The message says what was wrong, with which value, and what to do."""
 
 
-class ReportedByOtherRank(UserError):  # noqa: N818 - it is no error of this rank
-    """The same, where another rank tells the user."""
+class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
+    """A UserError that another rank reports; this rank exits silently."""
 
 
 def opt(default, help: str, **meta):
-    """A dataclass field that carries its own documentation and limits.
+    """Return a dataclass field with its help and limits.
 
     Args:
         default: the value when neither a recipe nor the command line sets it.
         help: one sentence for `--help`.
         meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
-            `none` (the word for None), `bare` (value of the flag alone), `alias` (other spellings),
-            `section` (a heading in `--help`, above this field), `positional` (no dashes; a tuple takes all such words),
-            `recipe` (False: a recipe's key of this name is meant for training).
+            `none` (the word for None), `bare` (value of the flag alone), `alias` (other names),
+            `section` (heading in `--help` above this field), `positional` (no dashes; a tuple takes all such words),
+            `recipe` (False: ignore a recipe's key of this name, which is for training).
     """
     return dataclasses.field(default=default, metadata={"help": help, **meta})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the network; all that model.py needs."""
+    """The shape of the model: all that model.py needs."""
 
     n_layer: int = opt(4, "transformer blocks", low=1, high=10_000, section="Model")
     n_head: int = opt(4, "attention heads per block; divides n_embd", low=1)
@@ -68,7 +68,7 @@ class ModelConfig:
     activation_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, more time")
 
     def problems(self) -> list[str]:
-        """Sentences about fields that do not fit each other; empty when all is well."""
+        """Return sentences about fields that contradict each other."""
         found = []
         if self.n_embd % self.n_head:
             found.append(
@@ -87,7 +87,7 @@ class ModelConfig:
         return found
 
     def num_params(self) -> int:
-        """Parameters, a shared matrix once, for a vocab_size that is settled; without torch, as GPT.num_params."""
+        """Return the number of parameters, as GPT.num_params; vocab_size must be set."""
         C, V, hidden = self.n_embd, self.vocab_size, round(self.mlp_ratio * self.n_embd)
         biased = self.bias if self.attn_bias is None else self.attn_bias
         norm = C + C * self.bias
@@ -96,13 +96,13 @@ class ModelConfig:
         return embeddings + self.n_layer * block + norm + V * C * (not self.tie_weights) + V * self.head_bias
 
     def model(self) -> ModelConfig:
-        """The model's part of a larger config, on its own."""
+        """Return the ModelConfig part of this config."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """What every verb that runs a model shares."""
+    """Settings of every script that runs a model."""
 
     config: str | None = opt(None, "a recipe: the bare name of a file in configs/, or a path", section="Shared")
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -193,20 +193,22 @@ class PrepareConfig:
 class TrainConfig(ModelConfig, MachineConfig):
     """train.py: shards -> checkpoints, log."""
 
-    seed: int = opt(1337, "of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
+    seed: int = opt(1337, "seed of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
     dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
     verify_data: bool = opt(False, "hash all shards before the first update")
     batch_size: int = opt(8, "sequences that go through a device at once", low=1, high=1_000_000)
-    grad_accum_steps: int = opt(1, "such passes, on all devices together, that make one update", low=1)
+    grad_accum_steps: int = opt(1, "such passes per update, summed over all devices", low=1)
     stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
     max_iters: int | None = opt(2000, "updates to train for", low=1, high=10**12, none="from epochs", section="Length")
     epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0, high=1e6)
     patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
     max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
-    on_nonfinite: str = opt("stop", "an update with nan or inf: end the run, or leave it out", choices=("stop", "skip"))
+    on_nonfinite: str = opt(
+        "stop", "an update with nan or inf: end the run, or skip the update", choices=("stop", "skip")
+    )
     init_from: str | None = opt(
-        None, "begin with these weights: a run, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt", none="random"
+        None, "start from these weights: a run, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt", none="random"
     )
     optimizer: str = opt(
         "adamw",
@@ -234,10 +236,10 @@ class TrainConfig(ModelConfig, MachineConfig):
         choices=("auto", "bfloat16", "float16", "float32"),
         section="Speed",
     )
-    compile: bool | None = opt(None, "torch.compile the training forward", none="auto")
-    deterministic: bool = opt(False, "CUDA: kernels that give the same bits twice, slower; a CPU's do anyway")
-    fsdp: bool = opt(False, "under torchrun: weights, gradients and optimizer in parts, one on each device")
-    rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other; at first twice that", low=1)
+    compile: bool | None = opt(None, "use torch.compile for the forward pass in training", none="auto")
+    deterministic: bool = opt(False, "CUDA: slower kernels with reproducible results; those of CPUs always are")
+    fsdp: bool = opt(False, "under torchrun: shard weights, gradients and optimizer state over the devices")
+    rank_timeout: float = opt(300, "seconds that ranks wait for each other; twice that in the first update", low=1)
     eval_interval: int = opt(
         200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
     )
@@ -245,7 +247,7 @@ class TrainConfig(ModelConfig, MachineConfig):
         0, "validation batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",)
     )
     sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
-    sample_prompt: tuple[str, ...] = opt(("\n",), "what the samples continue, a sample each; without: a line end")
+    sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples; without: a line end")
     log_interval: int = opt(10, "updates between two rows of the log", low=1)
     save_interval: int | None = opt(
         None,
@@ -255,26 +257,28 @@ class TrainConfig(ModelConfig, MachineConfig):
         alias=("save_chkpt_epoch",),
     )
     save_minutes: float | None = opt(None, "minutes between checkpoints, besides the others", above=0)
-    keep_checkpoints: int = opt(2, "newest checkpoints to keep (best is kept besides)", low=1)
-    keep_every: int | None = opt(None, "keep those of every N-th update for good", low=1, none="newest and best only")
-    on_save_error: str = opt("stop", "a save that fails: end the run, or warn and try again", choices=("stop", "warn"))
+    keep_checkpoints: int = opt(2, "newest checkpoints to keep, besides the best", low=1)
+    keep_every: int | None = opt(None, "keep the checkpoint of every N-th update", low=1, none="newest and best only")
+    on_save_error: str = opt(
+        "stop", "if a save fails: end the run, or warn and try again at the next one", choices=("stop", "warn")
+    )
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,
-        "go on from a checkpoint: latest, auto (start when there is none) or a path",
+        "resume from a checkpoint: latest, auto (start if there is none) or a path",
         bare="latest",
         alias=("load_checkpoint_path",),
     )
     overwrite: bool = opt(False, "start again; the old run moves to <out_dir>.old-<time>")
     wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
-    wandb_project: str = opt("flatgpt", "its project there")
+    wandb_project: str = opt("flatgpt", "project on Weights & Biases")
     list: bool = opt(False, "print recipes and the runs in out/, and train nothing", section="Plan")
     plan: bool = opt(False, "print size, memory and time, and train nothing")
-    gpus: int = opt(1, "devices that --plan reckons with", low=1)
-    mfu: float = opt(0.4, "share of the devices' peak that --plan reckons with", above=0, high=1)
+    gpus: int = opt(1, "number of devices for --plan", low=1)
+    mfu: float = opt(0.4, "share of the devices' peak for --plan", above=0, high=1)
 
     def problems(self) -> list[str]:
-        """ModelConfig's, and those of the training fields."""
+        """Return the problems of ModelConfig and of the training fields."""
         found = super().problems()
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
@@ -293,7 +297,7 @@ class TrainConfig(ModelConfig, MachineConfig):
         return found
 
 
-# In --help of every verb that takes a model.
+# Help of --model_path.
 MODEL = "a run's folder (its best checkpoint), a checkpoint, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt"
 
 
@@ -513,37 +517,40 @@ class PlotConfig:
     """plot.py: logs of runs -> picture."""
 
     runs: tuple[str, ...] = opt(
-        (), "folders of runs; several: side by side. Without: the newest run", positional=True, section="What is drawn"
+        (),
+        "folders of runs; several are drawn in one picture. Default: the newest run",
+        positional=True,
+        section="What is drawn",
     )
     x: str = opt(
         "iter",
-        "along which axis: updates done, tokens trained on, or time of the updates",
+        "x axis: updates done, tokens trained on, or time of the updates",
         choices=("iter", "tokens", "time"),
     )
-    watch: bool = opt(False, "draw it anew whenever a log has grown, until Ctrl-C")
+    watch: bool = opt(False, "draw again whenever a log has grown, until Ctrl-C")
     out: str | None = opt(
         None,
         "the file to write, .png or .svg",
         none="metrics.png in the run's folder, of several runs in the current one",
         section="Where to",
     )
-    svg: bool = opt(False, "metrics.svg instead")
+    svg: bool = opt(False, "write metrics.svg instead of metrics.png")
 
     def problems(self) -> list[str]:
-        """Names that say another format."""
+        """Return the problem of a file name with another format."""
         if not self.out or self.out.endswith(".svg") or (self.out.endswith(".png") and not self.svg):
             return []
         return [f"out = {self.out}: a name that ends in {'.svg' if self.svg else '.png or .svg'} is expected"]
 
     @property
     def format(self) -> str:
-        """png or svg."""
+        """Format of the picture, png or svg."""
         return "svg" if self.svg or (self.out or "").endswith(".svg") else "png"
 
 
 @dataclass(frozen=True)
 class BenchConfig(TrainConfig):
-    """bench.py: speed and memory of what the other verbs run."""
+    """bench.py: speed and memory of the other scripts."""
 
     what: str = opt(
         "train",
@@ -551,32 +558,36 @@ class BenchConfig(TrainConfig):
         choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu"),
         positional=True,
     )
-    warmup_updates: int = opt(5, "updates that are not counted, compilation among them", low=1, section="Benchmark")
-    timed_updates: int = opt(20, "updates that are; of save and beside a peer: in each round", low=2)
-    rounds: int = opt(3, "times that each way is measured, in turn", low=1)
+    warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1, section="Benchmark")
+    timed_updates: int = opt(20, "timed updates; in each round for save and with --peer", low=2)
+    rounds: int = opt(3, "rounds in which all contenders are measured in turn", low=1)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
-    peer: tuple[str, ...] = opt((), "run another project beside it, in turn: nanoGPT and the folder it lies in")
-    profile: str | None = opt(None, "train: torch.profiler's trace of a few updates, to this file", bare="trace.json")
-    dry_run: bool = opt(False, "gpu: run every row at toy size on the CPU, to check that each one works")
-    target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
-    seeds: int = opt(3, "runs, with seeds from 1", low=1)
-    input: tuple[str, ...] = opt(
-        (), "files whose documents are repeated; without: Python's reference", section="Benchmark of data"
+    peer: tuple[str, ...] = opt((), "measure another project in turn: nanoGPT and the folder of its checkout")
+    profile: str | None = opt(
+        None, "train: write torch.profiler's trace of a few updates to this file", bare="trace.json"
     )
-    size_mb: int = opt(300, "text to encode", low=1)
-    workers: int | None = opt(None, "processes that encode", low=1, none="one a core")
-    prompt_tokens: int = opt(128, "tokens of the prompt", low=1, section="Benchmark of infer")
-    new_tokens: int = opt(64, "tokens to write after it", low=2)
-    samples: int = opt(8, "texts at once, for the row that has several", low=2)
-    variants: tuple[str, ...] = opt((), "what to time, by names in the results: bfloat16, int8 ...; without it, all")
+    dry_run: bool = opt(False, "gpu: run each row at toy size on the CPU, to check that it works")
+    target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
+    seeds: int = opt(3, "number of runs, with seeds from 1", low=1)
+    input: tuple[str, ...] = opt(
+        (), "files whose documents are repeated; default: Python's reference", section="Benchmark of data"
+    )
+    size_mb: int = opt(300, "MB of text to encode", low=1)
+    workers: int | None = opt(None, "number of processes that encode", low=1, none="one a core")
+    prompt_tokens: int = opt(128, "length of the prompt in tokens", low=1, section="Benchmark of infer")
+    new_tokens: int = opt(64, "tokens to generate", low=2)
+    samples: int = opt(8, "texts at once, for the variants that generate several", low=2)
+    variants: tuple[str, ...] = opt(
+        (), "variants to time, by their names in the results: bfloat16, int8 ...; default: all"
+    )
     model_path: str | None = opt(
         None, "the trained model that scores data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
     )
-    split: str = opt("val", "which split of it", choices=("train", "val", "test"))
-    text_tokens: int = opt(0, "tokens of it, from its start; 0: all", low=0)
+    split: str = opt("val", "split that is scored", choices=("train", "val", "test"))
+    text_tokens: int = opt(0, "tokens of the split that are scored, from its start; 0: all", low=0)
 
     def problems(self) -> list[str]:
-        """TrainConfig's; and what only a run has is refused rather than ignored."""
+        """As TrainConfig's. Settings that do not apply are refused rather than ignored."""
         asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
         asked |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]]
@@ -608,7 +619,7 @@ class BenchConfig(TrainConfig):
 
 
 def run_dir(config: TrainConfig) -> Path:
-    """The folder of a training run: out_dir, else out/<recipe>, `quickstart` without a recipe."""
+    """Return the folder of a training run: out_dir, else out/<recipe>, `quickstart` without a recipe."""
     return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))
 
 
@@ -618,10 +629,10 @@ def upload_space(folder: str) -> str:
 
 
 def model_path(config: ModelPathConfig) -> str | None:
-    """The model that is asked for: model_path, else the recipe's run; None: the newest run."""
+    """Return model_path, else the folder of the recipe's run; None: the newest run."""
     return config.model_path or (str(run_dir(config)) if config.config or config.out_dir else None)
 
 
 def model_paths(config: EvalConfig) -> tuple[str | None, ...]:
-    """The same, of several."""
+    """Return several of them."""
     return config.model_path or (model_path(config),)

@@ -30,7 +30,12 @@ from flatgpt.runtime.files import write_json, write_output
 DATASETS = ("shakespeare", "shakespeare_byte")
 BYTES = "--dataset shakespeare_byte --n_layer 6 --n_head 6 --n_embd 384 --context_length 256 --no-bias"
 GPT2 = "--config gpt2_{} --dataset shakespeare --grad_accum_steps 1 --no-fsdp --no-bias"
-SMALL = GPT2.format("124m")
+SMALL, MEDIUM, XL = (GPT2.format(size) for size in ("124m", "350m", "1558m"))
+RESUMED = (
+    "resume --config gpt2_124m --dataset shakespeare --grad_accum_steps 2 --n_layer 2 --batch_size 8 --dropout 0.1 "
+    "--deterministic --max_iters 20 --sample_tokens 0"
+)
+VARIANTS = "bfloat16 bfloat16_x64 bfloat16_compiled bfloat16_compiled_x64"
 # smol-GPT's 22M model, with a head and an activation that nanoGPT has too
 SMOL = "--config wikitext103_22m --dataset shakespeare --grad_accum_steps 1 --tie_weights --activation gelu_tanh"
 
@@ -44,7 +49,7 @@ class Row(NamedTuple):
     peer: bool = False
 
 
-def train_row(label: str, words: str, warmup: int = 5, timed: int = 20, limit: int = 3600, peer: bool = True) -> Row:
+def train_row(label: str, words: str, warmup: int, timed: int, limit: int = 3600, peer: bool = False) -> Row:
     """Return a row of bench.py train."""
     return Row(label, f"train {words} --warmup_updates {warmup} --timed_updates {timed}", limit, peer)
 
@@ -52,12 +57,12 @@ def train_row(label: str, words: str, warmup: int = 5, timed: int = 20, limit: i
 # Without biases, as nanoGPT trains.
 # On 2 cores one update of the larger shapes takes seconds, nanoGPT's up to a minute: 20 minutes in total.
 ALL = (
-    train_row("4 x 128, bytes, B 12, T 64", "--config shakespeare_char_cpu --rounds 5", 20, 40),
-    train_row("6 x 384, bytes, B 12, T 256", f"{BYTES} --batch_size 12", 2, 3),
-    train_row("GPT-2 124M, B 2, T 256", f"{SMALL} --batch_size 2 --context_length 256", 2, 2),
-    train_row("GPT-2 124M, B 2, T 1,024", f"{SMALL} --batch_size 2 --rounds 2", 1, 2),
-    train_row("smol-GPT 22M, B 32, T 196", f"{SMOL} --dropout 0", 2, 2),
-    train_row("GPT-2 124M, B 8, T 1,024", f"{SMALL} --batch_size 8 --rounds 1", 1, 2),
+    train_row("4 x 128, bytes, B 12, T 64", "--config shakespeare_char_cpu --rounds 5", 20, 40, peer=True),
+    train_row("6 x 384, bytes, B 12, T 256", f"{BYTES} --batch_size 12", 2, 3, peer=True),
+    train_row("GPT-2 124M, B 2, T 256", f"{SMALL} --batch_size 2 --context_length 256", 2, 2, peer=True),
+    train_row("GPT-2 124M, B 2, T 1,024", f"{SMALL} --batch_size 2 --rounds 2", 1, 2, peer=True),
+    train_row("smol-GPT 22M, B 32, T 196", f"{SMOL} --dropout 0", 2, 2, peer=True),
+    train_row("GPT-2 124M, B 8, T 1,024", f"{SMALL} --batch_size 8 --rounds 1", 1, 2, peer=True),
     Row("a save, GPT-2 124M, B 1, T 1,024", f"save {SMALL} --batch_size 1 --warmup_updates 1 --timed_updates 2"),
     Row("text to shards", "data --size_mb 100 --rounds 1"),
     Row("text by GPT-2 124M", "infer --config gpt2_124m"),
@@ -69,41 +74,16 @@ ALL = (
 # 600 in total. Compiling 24 and 48 layers would take about 55 and 90: those rows are eager.
 GPU = (
     Row("tests that need CUDA", "tests", 110),
-    train_row("GPT-2 124M, B 64, T 1,024", f"{SMALL} --batch_size 64", timed=5, limit=90),
-    Row(
-        "resumed, 2 x 768, B 8, T 1,024",
-        "resume --config gpt2_124m --dataset shakespeare --grad_accum_steps 2 --n_layer 2 --batch_size 8 --dropout 0.1 "
-        "--deterministic --max_iters 20 --sample_tokens 0",
-        80,
-    ),
+    train_row("GPT-2 124M, B 64, T 1,024", f"{SMALL} --batch_size 64", 5, 5, 90, peer=True),
+    Row("resumed, 2 x 768, B 8, T 1,024", RESUMED, 80),
     train_row(
-        "GPT-2 124M, B 64, T 1,024, float16, eager",
-        f"{SMALL} --batch_size 64 --dtype float16 --no-compile",
-        limit=40,
-        peer=False,
+        "GPT-2 124M, B 64, T 1,024, float16, eager", f"{SMALL} --batch_size 64 --dtype float16 --no-compile", 5, 20, 40
     ),
-    train_row("GPT-2 124M, B 64, T 1,024, Muon", f"{SMALL} --batch_size 64 --optimizer muon", limit=50, peer=False),
-    Row(
-        "text by GPT-2 124M, 1 and 64 at once",
-        "infer --config gpt2_124m --samples 64 "
-        "--variants bfloat16 bfloat16_x64 bfloat16_compiled bfloat16_compiled_x64",
-        60,
-    ),
+    train_row("GPT-2 124M, B 64, T 1,024, Muon", f"{SMALL} --batch_size 64 --optimizer muon", 5, 20, 50),
+    Row("text by GPT-2 124M, 1 and 64 at once", f"infer --config gpt2_124m --samples 64 --variants {VARIANTS}", 60),
     Row("text by GPT-2 124M, int8", "infer --config gpt2_124m --variants int8 int8_compiled", 50),
-    train_row(
-        "GPT-2 350M, B 32, T 1,024, eager",
-        f"{GPT2.format('350m')} --batch_size 32 --no-compile",
-        timed=10,
-        limit=60,
-        peer=False,
-    ),
-    train_row(
-        "GPT-2 1.5B, B 8, T 1,024, eager",
-        f"{GPT2.format('1558m')} --batch_size 8 --no-compile",
-        timed=10,
-        limit=60,
-        peer=False,
-    ),
+    train_row("GPT-2 350M, B 32, T 1,024, eager", f"{MEDIUM} --batch_size 32 --no-compile", 5, 10, 60),
+    train_row("GPT-2 1.5B, B 8, T 1,024, eager", f"{XL} --batch_size 8 --no-compile", 5, 10, 60),
 )
 SUITES = {"all": ALL, "gpu": GPU}
 # --dry_run: arguments that are added to those of a row, by its first. DRY_LIMIT leaves time for a slow machine.

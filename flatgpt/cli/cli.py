@@ -1,8 +1,8 @@
-"""How it is set: TOML recipes, the command line generated from config.py's dataclasses, `--help`, and `error:` lines.
+"""TOML recipes, the command line generated from config.py's dataclasses, `--help`, and `error:` lines.
 
 Precedence: a field's default < what initial_shape gives < `--config recipe.toml` (after the recipe's own `base`)
 < `--key value`.
-Standard library only, so that `--help` and a mistyped flag answer before torch is loaded.
+Standard library only, so that `--help` and errors come before torch is imported.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _types = functools.cache(typing.get_type_hints)  # 1 ms for each key of each rec
 
 
 def _kind(cls, field) -> tuple[type, bool]:
-    """(type of the field's value or of its items, whether None is allowed)."""
+    """Return the type of the field's value, and whether None is allowed."""
     hint = _types(cls)[field.name]
     if typing.get_origin(hint) is tuple:
         return tuple, False
@@ -60,7 +60,7 @@ def _kind(cls, field) -> tuple[type, bool]:
 
 
 def _convert(cls, field, value, from_words: bool):
-    """One value in its field's type, checked against choices and limits; ValueError with what is allowed."""
+    """Convert a value to its field's type and check choices and limits. ValueError says what is allowed."""
     kind, optional = _kind(cls, field)
     meta = field.metadata
     if optional and isinstance(value, str) and value.lower() in {"none", meta.get("none", "none").lower()}:
@@ -99,12 +99,12 @@ def _nearest(word: str, known) -> str:
 
 
 def _fields(cls) -> dict[str, dataclasses.Field]:
-    """Fields by every name that reaches them, aliases included."""
+    """Return the fields by name and by alias."""
     return {name: f for f in dataclasses.fields(cls) for name in (f.name, *f.metadata.get("alias", ()))}
 
 
 def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()) -> list[dict]:
-    """The recipe's layers of {key: typed value}, its `base` recipes first. Problems are appended, not raised."""
+    """Return the recipe's layers of {key: value}, its `base` recipes first. Problems are appended, not raised."""
     path = Path(name)
     if path.suffix != ".toml" and not path.is_file():
         path = RECIPES / f"{name}.toml"
@@ -117,8 +117,8 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
         return []
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
-        problems.append(f"{path}: not valid TOML: {why}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: not valid TOML: {error}")
         return []
     layers = []
     if "base" in table:
@@ -129,12 +129,12 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             beside = path.parent / f"{base}.toml"
             layers = _read_recipe(cls, str(beside if beside.is_file() else base), problems, (*seen, path.resolve()))
     fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True)}
-    # One recipe serves all verbs: keys of another verb are known, and left to that verb.
-    elsewhere = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
-    elsewhere -= {*fields, *REMOVED.get(cls.__name__, ())}
+    # One recipe serves all scripts: the keys of other scripts are ignored.
+    of_other_scripts = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
+    of_other_scripts -= {*fields, *REMOVED.get(cls.__name__, ())}
     layer = {}
     for key, value in table.items():
-        if key in elsewhere:
+        if key in of_other_scripts:
             continue
         if key == "config":
             problems.append(f"{path}: config: a recipe builds on another one with base = NAME")
@@ -145,13 +145,13 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             continue
         try:
             layer[fields[key].name] = _convert(cls, fields[key], value, from_words=False)
-        except ValueError as why:
-            problems.append(f"{path}: {key} = {value!r}: {why}")
+        except ValueError as error:
+            problems.append(f"{path}: {key} = {value!r}: {error}")
     return [*layers, layer]
 
 
 def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
-    """{key: typed value} of the command line. `--key value`, `--key=value`, `--flag`, `--no-flag`, `-` as `_`."""
+    """Return {key: value} of the command line: `--key value`, `--key=value`, `--flag`, `--no-flag`; `-` equals `_`."""
     fields = _fields(cls)
     positional = [f for f in dataclasses.fields(cls) if f.metadata.get("positional")]
     layer: dict = {}
@@ -162,7 +162,7 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
             if not positional:
                 problems.append(f"{word}: not expected here (every setting is --key value)")
                 continue
-            several = _kind(cls, positional[0])[0] is tuple  # takes every such word that is left
+            several = _kind(cls, positional[0])[0] is tuple  # takes all positional words
             field, key, values = positional[0] if several else positional.pop(0), word, [word]
         else:
             key, equals, value = word[2:].partition("=")
@@ -190,7 +190,7 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
                     values.append(words.pop(0))
             if not values and "bare" in field.metadata:
-                layer.setdefault(field.name, field.metadata["bare"])  # a value given under an alias stays
+                layer.setdefault(field.name, field.metadata["bare"])  # keep a value given by an alias
                 continue
             if not values:
                 problems.append(f"--{key}: a value is missing (one that begins with -- is written --{key}=VALUE)")
@@ -200,20 +200,20 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 layer[field.name] = layer.get(field.name, ()) + _convert(cls, field, values, from_words=True)
             else:
                 layer[field.name] = _convert(cls, field, values[0], from_words=True)
-        except ValueError as why:
-            problems.append(f"{field.name if field.metadata.get('positional') else '--' + key} = {values[0]}: {why}")
+        except ValueError as error:
+            problems.append(f"{field.name if field.metadata.get('positional') else '--' + key} = {values[0]}: {error}")
     return layer
 
 
 def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict] | None = None):
-    """Config of type `cls` from command-line words.
+    """Return the config of a script from command-line words.
 
     Args:
         initial_shape: called with the config so far; returns settings that rank above the defaults and below the
             recipe, or raises UserError, which joins the other problems.
 
     Raises:
-        UserError: with every problem found in recipe, command line and their combination.
+        UserError: with all problems of the recipe, the command line and their combination.
     """
     problems: list[str] = []
     typed = _read_words(cls, words, problems)
@@ -228,55 +228,55 @@ def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict]
                     settings[rival] = None
         settings.update(layer)
     for key, value in settings.items():
-        words_of_it = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
-        if any("\ud800" <= c <= "\udfff" for c in "".join(words_of_it)):  # Python's for bytes it cannot read
+        texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+        if any("\ud800" <= c <= "\udfff" for c in "".join(texts)):  # what Python reads bytes that are not UTF-8 as
             problems.append(f"{key} = {value!r} is no text here: set LC_ALL=C.UTF-8, or take another name")
     if initial_shape:
         try:
             settings = initial_shape(cls(**settings)) | settings
-        except UserError as why:
-            problems.append(str(why))
+        except UserError as error:
+            problems.append(str(error))
     if not problems:
         config = cls(**settings)
         problems = config.problems()
     if problems:
-        several = "".join(f"\n  {n}. {p}" for n, p in enumerate(problems, 1))
-        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{several}")
+        numbered = "".join(f"\n  {n}. {p}" for n, p in enumerate(problems, 1))
+        raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{numbered}")
     return config
 
 
 def recipes(cls, words: Sequence[str]) -> dict:
-    """Each recipe in configs/ by its name: the config that it makes with these words, or the UserError.
+    """Return the config of each recipe in configs/ with these words, or its UserError, by name.
 
-    Weights to begin with are not looked for: on the hub that could take minutes.
+    The weights of `--init_from` are not looked up: on the hub that could take minutes.
     """
     found = {}
     for path in sorted(RECIPES.glob("*.toml")):
         try:
             found[path.stem] = parse(cls, [*words, "--config", path.stem])
-        except UserError as why:
-            found[path.stem] = UserError(str(why).replace(f"{path}: ", ""))
-        except OSError as why:
-            found[path.stem] = UserError(f"cannot be read: {why.strerror}")
+        except UserError as error:
+            found[path.stem] = UserError(str(error).replace(f"{path}: ", ""))
+        except OSError as error:
+            found[path.stem] = UserError(f"cannot be read: {error.strerror}")
     return found
 
 
 def recipe_text(config) -> str:
-    """A resolved config as a recipe: `--config` with it gives the same config again."""
-    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # these say how it was called
+    """Return a resolved config as a recipe: `--config` with it gives the same config."""
+    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # of the call, not of the run
     left_out |= {one for one, other in EXCLUSIVE if getattr(config, other, None) is not None}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
-    # JSON's texts, numbers and booleans are TOML's too
+    # JSON's strings, numbers and booleans are valid TOML
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items() if v is not None]
     return "".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a verb does with them
+# running a script
 
 
 def help_text(cls, usage: str) -> str:
-    """`--help`, generated from the fields: usage, then each key with its help, allowed values and default."""
+    """Return the text of `--help`: usage, then each key with its help, allowed values and default."""
     columns = min(shutil.get_terminal_size().columns, 120)
     lines = [usage.strip(), ""]
     for field in dataclasses.fields(cls):
@@ -312,44 +312,44 @@ def help_text(cls, usage: str) -> str:
 
 
 def from_command_line(cls, usage: str, initial_shape: Callable[[typing.Any], dict] | None = None):
-    """The verb's config from sys.argv; prints and exits on `--help` (0) and on mistakes (2)."""
-    atexit.register(gc.freeze)  # otherwise the garbage collection at exit takes half a second
+    """Return the script's config from sys.argv. Prints and exits on `--help` (0) and on errors (2)."""
+    atexit.register(gc.freeze)  # otherwise garbage collection at exit takes half a second
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         run_script(print, help_text(cls, usage))
         sys.exit(0)
-    # Ctrl-C while the heavy imports run, before run_script takes care of it
+    # no traceback on Ctrl-C during the imports, before run_script handles it
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     return run_script(lambda words: parse(cls, words, initial_shape), sys.argv[1:])
 
 
-def run_script(verb: Callable, config, every_rank: bool = False):
-    """verb(config), with mistakes as one `error:` line (exit 2) and Ctrl-C as exit 130; the verb's result.
+def run_script(main: Callable, config, every_rank: bool = False):
+    """Return main(config). A UserError becomes one `error:` line and exit code 2, Ctrl-C exit code 130.
 
     Args:
-        every_rank: torchrun's ranks see to it by themselves that each mistake is said once; else the first of each
-            machine speaks, as all of them make the same.
+        every_rank: print the errors of all ranks, as they make sure that each error is raised by one of them only.
+            Otherwise only the first rank of each machine prints its error, as all ranks have the same.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     try:
-        answer = verb(config)
-        sys.stdout.flush()  # while a closed pipe can still be answered for
-        return answer
+        result = main(config)
+        sys.stdout.flush()  # here, where a closed pipe is handled
+        return result
     except UserError as error:
-        others = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        if others or isinstance(error, ReportedByOtherRank):
-            time.sleep(20)  # torchrun ends all ranks with the first that leaves: it has to be the one that speaks
+        not_first = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        if not_first or isinstance(error, ReportedByOtherRank):
+            time.sleep(20)  # torchrun ends all ranks once one exits, which must be the one that prints
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head` closed the pipe: nobody is left to write to
+    except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as why:  # the machine's answer about a file or folder: missing, read-only, a full disk
-        print(f"error: {why.filename or 'a file'}: {why.strerror or why}", file=sys.stderr, flush=True)
+    except OSError as error:  # a file or folder that is missing or read-only, or a full disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -18,7 +18,8 @@ import tiktoken
 from config import SamplingConfig, UserError
 from flatgpt.data.shards import Tokens
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import TextStream, generate_batch
+from flatgpt.inference.sampling import generate_batch
+from flatgpt.inference.text_stream import TextStream
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}  # module -> package

@@ -1,8 +1,8 @@
-"""Token ids -> logits of the next one, step by step: a model with the keys and values of what it has read.
+"""Token ids -> logits of the next token, step by step, with cached keys and values.
 
 decoder = Decoder(model)
 decoder.reset(rows=2, capacity=300)
-logits = decoder.prefill([0, 1], prompt)         # (V): the same prompt into both rows
+logits = decoder.prefill([0, 1], prompt)             # (V): the same prompt into both rows
 logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V): one more token in each row
 """
 
@@ -20,27 +20,31 @@ from model import GPT
 
 
 class Decoder:
-    """Texts that are being read and written, a row each; `lengths` counts the tokens that each row holds.
+    """Computes the next logits of a batch of texts, which may differ in length.
 
     Args:
-        model: as trained, or packed. Where autocast is on, its precision is taken.
-        compile: the step as compiled kernels; on CUDA all launches of a step are recorded and sent as one. Every step
-            then computes with all places, so their number is rounded up (texts of about a length share what was
-            compiled) and worth keeping small.
+        model: as trained, or prepacked. Where autocast is on, its precision is used.
+        compile: compile the decoding step; on CUDA also record its kernel launches and replay them as one. Every step
+            then attends to `capacity` keys, which is rounded up, so that texts of similar length share what was
+            compiled.
+
+    Attributes:
+        lengths: tokens that each row holds.
+        compile_seconds: time spent on compiling so far.
     """
 
-    LENGTH_MULTIPLE = 128  # places of a compiled cache come in such numbers
+    LENGTH_MULTIPLE = 128  # the capacity of a compiled cache is a multiple of it
 
     def __init__(self, model: GPT, compile: bool = False):
         self.model = model
         self.device = model.transformer.wte.weight.device
         self.lengths: list[int] = []
-        self.compile_seconds = 0.0  # seconds that went into it so far
+        self.compile_seconds = 0.0
         self._compiled = torch.compile(self._forward, dynamic=False) if compile else None
-        self._fails = False  # the compiler did, once
-        self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, places, precision
+        self._compiler_failed = False
+        self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
-        self._replay: Callable[[Tensor], Tensor] | None = None  # the compiled step for that shape
+        self._step: Callable[[Tensor], Tensor] | None = None  # the compiled step for that shape
 
     @torch.inference_mode()
     def reset(self, rows: int, capacity: int) -> None:
@@ -49,7 +53,7 @@ class Decoder:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
         shape = (rows, min(capacity, self.model.config.context_length), self._cache_dtype())
         if shape != self._shape:
-            self._shape = self._cache = self._replay = None  # the old one's memory goes before the new one's comes
+            self._shape = self._cache = self._step = None  # free the old cache before the new one is allocated
             self._cache = KVCache(self.model.config, *shape[:2], self.device, shape[2])
             self._positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # of the next tokens
             self._shape = shape
@@ -58,7 +62,7 @@ class Decoder:
 
     @property
     def capacity(self) -> int:
-        """How many tokens a row can hold."""
+        """Tokens that a row can hold."""
         return self._shape[1]
 
     def _cache_dtype(self) -> torch.dtype:
@@ -71,12 +75,12 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """Put the same ids, at most `capacity`, into some rows, in place of what these held; (V) logits of the next."""
-        one = KVCache(self.model.config, 1, len(ids), self.device, self._shape[2])
-        logits = self.model(torch.tensor([ids], device=self.device), cache=one)[0, -1]
-        for mine, read in zip([*self._cache.k, *self._cache.v], [*one.k, *one.v], strict=True):
+        """Replace the tokens of some rows by the same ids, at most `capacity`; return the next logits, (V)."""
+        prompt = KVCache(self.model.config, 1, len(ids), self.device, self._shape[2])
+        logits = self.model(torch.tensor([ids], device=self.device), cache=prompt)[0, -1]
+        for stored, new in zip([*self._cache.k, *self._cache.v], [*prompt.k, *prompt.v], strict=True):
             for row in rows:
-                mine[row, :, : len(ids)] = read[0]
+                stored[row, :, : len(ids)] = new[0]
         for row in rows:
             self.lengths[row] = len(ids)
             self._positions[row] = min(len(ids), self.capacity - 1)
@@ -84,7 +88,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:
-        """Append a token to every row: (B) int64 -> (B, V) logits. A row that is full loses its last token for it."""
+        """Append a token to every row: (B) int64 -> (B, V) logits. In a row that is full it replaces the last one."""
         if self._compiled:
             self._cache.position = self._positions
             logits = self._compiled_step(tokens)
@@ -101,19 +105,19 @@ class Decoder:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
     def _compiled_step(self, tokens: Tensor) -> Tensor:
-        if self._replay is None:
-            began = time.perf_counter()
-            self._fails = self._fails or not self._compiles(tokens)
-            forward = self._forward if self._fails else self._compiled
-            self._replay = self._record(forward) if self.device.type == "cuda" else forward
-            self.compile_seconds += time.perf_counter() - began
-        return self._replay(tokens)
+        if self._step is None:
+            started = time.perf_counter()
+            self._compiler_failed = self._compiler_failed or not self._compiles(tokens)
+            forward = self._forward if self._compiler_failed else self._compiled
+            self._step = self._record(forward) if self.device.type == "cuda" else forward
+            self.compile_seconds += time.perf_counter() - started
+        return self._step(tokens)
 
     def _compiles(self, tokens: Tensor) -> bool:
-        """Compile for these shapes; where the compiler fails, one warning. A step repeated changes nothing."""
-        from torch._dynamo.exc import TorchDynamoException  # slow to load, and needed only here
+        """Compile for the cache's shape, by one step, which changes nothing when it is repeated; warn on failure."""
+        from torch._dynamo.exc import TorchDynamoException  # slow to import, and only needed here
 
-        # On a CPU weights are constants that the compiler lays out.
+        # On a CPU weights become constants, which the compiler lays out.
         settings = {"freezing": True} if self.device.type == "cpu" else {}
         try:
             with torch._inductor.config.patch(settings):
@@ -124,19 +128,19 @@ class Decoder:
         return True
 
     def _record(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """CUDA: every kernel that a step launches, recorded once; sent again as one, it takes the host no time."""
-        mine = torch.zeros_like(self._positions)  # a recording reads and writes the same memory each time
+        """Record the kernels that a step launches on CUDA; replayed as one, they cost the host no time."""
+        static_tokens = torch.zeros_like(self._positions)  # a graph reads and writes the same memory each time
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what libraries set up at their first call cannot be recorded
-            forward(mine)
+            forward(static_tokens)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = forward(mine)
+            logits = forward(static_tokens)
 
         def replay(tokens: Tensor) -> Tensor:
-            mine.copy_(tokens)
+            static_tokens.copy_(tokens)
             graph.replay()
             return logits.clone()  # the next step overwrites it
 

@@ -1,6 +1,7 @@
-"""A model's Linear layers, laid out to be read once per token: in another precision, in blocks, or as int8.
+"""Linear layers whose weights are laid out for decoding, where each token reads all of them once.
 
-What is between them stays float32, as under autocast, so that a packed model computes what the trained one does.
+Weights are cast, prepacked in oneDNN's blocks, or quantised to int8. What is between the Linear layers stays float32,
+as under autocast, so that a prepacked model computes what the trained one does.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.precision import cached_choice, faster_dtype
 from model import GPT
 
-# Matrices are timed until they have this many elements. In both precisions they are larger than a CPU's cache.
+# Layers are timed until their weights have this many elements: in both precisions more than a CPU's cache holds.
 TIMED_ELEMENTS = 32_000_000
 
 
 class CastLinear(nn.Module):
-    """nn.Linear in `dtype`, whatever comes in."""
+    """nn.Linear in `dtype`, whatever the precision of its input."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
@@ -35,12 +36,12 @@ class CastLinear(nn.Module):
 
 
 class PrepackedLinear(nn.Module):
-    """The same on a CPU, the matrix in the blocks that oneDNN reads one after the other: near to what memory gives.
+    """CastLinear on a CPU, its weight in the blocks that oneDNN reads in sequence, at nearly the memory's bandwidth.
 
-    Plain rows reach half of that (docs/speed.md). These are the operators that torch.compile takes for frozen weights.
+    Plain rows reach half of that (docs/speed.md). torch.compile uses the same operators for frozen weights.
     """
 
-    PREFILL_TOKENS = 512  # laid out for products of so many tokens: for one as fast, and faster for a prompt
+    PREFILL_TOKENS = 512  # blocks for products of so many tokens: as fast for one token, and faster for a prompt
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
@@ -53,31 +54,25 @@ class PrepackedLinear(nn.Module):
 
     @staticmethod
     def supports(device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether oneDNN is there, and this processor computes in `dtype`."""
-        if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return False
+        """Whether oneDNN is available and multiplies in `dtype` on this processor."""
         mkldnn = torch.ops.mkldnn
-        if not hasattr(mkldnn, "_linear_pointwise"):
+        if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_linear_pointwise"):
             return False
-        return (
-            dtype == torch.float32
-            or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())
-            or (dtype == torch.float16 and mkldnn._is_mkldnn_fp16_supported())
-        )
+        if dtype == torch.bfloat16:
+            return mkldnn._is_mkldnn_bf16_supported()
+        return dtype == torch.float32 or (dtype == torch.float16 and mkldnn._is_mkldnn_fp16_supported())
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with its matrix in int8 and a scale for each output row; the products take inputs in `dtype`."""
+    """nn.Linear with an int8 weight and a scale for each output row; it multiplies in `dtype`."""
 
-    GEMV_MAX_TOKENS = (
-        48  # tokens for which torch's kernel on CPUs is faster than products with the matrix made whole again
-    )
+    GEMV_MAX_TOKENS = 48  # up to so many tokens torch's CPU kernel for int8 is faster than a dequantised weight
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # (out); a row of zeros has one too, in float16 as well
-        scale = scale.to(dtype)  # first, so that what is rounded to whole numbers fits the scale as it is kept
+        scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # (out); not 0 for a row of zeros, in float16 either
+        scale = scale.to(dtype)  # before the weight is rounded, so that the rounding fits the stored scale
         quantized = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         self.weight = nn.Parameter(quantized.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -86,34 +81,34 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         few = x.numel() <= self.GEMV_MAX_TOKENS * x.size(-1)
-        if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # with others it reads beyond the rows
+        if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # with other sizes it reads beyond the rows
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:  # compiled on a GPU, this becomes one kernel that reads int8
+        else:  # on a GPU the compiler makes one kernel of this, which reads int8
             y = F.linear(x, self.weight.to(self.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 
 @torch.no_grad()
 def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False) -> GPT:
-    """Exchange the model's Linear layers, in place: from then on it can compute only, not be trained, saved or counted.
+    """Replace the model's Linear layers, in place. Afterwards it can only compute, not be trained or saved.
 
     Args:
-        dtype: of the matrix products. Int8's kernel on CPUs takes bfloat16 only.
-        quantize: `int8`: weights of 8 bits, the head's too; None: none.
-        compile: the compiler will see it; it lays out weights by itself, and cannot look into oneDNN's blocks.
+        dtype: of the matrix products. On a CPU, int8's are always in bfloat16.
+        quantize: "int8": weights of 8 bits, the head's too; None: none.
+        compile: the model will be compiled. The compiler lays out weights itself and does not accept oneDNN's blocks.
 
     Returns:
-        the model, its head a layer of its own.
+        the model.
     """
     device = model.transformer.wte.weight.device
     if quantize == "int8":
-        kind, dtype = Int8Linear, torch.bfloat16 if device.type == "cpu" else dtype
+        layout, dtype = Int8Linear, torch.bfloat16 if device.type == "cpu" else dtype
     else:
-        kind = _layout(device, dtype, compile)
+        layout = _layout(device, dtype, compile)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
-                setattr(parent, name, kind(layer.weight, layer.bias, dtype))
+                setattr(parent, name, layout(layer.weight, layer.bias, dtype))
     return model
 
 
@@ -128,10 +123,10 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
     depend on the batch size.
 
     Args:
-        model: a model that is not packed yet.
-        compile: as prepack takes it.
+        model: a model that is not prepacked yet.
+        compile: as in prepack.
     """
-    c = model.config
+    config = model.config
     layers = [layer for layer in model.transformer.h.modules() if isinstance(layer, nn.Linear)]
     timed, size = defaultdict(list), 0  # by shape
     for layer in (*layers, model.lm_head):
@@ -141,22 +136,21 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
             break
 
     def matmuls(dtype: torch.dtype) -> list[list[Callable]]:
-        kind = _layout(torch.device("cpu"), dtype, compile)
-        inputs = {shape: torch.ones(1, 1, shape[1]) for shape in timed}
+        layout = _layout(torch.device("cpu"), dtype, compile)
         return [
-            [partial(kind(layer.weight, layer.bias, dtype), inputs[shape]) for layer in same]
-            for shape, same in timed.items()
+            [partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, 1, shape[1])) for layer in same_shape]
+            for shape, same_shape in timed.items()
         ]
 
     key = (
         f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}: {c.n_layer} layers, {c.n_embd} wide, MLP {c.mlp_ratio:g} times, "
-        f"{c.vocab_size} ids{', compiled' * compile}"
+        f"torch {torch.__version__}: {config.n_layer} layers, {config.n_embd} wide, MLP {config.mlp_ratio:g} times, "
+        f"{config.vocab_size} ids{', compiled' * compile}"
     )
     return cached_choice(key, lambda: faster_dtype("matmuls of one token", 2 * size, matmuls))
 
 
 def prepacked_bytes(model: GPT) -> int:
-    """Bytes of the matrices that each token's products read."""
+    """Bytes of the weights that are read for each token."""
     layers = [layer for layer in model.modules() if isinstance(layer, CastLinear | PrepackedLinear | Int8Linear)]
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)

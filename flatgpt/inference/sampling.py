@@ -1,14 +1,12 @@
-"""Decoder + options -> an iterator of token ids, and their text as it comes. infer.py prints it, train.py shows it.
+"""Logits -> the next token, and a decoder with sampling settings -> an iterator of token ids.
 
 for token in generate(Decoder(model), prompt_ids, 100, SamplingConfig(top_p=0.9)): ...
 """
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,55 +15,56 @@ from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.runtime.device import seed_of
 
-NUCLEUS = 2048  # tokens in which top_p looks for its mass first: the likeliest few are found faster than all are sorted
+# On a CPU top_p first looks for its probability mass in so many top tokens: finding these is faster than sorting all.
+NUCLEUS = 2048
 
 # ---------------------------------------------------------------------------------------------------------------------
-# which token
+# one token
 
 
 def penalize_seen(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with those of seen ids, (B, V) bool, made less likely: divided where positive, else multiplied.
+    """Make seen ids, (B, V) bool, less likely: divide their logits (B, V) where positive, multiply where negative.
 
-    Keskar et al., "CTRL", 2019, with transformers' treatment of negative logits.
+    Keskar et al., "CTRL", 2019; negative logits as transformers treats them.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Logits (B, V) with all but the k largest at minus infinity; ties with the k-th stay in."""
+    """Set all logits (B, V) but the k largest to minus infinity; ties with the k-th stay."""
     kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Logits (B, V) with all but the likeliest that together reach probability top_p at minus infinity; ties stay in.
+    """Keep the most likely ids that together reach probability top_p, set other logits to minus infinity; ties stay.
 
     Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
     """
-    probabilities = F.softmax(logits, dim=-1)
-    few = min(NUCLEUS, logits.size(-1)) if logits.device.type == "cpu" else logits.size(-1)
-    largest = probabilities.topk(few, dim=-1).values  # (B, few), falling
-    if few < logits.size(-1) and bool((largest.sum(-1) < top_p).any()):
-        largest = probabilities.sort(dim=-1, descending=True).values
-    before = largest.cumsum(-1) - largest  # the mass of those that are likelier
-    last = (before < top_p).sum(-1, keepdim=True).clamp_min(1) - 1
-    return logits.masked_fill(probabilities < largest.gather(-1, last), -torch.inf)
+    probs = F.softmax(logits, dim=-1)
+    count = min(NUCLEUS, logits.size(-1)) if logits.device.type == "cpu" else logits.size(-1)
+    largest = probs.topk(count, dim=-1).values  # (B, count), descending
+    if count < logits.size(-1) and bool((largest.sum(-1) < top_p).any()):
+        largest = probs.sort(dim=-1, descending=True).values
+    mass_before = largest.cumsum(-1) - largest
+    last = (mass_before < top_p).sum(-1, keepdim=True).clamp_min(1) - 1
+    return logits.masked_fill(probs < largest.gather(-1, last), -torch.inf)
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Logits (B, V) with those less likely than min_p times the likeliest at minus infinity.
+    """Set logits (B, V) of ids less likely than min_p times the most likely one to minus infinity.
 
     Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
     """
-    probabilities = F.softmax(logits, dim=-1)
-    return logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    probs = F.softmax(logits, dim=-1)
+    return logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
 
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One id of each row by softmax of its logits, (B, V) -> (B), with noise of the row's own generator.
+    """Sample an id of each row by softmax of its logits, (B, V) -> (B), with noise of the row's generator.
 
-    An exponential race: the id with the largest probability / exponential noise is one drawn by probability. Rounding
-    that differs between batches shifts each probability a little, and hardly ever the winner.
+    Gumbel-max sampling in its exponential form: the largest probability / exponential noise wins. The rounding of
+    another batch size shifts probabilities slightly, and hardly ever changes the winner.
     """
     noise = torch.empty_like(logits)
     for row, generator in zip(noise, generators, strict=True):
@@ -75,12 +74,12 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 class Sampler:
-    """Chooses the next ids of a batch, in transformers' order: penalty, temperature, top_k, top_p, min_p.
+    """Samples the next ids of a batch, in transformers' order: penalty, temperature, top_k, top_p, min_p.
 
     Args:
-        prompts: ids of each row, which the penalty counts as seen.
-        first_row: number of the first row. Row r draws from its own generator, of the seed and r.
-        n_vocab: ids from here on are never drawn.
+        prompts: ids of each row, to which the repetition penalty applies.
+        first_row: number of the first row; row r has a generator that is seeded with the seed and r.
+        n_vocab: ids from here on are never sampled.
     """
 
     def __init__(
@@ -122,20 +121,21 @@ class Sampler:
 
 
 def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """Of each row of logits (B, V): the id that was drawn, one of tokens (B), then the k likeliest, falling.
+    """Probabilities of the sampled ids, (B), and of the k most likely ids of each row of logits, (B, V).
 
     Returns:
-        pairs of id and probability, by softmax: as the model has it, before temperature and filters.
+        a list for each row: pairs of id and probability, the sampled id first, then the k most likely, descending.
+        Probabilities are the model's, before temperature and filters.
     """
-    probabilities = F.softmax(logits.float(), dim=-1)
-    best = probabilities.topk(min(k, logits.size(-1)), dim=-1)
+    probs = F.softmax(logits.float(), dim=-1)
+    best = probs.topk(min(k, logits.size(-1)), dim=-1)
     ids = torch.cat([tokens[:, None], best.indices], dim=-1)  # (B, 1 + k)
-    found = torch.cat([probabilities.gather(-1, tokens[:, None]), best.values], dim=-1)
-    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), found.tolist(), strict=True)]
+    values = torch.cat([probs.gather(-1, tokens[:, None]), best.values], dim=-1)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# token after token
+# texts
 
 
 @torch.inference_mode()
@@ -150,78 +150,77 @@ def generate_batch(
     first_row: int = 0,
     on_sample: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
-    """New ids after each prompt, a list of one per row at a time; None where a row has ended.
+    """Continue each prompt; yield a list with one new id per row at a time, None where a row has ended.
 
-    A row's ids are those it gets alone, as far as float32's rounding allows. When its context is full, the newer half
-    is kept and computed again, at positions from 0.
+    A row's ids are those it would get alone, as far as float32's rounding allows. When a row's context is full, its
+    newer half is kept and computed again, from position 0.
 
     Args:
-        prompts: at least one id each; of one longer than the context, the end is used.
-        n_vocab: ids from here on are never drawn (the tokenizer's size, where the model's vocabulary is larger).
+        prompts: at least one id each; the end of one that is longer than the context.
+        n_vocab: ids from here on are never sampled (the tokenizer's size, where the model's vocabulary is larger).
         stop_ids: ids that end a row; they are not yielded.
-        first_row: number of the first row, which its random numbers belong to.
-        on_sample: is given each step's logits (B, V), of the ids that can be drawn, and the ids (B) that were.
+        first_row: number of the first row, which seeds its random numbers.
+        on_sample: called in each step with the logits of the ids below n_vocab, (B, n_vocab), and the sampled ids (B).
     """
     model = decoder.model
     context = model.config.context_length
-    assert all(prompts), "generate needs at least one id to start from"
+    assert all(prompts), "each prompt needs at least one id"
     texts, live = [list(ids) for ids in prompts], set(range(len(prompts)))
-    drawable = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
-    sampler = Sampler(options, prompts, first_row, drawable, decoder.device)
+    n_vocab = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
+    sampler = Sampler(options, prompts, first_row, n_vocab, decoder.device)
     was_training = model.training
     model.eval()
     try:
         decoder.reset(len(texts), min(context, max(map(len, texts)) + max_new_tokens))
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for row, ids in enumerate(texts):
-            alike.setdefault(tuple(ids[-context:]), []).append(row)
-        logits = _in_rows([(rows, decoder.prefill(rows, ids)) for ids, rows in alike.items()])
+        logits = _prefill(decoder, [ids[-context:] for ids in texts])
         for n in range(1, max_new_tokens + 1):
             tokens = sampler(logits)
             if on_sample:
-                on_sample(logits[:, :drawable], tokens)
-            copied = _copy(tokens)
-            # On CUDA the device computes on while the host reads and prints; the first step may have to be compiled.
-            ahead = decoder.device.type == "cuda" and 1 < n < max_new_tokens and not _full(decoder, live)
+                on_sample(logits[:, :n_vocab], tokens)
+            wait_for_ids = _copy_to_host(tokens)
+            # CUDA computes the next step while the host handles these ids; the first step may have to be compiled.
+            ahead = decoder.device.type == "cuda" and 1 < n < max_new_tokens and not _full_rows(decoder, live)
             if ahead:
                 logits = decoder.decode_step(tokens)
-            found = copied()
-            live -= {row for row in live if found[row] in stop_ids}
+            new_ids = wait_for_ids()
+            live -= {row for row in live if new_ids[row] in stop_ids}
             if not live:
                 return
             for row in live:
-                texts[row].append(found[row])
-            yield [token if row in live else None for row, token in enumerate(found)]
+                texts[row].append(new_ids[row])
+            yield [token if row in live else None for row, token in enumerate(new_ids)]
             if not ahead and n < max_new_tokens:
-                full = _full(decoder, live)
+                full = _full_rows(decoder, live)
                 if full < live:
                     logits = decoder.decode_step(tokens)
                 for row in full:
-                    kept = texts[row][-max(1, context // 2) :]
-                    logits[row] = decoder.prefill([row], kept)
+                    logits[row] = decoder.prefill([row], texts[row][-max(1, context // 2) :])
     finally:
         model.train(was_training)
 
 
 def generate(
-    decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, options: SamplingConfig, **more
+    decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, options: SamplingConfig, **kwargs
 ) -> Iterator[int]:
-    """New token ids after one prompt, one by one; arguments as in generate_batch."""
-    return (tokens[0] for tokens in generate_batch(decoder, [prompt], max_new_tokens, options, **more))
+    """Yield the new ids after one prompt; arguments as in generate_batch."""
+    return (tokens[0] for tokens in generate_batch(decoder, [prompt], max_new_tokens, options, **kwargs))
 
 
-def _full(decoder: Decoder, live: set[int]) -> set[int]:
+def _prefill(decoder: Decoder, prompts: list[list[int]]) -> Tensor:
+    """Fill the rows with their prompts, equal ones at once; return the next logits, (B, V)."""
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for row, ids in enumerate(prompts):
+        rows_of.setdefault(tuple(ids), []).append(row)
+    logits = {ids: decoder.prefill(rows, ids) for ids, rows in rows_of.items()}
+    return torch.stack([logits[tuple(ids)] for ids in prompts])
+
+
+def _full_rows(decoder: Decoder, live: set[int]) -> set[int]:
     return {row for row in live if decoder.lengths[row] == decoder.capacity}
 
 
-def _in_rows(read: list[tuple[list[int], Tensor]]) -> Tensor:
-    """(B, V) logits from those of prompts and the rows that have them."""
-    order = sorted((row, n) for n, (rows, _) in enumerate(read) for row in rows)
-    return torch.stack([read[n][1] for _, n in order])
-
-
-def _copy(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start to copy ids to the host; calling the result waits for just that, not for what was launched since."""
+def _copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start to copy ids to the host; the result waits for them alone, not for what was launched since."""
     if tokens.device.type != "cuda":
         return tokens.tolist
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -229,63 +228,3 @@ def _copy(tokens: Tensor) -> Callable[[], list[int]]:
     done = torch.cuda.Event()
     done.record()
     return lambda: (done.synchronize(), host.tolist())[1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text
-
-
-class TextStream:
-    """Ids of one text -> its characters, as soon as nothing that comes can change them.
-
-    Bytes wait until their character is whole; those that are no UTF-8 become U+FFFD, as tiktoken's decode has them.
-    Characters that may begin a stop string wait until it is clear.
-
-    Args:
-        stop: strings that end the text; neither they nor what follows them is given out.
-    """
-
-    def __init__(self, encoding: tiktoken.Encoding, stop: Sequence[str] = ()):
-        self.stopped = False
-        self._encoding, self._stop, self._held = encoding, stop, ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token: int) -> str:
-        """The characters that are certain now; empty once the text has stopped."""
-        return self._certain(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
-
-    def end(self) -> str:
-        """What was waiting, when no more tokens come."""
-        text = self._certain(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return text
-
-    def _certain(self, text: str) -> str:
-        if self.stopped or not text:
-            return ""
-        self._held += text
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:  # the one that was complete first
-            text, self._held, self.stopped = self._held[: min(found)[1]], "", True
-            return text
-        longest = max(map(len, self._stop), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                break
-        else:
-            length = 0
-        split = len(self._held) - length
-        text, self._held = self._held[:split], self._held[split:]
-        return text
-
-
-def stream_text(ids: Iterable[int], encoding: tiktoken.Encoding, stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of ids as it comes, never half a character nor part of a stop string; ends after one."""
-    stream = TextStream(encoding, stop)
-    for token in ids:
-        if text := stream.feed(token):
-            yield text
-        if stream.stopped:
-            return
-    if text := stream.end():
-        yield text

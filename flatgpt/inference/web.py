@@ -83,13 +83,9 @@ class HtmlView:
         return "“" + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + "”"
 
 
-def stream_html(writer: Writer, prompt: str, count: int) -> Iterator[tuple[list[str], str]]:
-    """Write texts from a prompt. Yields the HTML of each and a status line whenever the page should be updated.
-
-    Args:
-        count: number of texts.
-    """
-    texts = [writer.text(prompt) for _ in range(count)]
+def stream_html(writer: Writer) -> Iterator[tuple[list[str], str]]:
+    """Write num_samples texts. Yields the HTML of each and a status line whenever the page should be updated."""
+    texts = [writer.text(writer.config.prompt) for _ in range(writer.config.num_samples)]
     views = [HtmlView(text, writer.encoding) for text in texts]
     updated = 0.0
     for _ in writer.write(texts, top_probs=ALTERNATIVES):

@@ -20,7 +20,8 @@ from torch import Tensor
 from config import InferConfig, SamplingConfig, UserError, WriterConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import faster_decoding_dtype, prepack
-from flatgpt.inference.sampling import TextStream, generate_batch, top_token_probs
+from flatgpt.inference.sampling import generate_batch, top_token_probs
+from flatgpt.inference.text_stream import TextStream
 from flatgpt.runtime.device import find_device, select_device
 from model import GPT
 

@@ -1,4 +1,4 @@
-"""Who trains in a run's folder: one process at a time."""
+"""One process at a time trains in a run's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from config import UserError
 
 
 class RunLock:
-    """A run's folder belongs to one process: a lock of the system's on <folder>/.lock, which ends with its owner."""
+    """An OS file lock on <folder>/.lock, released when the process exits."""
 
     def __init__(self, run_dir: Path):
         self.run_dir, self._file = run_dir, None
@@ -22,21 +22,21 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, *why) -> None:
+    def __exit__(self, *error) -> None:
         if self._file:
             self._file.close()
 
     def acquire(self) -> None:
-        """Lock the folder, where it is there; anew where it is not the one that was locked.
+        """Lock the folder, if it exists; again where it is not the folder that was locked.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process holds the lock.
         """
         path = self.run_dir / ".lock"
-        while self.run_dir.is_dir() and not self._holds(path):
+        while self.run_dir.is_dir() and not self.is_held():
             if self._file:
                 self._file.close()
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the lock is held
             try:
                 _lock(self._file)
             except BlockingIOError:
@@ -47,28 +47,29 @@ class RunLock:
                 raise UserError(
                     f"{self.run_dir} is in use by {owner}: wait for it, stop it, or take another --out_dir"
                 ) from None
-            except OSError as why:  # a file system without locks
-                text = f"warning: {path} cannot be locked ({why.strerror}): no second process may train there"
+            except OSError as error:  # a file system without locks
+                text = f"warning: {path} cannot be locked ({error.strerror}): no second process may train there"
                 print(text, file=sys.stderr)
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
 
     def is_held(self) -> bool:
-        """Whether the folder still is the one that was locked, and not moved away by somebody."""
-        return self._holds(self.run_dir / ".lock")
+        """Whether the folder is still the one that was locked: it may have been moved away."""
+        path = self.run_dir / ".lock"
+        return self._file is not None and path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
 
     def prepare_folder(self, overwrite: bool) -> None:
-        """Make the folder for a run that begins, or be sure of the one that was locked before.
+        """Make the folder for a new run, or check that it is still the locked one.
 
         Args:
-            overwrite: rename the run that is there, if there is one, to <folder>.old-<time>.
+            overwrite: rename an existing run to <folder>.old-<time>.
 
         Raises:
-            UserError: another process came meanwhile, or we are in the folder that is to be renamed.
+            UserError: another process was faster, or the folder to rename is the current one.
         """
         folder = self.run_dir
-        if self._file is None:  # there was none to lock
+        if self._file is None:  # it did not exist
             folder.mkdir(parents=True, exist_ok=True)
             self.acquire()
             if any(folder.glob("ckpt/iter_*")):
@@ -80,8 +81,7 @@ class RunLock:
                 f"{folder / 'ckpt'} is a file, where checkpoints go: move it away, or take another --out_dir"
             )
         if overwrite and (folder / "ckpt").exists():
-            here = Path.cwd()
-            if folder.resolve() in (here, *here.parents):
+            if Path.cwd().is_relative_to(folder.resolve()):
                 raise UserError(f"overwrite: {folder} is where we are, and is not renamed; take another --out_dir")
             old = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(folder, old)
@@ -89,29 +89,23 @@ class RunLock:
             folder.mkdir()
             self.acquire()
 
-    def _holds(self, path: Path) -> bool:
-        return self._file is not None and path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
-
 
 def _lock(file: TextIO) -> None:
-    """Lock an open file for this process alone; BlockingIOError where another one has it."""
+    """Lock an open file exclusively. Raises BlockingIOError where another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        time.sleep(0.1)  # it may only look: in_use
+        time.sleep(0.1)  # in_use holds a lock for a moment
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def in_use(run_dir: Path) -> bool:
-    """Whether a process trains in a folder now, as far as its file system has locks; nothing is written there.
-
-    The lock is tried as one of many, who only look, and given back at once.
-    """
+    """Whether a process trains in a folder now. Writes nothing; False on a file system without locks."""
     try:
         with open(run_dir / ".lock", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # never locked, or not to be read
+    except OSError:  # never locked, or unreadable
         return False
     return False

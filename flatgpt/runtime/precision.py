@@ -30,7 +30,7 @@ CHOICES = ("float32", "bfloat16")
 
 
 def has_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 matmuls for this CPU. Without them torch's are many times slower than float32's."""
+    """Return whether oneDNN has bfloat16 matmuls for this CPU. Others are many times slower than float32's."""
     operators = torch.ops.mkldnn
     return (
         torch.backends.mkldnn.is_available()
@@ -46,7 +46,7 @@ def faster_dtype(
     make: Callable[[torch.dtype], list[list[Callable]]],
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[str, str]:
-    """The faster of float32 and bfloat16 for some work, and the measured speeds, as text.
+    """Return the faster of float32 and bfloat16 for some work, and the measured speeds as text.
 
     The two are timed in turn, and the shortest time of each kind of step counts, so that other work on the machine
     does not affect the choice.
@@ -86,7 +86,7 @@ def faster_dtype(
 
 
 def faster_training_dtype(config: TrainConfig) -> tuple[str, str]:
-    """The faster precision for a run, measured with the MLP's first matmul over the tokens of one micro-batch."""
+    """Return the faster dtype for a run, measured with the MLP's first matmul over the tokens of one micro-batch."""
     C, hidden = config.n_embd, round(config.mlp_ratio * config.n_embd)
     tokens = max(1, min(config.batch_size * config.context_length, int(MAX_FLOPS / (2 * C * hidden))))
 
@@ -102,9 +102,9 @@ def faster_training_dtype(config: TrainConfig) -> tuple[str, str]:
 
 
 def cached_choice(key: str, choose: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """The choice that is cached for this key, else that of choose(), which is then written to the user's cache folder.
+    """Return the cached choice for this key, else that of choose(), which is then written to the user's cache folder.
 
-    A file that cannot be read or written is not an error: the choice is then made anew each time.
+    If the file cannot be read or written, the choice is made anew each time.
 
     Args:
         key: everything that the choice depends on.
@@ -112,7 +112,7 @@ def cached_choice(key: str, choose: Callable[[], tuple[str, str]]) -> tuple[str,
     if key in (cached := _read_cache()):
         return cached[key]
     choice = choose()
-    if key in (cached := _read_cache()):  # another process wrote it meanwhile: both use what is in the file
+    if key in (cached := _read_cache()):  # another process wrote it meanwhile: both use its choice
         return cached[key]
     content = {**cached, key: choice}
     try:
@@ -120,26 +120,25 @@ def cached_choice(key: str, choose: Callable[[], tuple[str, str]]) -> tuple[str,
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({k: {"dtype": dtype, "why": why} for k, (dtype, why) in content.items()}, indent=1)
         write_output(f"{text}\n".encode(), str(file), "cache")
-    except (OSError, RuntimeError, UserError) as why:
-        note(f"note: the choice of {choice[0]} cannot be kept for later ({why}); pass --dtype {choice[0]} to set it")
+    except (OSError, RuntimeError, UserError) as error:
+        note(f"note: the choice of {choice[0]} cannot be kept for later ({error}); pass --dtype {choice[0]} to set it")
     return choice
 
 
 def cache_file() -> Path:
-    """The file of cached choices. Raises RuntimeError where the user has no home folder."""
+    """Return the path of the cache file. Raise RuntimeError if the user has no home folder."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(folder) if os.path.isabs(folder) else Path.home() / ".cache") / "flatgpt" / "precision.json"
 
 
 def _read_cache() -> dict[str, tuple[str, str]]:
-    """The valid entries of the cache file."""
+    """Return the valid entries of the cache file."""
     try:
         content = json.loads(cache_file().read_text(encoding="utf-8"))
     except (OSError, RuntimeError, ValueError):
         return {}
-    entries = content.items() if isinstance(content, dict) else ()
     return {
-        key: (each["dtype"], each["why"])
-        for key, each in entries
-        if isinstance(each, dict) and each.get("dtype") in CHOICES and isinstance(each.get("why"), str)
+        key: (entry["dtype"], entry["why"])
+        for key, entry in (content.items() if isinstance(content, dict) else ())
+        if isinstance(entry, dict) and entry.get("dtype") in CHOICES and isinstance(entry.get("why"), str)
     }

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW and Muon, and learning-rate schedules as pure functions of the update."""
+"""Optimizers, their parameter groups, and learning-rate schedules as pure functions of the update."""
 
 from __future__ import annotations
 
@@ -10,39 +10,36 @@ from torch import Tensor, nn
 from config import TrainConfig
 from flatgpt.training.muon import Muon
 
-ONECYCLE_START = 1 / 25  # of lr, at update 0: torch's OneCycleLR has the same default
+ONECYCLE_START = 1 / 25  # of lr at update 0, as in torch's OneCycleLR
 
 
 def param_groups(params: list[Tensor], weight_decay: float) -> list[dict]:
-    """Two AdamW groups: matrices decay (embeddings among them, as GPT-2's trainers do), vectors do not."""
+    """Return two AdamW groups: matrices, embeddings included, have weight decay; vectors have none."""
     matrices = [p for p in params if p.dim() >= 2]
     vectors = [p for p in params if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
-    """AdamW (Loshchilov and Hutter, 2019), in torch's fused form, which CUDA, mps and CPUs have; or Muon beside it."""
+    """Return fused AdamW (Loshchilov and Hutter, 2019), or Muon for the blocks' matrices and AdamW for the rest."""
     params = list(model.parameters())
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
-    known = {id(p) for p in hidden}
-    groups = param_groups([p for p in params if id(p) not in known], config.weight_decay)
+    hidden_ids = {id(p) for p in hidden}
+    groups = param_groups([p for p in params if id(p) not in hidden_ids], config.weight_decay)
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     if config.optimizer == "adamw":
         return adamw
-    stacked = {id(block.attn.c_attn.weight) for block in model.transformer.h}  # queries', keys' and values'
-    split = [
-        {"params": [p for p in hidden if id(p) in stacked], "parts": 3},
-        {"params": [p for p in hidden if id(p) not in stacked]},
+    qkv_ids = {id(block.attn.c_attn.weight) for block in model.transformer.h}  # three stacked matrices each
+    matrices = [
+        {"params": [p for p in hidden if id(p) in qkv_ids], "parts": 3},
+        {"params": [p for p in hidden if id(p) not in qkv_ids]},
     ]
-    return MuonAndAdamW(Muon(split, config.lr, config.weight_decay, momentum=config.beta1), adamw)
+    return MuonAndAdamW(Muon(matrices, config.lr, config.weight_decay, momentum=config.beta1), adamw)
 
 
 class MuonAndAdamW:
-    """Two optimizers that the training loop, a GradScaler and a checkpoint see as one.
-
-    One, so that a float16 update with an overflow anywhere is skipped by both.
-    """
+    """Two optimizers with the interface of one, so that both skip an update with an overflow in either."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.muon, self.adamw = muon, adamw
@@ -50,29 +47,29 @@ class MuonAndAdamW:
         self.found_inf: Tensor | None = None
 
     def step(self) -> None:
-        """Apply the gradients that are there, unless `found_inf` is set to 1, as AdamW does by itself on the device."""
+        """Apply the gradients, unless `found_inf` is 1. Does not synchronise with the device."""
         self.muon.found_inf = self.adamw.found_inf = self.found_inf
         self.muon.step()
         self.adamw.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget them."""
+        """Clear the gradients of both."""
         self.muon.zero_grad(set_to_none)
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        """Both states, by name."""
+        """Return both states by name."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take both back."""
+        """Load both states."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
     @property
     def state(self) -> dict:
-        """Per parameter, of both."""
+        """The state of each parameter."""
         return {**self.adamw.state, **self.muon.state}
 
 
@@ -80,8 +77,8 @@ def apply_gradients(
     optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, found_inf: Tensor
 ) -> None:
     """Step and clear the gradients. Where found_inf, shape (), is 1.0, weights, moments and counts stay unchanged."""
-    optimizer.found_inf = found_inf  # AdamW's fused kernels look at it on the device
-    # but mps's do not before torch has pull request 186360: there the host waits for it
+    optimizer.found_inf = found_inf  # the fused kernels read it on the device,
+    # except on mps before torch's pull request 186360: there the host reads it
     if found_inf.device.type != "mps" or not found_inf.item():
         scaler.step(optimizer)
     scaler.update()
@@ -89,7 +86,7 @@ def apply_gradients(
 
 
 def learning_rate(update: int, config: TrainConfig) -> float:
-    """The learning rate of update `update` (from 0). warmup_iters and lr_decay_iters have to be resolved.
+    """Return the learning rate of an update (from 0). The config has to be resolved.
 
     A linear warm-up that starts above zero and meets lr at update warmup_iters; from there
         cosine, linear: down to min_lr at update lr_decay_iters, and min_lr after it;
@@ -116,6 +113,6 @@ def learning_rate(update: int, config: TrainConfig) -> float:
     return config.lr + max(0, update - start) / (end - start) * (config.min_lr - config.lr)
 
 
-def _cosine(done: float, first: float, last: float) -> float:
-    """Half a cosine wave from `first` (done = 0) to `last` (done = 1)."""
-    return last + 0.5 * (1 + math.cos(math.pi * done)) * (first - last)
+def _cosine(progress: float, first: float, last: float) -> float:
+    """Half a cosine wave from `first` (progress = 0) to `last` (progress = 1)."""
+    return last + 0.5 * (1 + math.cos(math.pi * progress)) * (first - last)

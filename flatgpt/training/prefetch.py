@@ -1,4 +1,4 @@
-"""Training's micro-batches on the device, the next one made ready by a thread while the device computes."""
+"""Prepare the next micro-batch in a thread while the device computes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Batches = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
 
 class BatchPrefetcher:
-    """What `batches(update, micro)` gives, in whatever order it is asked for; the one after it is prepared meanwhile.
+    """Returns micro-batches in any order. A thread prepares the one that follows the newest.
 
     Args:
-        batches: inputs and targets of a micro-batch, a pure function that is safe to call from a thread.
-        device: where they go.
-        micros: the micro-batches that this rank makes of each update, in their order.
+        batches: (update, micro) -> inputs and targets; a pure, thread-safe function.
+        device: of the returned tensors.
+        micros: this rank's micro-batches of each update.
     """
 
     def __init__(self, batches: Batches, device: torch.device, micros: range):
         self.batches, self.device, self.micros = batches, device, micros
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._next: tuple[tuple[int, int], Future] | None = None
 
     def __call__(self, update: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of that micro-batch on the device, (B, T) int64 each; on CUDA the copy does not wait."""
+        """Return inputs and targets on the device, (B, T) int64 each. Does not synchronise with CUDA."""
         ready = self._next[1].result() if self._next and self._next[0] == (update, micro) else None
         x, y = ready or self._prepare(update, micro)
         after = (update, micro + self.micros.step) if micro + self.micros.step in self.micros else None
@@ -39,5 +39,5 @@ class BatchPrefetcher:
         x, y = (torch.from_numpy(np.ascontiguousarray(array)) for array in self.batches(update, micro))
         if self.device.type != "cuda":
             return x, y
-        with torch.cuda.device(self.device):  # each thread has its own
+        with torch.cuda.device(self.device):  # the current device is a thread's own setting
             return x.pin_memory(), y.pin_memory()

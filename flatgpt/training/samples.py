@@ -6,7 +6,8 @@ from unicodedata import category
 
 from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import TextStream, generate_batch
+from flatgpt.inference.sampling import generate_batch
+from flatgpt.inference.text_stream import TextStream
 from flatgpt.runtime.device import uncompiled
 from flatgpt.training.setup import TrainingRun
 

@@ -22,7 +22,7 @@ from processes import ROOT, command, free_port, running
 import app
 from config import AppConfig, InferConfig, UserError
 from flatgpt.data import tokenizer
-from flatgpt.inference.sampling import TextStream
+from flatgpt.inference.text_stream import TextStream
 from flatgpt.inference.web import ALTERNATIVES, HtmlView, stream_html
 from flatgpt.inference.writer import PreparedModel, Text, Writer
 
@@ -101,7 +101,7 @@ def prepared(config) -> PreparedModel:
 
 
 def pages(prepared: PreparedModel, settings: InferConfig) -> list[str]:
-    *_, (found, status) = stream_html(Writer(settings, prepared), settings.prompt, settings.num_samples)
+    *_, (found, status) = stream_html(Writer(settings, prepared))
     assert re.match(r"[\d,]+ tokens, the first after ", status)
     return found
 
@@ -131,7 +131,7 @@ def test_an_unfinished_request_does_not_change_the_next(config, prepared):
     settings = app.request(config, **values(max_new_tokens=50))
     alone = pages(prepared, settings)
     other = app.request(config, **values(prompt="bottles", seed=9, max_new_tokens=50))
-    with contextlib.closing(stream_html(Writer(other, prepared), other.prompt, 1)) as unfinished:
+    with contextlib.closing(stream_html(Writer(other, prepared))) as unfinished:
         next(unfinished)
         assert pages(prepared, settings) == alone
 

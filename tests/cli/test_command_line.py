@@ -83,7 +83,7 @@ def test_spellings(words, key, value):
     assert type(found) is type(value)
 
 
-def test_positional_and_lists():
+def test_positional_arguments_and_lists():
     found = parse(PrepareConfig, ["text", "--input", "a", "b", "--name", "n", "--input=c"])
     assert (found.source, found.input, found.name) == ("text", ("a", "b", "c"), "n")
     assert parse(BenchConfig, ["train", "--timed_updates", "3"]).timed_updates == 3
@@ -237,7 +237,7 @@ def test_all_problems_at_once(tmp_path):
         assert part in answer
 
 
-def test_recipe_serves_all_verbs(tmp_path):
+def test_recipe_serves_all_scripts(tmp_path):
     """Keys of other verbs are left to them; a key of no verb is a mistake for each."""
     path = recipe(tmp_path, 'n_layer = 2\nlr = 1e-3\ntemperature = 0.5\ndataset = "d"\n')
     assert parse(TrainConfig, ["--config", path]).n_layer == 2
@@ -421,7 +421,7 @@ def test_command_line_mistake_exits_2_with_one_line(monkeypatch, capsys):
         (None, False, KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_run_ends_a_verb(monkeypatch, capsys, rank, every_rank, error, code, said):
+def test_run_script_ends_with_an_exit_code(monkeypatch, capsys, rank, every_rank, error, code, said):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)

@@ -20,13 +20,12 @@ import torch
 from forked import TORCHRUN, ForkedProcess
 from in_process import TINY, make_dataset
 from processes import ROOT, deliver, free_port, main_thread, waits_long
+from run_files import assert_same_run, rows, same, weights
 from safetensors.torch import load_file
-from test_train import TIMES, rows, same, weights
 
 from config import TrainConfig
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
 from flatgpt.runs import checkpoint
-from flatgpt.runtime import device
 from flatgpt.runtime.stop import StopRequest
 
 HERE = ("--standalone", "--nproc_per_node=2")
@@ -87,26 +86,6 @@ def logged(run: Path) -> int:
 def errors(job: ForkedProcess) -> list[str]:
     """What it says to its user."""
     return [line for line in job.output.splitlines() if line.startswith("error: ")]
-
-
-def ended(run: Path) -> tuple:
-    """What of a run's end is not a tensor: progress, counters, scaler, where `best` leads."""
-    state = checkpoint.load_train_state(run / "ckpt/last")
-    row = {key: value for key, value in state.pop("row").items() if key not in TIMES}
-    return row, {key: value for key, value in state.items() if key != "optimizer"}, os.readlink(run / "ckpt/best")
-
-
-def assert_same_run(run: Path, whole: Path) -> None:
-    """Every iteration is logged once and alike, and all that a checkpoint holds ended alike, bit for bit."""
-    state = checkpoint.verify(run / "ckpt/last")
-    assert state["finished"]
-    assert rows(run) == rows(whole)
-    assert [int(row["iter"]) for row in rows(run)] == list(range(state["config"]["max_iters"] + 1))
-    assert ended(run) == ended(whole)
-    assert same(weights(run), weights(whole))
-    ours, theirs = (checkpoint.load_train_state(r / "ckpt/last")["optimizer"]["state"] for r in (run, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(same(ours[key], theirs[key]) for key in theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -647,7 +626,7 @@ def test_rank_that_waits_for_one_that_does_not_answer_can_be_stopped(start, tmp_
 
 def test_stop_notes_a_signal_and_the_end_of_time(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(device.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     endless, stop = StopRequest(), StopRequest(max_minutes=2)
     try:
         assert stop.reason() == 0
@@ -672,7 +651,7 @@ def test_ranks_whose_launcher_is_gone_are_asked_to_stop(monkeypatch):
     stop, alone = StopRequest(among_ranks=True), StopRequest()
     try:
         assert stop.reason() == 0
-        monkeypatch.setattr(device.os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.reason() == signal.SIGTERM
         assert alone.reason() == 0, "a single process may outlive its shell: nohup"
     finally:

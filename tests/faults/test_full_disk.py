@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from in_process import TINY, train_here
 from processes import ROOT
-from test_train import rows, same, weights
+from run_files import rows, same, weights
 
 from flatgpt.runs import checkpoint
 

@@ -18,8 +18,8 @@ import torch
 from forked import ForkedProcess
 from in_process import TINY, train_here
 from processes import ROOT, free_port
+from run_files import rows, same
 from safetensors.torch import load_file
-from test_train import rows, same
 
 import bench
 import train
@@ -42,6 +42,15 @@ def change_id(split: str, to: int) -> str:
     assert raw[-2:] != to.to_bytes(2, "little")
     path.write_bytes(raw[:-2] + to.to_bytes(2, "little"))
     return str(path)
+
+
+def test_table_of_faults_names_tests_that_exist():
+    table = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)::(test_\w+)` \|$", table, re.M)
+    assert len(named) == len(re.findall(r"^\| ", table, re.M)) - 1
+    for file, test in named:
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

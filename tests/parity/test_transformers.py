@@ -1,8 +1,13 @@
-"""model.py against transformers' GPT-2 with the same weights: logits, loss, greedy text, names of weights."""
+"""model.py and sampling.py against transformers: logits, loss, greedy text, names of weights, logits processors."""
 
 import pytest
 import torch
 from random_models import random_ids, small_model
+
+from config import SamplingConfig
+from flatgpt.inference import sampling
+from flatgpt.inference.sampling import NUCLEUS
+from model import GPT
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,3 +60,61 @@ def test_same_as_transformers(changes):
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0
         )
         assert torch.equal(model.generate(prompt, new, greedy=True), expected)
+
+
+@pytest.mark.parametrize("vocab_size", [30, 2 * NUCLEUS])
+@pytest.mark.parametrize("alone", [None, "temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
+def test_sampling_settings_as_transformers_processors(alone, vocab_size, monkeypatch):
+    """Each alone, and all in transformers' order; the penalty counts the prompt and what was sampled since."""
+    settings = {"temperature": 1.6, "top_k": 20, "top_p": 0.93, "min_p": 0.06, "repetition_penalty": 1.9}
+    processors = {
+        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    used = [alone] if alone else list(processors)
+    reference = transformers.LogitsProcessorList([processors[name](settings[name]) for name in used])
+    seen = []
+    monkeypatch.setattr(sampling, "sample", lambda logits, generators: seen.append(logits) or logits.argmax(-1))
+    prompts = [[1, 2], [3, 4], [5, 5], [0, 29]]
+    options = SamplingConfig(**{"temperature": 1.0} | {name: settings[name] for name in used})
+    sampler, ids = sampling.Sampler(options, prompts, 0, vocab_size, torch.device("cpu")), torch.tensor(prompts)
+    for n in range(6):
+        logits = 3 * torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(n % 2))
+        tokens = sampler(torch.cat((logits, torch.full((4, 3), 99.0)), dim=1))  # three ids that no tokenizer has
+        assert torch.equal(seen[-1], reference(ids, logits))
+        ids = torch.cat((ids, tokens[:, None]), dim=1)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_from_pretrained_reads_a_folder_of_transformers(tie_weights, tmp_path):
+    """Into GPT and into a subclass of it; greedy text is theirs."""
+
+    class Scaled(GPT):
+        def adjust_logits(self, logits):
+            return 2 * logits
+
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 12, "initializer_range": 0.5}
+    config = transformers.GPT2Config(**shape, tie_word_embeddings=tie_weights, attn_implementation="eager")
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    reference.save_pretrained(tmp_path)
+    model, scaled = (cls.from_pretrained(str(tmp_path)) for cls in (GPT, Scaled))
+    assert not model.training
+    ids = random_ids(2, 12, vocab_size=50257)
+    with torch.no_grad():
+        expected = reference(ids).logits
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(scaled(ids), 2 * expected, rtol=0, atol=2e-3)
+    prompt = ids[:, :4]
+    text = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(model.generate(prompt, 8, greedy=True), text)

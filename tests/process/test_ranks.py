@@ -15,7 +15,7 @@ import pytest
 import torch
 from in_process import TINY, make_dataset
 from processes import ROOT, command
-from test_train import rows, weights
+from run_files import rows, weights
 
 import train
 from config import TrainConfig, UserError

@@ -83,10 +83,11 @@ def test_an_exported_folder_is_the_same_model(here):
 
 
 def test_three_lines_in_a_notebook(here):
-    """flatgpt.load gives the model and its tokenizer."""
+    """README's lines: the model, its tokenizer, and a text."""
     model, encoding = flatgpt.load("hf")
-    ids = torch.tensor([encoding.encode_ordinary("99 green")])
+    ids = torch.tensor([encoding.encode("99 green")])
     assert torch.equal(model(ids), load("hf")[1](ids))
+    assert encoding.decode(model.generate(ids, max_new_tokens=5, greedy=True)[0].tolist()).startswith("99 green")
     assert flatgpt.load(context_length=8)[0].config.context_length == 8
 
 

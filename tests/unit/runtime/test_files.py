@@ -1,4 +1,4 @@
-"""outputs.py: files are there whole or not at all, pipes and devices are written to as they are."""
+"""files.py: files are replaced as a whole; pipes and devices are written to directly."""
 
 import json
 import math
@@ -23,8 +23,7 @@ def test_write_json(tmp_path, capsys):
         files.write_json(figures, str(tmp_path / "no" / "b.json"))
 
 
-def test_json_goes_to_devices_as_they_are(tmp_path, monkeypatch):
-    """A pipe is written to, /dev/stdout is not replaced; without --json a read-only folder will do."""
+def test_devices_are_written_to_and_need_no_writable_folder(tmp_path, monkeypatch):
     files.write_json({"a": 1}, "/dev/null")
     files.require_writable("/dev/null", "json")
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatgpt.runtime import files\n"
@@ -37,13 +36,13 @@ def test_json_goes_to_devices_as_they_are(tmp_path, monkeypatch):
         files.require_writable(str(tmp_path / "a.png"), "plot")
 
 
-def test_what_json_does_not_know_is_null(capsys):
+def test_nan_and_infinity_become_null(capsys):
     files.write_json({"a": math.nan, "b": [{"c": math.inf}, (1.5, -math.inf)]}, "-")
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [{"c": None}, [1.5, None]]}
 
 
-def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
-    """train.py at its end, and plot.py --watch: whoever is last wins, and neither fails."""
+def test_of_two_processes_that_write_one_file_the_last_wins(tmp_path, monkeypatch):
+    """For example train.py at its end, and plot.py --watch."""
     path, replace = str(tmp_path / "a.png"), os.replace
 
     def meanwhile(*names):
@@ -58,7 +57,7 @@ def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"ours"]
 
 
-def test_a_file_that_was_there_stays_when_the_new_one_fails(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
     files.write_output(b"new", str(tmp_path / "a.png"), "plot")
     assert (tmp_path / "a.png").read_bytes() == b"new"

@@ -1,4 +1,4 @@
-"""parallel.py: one model on the devices of many ranks. With real processes: test_ranks.py."""
+"""parallel.py in one process. With several: process/test_ranks.py."""
 
 import pytest
 import torch
@@ -29,17 +29,17 @@ def test_ddp_sums_gradients_in_the_last_micro_batch_only(group):
 
 
 def test_fully_shard_sums_gradients_in_the_last_micro_batch_only():
-    """A flag that stays on it: `last` has to set it again, or no update would ever be shared."""
-    said = []
+    """The flag is persistent: it has to be set again for the last one."""
+    seen = []
     model = torch.nn.Linear(2, 2)
-    model.set_requires_gradient_sync = said.append
+    model.set_requires_gradient_sync = seen.append
     for last in (False, True):
         with gradients(model, last):
-            assert said.pop() is last
-    assert not said
+            assert seen.pop() is last
+    assert not seen
 
 
-def test_plain_model_and_tensors_are_left_alone():
+def test_other_models_and_tensors_are_unchanged():
     with gradients(torch.nn.Linear(2, 2), last=False):
         pass
     tensor = torch.ones(3)
@@ -48,7 +48,7 @@ def test_plain_model_and_tensors_are_left_alone():
     assert shard_like(tensor, like=torch.zeros(3)) is tensor
 
 
-def test_parts_are_put_together_and_cut_again(group):
+def test_sharded_tensors_are_gathered_and_sharded_again(group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -63,12 +63,12 @@ def test_parts_are_put_together_and_cut_again(group):
     assert torch.equal(again.to_local(), full + 1)
 
 
-def test_own_gradients_tell_of_what_is_not_finite(group):
+def test_local_grad_sum_shows_nonfinite_gradients(group):
     torch.manual_seed(0)
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=4, vocab_size=9))
     assert local_grad_sum(model) == 0.0
     ddp = wrap_model(model, DistributedContext(world=2), torch.device("cpu"), torch.float32, fsdp=False)
-    assert all(p.grad is None for p in model.parameters()), "of the pass that settles the buckets"
+    assert all(p.grad is None for p in model.parameters()), "those of the pass that settles the buckets are removed"
     idx = torch.arange(4)[None]
     local_grad_sum(ddp)
     for weight, finite in ((1.0, True), (float("nan"), False), (1.0, True)):
@@ -77,8 +77,8 @@ def test_own_gradients_tell_of_what_is_not_finite(group):
         model.zero_grad()
 
 
-def test_buckets_keep_one_order(group, monkeypatch):
-    """Else DDP sums the first gradients after a resume in another order than the same ones of an undisturbed run."""
+def test_ddp_buckets_keep_one_order(group, monkeypatch):
+    """Otherwise DDP sums the first gradients after a resume in another order than those of an uninterrupted run."""
     seen = []
     real = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda buffer, **more: seen.append(buffer.clone()) or real(buffer, **more))

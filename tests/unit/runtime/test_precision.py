@@ -97,7 +97,7 @@ def test_the_faster_is_chosen(both, exact, low, chosen):
     assert f"{name}: {why.removeprefix('a matmul: ')}" == chosen
 
 
-def test_other_work_on_the_machine_does_not_decide(both):
+def test_other_work_on_the_machine_does_not_affect_the_choice(both):
     """All timed calls in bfloat16 are slow, except for one of each kind, in different rounds."""
     slow, exact = 0.015, [[2e-3], [2e-3]]
     first, second = [1e-3, 1e-3, *[slow] * 30], [1e-3, slow, 1e-3, *[slow] * 30]
@@ -106,7 +106,7 @@ def test_other_work_on_the_machine_does_not_decide(both):
     assert Steps(alike=True, float32=exact, bfloat16=[first, [slow]]).chosen() == expected
 
 
-def test_the_two_precisions_alternate_in_going_first(both):
+def test_the_two_dtypes_alternate_in_going_first(both):
     """A fixed order could favour one of them."""
     order = []
 
@@ -135,7 +135,7 @@ def test_steps_of_one_kind_count_as_repeats(both):
     assert steps.calls == 2 + 2 * 20
 
 
-def test_bfloat16_that_the_cpu_lacks_is_not_tried(monkeypatch):
+def test_bfloat16_is_not_timed_if_the_cpu_lacks_it(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     steps = Steps(float32=[[1e-3]], bfloat16=[[1e-3]])
     assert steps.chosen() == ("float32", "this CPU has no bfloat16")
@@ -169,7 +169,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FOUND = r"{}: [\d.,]+ GFLOP/s, (float32|bfloat16) [\d.,]+|this CPU has no bfloat16"
 
 
-def test_this_cpu_is_really_measured():
+def test_this_cpu_is_measured():
     whole = model()
     before = torch.get_rng_state()
     name, why = precision.faster_training_dtype(cli.parse(TrainConfig, TINY))
@@ -312,7 +312,7 @@ def test_path_of_the_cache_file(cache, monkeypatch, tmp_path):
         assert precision.cache_file() == tmp_path / ".cache/flatgpt/precision.json"
 
 
-def test_of_two_processes_at_once_both_take_the_first_choice(cache):
+def test_concurrent_processes_take_the_first_choice(cache):
     """The other process writes while this one measures; its entry for another model stays."""
 
     def slow() -> tuple[str, str]:

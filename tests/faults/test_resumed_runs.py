@@ -1,0 +1,266 @@
+"""Runs that stop anywhere and are resumed: to the bit, in their folder, and with what the user changes."""
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from in_process import TINY, train_here
+from processes import ROOT, command, deliver, running
+from run_files import assert_same_run, links, logged_iters, rows, saved_iters, snapshot, val_losses
+
+import train
+from config import TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.interop.pretrained import initial_shape
+from flatgpt.runs import checkpoint
+from flatgpt.runs.lock import RunLock
+from flatgpt.runtime.stop import StopRequest
+
+RUN = Path("out/quickstart")
+QUIET = ("--sample_tokens", 0)
+
+# Rows, evaluations, saves and the end fall on different iterations.
+ODD = (*QUIET, "--log_interval", 3, "--eval_interval", 4, "--save_interval", 5, "--max_iters", 14, "--dropout", 0.2)
+ODD += ("--grad_accum_steps", 2, "--batch_size", 2, "--eval_batches", 3, "--lr", "2e-2", "--keep_checkpoints", 3)
+
+
+class StopAfterLooks(StopRequest):
+    """Asks the loop to stop after so many looks at `reason`, wherever that is."""
+
+    looks = 10**9
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = itertools.count(1)
+
+    def reason(self) -> int:
+        return signal.SIGTERM if next(self.seen) >= self.looks else 0
+
+
+@pytest.mark.parametrize(
+    ("looks", "words", "every_time"),
+    [
+        (4, ("--dtype", "float32"), ()),
+        (7, ("--dtype", "float16"), ("--save_minutes", 1e-9)),
+        (7, ("--optimizer", "muon", "--lr", "5e-3"), ()),
+    ],
+    ids=["float32", "float16 and saves all the time", "muon"],
+)
+def test_run_that_was_stopped_anywhere_ends_as_the_undisturbed_one(tiny_data, monkeypatch, looks, words, every_time):
+    whole = train_here(*ODD, *words, "--out_dir", "out/whole")
+    assert logged_iters(whole) == [0, 3, 4, 5, 6, 8, 9, 10, 12, 14]
+    losses = {i: loss for i, loss in val_losses(whole).items() if i}
+    assert links(whole) == {"last": "iter_000014", "best": f"iter_{min(losses, key=losses.get):06d}"}
+    real, stops = train.evaluate, set()
+
+    def evaluate(run, stop_reason):
+        loss = real(run, stop_reason)
+        stops.update({"in an evaluation"} if loss is None else ())
+        return loss
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "StopRequest", StopAfterLooks)
+    for start in range(30):
+        StopAfterLooks.looks = looks + start % 2
+        try:
+            train_here(*ODD, *words, *every_time, "--resume", "auto")
+            break
+        except SystemExit:
+            i = saved_iters(RUN)[0]
+            stops.add("at a row" if any(i % n == 0 for n in (3, 4, 5)) else "between rows")
+    assert_same_run(RUN, whole)
+    assert stops == {"in an evaluation", "between rows", "at a row"}
+
+
+@pytest.mark.parametrize("moment", ["before the first update", "at an evaluation"])
+def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, moment):
+    """Before the first update there is nothing to resume; an evaluation that is due is left to the resumed run."""
+    words = ("--max_iters", 5, "--eval_interval", 2)
+    whole = train_here(*words, "--out_dir", "out/whole")
+    name, count = ("evaluate", 1) if moment.startswith("before") else ("train_step", 4)
+    real, calls = getattr(train, name), itertools.count(1)
+
+    def interrupted(*args):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train_here(*words)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert rows(RUN)[-1]["val_loss"] == ""
+    *_, said, typed = capsys.readouterr().out.splitlines()
+    if moment.startswith("before"):
+        assert said == "stopped at iter 0 of 5, before there was anything to save; to start again:"
+    else:
+        assert said == "stopped at iter 4 of 5, and saved; to go on:"
+    assert typed.split()[:2] == ["python", "train.py"]
+    monkeypatch.setattr(train, "draw_picture", lambda *_: None)
+    train.train(cli.parse(TrainConfig, typed.split()[2:]))
+    assert_same_run(RUN, whole)
+
+
+def test_schedule_stays_when_the_run_grows_unless_it_is_changed_too(tiny_data, capsys):
+    train_here(*QUIET, "--max_iters", 4)
+    capsys.readouterr()
+    train_here(*QUIET, "--max_iters", 6, "--resume")
+    printed = capsys.readouterr().out.splitlines()
+    assert f"resuming from {RUN}/ckpt/iter_000004, with max_iters = 6 (was 4)" in printed
+    assert "note: the schedule stays: lr_decay_iters = 4, as the run began" in printed
+    train_here(*QUIET, "--max_iters", 8, "--lr_decay_iters", 8, "--resume")
+    assert "with max_iters = 8 (was 6); lr_decay_iters = 8 (was 4)" in capsys.readouterr().out
+    assert [float(row["lr"]) > 2e-4 for row in rows(RUN)[-4:]] == [False, False, True, True]
+
+
+def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):
+    train_here(*QUIET, "--max_iters", 3)
+    (RUN / "ckpt/.iter_000009.tmp").mkdir()
+    (RUN / "ckpt/.iter_000009.tmp/model.safetensors").write_bytes(b"half")
+    train_here(*QUIET, "--max_iters", 4, "--resume")
+    assert sorted(path.name for path in (RUN / "ckpt").iterdir()) == ["best", "iter_000003", "iter_000004", "last"]
+
+
+def test_run_that_is_past_its_end_makes_no_update_and_says_so(tiny_data, capsys):
+    before = rows(train_here(*QUIET, "--max_iters", 4))
+    capsys.readouterr()
+    train_here(*QUIET, "--max_iters", 3, "--resume")
+    assert "\nnote: it is past max_iters = 3 already: nothing is left to train\n" in capsys.readouterr().out
+    assert rows(RUN) == before
+
+
+def test_resumed_run_keeps_its_shape_whatever_becomes_of_init_from(tiny_data):
+    """The same command again, as Slurm's script runs it, when that folder has gone or holds another model."""
+
+    def again(*more) -> list[int]:
+        shape = "--n_layer 2 --n_head 2 --n_embd 32 --context_length 32 "
+        words = [*" ".join(TINY).replace(shape, "").split(), "--init_from", "out/first", "--max_iters"]
+        train.train(cli.parse(TrainConfig, [*words, *map(str, more)], initial_shape))
+        return logged_iters(RUN)
+
+    source = train_here("--out_dir", "out/first")
+    assert again(3, "--resume", "auto") == [0, 1, 2, 3]
+    assert val_losses(RUN)[0] == pytest.approx(val_losses(source)[6], rel=1e-6)
+    source.rename("out/gone")
+    assert again(4, "--resume", "auto") == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="init_from = out/first: no such folder"):
+        again(4, "--out_dir", "out/new")
+    train_here("--n_layer", 3, "--out_dir", "out/first")
+    assert again(5, "--resume") == [0, 1, 2, 3, 4, 5]
+    assert again(6, "--resume", RUN / "ckpt/iter_000004") == [0, 1, 2, 3, 4, 5, 6]
+    again(6, "--resume", "auto", "--out_dir", "out/new")  # nothing to resume there: it starts with that model
+    assert checkpoint.read_state(Path("out/new/ckpt/last"))["config"]["n_layer"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a folder that is in use
+
+
+@pytest.fixture
+def owner(tiny_data):
+    """A process that trains in out/quickstart, has saved, and is stopped by SIGSTOP."""
+    words = [sys.executable, ROOT / "train.py", *TINY, *QUIET, "--save_interval", 10]
+    words += ["--max_iters", 100_000, "--eval_interval", 100_000, "--eval_batches", 1]
+    with open("printed.txt", "wb") as file, running(words, stdout=file, stderr=file) as process:
+        deadline = time.monotonic() + 120
+        while not (RUN / "ckpt/last").exists():
+            assert process.poll() is None, Path("printed.txt").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        deliver(process.pid, signal.SIGSTOP)
+        yield process
+
+
+def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner):
+    before = snapshot(Path.cwd())
+    text = f"{RUN} is in use by process {owner.pid} on {socket.gethostname()}: wait for it, stop it, or take another"
+    for words in ((), ("--resume",), ("--resume", "auto"), ("--resume", RUN / "ckpt/last"), ("--overwrite",)):
+        with pytest.raises(UserError) as caught:
+            train_here(*QUIET, *words)
+        assert str(caught.value).startswith(text), words
+        assert snapshot(Path.cwd()) == before, words
+    saved = checkpoint.read_state(RUN / "ckpt/last")["iter"]
+    owner.kill()
+    owner.wait()
+    assert (RUN / ".lock").exists(), "a killed process does not remove it"
+    words = (*QUIET, "--lr_decay_iters", saved + 2, "--max_iters")
+    train_here(*words, saved + 1, "--resume", "auto")
+    train_here(*words, saved + 2, "--resume")  # the run before released its lock
+    assert checkpoint.read_state(RUN / "ckpt/last")["iter"] == saved + 2
+
+
+def test_overwrite_moves_the_old_run_and_locks_the_new_folder(tiny_data, monkeypatch):
+    train_here(*QUIET)
+    before, real, checked = snapshot(RUN), train.train_step, []
+
+    def train_step(run, i):
+        (old,) = Path("out").glob("quickstart.old-*")
+        with RunLock(RUN) as other, pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
+            other.acquire()
+        with RunLock(old) as free:
+            free.acquire()
+        checked.append(i)
+        return real(run, i)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    train_here(*QUIET, "--overwrite")
+    (old,) = Path("out").glob("quickstart.old-*")
+    assert checked == list(range(6))
+    assert {key.replace(str(old), str(RUN)): value for key, value in snapshot(old).items()} == before
+
+
+def test_run_that_fails_releases_its_folder_and_keeps_the_users_config(tiny_data, monkeypatch):
+    mine = RUN / "config.toml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# mine\nlr = 1e-3\n")
+    words = (*QUIET, "--config", shutil.copy(mine, "mine.toml"), "--out_dir", RUN, "--max_iters", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda run, i: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_here(*words)
+    train_here(*words)
+    assert "# mine\nlr = 1e-3\n" in [path.read_text() for path in RUN.glob("config.toml.old-*")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# secrets
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "76543210",
+    "HF_TOKEN": "hf_" + "Quetzalcoatlus" * 2,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCY",
+}
+
+
+@pytest.mark.slow
+def test_secrets_of_the_environment_are_in_no_file_and_no_output(tiny_data):
+    done = command("train", *TINY, "--wandb", "offline", cwd=tiny_data, env=SECRETS)
+    assert done.returncode == 0, done.stderr
+    assert list(RUN.glob("wandb/offline-run-*/*.wandb"))
+    contents = {str(path): path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    contents |= {"standard output": done.stdout.encode(), "standard error": done.stderr.encode()}
+    assert len(contents) > 8
+    for name, value in SECRETS.items():
+        assert [path for path, content in contents.items() if value.encode() in content] == [], name
+
+
+def test_secret_in_a_setting_is_masked_in_the_command_and_kept_as_a_setting(tiny_data, monkeypatch):
+    """config.toml and the checkpoint's config have to make the same run again."""
+    value = SECRETS["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", value)
+    words = ["/home/me/train.py", "--sample_prompt", value, f"--data_dir=x{value}y", "--lr", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    run = train_here("--max_iters", 1, "--sample_prompt", value)
+    state, masked = checkpoint.read_state(run / "ckpt/last"), "$AWS_SECRET_ACCESS_KEY"
+    assert state["command"] == ["train.py", "--sample_prompt", masked, f"--data_dir=x{masked}y", "--lr", "1"]
+    assert state["config"]["sample_prompt"] == [value]
+    assert cli.parse(TrainConfig, ["--config", str(run / "config.toml")]).sample_prompt == (value,)
+    found = {path.name for path in run.rglob("*") if path.is_file() and value.encode() in path.read_bytes()}
+    assert found == {"config.toml", "samples.txt", "state.json"}
