@@ -41,7 +41,7 @@ from flatgpt.evaluation.windows import eval_batches
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.lock import RunLock
-from flatgpt.runs.run_log import RunLog, StepClock, peak_flops, start_wandb
+from flatgpt.runs.run_log import RunLog, StepClock, start_wandb
 from flatgpt.runtime.device import find_device, reseed
 from flatgpt.runtime.distributed import join_process_group, shorten_timeout
 from flatgpt.runtime.parallel import full_tensor, gradients, local_grad_sum
@@ -49,7 +49,7 @@ from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import samples
 from flatgpt.training.nonfinite import require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
-from flatgpt.training.reporting import closing_message, draw_picture, explain_out_of_memory, summary
+from flatgpt.training.reporting import closing_message, draw_picture, explain_out_of_memory, metrics_row, summary
 from flatgpt.training.resume import Progress, checkpoint_state, find_resume_checkpoint, restore_run, run_metadata
 from flatgpt.training.setup import TrainingRun, build_run, print_plan
 
@@ -124,27 +124,6 @@ def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) ->
     require_finite(run.model, progress.iter)
     state = {key: progress.row[key] for key in ("iter", "tokens", "epoch")} | progress.state_dict()
     checkpoints.save({**state, "finished": False}, checkpoint_state(run, progress))
-
-
-def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: float | None) -> dict:
-    """Return the metrics of the newest update, the i-th (from 1). Waits for the device."""
-    tokens, peak = run.batches.per_update * run.config.context_length, peak_flops(run.device_settings.name)
-    tok_per_s = 1e3 * tokens / step_ms if step_ms else None
-    row = {
-        "iter": i,
-        "tokens": i * tokens,
-        "epoch": i * run.batches.per_update / len(run.batches.windows),
-        "train_loss": loss.item(),
-        "lr": learning_rate(i - 1, run.config),
-        "grad_norm": norm.item(),
-        "step_ms": step_ms,
-        "tok_per_s": tok_per_s,
-        "mfu": tok_per_s * run.model.flops_per_token() / (peak * run.ranks.world) if peak and tok_per_s else None,
-        "peak_mem_gb": run.device_settings.peak_memory_gb(),
-    }
-    if run.scaler.is_enabled():
-        row["loss_scale"] = run.scaler.get_scale()
-    return row
 
 
 def train_loop(

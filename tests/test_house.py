@@ -98,6 +98,13 @@ def test_data_side_never_loads_torch(name):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+def test_a_model_on_the_meta_device_loads_no_compiler():
+    """Random numbers on the meta device import torch._dynamo, which takes a second."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import GPT; from config import ModelConfig; "
+    code += "GPT.on_meta_device(ModelConfig(vocab_size=99, tie_weights=False)); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_the_readme_names_every_module():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"^ *(\w+)(?:\.py|/) ", text, re.M)

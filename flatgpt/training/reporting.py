@@ -1,4 +1,4 @@
-"""What a run tells its user: its size at the start, the next commands at its end, and what to do without memory."""
+"""What a run reports: its size, its metrics, its picture, how it ended, and what to do when memory is full."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from config import TrainConfig, UserError
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs, render
-from flatgpt.runs.run_log import PICTURE, RunLog, duration
+from flatgpt.runs.run_log import PICTURE, RunLog, duration, peak_flops
 from flatgpt.runtime.device import select_device
 from flatgpt.runtime.distributed import DistributedContext
 from flatgpt.runtime.stop import StopRequest
+from flatgpt.training.optimizer import learning_rate
 from flatgpt.training.resume import Progress
 from flatgpt.training.setup import TrainingRun
 
@@ -39,6 +41,27 @@ def summary(run: TrainingRun) -> str:
             f"folder   {config.out_dir}",
         )
     )
+
+
+def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: float | None) -> dict:
+    """Return the metrics of the newest update, the i-th (from 1). Waits for the device."""
+    tokens, peak = run.batches.per_update * run.config.context_length, peak_flops(run.device_settings.name)
+    tok_per_s = 1e3 * tokens / step_ms if step_ms else None
+    row = {
+        "iter": i,
+        "tokens": i * tokens,
+        "epoch": i * run.batches.per_update / len(run.batches.windows),
+        "train_loss": loss.item(),
+        "lr": learning_rate(i - 1, run.config),
+        "grad_norm": norm.item(),
+        "step_ms": step_ms,
+        "tok_per_s": tok_per_s,
+        "mfu": tok_per_s * run.model.flops_per_token() / (peak * run.ranks.world) if peak and tok_per_s else None,
+        "peak_mem_gb": run.device_settings.peak_memory_gb(),
+    }
+    if run.scaler.is_enabled():
+        row["loss_scale"] = run.scaler.get_scale()
+    return row
 
 
 def draw_picture(log: RunLog, folder: Path) -> None:

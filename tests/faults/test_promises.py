@@ -44,6 +44,15 @@ def change_id(split: str, to: int) -> str:
     return str(path)
 
 
+def test_table_of_faults_names_tests_that_exist():
+    table = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)::(test_\w+)` \|$", table, re.M)
+    assert len(named) == len(re.findall(r"^\| ", table, re.M)) - 1
+    for file, test in named:
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 

@@ -7,6 +7,7 @@ from random_models import random_ids, small_model
 from config import SamplingConfig
 from flatgpt.inference import sampling
 from flatgpt.inference.sampling import NUCLEUS
+from model import GPT
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,3 +86,35 @@ def test_sampling_settings_as_transformers_processors(alone, vocab_size, monkeyp
         tokens = sampler(torch.cat((logits, torch.full((4, 3), 99.0)), dim=1))  # three ids that no tokenizer has
         assert torch.equal(seen[-1], reference(ids, logits))
         ids = torch.cat((ids, tokens[:, None]), dim=1)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_from_pretrained_reads_a_folder_of_transformers(tie_weights, tmp_path):
+    """Into GPT and into a subclass of it; greedy text is theirs."""
+
+    class Scaled(GPT):
+        def adjust_logits(self, logits):
+            return 2 * logits
+
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 12, "initializer_range": 0.5}
+    config = transformers.GPT2Config(**shape, tie_word_embeddings=tie_weights, attn_implementation="eager")
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    reference.save_pretrained(tmp_path)
+    model, scaled = (cls.from_pretrained(str(tmp_path)) for cls in (GPT, Scaled))
+    assert not model.training
+    ids = random_ids(2, 12, vocab_size=50257)
+    with torch.no_grad():
+        expected = reference(ids).logits
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(scaled(ids), 2 * expected, rtol=0, atol=2e-3)
+    prompt = ids[:, :4]
+    text = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(model.generate(prompt, 8, greedy=True), text)

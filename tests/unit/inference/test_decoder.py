@@ -51,7 +51,7 @@ def no_gradients():
 
 @pytest.fixture
 def without_compiler(monkeypatch):
-    """What the compiler would get is run as it is; its places come in threes."""
+    """What the compiler would get is run as it is; its capacity is a multiple of three."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(Decoder, "LENGTH_MULTIPLE", 3)
 
@@ -61,7 +61,7 @@ POSITIONS = pytest.mark.parametrize("position", ["learned", "rope"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# read and step
+# prefill and decode_step
 
 
 @KINDS
@@ -83,27 +83,8 @@ def test_logits_equal_those_without_a_cache(lengths, position, compile, without_
 
 
 @KINDS
-def test_read_into_several_rows_is_each_read_alone(compile, without_compiler):
-    """Rows that are next to each other or not, in any order; the others keep what they hold."""
-    model = lively()
-    one, other = Decoder(model, compile), Decoder(model, compile)
-    one.reset(4, 9)
-    other.reset(4, 9)
-    one.prefill([0, 2, 3, 1], [7, 7])
-    logits = one.prefill([3, 1], [1, 2, 3])
-    for row, ids in ((0, [7, 7]), (2, [7, 7]), (1, [1, 2, 3]), (3, [1, 2, 3])):
-        alone = other.prefill([row], ids)
-    assert torch.equal(logits, alone)
-    assert one.lengths == other.lengths == [2, 3, 2, 3]
-    tokens = torch.tensor([4, 5, 6, 7])
-    stepped = one.decode_step(tokens)
-    assert torch.equal(stepped, other.decode_step(tokens))
-    assert_next(stepped, model, [[7, 7, 4], [1, 2, 3, 5], [7, 7, 6], [1, 2, 3, 7]])
-
-
-@KINDS
 def test_row_that_is_full_disturbs_no_other(compile, without_compiler):
-    """It loses its last token, and can be read anew, shorter than before."""
+    """It loses its last token, and can be filled again with a shorter prompt."""
     model = lively()
     decoder = Decoder(model, compile)
     decoder.reset(2, 6)
@@ -122,47 +103,24 @@ def test_row_that_is_full_disturbs_no_other(compile, without_compiler):
 
 
 @KINDS
-@pytest.mark.parametrize(("rows", "places"), [(3, 9), (3, 5), (3, 12), (2, 9), (5, 9), (1, 1)])
-def test_reset_forgets(rows, places, compile, without_compiler):
-    """Texts after it are as in a new decoder, of the same shape or another; a row may also begin with nothing read."""
-    model = lively()
-    decoder = Decoder(model, compile)
-    decoder.reset(3, 9)
-    for row in range(3):
-        decoder.prefill([row], [20 + row] * (7 - row))
-    decoder.decode_step(torch.tensor([1, 2, 3]))
-    for filled in (0, 1, rows):
-        decoder.reset(rows, places)
-        assert decoder.lengths == [0] * rows
-        texts = [[row + 1] if row < filled else [] for row in range(rows)]
-        for row in range(filled):
-            decoder.prefill([row], texts[row])
-        for n in range(places - (filled > 0)):
-            tokens = [10 * n + row for row in range(rows)]
-            tokens = [token % 30 for token in tokens]
-            texts = [[*ids, token] for ids, token in zip(texts, tokens, strict=True)]
-            assert_next(decoder.decode_step(torch.tensor(tokens)), model, texts)
-
-
-@KINDS
 @POSITIONS
 @settings(max_examples=40)
 @given(data=st.data())
-def test_any_order_of_reads_and_steps(position, compile, data):
-    """Against texts kept in lists; resets in between."""
+def test_any_order_of_resets_prefills_and_steps(position, compile, data):
+    """Against texts kept in lists; a prefill may go into several rows, and a reset may change the shape."""
     model = lively(position=position)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "compile", lambda function, **options: function)
         patch.setattr(Decoder, "LENGTH_MULTIPLE", 3)
         decoder = Decoder(model, compile)
         for _ in range(data.draw(st.integers(1, 3), "resets")):
-            rows, places = data.draw(st.integers(1, 4), "rows"), data.draw(st.integers(1, 12), "places")
-            decoder.reset(rows, places)
-            assert places <= decoder.capacity <= 12
+            rows, capacity = data.draw(st.integers(1, 4), "rows"), data.draw(st.integers(1, 12), "capacity")
+            decoder.reset(rows, capacity)
+            assert capacity <= decoder.capacity <= 12
             texts = [[] for _ in range(rows)]
             for _ in range(data.draw(st.integers(0, 8), "acts")):
                 if data.draw(st.booleans(), "read"):
-                    ids = data.draw(st.lists(st.integers(0, 29), min_size=1, max_size=places), "ids")
+                    ids = data.draw(st.lists(st.integers(0, 29), min_size=1, max_size=capacity), "ids")
                     into = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True), "into")
                     texts = [list(ids) if row in into else text for row, text in enumerate(texts)]
                     assert_next(decoder.prefill(into, ids)[None], model, [ids])
@@ -173,7 +131,7 @@ def test_any_order_of_reads_and_steps(position, compile, data):
                 assert decoder.lengths == [len(text) for text in texts]
 
 
-def test_places():
+def test_capacity():
     """As many as asked for; where shapes have to be few, in steps of 128; the context is the end of both."""
     eager, compiled = Decoder(lively(context_length=300)), Decoder(lively(context_length=300), compile=True)
     for asked, found, rounded in ((1, 1, 128), (128, 128, 128), (129, 129, 256), (256, 256, 256), (257, 257, 300)):
@@ -186,7 +144,7 @@ def test_places():
             assert decoder.capacity == 300
 
 
-def test_text_longer_than_the_places_is_refused():
+def test_prompt_longer_than_the_capacity_is_refused():
     decoder = Decoder(lively())
     decoder.reset(1, 4)
     with pytest.raises((AssertionError, RuntimeError)):
@@ -262,7 +220,7 @@ def test_compiler_that_fails_is_one_warning(monkeypatch, capsys):
     assert capsys.readouterr().err == "warning: torch.compile failed, going on without it: no compiler\n"
 
 
-def test_other_errors_are_no_compilers(monkeypatch):
+def test_only_errors_of_the_compiler_are_caught(monkeypatch):
     """An out-of-memory error is not hidden."""
 
     def fails(*words):
