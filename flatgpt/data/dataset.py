@@ -1,4 +1,4 @@
-"""A dataset folder, opened; and its batches as a pure function of the update. Numpy only, never torch."""
+"""Open a dataset folder; make its training batches as a pure function of the update. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Dataset:
     """A finished dataset folder: its manifest, and Tokens for each split on request.
 
     Args:
-        notice: what a user should know of shards that others wrote; empty for ours.
+        notice: a line to print about shards of other programs; empty for flatGPT's.
     """
 
     folder: Path
@@ -48,18 +48,18 @@ class Dataset:
         return Tokens(files, self.meta["vocab_size"])
 
     def check(self, full: bool = False) -> None:
-        """Look at the files before a run leans on them; UserError names all that are not as they were written.
+        """Raise UserError, naming all of them, where files are not as they were written.
 
         The sizes of all splits, and the ids of train and val where a split has at most CHECKED_AT_START of them;
         with `full` every id and every SHA-256.
         """
-        wrong = [why for _, why in self.verify_shards(full) if why]
+        wrong = [error for _, error in self.verify_shards(full) if error]
         if wrong:
             remedy = f"; move {self.folder} away and make it again"
             raise UserError("; ".join(wrong) + remedy * ("prepare_data.py" not in "".join(wrong)))
 
     def verify_shards(self, full: bool = True) -> Iterator[tuple[str, str]]:
-        """(name, what is wrong or "") of each shard file: size, ids and SHA-256, read whole; `full`: see check."""
+        """Yield (name, error or "") of each shard file: size, ids and SHA-256; without `full`, what check reads."""
         for split, entry in self.meta["splits"].items():
             count = sum(file["tokens"] for file in entry["files"])
             ids = full or (split in ("train", "val") and count <= CHECKED_AT_START)
@@ -72,15 +72,15 @@ class Dataset:
                     if full:
                         with open(path, "rb") as content:
                             digest = hashlib.file_digest(content, "sha256").hexdigest()
-                except (UserError, OSError) as why:
-                    yield file["name"], str(why)
+                except (UserError, OSError) as error:
+                    yield file["name"], str(error)
                     continue
                 same = digest in (None, file.get("sha256", digest))
                 yield file["name"], "" if same else f"{path}: its SHA-256 is not meta.json's: changed since it was made"
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """The dataset in a folder; a folder of nanoGPT's (train.bin, val.bin) or llm.c's shards is one, too.
+    """Open the dataset in a folder, which may also hold shards of nanoGPT (train.bin, val.bin) or llm.c.
 
     Raises:
         UserError: not there, not finished, or of a tokenizer that this version does not know.
@@ -98,7 +98,7 @@ def open_dataset(folder: Path) -> Dataset:
 
 
 def _unfinished(folder: Path) -> str:
-    """The command that began the dataset in this folder; empty where none did."""
+    """Return the command that began the dataset in this folder; empty where there is no unfinished one."""
     try:
         return str(json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]) or _command(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -108,7 +108,7 @@ def _unfinished(folder: Path) -> str:
 
 
 def _command(folder: Path) -> str:
-    """A guess at the command that makes this folder, from its name."""
+    """Guess the command that makes this folder from its name."""
     source, _, name = folder.name.partition("_")
     known = [s for s in PrepareConfig.__dataclass_fields__["source"].metadata["choices"] if s not in ("hub", "text")]
     words = f"{source} --tokenizer {name}" if name else source
@@ -122,7 +122,7 @@ def _command(folder: Path) -> str:
 
 
 def _open_external(folder: Path) -> Dataset | None:
-    """Shards of nanoGPT's or llm.c's, which name no tokenizer: taken as GPT-2's ids. None where there are none."""
+    """Open shards of nanoGPT or llm.c as GPT-2's ids, since they name no tokenizer; None where there are none."""
     paths = sorted(path for path in folder.glob("*.bin") if path.is_file())
     maker, files = "nanoGPT", {s: [p for p in paths if p.name == f"{s}.bin"] for s in ("train", "val")}
     magic = {path: magic_number(path) for path in paths}
@@ -144,7 +144,7 @@ def _open_external(folder: Path) -> Dataset | None:
     for split, found in files.items():
         each = [Tokens([(path, None)]) for path in found]
         for tokens in each:
-            tokens.check_ids(vocab_size)  # nobody said that they are
+            tokens.check_ids(vocab_size)  # no manifest says that they are valid
         entries = [{"name": path.name, "tokens": len(t)} for path, t in zip(found, each, strict=True)]
         splits |= {split: {"tokens": sum(map(len, each)), "files": entries}} if found else {}
     meta = {

@@ -7,7 +7,6 @@ left out. This module does not import torch: data workers load it.
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import gzip
 import json
 import zlib
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from config import UserError
 from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
@@ -62,8 +62,7 @@ class Corpus:
     notice: str = ""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A document, or a part of a long one that can be encoded on its own.
 
     Args:
@@ -137,7 +136,7 @@ def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) ->
             yield last
         last = Chunk(text, 0, forced_split)
     if last:
-        yield dataclasses.replace(last, documents=1)
+        yield last._replace(documents=1)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The shard format, written and read: token ids in files, and the manifest that says what they are.
+"""Write and read shards: files of token ids, and the manifest that describes them.
 
-`<split>_000000.bin`, ... hold little-endian uint16 token ids and nothing else; `meta.json`, written last, says what
-they are: a folder without it is not finished. llm.c's files (256 int32, then the same ids) are read too.
+`<split>_000000.bin`, ... hold little-endian uint16 token ids and nothing else. `meta.json` is written last: a folder
+without it is not finished. llm.c's files (a header of 256 int32, then the same ids) are read too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SPLITS = ("train", "val", "test")
 OUR_FILES = re.compile(rf"({'|'.join(SPLITS)})_(\d{{6}})\.bin(\.tmp)?")
 # llm.c's header: magic, version, number of ids; https://github.com/karpathy/llm.c, dev/data/data_common.py
 LLMC_MAGIC, LLMC_LLAMA_MAGIC, LLMC_EVAL_MAGIC, LLMC_HEADER = 20240520, 20240801, 20240522, 1024
-HEAD = 4096  # bytes from which a file is told
-PIECE = 1 << 23  # bytes read at once where a whole file is read
+HEADER_BYTES = 4096  # read from a file to recognise its format
+CHUNK_BYTES = 1 << 23  # read at once where a whole file is read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class ShardWriter:
         split: `train`, `val` or `test`.
         n_vocab: ids have to be below it.
         shard_tokens: ids per file.
-        position: what `position()` of an earlier writer said: go on from there, and drop what came after it.
+        position: of an earlier writer, as `position()` returned it: continue there, and drop what came after it.
 
     Raises:
         UserError: the files do not hold what `position` says.
@@ -53,14 +53,14 @@ class ShardWriter:
         self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
         self.counts = {"documents": 0, "bytes": 0}
         self.files: list[dict] = []
-        self._file, self._digest, self._room = None, None, 0
+        self._file, self._digest, self._left = None, None, 0
         if position:
-            self._go_on(position)
+            self._resume(position)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.split}_{number:06d}.bin"
 
-    def _go_on(self, position: dict) -> None:
+    def _resume(self, position: dict) -> None:
         self.counts = {key: position[key] for key in self.counts}
         self.files = list(position["files"])
         number, tokens = len(self.files), position["waiting"]
@@ -83,11 +83,11 @@ class ShardWriter:
             while rest := 2 * tokens - self._file.tell():
                 self._digest.update(self._file.read(min(rest, 1 << 22)))
             self._file.truncate()
-            self._room -= tokens
+            self._left -= tokens
 
     def _open(self, mode: str = "wb") -> None:
         self._file = open(f"{self._path(len(self.files))}.tmp", mode)  # noqa: SIM115, _finish closes it
-        self._digest, self._room = hashlib.sha256(), self.shard_tokens
+        self._digest, self._left = hashlib.sha256(), self.shard_tokens
 
     def add(self, ids: np.ndarray, documents: int = 1, text_bytes: int = 0) -> None:
         """Append ids, and add the counts of their text."""
@@ -97,15 +97,15 @@ class ShardWriter:
         while ids.size:
             if self._file is None:
                 self._open()
-            part, ids = ids[: self._room], ids[self._room :]
+            part, ids = ids[: self._left], ids[self._left :]
             self._file.write(part.data)
             self._digest.update(part.data)
-            self._room -= part.size
-            if not self._room:
+            self._left -= part.size
+            if not self._left:
                 self._finish()
 
     def _finish(self) -> None:
-        path, tokens = self._path(len(self.files)), self.shard_tokens - self._room
+        path, tokens = self._path(len(self.files)), self.shard_tokens - self._left
         self.flush()
         file, self._file = self._file, None
         file.close()
@@ -113,23 +113,23 @@ class ShardWriter:
         self.files.append({"name": path.name, "tokens": tokens, "sha256": self._digest.hexdigest()})
 
     def flush(self) -> None:
-        """Bring what was added to the disk."""
+        """Flush to the disk."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def position(self) -> dict:
-        """Where the writer is; after `flush`, what the files hold for good."""
+        """Return what an equal writer continues from; after `flush`, the files hold it for good."""
         waiting = self.tokens - sum(f["tokens"] for f in self.files)
         return {"files": list(self.files), "waiting": waiting, **self.counts}
 
     @property
     def tokens(self) -> int:
         """Ids written so far."""
-        return sum(f["tokens"] for f in self.files) + (self.shard_tokens - self._room if self._file else 0)
+        return sum(f["tokens"] for f in self.files) + (self.shard_tokens - self._left if self._file else 0)
 
     def close(self) -> dict:
-        """Finish the last file; the split's entry in meta.json."""
+        """Finish the last file; return the split's entry of meta.json."""
         if self._file:
             self._finish()
         return {"tokens": self.tokens, **self.counts, "files": self.files}
@@ -145,7 +145,7 @@ def write_meta(folder: Path, meta: dict) -> None:
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The manifest of a finished dataset, None where there is none.
+    """Return the manifest of a finished dataset; None where there is none.
 
     Raises:
         UserError: a manifest that is no JSON or of another format.
@@ -156,8 +156,8 @@ def read_meta(folder: Path) -> dict | None:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] == FORMAT:
-            taken_for_granted = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text")
-            _ = [meta[key] for key in taken_for_granted], meta["splits"].keys()
+            required_keys = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text")
+            _ = [meta[key] for key in required_keys], meta["splits"].keys()
             return meta
         raise UserError(f"{path}: format {meta['format']} is not known to this version (it writes {FORMAT})")
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -169,8 +169,8 @@ class Tokens:
 
     Args:
         files: (path, ids that the file has to hold; None: whatever it holds) in order.
-        n_vocab: what is read has to be below it; None: nobody knows. A GPU that looks up a larger id stops with an
-            assertion that names nothing.
+        n_vocab: ids that are not below it are an error; None: not known. A GPU that looks up a larger id stops with an
+            assertion that names neither file nor id.
 
     Raises:
         UserError: a missing file, a wrong size, no ids at all, or a pickle instead of ids.
@@ -203,8 +203,8 @@ class Tokens:
     def check_ids(self, n_vocab: int) -> None:
         """Raise UserError, naming file and offset, if an id is not below n_vocab. Reads everything, in pieces."""
         for shard in self.shards:
-            for start in range(0, shard.count, PIECE // 2):
-                shard.read(start, min(start + PIECE // 2, shard.count), n_vocab)
+            for start in range(0, shard.count, CHUNK_BYTES // 2):
+                shard.read(start, min(start + CHUNK_BYTES // 2, shard.count), n_vocab)
 
 
 class _Shard:
@@ -220,9 +220,9 @@ class _Shard:
             self.file = os.open(path, os.O_RDONLY)  # not inherited: Python sees to that
             weakref.finalize(self, os.close, self.file)
             size = os.fstat(self.file).st_size
-            head, last = os.pread(self.file, HEAD, 0), os.pread(self.file, 1, max(0, size - 1))
-        except OSError as why:
-            raise UserError(f"{path}: cannot be read: {why.strerror}") from None
+            head, last = os.pread(self.file, HEADER_BYTES, 0), os.pread(self.file, 1, max(0, size - 1))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         self.offset = _first_id(path, count, size, head, last)  # bytes
         self.count = (size - self.offset) // 2
 
@@ -233,8 +233,8 @@ class _Shard:
         while at < end:
             try:
                 part = os.pread(self.file, min(end - at, 1 << 30), at)  # 2 GB and more at once are too much for macOS
-            except OSError as why:
-                raise UserError(f"{self.path}: cannot be read at byte {at:,}: {why.strerror}") from None
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read at byte {at:,}: {error.strerror}") from None
             if not part:
                 raise UserError(
                     f"{self.path}: truncated or replaced while it was in use: it now ends at byte "
@@ -258,7 +258,7 @@ def _first_id(path: Path, count: int | None, size: int, head: bytes, last: bytes
 
     Args:
         count: ids that it should hold; None: whatever it holds.
-        head, last: its first HEAD bytes (all where it has less), its last byte.
+        head, last: its first HEADER_BYTES bytes (all where it has less), its last byte.
     """
     if _is_pickle(head[:11], last, size):
         raise UserError(

@@ -141,7 +141,7 @@ def read_chunks(files: Iterable[RawFile], column: str, job: Job, limit: int | No
         for chunk in readers.split_document([file.text]) if file.text else readers.documents(file.local_path(), column):
             if split is None and not chunk.documents:  # the hash takes the whole document: read it once for that
                 split = choose_split(readers.text_chunks(file.path), job.val_fraction, job.test_fraction)
-            yield dataclasses.replace(chunk, split=split)
+            yield chunk._replace(split=split)
             count += chunk.documents
             if count == limit:
                 return
@@ -174,7 +174,7 @@ def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Ite
             yield "".join(chunk.text for chunk in task.chunks)
 
     for chunk in readers.split_document(blocks()):
-        yield dataclasses.replace(chunk, documents=rows - counted)
+        yield chunk._replace(documents=rows - counted)
         counted = rows
 
 

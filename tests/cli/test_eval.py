@@ -418,8 +418,8 @@ def test_ctrl_c_leaves_no_file(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def gpt2_folder(home) -> str:
     """A small model that transformers saved, without tokenizer files; its vocabulary's size is OpenAI's."""
-    random_gpt2(n_positions=16, vocab_size=50257).save_pretrained(home / "theirs")
-    return "theirs"
+    random_gpt2(n_positions=16, vocab_size=50257).save_pretrained(home / "gpt2_tiny")
+    return "gpt2_tiny"
 
 
 @torch.no_grad()
@@ -438,7 +438,7 @@ def test_a_hugging_face_folder_is_scored_as_transformers_does(gpt2_folder):
     text = write("some.txt", TEXT[:400])
     got = report("--text", text, model=gpt2_folder)
     assert got["loss"] == pytest.approx(transformers_loss(model, TEXT[:400], 16), rel=1e-5)
-    assert (got["model"], got["iter"], got["window"]) == ("theirs", None, 16)
+    assert (got["model"], got["iter"], got["window"]) == ("gpt2_tiny", None, 16)
     assert got["bytes"] == len(TEXT[:400].encode()) - 2  # "99" is one token
     cropped = report("--text", text, "--context_length", 8, model=gpt2_folder)
     assert (cropped["window"], [bucket["last"] for bucket in cropped["loss_by_position"]]) == (8, [*range(8)])
@@ -446,7 +446,7 @@ def test_a_hugging_face_folder_is_scored_as_transformers_does(gpt2_folder):
     assert report("--text", text, "--context_length", 1, "--protocol", "stride", model=gpt2_folder)["window"] == 1
     assert "give --dataset, --test_data_path or --text" in refusal(model=gpt2_folder)
     longer = refusal("--text", text, "--context_length", 17, model=gpt2_folder)
-    assert longer == "context_length = 17: theirs was trained with 16; take at most that"
+    assert longer == "context_length = 17: gpt2_tiny was trained with 16; take at most that"
 
 
 def test_models_side_by_side(gpt2_folder, capsys):
@@ -463,7 +463,7 @@ def test_models_side_by_side(gpt2_folder, capsys):
     row = next(line.split() for line in table if line.startswith("bits per byte"))
     assert row[3:5] == [f"{r['bits_per_byte']:.4f}" for r in each]
     message = refusal("--dataset", "tiny", model=[RUN, gpt2_folder])
-    assert "tokenised with byte, the model theirs was trained with gpt2" in message
+    assert "tokenised with byte, the model gpt2_tiny was trained with gpt2" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,18 +124,18 @@ def evaluated(reader, folder: Path, name: str, rows: list[dict]) -> dict:
 def test_figures_of_a_text_equal_a_task_of_the_harness(reader, tmp_path):
     got = evaluated(reader, tmp_path, "local_text", [{"text": LONG}])
     Path("text.txt").write_text(LONG, encoding="utf-8")
-    ours = report("--model_path", "exported", "--text", "text.txt", "--protocol", "rolling")
-    assert ours["bits_per_byte"] == pytest.approx(got["bits_per_byte,none"], rel=1e-5)
-    assert ours["word_perplexity"] == pytest.approx(got["word_perplexity,none"], rel=1e-3)
-    assert 0 < ours["bits_per_byte"] < 4
+    figures = report("--model_path", "exported", "--text", "text.txt", "--protocol", "rolling")
+    assert figures["bits_per_byte"] == pytest.approx(got["bits_per_byte,none"], rel=1e-5)
+    assert figures["word_perplexity"] == pytest.approx(got["word_perplexity,none"], rel=1e-3)
+    assert 0 < figures["bits_per_byte"] < 4
 
 
 def test_accuracies_equal_a_task_of_the_harness(reader, tmp_path):
     got = evaluated(reader, tmp_path, "local_choices", TASK_QUESTIONS)
-    ours = report("--model_path", "exported", "--choices", tmp_path / "local_choices.jsonl")
-    assert ours["choice_accuracy"] == got["acc,none"]
-    assert ours["choice_accuracy_norm"] == got["acc_norm,none"]
-    assert ours["choice_accuracy"] not in (0, 1)
+    figures = report("--model_path", "exported", "--choices", tmp_path / "local_choices.jsonl")
+    assert figures["choice_accuracy"] == got["acc,none"]
+    assert figures["choice_accuracy_norm"] == got["acc_norm,none"]
+    assert figures["choice_accuracy"] not in (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,15 +180,15 @@ def test_log_likelihoods_equal_the_harness(tmp_path, name):
     from lm_eval.models.huggingface import HFLM
 
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": T, "vocab_size": V}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=262, eos_token_id=262)).eval()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": T, "vocab_size": V, "bos_token_id": 262}
+    reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, eos_token_id=262)).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in reference.parameters():
             parameter.normal_(std=0.3)
-    theirs.save_pretrained(tmp_path)
+    reference.save_pretrained(tmp_path)
     model = GPT(ModelConfig(**pretrained_shape(str(tmp_path))))
     model.load_state_dict(hugging_face_weights(tmp_path, model.config))
-    reader = HFLM(theirs, tokenizer=their_tokenizer(tmp_path, name == "words"), batch_size=3, device="cpu")
+    reader = HFLM(reference, tokenizer=their_tokenizer(tmp_path, name == "words"), batch_size=3, device="cpu")
     questions = [q for q in QUESTIONS if q.ctx != " \n" and "<|" not in q.ctx]
     asked = [(q.ctx, f" {ending}") for q in questions for ending in q.endings]
     answers = reader.loglikelihood([Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(asked)])

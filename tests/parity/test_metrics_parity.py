@@ -75,8 +75,8 @@ def test_figures_equal_a_plain_loop_and_scikit_learn(T, V, tie_weights):
     assert got["accuracy"] == pytest.approx(accuracy_score(targets, greedy))
     top5 = top_k_accuracy_score(targets, probabilities, k=5, labels=range(V)) if V > 5 else 1
     assert got["top5_accuracy"] == pytest.approx(top5)
-    theirs = precision_recall_fscore_support(targets, greedy, average="weighted", zero_division=0)[:3]
-    assert [got["precision"], got["recall"], got["f1"]] == pytest.approx(theirs)
+    expected = precision_recall_fscore_support(targets, greedy, average="weighted", zero_division=0)[:3]
+    assert [got["precision"], got["recall"], got["f1"]] == pytest.approx(expected)
     correct = [a == b for a, b in zip(greedy, targets, strict=True)]
     calibration = expected_calibration_error([max(row) for row in probabilities], correct)
     assert got["calibration_error"] == pytest.approx(calibration, rel=1e-4, abs=1e-6)

@@ -110,50 +110,50 @@ def test_files_of_gpt2_are_openais():
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_tiktokens_and_text_comes_back(name, reader, read):
-    theirs, ours = read(name, reader), tokenizer.load(name)
+    reference, encoding = read(name, reader), tokenizer.load(name)
     for what, text in TEXTS.items():
-        ids = theirs.encode(text)
-        assert ids == ours.encode_ordinary(text), what
-        assert theirs.decode(ids) == text, what
+        ids = reference.encode(text)
+        assert ids == encoding.encode_ordinary(text), what
+        assert reference.decode(ids) == text, what
     for text in (END * 2, f" {END}\n{END} ", "the <|fim_prefix|>x<|fim_suffix|> y<|fim_middle|>"):
-        assert theirs.encode(text) == ours.encode(text, allowed_special="all")
-        assert theirs.decode(theirs.encode(text)) == text
-    assert theirs.decode(theirs.encode(f"a{END} b"), skip_special_tokens=True) == "a b"
+        assert reference.encode(text) == encoding.encode(text, allowed_special="all")
+        assert reference.decode(reference.encode(text)) == text
+    assert reference.decode(reference.encode(f"a{END} b"), skip_special_tokens=True) == "a b"
 
 
 @pytest.mark.parametrize("reader", ["auto", "tokenizer.json"])
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 def test_any_text(name, reader, read):
-    theirs, ours = read(name, reader), tokenizer.load(name)
+    reference, encoding = read(name, reader), tokenizer.load(name)
 
     @settings(max_examples=100)
     @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t'sdmtlvreĠ1\xa0"))))
     def check(text):
-        ids = theirs.encode(text)
-        assert ids == ours.encode(text, allowed_special="all")  # hypothesis tries END too, which this file names
-        assert theirs.decode(ids) == text
+        ids = reference.encode(text)
+        assert ids == encoding.encode(text, allowed_special="all")  # hypothesis tries END too, which this file names
+        assert reference.decode(ids) == text
 
     check()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings(name, read):
-    theirs, ours = read(name), tokenizer.load(name)
-    assert (type(theirs).__name__, theirs.is_fast) == ("GPT2Tokenizer", True)
-    assert theirs.bos_token_id == theirs.eos_token_id == theirs.unk_token_id == ours.eot_token
-    assert theirs.pad_token is None
-    assert theirs.model_max_length == 1024
-    assert theirs.clean_up_tokenization_spaces is False
-    assert len(theirs) == ours.n_vocab
+    reference, encoding = read(name), tokenizer.load(name)
+    assert (type(reference).__name__, reference.is_fast) == ("GPT2Tokenizer", True)
+    assert reference.bos_token_id == reference.eos_token_id == reference.unk_token_id == encoding.eot_token
+    assert reference.pad_token is None
+    assert reference.model_max_length == 1024
+    assert reference.clean_up_tokenization_spaces is False
+    assert len(reference) == encoding.n_vocab
 
 
 def test_in_the_folder_of_a_whole_model(tmp_path):
     """transformers reads config.json first."""
     save(tmp_path, tokenizer_files(tokenizer.load("gpt2"), 1024))
     GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path)
-    theirs = auto(tmp_path)
-    assert type(theirs).__name__ == "GPT2Tokenizer"
-    assert theirs.encode(TEXT) == tokenizer.load("gpt2").encode_ordinary(TEXT)
+    reference = auto(tmp_path)
+    assert type(reference).__name__ == "GPT2Tokenizer"
+    assert reference.encode(TEXT) == tokenizer.load("gpt2").encode_ordinary(TEXT)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -161,17 +161,17 @@ def test_a_vocabulary_with_holes(reader, tmp_path):
     """GPT-2's pattern, tokens that several pairs could make, end-of-text in the middle."""
     tokens = [b"aa", b"aaa", b"ab", b"aab", b"bc", b"abc", b" a", b" aaa", b"  ", b"   ", b"\n\n", b"\xc3\xa9", b"aaaa"]
     ranks = {bytes([255 - n]): n for n in range(256)} | {token: 260 + 2 * n for n, token in enumerate(tokens)}
-    ours = tiktoken.Encoding("p50k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 263})
-    theirs = READERS[reader](save(tmp_path, tokenizer_files(ours, 64)))
-    holes = {256, 257, 258, 259, 261, *range(265, ours.n_vocab, 2)}
-    assert {n for n in range(ours.n_vocab) if theirs.convert_ids_to_tokens(n) is None} == holes
+    encoding = tiktoken.Encoding("p50k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 263})
+    reference = READERS[reader](save(tmp_path, tokenizer_files(encoding, 64)))
+    holes = {256, 257, 258, 259, 261, *range(265, encoding.n_vocab, 2)}
+    assert {n for n in range(encoding.n_vocab) if reference.convert_ids_to_tokens(n) is None} == holes
 
     @settings(max_examples=100)
     @given(st.one_of(st.text("abc \né"), st.text(st.characters(exclude_categories=["Cs"]))))
     def check(text):
-        ids = theirs.encode(text + END)
-        assert ids == ours.encode(text + END, allowed_special="all")
-        assert theirs.decode(ids) == text + END
+        ids = reference.encode(text + END)
+        assert ids == encoding.encode(text + END, allowed_special="all")
+        assert reference.decode(ids) == text + END
 
     check()
 
@@ -183,19 +183,19 @@ def test_real_text(name, gpt2_vocabulary, real_text, tmp_path):
     from pyarrow import parquet
 
     rows = parquet.read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"].to_pylist()
-    ours, text = published(name), "".join(rows)
-    theirs = auto(save(tmp_path, tokenizer_files(ours, 1024)))
-    ids = theirs.encode(text)
-    assert ids == ours.encode_ordinary(text)
-    assert theirs.decode(ids) == text
-    assert theirs(rows)["input_ids"] == ours.encode_ordinary_batch(rows)
+    encoding, text = published(name), "".join(rows)
+    reference = auto(save(tmp_path, tokenizer_files(encoding, 1024)))
+    ids = reference.encode(text)
+    assert ids == encoding.encode_ordinary(text)
+    assert reference.decode(ids) == text
+    assert reference(rows)["input_ids"] == encoding.encode_ordinary_batch(rows)
 
 
 @pytest.mark.slow
 def test_every_code_point(read):
     """Letters, digits and white space are the same to both libraries' regular expressions."""
-    theirs, ours = read("gpt2"), tokenizer.load("gpt2")
+    reference, encoding = read("gpt2"), tokenizer.load("gpt2")
     points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
     for start in range(0, len(points), 1024):
         text = "".join(f"a{c}b1{c}2 {c}! {c}" for c in map(chr, points[start : start + 1024]))
-        assert theirs.encode(text) == ours.encode_ordinary(text), hex(points[start])
+        assert reference.encode(text) == encoding.encode_ordinary(text), hex(points[start])

@@ -86,15 +86,15 @@ def edit_merges(change):
 
 
 def transformers_own(*added: str):
-    """The files that transformers saves after reading ours."""
+    """The files that transformers saves after reading those of export.py."""
 
     def apply(folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        reader = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         keep()(folder)
-        theirs.add_tokens(list(added))
-        theirs.save_pretrained(folder)
+        reader.add_tokens(list(added))
+        reader.save_pretrained(folder)
 
     return apply
 
