@@ -269,7 +269,7 @@ def test_broken_compiler_is_one_warning(tmp_path):
         "    print(list(generate_batch(compiled, prompts, 20, GREEDY)) == expected)\n"
     )
     env = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)))
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests/support", ROOT / "tests", Path(__file__).parent)))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "True\n" * 3
