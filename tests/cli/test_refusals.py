@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 REFUSALS = [
+    ("bench", "--list", "list belongs to train.py"),
     # plot.py
     ("plot", "none", "none: no such folder; a run's folder is expected, out/NAME"),
     ("plot", "a none", "none: no such folder"),

@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from processes import ROOT, command
+from processes import ROOT
 
 from config import ModelConfig, TrainConfig, UserError
 from flatgpt.cli import cli
@@ -337,29 +337,33 @@ def test_recipe_that_goes_on_from_a_run_has_its_size(shown):
 # train.py --list
 
 
-def test_command_lists_recipes_and_a_real_run(tiny_home):
-    done = command("train", "--list", cwd=tiny_home)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+def test_command_lists_recipes_and_a_real_run(cli, tiny_run, tiny_home, monkeypatch):
+    monkeypatch.chdir(tiny_home)
+    done = cli("train", "--list")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
     assert row(lines, "gpt2_124m")["parameters"] == "124,439,808"
     assert row(lines, "finetune_shakespeare")["iters"] == "20"
-    runs = lines[lines.index("") :]
-    found = row(runs, "quickstart")
+    found = row(lines[lines.index("") :], tiny_run.name)
     assert (found["data"], found["iter"], found["state"]) == ("tiny", "60", "finished")
     assert found["at"] in ("30", "60")
     assert 0 < float(found["best loss"]) < 6
     assert all(columns(line) <= 100 for line in lines)
 
 
-def test_command_takes_changes_and_the_first_rank_speaks(tiny_home):
+def test_command_line_changes_the_recipes_and_only_the_first_rank_prints(cli, run_copy, monkeypatch):
+    Path("data").rename("elsewhere")
     words = ("--list", "--data_dir", "elsewhere", "--dataset", "tiny", "--vocab_size", 300, "--n_layer", 2)
-    (tiny_home / "elsewhere").symlink_to("data")
-    first = command("train", *words, cwd=tiny_home, env={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
-    other = command("train", *words, cwd=tiny_home, env={"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
-    (tiny_home / "elsewhere").unlink()
-    assert (first.returncode, other.returncode, other.stdout) == (0, 0, "")
-    found = row(first.stdout.splitlines(), "shakespeare")
-    tokens = json.loads((tiny_home / "data/tiny/meta.json").read_text())["splits"]["train"]["tokens"]
+    for key, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    printed = {}
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        printed[rank] = cli("train", *words)
+    assert [done.code for done in printed.values()] == [0, 0]
+    assert printed["1"].out == ""
+    found = row(printed["0"].out.splitlines(), "shakespeare")
+    tokens = json.loads(Path("elsewhere/tiny/meta.json").read_text())["splits"]["train"]["tokens"]
     assert (found["data"], found["train tokens"]) == ("tiny", f"{tokens:,}")
 
 
@@ -373,12 +377,3 @@ def test_neither_torch_nor_numpy_is_loaded(tiny_home):
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tiny_home, capture_output=True, text=True)
     assert answer.stdout.endswith("\nexit None\n[]\n"), answer
-
-
-def test_benchmark_has_no_list():
-    with pytest.raises(UserError, match=r"list belongs to train\.py"):
-        cli.parse(cli.BenchConfig, ["--list"])
-
-
-def test_it_stays_out_of_the_runs_recipe():
-    assert "list" not in cli.recipe_text(recipe("--list"))
