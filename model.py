@@ -156,9 +156,9 @@ class GPT(nn.Module):
             rows = CHUNK_ROWS[x.device.type]
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
             return torch.cat([self._cross_entropy(*chunk, reduction) for chunk in chunks])  # (B T)
-        head, V = self.lm_head, self.config.vocab_size
         if reduction == "mean" and use_fused_loss(len(x), self.transformer.wte.num_embeddings):
-            return self.fused_loss(x, head.weight, head.bias, targets, V, self.adjust_logits)
+            weight, bias = self.lm_head.weight, self.lm_head.bias
+            return self.fused_loss(x, weight, bias, targets, self.config.vocab_size, self.adjust_logits)
         return self._cross_entropy(x, targets, reduction)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -202,9 +202,9 @@ class GPT(nn.Module):
         return logits
 
     def adjust_logits(self, logits: Tensor) -> Tensor:
-        """Change logits, (..., V), in training, evaluation and sampling alike: `15 * torch.tanh(logits / 15)`, say.
+        """Change logits (..., V) in training, evaluation and sampling alike, by `15 * torch.tanh(logits / 15)`, say.
 
-        Return new logits, do not change the argument in place.
+        The argument is not to be changed in place.
         """
         return logits
 
@@ -220,11 +220,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, device: str = "cpu") -> GPT:
-        """Load a trained model in evaluation mode.
-
-        Args:
-            name: a run's folder, a checkpoint, a Hugging Face folder, a name on the hub ("gpt2") or nanoGPT's ckpt.pt.
-        """
+        """Load a model in evaluation mode: a run's folder, a checkpoint, a Hugging Face folder or name, a ckpt.pt."""
         from flatgpt.interop.loading import find, load
 
         return load(find(name, print), torch.device(device), model_class=cls)[0]
