@@ -618,6 +618,9 @@ class BenchConfig(TrainConfig):
         return super().problems() + found
 
 
+SCRIPT_CONFIGS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig, AppConfig)
+
+
 def run_dir(config: TrainConfig) -> Path:
     """Return the folder of a training run: out_dir, else out/<recipe>, `quickstart` without a recipe."""
     return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))

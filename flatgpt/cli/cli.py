@@ -26,23 +26,9 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import (
-    EXCLUSIVE,
-    REMOVED,
-    AppConfig,
-    BenchConfig,
-    EvalConfig,
-    ExportConfig,
-    InferConfig,
-    PlotConfig,
-    PrepareConfig,
-    ReportedByOtherRank,
-    TrainConfig,
-    UserError,
-)
+from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, ReportedByOtherRank, UserError
 from flatgpt import REPO_ROOT
 
-SCRIPT_CONFIGS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConfig, ExportConfig, PlotConfig, AppConfig)
 RECIPES = REPO_ROOT / "configs"
 
 

@@ -55,22 +55,8 @@ def test_own_files_end_to_end(tmp_path):
         ("text --input a.txt --tokenizer byte --data_dir a.txt/x", "a.txt/x/text_byte could not be written"),
         ("text --input a.txt --tokenizer gpt5", "tokenizer gpt5: unknown"),
         ("text --input none.txt --tokenizer byte", "--input none.txt: no such file"),
+        ("text --input a.txt --tokenizer byte --encoder gigatoken", "--encoder gigatoken: not for tokenizer byte"),
         ("shakespear", "did you mean shakespeare?"),
-    ],
-)
-def test_mistake_is_one_error_line(tmp_path, words, said):
-    (tmp_path / "a.txt").write_text("some text\n" * 10)
-    answer = command("prepare_data", *words.split(), cwd=tmp_path)
-    assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr.startswith("error: ")
-    assert answer.stderr.count("\n") == 1
-    assert said in answer.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
         ("text --input a.txt --tokenizer byte --splits test", "splits = test: text has train, val; --test_fraction"),
         ("text --input a.txt --tokenizer byte --splits eval", "splits = eval: one of train, val, test is expected"),
         ("text --input a.txt --val_fraction 0.5 --test_fraction 0.5", "leave nothing to train on"),
@@ -88,7 +74,7 @@ def test_mistake_is_one_error_line(tmp_path, words, said):
         ("--info a.txt", "dataset a.txt is not there"),
     ],
 )
-def test_mistake_is_one_error_line_in_any_of_the_arguments(in_tmp, capsys, words, said):
+def test_mistake_is_one_error_line(in_tmp, capsys, words, said):
     Path("a.txt").write_text("some text\n" * 10)
     write(Path("a.jsonl"), ["some text"] * 10)
     code, out, err = run(capsys, *words.split())
