@@ -43,7 +43,7 @@ from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.lock import RunLock
 from flatgpt.runs.run_log import RunLog, StepClock, start_wandb
 from flatgpt.runtime.device import find_device, reseed
-from flatgpt.runtime.distributed import join_process_group, shorten_timeout
+from flatgpt.runtime.distributed import DistributedContext, join_process_group, shorten_timeout
 from flatgpt.runtime.parallel import full_tensor, gradients, local_grad_sum
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import samples
@@ -185,6 +185,40 @@ def check_nonfinite(run: TrainingRun, progress: Progress, checkpoints: Checkpoin
         raise
 
 
+def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
+    """Train as one of the ranks. DDP is freed on return, while its process group still exists: else it can hang."""
+    start = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
+    run = build_run(config, ranks, resumed=start[1] if start else None)
+    config, folder = run.config, Path(run.config.out_dir)
+    print(summary(run))
+    progress = restore_run(start, run, lock, recipe_text(config))
+    settings, wandb_run = dataclasses.asdict(config), None
+    if ranks.first:
+        wandb_run = start_wandb(config.wandb, config.wandb_project, folder, settings, progress.wandb_id)
+    log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
+    ranks.barrier()  # wandb's servers may take their time
+    metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id}
+    checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
+    stop, began = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
+    try:
+        reason = train_loop(run, progress, checkpoints, log, stop)
+        if not reason:
+            checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
+        checkpoints.wait()
+        if error := checkpoints.failure:
+            raise UserError(f"the run ends at iter {progress.iter}, and its last checkpoint is not there: {error}")
+        if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # a signal leaves no time for it
+            draw_picture(log, folder)
+    finally:
+        checkpoints.close()  # waits for the save in flight
+        log.close()
+        gc.unfreeze()
+        stop.restore()
+    print(closing_message(run, progress, reason, time.perf_counter() - began))
+    if reason > StopRequest.TIME_IS_UP:
+        raise SystemExit(128 + reason)
+
+
 def train(config: TrainConfig) -> None:
     """Train as the config says, from the beginning or from a checkpoint."""
     if config.plan:
@@ -195,36 +229,7 @@ def train(config: TrainConfig) -> None:
         RunLock(run_dir(config)) as lock,
         explain_out_of_memory(config, ranks),
     ):
-        start = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
-        run = build_run(config, ranks, resumed=start[1] if start else None)
-        config, folder = run.config, Path(run.config.out_dir)
-        print(summary(run))
-        progress = restore_run(start, run, lock, recipe_text(config))
-        settings, wandb_run = dataclasses.asdict(config), None
-        if ranks.first:
-            wandb_run = start_wandb(config.wandb, config.wandb_project, folder, settings, progress.wandb_id)
-        log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
-        ranks.barrier()  # wandb's servers may take their time
-        metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id}
-        checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
-        stop, began = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
-        try:
-            reason = train_loop(run, progress, checkpoints, log, stop)
-            if not reason:
-                checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
-            checkpoints.wait()
-            if error := checkpoints.failure:
-                raise UserError(f"the run ends at iter {progress.iter}, and its last checkpoint is not there: {error}")
-            if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # a signal leaves no time for it
-                draw_picture(log, folder)
-        finally:
-            checkpoints.close()  # waits for the save in flight
-            log.close()
-            gc.unfreeze()
-            stop.restore()
-        print(closing_message(run, progress, reason, time.perf_counter() - began))
-        if reason > StopRequest.TIME_IS_UP:
-            raise SystemExit(128 + reason)
+        train_on(ranks, lock, config)
 
 
 if __name__ == "__main__":
