@@ -259,7 +259,9 @@ def test_save_buffers(device, tmp_path):
     saver = CheckpointWriter(dataclasses.replace(config, out_dir=str(tmp_path)))
     saver.allocate_buffers({"weights": model.state_dict(), "train_state": {"optimizer": optimizer.state_dict()}})
     pieces = memory(config, LOW, device)
-    assert _resident_bytes() - before == pytest.approx(pieces["save buffers"], abs=0.2 * pieces["weights"])
+    # CUDA's pinned memory comes in blocks whose sizes are powers of two.
+    tolerance = (0.2 if device == "cpu" else 0.5) * pieces["weights"]
+    assert _resident_bytes() - before == pytest.approx(pieces["save buffers"], abs=tolerance)
 
 
 def _resident_bytes() -> int:
