@@ -10,7 +10,7 @@ python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, with 
 python bench.py infer --config gpt2_124m                # tokens/s, with transformers and llama.cpp
 python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # with transformers
 python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # docs/speed.md's tables: cpu.json, cpu.md
-python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # for a GPU, in about 6 minutes (docs/testing.md)
+python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # for a GPU, in about 8 minutes (docs/testing.md)
 python bench.py gpu --json dry.json --dry_run            # each row of that list at toy size, on the CPU
 python bench.py resume --config shakespeare_char_cpu --max_iters 20   # a resumed run equals an uninterrupted one
 python bench.py tests                                    # the tests that need CUDA

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SYNTHETIC = {"PYTHONPATH": str(ROOT / "tests")}
 MARK = f"FLATGPT_TESTS={os.getpid()}"  # in the environment of all processes that tests start, and of their children
 os.environ.update([MARK.split("=")])
-SHARED = ("resource_tracker", "forkserver")  # multiprocessing's helper processes, which end with this process
+# helper processes of multiprocessing and of torch's compiler, which end with this process
+SHARED = ("resource_tracker", "forkserver", "compile_worker")
 
 
 def started_by_tests(test: str = "") -> dict[int, str]:
