@@ -1,6 +1,7 @@
 """Fixtures that several test files share. What they are made of lies in tests/support/; docs/testing.md lists them."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -41,6 +42,14 @@ def pytest_collection_modifyitems(items) -> None:
         marked = {mark.name for mark in item.iter_markers()}
         if marked & {"slow", "browser", "extra"} and "timeout" not in marked:
             item.add_marker(pytest.mark.timeout(600))
+
+
+def pytest_runtest_setup(item) -> None:
+    """Skip a test marked extra("package") where the package is not installed. In continuous integration it fails."""
+    packages = {package for mark in item.iter_markers("extra") for package in mark.args}
+    if missing := sorted(package for package in packages if importlib.util.find_spec(package) is None):
+        reason = f"not installed: {', '.join(missing)}: pip install -r requirements-extra.txt"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -180,15 +180,12 @@ def test_card_that_is_not_utf8_and_has_no_heading(tiny_run, tmp_path):
 
 @pytest.fixture(scope="session")
 def gradio():
-    """Gradio, or a skip where it is not installed. In continuous integration that is a failure."""
-    if not os.environ.get("CI"):
-        pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-extra.txt")
     import gradio
 
     return gradio
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_page_starts_with_the_settings_of_the_command_line(gradio, tiny_run):
     given = {"temperature": 3.0, "top_k": 1000, "top_p": 0.01, "repetition_penalty": 0.5, "max_new_tokens": 9000}
     for changes, expected in ((given, given | {"max_new_tokens": 500}), ({"greedy": True}, {"temperature": 0})):
@@ -203,7 +200,7 @@ def test_page_starts_with_the_settings_of_the_command_line(gradio, tiny_run):
         assert not blocks.analytics_enabled
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 @pytest.mark.parametrize(("name", "given"), [("::1", "[::1]"), ("256.0.0.1", "256.0.0.1"), (None, None)])
 def test_address_that_cannot_be_listened_on(gradio, tiny_run, monkeypatch, name, given):
     def launch(blocks, **settings):
@@ -274,14 +271,14 @@ def server(gradio, tiny_home):
         yield server
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_server_listens_on_this_machine_only(server):
     assert server.url == f"http://127.0.0.1:{server.port}"
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.2", server.port), 5):
         pass
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_page_contains_nothing_of_the_machine_and_no_analytics(server, tiny_home):
     for path in ("/", "/config", "/gradio_api/info", "/gradio_api/app_id", "/theme.css"):
         status, text = server.get(path)
@@ -291,7 +288,7 @@ def test_page_contains_nothing_of_the_machine_and_no_analytics(server, tiny_home
     assert json.loads(server.get("/config")[1])["analytics_enabled"] is False
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_files_are_neither_served_nor_accepted(server, tiny_run):
     for file in (tiny_run / "config.toml", ROOT / "app.py", "/etc/passwd", "../../etc/passwd"):
         for route in (f"/gradio_api/file={file}", f"/file={file}", f"/gradio_api/static/{file}"):
@@ -304,7 +301,7 @@ def test_files_are_neither_served_nor_accepted(server, tiny_run):
     assert server.get("/monitoring")[0] in (403, 404)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 @pytest.mark.parametrize("route", ["run", "api"])
 def test_requests_cannot_bypass_the_queue(server, route):
     data = {"data": list(values(max_new_tokens=1).values())}
@@ -312,7 +309,7 @@ def test_requests_cannot_bypass_the_queue(server, route):
     assert (status, "99 green" in text) == (404, False)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_limits_hold_without_the_page(server):
     for changes in ({"max_new_tokens": 20_001}, {"num_samples": 5}, {"prompt": "x" * 4001}, {"seed": -1}):
         events = server.write(**changes)
@@ -327,7 +324,7 @@ def test_limits_hold_without_the_page(server):
         assert not re.search(r"Traceback|\.py", events)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_simultaneous_visitors_get_what_they_get_alone(server):
     def text(seed: int) -> str:
         events = server.write(max_new_tokens=300, seed=seed)
@@ -340,7 +337,7 @@ def test_simultaneous_visitors_get_what_they_get_alone(server):
         assert list(visitors.map(text, [5, 6] * 3)) == [alone[5], alone[6]] * 3
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_environment_sets_the_address_and_a_port_in_use_is_refused(server, tiny_home):
     """Spaces set GRADIO_SERVER_NAME."""
     with serving(tiny_home, GRADIO_SERVER_NAME="127.0.0.2") as elsewhere:
@@ -360,10 +357,8 @@ def test_environment_sets_the_address_and_a_port_in_use_is_refused(server, tiny_
 def browser():
     """The system's Chromium: nothing is downloaded."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not os.environ.get("CI"):
-        pytest.importorskip("playwright", reason="playwright is not installed: pip install -r requirements-extra.txt")
-        if path is None:
-            pytest.skip("Chromium is not installed: apt-get install chromium")
+    if path is None and not os.environ.get("CI"):
+        pytest.skip("Chromium is not installed: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -426,6 +421,7 @@ def written(page, tokens: int) -> str:
 
 
 @pytest.mark.browser
+@pytest.mark.extra("gradio", "playwright")
 def test_text_grows_until_it_is_stopped(page, server):
     prompt, text = '99 <b onclick="alert(1)">green</b> & <script>alert(2)</script> 東京 🎈', page.locator(".text").first
     page.get_by_label("Prompt").fill(prompt)
@@ -444,6 +440,7 @@ def test_text_grows_until_it_is_stopped(page, server):
 
 
 @pytest.mark.browser
+@pytest.mark.extra("gradio", "playwright")
 def test_options_change_the_text_tokens_show_their_odds_and_mistakes_are_explained(page):
     page.get_by_label("Prompt").fill("99 green bottles")
     page.get_by_text("Options", exact=True).click()
@@ -475,6 +472,7 @@ def test_options_change_the_text_tokens_show_their_odds_and_mistakes_are_explain
 
 
 @pytest.mark.browser
+@pytest.mark.extra("gradio", "playwright")
 def test_waiting_visitor_sees_the_queue(page, browser, server):
     click(page, "Write")
     page.locator(".token").nth(5).wait_for()
@@ -490,6 +488,7 @@ def test_waiting_visitor_sees_the_queue(page, browser, server):
 
 
 @pytest.mark.browser
+@pytest.mark.extra("gradio", "playwright")
 def test_card_cannot_load_images_from_elsewhere(browser, server):
     page = open_page(browser, server, 1280)
     refused = """() => new Promise(done => {
@@ -502,6 +501,7 @@ def test_card_cannot_load_images_from_elsewhere(browser, server):
 
 
 @pytest.mark.browser
+@pytest.mark.extra("gradio", "playwright")
 def test_about_shows_the_curve_and_the_card(page):
     page.get_by_role("tab", name="About").click()
     curve = page.locator(".curve img")

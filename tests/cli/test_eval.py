@@ -315,7 +315,9 @@ def test_a_pipe_is_read_by_one_model_only():
         ("--test_data_path pickled.bin", "prepare_data.py text"),
         ("--test_data_path beyond.bin", "id 257 at byte 4"),
         ("--test_data_path book.txt", "test_data_path = book.txt: uint16 ids are expected; a text is scored by --text"),
-        pytest.param("--generate 3 --prompt_tokens 1000000", "do not fit into a split of", marks=pytest.mark.extra),
+        pytest.param(
+            "--generate 3 --prompt_tokens 1000000", "do not fit into a split of", marks=pytest.mark.extra("sacrebleu")
+        ),
         ("--json nowhere/x.json", "json = nowhere/x.json: cannot be written"),
         ("--plot folder.png", "plot = folder.png: cannot be written"),
         ("--text empty.txt", "text = empty.txt: it is empty"),
@@ -492,11 +494,9 @@ def test_multiple_choice(capsys):
     assert refusal("--choices", "c.jsonl").startswith("c.jsonl line 2: not JSON")
 
 
-@pytest.mark.extra
+@pytest.mark.extra("sacrebleu", "rouge_score")
 def test_continuations(ranks, home, tmp_path):
     """Figures and texts are compared in test_continuations.py and tests/parity."""
-    for module in ("sacrebleu", "rouge_score"):
-        pytest.importorskip(module)
     words = ["--generate", 5, "--prompt_tokens", 12, "--max_new_tokens", 20, "--eval_batches", 1]
     one, two = in_one_process_and_two(ranks, home, tmp_path, [words, [*words, "--greedy"]])
     sampled, greedy = one

@@ -1,8 +1,5 @@
 """Figures of continuations against sacrebleu and rouge-score, called directly."""
 
-import importlib.util
-import os
-
 import numpy as np
 import pytest
 from test_continuations import BYTES, EOT, cyclic_model
@@ -20,14 +17,7 @@ from flatgpt.evaluation.continuations import (
 )
 from flatgpt.inference.decoder import Decoder
 
-pytestmark = pytest.mark.extra
-
-
-@pytest.fixture(autouse=True)
-def packages() -> None:
-    if any(importlib.util.find_spec(module) is None for module in ("sacrebleu", "rouge_score")):
-        reason = "sacrebleu or rouge-score is not installed: pip install -r requirements-extra.txt"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+pytestmark = pytest.mark.extra("sacrebleu", "rouge_score")
 
 
 def test_figures_equal_the_libraries(caplog):

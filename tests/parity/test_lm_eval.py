@@ -1,9 +1,7 @@
 """eval.py against lm-evaluation-harness, which reads the folder that export.py writes; without a network."""
 
 import contextlib
-import importlib.util
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from flatgpt.interop.huggingface import hugging_face_weights
 from flatgpt.interop.pretrained import pretrained_shape
 from model import GPT
 
-pytestmark = pytest.mark.extra
+pytestmark = pytest.mark.extra("lm_eval", "accelerate")
 
 # Of several windows and of one that is not full; no white space at an end, where the harness counts a word.
 LONG, SHORT = TEXT[1000:1400].strip(), "3 green bottles 🎈"
@@ -54,9 +52,6 @@ TASKS = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """The current folder: out/quickstart, trained for 300 updates, and exported, which is the same model."""
-    if missing := [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]:
-        reason = f"{' and '.join(missing)}: not installed: pip install -r requirements-extra.txt"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     folder = tmp_path_factory.mktemp("lm_eval")
     make_dataset(folder)
     with contextlib.chdir(folder):

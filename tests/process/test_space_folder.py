@@ -1,6 +1,5 @@
 """The folder of export.py --space needs nothing but itself and the packages it requires."""
 
-import importlib.util
 import json
 import os
 import re
@@ -47,11 +46,8 @@ def test_modules_model_and_vocabulary_are_in_the_folder(in_tmp, monkeypatch, enc
     assert ids == tokenizer.load(encoding).encode_ordinary("Hello é")
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gradio")
 def test_app_starts_in_the_folder(in_tmp):
-    if importlib.util.find_spec("gradio") is None:
-        reason = "gradio is not installed: pip install -r requirements-extra.txt"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     save_run()
     export_here("--space", "s")
     shutil.rmtree("out")

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import itertools
 import json
 import os
@@ -307,13 +306,6 @@ def test_lock_ends_with_the_process_though_a_worker_hangs(work, big):
 # Dask
 
 
-@pytest.fixture(scope="module")
-def dask() -> None:
-    if importlib.util.find_spec("distributed") is None:
-        reason = "distributed is not installed: pip install -r requirements-extra.txt"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
 @contextlib.contextmanager
 def new_cluster(tmp_path_factory):
     """A scheduler and workers of one thread each, as `dask scheduler` and `dask worker` start them, elsewhere: they
@@ -346,19 +338,19 @@ def new_cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(dask, tmp_path_factory):
+def cluster(tmp_path_factory):
     """For those that leave it as it was."""
     with new_cluster(tmp_path_factory) as there:
         yield there
 
 
 @pytest.fixture
-def doomed(dask, tmp_path_factory):
+def doomed(tmp_path_factory):
     with new_cluster(tmp_path_factory) as there:
         yield there
 
 
-@pytest.mark.extra
+@pytest.mark.extra("distributed")
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", ["byte", "gpt2"])
 def test_dask_gives_the_same_bytes(cluster, in_tmp, name):
@@ -369,7 +361,7 @@ def test_dask_gives_the_same_bytes(cluster, in_tmp, name):
     assert content(there.folder) == content(here.folder)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("distributed")
 @pytest.mark.parametrize("dies", [1, 2])
 def test_dask_worker_that_is_killed_changes_nothing(doomed, work, big, dies):
     address, *processes = doomed
@@ -381,7 +373,7 @@ def test_dask_worker_that_is_killed_changes_nothing(doomed, work, big, dies):
     assert content(Path("data/mine")) == content(big / "whole/data/mine")
 
 
-@pytest.mark.extra
+@pytest.mark.extra("distributed")
 def test_ctrl_c_while_dask_works(cluster, work, big):
     process = work("--cluster", cluster[0])
     process.send_signal(signal.SIGINT)
@@ -391,7 +383,7 @@ def test_ctrl_c_while_dask_works(cluster, work, big):
     finish(big)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("distributed")
 def test_dask_scheduler_that_is_killed_is_an_error(doomed, work, big):
     address, scheduler, *_ = doomed
     process = work("--cluster", address)
@@ -404,7 +396,7 @@ def test_dask_scheduler_that_is_killed_is_an_error(doomed, work, big):
     finish(big)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("distributed")
 def test_no_dask_workers(doomed, in_tmp):
     address, _, *processes = doomed
     for process in processes:
@@ -416,9 +408,9 @@ def test_no_dask_workers(doomed, in_tmp):
     assert done.stderr.startswith(f"error: cluster = {address}: the scheduler has no workers; start some in a checkout")
 
 
-@pytest.mark.extra
+@pytest.mark.extra("distributed")
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
-def test_no_dask_scheduler(dask, in_tmp, address):
+def test_no_dask_scheduler(in_tmp, address):
     Path("a.txt").write_text("some text\n" * 100)
     done = command("prepare_data", "text", "--input", "a.txt", "--tokenizer=byte", "--cluster", address, cwd=in_tmp)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_is_an_error_line(in_tmp, words, message):
         bench.main(cli.parse(BenchConfig, words))
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gguf")
 def test_a_gguf_file_holds_the_model(in_tmp):
     """Read back by gguf: names, shapes and values; Q8_0 within half a step of its blocks of 32."""
     from gguf import GGMLQuantizationType as Kind
@@ -111,7 +111,7 @@ def test_a_gguf_file_holds_the_model(in_tmp):
         assert torch.tensor(dequantize(block.data, block.tensor_type)).shape == (32, 128)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gguf")
 @pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python compiles for a quarter of an hour"
 )

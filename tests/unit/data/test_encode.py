@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import hashlib
-import importlib.util
 import itertools
 import os
 import pickle
@@ -39,10 +38,7 @@ def small_bpe(name: str, pattern: str) -> tiktoken.Encoding:
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
-def require_gigatoken() -> None:
-    if importlib.util.find_spec("gigatoken") is None:
-        reason = "gigatoken is not installed: pip install -r requirements-extra.txt"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+GIGATOKEN = pytest.param("gigatoken", marks=pytest.mark.extra("gigatoken"))
 
 
 @functools.cache
@@ -53,12 +49,11 @@ def encoding_of(name: str) -> tiktoken.Encoding:
     return small_bpe("gpt2", GPT2_PATTERN) if name == "small" else tokenizer.load(name)
 
 
-@pytest.fixture(scope="module", params=["byte", "small", "gpt2", "p50k_base", "other", "gigatoken"])
+@pytest.fixture(scope="module", params=["byte", "small", "gpt2", "p50k_base", "other", GIGATOKEN])
 def encoder(request):
     """(encoding, encode) of each tokenizer with tiktoken, and of `gpt2` with gigatoken."""
     if request.param != "gigatoken":
         return encoding_of(request.param), load_encoder(encoding_of(request.param))
-    require_gigatoken()
     return encoding_of("gpt2"), load_encoder(encoding_of("gpt2"), "gigatoken")
 
 
@@ -137,10 +132,8 @@ def test_long_run_is_split_and_comes_back(run, forced):
     assert encoding.decode(found.ids.tolist()) == text
 
 
-@pytest.mark.parametrize("name", ["tiktoken", "gigatoken"])
+@pytest.mark.parametrize("name", ["tiktoken", GIGATOKEN])
 def test_real_text(gpt2_vocabulary, real_text, name):
-    if name == "gigatoken":
-        require_gigatoken()
     text = (real_text / "shakespeare" / "input.txt").read_text(encoding="utf-8")
     encoding = tokenizer.load("gpt2")
     documents = [text, *text.splitlines(keepends=True)[:5000]]
@@ -153,10 +146,9 @@ def test_real_text(gpt2_vocabulary, real_text, name):
 # gigatoken
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gigatoken")
 def test_gigatoken_has_the_ids_of_every_character(gpt2_vocabulary):
     """Those that it knows as letters and tiktoken does not are encoded by tiktoken."""
-    require_gigatoken()
     encoding = tokenizer.load("gpt2")
     giga, plain = load_encoder(encoding, "gigatoken"), load_encoder(encoding)
     points = [*range(0x3100), *range(0x3100, 0xD800, 13), *range(0xE000, 0x110000, 29)]
@@ -167,9 +159,8 @@ def test_gigatoken_has_the_ids_of_every_character(gpt2_vocabulary):
         assert giga(batch, ends).tolist() == plain(batch, ends).tolist(), hex(points[first])
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gigatoken")
 def test_gigatoken_is_built_anew_before_its_cache_is_large(monkeypatch):
-    require_gigatoken()
     encode._gigatoken_encoder.cache_clear()
     giga = load_encoder(encoding_of("gpt2"), "gigatoken")
     built = []
@@ -216,20 +207,17 @@ def test_gigatoken_that_cannot_be_used_is_one_error(monkeypatch, name, module, m
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.extra
+@pytest.mark.extra("gigatoken")
 def test_gigatoken_names_an_encoding_whose_ids_have_gaps():
-    require_gigatoken()
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 300}
     gaps = tiktoken.Encoding("p50k_base", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: 256})
     with pytest.raises(UserError, match=r"gigatoken cannot take tokenizer p50k_base \(.*\): take --encoder tiktoken"):
         load_encoder(gaps, "gigatoken")
 
 
-@pytest.mark.parametrize("name", ["tiktoken", "gigatoken"])
+@pytest.mark.parametrize("name", ["tiktoken", GIGATOKEN])
 def test_threads_of_one_process_do_not_mix_their_ids(name):
     """A Dask worker does as many tasks at once as it has threads."""
-    if name == "gigatoken":
-        require_gigatoken()
     encoding, chance = encoding_of("gpt2"), random.Random(0)
     documents = ["".join(chance.choices("abcdefg ", k=20_000)) for _ in range(20)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
