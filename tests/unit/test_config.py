@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 @pytest.mark.parametrize("cls", [TrainConfig, BenchConfig, EvalConfig, InferConfig])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_loads_for_every_verb_and_sets_what_it_says(name, cls, in_tmp):
+def test_every_recipe_loads_for_every_script(name, cls, in_tmp):
     weights = in_tmp / "out" / "gpt2_124m"  # what finetune_shakespeare begins with, as far as it is looked at
     weights.mkdir(parents=True)
     (weights / "model.safetensors").touch()
@@ -31,7 +31,7 @@ def test_every_recipe_loads_for_every_verb_and_sets_what_it_says(name, cls, in_t
             assert getattr(loaded, key) == field.default, f"{key} of a recipe is meant for training"
 
 
-def test_quickstart_is_what_train_does_without_a_recipe():
+def test_quickstart_equals_the_defaults():
     """Both write to out/quickstart, so they have to be one run."""
     assert dataclasses.replace(parse(TrainConfig, ["--config", "quickstart"]), config=None) == TrainConfig()
 
@@ -52,7 +52,7 @@ def test_defaults_obey_their_own_limits(cls):
 
 
 @pytest.mark.parametrize("cls", cli.SCRIPT_CONFIGS)
-def test_every_name_reaches_one_field(cls):
+def test_names_and_aliases_are_unique(cls):
     names = [n for f in dataclasses.fields(cls) for n in (f.name, *f.metadata.get("alias", ()))]
     assert len(names) == len(set(names))
 
@@ -102,7 +102,7 @@ def test_every_name_reaches_one_field(cls):
         (InferConfig, "--max_new_tokens 0", ["--max_new_tokens = 0", "at least 1"]),
     ],
 )
-def test_fields_that_do_not_fit_are_named_with_their_values(cls, words, said):
+def test_contradicting_fields_are_named_with_their_values(cls, words, said):
     with pytest.raises(UserError) as caught:
         parse(cls, words.split())
     for part in said:
@@ -128,7 +128,7 @@ def test_fields_that_do_not_fit_are_named_with_their_values(cls, words, said):
         (InferConfig, "- --json -"),
     ],
 )
-def test_neighbours_of_those_are_allowed(cls, words):
+def test_fields_that_fit_are_allowed(cls, words):
     parse(cls, words.split())
 
 
@@ -136,16 +136,16 @@ def test_neighbours_of_those_are_allowed(cls, words):
     ("words", "heat"),
     [("", 0.8), ("--temperature 0.3", 0.3), ("--temperature 0", 0), ("--greedy", 0), ("--greedy --no-greedy", 0.8)],
 )
-def test_temperature_that_counts(words, heat):
+def test_effective_temperature(words, heat):
     assert parse(InferConfig, words.split()).effective_temperature == heat
 
 
-def test_strings_that_stop_add_up():
+def test_stop_strings_add_up():
     assert parse(InferConfig, ["--stop", "a", "b c", "--stop=--", "--stop", "\n"]).stop == ("a", "b c", "--", "\n")
     assert InferConfig().stop == ()
 
 
-def test_model_keeps_the_shape_and_nothing_else():
+def test_model_is_the_shape_of_a_config():
     shape = parse(TrainConfig, ["--n_layer", "3", "--position", "rope", "--lr", "0.1"]).model()
     assert type(shape) is config.ModelConfig
     assert (shape.n_layer, shape.position) == (3, "rope")
@@ -161,7 +161,7 @@ def test_model_keeps_the_shape_and_nothing_else():
         ("--config somewhere/mine.toml --out_dir runs/a", "runs/a", "runs/a"),
     ],
 )
-def test_train_writes_where_eval_and_infer_look(in_tmp, words, folder, model):
+def test_eval_and_infer_read_the_folder_that_train_writes(in_tmp, words, folder, model):
     """Without a word eval and infer look for the newest run (None) instead."""
     (in_tmp / "somewhere").mkdir()
     (in_tmp / "somewhere" / "mine.toml").write_text("n_layer = 2\n")
