@@ -203,8 +203,8 @@ def test_resume_after_a_stop_at_any_moment_is_exact(start_ranks, uninterrupted, 
 
 @pytest.mark.slow
 def test_resume_after_20_kills_is_exact(start_ranks, tmp_path):
-    """A moment is a number of rows in the log and a fraction of the next. If the log has them when a process starts, the
-    kill comes in its first 0.2 s, before or after it has read its checkpoint.
+    """A moment is a number of log rows and a fraction of the next. If the log has them when a process starts, the kill
+    comes in its first 0.2 s, before or after it has read its checkpoint.
     """
     words = ("--n_layer", 1, "--n_head", 1, "--n_embd", 16, "--context_length", 16, "--batch_size", 2)
     words += ("--grad_accum_steps", 2, "--max_iters", 150, "--eval_interval", 25, "--eval_batches", 2)
@@ -774,8 +774,8 @@ def test_sigterm_that_is_not_recorded_ends_the_process(doing, code):
 def slurm(home, tmp_path):
     """slurm(srun, *words) -> docs/slurm.sh with RUN and the words, as a running process.
 
-    scontrol and scancel are replaced by commands that write their arguments to tmp_path/asked, srun by the shell command
-    given, which has the command to run in "$@".
+    scontrol and scancel are replaced by commands that write their arguments to tmp_path/asked, srun by the given shell
+    command, which has the command to run in "$@".
     """
     python = f'exec "{sys.executable}" "$@"'
     asked, pid = (shlex.quote(str(tmp_path / name)) for name in ("asked", "srun"))
