@@ -1,7 +1,7 @@
 """What the scripts refuse: one `error:` line, exit code 2, and what the line must contain. Nothing is written.
 
-A row is a script, its words, and parts of the line: the key or file, the value, what to do. Several problems are one error
-with numbered lines. Refusals that depend on data or on a trained model are in the file of their script.
+A row is a script, its words, and parts of the line: the key or file, the value, what to do. Several problems are one
+error with numbered lines. Refusals that depend on data or a trained model are in the file of their script.
 """
 
 import os
