@@ -82,7 +82,7 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
         card = file.read_text(encoding="utf-8", errors="replace")
     else:
         use = f"```sh\npython infer.py --model_path {shlex.quote(f'out/{name}')} --prompt 'Once upon a time'\n```"
-        card = card_body(found, name=name, use=use, as_trained=True)
+        card = card_body(found, name=name, use=use)
     if run.is_dir() and len(log := history.read(run)):
         svg = base64.b64encode(render(plot_runs([log]), "svg")).decode()
         plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'

@@ -212,7 +212,7 @@ def test_card_of_a_run(tiny_home, tmp_path, monkeypatch):
     _, state = checkpoint.find("out/quickstart", print)
     rows = Path("out/quickstart/metrics.csv").read_text().splitlines()
     loss = next(float(line.split(",")[4]) for line in rows if line.startswith(f"{state['iter']},"))
-    assert f"validation loss {loss:.4f} nats per token" in text
+    assert f"- val_loss: `{loss:.4f}`" in text
     found = {result.metric_type: (result.dataset_name, result.dataset_split) for result in data.eval_results}
     assert found == dict.fromkeys(("loss", "perplexity"), ("tiny", "val"))
     assert data.eval_results[0].metric_value == pytest.approx(loss, abs=1e-4)
