@@ -192,7 +192,7 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         short_description=f"A language model of {source.config.num_params():,} parameters to try out",  # at most 60
         tags=["gpt2", "text-generation", "flatgpt"],
     )
-    body = card_body(source, name=name, use=USE, recipe=recipe, as_trained=bool(source.state))
+    body = card_body(source, name=name, use=USE, recipe=recipe)
     packages = (REPO_ROOT / "requirements.txt").read_text(encoding="utf-8")
     files: dict[str, bytes | Path] = {
         "README.md": f"---\n{metadata}\n---\n\n{body}".encode(),

@@ -11,13 +11,13 @@ import torch
 import transformers
 from exported import HUGGING_FACE_FILES, T, export_here, files_in, refused, save_run, table_rows
 from hub_host import WRITER
+from random_models import generate
 from safetensors import safe_open
 
 import export
 from config import SamplingConfig, TrainConfig
 from flatgpt.cli.cli import parse
 from flatgpt.data import tokenizer
-from flatgpt.inference import sampling
 from flatgpt.inference.decoder import Decoder
 from flatgpt.interop import loading
 from model import GPT
@@ -108,7 +108,7 @@ def test_the_same_greedy_tokens(in_tmp, vocab_size):
     model = save_run(vocab_size=vocab_size, tie_weights=False, context_length=64, alter=varied)
     export_here()
     prompt = list(b"First Cit")
-    expected = list(sampling.generate(Decoder(model), prompt, 50, SamplingConfig(greedy=True), n_vocab=257))
+    expected = generate(Decoder(model), prompt, 50, SamplingConfig(greedy=True), n_vocab=257)
     other, ids = transformers_model(EXPORTED), torch.tensor([prompt])
     settings = other.generation_config
     assert (settings.do_sample, settings.temperature, settings.top_k, settings.eos_token_id) == (True, 0.8, 0, 256)
@@ -234,7 +234,7 @@ def test_card_has_a_recipe_that_trains_the_same_model(in_tmp):
     export_here()
     text = (EXPORTED / "README.md").read_text()
     assert "# `r`" in text
-    assert "validation loss 5.1250 nats per token" in text
+    assert "- val_loss: `5.1250`" in text
     Path("recipe.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
     again = parse(TrainConfig, ["--config", "recipe.toml"])
     assert (again.lr, again.n_embd, again.data_dir, again.init_from, again.wandb) == (0.5, 16, "data", None, "disabled")
