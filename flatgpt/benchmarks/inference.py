@@ -27,7 +27,7 @@ from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop import loading
-from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
+from flatgpt.interop.export_folder import export_problems, hugging_face_config, to_hugging_face
 from flatgpt.runs import checkpoint
 from flatgpt.runtime.device import find_device, select_device
 from model import GPT
