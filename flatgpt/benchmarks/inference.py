@@ -128,10 +128,10 @@ def transformers_model(model: GPT):
     """Return transformers' GPT-2 with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if reasons := export_problems(model.config):
+    if reasons := export_problems(model):
         raise UserError(f"transformers cannot compute this model: {'; '.join(reasons)}")
     peer = GPT2LMHeadModel(GPT2Config(**hugging_face_config(model.config, 0, "float32")))
-    peer.load_state_dict(to_hugging_face(model.state_dict(), model.config), strict=False)  # a tied head is stored once
+    peer.load_state_dict(to_hugging_face(model), strict=False)  # a tied head is stored once
     return peer.eval()
 
 
