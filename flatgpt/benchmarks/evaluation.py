@@ -18,8 +18,7 @@ import torch
 from config import BenchConfig, UserError, run_dir
 from flatgpt.benchmarks.measure import in_turn, log, speedup
 from flatgpt.data.dataset import open_dataset
-from flatgpt.evaluation.metrics import default_batch_size, measure
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, measure
 from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
@@ -46,8 +45,8 @@ def bench_eval(config: BenchConfig) -> dict:
 
     def score() -> float:
         batches = eval_batches(ids, T, default_batch_size(T, device.device), stride=context_length // 2)
-        scores = measure(model, batches, device.to_device)
-        return scores.loss_sum / scores.tokens
+        sums = measure(model, batches, device.to_device)
+        return sums["position_loss"].sum() / sums["targets"].sum()
 
     def timed(score: Callable[[], float]) -> Callable[[int], tuple[float, float]]:
         def run(_: int) -> tuple[float, float]:
