@@ -263,7 +263,7 @@ def test_refusals(words, message):
     [
         ("--json nowhere/x.json", RUN, "cannot be written"),
         ("--generate 3", RUN, "sacrebleu and rouge_score: pip install -r requirements-extra.txt"),
-        ("", [RUN, "nowhere"], "model_path nowhere: no such folder"),
+        ("", [RUN, "nowhere"], "model_path = nowhere: no such folder"),
     ],
 )
 def test_refused_before_a_model_is_loaded(words, model, message, monkeypatch):
@@ -371,4 +371,4 @@ def test_continuations():
 def test_ranks_report_an_error_once(ranks, home):
     done = ranks(2, "--device", "cpu", "--model_path", "nowhere", script=ROOT / "eval.py", cwd=home)
     assert done.code != 0
-    assert done.output.count("error: model_path nowhere: no such folder") == 1
+    assert done.output.count("error: model_path = nowhere: no such folder") == 1

@@ -8,13 +8,12 @@ import tiktoken
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import over_ranks, random_model
+from random_models import generate, over_ranks, random_model
 
 from config import ModelConfig, SamplingConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.evaluation.continuations import distinct, generate_continuations, repetition, select_prompts, text_after
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import generate
 from model import GPT
 
 BYTES, EOT = tokenizer.load("byte"), 256
@@ -60,7 +59,7 @@ def test_batch_size_and_ranks_change_no_continuation(new_tokens):
     options = SamplingConfig(temperature=1.0, seed=3)
     decoder, prompts = Decoder(random_model(n_layer=2, context_length=32, vocab_size=20)), [*PROMPTS, PROMPTS[0]]
     alone = [
-        [*generate(decoder, ids, new_tokens, options, first_row=row, n_vocab=9, stop_ids=(8,))]
+        generate(decoder, ids, new_tokens, options, first_row=row, n_vocab=9, stop_ids=(8,))
         for row, (ids, _) in enumerate(prompts)
     ]
     arguments = decoder, SMALL, prompts, new_tokens, options
