@@ -375,7 +375,7 @@ def test_ids_of_another_tokenizer_are_refused(home, gpt2_folder):
     [
         ("--json nowhere/x.json", RUN, "cannot be written"),
         ("--generate 3", RUN, "pip install -r requirements-extra.txt"),
-        ("", [RUN, "nowhere"], "model_path nowhere: no such folder"),
+        ("", [RUN, "nowhere"], "model_path = nowhere: no such folder"),
     ],
 )
 def test_refused_before_a_model_is_loaded(words, model, message, monkeypatch):
@@ -592,4 +592,4 @@ def test_ranks_give_the_figures_of_one(ranks, home, tmp_path):
 def test_ranks_report_an_error_once(ranks, home):
     done = ranks(2, "--device", "cpu", "--model_path", "nowhere", script=ROOT / "eval.py", cwd=home)
     assert done.code != 0
-    assert done.output.count("error: model_path nowhere: no such folder") == 1
+    assert done.output.count("error: model_path = nowhere: no such folder") == 1

@@ -14,11 +14,11 @@ from test_windows import FIRST, START, batches, read
 
 import eval as verb
 import export
-from config import EvalConfig, ExportConfig, ModelConfig
+from config import EvalConfig, ExportConfig
 from flatgpt.cli import cli
 from flatgpt.evaluation.multiple_choice import encode_pairs, log_likelihoods
-from flatgpt.interop.huggingface import hugging_face_weights
-from flatgpt.interop.pretrained import pretrained_shape
+from flatgpt.interop.loading import read_weights
+from flatgpt.interop.pretrained import read_config
 from model import GPT
 
 pytestmark = pytest.mark.extra("lm_eval", "accelerate")
@@ -181,8 +181,8 @@ def test_log_likelihoods_equal_the_harness(tmp_path, name):
         for parameter in reference.parameters():
             parameter.normal_(std=0.3)
     reference.save_pretrained(tmp_path)
-    model = GPT(ModelConfig(**pretrained_shape(str(tmp_path))))
-    model.load_state_dict(hugging_face_weights(tmp_path, model.config))
+    model = GPT(read_config(str(tmp_path)))
+    model.load_state_dict(read_weights(tmp_path, model.config))
     reader = HFLM(reference, tokenizer=their_tokenizer(tmp_path, name == "words"), batch_size=3, device="cpu")
     questions = [q for q in QUESTIONS if q.ctx != " \n" and "<|" not in q.ctx]
     asked = [(q.ctx, f" {ending}") for q in questions for ending in q.endings]
