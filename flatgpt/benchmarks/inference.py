@@ -21,8 +21,7 @@ from config import BenchConfig, SamplingConfig, UserError, run_dir
 from flatgpt.benchmarks.measure import Process, in_turn, log, script, speedup
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
-from flatgpt.evaluation.metrics import default_batch_size, measure
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, measure
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
@@ -255,8 +254,8 @@ def bench_eval(config: BenchConfig) -> dict:
 
     def ours() -> float:
         batches = eval_batches(ids, T, default_batch_size(T, device.device), stride=context_length // 2)
-        scores = measure(model, batches, device.to_device)
-        return scores.loss_sum / scores.tokens
+        sums = measure(model, batches, device.to_device)
+        return sums["position_loss"].sum() / sums["targets"].sum()
 
     def timed(loss: Callable[[], float]) -> tuple[float, float]:
         began = time.perf_counter()
