@@ -19,7 +19,7 @@ from config import SamplingConfig, UserError
 from flatgpt.data.shards import Tokens
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
-from flatgpt.inference.text_stream import TextStream
+from flatgpt.inference.writer import Text
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}  # module -> package
@@ -135,10 +135,14 @@ def score_continuations(
 
 def text_after(encoding: tiktoken.Encoding, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """Return the text of ids, without a character whose first bytes belong to the prompt."""
-    stream = TextStream(encoding)
+    text = Text(encoding)
     for token in prompt:
-        stream.feed(token)
-    return "".join(stream.feed(token) for token in ids) + stream.end()
+        text.append(token)
+    prompt_characters = len(text.written)
+    for token in ids:
+        text.append(token)
+    text.end()
+    return text.written[prompt_characters:]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

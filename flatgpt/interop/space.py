@@ -61,7 +61,7 @@ def space_files(source: ModelSource, name: str, recipe: str, given: str | None) 
         run = source.path.parent.parent if source.path.parent.name == "ckpt" else source.path
         files |= {LOG: run / LOG} if (run / LOG).is_file() else {}
     metadata = space_metadata(name, source.config.num_params(), given, gradio)
-    body = card_body(source, name=name, use=USE, recipe=recipe, as_trained=bool(source.state))
+    body = card_body(source, name=name, use=USE, recipe=recipe)
     files["README.md"] = f"---\n{metadata}\n---\n\n{body}".encode()
     files["requirements.txt"] = requirements(gradio).encode()
     files[".gitignore"] = IGNORED  # `hf upload` follows it too

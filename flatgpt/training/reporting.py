@@ -15,7 +15,6 @@ from torch import Tensor
 from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
-from flatgpt.inference.text_stream import TextStream
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runs.run_log import PICTURE, RunLog, duration, peak_flops
@@ -74,8 +73,7 @@ def generate_samples(run: TrainingRun, seed: int) -> list[str]:
     texts = []
     for prompt, ids in zip(config.sample_prompt, sampled, strict=True):
         ids = ids[: ids.index(encoding.eot_token)] if encoding.eot_token in ids else ids
-        stream = TextStream(encoding)
-        text = prompt + "".join(map(stream.feed, ids)) + stream.end()
+        text = prompt + encoding.decode(ids)
         # control characters could change the terminal's state
         texts.append("".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text))
     return texts

@@ -13,6 +13,7 @@ import torch
 import transformers
 from exported import HUGGING_FACE_FILES, export_here, files_in, refused, save_run, small_files, table_rows
 from hub_host import WRITER
+from random_models import generate
 from safetensors import safe_open
 
 import eval as evaluation
@@ -20,7 +21,6 @@ import export
 from config import EvalConfig, ExportConfig, ModelConfig, SamplingConfig, TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer
-from flatgpt.inference import sampling
 from flatgpt.inference.decoder import Decoder
 from flatgpt.interop import huggingface, loading, pretrained
 from flatgpt.runs import checkpoint
@@ -123,7 +123,7 @@ def test_the_same_greedy_tokens(in_tmp, vocab_size):
     export_here()
     prompt = list(b"First Cit")
     options = SamplingConfig(greedy=True)
-    expected = list(sampling.generate(Decoder(model), prompt, 50, options, n_vocab=257))
+    expected = generate(Decoder(model), prompt, 50, options, n_vocab=257)
     other, ids = transformers_model("out/r/hugging_face"), torch.tensor([prompt])
     got = other.generate(ids, do_sample=False, max_new_tokens=50, eos_token_id=None, temperature=None, top_k=None)
     assert got[0, len(prompt) :].tolist() == expected
@@ -212,7 +212,7 @@ def test_card_of_a_run(tiny_home, tmp_path, monkeypatch):
     _, state = checkpoint.find("out/quickstart", print)
     rows = Path("out/quickstart/metrics.csv").read_text().splitlines()
     loss = next(float(line.split(",")[4]) for line in rows if line.startswith(f"{state['iter']},"))
-    assert f"validation loss {loss:.4f} nats per token" in text
+    assert f"- val_loss: `{loss:.4f}`" in text
     found = {result.metric_type: (result.dataset_name, result.dataset_split) for result in data.eval_results}
     assert found == dict.fromkeys(("loss", "perplexity"), ("tiny", "val"))
     assert data.eval_results[0].metric_value == pytest.approx(loss, abs=1e-4)

@@ -4,7 +4,9 @@ import dataclasses
 
 import torch
 
-from config import ModelConfig
+from config import ModelConfig, SamplingConfig
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.sampling import generate_batch
 from flatgpt.runtime.distributed import DistributedContext
 from model import GPT
 
@@ -26,6 +28,11 @@ def random_model(seed: int = 0, std: float = 0.4, model_class: type[GPT] = GPT, 
 def small_model(seed: int = 0, std: float = 0.2, model_class: type[GPT] = GPT, **changes) -> GPT:
     """The same in the shape SMALL."""
     return random_model(seed, std, model_class, **{**dataclasses.asdict(SMALL), **changes})
+
+
+def generate(decoder: Decoder, prompt: list[int], max_new_tokens: int, options: SamplingConfig, **kwargs) -> list[int]:
+    """The new ids after one prompt; arguments as of generate_batch."""
+    return [token for (token,) in generate_batch(decoder, [prompt], max_new_tokens, options, **kwargs)]
 
 
 def random_ids(batch_size: int = 3, length: int = T, seed: int = 1, vocab_size: int = V) -> torch.Tensor:

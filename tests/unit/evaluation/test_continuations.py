@@ -12,7 +12,7 @@ import tiktoken
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import random_model
+from random_models import generate, random_model
 
 from config import ModelConfig, SamplingConfig, UserError
 from flatgpt.data import tokenizer
@@ -27,7 +27,6 @@ from flatgpt.evaluation.continuations import (
     text_after,
 )
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import generate
 from flatgpt.runtime.distributed import DistributedContext
 from model import GPT
 
@@ -124,7 +123,7 @@ def test_batch_size_and_ranks_change_no_continuation(options, new_tokens):
     """Prompt r's continuation is what it gets alone, with its own random numbers."""
     model, arguments = decoder(), (SMALL, PROMPTS, new_tokens, options)
     alone = [
-        [*generate(model, prompt.ids, new_tokens, options, first_row=row, n_vocab=9, stop_ids=(8,))]
+        generate(model, prompt.ids, new_tokens, options, first_row=row, n_vocab=9, stop_ids=(8,))
         for row, prompt in enumerate(PROMPTS)
     ]
     for batch_size in (1, 3, 7):
