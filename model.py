@@ -221,7 +221,7 @@ class GPT(nn.Module):
         """Load a model in evaluation mode: a run's folder, a checkpoint, a Hugging Face folder or name, a ckpt.pt."""
         from flatgpt.interop.loading import find, load
 
-        return load(find(name, print), torch.device(device), model_class=cls)[0]
+        return load(find(name), device, model_class=cls)[0]
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
         """Continue each row of idx.

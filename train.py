@@ -36,8 +36,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from config import UserError
-from flatgpt.evaluation.metrics import default_batch_size, mean_loss
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, mean_loss
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.lock import RunLock
@@ -94,8 +93,7 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
         return not stopped[-1]
 
     batch_size = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
-    share = ranks.rank, ranks.world
-    batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_batches, share)
+    batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_batches, ranks)
     with run.device_settings.autocast():
         loss = mean_loss(run.model, itertools.takewhile(go_on, batches), run.device_settings.to_device, ranks)
     return None if any(stopped) else loss

@@ -19,7 +19,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
-from flatgpt.interop.pretrained import pretrained_tokenizer
+from flatgpt.interop.pretrained import read_tokenizer
 from flatgpt.runtime import precision
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
@@ -163,7 +163,7 @@ def build_run(
     dataset = load_dataset(config, ranks)
     config, windows = resolve_data_settings(config, dataset)
     name, init_from = dataset.meta["tokenizer"], None if resumed else config.init_from
-    initial_tokenizer = pretrained_tokenizer(init_from) if init_from else None
+    initial_tokenizer = read_tokenizer(init_from) if init_from else None
     if initial_tokenizer not in (None, name):
         raise UserError(
             f"init_from = {init_from} was trained with tokenizer {initial_tokenizer}, {dataset.folder} is tokenised "

@@ -13,8 +13,7 @@ from config import ModelConfig, PrepareConfig, TrainConfig, run_dir
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
-from flatgpt.evaluation.metrics import mean_loss
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import eval_batches, mean_loss
 from flatgpt.inference.decoder import KVCache
 from flatgpt.inference.prepacking import CastLinear, Int8Linear, PrepackedLinear, prepack, prepacked_bytes
 from flatgpt.interop.loading import find, load
