@@ -21,6 +21,7 @@ from config import EXCLUSIVE, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
+from flatgpt.runs.history import follow
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.files import atomic_write
@@ -58,7 +59,7 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
             raise UserError(f"nothing to resume in {run_dir}: {reason}; {remedy}")
         return found
     if resume:
-        path = Path(resume)
+        path = follow(Path(resume))
         if (path / "ckpt").is_dir():
             found = checkpoint.first_valid(checkpoint.folders(path), (WEIGHTS, TRAIN_STATE), print)
             if found is None:

@@ -23,9 +23,8 @@ from flatgpt.cli import cli
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs import checkpoint
+from flatgpt.runs import checkpoint, plots
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
-from flatgpt.training import reporting
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the whole road
@@ -73,7 +72,7 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     train_here("--resume", "--max_iters", 7, picture=True)
     second = (run / "metrics.png").read_bytes()
     assert second != first
-    monkeypatch.setattr(reporting, "plot_runs", lambda histories: 1 / 0)
+    monkeypatch.setattr(plots, "plot_runs", lambda histories: 1 / 0)
     train_here("--resume", "--max_iters", 8, picture=True)
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == second

@@ -8,6 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from config import TrainConfig
+from flatgpt.runs import plots
 from flatgpt.runs.run_log import RunLog
 from flatgpt.training import reporting
 from flatgpt.training.reporting import out_of_memory_message
@@ -53,7 +54,7 @@ def test_messages_while_the_picture_is_drawn_stand_below_the_bar(tmp_path, monke
     """On a terminal the bar's line has no end until it is closed."""
     log = RunLog(tmp_path, 0, 3)
     log.bar = tqdm(total=3, file=io.StringIO())
-    monkeypatch.setattr(reporting, "plot_runs", lambda histories: print("\n" in log.bar.fp.getvalue()))
+    monkeypatch.setattr(plots, "plot_runs", lambda histories: print("\n" in log.bar.fp.getvalue()))
     reporting.draw_picture(log, tmp_path)
     log.close()
     assert capsys.readouterr().out == "True\n"

@@ -319,7 +319,7 @@ def test_optimizer_state_of_another_model_is_refused(here, trained, tmp_path, op
 def test_train_state_without_an_optimizer_or_with_another_is_refused(here, trained, tmp_path, optimizer, other):
     run, folder = trained[optimizer]
     message = refusal(run, folder, tmp_path, lambda state: state.pop("optimizer"))
-    assert message == "not loaded: it is no train state"
+    assert message == "not loaded: it is no train state of tensors and plain types"
     other_state = trained[other][0].optimizer.state_dict()
     message = refusal(run, folder, tmp_path, lambda state: state.update(optimizer=other_state))
     assert message.startswith("of another model or optimizer: its groups have [")
