@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatgpt.inference.web import serve, stream_html
-from flatgpt.inference.writer import PreparedModel, Writer, decoding_device, prepare
+from flatgpt.inference.writer import PreparedModel, Writer, prepare
 from flatgpt.interop import loading
 from flatgpt.interop.model_card import card_body
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs
-from flatgpt.runtime.device import note
+from flatgpt.runtime.device import find_device, note
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,7 +44,7 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, PreparedModel]:
     """Find and load the model that the command line names; in a folder that export.py --space wrote, its model."""
     if not model_path(config) and any((HERE / name).exists() for name in ("state.json", "config.json")):
         config = dataclasses.replace(config, model_path=str(HERE))
-    device, found = decoding_device(config), loading.find(model_path(config), note)
+    device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
     # A step compiles for half a minute, for one length of text: too long for visitors.
     prepared = prepare(config, model, encoding, found.end_of_text, compile=False)
@@ -82,7 +82,7 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
         card = file.read_text(encoding="utf-8", errors="replace")
     else:
         use = f"```sh\npython infer.py --model_path {shlex.quote(f'out/{name}')} --prompt 'Once upon a time'\n```"
-        card = card_body(found, name=name, use=use, as_trained=True)
+        card = card_body(found, name=name, use=use)
     if run.is_dir() and len(log := history.read(run)):
         svg = base64.b64encode(plot_runs([log], format="svg")).decode()
         plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'

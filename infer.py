@@ -17,9 +17,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from flatgpt.inference.writer import Text, Writer, decoding_device, prepare
+from flatgpt.inference.writer import Text, Writer, prepare
 from flatgpt.interop import loading
-from flatgpt.runtime.device import note
+from flatgpt.runtime.device import find_device, note
 from flatgpt.runtime.files import require_writable, write_json
 
 
@@ -27,7 +27,7 @@ def main(config: InferConfig) -> None:
     """Write num_samples texts from each prompt. Figures go to standard error: standard output is for text."""
     require_writable(config.json, "json")
     prompts = [] if config.interactive else read_prompts(config)
-    device, found = decoding_device(config), loading.find(model_path(config), note)
+    device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
     prepared = prepare(config, model, encoding, found.end_of_text, config.compile)
     note(f"{found.describe()}: {prepared.describe()}")
@@ -35,8 +35,8 @@ def main(config: InferConfig) -> None:
     if config.interactive:
         return converse(writer)
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
-    facts |= {"parameters": prepared.model.config.num_params(), "machine": prepared.machine}
-    write_texts(config, writer, prompts, facts)
+    facts |= {"parameters": model.config.num_params(), "machine": prepared.machine}
+    write_texts(writer, prompts, facts)
 
 
 def read_prompts(config: InferConfig) -> list[str]:
@@ -73,28 +73,25 @@ class ConsoleView:
     """Prints texts one after the other. The first one that has not ended is printed while it grows.
 
     Args:
-        headers: a line above each text, or an empty string.
+        texts: each with the line above it, or an empty string.
         live: print a text while it grows, else once it has ended.
     """
 
-    def __init__(self, headers: list[str], texts: list[Text], live: bool):
-        self.headers, self.texts, self.live = headers, texts, live
-        self.printed = -1  # generated characters of the first text that are printed; -1: not even its prompt
+    def __init__(self, texts: list[tuple[str, Text]], live: bool):
+        self.texts, self.live = texts, live
+        self.printed = 0  # characters of the first text that are printed, header and prompt included
 
     def update(self) -> None:
         """Print what is new."""
-        while self.texts and (self.live or self.texts[0].ended):
-            text = self.texts[0]
-            if self.printed < 0:
-                print(self.headers.pop(0) + text.prompt, end="")
-                self.printed = 0
+        while self.texts and (self.live or self.texts[0][1].ended):
+            header, text = self.texts[0]
+            content = header + text.prompt + text.written + "\n" * bool(text.ended)
             # The count is set first, so that nothing is printed twice after Ctrl-C.
-            new, self.printed = text.written[self.printed :], len(text.written)
+            new, self.printed = content[self.printed :], len(content)
             print(new, end="", flush=True)
             if not text.ended:
                 return
-            print(flush=True)
-            self.texts, self.printed = self.texts[1:], -1
+            self.texts, self.printed = self.texts[1:], 0
 
     def interrupt(self) -> None:
         """Print the current text as far as it has been generated."""
@@ -104,20 +101,20 @@ class ConsoleView:
             print(flush=True)
 
 
-def write_texts(config: InferConfig, writer: Writer, prompts: list[str], facts: dict) -> None:
+def write_texts(writer: Writer, prompts: list[str], facts: dict) -> None:
     """Write and print num_samples texts from each prompt, and the report that config.json names.
 
     Args:
         facts: about the model, for the report.
     """
-    texts, headers = [], []
+    config, texts, headers = writer.config, [], []
     for n, prompt in enumerate(prompts, 1):
         for sample in range(1, config.num_samples + 1):
             parts = [f"prompt {n} of {len(prompts)}"] * (len(prompts) > 1)
             parts += [f"sample {sample} of {config.num_samples}"] * (config.num_samples > 1)
             headers.append(f"--- {', '.join(parts)}\n" if parts else "")
             texts.append(writer.text(prompt))
-    view = ConsoleView(headers, [] if config.json == "-" else list(texts), config.stream_text)
+    view = ConsoleView([] if config.json == "-" else list(zip(headers, texts, strict=True)), config.stream_text)
     try:
         for start in range(0, len(texts), config.batch_size):
             for _ in writer.write(texts[start : start + config.batch_size]):
@@ -147,7 +144,7 @@ def converse(writer: Writer) -> None:
         except UnicodeDecodeError as error:
             raise not_utf8("standard input", error) from None
         text = writer.text(prompt)
-        view = ConsoleView([""], [text], writer.config.stream_text)
+        view = ConsoleView([("", text)], writer.config.stream_text)
         try:
             for _ in writer.write([text]):
                 view.update()

@@ -36,8 +36,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from config import UserError
-from flatgpt.evaluation.metrics import default_batch_size, mean_loss
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, mean_loss
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.lock import RunLock
@@ -90,7 +89,7 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
     config, ranks, stopped = run.config, run.ranks, False
     tokens, T = run.dataset.tokens("val"), config.context_length
     batch_size = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
-    batches = eval_batches(tokens, T, batch_size, config.eval_batches, (ranks.rank, ranks.world))
+    batches = eval_batches(tokens, T, batch_size, config.eval_batches, ranks)
 
     def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal stopped

@@ -18,11 +18,10 @@ import torch
 from config import BenchConfig, UserError, run_dir
 from flatgpt.benchmarks.measure import in_turn, log, speedup
 from flatgpt.data.dataset import open_dataset
-from flatgpt.evaluation.metrics import default_batch_size, measure
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, measure
 from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
-from flatgpt.interop.huggingface import export_problems, hugging_face_config, to_hugging_face
+from flatgpt.interop.export_folder import export_problems, hugging_face_config, to_hugging_face
 from flatgpt.runtime.device import select_device
 from model import GPT
 
@@ -46,8 +45,8 @@ def bench_eval(config: BenchConfig) -> dict:
 
     def score() -> float:
         batches = eval_batches(ids, T, default_batch_size(T, device.device), stride=context_length // 2)
-        scores = measure(model, batches, device.to_device)
-        return scores.loss_sum / scores.tokens
+        sums = measure(model, batches, device.to_device)
+        return sums["position_loss"].sum() / sums["targets"].sum()
 
     def timed(score: Callable[[], float]) -> Callable[[int], tuple[float, float]]:
         def run(_: int) -> tuple[float, float]:
@@ -79,10 +78,10 @@ def transformers_loop(model: GPT, ids: np.ndarray, device: torch.device) -> Call
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if reasons := export_problems(model.config):
+    if reasons := export_problems(model):
         raise UserError(f"transformers cannot compute this model: {'; '.join(reasons)}")
     peer = GPT2LMHeadModel(GPT2Config(**hugging_face_config(model.config, 0, "float32")))
-    peer.load_state_dict(to_hugging_face(model.state_dict(), model.config), strict=False)  # a tied head is stored once
+    peer.load_state_dict(to_hugging_face(model), strict=False)  # a tied head is stored once
     peer.to(device).eval()
     T, text = model.config.context_length, torch.from_numpy(ids.astype(np.int64))[None].to(device)  # (1, tokens)
 

@@ -56,9 +56,7 @@ def hub_files(config: PrepareConfig) -> HubFiles:
     root = Path(config.raw_dir) / config.source
     if config.source == "hub":
         patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-        return HubFiles(
-            config.repo, config.revision or "main", patterns, root / config.repo, check="--files and --revision"
-        )
+        return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
     repo, commit, pattern = REPOSITORIES[config.source]
     return HubFiles(
         repo,
@@ -67,7 +65,6 @@ def hub_files(config: PrepareConfig) -> HubFiles:
         root,
         flat=config.dump in (None, DUMP),
         splits=SPLITS if config.source == "wikitext103" else (),
-        check="--dump (20231101.simple, say)" if config.source == "wikipedia" else "--revision",
     )
 
 

@@ -7,7 +7,7 @@ from unicodedata import category
 from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
-from flatgpt.inference.text_stream import TextStream
+from flatgpt.inference.writer import Text
 from flatgpt.runtime.device import uncompiled
 from flatgpt.training.setup import TrainingRun
 
@@ -27,8 +27,11 @@ def generate_samples(run: TrainingRun, seed: int) -> list[str]:
     texts = []
     for prompt, ids in zip(config.sample_prompt, sampled, strict=True):
         ids = ids[: ids.index(encoding.eot_token)] if encoding.eot_token in ids else ids
-        stream = TextStream(encoding)
-        text = prompt + "".join(map(stream.feed, ids)) + stream.end()
+        text = Text(encoding)
+        for token in ids:
+            text.append(token)
+        text.end()
         # control characters could change the terminal's state
-        texts.append("".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text))
+        shown = (c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in prompt + text.written)
+        texts.append("".join(shown))
     return texts

@@ -19,7 +19,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
-from flatgpt.interop.pretrained import pretrained_tokenizer
+from flatgpt.interop.pretrained import read_tokenizer
 from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime import precision
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
@@ -132,7 +132,7 @@ def build_run(
     dataset = load_dataset(config, ranks)
     folder, meta = dataset.folder, dataset.meta
     vocab_size = resolve_vocab_size(config, dataset)
-    initial_tokenizer = pretrained_tokenizer(config.init_from) if config.init_from and not resumed else None
+    initial_tokenizer = read_tokenizer(config.init_from) if config.init_from and not resumed else None
     if initial_tokenizer not in (None, meta["tokenizer"]):
         raise UserError(
             f"init_from = {config.init_from} was trained with tokenizer {initial_tokenizer}, {folder} is tokenised "

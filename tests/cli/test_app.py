@@ -22,7 +22,6 @@ from processes import ROOT, command, free_port, running
 import app
 from config import AppConfig, InferConfig, UserError
 from flatgpt.data import tokenizer
-from flatgpt.inference.text_stream import TextStream
 from flatgpt.inference.web import ALTERNATIVES, HtmlView, stream_html
 from flatgpt.inference.writer import PreparedModel, Text, Writer
 
@@ -52,11 +51,12 @@ def values(**changes) -> dict:
 
 def views(prompt: str, *tokens: tuple[int, list[tuple[int, float]]]) -> list[str]:
     """Return the HTML of a text over bytes before and after each of its tokens, which come with their top_probs."""
-    text = Text(prompt, [], TextStream(BYTE))
+    text = Text(BYTE, prompt)
     view = HtmlView(text, BYTE)
     pages = [view.html]
     for token, top_probs in tokens:
-        text.append(token, top_probs)
+        text.top_probs = top_probs
+        text.append(token)
         view.update()
         pages.append(view.html)
     return pages

@@ -12,36 +12,11 @@ import train
 from config import BenchConfig, InferConfig, TrainConfig
 from flatgpt.benchmarks.nanogpt import peer_settings
 from flatgpt.cli import cli
-from flatgpt.inference import prepacking
 from flatgpt.runs import checkpoint
-from flatgpt.runtime import precision
 from flatgpt.training.setup import print_plan
 
 FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as measured: 9 GFLOP/s")
 AUTO = ("--dtype", "auto", "--sample_tokens", 0)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """measured(choice): each later measurement returns the choice; None: it fails the test. Returns what is timed."""
-    timed = []
-
-    def set_choice(choice):
-        def faster(what, flops, make):
-            assert choice, "nothing should be measured"
-            timed.append(what)
-            return choice
-
-        monkeypatch.setattr(precision, "faster_dtype", faster)
-        monkeypatch.setattr(prepacking, "faster_dtype", faster)
-        return timed
-
-    return set_choice
 
 
 def printed_dtypes(text: str) -> list[str]:
@@ -101,7 +76,7 @@ def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypat
 
     measured(first)
     text, machine = write()
-    assert f"on cpu, {first[0]} ({first[1]}), eager\n" in machine
+    assert f"on cpu (1 thread), {first[0]} ({first[1]}), eager\n" in machine
     measured(second)
     again = write()
     assert (again[0], again[1].splitlines()[0]) == (text, machine.splitlines()[0])

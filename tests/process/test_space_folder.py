@@ -14,36 +14,30 @@ from exported import export_here, files_in, save_run
 from processes import SYNTHETIC
 
 from flatgpt.data import tokenizer
-from flatgpt.interop import space
 
 ALONE = """
-import importlib.util, json, pathlib, socket
+import json, pathlib, socket
 def refuse(*words):
     raise OSError("no network")
 socket.socket.connect = socket.getaddrinfo = refuse
-here = pathlib.Path.cwd()
-files = [file for file in sorted(here.glob("*.py")) if file.stem != "app" or importlib.util.find_spec("gradio")]
-ours = [importlib.import_module(file.stem) for file in files]
-import torch
-from flatgpt.interop import loading
-source = loading.find(".", print)
-model, encoding = loading.load(source, torch.device("cpu"))
-print(json.dumps([[str(pathlib.Path(module.__file__).parent) for module in ours], encoding.encode_ordinary("Hello é")]))
+import app, flatgpt
+model, encoding = flatgpt.load(".")
+folders = {str(pathlib.Path(module.__file__).parent) for module in (app, __import__("model"), __import__("config"))}
+print(json.dumps([list(folders), encoding.encode_ordinary("Hello é")]))
 """
 
 
 @pytest.mark.parametrize(("encoding", "env"), [("byte", {"PYTHONPATH": ""}), ("gpt2", SYNTHETIC)])
 def test_modules_model_and_vocabulary_are_in_the_folder(in_tmp, monkeypatch, encoding, env):
-    monkeypatch.setattr(space, "gradio_version", lambda: "9.8.7")
     save_run(encoding=encoding, n_embd=4, vocab_size=tokenizer.load(encoding).n_vocab)
-    export_here("--space", "s")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "9.8.7")
+        export_here("--space", "s")
     assert sum(name.startswith("tiktoken_cache/") for name in files_in("s")) == 2 * (encoding == "gpt2")
     env = {**os.environ, **env, "TIKTOKEN_CACHE_DIR": "tiktoken_cache", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", ALONE], cwd="s", env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    folders, ids = json.loads(done.stdout)
-    assert set(folders) == {str(in_tmp / "s")}
-    assert ids == tokenizer.load(encoding).encode_ordinary("Hello é")
+    assert json.loads(done.stdout) == [[str(in_tmp / "s")], tokenizer.load(encoding).encode_ordinary("Hello é")]
 
 
 @pytest.mark.extra("gradio")

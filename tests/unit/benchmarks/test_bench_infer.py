@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from random_models import generate
 
 import bench
 from config import BenchConfig, SamplingConfig, UserError
 from flatgpt.benchmarks import inference
 from flatgpt.cli import cli
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import generate
 from model import GPT
 
 SMALL = ["infer", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--context_length", "64", "--device", "cpu"]
@@ -129,5 +129,5 @@ def test_llama_cpp_generates_the_same_ids(in_tmp):
     peer = llama_cpp.Llama("model.gguf", n_ctx=64, n_threads=1, verbose=False)
     prompt = [5, 200, 17, 3]
     ids = [token for token, _ in zip(peer.generate(prompt, temp=0.0), range(20), strict=False)]
-    assert ids == list(generate(Decoder(model), prompt, 20, SamplingConfig(greedy=True)))
+    assert ids == generate(Decoder(model), prompt, 20, SamplingConfig(greedy=True))
     assert len(set(ids)) > 3

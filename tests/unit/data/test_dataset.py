@@ -20,7 +20,7 @@ from processes import command
 from config import UserError
 from flatgpt.data import dataset, tokenizer
 from flatgpt.data.dataset import Shuffle, TrainingBatches, Windows, open_dataset
-from flatgpt.evaluation.windows import eval_batches
+from flatgpt.evaluation.metrics import eval_batches
 
 quick = settings(max_examples=60)
 

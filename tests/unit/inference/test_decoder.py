@@ -15,8 +15,7 @@ from processes import ROOT
 
 from config import ModelConfig, SamplingConfig
 from flatgpt.inference import decoder as decoder_module
-from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.decoder import Decoder, KVCache
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
 from model import GPT

@@ -13,9 +13,8 @@ from config import ModelConfig, PrepareConfig, TrainConfig, run_dir
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
-from flatgpt.evaluation.metrics import mean_loss
-from flatgpt.evaluation.windows import eval_batches
-from flatgpt.inference.kv_cache import KVCache
+from flatgpt.evaluation.metrics import eval_batches, mean_loss
+from flatgpt.inference.decoder import KVCache
 from flatgpt.inference.prepacking import CastLinear, Int8Linear, PrepackedLinear, prepack, prepacked_bytes
 from flatgpt.interop.loading import find, load
 from model import GPT
@@ -170,7 +169,7 @@ def test_packed_model_computes_what_the_trained_one_does(changes, compile):
     packed = prepack(trained(**changes), torch.float32, compile=compile)
     assert torch.allclose(packed(IDS), logits, rtol=1e-5, atol=1e-5)
     assert packed(IDS, TARGETS).item() == pytest.approx(loss.item(), abs=1e-5)
-    cache = KVCache(packed.config, 3, T, CPU, torch.float32)
+    cache = KVCache(packed.config, 3, T, torch.float32, CPU)
     assert torch.allclose(packed(IDS, cache=cache)[:, 0], logits[:, -1], rtol=1e-5, atol=1e-5)
     packed = prepack(trained(**changes), torch.bfloat16, compile=compile)
     assert packed(IDS).dtype == torch.bfloat16
