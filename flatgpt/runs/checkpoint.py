@@ -177,10 +177,10 @@ def read_state(folder: Path) -> dict | None:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         written = state.pop("sha256", None)  # earlier versions wrote none
-        valid = {"format", "iter", "config", "files"} <= set(state) and written in (None, _hash(state))
+        valid = {"format", "iter", "config", "files"} <= set(state) and isinstance(state["files"], dict)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
-    return state if valid else None
+    return state if valid and written in (None, _hash(state)) else None
 
 
 def folders(run_dir: Path) -> list[Path]:
