@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 from exported import export_here, files_in, save_run
@@ -16,14 +15,13 @@ from processes import SYNTHETIC
 from flatgpt.data import tokenizer
 
 ALONE = """
-import json, pathlib, socket
+import json, socket
 def refuse(*words):
     raise OSError("no network")
 socket.socket.connect = socket.getaddrinfo = refuse
 import app, flatgpt
 model, encoding = flatgpt.load(".")
-folders = {str(pathlib.Path(module.__file__).parent) for module in (app, __import__("model"), __import__("config"))}
-print(json.dumps([list(folders), encoding.encode_ordinary("Hello é")]))
+print(json.dumps([app.__file__, encoding.encode_ordinary("Hello é")]))
 """
 
 
@@ -37,7 +35,7 @@ def test_modules_model_and_vocabulary_are_in_the_folder(in_tmp, monkeypatch, enc
     env = {**os.environ, **env, "TIKTOKEN_CACHE_DIR": "tiktoken_cache", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", ALONE], cwd="s", env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[str(in_tmp / "s")], tokenizer.load(encoding).encode_ordinary("Hello é")]
+    assert json.loads(done.stdout) == [str(in_tmp / "s/app.py"), tokenizer.load(encoding).encode_ordinary("Hello é")]
 
 
 @pytest.mark.extra("gradio")
@@ -47,13 +45,11 @@ def test_app_starts_in_the_folder(in_tmp):
     shutil.rmtree("out")
     env = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR" and not k.startswith("GRADIO_SERVER_")}
     env |= {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([sys.executable, "app.py"], cwd=Path("s"), env=env, **pipes) as app:
+    words = [sys.executable, "app.py"]
+    with subprocess.Popen(words, cwd="s", env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as app:
         try:
-            printed = []  # up to the line with its address, at a free port
-            while not (url := re.search(r"http://127\.0\.0\.1:\d+", printed[-1] if printed else "")):
-                printed.append(app.stdout.readline())
-                assert printed[-1], printed
+            printed = iter(app.stdout.readline, "")
+            url = next(filter(None, (re.search(r"http://127\.0\.0\.1:\d+", line) for line in printed)))
             with urllib.request.urlopen(f"{url[0]}/config", timeout=60) as response:
                 answer = json.load(response)
         finally:
