@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -33,15 +32,6 @@ def written(tmp_path_factory):
 @pytest.fixture
 def copy(written, tmp_path):
     return lambda name: Path(shutil.copytree(written(name), tmp_path / name))
-
-
-def test_files_of_byte():
-    """No merges; ids are bytes."""
-    files = tokenizer_files(tokenizer.load("byte"), 64)
-    assert files["merges.txt"] == b"#version: 0.2\n"
-    ids = json.loads(files["vocab.json"])
-    assert sorted(ids.values()) == list(range(257))
-    assert (ids["!"], ids["Ġ"], ids["Ċ"], ids["é"], ids["Ń"], ids[END]) == (33, 32, 10, 0xE9, 0xAD, 256)
 
 
 def test_another_pattern_cannot_be_exported():
@@ -161,13 +151,6 @@ def test_other_and_damaged_vocabularies_are_refused(how, copy):
     change(folder)
     with pytest.raises(UserError, match=rf"{folder}/{file}.* vocabulary"):
         identify_encoding(folder)
-
-
-def test_folders_without_a_vocabulary(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "tokenizer.json").mkdir()
-    os.mkfifo(tmp_path / "vocab.json")  # reading it would never end
-    assert identify_encoding(tmp_path) is None
 
 
 def test_nothing_is_loaded_for_a_vocabulary_of_another_size(tmp_path, monkeypatch):
