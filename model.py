@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig, SamplingConfig
-from flatgpt.kernels.attention import attention
+from flatgpt.kernels.attention import Rope, RotaryEmbedding, attention, rotate
 from flatgpt.kernels.cross_entropy import CHUNK_ROWS, fused_loss, fused_loss_outside_graph, use_fused_loss
 from flatgpt.kernels.parameters import skip_init, tie_parameters
-from flatgpt.kernels.rope import Rope, RotaryEmbedding, rotate
 
 if TYPE_CHECKING:
     from flatgpt.inference.decoder import KVCache

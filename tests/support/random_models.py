@@ -1,6 +1,8 @@
 """Small models with large random weights, so that a wrong result shows; and ranks played one after the other."""
 
+import collections
 import dataclasses
+import itertools
 
 import torch
 
@@ -41,15 +43,20 @@ def random_ids(batch_size: int = 3, length: int = T, seed: int = 1, vocab_size: 
 
 
 def over_ranks(world: int, score):
-    """What the last rank gets from score(ranks) after all other ranks have given their part of each sum."""
-    parts = []
+    """What the last rank gets from score(ranks) after all other ranks have given their part of each collective."""
+    parts = collections.defaultdict(list)  # by number of the call
 
     class PlayedRank(DistributedContext):
-        def sum(self, value: torch.Tensor) -> torch.Tensor:
-            assert value.dtype == torch.float64
-            parts.append(value.clone())
-            return torch.stack(parts).sum(0)
+        def all_gather(self, value) -> list:
+            given = parts[next(calls)]
+            given.append(value)
+            return given
 
-    answers = [score(PlayedRank(rank, world)) for rank in range(world)]
-    assert len(parts) == world
-    return answers[-1]
+        def sum(self, value: torch.Tensor) -> torch.Tensor:
+            return torch.stack(self.all_gather(value)).sum(0)
+
+    for rank in range(world):
+        calls = itertools.count()
+        answer = score(PlayedRank(rank, world))
+    assert {len(given) for given in parts.values()} == {world}
+    return answer

@@ -260,7 +260,8 @@ def test_soft_cap_changes_evaluation_and_sampling(head, soft_cap):
     torch.testing.assert_close(model(IDS, TARGETS, reduction="none"), losses)
     batches = [(IDS.numpy(), TARGETS.numpy())]
     assert mean_loss(model, batches, torch.from_numpy) == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert measure(model, batches, torch.from_numpy).loss_sum == pytest.approx(losses.sum().item(), rel=1e-5)
+    sums = measure(model, batches, torch.from_numpy)
+    assert sums["position_loss"].sum() == pytest.approx(losses.sum().item(), rel=1e-5)
     for quantize, tolerance in ((None, 1e-3), ("int8", 4.0)):
         decoder = Decoder(prepack(copy.deepcopy(model), torch.float32, quantize) if quantize else model)
         seen, prompt = [], IDS[0, :4].tolist()

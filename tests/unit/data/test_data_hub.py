@@ -3,9 +3,7 @@
 The hub is a server in this process (hub_host.py) that huggingface_hub talks to.
 """
 
-import gzip
 import itertools
-import json
 from pathlib import Path
 
 import pyarrow
@@ -28,13 +26,10 @@ def parquet(*rows: str, column: str = "text") -> bytes:
     return file.getvalue().to_pybytes()
 
 
-def lines(*rows: str) -> bytes:
-    return "".join(json.dumps({"id": 1, "text": row}) + "\n" for row in rows).encode()
-
-
 FILES = {
     ".gitattributes": b"*.parquet filter=lfs",
     "README.md": b"# A dataset\n",
+    "all.jsonl": b"not read, as there are parquet files",
     "data/dev-00000-of-00001.parquet": parquet("five"),
     "data/test-00000-of-00001.parquet": parquet("six", "", "seven"),
     "data/train-00000-of-00002.parquet": parquet("one", "two"),
@@ -108,9 +103,7 @@ def test_whole_repository(in_tmp, host, monkeypatch, state):
     assert texts_by_split(one) == TEXTS
     assert (one.folder, one.meta["revision"], one.meta["repo"]) == (Path("data/name_byte"), commit, "user/name")
     assert sorted(host.fetched()) == DATA
-    assert {path.relative_to(RAW).as_posix(): path.read_bytes() for path in RAW.rglob("*.parquet")} == {
-        name: FILES[name] for name in DATA
-    }
+    assert [(RAW / name).read_bytes() for name in DATA] == [FILES[name] for name in DATA]
     host.asked.clear()
     if state == "newer commit":
         host.publish("user/name", {"data/train.parquet": parquet("new")})
@@ -154,20 +147,6 @@ def test_files_of_the_user(in_tmp, host, where):
     assert texts_by_split(from_hub(name="completed")) == TEXTS
     assert sorted(host.fetched()) == [name for name in DATA if name not in (names[0], names[2])]
     assert [path.relative_to(RAW).as_posix() for path in RAW.rglob("train-00000*.parquet")] == paths[:1]
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"train.jsonl": lines("one"), "dev.jsonl": lines("two")},
-        {"train.jsonl.gz": gzip.compress(lines("one")), "val.jsonl": lines("two")},
-        {"train.parquet": parquet("one"), "val.parquet": parquet("two"), "all.jsonl": lines("no")},
-    ],
-)
-def test_formats(in_tmp, host, files):
-    """JSON lines if there is no parquet file."""
-    host.publish("user/name", {"README.md": b"", "notes.txt": b"no", **files})
-    assert texts_by_split(from_hub()) == {"train": ["one"], "val": ["two"]}
 
 
 def test_several_folders(in_tmp, host):
@@ -300,21 +279,3 @@ def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
     host.faults = {request: itertools.repeat(fault) for request, fault in faults.items()}
     refused(parts, **keys)
     assert (waits, list(Path("data").rglob("*.parquet"))) == ([], [])
-
-
-@pytest.mark.parametrize("listed", [False, True])
-def test_offline_without_the_files(in_tmp, host, monkeypatch, listed):
-    """Never downloaded; or the list of files is cached, and one of them was removed."""
-    host.publish("user/name", FILES)
-    if listed:
-        from_hub(data_dir="other")
-        (RAW / SECOND).unlink()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused([SECOND if listed else "user/name", "HF_HUB_OFFLINE is set"])
-
-
-def test_disk_that_cannot_be_written(in_tmp, host):
-    """There is a file in the place of a folder."""
-    host.publish("user/name", FILES)
-    put(RAW, {"data": b"a file"})
-    refused([f"{FIRST} of dataset user/name", "exists", "check the network and the disk"])
