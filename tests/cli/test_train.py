@@ -28,6 +28,7 @@ from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint, plots
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
+from flatgpt.training import reporting
 
 
 def build(*words) -> train.TrainingRun:
