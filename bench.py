@@ -209,7 +209,7 @@ def bench_tests(config: BenchConfig) -> dict:
         words.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
         # most of their time is compilation, which runs on the CPU
-        words += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+        words += ["-n", "auto", "--maxprocesses", "8"]
     with contextlib.chdir(REPO_ROOT), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
         code = pytest.main(words, plugins=[outcomes])
     if code > pytest.ExitCode.INTERRUPTED:

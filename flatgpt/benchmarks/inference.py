@@ -281,7 +281,7 @@ def transformers_loss(peer, text: torch.Tensor, T: int) -> float:
     Labels of -100 stand for the tokens that an earlier window scored.
     """
     loss, count, previous_stop = 0.0, 0, 0
-    for start in range(0, text.shape[1], T // 2):
+    for start in range(0, text.shape[1] - T + T // 2, T // 2):
         stop = min(start + T, text.shape[1])
         window = text[:, start:stop]
         labels = window.clone()
@@ -289,6 +289,4 @@ def transformers_loss(peer, text: torch.Tensor, T: int) -> float:
         scored = int((labels[:, 1:] != -100).sum())
         loss += float(peer(window, labels=labels).loss) * scored
         count, previous_stop = count + scored, stop
-        if stop == text.shape[1]:
-            break
     return loss / count

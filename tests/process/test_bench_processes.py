@@ -114,7 +114,7 @@ def test_dry_run(in_tmp):
     assert list(rows) == [row["label"] for row in bench.SUITES["gpu"]]
     assert not [row for row in rows.values() if "error" in row]
     tests, updates, resumed, scaled, *_ = rows.values()
-    assert (tests["collected_only"] > 50, tests["failed_tests"]) == (True, [])
+    assert (tests["collected_only"] > 10, tests["failed_tests"]) == (True, [])
     assert updates["ms"] > 0
     assert resumed["identical"]
     assert scaled["loss_scale"] > 0
