@@ -105,9 +105,10 @@ def write_parquet(config: BenchConfig, folder: Path) -> int:
 def _documents(patterns: tuple[str, ...]) -> Iterator[str]:
     if not patterns:
         yield from open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n")
-    for path in expand(patterns):
-        for part in readers.documents(path, "text"):
-            yield part.text
+    files = [readers.RawFile(str(path), 0, path) for path in expand(patterns)]
+    for task in readers.file_tasks(files, "text"):
+        for chunk in task.read():
+            yield chunk.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,8 +122,8 @@ def encode_plainly(folder: str) -> None:
         rows = iter(readers.rows(path, "text"))
         while group := list(itertools.islice(rows, ROW_GROUP)):
             began = time.perf_counter()
-            for text in group:
-                encoding.encode_ordinary(text)
+            for chunk in group:
+                encoding.encode_ordinary(chunk.text)
             seconds += time.perf_counter() - began
     print(seconds)
 
