@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Two keys for one setting: the one set at the later level wins, both at one level is an error.
-TEXTS = ("dataset", "test_data_path", "text", "choices")  # what eval.py scores: one of them
+TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
 # Settings that are gone, and what takes their place, by config and key.
 REMOVED = {
@@ -61,9 +61,9 @@ class ModelConfig:
     tie_weights: bool = opt(True, "the output head uses the token embedding's matrix")
     mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, in n_embd", above=0)
     activation: str = opt("gelu_tanh", "the MLP's non-linearity", choices=("gelu_tanh", "gelu", "relu"))
-    position: str = opt("learned", "how positions enter", choices=("learned", "rope"))
+    position: str = opt("learned", "position embedding: learned, or rotary", choices=("learned", "rope"))
     attention: str = opt(
-        "flash", "flash: torch's fused kernels; manual: written out, to read", choices=("flash", "manual")
+        "flash", "flash: torch's fused kernels; manual: plain matrix products", choices=("flash", "manual")
     )
     activation_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, more time")
 
@@ -124,32 +124,36 @@ class PrepareConfig:
     )
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
     files: tuple[str, ...] = opt((), "for hub: quoted patterns of its files")
-    column: str = opt("text", "for hub and text: where the text is, in parquet and JSON lines")
-    dump: str | None = opt(None, "for wikipedia: date and language, 20231101.simple, say", none="20231101.en")
+    column: str = opt("text", "for hub and text: the column or key that has the text, in parquet and JSON lines")
+    dump: str | None = opt(None, "for wikipedia: date and language, for example 20231101.simple", none="20231101.en")
     revision: str | None = opt(None, "for sources on the hub: commit, branch or tag", none="a fixed commit")
-    sample_size: int | None = opt(None, "documents to take, from the start of each split", low=1, none="all")
-    splits: tuple[str, ...] = opt((), "make these splits only, of train val test")
+    sample_size: int | None = opt(None, "number of documents, from the start of each split", low=1, none="all")
+    splits: tuple[str, ...] = opt((), "make only these splits of train, val and test")
     val_fraction: float | None = opt(
         None,
-        "share of validation documents, where the source has none",
+        "share of validation documents if the source has no validation split",
         above=0,
         below=1,
         none="0.1 of text, 0.0005 of the hub's",
     )
-    test_fraction: float | None = opt(None, "share of test documents, likewise", above=0, below=1, none="no test split")
+    test_fraction: float | None = opt(
+        None, "share of test documents if the source has no test split", above=0, below=1, none="no test split"
+    )
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
     tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
     encoder: str = opt("tiktoken", "gigatoken: the same ids, several times as fast", choices=("tiktoken", "gigatoken"))
-    data_dir: str = opt("data", "folder that the shards' folder goes into")
-    raw_dir: str = opt("data/raw", "folder of downloads; a file already in <raw_dir>/<source>/ is used as it is")
+    data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
+    raw_dir: str = opt("data/raw", "folder of downloads; files already in <raw_dir>/<source>/ are used")
     shard_tokens: int = opt(100_000_000, "tokens per shard file", low=1)
-    workers: int | None = opt(None, "processes that encode", low=1, none="one a core", section="Work")
-    cluster: str | None = opt(None, "encode on a Dask cluster instead, tcp://scheduler:8786; its workers see our files")
-    verify: str | None = opt(None, "instead of a source: a dataset's folder, to hash all its files again")
-    info: str | None = opt(None, "instead of a source: a dataset's folder, to show what it holds")
+    workers: int | None = opt(None, "number of processes that encode", low=1, none="one a core", section="Work")
+    cluster: str | None = opt(
+        None, "encode on a Dask cluster, tcp://scheduler:8786; its workers have to see the same files"
+    )
+    verify: str | None = opt(None, "instead of a source: a dataset's folder whose files are hashed again")
+    info: str | None = opt(None, "instead of a source: a dataset's folder whose counts and first tokens are printed")
 
     def problems(self) -> list[str]:
-        """The rules between source and the fields that only some sources have."""
+        """Return contradictions between fields, and fields that the source does not have."""
         found = []
         if self.source is None:
             if not (self.verify or self.info):
@@ -183,9 +187,9 @@ class PrepareConfig:
         if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:
             found.append(f"splits = {unknown[0]}: one of train, val, test is expected")
         if self.repo and self.repo.count("/") != 1:
-            found.append(f"repo = {self.repo}: the hub's form is user/name")
+            found.append(f"repo = {self.repo}: user/name is expected")
         if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):
-            found.append(f"name = {self.name!r} has to be a plain folder name")
+            found.append(f"name = {self.name!r} is not a plain folder name")
         return found
 
 
@@ -198,14 +202,14 @@ class TrainConfig(ModelConfig, MachineConfig):
     dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
     verify_data: bool = opt(False, "hash all shards before the first update")
     batch_size: int = opt(8, "sequences that go through a device at once", low=1, high=1_000_000)
-    grad_accum_steps: int = opt(1, "such passes per update, summed over all devices", low=1)
+    grad_accum_steps: int = opt(1, "passes of batch_size sequences per update, summed over all devices", low=1)
     stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
     max_iters: int | None = opt(2000, "updates to train for", low=1, high=10**12, none="from epochs", section="Length")
     epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0, high=1e6)
     patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
     max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
     on_nonfinite: str = opt(
-        "stop", "an update with nan or inf: end the run, or skip the update", choices=("stop", "skip")
+        "stop", "if a loss or gradient is NaN or infinite: end the run, or skip the update", choices=("stop", "skip")
     )
     init_from: str | None = opt(
         None, "start from these weights: a run, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt", none="random"
@@ -247,17 +251,17 @@ class TrainConfig(ModelConfig, MachineConfig):
         0, "validation batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",)
     )
     sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
-    sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples; without: a line end")
+    sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples")
     log_interval: int = opt(10, "updates between two rows of the log", low=1)
     save_interval: int | None = opt(
         None,
-        "updates between checkpoints, besides those at evaluations",
+        "updates between checkpoints, in addition to those at evaluations",
         low=1,
         none="eval_interval",
         alias=("save_chkpt_epoch",),
     )
-    save_minutes: float | None = opt(None, "minutes between checkpoints, besides the others", above=0)
-    keep_checkpoints: int = opt(2, "newest checkpoints to keep, besides the best", low=1)
+    save_minutes: float | None = opt(None, "minutes between checkpoints, in addition to the others", above=0)
+    keep_checkpoints: int = opt(2, "number of newest checkpoints to keep, in addition to the best", low=1)
     keep_every: int | None = opt(None, "keep the checkpoint of every N-th update", low=1, none="newest and best only")
     on_save_error: str = opt(
         "stop", "if a save fails: end the run, or warn and try again at the next one", choices=("stop", "warn")
@@ -269,11 +273,11 @@ class TrainConfig(ModelConfig, MachineConfig):
         bare="latest",
         alias=("load_checkpoint_path",),
     )
-    overwrite: bool = opt(False, "start again; the old run moves to <out_dir>.old-<time>")
+    overwrite: bool = opt(False, "start from the beginning; the old run moves to <out_dir>.old-<time>")
     wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
     wandb_project: str = opt("flatgpt", "project on Weights & Biases")
-    list: bool = opt(False, "print recipes and the runs in out/, and train nothing", section="Plan")
-    plan: bool = opt(False, "print size, memory and time, and train nothing")
+    list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
+    plan: bool = opt(False, "print size, memory and time without training")
     gpus: int = opt(1, "number of devices for --plan", low=1)
     mfu: float = opt(0.4, "share of the devices' peak for --plan", above=0, high=1)
 
@@ -289,11 +293,11 @@ class TrainConfig(ModelConfig, MachineConfig):
                 "sample_prompt is empty: give a text for the samples to continue; sample_tokens = 0: no samples"
             )
         if self.optimizer == "muon" and self.fsdp:
-            found.append("optimizer = muon needs whole matrices, fsdp = true cuts them: leave out one of the two")
+            found.append("optimizer = muon needs whole matrices, fsdp = true shards them: leave out one of the two")
         if self.schedule != "constant" and self.min_lr > self.lr:
             found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}: set it too, a tenth of lr is usual")
         if self.resume and self.overwrite:
-            found.append("resume and overwrite exclude each other: go on with the run, or start it again")
+            found.append("resume and overwrite exclude each other: continue the run, or start it from the beginning")
         return found
 
 
@@ -309,7 +313,11 @@ class ModelPathConfig:
     model_path: str | None = opt(None, MODEL, none="the newest run")
     out_dir: str | None = opt(None, "a run's folder, when model_path is not given", none="out/<recipe>")
     context_length: int | None = opt(
-        None, "tokens that the model sees at once, to use fewer than it has", low=1, none="the model's", recipe=False
+        None,
+        "tokens that the model sees at once, at most its own context length",
+        low=1,
+        none="the model's",
+        recipe=False,
     )
 
     def problems(self) -> list[str]:
@@ -329,19 +337,17 @@ class ReaderConfig(ModelPathConfig):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen."""
+    """Settings of the choice of the next token."""
 
     temperature: float | None = opt(
-        None, "below 1 more predictable, above 1 more varied; 0: greedy", low=0, none="0.8", section="Sampling"
+        None, "below 1: more predictable, above 1: more varied, 0: greedy", low=0, none="0.8", section="Sampling"
     )
     greedy: bool = opt(False, "always choose the most likely token")
     top_k: int = opt(0, "sample from the k most likely tokens only; 0: from all", low=0)
     top_p: float = opt(1.0, "sample from the most likely tokens that together reach this probability", above=0, high=1)
-    min_p: float = opt(0.0, "least probability, as a share of the most likely token's; 0: any", low=0, high=1)
+    min_p: float = opt(0.0, "minimum probability, as a share of the most likely token's; 0: none", low=0, high=1)
     repetition_penalty: float = opt(1.0, "above 1: tokens that already occurred become less likely", above=0)
-    seed: int = opt(
-        1337, "seed of the random numbers, which differ from text to text", low=0, below=2**63, recipe=False
-    )
+    seed: int = opt(1337, "seed of the random numbers; each text has its own", low=0, below=2**63, recipe=False)
 
     @property
     def effective_temperature(self) -> float:
@@ -361,36 +367,38 @@ class SamplingConfig:
 class EvalConfig(SamplingConfig, ReaderConfig):
     """eval.py: models + text -> report."""
 
-    model_path: tuple[str, ...] = opt((), f"{MODEL}; several: side by side. Without: the newest run")
+    model_path: tuple[str, ...] = opt((), f"{MODEL}; several are compared. Default: the newest run")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset", section="What is scored")
     dataset: str | None = opt(None, "name of the folder of shards in data_dir", none="the model's")
-    split: str = opt("val", "which split of it", choices=("train", "val", "test"))
-    test_data_path: str | None = opt(None, "or one .bin file of uint16 ids")
-    text: str | None = opt(None, "or a file of text, tokenised on the spot")
-    choices: str | None = opt(None, "or a .jsonl file of multiple-choice questions: ctx, endings, label")
+    split: str = opt("val", "split of the dataset", choices=("train", "val", "test"))
+    test_data_path: str | None = opt(None, "score a .bin file of uint16 ids instead of the dataset")
+    text: str | None = opt(None, "score a text file instead of the dataset")
+    choices: str | None = opt(None, "score multiple-choice questions: a .jsonl file with ctx, endings, label")
     protocol: str = opt(
         "window",
-        "stride: windows overlap, so that all tokens have context; rolling: as lm_eval's",
+        "stride: windows overlap, so that all tokens have context; rolling: as in lm_eval",
         choices=("window", "stride", "rolling"),
-        section="How",
+        section="Protocol",
     )
     stride: int | None = opt(
         None, "protocol stride: tokens that each window scores", low=1, none="half the context", recipe=False
     )
     eval_batches: int = opt(
-        0, "batches, from the start; 0: the whole split", low=0, alias=("eval_epochs",), recipe=False
+        0, "number of batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",), recipe=False
     )
     batch_size: int | None = opt(None, "windows per pass", low=1, none="by size", recipe=False)
     rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other", low=1)
-    generate: int = opt(0, "continue so many prompts cut from the split, and compare with it (BLEU, ROUGE-L)", low=0)
-    prompt_tokens: int = opt(64, "of each of these prompts", low=1)
-    max_new_tokens: int = opt(64, "of each continuation", low=1)
-    format: str = opt("table", "smol: six lines, as smol-GPT's", choices=("table", "smol"), section="Report")
+    generate: int = opt(
+        0, "number of prompts from the split to continue; continuations are compared with it (BLEU, ROUGE-L)", low=0
+    )
+    prompt_tokens: int = opt(64, "length of each of these prompts, in tokens", low=1)
+    max_new_tokens: int = opt(64, "length of each continuation, in tokens", low=1)
+    format: str = opt("table", "smol: six lines in the format of smol-GPT", choices=("table", "smol"), section="Report")
     json: str | None = opt(None, "write the report to this file, - for standard output")
     plot: str | None = opt(None, "draw the loss by position in the context to this file, .png")
 
     def problems(self) -> list[str]:
-        """SamplingConfig's; and what belongs to another protocol or to scores of text."""
+        """Return the problems of SamplingConfig, and settings that do not apply to the protocol or to --choices."""
         found = super().problems()
         if self.stride and self.protocol != "stride":
             found.append(f"stride = {self.stride} belongs to --protocol stride, not to {self.protocol}: leave it out")
@@ -409,31 +417,35 @@ class ExportConfig(ModelPathConfig):
 
     out: str | None = opt(
         None,
-        "the folder to write, a new one; with --push alone none is kept",
+        "new folder to write; --push alone keeps none",
         none="out/<recipe>/hugging_face",
         section="Export",
     )
-    dtype: str = opt("float32", "of the weights in it", choices=("float32", "bfloat16", "float16"), recipe=False)
-    push: str | None = opt(None, "upload it to this repository of the Hugging Face hub, user/name")
-    private: bool = opt(False, "where that repository is new: nobody else sees it")
-    space: str | None = opt(
-        None, "or write a folder that runs as a Hugging Face Space: app.py, what it imports, the model", none="no"
+    dtype: str = opt(
+        "float32", "precision of the exported weights", choices=("float32", "bfloat16", "float16"), recipe=False
     )
-    dry_run: bool = opt(False, "list what would be written and uploaded; do neither")
+    push: str | None = opt(None, "upload the folder to this repository of the Hugging Face hub, user/name")
+    private: bool = opt(False, "make a new repository private")
+    space: str | None = opt(
+        None,
+        "write a folder that runs as a Hugging Face Space instead: app.py, the files it needs, the model",
+        none="no",
+    )
+    dry_run: bool = opt(False, "list what would be written and uploaded without doing it")
 
     def problems(self) -> list[str]:
-        """What only makes sense together."""
+        """Return settings that contradict each other."""
         found = []
         if self.private and not self.push:
-            found.append("private is about --push user/name: give that too, or leave private out")
+            found.append("private applies to --push user/name: add --push, or leave out private")
         if self.push and self.push.count("/") != 1:
-            found.append(f"push = {self.push}: a repository of the hub is user/name")
+            found.append(f"push = {self.push}: user/name is expected")
         asked = {"out": self.out, "push": self.push, "context_length": self.context_length}
         asked |= {"dtype": self.dtype != "float32"}
         if self.space and (extra := [key for key in asked if asked[key]]):
             found.append(
-                f"space = {self.space} is a folder of its own, with the model as it is: leave out "
-                f"{' and '.join(extra)}; it goes onto the hub with {upload_space(self.space)}"
+                f"space = {self.space} holds the model unchanged: leave out "
+                f"{' and '.join(extra)}; upload it with {upload_space(self.space)}"
             )
         return found
 
@@ -453,7 +465,7 @@ class WriterConfig(SamplingConfig, ReaderConfig):
         """Return the problems of SamplingConfig, and a precision that int8 weights do not support."""
         found = super().problems()
         if self.quantize and self.dtype == "float32":
-            found.append("quantize = int8 multiplies in bfloat16 or float16: leave out dtype")
+            found.append("quantize = int8 computes in bfloat16 or float16: leave out dtype")
         return found
 
 
@@ -471,7 +483,7 @@ class InferConfig(WriterConfig):
     interactive: bool = opt(False, "read prompts from the terminal, one after the other")
     num_samples: int = opt(1, "texts per prompt", low=1)
     batch_size: int = opt(32, "texts that are generated at once", low=1, recipe=False)
-    max_new_tokens: int = opt(200, "most tokens to generate per text", low=1)
+    max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1)
     stop: tuple[str, ...] = opt((), "strings that end a text; they are not printed")
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     stream_text: bool = opt(True, "print text while it is generated")
@@ -495,7 +507,7 @@ class InferConfig(WriterConfig):
 class AppConfig(WriterConfig):
     """app.py: a playground in the browser. The sampling settings are the page's initial values."""
 
-    max_new_tokens: int = opt(200, "most tokens to generate per text", low=1, section="Text")
+    max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     server_name: str | None = opt(
         None,
@@ -506,10 +518,10 @@ class AppConfig(WriterConfig):
     server_port: int | None = opt(
         None, "port to listen on", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
     )
-    prompt_limit: int = opt(4000, "most characters of a visitor's prompt", low=1)
-    token_limit: int = opt(500, "most tokens of a text", low=1)
-    sample_limit: int = opt(4, "most texts at once", low=1, high=16)
-    queue_limit: int = opt(20, "most visitors who wait; one is served at a time", low=1)
+    prompt_limit: int = opt(4000, "maximum characters of a visitor's prompt", low=1)
+    token_limit: int = opt(500, "maximum tokens of a text", low=1)
+    sample_limit: int = opt(4, "maximum texts at once", low=1, high=16)
+    queue_limit: int = opt(20, "maximum visitors who wait; one is served at a time", low=1)
 
 
 @dataclass(frozen=True)
@@ -520,7 +532,7 @@ class PlotConfig:
         (),
         "folders of runs; several are drawn in one picture. Default: the newest run",
         positional=True,
-        section="What is drawn",
+        section="Input",
     )
     x: str = opt(
         "iter",
@@ -532,7 +544,7 @@ class PlotConfig:
         None,
         "the file to write, .png or .svg",
         none="metrics.png in the run's folder, of several runs in the current one",
-        section="Where to",
+        section="Output",
     )
     svg: bool = opt(False, "write metrics.svg instead of metrics.png")
 
@@ -554,13 +566,13 @@ class BenchConfig(TrainConfig):
 
     what: str = opt(
         "train",
-        "what to time or check",
+        "benchmark or check to run",
         choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu"),
         positional=True,
     )
     warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1, section="Benchmark")
     timed_updates: int = opt(20, "timed updates; in each round for save and with --peer", low=2)
-    rounds: int = opt(3, "rounds in which all contenders are measured in turn", low=1)
+    rounds: int = opt(3, "rounds; in each, everything that is compared is measured in turn", low=1)
     json: str | None = opt(None, "write the figures to this file, - for standard output")
     peer: tuple[str, ...] = opt((), "measure another project in turn: nanoGPT and the folder of its checkout")
     profile: str | None = opt(
@@ -570,7 +582,7 @@ class BenchConfig(TrainConfig):
     target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
     seeds: int = opt(3, "number of runs, with seeds from 1", low=1)
     input: tuple[str, ...] = opt(
-        (), "files whose documents are repeated; default: Python's reference", section="Benchmark of data"
+        (), "files whose documents are repeated; default: the Python reference", section="Benchmark of data"
     )
     size_mb: int = opt(300, "MB of text to encode", low=1)
     workers: int | None = opt(None, "number of processes that encode", low=1, none="one a core")
@@ -587,21 +599,21 @@ class BenchConfig(TrainConfig):
     text_tokens: int = opt(0, "tokens of the split that are scored, from its start; 0: all", low=0)
 
     def problems(self) -> list[str]:
-        """As TrainConfig's. Settings that do not apply are refused rather than ignored."""
+        """Return the problems of TrainConfig, and settings that do not apply to this benchmark."""
         asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
         asked |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]]
         if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):
             found.append(f"peer = {' '.join(self.peer)}: --peer nanoGPT PATH is expected")
-        for key, values, verbs in (
+        for key, values, benchmarks in (
             ("peer", self.peer, ("train", "loss", "all", "gpu")),
             ("profile", self.profile, ("train",)),
             ("target", self.target, ("loss",)),
             ("dry_run", self.dry_run, ("gpu",)),
             ("variants", self.variants, ("infer",)),
         ):
-            if values and self.what not in verbs:
-                found.append(f"{key} belongs to bench.py {', '.join(verbs)}, not to {self.what}")
+            if values and self.what not in benchmarks:
+                found.append(f"{key} belongs to bench.py {', '.join(benchmarks)}, not to {self.what}")
         if self.what == "loss" and self.target is None:
             found.append("bench.py loss needs the validation loss to reach: --target X")
         if self.what == "resume" and (self.max_iters is None or self.max_iters < 2):
@@ -611,7 +623,7 @@ class BenchConfig(TrainConfig):
                 found.append(f"bench.py {self.what} writes after each row: --json FILE")
             taken = ("what", "json", "peer", "data_dir", "dry_run")
             found += [
-                f"{field.name}: the rows of bench.py {self.what} have settings of their own; time a row by itself"
+                f"{field.name}: the rows of bench.py {self.what} have their own settings; time a row by itself"
                 for field in dataclasses.fields(self)
                 if field.name not in taken and getattr(self, field.name) != field.default
             ]
@@ -627,7 +639,7 @@ def run_dir(config: TrainConfig) -> Path:
 
 
 def upload_space(folder: str) -> str:
-    """The command that makes a Space of a folder, or a new version of it."""
+    """Return the command that uploads a folder as a Space."""
     return f"hf upload user/name {shlex.quote(folder)} . --repo-type space --private"
 
 
@@ -637,5 +649,5 @@ def model_path(config: ModelPathConfig) -> str | None:
 
 
 def model_paths(config: EvalConfig) -> tuple[str | None, ...]:
-    """Return several of them."""
+    """Return model_path, else the folder of the recipe's run; (None,): the newest run."""
     return config.model_path or (model_path(config),)

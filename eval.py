@@ -17,24 +17,24 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tiktoken
-from tqdm import tqdm
 
-from flatgpt.data.shards import Tokens
+from flatgpt.data import tokenizer
+from flatgpt.data.dataset import open_dataset
+from flatgpt.data.encode import load_encoder
+from flatgpt.data.readers import text_chunks
+from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.evaluation import continuations, report
-from flatgpt.evaluation.metrics import default_batch_size, measure
+from flatgpt.evaluation.metrics import count_text, default_batch_size, eval_batches, figures, measure
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices
-from flatgpt.evaluation.text import count_text, open_tokens
-from flatgpt.evaluation.windows import Prefixed, Protocol, eval_batches
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
-from flatgpt.runtime.device import DeviceSettings, find_device, select_device
+from flatgpt.runtime.device import DeviceSettings, find_device, note, select_device
 from flatgpt.runtime.distributed import DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
@@ -43,108 +43,26 @@ PROTOCOLS = {
     "window": "windows that do not overlap; every token but the first is scored once",
     "stride": "overlapping windows, each scores the tokens that no earlier one has; all but the first, once",
     "rolling": "as lm-evaluation-harness: every token once, the first after end-of-text",
+    "choices": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
 }
-
-
-@dataclass
-class EvalContext:
-    """The config, device settings and ranks of all evaluations of one call."""
-
-    config: EvalConfig
-    settings: DeviceSettings
-    ranks: DistributedContext
-
-    def log(self, line: str) -> None:
-        """Print to standard error, on the first rank; standard output is for the report."""
-        if self.ranks.first:
-            print(line, file=sys.stderr)
-
-    def progress(self, items: list | None = None, **options) -> tqdm:
-        """Return a progress bar of the first rank's share, shown on a terminal."""
-        return tqdm(items, leave=False, disable=None if self.ranks.first else True, **options)
-
-
-def evaluate_model(context: EvalContext, source: ModelSource) -> dict:
-    """Return the report of one model."""
-    config, settings = context.config, context.settings
-    model, encoding = loading.load(source, settings.device, config.context_length)
-    prepack(model, settings.dtype)  # on a CPU the evaluation takes half the time
-    facts = {"model": str(source.path), "iter": source.state.get("iter")}
-    facts["dtype"] = str(settings.dtype).removeprefix("torch.")
-    if config.choices:
-        means = "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice"
-        answer = {"text": config.choices, "protocol": "choices", "protocol_means": means}
-        answer["window"] = model.config.context_length
-        options = {"ranks": context.ranks, "progress": context.progress}
-        answer |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, **options)
-    else:
-        answer = evaluate_text(context, model, encoding, source)
-        if math.isnan(answer["loss"]):
-            context.log(f"warning: {source.path}: the loss is NaN: the weights are damaged, or the run diverged")
-    return facts | answer | {"units": report.units(answer)}
-
-
-def evaluate_text(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, source: ModelSource) -> dict:
-    """Score the text that the config names, and continuations of it if they are asked for."""
-    config, settings, ranks = context.config, context.settings, context.ranks
-    T = model.config.context_length
-    rolling = config.protocol == "rolling"
-    stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
-    if stride > T:
-        raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
-    with open_tokens(config, encoding, source.config, str(source.path), source.state, context.log) as (tokens, name):
-        ids = Prefixed(tokens, encoding.eot_token) if rolling else tokens
-        protocol = Protocol(len(ids), T, stride, full=rolling)
-        batch_size = config.batch_size or default_batch_size(T, settings.device)
-        targets = protocol.scored(min(len(protocol), config.eval_batches * batch_size or len(protocol)))
-        share = ranks.rank, ranks.world
-        batches = eval_batches(ids, T, batch_size, config.eval_batches, share, stride=stride, full=rolling)
-        with context.progress(total=targets // ranks.world, unit="token", unit_scale=True) as bar:
-            scores = measure(model, batches, settings.to_device, ranks, bar.update)
-        counts = count_text(tokens, targets + (not rolling), encoding)
-        if not rolling:  # the first token is not scored; its word counts, so that words do not depend on the protocol
-            counts = dataclasses.replace(counts, bytes=counts.bytes - count_text(tokens, 1, encoding).bytes)
-        means = PROTOCOLS[config.protocol]
-        means += ", which the model's data never had" if rolling and not source.end_of_text else ""
-        means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
-        answer = {"text": name, "protocol": config.protocol, "protocol_means": means, "window": T}
-        answer |= {"batch_size": batch_size, "eval_batches": config.eval_batches or None}
-        answer |= {"stride": stride} if config.protocol == "stride" else {}
-        answer |= report.figures(scores, counts)
-        return answer | (evaluate_continuations(context, model, encoding, tokens) if config.generate else {})
-
-
-def evaluate_continuations(context: EvalContext, model: GPT, encoding: tiktoken.Encoding, tokens: Tokens) -> dict:
-    """Score continuations of prompts at equal distances in the text."""
-    config, length = context.config, context.config.max_new_tokens
-    prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, encoding.eot_token)
-    options = {"ranks": context.ranks, "progress": context.progress}
-    written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, **options)
-    changed = [f.name for f in dataclasses.fields(SamplingConfig) if getattr(config, f.name) != f.default]
-    means = [
-        f"{length} tokens after {config.prompt_tokens}",
-        f"temperature {config.effective_temperature:g}",
-        f"seed {config.seed}",
-    ]
-    means += [f"{key} {getattr(config, key)}" for key in changed if key not in ("temperature", "greedy", "seed")]
-    return {"prompts_mean": ", ".join(means)} | continuations.score_continuations(encoding, prompts, written)
 
 
 def main(config: EvalConfig) -> None:
     """Score each model and print the report."""
     models = model_paths(config)
+    if config.text == "-":
+        config = dataclasses.replace(config, text="/dev/stdin")
     require_writable(config.json, "json")
     require_writable(config.plot, "plot")
     if config.generate:
         continuations.require_packages()
     with join_process_group(config, find_device) as ranks:
         for key, path in (("text", config.text), ("choices", config.choices)):
-            if path and (len(models) > 1 or ranks.world > 1) and _is_stream(path):
+            if path and Path(path).is_fifo() and (len(models) > 1 or ranks.world > 1):
                 raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
         settings = select_device(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
-        context = EvalContext(config, settings, ranks)
-        sources = [loading.find(path, context.log) for path in models]  # all of them, before the first is scored
-        reports = [evaluate_model(context, source) for source in sources]
+        sources = [loading.find(path, note) for path in models]  # all of them, before the first is scored
+        reports = [evaluate(config, settings, ranks, source) for source in sources]
     if not ranks.first:
         return
     if config.json != "-":
@@ -155,8 +73,111 @@ def main(config: EvalConfig) -> None:
         write_json(reports[0] if len(reports) == 1 else {"models": reports}, config.json)
 
 
-def _is_stream(path: str) -> bool:
-    return path == "-" or (Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()))
+def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedContext, source: ModelSource) -> dict:
+    """Return the report of one model."""
+    model, encoding = loading.load(source, settings.device, config.context_length)
+    prepack(model, settings.dtype)  # on a CPU the evaluation takes half the time
+    if config.choices:
+        found = {"text": config.choices, "protocol": "choices", "protocol_means": PROTOCOLS["choices"]}
+        found |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
+    else:
+        found = evaluate_text(config, settings, ranks, source, model, encoding)
+    found["window"] = model.config.context_length
+    facts = {"model": str(source.path), "iter": source.state.get("iter")}
+    facts["dtype"] = str(settings.dtype).removeprefix("torch.")
+    return facts | found | {"units": {key: report.UNITS[key] for key in found if key in report.UNITS}}
+
+
+def evaluate_text(
+    config: EvalConfig,
+    settings: DeviceSettings,
+    ranks: DistributedContext,
+    source: ModelSource,
+    model: GPT,
+    encoding: tiktoken.Encoding,
+) -> dict:
+    """Score the text that the config names, and continuations of it if they are asked for."""
+    T, rolling = model.config.context_length, config.protocol == "rolling"
+    stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
+    if stride > T:
+        raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
+    tokens, name = open_tokens(config, encoding, source)
+    batch_size = config.batch_size or default_batch_size(T, settings.device)
+    first_id = encoding.eot_token if rolling else None
+    batches = eval_batches(
+        tokens, T, batch_size, config.eval_batches, ranks, stride=stride, first_id=first_id, progress=True
+    )
+    sums = measure(model, batches, settings.to_device, ranks)
+    counts = count_text(tokens, int(sums["targets"].sum()) + (not rolling), encoding)
+    if not rolling:  # the first token is not scored; its word counts, so that words do not depend on the protocol
+        counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
+    means = PROTOCOLS[config.protocol]
+    means += ", which the model's data never had" if rolling and not source.end_of_text else ""
+    means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
+    found = {"text": name, "protocol": config.protocol, "protocol_means": means, "batch_size": batch_size}
+    found |= {"stride": stride} if config.protocol == "stride" else {}
+    found |= {"eval_batches": config.eval_batches or None} | figures(sums, counts)
+    if math.isnan(found["loss"]):
+        note(f"warning: {source.path}: the loss is NaN: the weights are damaged, or the run diverged")
+    if config.generate:
+        length, eot = config.max_new_tokens, encoding.eot_token
+        prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
+        written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, ranks=ranks)
+        found |= continuations.score_continuations(encoding, prompts, written)
+        found["prompts_mean"] = f"{length} tokens after {config.prompt_tokens}, {describe_sampling(config)}"
+    return found
+
+
+def describe_sampling(config: SamplingConfig) -> str:
+    """Return temperature and seed, and the other settings of sampling that are not the default."""
+    found = {"temperature": f"{config.effective_temperature:g}", "seed": config.seed}
+    for field in dataclasses.fields(SamplingConfig):
+        if field.name != "greedy" and getattr(config, field.name) != field.default:
+            found.setdefault(field.name, getattr(config, field.name))
+    return ", ".join(f"{key} {value}" for key, value in found.items())
+
+
+def open_tokens(
+    config: EvalConfig, encoding: tiktoken.Encoding, source: ModelSource
+) -> tuple[Tokens | np.ndarray, str]:
+    """Return the token ids to score, and their name in the report.
+
+    Raises:
+        UserError: nothing to score, or ids of another tokenizer than the model's.
+    """
+    made_with = None
+    if config.text:
+        name, encode, ids = config.text, load_encoder(encoding), bytearray()
+        chunks = text_chunks(Path(config.text))
+        for chunk, _ in tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS):  # the same ids as prepare_data.py's
+            ids += tokenizer.to_uint16(encode([chunk], [False]), encoding.n_vocab).tobytes()
+        tokens = np.frombuffer(ids, "<u2")
+    elif config.test_data_path:
+        name, path = config.test_data_path, Path(config.test_data_path)
+        if path.suffix in (".txt", ".md", ".json", ".jsonl"):
+            raise UserError(f"test_data_path = {path}: uint16 ids are expected; a text is scored by --text {path}")
+        meta = read_meta(path.parent)
+        tokens, made_with = Tokens([(path, None)], source.config.vocab_size), (meta or {}).get("tokenizer")
+        if not meta:
+            note(f"{path} is not in a dataset: taken as ids of the model's tokenizer, {encoding.name}")
+    else:
+        if not (config.dataset or source.state):
+            raise UserError(f"{source.path} names no dataset: give --dataset, --test_data_path or --text")
+        folder = Path(config.data_dir, config.dataset) if config.dataset else Path(source.state["data"]["folder"])
+        dataset = open_dataset(folder if folder.is_dir() else Path(config.data_dir, folder.name))  # it may have moved
+        if dataset.notice:
+            note(dataset.notice)
+        tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
+        made_with = dataset.meta["tokenizer"]
+    if made_with not in (None, encoding.name):
+        raise UserError(
+            f"{name} is tokenised with {made_with}, the model {source.path} was trained with {encoding.name}: prepare "
+            "the text with the model's tokenizer, or give the text itself: --text FILE"
+        )
+    fewest = 1 if config.protocol == "rolling" else 2
+    if len(tokens) < fewest:
+        raise UserError(f"{name} has {len(tokens)} tokens: {fewest} are needed to score one (--protocol rolling: 1)")
+    return tokens, name
 
 
 if __name__ == "__main__":

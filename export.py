@@ -14,7 +14,6 @@ from flatgpt.cli.cli import from_command_line, recipe_text, run_script
 if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)
 
-import contextlib
 import dataclasses
 import os
 import shlex
@@ -22,29 +21,33 @@ import tempfile
 from pathlib import Path
 
 from flatgpt.interop import hub, loading
-from flatgpt.interop.export_folder import Content, file_sizes, hugging_face_files, load_finite, write_folder
+from flatgpt.interop.export_folder import file_sizes, hugging_face_files, space_files, write_folder
 from flatgpt.interop.loading import ModelSource
 from flatgpt.interop.model_card import LOCAL
-from flatgpt.interop.space import space_files
 from flatgpt.runtime.device import note
 
 
 def main(config: ExportConfig) -> None:
     """Write the folder, upload it, or both; with --dry_run list the files."""
-    source = loading.find(model_path(config), note)
-    out = output_folder(config, source)
+    source = loading.find(model_path(config))
+    out, name = output_folder(config, source), title(config, source)
+    recipe = run_recipe(source.state) if source.state else ""
     note(f"{source.describe()}, tokenizer {source.tokenizer}; to be written in {config.dtype}")
-    files = export_files(config, source)
+    files = {}
+    if not (config.space and source.state):  # a checkpoint of flatGPT stays one in a Space
+        files |= hugging_face_files(source, config.dtype, config.context_length, name, config.push, recipe)
+    if config.space:
+        files |= space_files(source, name, recipe)
+    table = size_table(file_sizes(files))
     if config.dry_run:
-        targets = [str(out)] * (out is not None)
-        targets += [f"{config.push} on the hub" + ", private if it is new" * config.private] * bool(config.push)
-        print(f"would be written to {' and '.join(targets)}:\n{size_table(file_sizes(files))}")
+        upload = f"{config.push} on the hub" + ", private if it is new" * config.private
+        targets = [str(out)] * bool(out) + [upload] * bool(config.push)
+        print(f"would be written to {' and '.join(targets)}:\n{table}")
         return
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="flatgpt_")) if out is None else ""
-        folder = write_folder(out or Path(temporary, "model"), files, "space" if config.space else "out")
-        if out is not None:
-            print(f"{out}:\n{size_table({name: (folder / name).stat().st_size for name in files})}")
+    with tempfile.TemporaryDirectory(prefix="flatgpt_") as temporary:
+        folder = write_folder(out or Path(temporary, "model"), files)
+        if out:
+            print(f"{out}:\n{table}")
         if config.push:
             print(f"uploaded: {hub.upload(folder, list(files), config.push, config.private, note)}")
         else:
@@ -57,30 +60,15 @@ def output_folder(config: ExportConfig, source: ModelSource) -> Path | None:
     Raises:
         UserError: the folder is not empty, or none is given and the model is not in a run's folder.
     """
-    key, given = ("space", config.space) if config.space else ("out", config.out)
+    given = config.space or config.out
     if given is None and config.push:
         return None
     if given is None and not (source.state and source.path.parent.name == "ckpt"):
         raise UserError(f"{source.path} is not in a run's folder, the default place of an export: give --out FOLDER")
     out = Path(given) if given else source.path.parent.parent / "hugging_face"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"{key} = {out} already exists, and an export makes a new folder: move it away, or give another --{key}"
-        )
+        raise UserError(f"{out} already exists, and an export makes a new folder: move it away, or name another one")
     return out
-
-
-def export_files(config: ExportConfig, source: ModelSource) -> dict[str, Content]:
-    """Return the contents of all files. A flatGPT checkpoint stays one in a Space; other models are converted."""
-    name, recipe = title(config, source), run_recipe(source.state) if source.state else ""
-    files = {}
-    if config.space and source.state:
-        load_finite(source, config.dtype, config.context_length)
-    else:
-        files = hugging_face_files(
-            source, config.dtype, config.context_length, name=name, repo=config.push, recipe=recipe
-        )
-    return files | (space_files(source, name, recipe, config.model_path) if config.space else {})
 
 
 def title(config: ExportConfig, source: ModelSource) -> str:
@@ -92,7 +80,7 @@ def title(config: ExportConfig, source: ModelSource) -> str:
 
 def run_recipe(state: dict) -> str:
     """Return the settings of a run as TOML, without those about its machine."""
-    known = {f.name for f in dataclasses.fields(TrainConfig)} - set(LOCAL)
+    known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
     settings = TrainConfig(**{key: value for key, value in state["config"].items() if key in known})
     return recipe_text(dataclasses.replace(settings, **dict.fromkeys(LOCAL)))
 
@@ -118,11 +106,9 @@ def next_steps(config: ExportConfig, source: ModelSource, out: Path) -> str:
     if standard_mlp and source.tokenizer in ("gpt2", "r50k_base"):
         commands += [f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf"]
     commands += [f"python export.py --model_path {model} --push user/name --private"]
-    python = [
-        "from transformers import pipeline",
-        f'print(pipeline("text-generation", {str(out)!r})("The ", max_new_tokens=100)[0]["generated_text"])',
-    ]
-    return "\n  ".join(["Next, in Python:", *python]) + "\n" + "\n  ".join(["or in a shell:", *commands])
+    python = f'print(pipeline("text-generation", {str(out)!r})("The ", max_new_tokens=100)[0]["generated_text"])'
+    lines = ["Next, in Python:", "  from transformers import pipeline", f"  {python}", "or in a shell:"]
+    return "\n  ".join(["\n".join(lines), *commands])
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig, SamplingConfig
-from flatgpt.kernels.attention import attention
+from flatgpt.kernels.attention import Rope, RotaryEmbedding, attention, rotate
 from flatgpt.kernels.cross_entropy import CHUNK_ROWS, fused_loss, fused_loss_outside_graph, use_fused_loss
 from flatgpt.kernels.parameters import skip_init, tie_parameters
-from flatgpt.kernels.rope import Rope, RotaryEmbedding, rotate
 
 if TYPE_CHECKING:
-    from flatgpt.inference.kv_cache import KVCache
+    from flatgpt.inference.decoder import KVCache
 
 ACTIVATIONS = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -52,8 +51,8 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)  # (B, H, T, D)
         mask = None  # causal
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, H, S, D): with the S - T tokens before
-            mask = cache.attention_mask()  # (B, 1, 1, S) or None; true: visible
+            # (B, H, S, D): with the S - T tokens before; the mask is (B, 1, 1, S) or None, true: visible
+            k, v, mask = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, mask, dropout, self.manual)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side
@@ -141,7 +140,7 @@ class GPT(nn.Module):
             idx: (B, T) int64 token ids, T at most context_length.
             targets: (B, T) int64, the next token of each position; -1 where there is none to score.
             reduction: of the losses: "mean", or "none" for each of them, 0 where there is none to score.
-            cache: keys and values of the tokens before idx; those of idx are added. T > 1 needs an empty one.
+            cache: keys and values of the tokens before idx, which starts at cache.position; those of idx are stored.
 
         Returns:
             with targets: cross-entropy in nats, float32: a scalar, or (B T) with reduction "none".
@@ -181,8 +180,6 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope, cache)
-        if cache is not None:
-            cache.advance(idx.size(1))
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def compute_logits(self, x: Tensor, padded: bool = False) -> Tensor:
@@ -223,7 +220,7 @@ class GPT(nn.Module):
         """Load a model in evaluation mode: a run's folder, a checkpoint, a Hugging Face folder or name, a ckpt.pt."""
         from flatgpt.interop.loading import find, load
 
-        return load(find(name, print), torch.device(device), model_class=cls)[0]
+        return load(find(name), device, model_class=cls)[0]
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
         """Continue each row of idx.

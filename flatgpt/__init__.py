@@ -3,7 +3,6 @@
 In a notebook: `model, tokenizer = flatgpt.load("gpt2")`.
 """
 
-import sys
 from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -22,5 +21,4 @@ def load(name: str | None = None, device: str = "cpu", context_length: int | Non
     """
     from flatgpt.interop import loading  # imports torch
 
-    source = loading.find(name, lambda line: print(line, file=sys.stderr))
-    return loading.load(source, device, context_length)
+    return loading.load(loading.find(name), device, context_length)

@@ -218,6 +218,31 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """measured(choice): from here on `--dtype auto` measures this choice, or must not measure at all (None).
+
+    Returns the list of what was measured. The cache of choices is empty.
+    """
+    from flatgpt.inference import prepacking
+    from flatgpt.runtime import precision
+
+    timed = []
+
+    def set_choice(choice):
+        def faster(what, flops, make):
+            assert choice, "nothing should be measured"
+            timed.append(what)
+            return choice
+
+        monkeypatch.setattr(precision, "faster_dtype", faster)
+        monkeypatch.setattr(prepacking, "faster_dtype", faster)
+        return timed
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return set_choice
+
+
+@pytest.fixture
 def waits(monkeypatch) -> list[float]:
     """time.sleep returns at once and appends its argument here."""
     waits = []

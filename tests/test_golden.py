@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from scripts import Scripts
+from forked import Scripts
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 RUNS = ("accumulation", "ranks", "float16", "muon")

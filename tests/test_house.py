@@ -38,9 +38,8 @@ WITHOUT_TORCH = ("config", "prepare_data", "flatgpt.cli.cli", "flatgpt.runtime.f
 # Packages that are not in requirements.txt, and which modules use them where they are installed.
 OPTIONAL = {
     "app": {"gradio"},
-    "flatgpt.benchmarks.checks": {"pytest"},  # bench.py tests runs it
+    "bench": {"pytest"},  # bench.py tests runs it
     "flatgpt.benchmarks.data": {"datasets"},
-    "flatgpt.benchmarks.evaluation": {"transformers"},
     "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
     "flatgpt.data.encode": {"gigatoken"},
     "flatgpt.data.workers": {"distributed"},
@@ -84,7 +83,7 @@ def test_import_arrows(name):
             inside = imported(MODULES[name], function)
             assert {place(each) for each in inside} == {folder}
             names -= inside
-        names.remove("flatgpt.inference.kv_cache.KVCache")  # for annotations, under TYPE_CHECKING
+        names.remove("flatgpt.inference.decoder.KVCache")  # for annotations, under TYPE_CHECKING
     house = {place(each) for each in names if each.split(".")[0] in {"flatgpt", *MODULES}}
     if place(name) == "flatgpt":
         assert house <= {"interop", "inference", "evaluation"}

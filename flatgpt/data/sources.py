@@ -61,14 +61,11 @@ def hub_files(config: PrepareConfig) -> HubFiles:
     root = Path(config.raw_dir) / config.source
     if config.source == "hub":
         patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-        return HubFiles(
-            config.repo, config.revision or "main", patterns, root / config.repo, check="--files, --revision"
-        )
+        return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
     repo, commit, pattern = REPOSITORIES[config.source]
-    dump, patterns = config.dump or DUMP, (pattern.format(dump=config.dump or DUMP),)
-    splits = SPLITS if config.source == "wikitext103" else ()
-    check = "--dump (20231101.simple, say)" if config.source == "wikipedia" else "--revision"
-    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits, check=check)
+    dump, splits = config.dump or DUMP, SPLITS if config.source == "wikitext103" else ()
+    patterns = (pattern.format(dump=dump),)
+    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
 
 
 def open_pydoc(config: PrepareConfig) -> Corpus:

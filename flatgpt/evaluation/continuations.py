@@ -8,66 +8,55 @@ figures = score_continuations(encoding, prompts, continuations)
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import tiktoken
 
 from config import SamplingConfig, UserError
 from flatgpt.data.shards import Tokens
+from flatgpt.evaluation.metrics import progress_bar
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
-from flatgpt.inference.text_stream import TextStream
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
-PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}  # module -> package
+Prompt = tuple[list[int], list[int]]  # ids of a prompt, and of the text that follows it
 
 
 def require_packages() -> None:
     """Raise UserError if a package is missing that score_continuations needs, before hours of work."""
-    if missing := [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]:
+    if missing := [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]:
         raise UserError(f"BLEU and ROUGE need {' and '.join(missing)}: pip install -r requirements-extra.txt")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt and of the text that follows it."""
-
-    ids: list[int]
-    reference: list[int]
-
-
-def select_prompts(tokens: Tokens, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int) -> list[Prompt]:
+def select_prompts(
+    tokens: Tokens | np.ndarray, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int
+) -> list[Prompt]:
     """Take n prompts at equal distances from a split; in a short split they overlap.
 
     A prompt may span documents, as the windows of training do. A reference ends before its first end-of-text; a prompt
     whose reference would be empty is left out.
 
     Raises:
-        UserError: the split is shorter than a prompt and its continuation, or no prompt is left.
+        UserError: no prompt is left, or the split is shorter than a prompt and its continuation.
     """
-    span = prompt_tokens + new_tokens
-    last = len(tokens) - span
-    if last < 0:
-        raise UserError(
-            f"a prompt of {prompt_tokens:,} tokens and {new_tokens:,} to compare with do not fit into a split of "
-            f"{len(tokens):,}: lower --prompt_tokens or --max_new_tokens"
-        )
+    last = len(tokens) - prompt_tokens - new_tokens
     prompts, n = [], min(n, last + 1)
     for i in range(n):
         start = i * last // max(1, n - 1)
-        ids = tokens[start : start + span].tolist()
+        ids = tokens[start : start + prompt_tokens + new_tokens].tolist()
         reference = ids[prompt_tokens:]
         if end_of_text in reference:
             reference = reference[: reference.index(end_of_text)]
         if reference:
-            prompts.append(Prompt(ids[:prompt_tokens], reference))
+            prompts.append((ids[:prompt_tokens], reference))
     if not prompts:
         raise UserError(
-            f"after each of the {n:,} prompts comes end-of-text: there is no text to compare with; "
-            "take another --prompt_tokens or --generate"
+            f"the {len(tokens):,} tokens of the split hold no {prompt_tokens:,} with a text of {new_tokens:,} after "
+            "them: lower --prompt_tokens or --max_new_tokens, or raise --generate"
         )
     return prompts
 
@@ -80,7 +69,6 @@ def generate_continuations(
     options: SamplingConfig,
     batch_size: int = 32,
     ranks: DistributedContext = SINGLE_PROCESS,
-    progress: Callable[[list], Iterable] = iter,
 ) -> list[list[int]]:
     """Return the ids that the model generates after each prompt, up to end-of-text.
 
@@ -88,19 +76,16 @@ def generate_continuations(
 
     Args:
         ranks: the processes that share the batches.
-        progress: wraps the list of batches, as tqdm does.
     """
-    generated = []
-    for first in progress([*range(0, len(prompts), batch_size)][ranks.rank :: ranks.world]):
-        batch = [prompt.ids for prompt in prompts[first : first + batch_size]]
-        rows = [[] for _ in batch]
+    generated = {}
+    for first in progress_bar(range(0, len(prompts), batch_size)[ranks.rank :: ranks.world], ranks):
+        batch = [ids for ids, _ in prompts[first : first + batch_size]]
         settings = {"n_vocab": encoding.n_vocab, "stop_ids": (encoding.eot_token,), "first_row": first}
-        for tokens in generate_batch(decoder, batch, max_new_tokens, options, **settings):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        generated += enumerate(rows, first)
-    return [ids for _, ids in sorted(pair for part in ranks.all_gather(generated) for pair in part)]
+        steps = [*generate_batch(decoder, batch, max_new_tokens, options, **settings)]
+        for row in range(len(batch)):
+            generated[first + row] = [step[row] for step in steps if step[row] is not None]
+    of_all = {row: ids for part in ranks.all_gather(generated) for row, ids in part.items()}
+    return [ids for _, ids in sorted(of_all.items())]
 
 
 def score_continuations(
@@ -116,29 +101,27 @@ def score_continuations(
     from sacrebleu.metrics import BLEU
 
     bleu, rouge = BLEU(force=True), RougeScorer(["rougeL"])  # force: no warning about WikiText's " ."
-    texts = [text_after(encoding, prompt.ids, ids) for prompt, ids in zip(prompts, continuations, strict=True)]
-    references = [text_after(encoding, prompt.ids, prompt.reference) for prompt in prompts]
+    texts = [text_after(encoding, ids, new) for (ids, _), new in zip(prompts, continuations, strict=True)]
+    references = [text_after(encoding, *prompt) for prompt in prompts]
     rouge_l = [rouge.score(*pair)["rougeL"].fmeasure for pair in zip(references, texts, strict=True)]
-    return {
+    figures = {
         "prompts": len(prompts),
         "bleu": bleu.corpus_score(texts, [references]).score,
         "bleu_signature": str(bleu.get_signature()),
         "rouge_l": sum(rouge_l) / len(prompts),
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
-        "repetition": repetition(continuations),
-        "reference_distinct_1": distinct(references, 1),
-        "reference_distinct_2": distinct(references, 2),
-        "reference_repetition": repetition([prompt.reference for prompt in prompts]),
     }
+    of_references = references, [reference for _, reference in prompts]
+    for prefix, (words, ids) in {"": (texts, continuations), "reference_": of_references}.items():
+        figures |= {f"{prefix}distinct_{n}": distinct(words, n) for n in (1, 2)}
+        figures[f"{prefix}repetition"] = repetition(ids)
+    return figures
 
 
 def text_after(encoding: tiktoken.Encoding, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text of ids, without a character whose first bytes belong to the prompt."""
-    stream = TextStream(encoding)
-    for token in prompt:
-        stream.feed(token)
-    return "".join(stream.feed(token) for token in ids) + stream.end()
+    """Return the text of ids; a character whose bytes the prompt begins and ids complete is part of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(encoding.decode_bytes(prompt))
+    return decoder.decode(encoding.decode_bytes(ids), final=True)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
-
-from flatgpt.evaluation.metrics import Scores
-from flatgpt.evaluation.text import TextCounts
 
 GREEDY = "of the most likely token, weighted by the targets' classes"
 # Key -> (label, unit or definition), in the table's order.
@@ -54,25 +50,6 @@ ROWS = {
 UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per token scored there"}
 
 
-def figures(scores: Scores, counts: TextCounts) -> dict:
-    """Return every figure of a scored text under the keys of ROWS, and the losses by position."""
-    answer = {"bytes": counts.bytes, "words": counts.words, "lines": counts.lines} | scores.figures()
-    return answer | {
-        "perplexity": _exp(answer["loss"]),
-        "word_perplexity": _exp(scores.loss_sum / counts.words) if counts.words else None,
-        "bits_per_byte": scores.loss_sum / math.log(2) / counts.bytes if counts.bytes else None,
-    }
-
-
-def _exp(nats: float) -> float:
-    return math.inf if nats >= 700 else math.exp(nats)
-
-
-def units(report: dict) -> dict[str, str]:
-    """Return the unit or definition of each figure of a report that has one."""
-    return {key: UNITS[key] for key in report if key in UNITS}
-
-
 def table(reports: Sequence[dict]) -> str:
     """Return the reports side by side, a figure a line, with its unit; texts that they share are written once."""
     rows = []
@@ -81,10 +58,11 @@ def table(reports: Sequence[dict]) -> str:
         if any(value is not None for value in values):
             once = isinstance(values[0], str) and len(set(values)) == 1
             rows.append((label, [_text(value) for value in (values[:1] if once else values)], unit))
-    if len({report["window"] for report in reports}) > 1:
+    buckets = reports[0].get("loss_by_position", [])
+    if buckets and len({report["window"] for report in reports}) > 1:
         rows.append(("loss by position", ["the windows differ: see --json or --plot"], ""))
     else:
-        for n, bucket in enumerate(reports[0].get("loss_by_position", [])):
+        for n, bucket in enumerate(buckets):
             label, unit = f"at {bucket['first']:,} to {bucket['last']:,}", "loss by position in the context" * (n == 0)
             rows.append((label, [_text(report["loss_by_position"][n]["loss"]) for report in reports], unit))
     left = max(len(label) for label, _, _ in rows)
@@ -128,8 +106,7 @@ def draw_positions(reports: Sequence[dict]) -> bytes:
         buckets = [b for b in report["loss_by_position"] if b["tokens"]]
         edges = [b["first"] for b in buckets] + [buckets[-1]["last"] + 1]
         axes.stairs([b["loss"] for b in buckets], edges, baseline=None, linewidth=2, label=report["model"])
-    axes.set_xlabel("position in the context (tokens before it)")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set(xlabel="position in the context (tokens before it)", ylabel="loss (nats per token)")
     axes.set_title(f"{reports[0]['text']}, protocol {reports[0]['protocol']}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

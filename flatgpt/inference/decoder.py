@@ -14,9 +14,54 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flatgpt.inference.kv_cache import KVCache
+from config import ModelConfig
 from flatgpt.runtime.device import note
 from model import GPT
+
+
+class KVCache:
+    """Keys and values of earlier tokens, (B, H, capacity, D) for each layer, allocated once. Decoder sets its state.
+
+    Attributes:
+        position: where the next tokens go. An int is the same for all rows. With a (B,) int64 tensor rows can differ in
+            length, and all steps have the same shapes, as compilers need.
+        key_length: with a tensor, attention reads so many keys of each row and masks those after its position.
+        rows: where the next tokens are stored, if position is an int.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.device, self.key_length = device, capacity
+        self.position: int | Tensor = 0
+        self.rows: Sequence[int] | slice = slice(None)
+
+    def next_positions(self, count: int) -> Tensor:
+        """Positions of the next tokens: (count,), or (B, 1) where rows have their own."""
+        if isinstance(self.position, Tensor):
+            return self.position[:, None]
+        return torch.arange(self.position, self.position + count, device=self.device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store a layer's keys and values of the next tokens, (B, H, T, D).
+
+        Returns:
+            keys, values and the mask to attend with. A prompt sees itself only, in the precision it was computed in: k
+            and v. A single token sees what is stored: (B, H, position + 1, D), or (B, H, key_length, D) with a mask,
+            (B, 1, 1, key_length) bool, true where a key is visible.
+        """
+        keys, values = self.k[layer], self.v[layer]
+        if isinstance(self.position, Tensor):
+            rows = torch.arange(k.size(0), device=self.device)
+            keys[rows, :, self.position] = k[:, :, 0].type_as(keys)
+            values[rows, :, self.position] = v[:, :, 0].type_as(values)
+            visible = torch.arange(self.key_length, device=self.device) <= self.position[:, None]
+            return keys[:, :, : self.key_length], values[:, :, : self.key_length], visible[:, None, None]
+        end = self.position + k.size(2)
+        keys[self.rows, :, self.position : end] = k.type_as(keys)
+        values[self.rows, :, self.position : end] = v.type_as(values)
+        return (keys[:, :, :end], values[:, :, :end], None) if self.position else (k, v, None)
 
 
 class Decoder:
@@ -29,6 +74,7 @@ class Decoder:
             compiled.
 
     Attributes:
+        capacity: tokens that a row can hold.
         lengths: tokens that each row holds.
         compile_seconds: time spent on compiling so far.
     """
@@ -36,34 +82,28 @@ class Decoder:
     LENGTH_MULTIPLE = 128  # the capacity of a compiled cache is a multiple of it
 
     def __init__(self, model: GPT, compile: bool = False):
-        self.model = model
+        self.model, self.compile = model, compile
         self.device = model.transformer.wte.weight.device
+        self.capacity, self.compile_seconds = 0, 0.0
         self.lengths: list[int] = []
-        self.compile_seconds = 0.0
-        self._compiled = torch.compile(self._forward, dynamic=False) if compile else None
-        self._compiler_failed = False
+        self._forward = torch.compile(self._eager_step, dynamic=False) if compile else self._eager_step
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
-        self._step: Callable[[Tensor], Tensor] | None = None  # the compiled step for that shape
+        self._compiled_step: Callable[[Tensor], Tensor] | None = None  # for that shape
 
     @torch.inference_mode()
     def reset(self, rows: int, capacity: int) -> None:
         """Forget all tokens; afterwards there are `rows` rows of at most `capacity` tokens, up to context_length."""
-        if self._compiled:
+        if self.compile:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
-        shape = (rows, min(capacity, self.model.config.context_length), self._cache_dtype())
+        self.capacity, self.lengths = min(capacity, self.model.config.context_length), [0] * rows
+        shape = (rows, self.capacity, self._cache_dtype())
         if shape != self._shape:
-            self._shape = self._cache = self._step = None  # free the old cache before the new one is allocated
-            self._cache = KVCache(self.model.config, *shape[:2], self.device, shape[2])
+            self._shape = self._cache = self._compiled_step = None  # free the old cache before the new one is allocated
+            self._cache = KVCache(self.model.config, *shape, self.device)
             self._positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # of the next tokens
             self._shape = shape
         self._positions.zero_()
-        self.lengths = [0] * rows
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row can hold."""
-        return self._shape[1]
 
     def _cache_dtype(self) -> torch.dtype:
         if self.device.type == "cpu":
@@ -76,11 +116,10 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
         """Replace the tokens of some rows by the same ids, at most `capacity`; return the next logits, (V)."""
-        prompt = KVCache(self.model.config, 1, len(ids), self.device, self._shape[2])
-        logits = self.model(torch.tensor([ids], device=self.device), cache=prompt)[0, -1]
-        for stored, new in zip([*self._cache.k, *self._cache.v], [*prompt.k, *prompt.v], strict=True):
-            for row in rows:
-                stored[row, :, : len(ids)] = new[0]
+        cache = self._cache
+        cache.position, cache.rows = 0, rows
+        logits = self.model(torch.tensor([ids], device=self.device), cache=cache)[0, -1]
+        cache.rows = slice(None)
         for row in rows:
             self.lengths[row] = len(ids)
             self._positions[row] = min(len(ids), self.capacity - 1)
@@ -89,55 +128,53 @@ class Decoder:
     @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row: (B) int64 -> (B, V) logits. In a row that is full it replaces the last one."""
-        if self._compiled:
-            self._cache.position = self._positions
+        cache, same_length = self._cache, len(set(self.lengths)) == 1
+        if self.compile:
+            cache.position = self._positions
+            self._compiled_step = self._compiled_step or self._compile_step(tokens)
             logits = self._compiled_step(tokens)
         else:
-            same = len(set(self.lengths)) == 1
-            self._cache.position = min(self.lengths[0], self.capacity - 1) if same else self._positions
-            self._cache.key_length = min(max(self.lengths) + 1, self.capacity)
-            logits = self._forward(tokens)
+            cache.position = min(self.lengths[0], self.capacity - 1) if same_length else self._positions
+            cache.key_length = min(max(self.lengths) + 1, self.capacity)
+            logits = self._eager_step(tokens)
         self._positions.add_(1).clamp_(max=self.capacity - 1)
         self.lengths = [min(n + 1, self.capacity) for n in self.lengths]
         return logits
 
-    def _forward(self, tokens: Tensor) -> Tensor:
+    def _eager_step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
-    def _compiled_step(self, tokens: Tensor) -> Tensor:
-        if self._step is None:
-            started = time.perf_counter()
-            self._compiler_failed = self._compiler_failed or not self._compiles(tokens)
-            forward = self._forward if self._compiler_failed else self._compiled
-            self._step = self._record(forward) if self.device.type == "cuda" else forward
-            self.compile_seconds += time.perf_counter() - started
-        return self._step(tokens)
+    def _compile_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the step for the cache's shape, compiled by running it once, which repeating does not change.
 
-    def _compiles(self, tokens: Tensor) -> bool:
-        """Compile for the cache's shape, by one step, which changes nothing when it is repeated; warn on failure."""
+        If the compiler fails, warn once and take the eager step.
+        """
         from torch._dynamo.exc import TorchDynamoException  # slow to import, and only needed here
 
+        started = time.perf_counter()
         # On a CPU weights become constants, which the compiler lays out.
         settings = {"freezing": True} if self.device.type == "cpu" else {}
         try:
             with torch._inductor.config.patch(settings):
-                self._compiled(tokens)
+                self._forward(tokens)
         except TorchDynamoException as error:
             note(f"warning: torch.compile failed, going on without it: {str(error).strip().splitlines()[0]}")
-            return False
-        return True
+            self._forward = self._eager_step
+        step = self._record() if self.device.type == "cuda" else self._forward
+        self.compile_seconds += time.perf_counter() - started
+        return step
 
-    def _record(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _record(self) -> Callable[[Tensor], Tensor]:
         """Record the kernels that a step launches on CUDA; replayed as one, they cost the host no time."""
         static_tokens = torch.zeros_like(self._positions)  # a graph reads and writes the same memory each time
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what libraries set up at their first call cannot be recorded
-            forward(static_tokens)
+            self._forward(static_tokens)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = forward(static_tokens)
+            logits = self._forward(static_tokens)
 
         def replay(tokens: Tensor) -> Tensor:
             static_tokens.copy_(tokens)

@@ -1,10 +1,11 @@
-"""Logits -> the next token, and a decoder with sampling settings -> an iterator of token ids.
+"""Logits -> the next token, and a decoder with sampling settings -> the ids of a batch of texts.
 
-for token in generate(Decoder(model), prompt_ids, 100, SamplingConfig(top_p=0.9)): ...
+for (token,) in generate_batch(Decoder(model), [prompt_ids], 100, SamplingConfig(top_p=0.9)): ...
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,42 +23,43 @@ NUCLEUS = 2048
 # one token
 
 
-def penalize_seen(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make seen ids, (B, V) bool, less likely: divide their logits (B, V) where positive, multiply where negative.
+def process_logits(logits: Tensor, seen: Tensor, options: SamplingConfig) -> Tensor:
+    """Apply the sampling settings to logits, (B, V), in transformers' order; ids as likely as the last kept one stay.
 
-    Keskar et al., "CTRL", 2019; negative logits as transformers treats them.
+    repetition_penalty: Keskar et al., "CTRL", 2019; negative logits as transformers treats them.
+    top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
+    min_p: Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
+
+    Args:
+        seen: (B, V) bool, ids to which the penalty applies.
     """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if (penalty := options.repetition_penalty) != 1:
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalized, logits)
+    if options.effective_temperature:
+        logits = logits / options.effective_temperature
+    if options.top_k:
+        kth = logits.topk(min(options.top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if options.top_p < 1:
+        probs = F.softmax(logits, dim=-1)
+        logits = logits.masked_fill(probs < least_in_nucleus(probs, options.top_p), -torch.inf)
+    if options.min_p > 0:
+        least = logits.amax(-1, keepdim=True) + math.log(options.min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
 
 
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Set all logits (B, V) but the k largest to minus infinity; ties with the k-th stay."""
-    kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the most likely ids that together reach probability top_p, set other logits to minus infinity; ties stay.
-
-    Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
-    """
-    probs = F.softmax(logits, dim=-1)
-    count = min(NUCLEUS, logits.size(-1)) if logits.device.type == "cpu" else logits.size(-1)
+def least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Return the least of the largest probabilities (B, V) that together reach top_p, (B, 1)."""
+    V = probs.size(-1)
+    count = min(NUCLEUS, V) if probs.device.type == "cpu" else V
     largest = probs.topk(count, dim=-1).values  # (B, count), descending
-    if count < logits.size(-1) and bool((largest.sum(-1) < top_p).any()):
+    if count < V and bool((largest.sum(-1) < top_p).any()):
         largest = probs.sort(dim=-1, descending=True).values
     mass_before = largest.cumsum(-1) - largest
     last = (mass_before < top_p).sum(-1, keepdim=True).clamp_min(1) - 1
-    return logits.masked_fill(probs < largest.gather(-1, last), -torch.inf)
-
-
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Set logits (B, V) of ids less likely than min_p times the most likely one to minus infinity.
-
-    Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
-    """
-    probs = F.softmax(logits, dim=-1)
-    return logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    return largest.gather(-1, last)
 
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -73,53 +75,6 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     return (F.softmax(logits, dim=-1) / noise).argmax(-1)
 
 
-class Sampler:
-    """Samples the next ids of a batch, in transformers' order: penalty, temperature, top_k, top_p, min_p.
-
-    Args:
-        prompts: ids of each row, to which the repetition penalty applies.
-        first_row: number of the first row; row r has a generator that is seeded with the seed and r.
-        n_vocab: ids from here on are never sampled.
-    """
-
-    def __init__(
-        self,
-        options: SamplingConfig,
-        prompts: Sequence[Sequence[int]],
-        first_row: int,
-        n_vocab: int,
-        device: torch.device,
-    ):
-        self.options, self.n_vocab = options, n_vocab
-        rows = range(first_row, first_row + len(prompts))
-        self.generators = [torch.Generator(device).manual_seed(seed_of(options.seed, row)) for row in rows]
-        self.seen = None
-        if options.repetition_penalty != 1:
-            self.seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
-            for row, ids in zip(self.seen, prompts, strict=True):
-                row[torch.tensor([i for i in ids if i < n_vocab], dtype=torch.int64, device=device)] = True
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) -> ids (B)."""
-        options, logits = self.options, logits[:, : self.n_vocab].float()
-        if self.seen is not None:
-            logits = penalize_seen(logits, self.seen, options.repetition_penalty)
-        if options.effective_temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            logits = logits / options.effective_temperature
-            if options.top_k:
-                logits = keep_top_k(logits, options.top_k)
-            if options.top_p < 1:
-                logits = keep_top_p(logits, options.top_p)
-            if options.min_p > 0:
-                logits = keep_min_p(logits, options.min_p)
-            tokens = sample(logits, self.generators)
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
-
-
 def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
     """Probabilities of the sampled ids, (B), and of the k most likely ids of each row of logits, (B, V).
 
@@ -130,8 +85,7 @@ def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[i
     probs = F.softmax(logits.float(), dim=-1)
     best = probs.topk(min(k, logits.size(-1)), dim=-1)
     ids = torch.cat([tokens[:, None], best.indices], dim=-1)  # (B, 1 + k)
-    values = torch.cat([probs.gather(-1, tokens[:, None]), best.values], dim=-1)
-    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.gather(-1, ids).tolist(), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,27 +116,39 @@ def generate_batch(
         first_row: number of the first row, which seeds its random numbers.
         on_sample: called in each step with the logits of the ids below n_vocab, (B, n_vocab), and the sampled ids (B).
     """
-    model = decoder.model
-    context = model.config.context_length
+    model, device = decoder.model, decoder.device
+    context, on_cuda = model.config.context_length, device.type == "cuda"
+    n_vocab = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
     assert all(prompts), "each prompt needs at least one id"
     texts, live = [list(ids) for ids in prompts], set(range(len(prompts)))
-    n_vocab = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
-    sampler = Sampler(options, prompts, first_row, n_vocab, decoder.device)
+    generators = [torch.Generator(device).manual_seed(seed_of(options.seed, first_row + row)) for row in sorted(live)]
+    seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
+    starts = [tuple(ids[-context:]) for ids in texts]
+    rows_of = {start: [] for start in starts}
+    for row, start in enumerate(starts):
+        seen[row, [i for i in texts[row] if i < n_vocab]] = True
+        rows_of[start].append(row)
     was_training = model.training
     model.eval()
     try:
         decoder.reset(len(texts), min(context, max(map(len, texts)) + max_new_tokens))
-        logits = _prefill(decoder, [ids[-context:] for ids in texts])
+        logits_of = {start: decoder.prefill(rows, start) for start, rows in rows_of.items()}  # equal prompts at once
+        logits = torch.stack([logits_of[start] for start in starts])  # (B, V)
         for n in range(1, max_new_tokens + 1):
-            tokens = sampler(logits)
+            scores = process_logits(logits[:, :n_vocab].float(), seen, options)
+            tokens = sample(scores, generators) if options.effective_temperature else scores.argmax(-1)
+            seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
-            wait_for_ids = _copy_to_host(tokens)
-            # CUDA computes the next step while the host handles these ids; the first step may have to be compiled.
-            ahead = decoder.device.type == "cuda" and 1 < n < max_new_tokens and not _full_rows(decoder, live)
-            if ahead:
-                logits = decoder.decode_step(tokens)
-            new_ids = wait_for_ids()
+            host_tokens, ahead = tokens.to("cpu", non_blocking=on_cuda), False
+            if on_cuda:
+                copied = torch.cuda.current_stream().record_event()
+                # The GPU computes the next step while the host handles these ids, except the first: it may compile.
+                ahead = 1 < n < max_new_tokens and not _full_rows(decoder, live)
+                if ahead:
+                    logits = decoder.decode_step(tokens)
+                copied.synchronize()
+            new_ids = host_tokens.tolist()
             live -= {row for row in live if new_ids[row] in stop_ids}
             if not live:
                 return
@@ -199,32 +165,5 @@ def generate_batch(
         model.train(was_training)
 
 
-def generate(
-    decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, options: SamplingConfig, **kwargs
-) -> Iterator[int]:
-    """Yield the new ids after one prompt; arguments as in generate_batch."""
-    return (tokens[0] for tokens in generate_batch(decoder, [prompt], max_new_tokens, options, **kwargs))
-
-
-def _prefill(decoder: Decoder, prompts: list[list[int]]) -> Tensor:
-    """Fill the rows with their prompts, equal ones at once; return the next logits, (B, V)."""
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, ids in enumerate(prompts):
-        rows_of.setdefault(tuple(ids), []).append(row)
-    logits = {ids: decoder.prefill(rows, ids) for ids, rows in rows_of.items()}
-    return torch.stack([logits[tuple(ids)] for ids in prompts])
-
-
 def _full_rows(decoder: Decoder, live: set[int]) -> set[int]:
     return {row for row in live if decoder.lengths[row] == decoder.capacity}
-
-
-def _copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start to copy ids to the host; the result waits for them alone, not for what was launched since."""
-    if tokens.device.type != "cuda":
-        return tokens.tolist
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return lambda: (done.synchronize(), host.tolist())[1]

@@ -1,48 +1,66 @@
-"""The files of an exported model: make them, and write them to a new folder."""
+"""Exported folders: Hugging Face's GPT-2, and a Hugging Face Space; their files, and how they are written.
+
+A Space has app.py, flatgpt/, a model and the files that describe them. It installs requirements.txt and runs the file
+that README.md's metadata names (huggingface.co/docs/hub/spaces-config-reference). Nothing is downloaded there: the
+folder has the tokenizer's files.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
-import tiktoken
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import UserError
+from config import ModelConfig, SamplingConfig, TrainConfig, UserError
+from flatgpt import REPO_ROOT
+from flatgpt.data import tokenizer
 from flatgpt.interop import loading
-from flatgpt.interop.huggingface import export_problems, generation_config, hugging_face_config, to_hugging_face
-from flatgpt.interop.loading import ModelSource
-from flatgpt.interop.model_card import model_card
+from flatgpt.interop.hub import hub_name
+from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
+from flatgpt.interop.model_card import LOCAL, card_body, model_card
+from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
-from flatgpt.runs.checkpoint import WEIGHTS
+from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 from model import GPT
 
 Content = bytes | Path | dict[str, Tensor]  # of a file: its bytes, a file to copy, or tensors for safetensors
+LOG = "metrics.csv"
+SPACE_FILES = ("app.py", "model.py", "config.py", "LICENSE")  # and flatgpt/
+VOCABULARY = "tiktoken_cache"  # the TIKTOKEN_CACHE_DIR of app.py
+# Keys of state.json that a Space publishes. The others are for resuming, or are about the machine.
+PUBLIC = (
+    *("format", "iter", "tokens", "epoch", "val_loss", "best_loss", "best_iter", "tokenizer"),
+    *("git_commit", "git_dirty", "python", "torch", "device", "cpu", "ranks"),
+)
+CPU_ONLY = """\
+# torch without CUDA, a tenth of the size; for a Space with a GPU, leave out this line
+--extra-index-url https://download.pytorch.org/whl/cpu
+"""
+IGNORED = b"__pycache__/\n.gradio/\n"  # created when app.py runs; compiled code contains paths of this machine
+USE = """\
+```sh
+pip install -r requirements.txt
+python app.py
+```
+
+It prints the address to open in a browser. The weights and the tokenizer are in this folder: nothing is downloaded."""
 
 
-def load_finite(source: ModelSource, dtype: str, context_length: int | None) -> tuple[GPT, tiktoken.Encoding]:
-    """Load a model in the precision of the export, and its tokenizer.
-
-    Raises:
-        UserError: as loading.load; also NaN or infinite weights.
-    """
-    model, encoding = loading.load(source, torch.device("cpu"), context_length)
-    model = model.to(getattr(torch, dtype))
-    if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
-        cause, remedy = "the run diverged", "choose an earlier checkpoint"
-        if dtype == "float16":
-            cause, remedy = f"{cause}, or float16 has too small a range", f"{remedy}, or --dtype bfloat16"
-        raise UserError(f"{source.path}: {broken[0]} has NaN or infinite values in {dtype}: {cause}; {remedy}")
-    return model, encoding
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's GPT-2
 
 
 def hugging_face_files(
-    source: ModelSource, dtype: str, context_length: int | None, *, name: str, repo: str | None, recipe: str
+    source: ModelSource, dtype: str, context_length: int | None, name: str, repo: str | None, recipe: str
 ) -> dict[str, Content]:
     """Return the files of a Hugging Face GPT-2 folder.
 
@@ -50,23 +68,165 @@ def hugging_face_files(
         name, repo, recipe: as in model_card.
 
     Raises:
-        UserError: as `load_finite`; also a model or a tokenizer that Hugging Face's GPT-2 does not support.
+        UserError: as loading.load; NaN or infinite weights; a model or a tokenizer that Hugging Face's GPT-2 does not
+            support.
     """
-    if problems := export_problems(source.config):
+    model, encoding = loading.load(source, "cpu", context_length)
+    if problems := export_problems(model):
         raise UserError(f"{source.path} cannot be exported: {'; '.join(problems)}")
-    model, encoding = load_finite(source, dtype, context_length)
-    config = model.config
-    exported = ModelSource(source.path, config, source.tokenizer, source.state)
-    settings = {
-        "config.json": hugging_face_config(config, encoding.eot_token, dtype),
-        "generation_config.json": generation_config(config, encoding.eot_token, encoding.n_vocab),
-    }
+    model = model.to(getattr(torch, dtype))
+    if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
+        remedy = "choose another checkpoint" + ", or --dtype bfloat16, which has a larger range" * (dtype == "float16")
+        raise UserError(f"{source.path}: {broken[0]} has NaN or infinite values in {dtype}: {remedy}")
+    config, eot_id, sampling = model.config, encoding.eot_token, SamplingConfig()
+    generation = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
+    # the defaults of infer.py; transformers' top_k is 50
+    generation |= {"do_sample": True, "temperature": sampling.effective_temperature, "top_k": sampling.top_k}
+    if config.vocab_size > encoding.n_vocab:  # ids that the tokenizer does not have
+        generation["suppress_tokens"] = list(range(encoding.n_vocab, config.vocab_size))
+    settings = {"config.json": hugging_face_config(config, eot_id, dtype), "generation_config.json": generation}
+    exported = dataclasses.replace(source, config=config)
     return {
-        WEIGHTS: to_hugging_face(model.state_dict(), config),
+        WEIGHTS: to_hugging_face(model),
         **{file: (json.dumps(content, indent=2) + "\n").encode() for file, content in settings.items()},
         **tokenizer_files(encoding, config.context_length),
         "README.md": model_card(exported, name=name, repo=repo, dtype=dtype, recipe=recipe).encode(),
     }
+
+
+def export_problems(model: GPT) -> list[str]:
+    """Return why Hugging Face's GPT-2 cannot compute a model, a sentence each; empty if it can."""
+    config, problems = model.config, []
+    logits = torch.zeros(1, config.vocab_size, device=model.lm_head.weight.device)
+    if config.position != "learned":
+        problems.append(f"position = {config.position}: Hugging Face's GPT-2 has learned positions only")
+    if config.head_bias:
+        problems.append("head_bias = true: Hugging Face's GPT-2 has no bias on its output head")
+    if model.adjust_logits(logits) is not logits:
+        problems.append("adjust_logits in model.py changes the logits, which Hugging Face's GPT-2 does not")
+    return problems
+
+
+def to_hugging_face(model: GPT) -> dict[str, Tensor]:
+    """Return the weights in GPT2LMHeadModel's names and layout; the reverse of loading.read_weights.
+
+    Returns:
+        contiguous tensors in their precision: Conv1D's matrices (in, out), (vocab_size, n_embd) tables without padding,
+        zeros for biases that the model does not have, a tied head only as the embedding.
+    """
+    weights, config = model.state_dict(), model.config
+    reference = GPT.on_meta_device(dataclasses.replace(config, bias=True, attn_bias=None)).state_dict()
+    converted = {}
+    for name, like in reference.items():
+        tensor = weights[name] if name in weights else torch.zeros(like.shape, dtype=weights[EMBEDDING].dtype)
+        if name in (EMBEDDING, HEAD):
+            tensor = tensor[: config.vocab_size]
+        converted[name] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous()
+    return converted
+
+
+def hugging_face_config(config: ModelConfig, eot_id: int, dtype: str) -> dict:
+    """Return config.json for transformers 4 and 5, vLLM and llama.cpp's converter (which reads n_ctx).
+
+    Args:
+        eot_id: the tokenizer's end-of-text.
+        dtype: of the exported weights: float32, bfloat16 or float16.
+    """
+    inner = round(config.mlp_ratio * config.n_embd)
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_ctx": config.context_length,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None if inner == 4 * config.n_embd else inner,
+        "activation_function": next(name for name, own in ACTIVATIONS.items() if own == config.activation),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "scale_attn_weights": True,
+        "use_cache": True,
+        "tie_word_embeddings": config.tie_weights,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "torch_dtype": dtype,  # transformers 4
+        "dtype": dtype,  # 5
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a Space
+
+
+def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes | Path]:
+    """Return {name in the folder: content, or the file to copy}; the weights only of a flatGPT checkpoint.
+
+    Args:
+        name: the model's name.
+        recipe: the settings it was trained with, as TOML; empty if unknown.
+
+    Raises:
+        UserError: gradio is not installed.
+    """
+    from huggingface_hub import SpaceCardData
+
+    try:
+        gradio = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "--space names the version of gradio to run with, that of the installed one, and gradio is not installed: "
+            "pip install -r requirements-extra.txt"
+        ) from None
+    metadata = SpaceCardData(  # its text is YAML
+        title=name,
+        emoji="📝",
+        colorFrom="blue",
+        colorTo="green",
+        sdk="gradio",
+        sdk_version=gradio,
+        python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+        app_file="app.py",
+        short_description=f"A language model of {source.config.num_params():,} parameters to try out",  # at most 60
+        tags=["gpt2", "text-generation", "flatgpt"],
+    )
+    body = card_body(source, name=name, use=USE, recipe=recipe)
+    packages = (REPO_ROOT / "requirements.txt").read_text(encoding="utf-8")
+    files: dict[str, bytes | Path] = {
+        "README.md": f"---\n{metadata}\n---\n\n{body}".encode(),
+        "requirements.txt": f"{CPU_ONLY}{packages}gradio=={gradio}\n".encode(),
+        ".gitignore": IGNORED,  # `hf upload` follows it too
+    }
+    if source.state:
+        run = source.path.parent.parent if source.path.parent.name == "ckpt" else source.path
+        files |= {WEIGHTS: source.path / WEIGHTS, STATE: state_file(public_state(source.state, name))}
+        files |= {LOG: run / LOG} if (run / LOG).is_file() else {}
+    for file in (*(REPO_ROOT / script for script in SPACE_FILES), *(REPO_ROOT / "flatgpt").rglob("*.py")):
+        files[file.relative_to(REPO_ROOT).as_posix()] = file
+    return files | {f"{VOCABULARY}/{key}": data for key, data in tokenizer.vocabulary_files(source.tokenizer).items()}
+
+
+def public_state(state: dict, name: str) -> dict:
+    """Return the parts of state.json that describe the weights and do not identify the user's machine.
+
+    Args:
+        name: replaces the run's folder.
+    """
+    known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
+    config = {key: value for key, value in state["config"].items() if key in known} | {"out_dir": name}
+    if first := state["config"].get("init_from"):
+        config["init_from"] = first if hub_name(first) else f".../{Path(first).name}"
+    data = {key: state["data"][key] for key in ("manifest_sha256", "end_of_text", "tokens") if key in state["data"]}
+    if "folder" in state["data"]:
+        data["folder"] = Path(state["data"]["folder"]).name
+    kept = {key: state[key] for key in PUBLIC if key in state}
+    return kept | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
 
 
 def file_sizes(files: dict[str, Content]) -> dict[str, int]:
@@ -80,14 +240,13 @@ def file_sizes(files: dict[str, Content]) -> dict[str, int]:
     return {name: size(content) for name, content in files.items()}
 
 
-def write_folder(out: Path, files: dict[str, Content], option: str = "out") -> Path:
+def write_folder(out: Path, files: dict[str, Content]) -> Path:
     """Write all files to a new folder, or nothing, and return the folder with links resolved.
 
     The folder gets its name once its files are flushed to the disk.
 
     Args:
         out: a new folder, an empty one, or a link to an empty one.
-        option: the name of the option that gave it.
 
     Raises:
         UserError: no permission or no disk space.
@@ -96,35 +255,23 @@ def write_folder(out: Path, files: dict[str, Content], option: str = "out") -> P
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # from a killed process
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{option} = {out}: cannot be written: {error.strerror}") from None
-        try:
-            _write(partial, files)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            needed, free = sum(file_sizes(files).values()), shutil.disk_usage(partial).free
-            raise UserError(
-                f"{out} could not be written: {reason}; {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are "
-                "free; nothing is kept"
-            ) from None
+        for name, content in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, dict):
+                save_file(content, partial / name, metadata={"format": "pt"})  # transformers requires this key
+            elif isinstance(content, Path):
+                shutil.copyfile(content, partial / name)
+            else:
+                (partial / name).write_bytes(content)
+        (partial / WEIGHTS).chmod((partial / "README.md").stat().st_mode)  # safetensors gives it to the owner alone
+        for name in files:
+            with open(partial / name, "rb") as file:
+                os.fsync(file.fileno())
         os.rename(partial, folder)  # replaces an empty folder
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        needed = sum(file_sizes(files).values()) / 1e6
+        raise UserError(f"{out} cannot be written: {reason}; {needed:,.1f} MB are needed; nothing is kept") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _write(folder: Path, files: dict[str, Content]) -> None:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        if isinstance(content, dict):
-            save_file(content, folder / name, metadata={"format": "pt"})  # transformers requires this key
-        elif isinstance(content, Path):
-            shutil.copyfile(content, folder / name)
-        else:
-            (folder / name).write_bytes(content)
-    (folder / WEIGHTS).chmod((folder / "README.md").stat().st_mode)  # safetensors gives its file to the owner alone
-    for name in files:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())

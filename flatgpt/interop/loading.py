@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from config import ModelConfig, UserError
 from flatgpt.data import tokenizer
-from flatgpt.interop.huggingface import crop_positions, hugging_face_weights
-from flatgpt.interop.nanogpt import nanogpt_weights
-from flatgpt.interop.pretrained import (
-    EXPECTED,
-    check_shape,
-    find_pretrained,
-    is_flatgpt,
-    is_nanogpt,
-    is_run_path,
-    pretrained_shape,
-    pretrained_tokenizer,
-)
+from flatgpt.interop import pretrained
+from flatgpt.interop.hub import INDEX, WEIGHTS, indexed_files
+from flatgpt.interop.pretrained import is_flatgpt, is_nanogpt
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import WEIGHTS, DamagedCheckpointError, verify
+from flatgpt.runtime.device import note
 from model import GPT
+
+# transformers' GPT-2 keeps these in Conv1D, (in, out), where nn.Linear has (out, in). The size of a square matrix would
+# not tell.
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in files of older versions of transformers and nanoGPT
+EMBEDDING, HEAD, POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,23 @@ class ModelSource:
         return f"{self.path}, iter {self.state['iter']:,}" if self.state else str(self.path)
 
 
-def find(model_path: str | None, log: Callable[[str], None]) -> ModelSource:
+def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSource:
     """Find the model that --model_path names; a checkpoint's files are verified. None: the newest run.
 
     Raises:
         UserError: nothing exists there, everything there is damaged, or the tokenizer is not known.
     """
-    if model_path is None or is_run_path(model_path):
-        if model_path is not None and not Path(model_path).exists():
-            raise UserError(f"model_path {model_path}: no such folder; {EXPECTED}")
-        folder, state = checkpoint.find(model_path, log)
-        known = {field.name for field in dataclasses.fields(ModelConfig)}
-        config = ModelConfig(**{key: value for key, value in state["config"].items() if key in known})
-        return ModelSource(folder, config, state["tokenizer"]["name"], state)
-    path = find_pretrained(model_path, "model_path")
-    name = pretrained_tokenizer(str(path))
+    if model_path is None or pretrained.is_run(model_path):
+        path, state = checkpoint.find(model_path, log)
+    else:
+        path, state = pretrained.find(model_path, "model_path"), {}
+    name = pretrained.read_tokenizer(str(path))
     if name is None:
         raise UserError(
             f"model_path = {model_path}: nothing there says which tokenizer the model was trained with "
             "(nanoGPT keeps the characters of its character models in a pickle, meta.pkl, which is not read)"
         )
-    return ModelSource(path, ModelConfig(**pretrained_shape(str(path))), name, {})
+    return ModelSource(path, pretrained.read_config(str(path)), name, state)
 
 
 def load(
@@ -103,39 +99,110 @@ def load(
         raise UserError(
             f"{source.path}: the model has {config.vocab_size:,} ids, tokenizer {encoding.name} {encoding.n_vocab:,}"
         )
-    if context_length:
-        if context_length > config.context_length:
-            raise UserError(
-                f"context_length = {context_length:,}: {source.path} was trained with {config.context_length:,}; "
-                "take at most that"
-            )
-        config = dataclasses.replace(config, context_length=context_length)
+    config = dataclasses.replace(config, context_length=context_length or config.context_length)
     model = model_class.on_meta_device(config)
-    try:
-        model.load_state_dict(_read_weights(source.path, config), assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source.path} does not fit its config: {str(error).splitlines()[-1].strip()}") from None
+    _load_weights(model, source.path, source.config, assign=True)
     return model.to(device).eval(), encoding
 
 
 def load_pretrained(model: GPT, path: str) -> None:
     """Copy the weights that init_from names into a model of their shape; its context_length may be smaller.
 
+    n_head and activation are in no tensor's size: with other ones the weights would load, and compute nonsense.
+
     Raises:
-        UserError: nothing usable there, damaged, or of another shape.
+        UserError: nothing usable there, damaged, or of another shape, of which every field is named.
     """
-    found = find_pretrained(path)
-    check_shape(model.config, path)
+    found, config = pretrained.find(path), pretrained.read_config(path)
+    wanted, actual = (
+        pretrained.shape(each) | {"attn_bias": each.bias if each.attn_bias is None else each.attn_bias}
+        for each in (model.config, config)
+    )
+    if keys := [key for key in wanted if key != "context_length" and wanted[key] != actual[key]]:
+        differing = ", ".join(f"{key} = {wanted[key]} (there {actual[key]})" for key in keys)
+        raise UserError(
+            f"init_from = {path} has a model of another shape than what is set: {differing}; "
+            "leave out these keys, on the command line and in the recipe"
+        )
     try:
         if is_flatgpt(found):
-            verify(found, (WEIGHTS,))
-        model.load_state_dict(_read_weights(found, model.config))
-    except (DamagedCheckpointError, SafetensorError) as error:
+            checkpoint.verify(found, (WEIGHTS,))
+    except checkpoint.DamagedCheckpointError as error:
         raise UserError(f"init_from = {path}: {error}") from None
+    _load_weights(model, found, config, assign=False)
 
 
-def _read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return a state dict for GPT(config)."""
+# ---------------------------------------------------------------------------------------------------------------------
+# weights
+
+
+def _load_weights(model: GPT, path: Path, trained: ModelConfig, assign: bool) -> None:
+    length = model.config.context_length
+    if length > trained.context_length and trained.position == "learned":
+        raise UserError(
+            f"context_length = {length:,}: {path} was trained with {trained.context_length:,}; take at most that"
+        )
+    try:
+        model.load_state_dict(read_weights(path, model.config), assign=assign)
+    except RuntimeError as error:  # names the tensors that are missing, unknown or of another size
+        raise UserError(f"{path} does not fit its config: {textwrap.shorten(str(error), 400)}") from None
+
+
+def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights at pretrained.find's answer as GPT(config)'s state dict; a longer position table is cropped.
+
+    Raises:
+        UserError: a damaged or missing file.
+    """
     if is_flatgpt(path):
-        return crop_positions(load_file(path / WEIGHTS), config.context_length)
-    return nanogpt_weights(path, config) if is_nanogpt(path) else hugging_face_weights(path, config)
+        weights = _load_file(path / WEIGHTS)
+    elif is_nanogpt(path):
+        weights = _convert(pretrained.read_nanogpt(path)["model"], config, path)
+    else:
+        files = [WEIGHTS] if (path / WEIGHTS).is_file() else indexed_files(path / INDEX, "copy it again")
+        tensors = {name: tensor for file in files for name, tensor in _load_file(path / file).items()}
+        weights = _convert(tensors, config, path)
+    if POSITIONS in weights:
+        weights[POSITIONS] = weights[POSITIONS][: config.context_length]
+    return weights
+
+
+def _load_file(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} is missing or damaged: {error}; copy it again (after a git clone: git lfs pull)"
+        ) from None
+
+
+def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """Return another project's weights as GPT(config)'s state dict, in float32.
+
+    Linear weights become (out, in), and vocabulary rows are padded with zeros to a multiple of 64. load_state_dict
+    reports tensors that are missing, unknown or of another size.
+
+    Raises:
+        UserError: a head is stored that differs from the embedding though the model is tied.
+    """
+    weights = {}
+    for name, tensor in tensors.items():
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.partition(".")[2]
+        # GPT2Model's names, as OpenAI's models on the hub have them, lack `transformer.`
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if name.endswith(MASKS):
+            continue
+        if name.endswith(CONV1D) and not is_nanogpt(path):
+            tensor = tensor.t()
+        elif name in (EMBEDDING, HEAD):
+            tensor = F.pad(tensor, (0, 0, 0, -config.vocab_size % 64))
+        # copied: a file that is mapped into memory may be rewritten while the model lives
+        weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    head = weights.pop(HEAD, None) if config.tie_weights else None
+    if head is not None and not torch.equal(head, weights.get(EMBEDDING, head)):
+        raise UserError(  # transformers (5.23) unties such a pair, whatever config.json says
+            f"{path}: {HEAD} is not {EMBEDDING}, though its settings tie them; in a Hugging Face folder set "
+            "tie_word_embeddings = false in config.json"
+        )
+    return weights

@@ -5,17 +5,17 @@ Nothing that identifies the user's machine is published: folders, absolute paths
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
 import re
 import shlex
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flatgpt.data.sources import DUMP, REPOSITORIES
 from flatgpt.interop.hub import hub_name
+from flatgpt.runs import history
 
 if TYPE_CHECKING:
     from flatgpt.interop.loading import ModelSource
@@ -23,6 +23,58 @@ if TYPE_CHECKING:
 # Settings of a run that are about the machine or the call, not about the model.
 LOCAL = ("config", "data_dir", "out_dir", "init_from", "resume", "device", "wandb", "wandb_project", "rank_timeout")
 ENGLISH = ("pydoc", "shakespeare", "wikitext103", "fineweb")
+
+CARD = """\
+# {name}
+
+A GPT-2 style language model with {parameters:,} parameters, {origin} flatGPT.
+
+## Model
+
+{model}
+
+## Use
+
+{use}
+
+## Training
+
+{training}
+
+## Limits
+
+It continues text in the style of its training data, including false and offensive statements; it was not trained to \
+follow or to refuse instructions. Its context is {context_length:,} tokens.
+
+No license is set: the publisher chooses one that is compatible with the data's.
+"""
+USE = """\
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "{model}")
+print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])
+```
+
+With flatGPT:
+
+```sh
+python infer.py --model_path {model} --prompt "Once upon a time"
+```"""
+TRAINING = """\
+{facts}
+
+Losses are in nats per token, in windows of {context_length:,} tokens that do not overlap. Absolute paths in the \
+command are reduced to their last name.
+"""
+RECIPE = """
+<details><summary>All settings, as a recipe (<code>python train.py --config FILE</code>)</summary>
+
+```toml
+{recipe}
+```
+
+</details>"""
 
 
 def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, recipe: str) -> str:
@@ -35,97 +87,69 @@ def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, 
         dtype: of the exported weights.
         recipe: the settings it was trained with, as TOML; empty if unknown.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
-    state, manifest = source.state, _manifest(source.state)
-    base, repository, language = _initial_model(state), _repository(manifest), _language(manifest)
-    results = _eval_results(source, repository)
+    state, losses, base = source.state, _evaluation(source), _initial_model(source.state)
+    dataset = _dataset(state)
+    repository = dataset.get("repository")
+    results = []
+    if losses and "folder" in state["data"]:
+        folder = Path(state["data"]["folder"]).name
+        where = {"dataset_name": folder, "dataset_type": repository or folder, "dataset_split": "val"}
+        for metric, value in {"loss": losses["val_loss"], "perplexity": losses["perplexity"]}.items():
+            figure = {"metric_type": metric, "metric_name": f"{metric} per token", "metric_value": round(value, 4)}
+            results.append(EvalResult(task_type="text-generation", **where, **figure))
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", *["flatgpt"] * bool(state)],
-        language=[language] if language else None,
-        datasets=[repository] if repository else None,
-        base_model=base.partition("@")[0] if base else None,
+        language=dataset.get("language"),
+        datasets=repository and [repository],
+        base_model=base and base.partition("@")[0],
         eval_results=results or None,
         model_name=" ".join(name.split()) if results else None,
     )
-    target = repo or "user/name"
-    python = (
-        "from transformers import pipeline\n\n"
-        f'write = pipeline("text-generation", "{target}")\n'
-        'print(write("Once upon a time", max_new_tokens=100)[0]["generated_text"])'
-    )
-    shell = f'python infer.py --model_path {target} --prompt "Once upon a time"'
-    note = "" if repo else f"{_code(target)} stands for this repository, or for the folder with this file.\n\n"
-    use = f"{note}{_fenced(python, 'python')}\n\nWith flatGPT:\n\n{_fenced(shell, 'sh')}"
+    use = USE.format(model=repo or "FOLDER")
     return f"---\n{metadata}\n---\n\n{card_body(source, name=name, use=use, dtype=dtype, recipe=recipe)}"
 
 
-def card_body(
-    source: ModelSource, *, name: str, use: str, dtype: str = "float32", recipe: str = "", as_trained: bool = False
-) -> str:
+def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32", recipe: str = "") -> str:
     """Return the Markdown text of a model card.
 
     Args:
         source, name, dtype, recipe: as in `model_card`.
         use: Markdown that says how to use the model.
-        as_trained: whether the weights are the checkpoint's, not converted to Hugging Face's GPT-2.
     """
-    state, config = source.state, source.config
-    origin = "trained with flatGPT" if state else "in the format of Hugging Face transformers, written by flatGPT"
-    rows = _model_rows(source, dtype, as_trained)
-    parts = [
-        f"# {_code(name)}",
-        f"A GPT-2 style language model with {config.num_params():,} parameters, {origin}.",
-        "## Model",
-        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
-        "## Use",
-        use,
-    ]
-    if state:
-        parts += ["## Data", _list(_data_lines(state)), "## Training", _list(_training_lines(source))]
-        if state.get("command"):
-            command = shlex.join(["python", *map(_without_folders, state["command"])])
-            parts += ["The command, absolute paths reduced to their last name:", _fenced(command, "sh")]
-        if recipe:
-            summary = "All settings, as a recipe (<code>python train.py --config FILE</code>)"
-            parts += [f"<details><summary>{summary}</summary>", _fenced(recipe.rstrip("\n"), "toml"), "</details>"]
-    unknown = "" if state else " Its training and its data are not known here."
-    parts += [
-        "## Limits",
-        "It continues text in the style of its training data, including false and offensive statements; it was not "
-        f"trained to follow or to refuse instructions. Its context is {config.context_length:,} tokens.{unknown}",
-        "No license is set: the publisher chooses one that is compatible with the data's.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    config, training = source.config, "Its training and its data are not known here."
+    if source.state:
+        facts = _list(_training_facts(source))
+        training = TRAINING.format(facts=facts, context_length=source.state["config"]["context_length"])
+        training += RECIPE.format(recipe=recipe.rstrip()) if recipe else ""
+    return CARD.format(
+        name=_code(name),
+        parameters=config.num_params(),
+        origin="trained with" if source.state else "written by",
+        model=_list({**vars(config), "tokenizer": source.tokenizer, "weights": dtype}),
+        use=use,
+        training=training.rstrip(),
+        context_length=config.context_length,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# facts
-
-
-def _manifest(state: dict) -> dict:
-    """Return meta.json of the training data if it is still the same, else {}."""
+def _dataset(state: dict) -> dict:
+    """Return meta.json of the training data, its repository on the hub and its language; {} if it is not the same."""
     try:
         content = (Path(state["data"]["folder"]) / "meta.json").read_bytes()
     except (OSError, KeyError):
         return {}
-    return json.loads(content) if hashlib.sha256(content).hexdigest() == state["data"]["manifest_sha256"] else {}
-
-
-def _repository(manifest: dict) -> str | None:
-    """Return the dataset's repository on the hub."""
-    source = manifest.get("source")
-    return REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
-
-
-def _language(manifest: dict) -> str | None:
-    """Return the language code of a source with a single language."""
-    if manifest.get("source") == "wikipedia":
-        code = manifest.get("dump", DUMP).partition(".")[2]
-        return code if re.fullmatch("[a-z]{2,3}", code) else None  # 20231101.simple has no code
-    return "en" if manifest.get("source") in ENGLISH else None
+    if hashlib.sha256(content).hexdigest() != state["data"]["manifest_sha256"]:
+        return {}
+    manifest = json.loads(content)
+    source, language = manifest["source"], manifest.get("dump", DUMP).partition(".")[2]
+    if source not in (*ENGLISH, "wikipedia") or not re.fullmatch("[a-z]{2,3}", language):
+        language = None  # 20231101.simple has no language code
+    repository = REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
+    return {**manifest, "language": language, "repository": repository}
 
 
 def _initial_model(state: dict) -> str | None:
@@ -134,148 +158,53 @@ def _initial_model(state: dict) -> str | None:
     return name and hub_name(name)
 
 
-def _evaluation(source: ModelSource) -> dict:
-    """Return the row of metrics.csv with this checkpoint's evaluation, {} without one.
+def _evaluation(source: ModelSource) -> dict[str, float]:
+    """Return the losses in this checkpoint's row of metrics.csv; {} if it was not evaluated.
 
     The val_loss in state.json is from an earlier evaluation: a checkpoint is saved before it is evaluated.
     """
-    file = source.path.parent.parent / "metrics.csv"
-    if not source.state or source.path.parent.name != "ckpt" or not file.is_file():
-        return {}
-    with open(file, encoding="utf-8", errors="replace", newline="") as rows:
-        iteration = str(source.state["iter"])
-        found = [row for row in csv.DictReader(rows) if row["iter"] == iteration and row["val_loss"]]
-    return found[-1] if found else {}
+    if source.state:
+        log = history.read(source.path.parent.parent)
+        for i, val_loss, train_loss in zip(log["iter"], log["val_loss"], log["train_loss"], strict=True):
+            if i == source.state["iter"] and val_loss < 700:  # neither NaN nor beyond exp's range
+                return {"val_loss": val_loss, "perplexity": math.exp(val_loss), "train_loss": train_loss}
+    return {}
 
 
-def _eval_results(source: ModelSource, repository: str | None) -> list:
-    """Return the validation loss and perplexity of this checkpoint for the hub's model-index."""
-    from huggingface_hub import EvalResult
-
-    row, data = _evaluation(source), source.state.get("data", {})
-    if not row or "folder" not in data or not math.isfinite(loss := float(row["val_loss"])):
-        return []
-    name = Path(data["folder"]).name
-    metrics = {"loss": ("loss, nats per token", loss), "perplexity": ("perplexity per token", _perplexity(loss))}
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_name=name,
-            dataset_type=repository or name,
-            dataset_split="val",
-            metric_type=kind,
-            metric_name=label,
-            metric_value=round(value, 4),
-        )
-        for kind, (label, value) in metrics.items()
-    ]
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700))
-
-
-def _model_rows(source: ModelSource, dtype: str, as_trained: bool) -> dict[str, str]:
-    """Return the rows of the table about the model."""
-    config = source.config
-    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
-    biases = {
-        (True, True): "everywhere",
-        (False, False): "none" + " (stored as zeros)" * (not as_trained),
-        (True, False): "not in attention" + " (stored as zeros there)" * (not as_trained),
-        (False, True): "in attention only" + " (zeros elsewhere)" * (not as_trained),
-    }
-    trained = source.state.get("config", {}).get("context_length", config.context_length)
-    cropped = f" (of {trained:,} in training)" if trained != config.context_length else ""
-    positions = {"learned": "learned positions", "rope": "rotary positions (RoPE)"}[config.position]
-    head = "a separate matrix" + ", with a bias" * config.head_bias
-    tokenizer = f"{source.tokenizer} (tiktoken), vocab_size {config.vocab_size:,}"
+def _training_facts(source: ModelSource) -> dict[str, object]:
+    state, config, dataset = source.state, source.state["config"], _dataset(source.state)
+    data, losses = state["data"], _evaluation(source)
+    words = [re.sub(r"^(--\w+=)?[/~].*?([^/]*)$", r"\1.../\2", word) for word in state.get("command", [])]
     return {
-        "layers": f"{config.n_layer:,}",
-        "attention heads": f"{config.n_head:,}",
-        "embedding size": f"{config.n_embd:,}",
-        "MLP hidden size": f"{round(config.mlp_ratio * config.n_embd):,}",
-        "activation": config.activation,
-        "biases": biases[config.bias, attn_bias],
-        "output head": "tied to the token embedding" if config.tie_weights else head,
-        "context": f"{config.context_length:,} tokens{cropped}, {positions}",
-        "tokenizer": "UTF-8 bytes and end-of-text" if source.tokenizer == "byte" else tokenizer,
-        "weights": dtype,
+        "dataset": Path(data["folder"]).name if "folder" in data else None,
+        **{key: dataset.get(key) for key in ("source", "repository", "revision", "dump", "sample_size")},
+        **{f"tokens, {split}": f"{count:,}" for split, count in data.get("tokens", {}).items()},
+        "end-of-text after each document": data["end_of_text"],
+        "SHA-256 of its manifest": data.get("manifest_sha256"),
+        "started from the weights of": config.get("init_from") and (_initial_model(state) or "another model"),
+        "updates": f"{state['iter']:,}",
+        **{key: state.get(key) for key in ("tokens", "epoch")},
+        **{key: f"{value:,.4f}" for key, value in losses.items()},
+        "eval_batches": config.get("eval_batches") or None,
+        "device": state.get("cpu") if state.get("device") == "cpu" else state.get("device"),
+        **{key: state.get(key) for key in ("ranks", "python", "torch", "git_commit", "git_dirty")},
+        "command": shlex.join(["python", *words]) if words else None,
     }
-
-
-def _data_lines(state: dict) -> list[str | None]:
-    data, manifest = state["data"], _manifest(state)
-    repository = _repository(manifest)
-    name = f"dataset {_code(Path(data['folder']).name)}" if "folder" in data else None
-    if manifest:
-        name += f": source {_code(manifest['source'])}, revision {_code(manifest['revision'])}"
-    tokens = ", ".join(f"{split} {count:,}" for split, count in data.get("tokens", {}).items())
-    return [
-        name,
-        f"repository {_code(repository)} on the Hugging Face hub" if repository else None,
-        *(f"{key} = {_code(str(manifest[key]))}" for key in ("dump", "sample_size") if key in manifest),
-        f"tokens: {tokens}" if tokens else None,
-        f"end-of-text after each document: {'yes' if data['end_of_text'] else 'no'}",
-        f"SHA-256 of its manifest: {data['manifest_sha256']}" if "manifest_sha256" in data else None,
-    ]
-
-
-def _training_lines(source: ModelSource) -> list[str | None]:
-    state, config, row = source.state, source.state["config"], _evaluation(source)
-    size = f", {state['tokens']:,} tokens, {state['epoch']:.2f} epochs" if "epoch" in state else ""
-    lines = [f"{state['iter']:,} updates{size}"]
-    if config.get("init_from"):
-        base = _initial_model(state)
-        lines += [f"started from the weights of {_code(base) if base else 'another model'}"]
-    if row:
-        loss, batches = float(row["val_loss"]), config.get("eval_batches")
-        part = f"the first {batches:,} batches of {config['batch_size']:,} windows" if batches else "all"
-        lines += [
-            f"validation loss {loss:.4f} nats per token, perplexity {_perplexity(loss):,.2f}: the mean over {part} of "
-            f"the val split, in windows of {config['context_length']:,} tokens that do not overlap, computed in "
-            f"{config['dtype']} like the training"
-        ]
-        if row["train_loss"]:
-            lines += [f"training loss of the last update {float(row['train_loss']):.4f} nats per token"]
-    elif state.get("val_loss") is not None:
-        lines += [f"validation loss {state['val_loss']:.4f} nats per token, at an evaluation before this checkpoint"]
-    ranks = state.get("ranks", 1)
-    device = state.get("cpu") if state.get("device") == "cpu" else state.get("device")
-    versions = [f"{key} {state[key]}" for key in ("python", "torch") if state.get(key)]
-    if state.get("git_commit"):
-        versions += [f"flatGPT {state['git_commit']}" + ", with local changes" * bool(state.get("git_dirty"))]
-    return [*lines, f"on {f'{ranks} x ' * (ranks > 1)}{device}" if device else None, ", ".join(versions)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Markdown
 
 
-def _without_folders(word: str) -> str:
-    """Reduce an absolute path in a word of the command line: --input=/home/me/a.txt becomes --input=.../a.txt."""
-    key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    windows = PureWindowsPath(value)  # knows both slashes
-    if PurePosixPath(value).is_absolute() or windows.is_absolute() or value.startswith("~"):
-        value = f".../{windows.name}"
-    return key + equals + value
-
-
-def _backticks(text: str, least: int) -> str:
-    """Return more backticks than any run of them in the text."""
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+def _list(facts: dict[str, object]) -> str:
+    """Return a list of the facts that are known."""
+    return "\n".join(f"- {key}: {_code(str(value))}" for key, value in facts.items() if value is not None)
 
 
 def _code(text: str) -> str:
-    text = " ".join(text.split())
-    ticks, space = _backticks(text, 1), " " * ("`" in text)
+    """Return a code span, in more backticks than any run of them in the text."""
+    text, ticks = " ".join(text.split()), "`"
+    while ticks in text:
+        ticks += "`"
+    space = " " * (ticks != "`")
     return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def _fenced(text: str, language: str) -> str:
-    ticks = _backticks(text, 3)
-    return f"{ticks}{language}\n{text}\n{ticks}"
-
-
-def _list(lines: list[str | None]) -> str:
-    return "\n".join(f"- {line}" for line in lines if line)

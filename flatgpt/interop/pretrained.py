@@ -1,8 +1,8 @@
-"""Find pretrained weights by name and read their model's shape and tokenizer, without loading the weights.
+"""Find pretrained weights by name, and read their model's config and tokenizer, without loading the weights.
 
 Three formats: a checkpoint of flatGPT (state.json, model.safetensors), Hugging Face's GPT-2 (config.json,
 model.safetensors or its index), also on the hub, and nanoGPT's ckpt.pt. The command line calls this before torch is
-loaded: torch and huggingface_hub are imported only for nanoGPT's file and for a name on the hub.
+loaded: torch, tiktoken and huggingface_hub are imported only for the names that need them.
 """
 
 from __future__ import annotations
@@ -24,39 +24,41 @@ EXPECTED = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
     "kind (config.json and model.safetensors), a name on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
-# The other fields of ModelConfig (dropout, attention, activation_checkpointing) do not change what a model computes.
 COUNTS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
-SHAPE = (*COUNTS, "bias", "attn_bias", "head_bias", "tie_weights", "mlp_ratio", "activation", "position")
+NOT_SHAPE = ("dropout", "attention", "activation_checkpointing")  # do not change what a model computes
 # transformers' name (ACT2FN in activations.py) -> model.py's; export writes the first one that fits
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-# Settings of transformers that change the result, with their default, the only value that model.py computes.
-REQUIRED_SETTINGS = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "layer_norm_epsilon": 1e-5,
+# Settings of transformers that change the result -> the values that model.py computes, the default first.
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": tuple(ACTIVATIONS),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "layer_norm_epsilon": (1e-5,),
 }
 
+# ---------------------------------------------------------------------------------------------------------------------
+# finding
 
-def is_run_path(path: str) -> bool:
-    """Whether a name means a run of flatGPT or one of its checkpoints, or nothing that exists."""
-    if not Path(path).exists():
-        return hub_name(path) is None
+
+def is_run(path: str) -> bool:
+    """Whether a run of flatGPT or one of its checkpoints has this name."""
     folder = Path(path).parent if Path(path).name == WEIGHTS else Path(path)
     return (folder / "ckpt").is_dir() or is_flatgpt(folder)
 
 
 def is_flatgpt(path: Path) -> bool:
-    """Whether find_pretrained's answer is a checkpoint of flatGPT."""
+    """Whether find's answer is a checkpoint of flatGPT."""
     return (path / STATE).exists()
 
 
 def is_nanogpt(path: Path) -> bool:
-    """Whether find_pretrained's answer is nanoGPT's file; otherwise, if it is not flatGPT's, Hugging Face's folder."""
+    """Whether find's answer is nanoGPT's file; if it is not flatGPT's either, it is Hugging Face's folder."""
     return path.suffix == ".pt" and path.is_file()
 
 
-def find_pretrained(path: str, key: str = "init_from") -> Path:
+def find(path: str, key: str = "init_from") -> Path:
     """Return the folder of the weights, or nanoGPT's file. A run means its ckpt/best, else its ckpt/last.
 
     A model on the hub is downloaded first.
@@ -68,33 +70,28 @@ def find_pretrained(path: str, key: str = "init_from") -> Path:
         UserError: nothing exists there, a file is missing, or the weights are a pickle.
     """
     given = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
-    for file in (given, given / NANOGPT):
-        if is_nanogpt(file) and not any((given / name).exists() for name in (STATE, CONFIG)):
-            return file
-    folder = given.parent if given.is_file() and given.name in (WEIGHTS, INDEX, *PICKLES) else given
-    if not folder.exists():
-        raise UserError(f"{key} = {path}: no such folder; {EXPECTED}")
-    if (folder / "ckpt").is_dir():
-        links = [folder / "ckpt" / name for name in ("best", "last") if (folder / "ckpt" / name).exists()]
-        if not links:
-            raise UserError(f"{key} = {path}: this run has no checkpoint yet, neither ckpt/best nor ckpt/last")
-        folder = folder / "ckpt" / links[0].resolve().name  # not the link, which a run in training changes
-    described = [name for name in (STATE, CONFIG) if (folder / name).is_file()]
-    weights = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
-    if given.name in PICKLES or (not weights and any((folder / name).is_file() for name in PICKLES)):
+    if is_nanogpt(given):
+        return given
+    folder = given.parent if given.is_file() else given
+    checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
+    if checkpoints:
+        folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which a run in training changes
+    there = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
+    described = there & {STATE, CONFIG}
+    if described and there & {WEIGHTS, INDEX} and given.name not in PICKLES:
+        return folder
+    if NANOGPT in there and not described:
+        return folder / NANOGPT
+    if there & {*PICKLES}:
         raise UserError(
             f"{key} = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
             f"model.safetensors of the same model, or, if you trust it, write one with transformers: "
             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
-    problem = None
-    if not described:
-        problem = f"{weights[0]} alone does not say its model's shape" if weights else "no weights are there"
-    elif not weights or (STATE in described and WEIGHTS not in weights):
-        problem = f"{described[0]} is there, {WEIGHTS} is missing"
-    if problem:
-        raise UserError(f"{key} = {path}: {problem}; {EXPECTED}")
-    return folder
+    problem = "no weights are there" if folder.exists() else "no such folder"
+    if there:
+        problem = f"only {' and '.join(sorted(there))} is there"
+    raise UserError(f"{key} = {path}: {problem}; {EXPECTED}")
 
 
 @functools.cache
@@ -104,134 +101,118 @@ def fetch_once(repo: str) -> Path:
     return fetch_model(repo, lambda line: print(line, file=sys.stderr) if first else None)
 
 
-def pretrained_shape(path: str) -> dict[str, object]:
-    """Return the fields of ModelConfig that SHAPE names, as the model at `path` has them.
+# ---------------------------------------------------------------------------------------------------------------------
+# config and tokenizer
+
+
+def read_config(path: str) -> ModelConfig:
+    """Return the config of the model that `path` names.
 
     Raises:
-        UserError: as find_pretrained; a damaged file, or a model that model.py does not compute.
+        UserError: as find; a damaged file, or a model that model.py does not compute.
     """
-    found = find_pretrained(path)
+    found = find(path)
+    renamed, inner = {}, None  # name of a count in the file, where it is another one; width of the MLP
     if is_nanogpt(found):
-        from flatgpt.interop.nanogpt import nanogpt_shape
-
-        shape = nanogpt_shape(found)
+        file, settings = found, read_nanogpt(found)["model_args"]
+        renamed = {"context_length": "block_size"}
+        # The first versions had no setting `bias`. torch's nn.GELU() is the exact one.
+        other = {"bias": settings.get("bias", True), "activation": "gelu"}
     elif is_flatgpt(found):
-        saved = dataclasses.asdict(ModelConfig()) | _read_state(found)["config"]
-        shape = {key: check_count(found / STATE, key, saved[key]) if key in COUNTS else saved[key] for key in SHAPE}
+        file, settings = found / STATE, _read_json(found / STATE).get("config", {})
+        other = {f.name: settings[f.name] for f in dataclasses.fields(ModelConfig) if f.name in settings}
     else:
-        shape = _hugging_face_shape(found / CONFIG)
-    if problems := ModelConfig(**shape).problems():
-        raise UserError(f"{path} is damaged: {problems[0]}")
-    return shape
+        file, settings = found / CONFIG, _read_json(found / CONFIG)
+        for key, values in SUPPORTED.items():
+            if settings.get(key, values[0]) not in values:
+                supported = " or ".join(map(str, values))
+                raise UserError(f"{file}: {key} = {settings[key]}: model.py computes {supported} only")
+        renamed = {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
+        other = {"tie_weights": settings.get("tie_word_embeddings", True)}
+        other |= {"activation": ACTIVATIONS[settings.get("activation_function", "gelu_new")]}
+        inner = settings.get("n_inner")
+    counts = {key: _count(file, renamed.get(key, key), settings, key) for key in COUNTS}
+    if inner is not None:
+        other["mlp_ratio"] = _count(file, "n_inner", settings, "n_embd") / counts["n_embd"]
+    config = ModelConfig(**other | counts)
+    if problems := config.problems():
+        raise UserError(f"{file} is damaged: {problems[0]}")
+    return config
+
+
+def shape(config: ModelConfig) -> dict[str, object]:
+    """Return the fields of ModelConfig that belong to the weights."""
+    return {key: value for key, value in dataclasses.asdict(config.model()).items() if key not in NOT_SHAPE}
 
 
 def initial_shape(config: TrainConfig) -> dict[str, object]:
     """Return the shape of init_from's model, or of the run that is resumed; {} without init_from.
 
     Raises:
-        UserError: as pretrained_shape, but not for a run that is resumed, which no longer needs those weights.
+        UserError: as read_config, but not for a run that is resumed, which no longer needs those weights.
     """
     if not config.init_from:
         return {}
     if not config.resume:
-        return pretrained_shape(config.init_from)
+        return shape(read_config(config.init_from))
     resumed = str(run_dir(config)) if config.resume in ("latest", "auto") else config.resume
     for path in (resumed, config.init_from):  # there may be no checkpoint to resume yet
         with contextlib.suppress(UserError):
-            return pretrained_shape(path)
+            return shape(read_config(path))
     return {}
 
 
-def check_shape(config: ModelConfig, path: str) -> None:
-    """Refuse a config whose shape is not that of the weights at `path`; context_length may differ.
-
-    n_head and activation are in no tensor's size: with other ones the weights would load, and compute nonsense.
-
-    Raises:
-        UserError: names every field that differs.
-    """
-    wanted, actual = dataclasses.asdict(config), pretrained_shape(path)
-    for shape in (wanted, actual):
-        if shape["attn_bias"] is None:
-            shape["attn_bias"] = shape["bias"]
-    keys = [key for key in SHAPE if key != "context_length" and wanted[key] != actual[key]]
-    if keys:
-        differing = ", ".join(f"{key} = {wanted[key]} (there {actual[key]})" for key in keys)
-        raise UserError(
-            f"init_from = {path} has a model of another shape than what is set: {differing}; "
-            "leave out these keys, on the command line and in the recipe"
-        )
-
-
-def pretrained_tokenizer(path: str) -> str | None:
+def read_tokenizer(path: str) -> str | None:
     """Return the name of the tokenizer that a model was trained with, None if nothing says it.
 
     A vocabulary of GPT-2's size, nanoGPT's 50,304 too, is taken for GPT-2's.
 
     Raises:
-        UserError: as find_pretrained; a Hugging Face folder with a vocabulary that flatGPT does not have.
+        UserError: as find; a Hugging Face folder with a vocabulary that flatGPT does not have.
     """
-    found = find_pretrained(path)
+    found, name = find(path), None
     if is_flatgpt(found):
-        return _read_state(found)["tokenizer"]["name"]
+        return _read_json(found / STATE).get("tokenizer", {}).get("name")
     if not is_nanogpt(found):
         from flatgpt.interop.tokenizer_files import identify_encoding
 
-        if name := identify_encoding(found):
-            return name
-    return "gpt2" if pretrained_shape(str(found))["vocab_size"] in (50257, 50304) else None
+        name = identify_encoding(found)
+    return name or ("gpt2" if read_config(path).vocab_size in (50257, 50304) else None)
 
 
-def check_count(file: Path, key: str, value: object, field: str | None = None) -> int:
-    """Return a file's value of `key`, checked against the limits of ModelConfig's `field` (by default `key`)."""
-    limits = ModelConfig.__dataclass_fields__[field or key].metadata
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def read_nanogpt(file: Path) -> dict:
+    """Load nanoGPT's checkpoint, which may hold tensors and plain types only. What is not used is not read."""
+    import torch
+
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a damaged pickle raises whatever its first wrong instruction leads to
+        raise UserError(
+            f"{file} is refused: it is damaged, or no zip file of torch.save, or holds more than tensors and plain "
+            "types, and reading that could run anybody's code"
+        ) from None
+    match saved:
+        case {"model": dict(), "model_args": dict()}:
+            return saved
+    raise UserError(f"{file} is not a checkpoint of nanoGPT: model (tensors by name) and model_args are expected in it")
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}; copy it again") from None
+
+
+def _count(file: Path, key: str, settings: dict, field: str) -> int:
+    """Return the value of `key` in a file's settings, checked against the limits of ModelConfig's field."""
+    value, limits = settings.get(key), ModelConfig.__dataclass_fields__[field].metadata
     low, high = limits["low"], limits.get("high", sys.maxsize)
     if type(value) is not int or not low <= value <= high:
         most = f" and at most {high:,}" if "high" in limits else ""
         raise UserError(f"{file}: {key} = {value!r}: a whole number of at least {low}{most} is expected")
     return value
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("an object of keys is expected")
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; copy it again") from None
-    return content
-
-
-def _read_state(folder: Path) -> dict:
-    """Return state.json of a checkpoint, which has at least a config and a tokenizer."""
-    match state := _read_json(folder / STATE):
-        case {"config": dict(), "tokenizer": {"name": str()}}:
-            return state
-    raise UserError(f"{folder / STATE} is not a flatGPT checkpoint's: it has no config or no tokenizer")
-
-
-def _hugging_face_shape(file: Path) -> dict[str, object]:
-    """Return the shape that a Hugging Face config.json describes."""
-    settings = _read_json(file)
-    if settings.get("model_type") != "gpt2":
-        raise UserError(f"{file}: model_type = {settings.get('model_type')}: only gpt2 is supported")
-    for key, value in REQUIRED_SETTINGS.items():
-        if settings.get(key, value) != value:
-            raise UserError(
-                f"{file}: {key} = {settings[key]} changes the model's result; flatGPT computes {value} only"
-            )
-    activation = settings.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{file}: activation_function = {activation}: one of {', '.join(ACTIVATIONS)} is expected")
-    counts = {key: check_count(file, key, settings.get(key)) for key in COUNTS if key != "context_length"}
-    positions, inner = "n_positions" if "n_positions" in settings else "n_ctx", settings.get("n_inner")
-    return counts | {
-        "context_length": check_count(file, positions, settings.get(positions), "context_length"),
-        "bias": True,
-        "attn_bias": None,
-        "head_bias": False,
-        "tie_weights": settings.get("tie_word_embeddings", True),
-        "mlp_ratio": 4.0 if inner is None else check_count(file, "n_inner", inner, "n_embd") / counts["n_embd"],
-        "activation": ACTIVATIONS[activation],
-        "position": "learned",
-    }

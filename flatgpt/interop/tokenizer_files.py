@@ -11,12 +11,9 @@ exactly one pair makes each token, and the pairs are listed in the order of the 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import tiktoken
 
@@ -32,8 +29,7 @@ BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for
 # n_vocab, so that only an encoding of the right size is loaded; r50k_base's vocabulary is that of gpt2
 SIZES = {"byte": 257, "gpt2": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284}
 UNSUPPORTED = ("vocab.txt", "spiece.model", "tokenizer.model")  # BERT's and SentencePiece's, also in folders of GPT-2
-MAX_BYTES = 32 << 20  # of a file that is read: transformers writes 3.6 MB for GPT-2
-VERSION = "#version: 0.2"  # first line of merges.txt
+VERSION = "#version"  # begins the first line of merges.txt
 
 
 def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[str, bytes]:
@@ -88,52 +84,55 @@ def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[st
         "add_prefix_space": False,
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,  # otherwise transformers 4 decodes "a ." as "a."
-        "errors": "replace",
         "added_tokens_decoder": special,
     }
     return {
         "tokenizer.json": _json(backend),
         "vocab.json": _json(vocab),
-        "merges.txt": "\n".join([VERSION, *merges, ""]).encode(),
+        "merges.txt": "\n".join([f"{VERSION}: 0.2", *merges, ""]).encode(),
         "tokenizer_config.json": _json(settings),
-        "special_tokens_map.json": _json(ends),
     }
 
 
 def identify_encoding(folder: Path) -> str | None:
     """Return the name of the encoding whose vocabulary a Hugging Face folder has, None if it has no vocabulary.
 
-    Ids and merges are compared: of tokenizer.json, and of vocab.json with merges.txt, whichever exist. Tokens may be
-    added after the encoding's own ids ([PAD] at 50257). How the folder's tokenizer treats a text before it merges (a
+    Ids and merges of tokenizer.json are compared; where there is none, those of vocab.json with merges.txt. Tokens may
+    be added after the encoding's own ids ([PAD] at 50257). How the folder's tokenizer treats a text before it merges (a
     prefix space, a normaliser) changes no id's meaning and is not compared. r50k_base is called gpt2: their
     vocabularies are equal. An encoding is loaded only if the number of ids fits.
 
     Raises:
-        UserError: an unknown vocabulary, half of one, two that differ, a damaged file; as tokenizer.load.
+        UserError: an unknown vocabulary, a missing or damaged file; as tokenizer.load.
     """
-    fast, vocab, merges, added = (
-        folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+    names = ("tokenizer.json", "vocab.json", "merges.txt", *UNSUPPORTED)
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        return None
+    try:
+        if file.name == "tokenizer.json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+            added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+        else:
+            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            more = folder / "added_tokens.json"
+            added = json.loads(more.read_text(encoding="utf-8")) if more.is_file() else {}
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [line for line in lines if not line.startswith(VERSION)]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        tokens = {token: int(n) for token, n in (vocab | added).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged, or no byte-pair vocabulary: {type(error).__name__} {error}") from None
+    for name, size in SIZES.items():
+        ids = {token: n for token, n in tokens.items() if n < size}
+        fits = len(ids) == size and not any(tokens[token] >= size for token in vocab)
+        if fits and ids == _vocab(load(name)) and merges == _merges(load(name)):
+            return name
+    raise UserError(
+        f"{file} holds a vocabulary that flatGPT does not have, so its ids would mean other text; "
+        f"take a model with the vocabulary of {', '.join(SIZES)}"
     )
-    names = {}
-    if fast.is_file():
-        names[fast.name] = _match(fast, *_read(fast, _parse_fast))
-    if vocab.is_file() and merges.is_file():
-        more = _read(added, _parse_ids) if added.is_file() else {}
-        lines = _read(merges, str.splitlines)
-        lines = [line for line in lines if not line.startswith("#version")]
-        names[vocab.name] = _match(vocab, _read(vocab, _parse_ids), more, lines)
-    if len(set(names.values())) > 1:
-        found = ", ".join(f"{file} is {name}'s" for file, name in names.items())
-        raise UserError(f"{folder}: its tokenizer files disagree, {found}; copy the folder again")
-    if names:
-        return next(iter(names.values()))
-    for file, other in ((vocab, merges), (merges, vocab)):
-        if file.is_file():
-            raise UserError(f"{other} is missing, without which {file.name} is half a vocabulary; copy it too")
-    for name in UNSUPPORTED:
-        if (folder / name).is_file():
-            raise _unknown_vocabulary(folder / name)
-    return None
 
 
 def _vocab(encoding: tiktoken.Encoding) -> dict[str, int]:
@@ -151,10 +150,7 @@ def _merges(encoding: tiktoken.Encoding) -> list[str]:
     for token in sorted(ranks, key=ranks.get):
         parts = [token[n : n + 1] for n in range(len(token))]
         while len(parts) > 2:
-            joined = [ranks.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
-            lowest = min(joined)
-            assert lowest < math.inf, (encoding.name, token, parts)  # no text would give this token
-            k = joined.index(lowest)
+            k = min(range(len(parts) - 1), key=lambda k: ranks.get(parts[k] + parts[k + 1], math.inf))
             parts[k : k + 2] = [parts[k] + parts[k + 1]]
         if len(parts) == 2:
             merges.append(" ".join(map(_printable, parts)))
@@ -167,57 +163,3 @@ def _printable(token: bytes) -> str:
 
 def _json(content: dict) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
-
-
-def _match(file: Path, vocab: dict[str, int], added: dict[str, int], merges: list[str]) -> str:
-    """Return the encoding with these ids and merges; added tokens beyond its ids are ignored."""
-    tokens = vocab | added
-    for name, size in SIZES.items():
-        ids = {token: n for token, n in tokens.items() if n < size}
-        if len(ids) == size and max(vocab.values(), default=-1) < size:
-            encoding = load(name)
-            only_added = ids.keys() - vocab.keys()  # not in printable characters: Ġ is not a space in them
-            if ids == _vocab(encoding) and only_added <= encoding.special_tokens_set and merges == _merges(encoding):
-                return name
-    raise _unknown_vocabulary(file)
-
-
-def _unknown_vocabulary(file: Path) -> UserError:
-    return UserError(
-        f"{file} holds a vocabulary that flatGPT does not have, so its ids would mean other text; "
-        f"take a model with the vocabulary of {', '.join(SIZES)}"
-    )
-
-
-def _read(file: Path, parse: Callable) -> Any:
-    """Return parse(text of the file)."""
-    if file.stat().st_size > MAX_BYTES:
-        raise _unknown_vocabulary(file)
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {type(error).__name__} {error}; copy it again") from None
-    if content is None:
-        raise _unknown_vocabulary(file)
-    return content
-
-
-def _parse_fast(text: str) -> tuple[dict[str, int], dict[str, int], list[str]] | None:
-    """Return vocabulary, added tokens and merges of a tokenizer.json, None if it is not byte-pair encoding."""
-    content = json.loads(text)
-    model = content["model"]
-    if model.get("type", "BPE") != "BPE":
-        return None
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return _check_ids(model["vocab"]), _check_ids(added), merges
-
-
-def _parse_ids(text: str) -> dict[str, int]:
-    return _check_ids(json.loads(text))
-
-
-def _check_ids(ids: object) -> dict[str, int]:
-    if not isinstance(ids, dict) or not all(type(n) is int for n in ids.values()):
-        raise ValueError("whole numbers by token are expected")
-    return ids

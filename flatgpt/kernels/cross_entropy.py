@@ -45,7 +45,7 @@ def fused_loss(
         vocab_size: V without the padding.
         adjust_logits: differentiable function of logits (n, vocab_size), which it does not change in place. If it
             returns its argument, it costs nothing.
-        softmax_gradient: computes losses and gradients of logits; by default _gradient_in_place.
+        softmax_gradient: computes losses and gradients of logits; by default gradient_in_place.
     """
     probe = x.new_zeros(1, vocab_size)
     adjusted = adjust_logits(probe)
@@ -53,12 +53,12 @@ def fused_loss(
         logits = F.linear(x, weight, bias)[:, :vocab_size]
         return F.cross_entropy(adjust_logits(logits).float(), targets, ignore_index=-1)
     adjust = None if adjusted is probe else adjust_logits
-    return _FusedLoss.apply(x, weight, bias, targets, vocab_size, adjust, softmax_gradient or _gradient_in_place)
+    return _FusedLoss.apply(x, weight, bias, targets, vocab_size, adjust, softmax_gradient or gradient_in_place)
 
 
 def fused_loss_outside_graph(device: torch.device) -> Callable:
     """fused_loss for a forward that is compiled: left out of its graph, on CUDA with a compiled softmax."""
-    kernel = torch.compile(_gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
+    kernel = torch.compile(gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
     return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
 
 
@@ -104,7 +104,7 @@ class _FusedLoss(torch.autograd.Function):
         return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
 
-def _gradient_in_place(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def gradient_in_place(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """Losses (n, 1) of the target ids (n, 1), and the gradient of the logits (n, V padded), which it overwrites."""
     n, padded = logits.shape
     rows = min(n, max(1, SOFTMAX_BYTES[logits.device.type] // (4 * padded)))
@@ -126,7 +126,7 @@ def _gradient_in_place(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Ten
     return losses, logits
 
 
-def _gradient_in_one_kernel(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
+def gradient_in_one_kernel(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """The same, but not in place, in operators that torch.compile fuses."""
     column = torch.arange(logits.size(1), device=logits.device)
     log_p = F.log_softmax(torch.where(column < V, logits.float(), -torch.inf), -1)

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "support")]
 import test_golden as golden  # noqa: E402
-from scripts import Scripts  # noqa: E402
+from forked import Scripts  # noqa: E402
 
 # Emulated CPUs: smaller instruction sets for torch's own kernels, for oneDNN, for MKL, and for all of them.
 CPUS = [

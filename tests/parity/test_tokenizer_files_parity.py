@@ -1,8 +1,6 @@
 """Exported tokenizer files: transformers reads them and gives tiktoken's ids; GPT-2's are OpenAI's."""
 
-import base64
 import functools
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +11,7 @@ import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import TEXT
-from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flatgpt.data import tokenizer
 from flatgpt.interop.tokenizer_files import END, tokenizer_files
@@ -22,39 +20,18 @@ from flatgpt.interop.tokenizer_files import END, tokenizer_files
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 NAMES = ("byte", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's cache has these files
-SHA256 = {  # of r50k_base.tiktoken and p50k_base.tiktoken, as tiktoken checks them (tiktoken_ext/openai_public.py)
-    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
-}
-TEXTS = {
-    "empty": "",
-    "text": TEXT[:500],
-    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈👍🏽 🇫🇷x🎈",
-    "scripts": "東京 人工智能,你好 Привет мир שלום ‏مرحبا नमस्ते สวัสดี 안녕 ქართული",
-    "combining": "e\u0301 n\u0303o \u0301 a\u0300\u0301\u0302 क्षि Z\u0335\u0321\u0353",
-    "controls": "\0a\0\0 \x01\x1b[0m\x7f\x80\x85\x9f \x1c\x1d\x1e\x1f \v\f",
-    "lines": "one\r\ntwo\rthree\n\n\n\tfour\t\tfive \t six\n ",
-    "spaces": "a" + " " * 2 + "b" + " " * 24 + "d" + " " * 25 + "e" + " " * 26 + "f" + " " * 99,
-    "only spaces": " " * 777,
-    "other spaces": "a\xa0b \xa0 c\u2003\u2009d\u3000e\u2028f\u2029g\u200bh\u202fi\ufeffj\u1680k\u180el \u2003",
-    "contractions": "it's it’s I'll I’ll we've they'd you're I'm don't DON'T I'LL 's' ''s ' s ’s 'süd 'll've",
-    "digits": "1234567890 3.14 ١٢٣ ४५६ ⅷ ½ ² 𝟘𝟙 1a2b 一二三",
-    "long words": "x" * 3000 + "=" * 3000 + "#" * 17,
-    "code": "def f(x):\n        return x ** 2  # a . b , c ! n't 'm\n\n\n" * 5,
-    "printable": "Ġthe Ċ Ġ ĉ ÃĤ",  # what the files write for bytes is text like any other
-    "marks": "<|endoftext <|end|> |endoftext|> [PAD] <s> <unk>",
-    "rare": "\ue000\uffff\U0010ffff\U000e0001 ß ẞ ŉ ﬃ Å",
-}
-
-
-def published(name: str) -> tiktoken.Encoding:
-    """tokenizer.load's, but for p50k_base, which is GPT-2's with runs of spaces and need not be downloaded."""
-    if name != "p50k_base":
-        return tokenizer.load(name)
-    gpt2 = tokenizer.load("gpt2")
-    ranks = {token: gpt2.encode_single_token(token) for token in gpt2.token_byte_values()}
-    ranks |= {b" " * n: 50255 + n for n in range(2, 26)}
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256})
+TEXTS = (
+    TEXT[:500],
+    "👩‍👩‍👧‍👦 🏳️‍🌈👍🏽 🇫🇷x🎈 e\u0301 \u0301 क्षि Z\u0335\u0321",
+    "東京 人工智能,你好 Привет мир שלום ‏مرحبا नमस्ते สวัสดี 안녕 ქართული",
+    "\0a\0\0 \x01\x1b[0m\x7f\x80\x85\x9f \x1c\x1d\x1e\x1f \v\f \ue000\uffff\U0010ffff",
+    "one\r\ntwo\rthree\n\n\n\tfour\t\tfive \t six\n ",
+    "a" + " " * 2 + "b" + " " * 24 + "d" + " " * 25 + "e" + " " * 26 + "f" + " " * 99,
+    "a\xa0b \xa0 c\u2003\u2009d\u3000e\u2028f\u2029g\u200bh\u202fi\ufeffj\u1680k\u180el \u2003",
+    "it's it’s I'll I’ll we've they'd you're I'm don't DON'T I'LL 's' ''s ' s ’s 'süd 'll've",
+    "1234567890 3.14 ١٢٣ ४५६ ⅷ ½ ² 𝟘𝟙 1a2b 一二三" + "x" * 3000 + "=" * 3000,
+    "Ġthe Ċ Ġ ĉ ÃĤ <|endoftext <|end|> |endoftext|> [PAD]",  # what the files write for bytes is text like any other
+)
 
 
 def save(folder: Path, files: dict[str, bytes]) -> Path:
@@ -100,60 +77,26 @@ def test_files_of_gpt2_are_openais():
     assert ids == json.loads(tiktoken.load.read_file_cached(f"{OPENAI}/encoder.json"))
     model = json.loads(files["tokenizer.json"])["model"]
     assert (model["vocab"], len(model["merges"])) == (ids, 50_000)
-    for name, file in (("gpt2", "r50k_base"), ("p50k_base", "p50k_base")):
-        encoding = published(name)
-        ranks = sorted((encoding.encode_single_token(token), token) for token in encoding.token_byte_values())
-        content = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks)
-        assert hashlib.sha256(content).hexdigest() == SHA256[file]
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_tiktokens_and_text_comes_back(name, reader, read):
     reference, encoding = read(name, reader), tokenizer.load(name)
-    for what, text in TEXTS.items():
+    assert len(reference) == encoding.n_vocab
+    if reader != "tokenizer.json":
+        assert type(reference).__name__ == "GPT2Tokenizer"
+        assert reference.bos_token_id == reference.eos_token_id == reference.unk_token_id == encoding.eot_token
+        assert (reference.pad_token, reference.model_max_length) == (None, 1024)
+        assert reference.clean_up_tokenization_spaces is False
+    for text in TEXTS:
         ids = reference.encode(text)
-        assert ids == encoding.encode_ordinary(text), what
-        assert reference.decode(ids) == text, what
+        assert ids == encoding.encode_ordinary(text)
+        assert reference.decode(ids) == text
     for text in (END * 2, f" {END}\n{END} ", "the <|fim_prefix|>x<|fim_suffix|> y<|fim_middle|>"):
         assert reference.encode(text) == encoding.encode(text, allowed_special="all")
         assert reference.decode(reference.encode(text)) == text
     assert reference.decode(reference.encode(f"a{END} b"), skip_special_tokens=True) == "a b"
-
-
-@pytest.mark.parametrize("reader", ["auto", "tokenizer.json"])
-@pytest.mark.parametrize("name", ["byte", "gpt2"])
-def test_any_text(name, reader, read):
-    reference, encoding = read(name, reader), tokenizer.load(name)
-
-    @settings(max_examples=100)
-    @given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t'sdmtlvreĠ1\xa0"))))
-    def check(text):
-        ids = reference.encode(text)
-        assert ids == encoding.encode(text, allowed_special="all")  # hypothesis tries END too, which this file names
-        assert reference.decode(ids) == text
-
-    check()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_settings(name, read):
-    reference, encoding = read(name), tokenizer.load(name)
-    assert (type(reference).__name__, reference.is_fast) == ("GPT2Tokenizer", True)
-    assert reference.bos_token_id == reference.eos_token_id == reference.unk_token_id == encoding.eot_token
-    assert reference.pad_token is None
-    assert reference.model_max_length == 1024
-    assert reference.clean_up_tokenization_spaces is False
-    assert len(reference) == encoding.n_vocab
-
-
-def test_in_the_folder_of_a_whole_model(tmp_path):
-    """transformers reads config.json first."""
-    save(tmp_path, tokenizer_files(tokenizer.load("gpt2"), 1024))
-    GPT2Config(n_embd=8, n_head=2, n_layer=1).save_pretrained(tmp_path)
-    reference = auto(tmp_path)
-    assert type(reference).__name__ == "GPT2Tokenizer"
-    assert reference.encode(TEXT) == tokenizer.load("gpt2").encode_ordinary(TEXT)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -174,21 +117,6 @@ def test_a_vocabulary_with_holes(reader, tmp_path):
         assert reference.decode(ids) == text + END
 
     check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["byte", "gpt2", "p50k_base"])
-def test_real_text(name, gpt2_vocabulary, real_text, tmp_path):
-    """WikiText-103's test split, as one text and line by line."""
-    from pyarrow import parquet
-
-    rows = parquet.read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"].to_pylist()
-    encoding, text = published(name), "".join(rows)
-    reference = auto(save(tmp_path, tokenizer_files(encoding, 1024)))
-    ids = reference.encode(text)
-    assert ids == encoding.encode_ordinary(text)
-    assert reference.decode(ids) == text
-    assert reference(rows)["input_ids"] == encoding.encode_ordinary_batch(rows)
 
 
 @pytest.mark.slow

@@ -1,12 +1,9 @@
-"""model.py and sampling.py against transformers: logits, loss, greedy text, names of weights, logits processors."""
+"""model.py against transformers: logits, loss, greedy text, names of weights."""
 
 import pytest
 import torch
 from random_models import random_ids, small_model
 
-from config import SamplingConfig
-from flatgpt.inference import sampling
-from flatgpt.inference.sampling import NUCLEUS
 from model import GPT
 
 transformers = pytest.importorskip("transformers")
@@ -60,32 +57,6 @@ def test_same_as_transformers(changes):
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0
         )
         assert torch.equal(model.generate(prompt, new, greedy=True), expected)
-
-
-@pytest.mark.parametrize("vocab_size", [30, 2 * NUCLEUS])
-@pytest.mark.parametrize("alone", [None, "temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
-def test_sampling_settings_as_transformers_processors(alone, vocab_size, monkeypatch):
-    """Each alone, and all in transformers' order; the penalty counts the prompt and what was sampled since."""
-    settings = {"temperature": 1.6, "top_k": 20, "top_p": 0.93, "min_p": 0.06, "repetition_penalty": 1.9}
-    processors = {
-        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
-        "temperature": transformers.TemperatureLogitsWarper,
-        "top_k": transformers.TopKLogitsWarper,
-        "top_p": transformers.TopPLogitsWarper,
-        "min_p": transformers.MinPLogitsWarper,
-    }
-    used = [alone] if alone else list(processors)
-    reference = transformers.LogitsProcessorList([processors[name](settings[name]) for name in used])
-    seen = []
-    monkeypatch.setattr(sampling, "sample", lambda logits, generators: seen.append(logits) or logits.argmax(-1))
-    prompts = [[1, 2], [3, 4], [5, 5], [0, 29]]
-    options = SamplingConfig(**{"temperature": 1.0} | {name: settings[name] for name in used})
-    sampler, ids = sampling.Sampler(options, prompts, 0, vocab_size, torch.device("cpu")), torch.tensor(prompts)
-    for n in range(6):
-        logits = 3 * torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(n % 2))
-        tokens = sampler(torch.cat((logits, torch.full((4, 3), 99.0)), dim=1))  # three ids that no tokenizer has
-        assert torch.equal(seen[-1], reference(ids, logits))
-        ids = torch.cat((ids, tokens[:, None]), dim=1)
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

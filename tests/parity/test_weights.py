@@ -1,5 +1,6 @@
 """Pretrained weights in the formats of transformers and nanoGPT: logits and loss are those of transformers."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,7 @@ import transformers
 from gpt2_reference import nanogpt_checkpoint, random_gpt2
 from safetensors.torch import load_file, save_file
 
-from config import ModelConfig
-from flatgpt.interop import loading
-from flatgpt.interop.huggingface import hugging_face_weights
-from flatgpt.interop.nanogpt import nanogpt_weights
-from flatgpt.interop.pretrained import pretrained_shape
+from flatgpt.interop import loading, pretrained
 from model import GPT
 
 T, V = 24, 301  # V is not a multiple of 64
@@ -21,17 +18,15 @@ SHAPES = [
     {},
     {"n_inner": 88},
     {"n_inner": 32, "tie_word_embeddings": False},  # the MLP's matrices are square: no size tells their layout
-    {"activation_function": "gelu"},
-    {"activation_function": "gelu_pytorch_tanh"},
+    {"activation_function": "gelu", "vocab_size": 320},
+    {"activation_function": "gelu_pytorch_tanh", "reorder_and_upcast_attn": True},
     {"activation_function": "relu", "n_head": 4},
-    {"vocab_size": 320},
-    {"reorder_and_upcast_attn": True},
 ]
 
 
-def read(path: Path, **changes) -> GPT:
-    """The model that a path names, with changes of its config."""
-    model = GPT(ModelConfig(**{**pretrained_shape(str(path)), **changes}))
+def read(path: Path, context_length: int = T) -> GPT:
+    config = pretrained.read_config(str(path))
+    model = GPT(dataclasses.replace(config, context_length=context_length))
     loading.load_pretrained(model, str(path))
     return model.eval()
 
@@ -41,37 +36,33 @@ def assert_same(model: GPT, reference: transformers.GPT2LMHeadModel) -> None:
     ids = IDS[:, : model.config.context_length]
     expected = reference(ids, labels=ids)  # labels are shifted inside
     assert (model(ids) - expected.logits).abs().max() < 1e-4
-    if ids.shape[1] > 1:
-        assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.loss.item(), abs=1e-4)
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(expected.loss.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["one file", "sharded"])
 @pytest.mark.parametrize("changes", SHAPES, ids=lambda changes: "-".join(map(str, changes.values())) or "plain")
-def test_hugging_face_folder(tmp_path, changes, shards):
-    reference = random_gpt2(**changes)
+def test_hugging_face_folder(tmp_path, changes):
+    """Of one file, or several."""
+    reference, shards = random_gpt2(**changes), len(changes) == 1
     reference.save_pretrained(tmp_path, max_shard_size="20kB" if shards else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == shards
-    assert_same(read(tmp_path), reference)
+    for length in (8, T):
+        assert_same(read(tmp_path, length), reference)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
 def test_nanogpt_file(tmp_path, prefix, bias):
-    reference = random_gpt2(activation_function="gelu", n_head=4)
+    """nanoGPT saves to the same name again and again, while the model that was read from it lives."""
+    reference, file = random_gpt2(activation_function="gelu", n_head=4), tmp_path / "ckpt.pt"
     if not bias:
         for name, parameter in reference.named_parameters():
             torch.nn.init.zeros_(parameter) if name.endswith(".bias") else None
-    torch.save(nanogpt_checkpoint(reference, prefix, bias), tmp_path / "ckpt.pt")
-    assert_same(read(tmp_path / "ckpt.pt"), reference)
-
-
-@pytest.mark.parametrize("context_length", [1, 8])
-def test_a_shorter_context_has_the_first_positions(tmp_path, context_length):
-    reference = random_gpt2(activation_function="gelu")
-    reference.save_pretrained(tmp_path / "hf")
-    torch.save(nanogpt_checkpoint(reference), tmp_path / "ckpt.pt")
-    for path in (tmp_path / "hf", tmp_path / "ckpt.pt"):
-        assert_same(read(path, context_length=context_length), reference)
+    torch.save(nanogpt_checkpoint(reference, prefix, bias), file)
+    model, short = read(file), read(file, context_length=8)
+    with open(file, "r+b") as opened:
+        opened.write(b"\xff" * file.stat().st_size)
+    assert_same(model, reference)
+    assert_same(short, reference)
 
 
 def test_names_without_prefix_and_stored_masks(tmp_path):
@@ -80,9 +71,9 @@ def test_names_without_prefix_and_stored_masks(tmp_path):
     reference.transformer.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert "wte.weight" in weights
-    save_file(
-        weights | {"h.0.attn.bias": mask, "h.1.attn.masked_bias": torch.tensor(-1e4)}, tmp_path / "model.safetensors"
-    )
+    weights |= {"h.0.attn.bias": mask, "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    weights |= {"lm_head.weight": weights["wte.weight"].clone()}  # a tied head that is stored
+    save_file(weights, tmp_path / "model.safetensors")
     assert_same(read(tmp_path), reference)
     saved = nanogpt_checkpoint(reference)
     saved["model"] |= {"transformer.h.0.attn.bias": mask}
@@ -91,33 +82,13 @@ def test_names_without_prefix_and_stored_masks(tmp_path):
     assert_same(read(tmp_path / "ckpt.pt"), reference)
 
 
-def test_a_tied_head_that_is_stored(tmp_path):
-    reference = random_gpt2()
-    reference.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()}, tmp_path / "model.safetensors")
-    assert_same(read(tmp_path), reference)
-
-
 def test_half_precision_becomes_float32_and_padding_is_zero(tmp_path):
-    reference = random_gpt2(tie_word_embeddings=False).bfloat16()
-    reference.save_pretrained(tmp_path)
-    torch.save(nanogpt_checkpoint(random_gpt2(activation_function="gelu").half()), tmp_path / "ckpt.pt")
-    found = [hugging_face_weights(tmp_path, ModelConfig(**pretrained_shape(str(tmp_path / "model.safetensors"))))]
-    found.append(nanogpt_weights(tmp_path / "ckpt.pt", ModelConfig(**pretrained_shape(str(tmp_path / "ckpt.pt")))))
-    for weights in found:
+    references = random_gpt2(tie_word_embeddings=False).bfloat16(), random_gpt2(activation_function="gelu").half()
+    references[0].save_pretrained(tmp_path)
+    torch.save(nanogpt_checkpoint(references[1]), tmp_path / "ckpt.pt")
+    for path, reference in zip((tmp_path, tmp_path / "ckpt.pt"), references, strict=True):
+        weights = loading.read_weights(path, pretrained.read_config(str(path)))
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
         assert weights["transformer.wte.weight"].shape == (320, 32)
         assert not weights["transformer.wte.weight"][V:].any()
-    assert torch.equal(found[0]["lm_head.weight"][:V], reference.lm_head.weight.float())
-    assert_same(read(tmp_path / "model.safetensors"), reference.float())
-
-
-def test_a_nanogpt_file_may_be_rewritten_while_its_weights_are_in_use(tmp_path):
-    """nanoGPT saves to the same name again and again, and the file was mapped into memory."""
-    reference, file = random_gpt2(activation_function="gelu"), tmp_path / "ckpt.pt"
-    torch.save(nanogpt_checkpoint(reference), file)
-    model = read(file)
-    with open(file, "r+b") as opened:
-        opened.write(b"\xff" * file.stat().st_size)
-    assert_same(model, reference)
+        assert_same(read(path), reference.float())

@@ -1,7 +1,5 @@
 """Checkpoints for export.py, and export.py in the process of the tests."""
 
-import contextlib
-import resource
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,11 @@ from flatgpt.data import tokenizer
 from flatgpt.runs import checkpoint
 from model import GPT
 
+T = 32  # context_length of save_run's models
 WEIGHTS_AND_CARD = {"README.md", "model.safetensors"}
 HUGGING_FACE_FILES = WEIGHTS_AND_CARD | {
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
-    *("tokenizer_config.json", "special_tokens_map.json"),
+    "tokenizer_config.json",
 }
 
 
@@ -43,7 +42,7 @@ def save_run(run_dir="out/r", encoding="byte", alter=lambda model: None, state: 
         settings: of TrainConfig.
     """
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": 32, "vocab_size": 257}
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context_length": T, "vocab_size": 257}
     config = TrainConfig(**{"out_dir": run_dir, **sizes, **settings})
     model = GPT(config.model()).eval()
     with torch.no_grad():
@@ -70,14 +69,3 @@ def table_rows(printed: str) -> dict[str, str]:
     """Return {file: size} from the printed table."""
     lines = [line.split() for line in printed.splitlines() if line.startswith("  ") and line.endswith(("bytes", "MB"))]
     return {name: " ".join(size) for name, *size in lines}
-
-
-@contextlib.contextmanager
-def small_files(size: int):
-    """Limit the size of written files, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,28 +1,29 @@
 """Scripts in processes that are forked from one which has imported torch: 0.1 s each, where a new one takes 3 s.
 
 `start_server` starts that process, and `ForkedProcess` runs a script in a fork of it. `torchrun` with TORCHRUN as its
-code runs torchrun there, whose ranks are forked as well.
+code runs torchrun there, whose ranks are forked as well. `Scripts` runs command lines in forks of a process that has
+imported none of the project's modules.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from processes import ROOT, SYNTHETIC, deliver, waits_long
+from processes import ROOT, SYNTHETIC, deliver, free_port, waits_long
 
 SERVER = f"""
 import atexit, faulthandler, gc, json, multiprocessing, os, runpy, select, signal, subprocess, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-# what the scripts import; no thread has started yet
-import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, model, train
-from flatgpt.runs import checkpoint
-from flatgpt.training import optimizer as optim
+exec(sys.argv[1])  # what the scripts import; no thread has started yet
 gc.freeze()  # otherwise garbage collection in each fork copies the memory pages of these objects
 children = {{}}
 while True:
@@ -44,13 +45,46 @@ while True:
 folder = request["folder"]
 for key, value in request["env"].items():
     os.environ.pop(key, None) if value is None else os.environ.update({{key: value}})
-output = os.open(folder + "/output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-[os.dup2(descriptor, number) for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), output, output))]
+inputs = os.open(folder + "/input.txt" if request["separate"] else os.devnull, os.O_RDONLY)
+output, errors = (
+    os.open(f"{{folder}}/{{name}}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for name in ("output", "errors" if request["separate"] else "output")
+)
+[os.dup2(descriptor, number) for number, descriptor in enumerate((inputs, output, errors))]
 faulthandler.register(signal.SIGUSR2)  # prints the stacks of all threads, also while they wait in C; ranks inherit it
 os.chdir(request["cwd"])
 sys.argv = request["words"]
 exec(request["code"])
 runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+OTHERS = """
+import matplotlib.figure, matplotlib.font_manager, numpy.random, safetensors.torch, tiktoken, torch._dynamo
+import torch.distributed, torch.nn.parallel, tqdm
+"""
+OURS = """
+import matplotlib.figure, numpy.random, torch._dynamo, torch.distributed.run, model, train
+from flatgpt.runs import checkpoint
+from flatgpt.training import optimizer as optim
+"""
+
+# Exit before the interpreter tears down its modules, which takes up to a second.
+QUICK_EXIT = """
+def run_path(path, run_name, real=runpy.run_path):
+    def leave():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    code = 1
+    atexit.register(leave)  # registered first, so that it is called last
+    try:
+        real(path, run_name=run_name)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+runpy.run_path = run_path
 """
 
 # torchrun with its subprocess.Popen replaced by a fork.
@@ -103,12 +137,11 @@ sys.exit(torch.distributed.run.main())
 
 
 @contextlib.contextmanager
-def start_server():
+def start_server(preload: str = OURS, env: dict | None = None):
     """Start the process that forks. It ends with the block, and its forks with it."""
-    env = {**os.environ, **SYNTHETIC, "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
+    env = {**os.environ, **SYNTHETIC, "PYTHONIOENCODING": "utf-8", **(env or {})}
+    words = [sys.executable, "-c", SERVER, preload]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     yield process
     process.stdin.close()
     try:
@@ -126,12 +159,24 @@ class ForkedProcess:
         words: the script and its arguments.
         code: Python code that runs before the script.
         env: changes to the environment; None removes a variable.
+        stdin: standard input; standard error then has a file of its own, errors.txt. None: no standard input.
     """
 
-    def __init__(self, server: subprocess.Popen, folder: Path, cwd: Path, words: list, code: str, env: dict):
+    def __init__(
+        self,
+        server: subprocess.Popen,
+        folder: Path,
+        cwd: Path,
+        words: list,
+        code: str,
+        env: dict,
+        stdin: str | None = None,
+    ):
         folder.mkdir()
         self.folder = folder
         request = {"folder": str(folder), "cwd": str(cwd), "words": [str(w) for w in words], "code": code, "env": env}
+        request["separate"] = stdin is not None
+        (folder / "input.txt").write_text(stdin or "", encoding="utf-8")
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         self.pid = int(server.stdout.readline())
@@ -212,3 +257,63 @@ class ForkedProcess:
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command lines
+
+
+@dataclass(frozen=True)
+class Result:
+    """The exit code of a call (negative: the signal that ended it) and its output."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Scripts:
+    """Runs scripts as a user does: a command line, a working folder, separate stdout and stderr, an exit code.
+
+    One thread, so that sums are computed in a fixed order; no network.
+
+    Args:
+        env: additions to the environment; torch reads some variables when it is imported.
+    """
+
+    ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}  # noqa: RUF012
+
+    def __init__(self, env: dict[str, str] | None = None):
+        self._stack = contextlib.ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._server = self._stack.enter_context(start_server(OTHERS, self.ENVIRONMENT | (env or {})))
+        self._calls = 0
+
+    def run(self, line: str, cwd: Path, stdin: str = "") -> Result:
+        """Run a command line such as `train --config x.toml`."""
+        return self._run(line, cwd, stdin, [{}])[0]
+
+    def run_ranks(self, line: str, cwd: Path, world: int) -> list[Result]:
+        """Run it on several ranks, with the environment variables that torchrun sets. Returns the results by rank."""
+        shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        shared["MASTER_PORT"] = str(free_port())
+        return self._run(line, cwd, "", [{"RANK": str(n), "LOCAL_RANK": str(n), **shared} for n in range(world)])
+
+    def _run(self, line: str, cwd: Path, stdin: str, environments: list[dict]) -> list[Result]:
+        script, *words = shlex.split(line)
+        started = []
+        for env in environments:
+            self._calls += 1
+            folder, argv = self._folder / str(self._calls), [ROOT / f"{script}.py", *words]
+            started.append(ForkedProcess(self._server, folder, cwd, argv, QUICK_EXIT, env, stdin))
+        try:
+            codes = [process.wait(100) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        errors = [(process.folder / "errors.txt").read_text(encoding="utf-8") for process in started]
+        return [Result(*each) for each in zip(codes, (process.output for process in started), errors, strict=True)]
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self._stack.close()

@@ -5,92 +5,53 @@ import hashlib
 import http.server
 import json
 import threading
-import time
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 from huggingface_hub import constants
 
-LARGE = (".parquet", ".safetensors", ".bin")
 WRITER, READER = "hf_writer", "hf_reader"  # tokens
 
 
-def hashes(path: str, body: bytes) -> dict:
-    """Return the hub's hashes of a file: git's, and SHA-256 for a file in the large file storage."""
-    sha256 = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
-    return {"oid": blob_id(body), **({"lfs": sha256} if path.endswith(LARGE) else {})}
-
-
-def blob_id(body: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Requests for large files are redirected to another host name."""
-
     def do_GET(self):
-        host, revision, place = self.server, "main", "hub"
+        host, revision = self.server, "main"
         match [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]:
-            case ["gpt2", *_] | ["api", "models", "gpt2", *_]:
-                return self.reply(307, {"Location": self.path.replace("/gpt2/", "/openai-community/gpt2/", 1)})
             case ["api", "models" as kind, user, name]:
                 what = "model"
             case ["api", "models" | "datasets" as kind, user, name, "revision", revision]:
                 what = "revision"
-            case ["api", "models" | "datasets" as kind, user, name, "tree", revision, *folder]:
-                what = "/".join(["tree", *folder])
-            case ["storage-token"]:
-                expires = int(time.time()) + 3600
-                facts = {"Cas-Url": host.storage, "Access-Token": "-", "Token-Expiration": expires}
-                return self.reply(200, {f"X-Xet-{key}": value for key, value in facts.items()})
-            case ["cdn" as place, kind, user, name, "resolve", revision, *path]:
-                what = "/".join(path)
+            case ["api", "models" | "datasets" as kind, user, name, "tree", revision]:
+                what = "tree"
             case ["datasets" as kind, user, name, "resolve", revision, *path]:
                 what = "/".join(path)
             case [user, name, "resolve", revision, *path]:
                 what, kind = "/".join(path), "models"
             case _:
                 return self.reply(404)
-        redirect = what.endswith(LARGE) and place == "hub"
-        asked = f"{self.command} {what}"
-        fault = self.fault(asked) if not redirect or self.command == "HEAD" else None
-        if fault == "drop":
-            return None
-        if isinstance(fault, tuple):
-            return self.reply_error(*fault)
         repo = f"{kind}/{user}/{name}"
-        if repo not in host.repos or (repo in host.private and place == "hub" and not self.token()):
-            return self.reply_error(401, "RepoNotFound")
+        fault = self.fault(f"{self.command} {what}")
+        if fault and not callable(fault):
+            return self.fail(fault)
+        if repo not in host.repos:
+            return self.reply(401, {"X-Error-Code": "RepoNotFound"})
         commit = host.branches[repo].get(revision, revision)
         if commit not in host.repos[repo]:
-            return self.reply_error(404, "RevisionNotFound")
+            return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
         files = host.repos[repo][commit]
         if what in ("revision", "model"):
-            siblings = [{"rfilename": path} for path in files]
-            facts = {"id": f"{user}/{name}", "sha": commit, "private": repo in host.private, "siblings": siblings}
-            return self.reply_json(facts)
-        if what.startswith("tree"):
-            start, deep = what[5:] and what[5:] + "/", "recursive=true" in self.path.lower()
-            tree = [{"type": "directory", "path": start + "folder", "oid": "0" * 40}] + [
-                {"type": "file", "path": path, "size": len(body), **hashes(path, body)}
-                for path, body in files.items()
-                if path.startswith(start) and (deep or "/" not in path[len(start) :])
-            ]
-            if len(tree) == 1:
-                return self.reply_error(404, "EntryNotFound")
+            return self.reply_json({"id": f"{user}/{name}", "sha": commit, "private": repo in host.private})
+        if what == "tree":
+            tree = [{"type": "directory", "path": "folder", "oid": "0" * 40}]
+            for path, body in files.items():
+                sha256 = hashlib.sha256(body).hexdigest()
+                lfs = {"oid": sha256, "size": len(body), "pointerSize": 134}
+                tree.append({"type": "file", "path": path, "size": len(body), "oid": sha256[:40], "lfs": lfs})
             return self.reply_json(tree)
         if what not in files:
-            return self.reply_error(404, "EntryNotFound", {"X-Repo-Commit": commit})
-        body = fault if isinstance(fault, bytes) else files[what]
-        digest = hashlib.sha256 if what.endswith(LARGE) else hashlib.sha1
-        facts = {"X-Repo-Commit": commit, "ETag": f'"{digest(files[what]).hexdigest()}"'}
-        if redirect:
-            facts |= {"X-Linked-Etag": facts["ETag"], "X-Linked-Size": str(len(body))}
-            if host.storage:
-                facts |= {"X-Xet-Hash": "c" * 64, "X-Xet-Refresh-Route": f"{host.url}/storage-token"}
-            place = f"http://localhost:{host.server_port}/cdn/{repo}/resolve/{commit}/{what}"
-            return self.reply(302, {**facts, "Location": place})
-        return self.reply(200, facts, body, fault)
+            return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        facts = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(files[what]).hexdigest()}"'}
+        return self.reply(200, facts, files[what], fault)
 
     def do_HEAD(self):
         self.do_GET()
@@ -100,93 +61,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host, body = self.server, self.body()
         match urlsplit(self.path).path.strip("/").split("/"):
             case ["api", "validate-yaml"]:
-                wrong = b"license: [" in body
-                return self.reply_json(
-                    {"errors": [{"message": "no YAML"}] * wrong, "warnings": []}, 400 if wrong else 200
-                )
+                return self.reply_json({"errors": [], "warnings": []})
             case ["api", "repos", "create" as what]:
                 asked = json.loads(body)
                 user, name = asked["organization"], asked["name"]
             case ["api", "models", user, name, "preupload" | "commit" as what, "main"]:
                 pass
-            case [user, name, "info", "lfs", "objects", "batch" as what]:
-                name = name.removesuffix(".git")
-            case _:
-                return self.reply(404)
-        match fault := self.fault(f"POST {what}"):
-            case "drop":
-                return None
-            case (status, code):
-                return self.reply_error(status, code)
-        if self.token() not in (WRITER, READER):
-            return self.reply_error(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if self.token() == READER or user != "user":
-            return self.reply_error(403, "", {"X-Error-Message": f"You don't have the rights to write {user}/{name}"})
-        repo = f"models/{user}/{name}"
+        if fault := self.fault(f"POST {what}"):
+            return self.fail(fault)
+        if self.headers.get("Authorization") != f"Bearer {WRITER}" or user != "user":
+            return self.reply(403, {"X-Error-Message": f"You don't have the rights to write {user}/{name}"})
+        repo = f"{user}/{name}"
         if what == "create":
-            answer = {"url": f"{host.url}/{user}/{name}"}
-            if repo in host.repos:
+            answer = {"url": f"{host.url}/{repo}"}
+            if f"models/{repo}" in host.repos:
                 return self.reply_json({"error": "You already created this model repo", **answer}, 409)
-            assert asked.get("type", "model") == "model"
-            host.created[f"{user}/{name}"] = asked.get("visibility") or {True: "private"}.get(asked.get("private"))
-            host.publish(f"{user}/{name}", {".gitattributes": b""}, kind="models")
-            if host.created[f"{user}/{name}"] == "private":
-                host.private.add(repo)
-            return None if fault == "lost" else self.reply_json(answer)
-        if repo not in host.repos:
-            return self.reply_error(404, "RepoNotFound")
-        files = host.files(f"{user}/{name}")
-        said = {"preupload": self.preupload, "batch": self.batch, "commit": self.commit}[what](body, files)
-        return None if fault == "lost" else self.reply_json(said)
-
-    def preupload(self, body: bytes, files: dict) -> dict:
-        """Return how each file is to be uploaded, and the hash of the repository's file of this name."""
-        answers = []
-        for file in json.loads(body)["files"]:
-            path, large = file["path"], file["path"].endswith(LARGE)
-            found = {}
-            if path in files:
-                oid = hashlib.sha256(files[path]).hexdigest() if large else blob_id(files[path])
-                found = {"oid": oid}
-            mode = "lfs" if large else "regular"
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **found})
-        return {"files": answers}
-
-    def batch(self, body: bytes, files: dict) -> dict:
-        """Return where to upload large files that are not stored yet."""
-        objects = []
-        for file in json.loads(body)["objects"]:
-            href = f"http://localhost:{self.server.server_port}/storage/{file['oid']}"
-            wanted = file["oid"] not in self.server.stored
-            objects.append(file | ({"actions": {"upload": {"href": href}}} if wanted else {}))
-        return {"transfer": "basic", "objects": objects}
-
-    def commit(self, body: bytes, files: dict) -> dict:
-        user, name = self.path.split("/")[3:5]
-        added = {}
-        for line in body.decode().splitlines():
-            match json.loads(line):
-                case {"key": "file", "value": {"path": path, "content": content, "encoding": "base64"}}:
-                    added[path] = base64.b64decode(content)
-                case {"key": "lfsFile", "value": {"path": path, "algo": "sha256", "oid": oid, "size": size}}:
-                    added[path] = self.server.stored[oid]
-                    assert (len(added[path]), hashlib.sha256(added[path]).hexdigest()) == (size, oid)
-                case {"key": key}:
-                    assert key == "header", line
-        self.server.commits.append(added)
-        oid = self.server.publish(f"{user}/{name}", {**files, **added}, kind="models")
-        return {"commitUrl": f"{self.server.url}/{user}/{name}/commit/{oid}", "commitOid": oid}
-
-    def do_PUT(self):
-        """Large file storage."""
-        body, oid = self.body(), self.path.rpartition("/")[2]
-        match self.fault("PUT"):
-            case "drop":
-                return
-            case (status, code):
-                return self.reply_error(status, code)
-        self.server.stored[oid] = body
-        self.reply(200)
+            host.created[repo] = asked.get("visibility")
+            host.publish(repo, {".gitattributes": b""}, kind="models")
+            host.private |= {f"models/{repo}"} if asked.get("visibility") == "private" else set()
+            return self.reply_json(answer)
+        if what == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return self.reply_json(
+                {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+            )
+        lines = [json.loads(line) for line in body.decode().splitlines()]
+        added = [line["value"] for line in lines if line["key"] == "file"]
+        host.commits.append({file["path"]: base64.b64decode(file["content"]) for file in added})
+        oid = host.publish(repo, {**host.files(repo), **host.commits[-1]}, kind="models")
+        return self.reply_json({"commitUrl": f"{host.url}/{repo}/commit/{oid}", "commitOid": oid})
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -195,8 +98,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(asked)
         return next(self.server.faults.get(asked, iter(())), None)
 
-    def token(self) -> str:
-        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+    def fail(self, fault):
+        if fault != "drop":
+            status, code = fault
+            self.reply(status, {"X-Error-Code": code})
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -211,27 +116,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def reply_json(self, facts, status=200):
         self.reply(status, {"Content-Type": "application/json"}, json.dumps(facts).encode())
 
-    def reply_error(self, status, code, facts=None):
-        self.reply(status, {"X-Error-Code": code, **(facts or {})})
-
-    def reply(self, status, facts=None, body=b"", fault=None):
-        total = len(body)
-        if status == 200 and "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            status, body = 206, body[start:]
-            facts = {**facts, "Content-Range": f"bytes {start}-{total - 1}/{total}"}
+    def reply(self, status, facts=None, body=b"", interrupt=None):
         self.send_response(status)
         for key, value in {**(facts or {}), "Content-Length": len(body)}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if callable(fault):
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            fault()
-        else:
-            self.wfile.write(body[:fault] if isinstance(fault, int) else body)
+        if self.command != "HEAD":
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            if interrupt:
+                self.wfile.flush()
+                interrupt()
+            self.wfile.write(body[half:])
 
     def log_message(self, *_):
         pass
@@ -241,22 +137,20 @@ class Host(http.server.ThreadingHTTPServer):
     """A hub on this machine. A dataset and a model of one name are two repositories.
 
     Args:
-        asked: the requests: `GET revision`, `GET tree/folder`, `HEAD path`, `GET path`, `GET model`, and those that
-            write: `POST create`, `POST preupload`, `POST batch`, `PUT`, `POST commit`.
-        faults: {request: iterator of faults}. `drop` closes the connection; (status, code) is the reply. For a request
-            that reads: the number of bytes to send, other bytes, or a function to call in the middle. For a request
-            that writes: `lost` does it without a reply.
-        storage: the address of Xet storage for large files.
-        private: models/user/name of repositories that need a token.
+        asked: the requests: `GET revision`, `GET tree`, `HEAD path`, `GET path`, `GET model`, and those that write:
+            `POST create`, `POST preupload`, `POST commit`.
+        faults: {request: iterator of faults}. `drop` closes the connection; (status, code) is the reply; a function is
+            called in the middle of a file.
+        private: models/user/name of private repositories.
         created: {repository: visibility, None if the request does not set it}.
-        stored, commits: {SHA-256: bytes} of the large file storage; the files of each commit.
+        commits: the files of each commit.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repos, self.branches, self.faults, self.asked, self.storage = {}, {}, {}, [], None
-        self.private, self.created, self.stored, self.commits = set(), {}, {}, []
+        self.repos, self.branches, self.faults, self.asked = {}, {}, {}, []
+        self.private, self.created, self.commits = set(), {}, []
 
     def publish(self, repo: str, files: dict, branch="main", commit: str | None = None, kind="datasets") -> str:
         """Make a commit of these files, {path: bytes}, on a branch, and return its hash."""
@@ -270,10 +164,8 @@ class Host(http.server.ThreadingHTTPServer):
         return self.repos[f"models/{repo}"][self.branches[f"models/{repo}"]["main"]]
 
     def fetched(self) -> list[str]:
-        """Return the dataset files whose content was requested, once per request."""
-        return [
-            what[4:] for what in self.asked if what.startswith("GET ") and what.endswith((".parquet", ".jsonl", ".gz"))
-        ]
+        """Return the files whose content was requested, once per request."""
+        return [what[4:] for what in self.asked if what.startswith("GET ") and "." in what]
 
     def stop(self):
         self.shutdown()

@@ -1,10 +1,14 @@
 """Small models with large random weights, so that a wrong result shows; and ranks played one after the other."""
 
+import collections
 import dataclasses
+import itertools
 
 import torch
 
-from config import ModelConfig
+from config import ModelConfig, SamplingConfig
+from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.sampling import generate_batch
 from flatgpt.runtime.distributed import DistributedContext
 from model import GPT
 
@@ -28,21 +32,31 @@ def small_model(seed: int = 0, std: float = 0.2, model_class: type[GPT] = GPT, *
     return random_model(seed, std, model_class, **{**dataclasses.asdict(SMALL), **changes})
 
 
+def generate(decoder: Decoder, prompt: list[int], max_new_tokens: int, options: SamplingConfig, **kwargs) -> list[int]:
+    """The new ids after one prompt; arguments as of generate_batch."""
+    return [token for (token,) in generate_batch(decoder, [prompt], max_new_tokens, options, **kwargs)]
+
+
 def random_ids(batch_size: int = 3, length: int = T, seed: int = 1, vocab_size: int = V) -> torch.Tensor:
     """(batch_size, length) ids."""
     return torch.randint(vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
 def over_ranks(world: int, score):
-    """What the last rank gets from score(ranks) after all other ranks have given their part of each sum."""
-    parts = []
+    """What the last rank gets from score(ranks) after all other ranks have given their part of each collective."""
+    parts = collections.defaultdict(list)  # by number of the call
 
     class PlayedRank(DistributedContext):
-        def sum(self, value: torch.Tensor) -> torch.Tensor:
-            assert value.dtype == torch.float64
-            parts.append(value.clone())
-            return torch.stack(parts).sum(0)
+        def all_gather(self, value) -> list:
+            given = parts[next(calls)]
+            given.append(value)
+            return given
 
-    answers = [score(PlayedRank(rank, world)) for rank in range(world)]
-    assert len(parts) == world
-    return answers[-1]
+        def sum(self, value: torch.Tensor) -> torch.Tensor:
+            return torch.stack(self.all_gather(value)).sum(0)
+
+    for rank in range(world):
+        calls = itertools.count()
+        answer = score(PlayedRank(rank, world))
+    assert {len(given) for given in parts.values()} == {world}
+    return answer

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig, SamplingConfig
 from flatgpt.evaluation.metrics import mean_loss, measure
-from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.decoder import Decoder, KVCache
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.kernels import cross_entropy
@@ -261,7 +260,8 @@ def test_soft_cap_changes_evaluation_and_sampling(head, soft_cap):
     torch.testing.assert_close(model(IDS, TARGETS, reduction="none"), losses)
     batches = [(IDS.numpy(), TARGETS.numpy())]
     assert mean_loss(model, batches, torch.from_numpy) == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert measure(model, batches, torch.from_numpy).loss_sum == pytest.approx(losses.sum().item(), rel=1e-5)
+    sums = measure(model, batches, torch.from_numpy)
+    assert sums["position_loss"].sum() == pytest.approx(losses.sum().item(), rel=1e-5)
     for quantize, tolerance in ((None, 1e-3), ("int8", 4.0)):
         decoder = Decoder(prepack(copy.deepcopy(model), torch.float32, quantize) if quantize else model)
         seen, prompt = [], IDS[0, :4].tolist()
@@ -357,58 +357,21 @@ def test_activation_checkpointing_changes_nothing_but_memory(position):
 # cache, text
 
 
-def new_cache(model: GPT, capacity: int = T) -> KVCache:
-    return KVCache(model.config, B, capacity, torch.device("cpu"), torch.float32)
-
-
 @POSITIONS
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 @pytest.mark.parametrize("prompt", [1, 5, T])
 @torch.no_grad()
 def test_logits_with_a_cache_equal_those_without(prompt, attention, position):
-    """With one position for all rows, which the model advances, and with one for each row."""
+    """With one position for all rows, and with one for each row."""
     model = small_model(position=position, attention=attention)
     expected = model(IDS)
-    for per_row in (False, True):
-        cache = new_cache(model)
+    for positions in (lambda t: t, lambda t: torch.full((B,), t)):
+        cache = KVCache(model.config, B, T, torch.float32, torch.device("cpu"))
         found = [model(IDS[:, :prompt], cache=cache)]
         for t in range(prompt, T):
-            if per_row:
-                cache.position = torch.full((B,), t)
+            cache.position = positions(t)
             found.append(model(IDS[:, t : t + 1], cache=cache))
         torch.testing.assert_close(torch.cat(found, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
-
-
-@POSITIONS
-@torch.no_grad()
-def test_rows_of_a_cache_may_differ_in_length(position):
-    """What is stored after a row's position does not matter."""
-    model, lengths = small_model(position=position), [3, T - 2, 5]
-    cache = new_cache(model)
-    model(IDS, cache=cache)
-    cache.position, cache.key_length = torch.tensor(lengths), T - 1
-    found = model(torch.stack([IDS[row, n] for row, n in enumerate(lengths)])[:, None], cache=cache)
-    for row, n in enumerate(lengths):
-        torch.testing.assert_close(found[row, 0], model(IDS[row : row + 1, : n + 1])[0, -1], rtol=0, atol=1e-5)
-
-
-def test_wrong_cache_positions_are_errors():
-    model = small_model()
-    cache = new_cache(model, 8)
-    with pytest.raises(ValueError, match="9 tokens after 0 cached ones exceed capacity = 8"):
-        model(IDS[:, :9], cache=cache)
-    model(IDS[:, :5], cache=cache)
-    with pytest.raises(ValueError, match="2 tokens after 5 cached ones: pass one at a time"):
-        model(IDS[:, 5:7], cache=cache)
-    for t in (5, 6, 7):
-        model(IDS[:, t : t + 1], cache=cache)
-    with pytest.raises(ValueError, match="1 tokens after 8 cached ones exceed capacity = 8"):
-        model(IDS[:, 8:9], cache=cache)
-    cache.position = torch.full((B,), 3)
-    with pytest.raises(ValueError, match="takes one at a time"):
-        model(IDS[:, :2], cache=cache)
-    with pytest.raises(ValueError, match="capacity = 17"):
-        new_cache(model, T + 1)
     with pytest.raises(ValueError, match="17 tokens: context_length = 16"):
         model(random_ids(length=T + 1))
 

@@ -192,7 +192,10 @@ WHOLE = parquet(pa.table({"text": ["one", "two"] * 1000}))
             for column in ("body", "both.a", "id")
         ),
         *(("a.parquet", parquet(COLUMNS), column, [repr(column), "--column"]) for column in ("list", "both", "raw")),
-        *(("a.parquet", raw, "text", ["cannot be read"]) for raw in (b"", WHOLE[:100], WHOLE[:-1], b"this is text\n" * 99)),
+        *(
+            ("a.parquet", raw, "text", ["cannot be read"])
+            for raw in (b"", WHOLE[:100], WHOLE[:-1], b"this is text\n" * 99)
+        ),
         *(("a.parquet", damaged_page(codec), "text", []) for codec in ("snappy", "zstd")),
         ("a.parquet", parquet(pa.table({"text": NOT_UTF8})), "text", []),
     ],

@@ -1,115 +1,79 @@
-"""Sums over batches and ranks, and what scoring leaves unchanged; tests/parity compares the figures themselves."""
+"""Windows and counts of a text against plain loops; sums over batches and ranks; figures by hand.
 
-import json
+tests/parity compares the figures of a model with scikit-learn's.
+"""
+
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from dataset_files import tokens
+from hypothesis import example, given
+from hypothesis import strategies as st
 from random_models import over_ranks, random_model
+from scoring import read_windows, rolling_loop, strided_loop
 from torch.nn.functional import cross_entropy
 
+from flatgpt.data import tokenizer
 from flatgpt.evaluation import metrics
-from flatgpt.evaluation.metrics import Scores, mean_loss, measure
-from flatgpt.evaluation.windows import eval_batches
-from flatgpt.runtime.distributed import SINGLE_PROCESS
+from flatgpt.evaluation.metrics import count_text, eval_batches, figures, mean_loss, measure
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 V, T = 12, 8
 IDS = np.random.default_rng(0).integers(V, size=8 * 4 * 10 + 7)
+COUNTS = {"bytes": 20, "words": 4, "lines": 1}
 
 
-def batches(size: int = 4):
-    return eval_batches(IDS, T, size)
+# ---------------------------------------------------------------------------------------------------------------------
+# windows
 
 
-def assert_same(one: Scores, other: Scores) -> None:
-    one, other = one.figures(), other.figures()
+@given(st.data())
+def test_windows_equal_a_plain_loop(data):
+    """Every token but the first (rolling: every one) is scored once; ranks take the batches in turn."""
+    T, batch_size, limit, world = (data.draw(st.integers(*span)) for span in ((1, 12), (1, 9), (0, 5), (1, 4)))
+    protocol, text = data.draw(st.sampled_from(["window", "stride", "rolling"])), list(range(100, 160))
+    text, rolling = text[: data.draw(st.integers(2, 60))], protocol == "rolling"
+    stride = data.draw(st.integers(1, T)) if protocol == "stride" else T
+    plain = rolling_loop(text, T) if rolling else strided_loop(text, T + 1, stride)
+    assert [target for _, targets in plain for target in targets] == text[not rolling :]
+    expected = [plain[n : n + batch_size] for n in range(0, len(plain), batch_size)][: limit or None]
+    options = {"stride": None if protocol == "window" else stride, "rolling": rolling, "limit": limit}
+    assert read_windows(text, T, batch_size, **options) == expected
+    for rank in range(world):  # all get the same number: some a last batch without a target
+        idle = [[(plain[0][0], [])]] * (rank >= len(expected) % world > 0)
+        found = read_windows(text, T, batch_size, ranks=DistributedContext(rank, world), **options)
+        assert found == expected[rank::world] + idle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sums
+
+
+def scored(model, batches=None, ranks=SINGLE_PROCESS) -> dict:
+    batches = eval_batches(IDS, T, 4) if batches is None else batches
+    return figures(measure(model, batches, torch.from_numpy, ranks), COUNTS)
+
+
+def assert_same(one: dict, other: dict) -> None:
     for bucket, expected in zip(one.pop("loss_by_position"), other.pop("loss_by_position"), strict=True):
         assert bucket == pytest.approx(expected, rel=1e-6)
     assert one == pytest.approx(other, rel=1e-6)
 
 
-@pytest.mark.parametrize("logits_bytes", [1, 4 * V * 33, 10**9])
-@pytest.mark.parametrize("size", [1, 3, 40])
-def test_batch_size_and_chunks_change_no_figure(monkeypatch, size, logits_bytes):
-    """At least 16 rows of logits are computed at once; here also 33, and all."""
-    model, rows, told = random_model(), [], []
-    whole = measure(model, batches(), torch.from_numpy)
-    head = model.compute_logits
-    monkeypatch.setattr(
-        model, "compute_logits", lambda hidden, **more: rows.append(len(hidden)) or head(hidden, **more)
-    )
+@pytest.mark.parametrize(("logits_bytes", "most"), [(1, 16), (4 * V * 33, 33), (10**9, 40 * T)])
+@pytest.mark.parametrize("size", [3, 40])
+def test_batch_size_and_chunks_change_no_figure(monkeypatch, size, logits_bytes, most):
+    """Logits are computed of targets that are scored only, and of at least 16 at once."""
+    model, rows = random_model(), []
+    whole, head = scored(model), model.compute_logits
+    monkeypatch.setattr(model, "compute_logits", lambda x, **more: rows.append(len(x)) or head(x, **more))
     monkeypatch.setitem(metrics.LOGITS_BYTES, "cpu", logits_bytes)
-    assert_same(measure(model, batches(size), torch.from_numpy, progress=told.append), whole)
-    assert sum(rows) == sum(told) == whole.tokens == len(IDS) - 1, "targets that are not scored cost nothing"
-    if size == 40:
-        assert max(rows) == {1: 16, 10**9: 40 * T}.get(logits_bytes, 33)
-
-
-@pytest.mark.parametrize("tie_weights", [True, False])
-def test_padding_of_the_vocabulary_is_never_scored(tie_weights):
-    model = random_model(tie_weights=tie_weights)
-    table = (model.transformer.wte if tie_weights else model.lm_head).weight
-    assert len(table) == 64
-    found = []
-    for padding in (0.0, 1000.0):
-        with torch.no_grad():
-            table[V:] = padding * torch.ones(64 - V, 16)
-        found.append((measure(model, batches(), torch.from_numpy), mean_loss(model, batches(), torch.from_numpy)))
-    assert_same(found[0][0], found[1][0])
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
-
-
-def test_sums_are_float64():
-    """A float32 sum of 2^26 does not change if 1 is added."""
-    large = 2.0**26
-    table = torch.tensor([[0.0, large], [0.0, math.log(math.e - 1)]])  # id -> logits: losses of 2^26 and 1
-    model = torch.nn.Module()
-    model.forward = lambda x, y, **more: cross_entropy(table[x].flatten(0, 1), y.flatten(), reduction="none")
-    x, y = np.array([[0] + [1] * 50]), np.zeros((1, 51), dtype=np.int64)
-    for given in ([(x, y)], [(x[:, n : n + 1], y[:, n : n + 1]) for n in range(51)]):
-        assert mean_loss(model, given, torch.from_numpy) * 51 == pytest.approx(large + 50, abs=1e-3)
-    scores = Scores(2, 8)
-    add(scores, losses=[large, *[1.0] * 50])
-    assert scores.loss_sum == large + 50
-
-
-def add(scores: Scores, **columns) -> None:
-    """Add tokens of which only some properties are given."""
-    n = len(next(iter(columns.values())))
-    defaults = {"losses": 1.0, "targets": 0, "positions": 0, "in_top5": True, "confidences": 0.5, "greedy": 0}
-    types = {"losses": np.float32, "confidences": np.float32}
-    columns = {name: columns.get(name, [value] * n) for name, value in defaults.items()}
-    scores.add(**{name: np.array(values, dtype=types.get(name)) for name, values in columns.items()})
-
-
-def test_calibration_error_by_hand():
-    """Bins 14, 14, 8 and 8 of 15; a confidence of n / 15 belongs to the bin below, 0 to the first one."""
-    scores = Scores(2, 8)
-    add(scores, confidences=[0.9, 0.91, 0.5, 0.52], greedy=[0, 1, 0, 0])
-    assert scores.figures()["calibration_error"] == pytest.approx((abs(1 - 1.81) + abs(2 - 1.02)) / 4)
-    edge = np.float32(3) / np.float32(15)
-    for confidences, gap in (
-        ([edge, edge - 0.01], abs(1 - 2 * edge + 0.01)),
-        ([edge, np.nextafter(edge, np.float32(1))], edge + 1 - edge),
-        ([0.0, 0.05], abs(1 - 0.05)),
-        ([0.99, 1.0], abs(1 - 1.99)),
-    ):
-        scores = Scores(2, 8)
-        add(scores, confidences=confidences, greedy=[1, 0])
-        assert scores.figures()["calibration_error"] == pytest.approx(gap / 2, rel=1e-5)
-
-
-def test_positions_without_a_token():
-    """A text that is shorter than the context; figures are Python's numbers, for JSON."""
-    scores = Scores(2, 20)
-    add(scores, positions=[0, 1, 2, 3, 4], losses=[1, 2, 3, 4, 6])
-    got = scores.figures()
-    assert [tuple(bucket.values()) for bucket in got["loss_by_position"]] == [
-        *((0, 2, 3, 2.0), (3, 4, 2, 5.0)),
-        *((first, last, 0, None) for first, last in ((5, 7), (8, 9), (10, 12), (13, 14), (15, 17), (18, 19))),
-    ]
-    assert json.loads(json.dumps(got)) == got
+    assert_same(scored(model, eval_batches(IDS, T, size)), whole)
+    assert sum(rows) == len(IDS) - 1
+    assert max(rows) == min(most, size * T)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -117,36 +81,110 @@ def test_ranks_together_give_the_figures_of_one(world):
     """11 batches: with 3 and 8 ranks some have a last one in which nothing is scored."""
     model = random_model()
 
-    def scores(ranks=SINGLE_PROCESS) -> Scores:
-        return measure(model, eval_batches(IDS, T, 4, 0, (ranks.rank, ranks.world)), torch.from_numpy, ranks)
-
     def loss(ranks=SINGLE_PROCESS) -> float:
-        return mean_loss(model, eval_batches(IDS, T, 4, 0, (ranks.rank, ranks.world)), torch.from_numpy, ranks)
+        return mean_loss(model, eval_batches(IDS, T, 4, ranks=ranks), torch.from_numpy, ranks)
 
-    assert_same(over_ranks(world, scores), scores())
+    both = over_ranks(world, lambda ranks: scored(model, eval_batches(IDS, T, 4, ranks=ranks), ranks))
     assert over_ranks(world, loss) == pytest.approx(loss(), rel=1e-12)
-    assert over_ranks(world, loss) == pytest.approx(scores().figures()["loss"], rel=1e-6)
+    assert loss() == pytest.approx(both["loss"], rel=1e-6)
+    assert_same(both, scored(model))
 
 
-@pytest.mark.parametrize("training", [True, False])
+def test_mean_loss_is_a_float64_sum():
+    """A float32 sum of 2^26 does not change if 1 is added."""
+    table = torch.tensor([[0.0, 2.0**26], [0.0, math.log(math.e - 1)]])  # id -> logits: losses of 2^26 and 1
+    model = torch.nn.Module()
+    model.forward = lambda x, y, **more: cross_entropy(table[x].flatten(0, 1), y.flatten(), reduction="none")
+    x, y = np.array([[0] + [1] * 50]), np.zeros((1, 51), dtype=np.int64)
+    for batches in ([(x, y)], [(x[:, n : n + 1], y[:, n : n + 1]) for n in range(51)]):
+        assert mean_loss(model, batches, torch.from_numpy) * 51 == pytest.approx(2**26 + 50, abs=1e-3)
+
+
 @pytest.mark.parametrize("score", [mean_loss, measure])
-def test_scoring_does_not_disturb_training(score, training):
-    """Dropout is off meanwhile, also if the data fail; no random number is drawn and no graph is kept."""
-    expected, graphs = mean_loss(random_model(), batches(), torch.from_numpy), []
-    model = random_model(dropout=0.5).train(training)
+def test_scoring_does_not_disturb_training(score):
+    """Dropout is off meanwhile, also if the device fails; no random number is drawn and no graph is kept."""
+    model, graphs, state = random_model(dropout=0.5).train(), [], torch.get_rng_state()
+    expected = mean_loss(random_model(), eval_batches(IDS, T, 4), torch.from_numpy)
+    torch.set_rng_state(state)
     model.transformer.ln_f.register_forward_hook(lambda module, args, x: graphs.append(x.requires_grad))
-    state = torch.get_rng_state()
-    got = score(model, batches(), torch.from_numpy)
-    assert (got if score is mean_loss else got.figures()["loss"]) == pytest.approx(expected, rel=1e-6)
-
-    def broken():
-        yield from batches()
-        raise OSError("the disk is gone")
-
-    with pytest.raises(OSError, match="the disk is gone"):
-        score(model, broken(), torch.from_numpy)
-    assert model.training is training
-    assert torch.is_grad_enabled()
-    assert graphs
-    assert not any(graphs)
+    found = score(model, eval_batches(IDS, T, 4), torch.from_numpy)
+    assert (found if score is mean_loss else figures(found, COUNTS)["loss"]) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ZeroDivisionError):
+        score(model, eval_batches(IDS, T, 4), lambda array: 1 / 0)
+    assert (model.training, torch.is_grad_enabled(), set(graphs)) == (True, True, {False})
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def sums(losses: list[float]) -> dict[str, np.ndarray]:
+    """Of 8 tokens at the first of 16 positions: the targets are 0 and, twice, 1; 0 is the most likely each time."""
+    by_position = np.array([*losses, *[0.0] * 8])
+    by_id = {"targets": [6, 2], "predicted": [8, 0], "correct": [6, 0], "in_top5": [4, 0]}
+    bins = {"bin_correct": [0, 6, 0], "bin_confidence": [0, 4.0, 0]}
+    counted = {name: np.array(values) for name, values in (by_id | bins).items()}
+    return counted | {"position_tokens": np.repeat([1, 0], 8), "position_loss": by_position}
+
+
+def test_figures_by_hand():
+    """Two bits a token: 16 bits over 20 bytes and 4 words."""
+    found = figures(sums([2 * math.log(2)] * 8), COUNTS)
+    positions = found.pop("loss_by_position")
+    assert [tuple(bucket.values())[:3] for bucket in positions] == [(n, n + 1, 2 * (n < 8)) for n in range(0, 16, 2)]
+    assert [bucket["loss"] for bucket in positions] == [pytest.approx(2 * math.log(2))] * 4 + [None] * 4
+    shares = {"accuracy": 0.75, "recall": 0.75, "top5_accuracy": 0.5, "calibration_error": 0.25}
+    shares |= {"precision": 0.75 * 0.75, "f1": 0.75 * 2 * 6 / (8 + 6)}
+    means = {"loss": 2 * math.log(2), "perplexity": 4, "word_perplexity": 2**4, "bits_per_byte": 16 / 20}
+    assert found == pytest.approx(COUNTS | {"tokens": 8} | shares | means)
+    found = figures(sums([800.0] * 8), dict.fromkeys(COUNTS, 0))
+    assert (found["perplexity"], found["word_perplexity"], found["bits_per_byte"]) == (math.inf, None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bytes, words and lines
+
+# Letters of one to four bytes; all white space that split() knows; characters that only look like it.
+LETTERS = "aé東🎈\u200b\ufeff\x00\ufffd"
+SPACES = "".join(char for char in map(chr, range(0x3001)) if char.isspace())
+TEXTS = st.text(st.sampled_from(LETTERS) | st.sampled_from(SPACES) | st.sampled_from(" \n"), max_size=20)
+BYTES, SMALL = tokenizer.load("byte"), st.integers(1, 9)  # ids decoded at once
+
+
+def count(encoding, ids: list[int], chunk: int) -> tuple[int, int, int]:
+    with mock.patch.object(metrics, "CHUNK_TOKENS", chunk):
+        return tuple(count_text(np.array([*ids, 97], dtype=np.uint16), len(ids), encoding).values())
+
+
+@given(TEXTS, SMALL)
+@example("".join(f"{space}{letter}" for space in SPACES for letter in LETTERS), 5)
+def test_words_are_those_of_split(text, chunk):
+    """Chunks cut words and characters, and tokens of gpt2 hold parts of characters."""
+    gpt2 = tokenizer.load("gpt2")
+    for encoding, ids in ((BYTES, list(text.encode())), (gpt2, gpt2.encode_ordinary(text))):
+        assert count(encoding, ids, chunk) == (len(text.encode()), len(text.split()), text.count("\n"))
+
+
+@given(st.lists(st.integers(0, 255) | st.sampled_from([*"東🎈 \n".encode(), 256, 257, 300, 65535]), max_size=30), SMALL)
+def test_special_tokens_end_words_and_have_no_bytes(ids, chunk):
+    """Also ids beyond the tokenizer's, and within a character; broken characters count as letters."""
+    texts = [[]]
+    for each in ids:
+        texts.append([]) if each > 255 else texts[-1].append(each)
+    decoded = [bytes(part).decode("utf-8", "replace") for part in texts]
+    words, lines = sum(len(text.split()) for text in decoded), sum(text.count("\n") for text in decoded)
+    assert count(BYTES, ids, chunk) == (sum(map(len, texts)), words, lines)
+
+
+def test_wikitext_has_the_numbers_of_the_literature(tmp_path, real_text, gpt2_vocabulary, monkeypatch):
+    """Of its 4,358 lines the rows that Hugging Face has keep 2,891 ends: empty ones have none."""
+    from pyarrow.parquet import read_table
+
+    column = read_table(real_text / "wikitext103" / "test-00000-of-00001.parquet")["text"]
+    encoding = tokenizer.load("gpt2")
+    ids = np.array(encoding.encode_ordinary("".join(column.to_pylist())), np.uint16)
+    monkeypatch.setattr(metrics, "CHUNK_TOKENS", 10_000)
+    split = tokens(tmp_path, *np.array_split(ids, 3))
+    assert len(split) == 283_287
+    assert count_text(split, len(split), encoding) == {"bytes": 1_287_656, "words": 241_211, "lines": 2891}

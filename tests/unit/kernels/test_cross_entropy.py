@@ -16,7 +16,7 @@ from model import GPT
 
 N, C, V, PADDED = 53, 16, 100, 128
 ROWS, AT_ONCE = 20, 7  # 53 rows in chunks of 18, 18 and 17, their softmax in pieces of 7, 7 and 4 or 3
-KERNELS = [None, cross_entropy._gradient_in_one_kernel]
+KERNELS = [None, cross_entropy.gradient_in_one_kernel]
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=V)
 
 
@@ -272,9 +272,9 @@ def test_a_compiled_model_leaves_the_loss_out_of_its_graph(monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_kernel_for_a_compiler_compiles():
     logits, at = torch.randn(N, PADDED), torch.randint(V, (N, 1))
-    compiled = torch.compile(cross_entropy._gradient_in_one_kernel, dynamic=False)
+    compiled = torch.compile(cross_entropy.gradient_in_one_kernel, dynamic=False)
     for found, expected in zip(
-        compiled(logits, at, V), cross_entropy._gradient_in_one_kernel(logits, at, V), strict=True
+        compiled(logits, at, V), cross_entropy.gradient_in_one_kernel(logits, at, V), strict=True
     ):
         torch.testing.assert_close(found, expected)
 
