@@ -15,7 +15,7 @@ import sys
 from config import TrainConfig, run_dir
 from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_script
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs.run_list import print_list
+from flatgpt.runs.history import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)
@@ -25,12 +25,12 @@ if __name__ == "__main__":
 
 import dataclasses
 import gc
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -45,12 +45,12 @@ from flatgpt.runtime.device import find_device, reseed
 from flatgpt.runtime.distributed import DistributedContext, join_process_group, shorten_timeout
 from flatgpt.runtime.parallel import full_tensor, gradients, local_grad_sum
 from flatgpt.runtime.stop import StopRequest
-from flatgpt.training import samples
+from flatgpt.training import reporting
 from flatgpt.training.nonfinite import require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
-from flatgpt.training.reporting import closing_message, draw_picture, explain_out_of_memory, metrics_row, summary
+from flatgpt.training.plan import print_plan
 from flatgpt.training.resume import Progress, checkpoint_state, find_resume_checkpoint, restore_run, run_metadata
-from flatgpt.training.setup import TrainingRun, build_run, print_plan
+from flatgpt.training.setup import TrainingRun, build_run
 
 
 def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
@@ -86,21 +86,17 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
     Args:
         stop_reason: called before each batch; nonzero where this rank is asked to stop.
     """
-    config, ranks, stopped = run.config, run.ranks, False
-    tokens, T = run.dataset.tokens("val"), config.context_length
+    config, ranks, T, stopped = run.config, run.ranks, run.config.context_length, []
+
+    def go_on(batch) -> bool:
+        stopped.append(bool(ranks.all_reduce_max(stop_reason())[0]))
+        return not stopped[-1]
+
     batch_size = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
-    batches = eval_batches(tokens, T, batch_size, config.eval_batches, ranks)
-
-    def until_stopped() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal stopped
-        for batch in batches:
-            if stopped := bool(ranks.all_reduce_max(stop_reason())[0]):
-                return
-            yield batch
-
+    batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_batches, ranks)
     with run.device_settings.autocast():
-        loss = mean_loss(run.model, until_stopped(), run.device_settings.to_device, ranks)
-    return None if stopped else loss
+        loss = mean_loss(run.model, itertools.takewhile(go_on, batches), run.device_settings.to_device, ranks)
+    return None if any(stopped) else loss
 
 
 def record_evaluation(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter, loss: float) -> None:
@@ -108,6 +104,7 @@ def record_evaluation(run: TrainingRun, progress: Progress, checkpoints: Checkpo
     require_finite(run.model, progress.iter, loss)
     progress.row["val_loss"] = progress.val_loss = loss
     progress.since_best += 1
+    progress.eval_pending = False
     if progress.iter == 0 or (progress.best_loss is not None and loss >= progress.best_loss):
         return
     if run.config.on_save_error == "warn":  # otherwise a failed save ends the run
@@ -123,6 +120,14 @@ def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) ->
     require_finite(run.model, progress.iter)
     state = {key: progress.row[key] for key in ("iter", "tokens", "epoch")} | progress.state_dict()
     checkpoints.save({**state, "finished": False}, checkpoint_state(run, progress))
+
+
+def write_row(run: TrainingRun, progress: Progress, log: RunLog) -> None:
+    """Write the newest row of the log; after an evaluation, samples too."""
+    log.write(progress.row)
+    if "val_loss" in progress.row and run.encoding:
+        texts = reporting.generate_samples(run, run.config.seed)
+        log.write_samples(progress.row, run.config.sample_prompt, texts)
 
 
 def train_loop(
@@ -146,11 +151,8 @@ def train_loop(
                 reason = ranks.all_reduce_max(stop.reason())[0]
             else:
                 record_evaluation(run, progress, checkpoints, loss)
-                progress.eval_pending = False
         if row_due or reason:
-            log.write(progress.row)
-            if "val_loss" in progress.row and run.encoding:
-                log.write_samples(progress.row, config.sample_prompt, samples.generate_samples(run, config.seed))
+            write_row(run, progress, log)
             clock.start()
         if reason or progress.iter >= config.max_iters or progress.patience_exhausted(config.patience):
             return reason
@@ -167,21 +169,16 @@ def train_loop(
         reason, timer_due = ranks.all_reduce_max(stop.reason(), checkpoints.timer_due())
         progress.eval_pending = progress.iter % config.eval_interval == 0 or progress.iter >= config.max_iters
         if reason or timer_due or any(progress.iter % n == 0 for n in intervals):
-            progress.row = metrics_row(run, progress.iter, loss, norm, clock.ms_per_update())
-            check_nonfinite(run, progress, checkpoints, log)
+            progress.row = reporting.metrics_row(run, progress.iter, loss, norm, clock.ms_per_update())
+            warning, error = run.nonfinite_guard.check(progress.row, run.batches, ranks)
+            if warning:
+                log.print(warning)
+            if error:
+                checkpoints.wait()  # torchrun ends all ranks with the first that leaves
+                raise UserError(error)
         if reason or timer_due or progress.eval_pending or progress.iter % config.save_interval == 0:
             with clock.paused():
                 save(run, progress, checkpoints)  # before an evaluation or a sample can fail
-
-
-def check_nonfinite(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter, log: RunLog) -> None:
-    """Print warnings about non-finite updates, or end the run as on_nonfinite says."""
-    try:
-        for text in run.nonfinite_guard.check(progress.row, run.batches, run.ranks):
-            log.print(text)
-    except UserError:
-        run.ranks.poll_all(checkpoints.idle)  # torchrun ends all ranks with the first that leaves
-        raise
 
 
 def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
@@ -189,11 +186,10 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     start = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
     run = build_run(config, ranks, resumed=start[1] if start else None)
     config, folder = run.config, Path(run.config.out_dir)
-    print(summary(run))
+    print(reporting.summary(run))
     progress = restore_run(start, run, lock, recipe_text(config))
-    settings, wandb_run = dataclasses.asdict(config), None
-    if ranks.first:
-        wandb_run = start_wandb(config.wandb, config.wandb_project, folder, settings, progress.wandb_id)
+    mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
+    wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
     ranks.barrier()  # wandb's servers may take their time
     metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id}
@@ -207,28 +203,25 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
         if error := checkpoints.failure:
             raise UserError(f"the run ends at iter {progress.iter}, and its last checkpoint is not there: {error}")
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # a signal leaves no time for it
-            draw_picture(log, folder)
+            reporting.draw_picture(log, folder)
     finally:
         checkpoints.close()  # waits for the save in flight
         log.close()
         gc.unfreeze()
         stop.restore()
-    print(closing_message(run, progress, reason, time.perf_counter() - began))
+    print(reporting.closing_message(run, progress, reason, time.perf_counter() - began))
     if reason > StopRequest.TIME_IS_UP:
         raise SystemExit(128 + reason)
 
 
 def train(config: TrainConfig) -> None:
     """Train as the config says, from the beginning or from a checkpoint."""
-    if config.plan:
-        print_plan(config)
-        return
-    with (
-        join_process_group(config, find_device) as ranks,
-        RunLock(run_dir(config)) as lock,
-        explain_out_of_memory(config, ranks),
-    ):
-        train_on(ranks, lock, config)
+    with join_process_group(config, find_device) as ranks:
+        if config.plan:
+            print_plan(config, ranks)
+            return
+        with RunLock(run_dir(config)) as lock, reporting.explain_out_of_memory(config, ranks):
+            train_on(ranks, lock, config)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,25 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from config import PrepareConfig, UserError
+from config import UserError
 from flatgpt.data import tokenizer
-from flatgpt.data.shards import LLMC_EVAL_MAGIC, LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, magic_number, read_meta
+from flatgpt.data.shards import LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, file_sha256, read_meta
 
 PROGRESS = "progress.json"  # in a folder whose dataset is not finished
+# What a manifest would say of shards that other programs wrote.
+GPT2 = {
+    "tokenizer": "gpt2",
+    "vocab_size": 50_257,
+    "ranks_sha256": tokenizer.GPT2_RANKS,
+    "eot_id": 50_256,
+    "end_of_text": True,
+}
 CHECKED_AT_START = 100_000_000  # ids of a split: 200 MB, 0.01 to 0.04 s in memory, else a read of the disk
 
 
@@ -48,35 +57,29 @@ class Dataset:
         return Tokens(files, self.meta["vocab_size"])
 
     def check(self, full: bool = False) -> None:
-        """Raise UserError, naming all of them, where files are not as they were written.
+        """Raise UserError, naming all of them, where `verify_shards` finds files that are not as they were written."""
+        if wrong := [error for _, error in self.verify_shards(full) if error]:
+            raise UserError("; ".join(wrong))
+
+    def verify_shards(self, full: bool = True) -> Iterator[tuple[str, str]]:
+        """Yield (name, error or "") of each shard file.
 
         The sizes of all splits, and the ids of train and val where a split has at most CHECKED_AT_START of them;
         with `full` every id and every SHA-256.
         """
-        wrong = [error for _, error in self.verify_shards(full) if error]
-        if wrong:
-            remedy = f"; move {self.folder} away and make it again"
-            raise UserError("; ".join(wrong) + remedy * ("prepare_data.py" not in "".join(wrong)))
-
-    def verify_shards(self, full: bool = True) -> Iterator[tuple[str, str]]:
-        """Yield (name, error or "") of each shard file: size, ids and SHA-256; without `full`, what check reads."""
         for split, entry in self.meta["splits"].items():
-            count = sum(file["tokens"] for file in entry["files"])
-            ids = full or (split in ("train", "val") and count <= CHECKED_AT_START)
+            check_ids = full or (split in ("train", "val") and entry["tokens"] <= CHECKED_AT_START)
             for file in entry["files"]:
-                path, digest = self.folder / file["name"], None
+                path, error = self.folder / file["name"], ""
                 try:
                     tokens = Tokens([(path, None if self.notice else file["tokens"])])
-                    if ids:
+                    if check_ids:
                         tokens.check_ids(self.meta["vocab_size"])
-                    if full:
-                        with open(path, "rb") as content:
-                            digest = hashlib.file_digest(content, "sha256").hexdigest()
-                except (UserError, OSError) as error:
-                    yield file["name"], str(error)
-                    continue
-                same = digest in (None, file.get("sha256", digest))
-                yield file["name"], "" if same else f"{path}: its SHA-256 is not meta.json's: changed since it was made"
+                    if full and "sha256" in file and file_sha256(path) != file["sha256"]:
+                        error = f"{path}: its SHA-256 is not meta.json's: move {self.folder} away and make it again"
+                except (UserError, OSError) as found:
+                    error = str(found)
+                yield file["name"], error
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -85,36 +88,23 @@ def open_dataset(folder: Path) -> Dataset:
     Raises:
         UserError: not there, not finished, or of a tokenizer that this version does not know.
     """
-    meta = read_meta(folder)
-    if meta is None:
-        unfinished = _unfinished(folder)
-        if not unfinished and (dataset := _open_external(folder)):
-            return dataset
-        begun = unfinished or (folder.is_dir() and any(folder.glob("*.bin*")))
-        state = "is not finished" if begun else "is not there"
-        raise UserError(f"dataset {folder} {state}: run {unfinished or _command(folder)}")
-    tokenizer.check_name(meta["tokenizer"])
-    return Dataset(folder, meta)
-
-
-def _unfinished(folder: Path) -> str:
-    """Return the command that began the dataset in this folder; empty where there is no unfinished one."""
-    try:
-        return str(json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]) or _command(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return _command(folder)
+    if meta := read_meta(folder):
+        tokenizer.check_name(meta["tokenizer"])
+        return Dataset(folder, meta)
+    begun = (folder / PROGRESS).exists()
+    if not begun and (dataset := _open_external(folder)):
+        return dataset
+    state = "is not finished" if begun or any(folder.glob("*.bin*")) else "is not there"
+    raise UserError(f"dataset {folder} {state}: run {_command(folder)}")
 
 
 def _command(folder: Path) -> str:
-    """Guess the command that makes this folder from its name."""
+    """Return the command that began the dataset in this folder, else guess it from the folder's name."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]
     source, _, name = folder.name.partition("_")
-    known = [s for s in PrepareConfig.__dataclass_fields__["source"].metadata["choices"] if s not in ("hub", "text")]
     words = f"{source} --tokenizer {name}" if name else source
-    if source == "text":
-        words += " --input FILES"
-    elif source not in known:
+    if source not in ("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb"):
         words = f"text --input FILES --name {folder.name}"
     if folder.parent != Path("data"):
         words += f" --data_dir {shlex.quote(str(folder.parent))}"
@@ -123,16 +113,12 @@ def _command(folder: Path) -> str:
 
 def _open_external(folder: Path) -> Dataset | None:
     """Open shards of nanoGPT or llm.c as GPT-2's ids, since they name no tokenizer; None where there are none."""
-    paths = sorted(path for path in folder.glob("*.bin") if path.is_file())
-    maker, files = "nanoGPT", {s: [p for p in paths if p.name == f"{s}.bin"] for s in ("train", "val")}
-    magic = {path: magic_number(path) for path in paths}
-    if not files["train"] and {LLMC_MAGIC, LLMC_LLAMA_MAGIC} & set(magic.values()):
-        maker, paths = "llm.c", [path for path in paths if magic[path] != LLMC_EVAL_MAGIC]
-        words = {path: re.split("[^a-z]+", path.stem.lower()) for path in paths}
-        files = {s: [path for path in paths if s in words[path]] for s in ("train", "val")}
-        ids = (LLMC_MAGIC, LLMC_LLAMA_MAGIC)
-        if others := [path for found in files.values() for path in found if magic[path] not in ids]:
-            raise UserError(f"{others[0]} lacks the header that the other files of llm.c have: truncated; get it again")
+    maker, splits = "nanoGPT", {}
+    files = {split: [path for path in [folder / f"{split}.bin"] if path.is_file()] for split in ("train", "val")}
+    if not files["train"]:
+        maker, magic = "llm.c", {path: [*np.fromfile(path, "<i4", 1)] for path in sorted(folder.glob("*.bin"))}
+        shards = [path for path in magic if magic[path] in ([LLMC_MAGIC], [LLMC_LLAMA_MAGIC])]
+        files = {split: [p for p in shards if split in re.split("[^a-z]+", p.stem.lower())] for split in files}
     if not files["train"]:
         return None
     if (folder / "meta.pkl").exists():
@@ -140,22 +126,15 @@ def _open_external(folder: Path) -> Dataset | None:
             f"{folder} holds nanoGPT's character ids, whose table is in a pickle (meta.pkl), and unpickling can run "
             "anybody's code: make shards from its text: python prepare_data.py text --input input.txt --tokenizer byte"
         )
-    vocab_size, splits = 50_257, {}
-    for split, found in files.items():
-        each = [Tokens([(path, None)]) for path in found]
-        for tokens in each:
-            tokens.check_ids(vocab_size)  # no manifest says that they are valid
-        entries = [{"name": path.name, "tokens": len(t)} for path, t in zip(found, each, strict=True)]
-        splits |= {split: {"tokens": sum(map(len, each)), "files": entries}} if found else {}
-    meta = {
-        "source": maker,
-        "tokenizer": "gpt2",
-        "vocab_size": vocab_size,
-        "ranks_sha256": tokenizer.GPT2_RANKS,
-        "eot_id": 50_256,
-        "end_of_text": True,
-        "splits": splits,
-    }
+    for split, paths in files.items():
+        sizes = []
+        for path in paths:
+            tokens = Tokens([(path, None)])
+            tokens.check_ids(GPT2["vocab_size"])  # no manifest says that they are valid
+            sizes.append({"name": path.name, "tokens": len(tokens)})
+        if sizes:
+            splits[split] = {"tokens": sum(file["tokens"] for file in sizes), "files": sizes}
+    meta = {"source": maker, **GPT2, "splits": splits}
     return Dataset(folder, meta, f"{folder} has no meta.json: taken as {maker}'s shards of GPT-2's tokens")
 
 
@@ -182,37 +161,30 @@ class Windows:
         return rows[:, :-1], rows[:, 1:]
 
 
-class Shuffle:
-    """A bijection on 0 .. n-1 keyed by (seed, epoch), in O(1) memory: the order of an epoch's windows.
+def shuffled(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the windows at these places of an epoch: a bijection on 0 .. n-1 keyed by (seed, epoch), in O(1) memory.
 
     A balanced Feistel network over the next power of four, walked until the result is below n (cycle walking:
     Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
+    digest = hashlib.blake2b(f"flatgpt order {seed} {epoch}".encode(), digest_size=64).digest()
+    keys = np.frombuffer(digest, dtype="<u8")  # one for each round
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)  # bits of each of the two halves
 
-    ROUNDS = 8
-
-    def __init__(self, n: int, seed: int, epoch: int):
-        self.n = n
-        self.half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits of each of the two halves
-        digest = hashlib.blake2b(f"flatgpt order {seed} {epoch}".encode(), digest_size=8 * self.ROUNDS).digest()
-        self.keys = np.frombuffer(digest, dtype="<u8")
-
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        """Window indices at these places of the epoch: (k,) uint64 in, (k,) uint64 out."""
-        out = self._permute(np.asarray(places, dtype=np.uint64))
-        while (outside := out >= self.n).any():  # the domain is below 4 n, so a few rounds bring all inside
-            out[outside] = self._permute(out[outside])
-        return out
-
-    def _permute(self, values: np.ndarray) -> np.ndarray:
-        half, mask = np.uint64(self.half), np.uint64((1 << self.half) - 1)
+    def permute(values: np.ndarray) -> np.ndarray:
         left, right = values >> half, values & mask
-        for key in self.keys:
+        for key in keys:
             mixed = right + key  # splitmix64's finaliser (Steele, Lea, Flood 2014), in wrapping uint64 arithmetic
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
         return (left << half) | right
+
+    windows = permute(np.asarray(places, dtype=np.uint64))
+    while (outside := windows >= n).any():  # the domain is below 4 n, so a few rounds bring all inside
+        windows[outside] = permute(windows[outside])
+    return windows
 
 
 class TrainingBatches:
@@ -233,7 +205,7 @@ class TrainingBatches:
         while first < stop:
             epoch, place = divmod(first, W)
             count = min(stop - first, W - place)
-            parts.append(Shuffle(W, self.seed, epoch)(np.arange(place, place + count)))
+            parts.append(shuffled(np.arange(place, place + count), W, self.seed, epoch))
             first += count
         return np.concatenate(parts)
 

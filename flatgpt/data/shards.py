@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickletools
 import re
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,12 @@ from flatgpt.data.tokenizer import to_uint16
 from flatgpt.runtime.files import atomic_write
 
 FORMAT = 1
+REQUIRED = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text", "splits")  # keys of meta.json
 SPLITS = ("train", "val", "test")
 OUR_FILES = re.compile(rf"({'|'.join(SPLITS)})_(\d{{6}})\.bin(\.tmp)?")
 # llm.c's header: magic, version, number of ids; https://github.com/karpathy/llm.c, dev/data/data_common.py
-LLMC_MAGIC, LLMC_LLAMA_MAGIC, LLMC_EVAL_MAGIC, LLMC_HEADER = 20240520, 20240801, 20240522, 1024
+LLMC_MAGIC, LLMC_LLAMA_MAGIC, LLMC_HEADER = 20240520, 20240801, 1024
+PICKLE = re.compile(rb"\x80[\x04\x05]\x95.{4}\0{4}", re.DOTALL)  # protocols 4 and 5: 8 bytes are a frame's length
 HEADER_BYTES = 4096  # read from a file to recognise its format
 CHUNK_BYTES = 1 << 23  # read at once where a whole file is read
 
@@ -51,43 +53,33 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, n_vocab: int, shard_tokens: int, position: dict | None = None):
         self.folder, self.split, self.n_vocab, self.shard_tokens = folder, split, n_vocab, shard_tokens
-        self.counts = {"documents": 0, "bytes": 0}
-        self.files: list[dict] = []
-        self._file, self._digest, self._left = None, None, 0
+        self.counts, self.files = {"documents": 0, "bytes": 0}, []
+        self.waiting, self._file = 0, None  # ids in the unfinished file
         if position:
             self._resume(position)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.split}_{number:06d}.bin"
+    def _path(self, suffix: str = ".tmp") -> Path:
+        """Return the path of the unfinished file."""
+        return self.folder / f"{self.split}_{len(self.files):06d}.bin{suffix}"
 
     def _resume(self, position: dict) -> None:
         self.counts = {key: position[key] for key in self.counts}
-        self.files = list(position["files"])
-        number, tokens = len(self.files), position["waiting"]
-        path = self._path(number)
-        if path.exists() and tokens:  # it became full after the position was taken
-            os.replace(path, f"{path}.tmp")
-        sizes = {self.folder / f["name"]: 2 * f["tokens"] for f in self.files}
-        unlike = [p for p, size in sizes.items() if not p.exists() or p.stat().st_size != size]
-        partial = Path(f"{path}.tmp")
-        if tokens and not (partial.exists() and partial.stat().st_size >= 2 * tokens):
-            unlike.append(partial)
-        if unlike:
-            raise UserError(f"{unlike[0]} is not as it was when the work stopped: move {self.folder} away")
-        for later in self.folder.iterdir():
-            match = OUR_FILES.fullmatch(later.name)
-            if match and match[1] == self.split and int(match[2]) >= number + bool(tokens):
-                later.unlink()
-        if tokens:
-            self._open("r+b")
-            while rest := 2 * tokens - self._file.tell():
-                self._digest.update(self._file.read(min(rest, 1 << 22)))
-            self._file.truncate()
-            self._left -= tokens
-
-    def _open(self, mode: str = "wb") -> None:
-        self._file = open(f"{self._path(len(self.files))}.tmp", mode)  # noqa: SIM115, _finish closes it
-        self._digest, self._left = hashlib.sha256(), self.shard_tokens
+        self.files, self.waiting = list(position["files"]), position["waiting"]
+        if self.waiting and self._path("").exists():  # it became full after the position was taken
+            os.replace(self._path(""), self._path())
+        sizes = {self.folder / file["name"]: 2 * file["tokens"] for file in self.files}
+        sizes |= {self._path(): 2 * self.waiting} if self.waiting else {}
+        for path, size in sizes.items():
+            if not path.exists() or path.stat().st_size < size:
+                raise UserError(f"{path} is not as it was when the work stopped: move {self.folder} away")
+        for path in self.folder.iterdir():
+            match = OUR_FILES.fullmatch(path.name)
+            if match and match[1] == self.split and path not in sizes:
+                path.unlink()
+        if self.waiting:
+            self._file = open(self._path(), "r+b")  # noqa: SIM115, _finish closes it
+            self._file.truncate(2 * self.waiting)
+            self._file.seek(0, os.SEEK_END)
 
     def add(self, ids: np.ndarray, documents: int = 1, text_bytes: int = 0) -> None:
         """Append ids, and add the counts of their text."""
@@ -95,22 +87,22 @@ class ShardWriter:
         self.counts["documents"] += documents
         self.counts["bytes"] += text_bytes
         while ids.size:
-            if self._file is None:
-                self._open()
-            part, ids = ids[: self._left], ids[self._left :]
+            self._file = self._file or open(self._path(), "wb")  # noqa: SIM115, _finish closes it
+            part, ids = np.split(ids, [self.shard_tokens - self.waiting])
             self._file.write(part.data)
-            self._digest.update(part.data)
-            self._left -= part.size
-            if not self._left:
+            self.waiting += part.size
+            if self.waiting == self.shard_tokens:
                 self._finish()
 
     def _finish(self) -> None:
-        path, tokens = self._path(len(self.files)), self.shard_tokens - self._left
+        """Give the file its name."""
         self.flush()
         file, self._file = self._file, None
         file.close()
-        os.replace(file.name, path)
-        self.files.append({"name": path.name, "tokens": tokens, "sha256": self._digest.hexdigest()})
+        path = self._path("")
+        os.replace(self._path(), path)
+        self.files.append({"name": path.name, "tokens": self.waiting, "sha256": file_sha256(path)})
+        self.waiting = 0
 
     def flush(self) -> None:
         """Flush to the disk."""
@@ -120,19 +112,24 @@ class ShardWriter:
 
     def position(self) -> dict:
         """Return what an equal writer continues from; after `flush`, the files hold it for good."""
-        waiting = self.tokens - sum(f["tokens"] for f in self.files)
-        return {"files": list(self.files), "waiting": waiting, **self.counts}
+        return {"files": list(self.files), "waiting": self.waiting, **self.counts}
 
     @property
     def tokens(self) -> int:
         """Ids written so far."""
-        return sum(f["tokens"] for f in self.files) + (self.shard_tokens - self._left if self._file else 0)
+        return sum(file["tokens"] for file in self.files) + self.waiting
 
     def close(self) -> dict:
         """Finish the last file; return the split's entry of meta.json."""
         if self._file:
             self._finish()
         return {"tokens": self.tokens, **self.counts, "files": self.files}
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_meta(folder: Path, meta: dict) -> None:
@@ -148,20 +145,19 @@ def read_meta(folder: Path) -> dict | None:
     """Return the manifest of a finished dataset; None where there is none.
 
     Raises:
-        UserError: a manifest that is no JSON or of another format.
+        UserError: a manifest that is damaged or of another format.
     """
     path = folder / "meta.json"
     if not path.is_file():
         return None
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT:
-            required_keys = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text")
-            _ = [meta[key] for key in required_keys], meta["splits"].keys()
+        if meta["format"] == FORMAT and set(REQUIRED) <= set(meta):
             return meta
-        raise UserError(f"{path}: format {meta['format']} is not known to this version (it writes {FORMAT})")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: move {folder} away and run prepare_data.py again") from None
+    raise UserError(
+        f"{path} is damaged, or of another format than this version's, {FORMAT}: move {folder} away and run "
+        "prepare_data.py again"
+    )
 
 
 class Tokens:
@@ -220,30 +216,25 @@ class _Shard:
             self.file = os.open(path, os.O_RDONLY)  # not inherited: Python sees to that
             weakref.finalize(self, os.close, self.file)
             size = os.fstat(self.file).st_size
-            head, last = os.pread(self.file, HEADER_BYTES, 0), os.pread(self.file, 1, max(0, size - 1))
+            head = os.pread(self.file, HEADER_BYTES, 0)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        self.offset = _first_id(path, count, size, head, last)  # bytes
+        self.offset = _first_id(path, count, size, head)  # bytes
         self.count = (size - self.offset) // 2
 
     def read(self, start: int, stop: int, n_vocab: int | None = None) -> np.ndarray:
         """Ids [start, stop) of this file, read-only; UserError where one is not below n_vocab, or the file is cut."""
-        begin, at, end = (self.offset + 2 * n for n in (start, start, stop))
-        parts = []
-        while at < end:
-            try:
-                part = os.pread(self.file, min(end - at, 1 << 30), at)  # 2 GB and more at once are too much for macOS
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be read at byte {at:,}: {error.strerror}") from None
-            if not part:
-                raise UserError(
-                    f"{self.path}: truncated or replaced while it was in use: it now ends at byte "
-                    f"{os.fstat(self.file).st_size:,}, had {self.offset + 2 * self.count:,}; put it back, or move "
-                    f"{self.path.parent} away and run prepare_data.py again, then start again (training: with --resume)"
-                )
-            parts.append(part)
-            at += len(part)
-        ids = np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype="<u2")
+        begin, size = self.offset + 2 * start, 2 * (stop - start)
+        try:
+            content = os.pread(self.file, size, begin)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read at byte {begin:,}: {error.strerror}") from None
+        if len(content) < size:
+            raise UserError(
+                f"{self.path}: truncated or replaced while it was in use: put it back, or make the dataset again, then "
+                "start again (training: with --resume)"
+            )
+        ids = np.frombuffer(content, dtype="<u2")
         if n_vocab is not None and ids.size and int(ids.max()) >= n_vocab:
             bad = int(np.argmax(ids >= n_vocab))  # the first
             raise UserError(
@@ -253,68 +244,30 @@ class _Shard:
         return ids
 
 
-def _first_id(path: Path, count: int | None, size: int, head: bytes, last: bytes) -> int:
-    """The byte at which a file's ids begin; UserError where it cannot hold what it should.
+def _first_id(path: Path, count: int | None, size: int, head: bytes) -> int:
+    """Return the byte at which a file's ids begin. Raise UserError where it cannot hold what it should.
 
     Args:
         count: ids that it should hold; None: whatever it holds.
-        head, last: its first HEADER_BYTES bytes (all where it has less), its last byte.
+        head: its first HEADER_BYTES bytes (all where it has less).
     """
-    if _is_pickle(head[:11], last, size):
-        raise UserError(
-            f"{path} is a Python pickle (as smol-GPT writes them), not uint16 ids, and unpickling can run anybody's "
-            "code; make shards from the text: python prepare_data.py text --input FILE.txt --name NAME"
-        )
-    start = 0 if count is not None else _header(path, head, size)
-    if count is not None and size != 2 * count:
-        what = "looks like uint32 ids" if size == 4 * count else "truncated or changed"
-        raise UserError(
-            f"{path} has {size:,} bytes, meta.json says {2 * count:,}: {what}; "
-            f"move {path.parent} away and run prepare_data.py again"
-        )
-    if start and size == start:
-        raise UserError(f"{path} has llm.c's header and no ids")
-    if size == 0 or size % 2:
-        raise UserError(f"{path} has {size:,} bytes: shards of uint16 ids have a positive even number")
-    if count is None and start == 0 and _is_uint32(head, size):
-        raise UserError(
-            f"{path} looks like uint32 ids, not uint16 ids: every second uint16 of its first {len(head):,} bytes is 0; "
-            "write the ids again with dtype uint16"
-        )
-    return start
-
-
-def magic_number(path: Path) -> int:
-    """The first int32 of a file: one of llm.c's, or whatever its ids begin with."""
-    with open(path, "rb") as file:
-        return int.from_bytes(file.read(4), "little")
-
-
-def _header(path: Path, head: bytes, size: int) -> int:
-    """Bytes before the first id. As an id, the lower half of llm.c's magic, 55,432, is outside GPT-2's vocabulary."""
-    magic, version, tokens = (int.from_bytes(head[n : n + 4], "little") for n in (0, 4, 8))
-    if magic == LLMC_LLAMA_MAGIC:
-        raise UserError(f"{path} holds llm.c's uint32 ids of Llama 3's vocabulary, which do not fit uint16")
-    if magic != LLMC_MAGIC:
-        return 0
-    if version != 1 or size != LLMC_HEADER + 2 * tokens:
-        raise UserError(
-            f"{path} has llm.c's header (version {version}, {tokens:,} ids) and {size:,} bytes, which do not fit: "
-            "truncated; get it again"
-        )
-    return LLMC_HEADER
-
-
-def _is_pickle(head: bytes, last: bytes, size: int) -> bool:
-    """Whether a file's first 11 bytes and its last are those of a pickle of protocol 2 to 5; executes nothing."""
-    if len(head) < 11 or head[0] != 0x80 or head[1] not in range(2, 6) or last != b".":  # . is STOP
-        return False
-    if head[1] >= 4:  # protocols 4 and 5 open with a frame and its length
-        return head[2] == 0x95 and int.from_bytes(head[3:], "little") <= size - 11
-    return chr(head[2]) in pickletools.code2op
-
-
-def _is_uint32(head: bytes, size: int) -> bool:
-    """Whether a file's first bytes are ids below 65,536 in four bytes (or eight) each. Eight of them have to tell."""
+    magic, tokens = (int.from_bytes(head[n : n + 4], "little") for n in (0, 8))
+    start, expected, said_by = 0, size, ""
+    if count is not None:
+        expected, said_by = 2 * count, "meta.json"
+    elif magic == LLMC_MAGIC:  # as an id, its lower half, 55,432, is outside GPT-2's vocabulary
+        start, expected, said_by = LLMC_HEADER, LLMC_HEADER + 2 * tokens, "llm.c's header"
     ids = np.frombuffer(head[: len(head) // 2 * 2], dtype="<u2")
-    return size % 4 == 0 and len(ids) >= 16 and bool(ids[::2].any()) and not ids[1::2].any()
+    if PICKLE.match(head):
+        problem = "is a Python pickle, and unpickling can run anybody's code: make shards from the text"
+    elif magic == LLMC_LLAMA_MAGIC and count is None:
+        problem = "holds llm.c's uint32 ids of Llama 3's vocabulary, not uint16 ids"
+    elif size != expected:
+        problem = f"has {size:,} bytes, {said_by} says {expected:,}: truncated, changed, or not uint16 ids"
+    elif size <= start or size % 2:
+        problem = f"has {size:,} bytes: uint16 ids take a positive even number"
+    elif not said_by and size % 4 == 0 and len(ids) >= 16 and ids[::2].any() and not ids[1::2].any():
+        problem = "looks like uint32 ids: every second uint16 is 0"  # eight ids have to tell
+    else:
+        return start
+    raise UserError(f"{path} {problem}; move {path.parent} away and run prepare_data.py, or get the files again")

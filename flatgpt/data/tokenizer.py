@@ -21,25 +21,21 @@ from config import UserError
 MAX_ENCODE_CHARS = 1_000_000  # characters encoded at once; a longer run without a break is cut
 SAME_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
 # GPT-2's pattern never looks back, and a match ends wherever white space follows another character: a text can be split
-# there without changing an id.
-_BREAK = re.compile(r"\S(?=[ \n])")
+# there without changing an id. This matches up to the last such place.
+_LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
 
 # Known not to fit uint16; listed here so that nothing is downloaded to find out.
-TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
+TOO_LARGE = ("cl100k_base", "o200k_base", "o200k_harmony")
 
 
 def check_name(name: str) -> None:
     """Raise UserError unless `load` knows an encoding of this name; nothing is fetched."""
     known = [*(n for n in tiktoken.list_encoding_names() if n not in TOO_LARGE), "byte"]
-    if name in TOO_LARGE:
-        raise UserError(
-            f"tokenizer {name}: its {TOO_LARGE[name]:,} ids do not fit the shards' uint16 (65,536); "
-            f"take one of {', '.join(known)}"
-        )
     if name not in known:
-        raise UserError(f"tokenizer {name}: unknown; take one of {', '.join(known)}")
+        reason = "more ids than the shards' uint16 holds, 65,536" if name in TOO_LARGE else "unknown"
+        raise UserError(f"tokenizer {name}: {reason}; take one of {', '.join(known)}")
 
 
 @functools.cache
@@ -61,14 +57,13 @@ def load(name: str) -> tiktoken.Encoding:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; tiktoken's hash mismatch is a ValueError
-        url = getattr(getattr(error, "request", None), "url", "its host")
         raise UserError(
-            f"tokenizer {name}: its vocabulary could not be fetched from {url} ({type(error).__name__}). "
-            "Set TIKTOKEN_CACHE_DIR to a folder that has it (tiktoken's cache of a machine with a network), "
+            f"tokenizer {name}: its vocabulary could not be fetched ({' '.join(str(error).split())}). Set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it (tiktoken's cache of a machine with a network), "
             "or take --tokenizer byte, which needs no download"
         ) from None
     if encoding.n_vocab > 65_536:
-        raise UserError(f"tokenizer {name}: its {encoding.n_vocab:,} ids do not fit the shards' uint16 (65,536)")
+        raise UserError(f"tokenizer {name}: its {encoding.n_vocab:,} ids do not fit the shards' uint16")
     return encoding
 
 
@@ -116,21 +111,13 @@ def split_text(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]
     for block in blocks:
         text, start = rest + block, 0
         while len(text) - start > length:
-            stop = _last_break(text, start, start + length)
-            yield text[start : stop or start + length], not stop
-            start = stop or start + length
+            found = _LAST_BREAK.match(text, start, start + length + 1)
+            stop = found.end() if found else start + length
+            yield text[start:stop], not found
+            start = stop
         rest = text[start:]
     if rest:
         yield rest, False
-
-
-def _last_break(text: str, start: int, stop: int) -> int:
-    """Return the last index in start + 1 .. stop at which a split changes no id; 0 where there is none."""
-    for first in (max(start, stop - 4096), start):
-        breaks = [match.end() for match in _BREAK.finditer(text, first, stop + 1)]
-        if breaks:
-            return breaks[-1]
-    return 0
 
 
 def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from flatgpt.runtime.distributed import DistributedContext
 MAX_CONSECUTIVE_SKIPS = 20  # float16's scale of 2^16 has reached 1 before
 NO_ITER = 2**62
 COUNTS = "skipped", "in_a_row", "longest"
+REMEDY = "with a smaller --lr, more --warmup_iters or --dtype float32"
 
 
 class NonfiniteGuard:
@@ -52,34 +53,42 @@ class NonfiniteGuard:
         self.values = torch.where(is_first, torch.stack((loss, norm, local)), self.values)
         return skip.float()
 
-    def check(self, row: dict, batches: TrainingBatches, ranks: DistributedContext) -> list[str]:
-        """Return warnings about the updates since the last check, and add `skipped` to the row. Waits for the device.
+    def check(self, row: dict, batches: TrainingBatches, ranks: DistributedContext) -> tuple[str, str]:
+        """Add `skipped` to the row, and return a warning and an error about the updates since the last check, or "".
 
-        Raises:
-            UserError: an update was not finite and on_nonfinite is `stop`, or too many in a row were skipped.
+        An error ends the run: an update was not finite and on_nonfinite is `stop`, or too many in a row were skipped.
+        Waits for the device.
         """
         row["skipped"], longest, first = torch.stack((self.skipped, self.longest, self.first)).tolist()
-        warnings = []
+        warning = error = ""
         if first != NO_ITER:
             loss, norm, local = self.values.tolist()
-            text = describe_update(first, loss, norm, ranks.all_gather(math.isfinite(local)), batches)
-            if self.on_nonfinite == "stop":
-                raise UserError(
-                    f"{text}. It was not applied, and the run ends here; what was saved stays. Go on from it with "
-                    "a smaller --lr or --dtype float32, or leave such updates out with --on_nonfinite skip"
-                )
-            warnings.append(
-                f"warning: {text}. It was not applied (on_nonfinite = skip); {row['skipped']} left out so far"
+            finite = ranks.all_gather(math.isfinite(local))  # by rank
+            suspects = [rank for rank in range(ranks.world) if not finite[rank]] or list(range(ranks.world))
+            micros = [m for m in range(batches.per_update // batches.batch_size) if m % ranks.world in suspects]
+            windows = [int(w) for m in micros for w in batches.indices(first, m)]
+            what = f"norm of the gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+            on = f" on rank {', '.join(map(str, suspects))}" if ranks.world > 1 else ""
+            shown = ", ".join(map(str, windows[:16])) + ", ..." * (len(windows) > 16)
+            text = (
+                f"iter {first + 1}: the {what}{on}; its batch there: training windows {shown} (window w begins at "
+                f"token {batches.windows.stride} w). It was not applied"
             )
-        if longest >= MAX_CONSECUTIVE_SKIPS:
-            raise UserError(
+            if self.on_nonfinite == "stop":
+                error = (
+                    f"{text}, and the run ends here; what was saved stays. Go on from it with a smaller --lr or "
+                    "--dtype float32, or leave such updates out with --on_nonfinite skip"
+                )
+            else:
+                warning = f"warning: {text} (on_nonfinite = skip); {row['skipped']} left out so far"
+        if longest >= MAX_CONSECUTIVE_SKIPS and not error:
+            error = (
                 f"{longest} updates in a row, up to iter {row['iter']}, had a loss or gradient that is not finite: the "
-                "run has diverged; what was saved stays. Go on from it, or start again, with a smaller --lr, more "
-                "--warmup_iters or --dtype float32"
+                f"run has diverged; what was saved stays. Go on from it, or start again, {REMEDY}"
             )
         self.longest = self.in_a_row.clone()
         self.first = torch.full_like(self.first, NO_ITER)
-        return warnings
+        return warning, error
 
     def state_dict(self) -> dict:
         """Return the counts that a resumed run continues."""
@@ -92,25 +101,6 @@ class NonfiniteGuard:
             setattr(self, name, torch.full_like(self.skipped, state[name]))
 
 
-def describe_update(i: int, loss: float, norm: float, finite: list[bool], batches: TrainingBatches) -> str:
-    """Say what was not finite in update i (from 0), on which rank, and which training windows the rank had there.
-
-    Args:
-        finite: by rank, whether its own loss and gradients were finite.
-    """
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
-    world = len(finite)
-    suspects = [rank for rank in range(world) if not finite[rank]] or list(range(world))
-    micros = [m for m in range(batches.per_update // batches.batch_size) if m % world in suspects]
-    windows = [int(w) for m in micros for w in batches.indices(i, m)]
-    shown = ", ".join(map(str, windows[:16])) + f" and {len(windows) - 16} more" * (len(windows) > 16)
-    on = f" on rank {', '.join(map(str, suspects))}" if world > 1 else ""
-    return (
-        f"iter {i + 1}: the {what}{on}; its batch there: training windows {shown} (window w begins at token "
-        f"{batches.windows.stride} w)"
-    )
-
-
 def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
     """Raise UserError where a weight or the validation loss is NaN or infinite at iteration i."""
     weights = [p.detach() for p in model.parameters()]
@@ -119,5 +109,5 @@ def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
         what = f"the validation loss is {loss}" if not math.isfinite(loss) else "a weight is not finite"
         raise UserError(
             f"{what} at iter {i}: the run has diverged. Go back to a checkpoint before it (--resume FOLDER/ckpt/best, "
-            "say) or start again, with a smaller --lr, more --warmup_iters or --dtype float32"
+            f"say) or start again, {REMEDY}"
         )

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from torch import Tensor, nn
 
-from config import PrepareConfig, ReportedByOtherRank, TrainConfig, UserError, run_dir
+from config import PrepareConfig, TrainConfig, UserError, run_dir
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import read_tokenizer
-from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime import precision
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.parallel import wrap_model
-from flatgpt.training import plan
 from flatgpt.training.nonfinite import NonfiniteGuard
-from flatgpt.training.optimizer import make_optimizer
-from flatgpt.training.prefetch import BatchPrefetcher
+from flatgpt.training.optimizer import MuonAndAdamW, make_optimizer
 from model import GPT
 
 
@@ -46,60 +43,96 @@ class TrainingRun:
     model: GPT  # the plain module: saved, evaluated and sampled
     wrapped_model: nn.Module  # by DDP or fully_shard; the model itself on a single rank
     forward: Callable[..., Tensor]  # inputs, targets -> loss: the wrapped model, or its compiled form
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW | MuonAndAdamW
     scaler: torch.amp.GradScaler
     nonfinite_guard: NonfiniteGuard
+
+
+class BatchPrefetcher:
+    """Returns micro-batches in any order. A thread prepares the one that follows the newest.
+
+    Args:
+        batches: a pure, thread-safe function.
+        device: of the returned tensors.
+        micros: this rank's micro-batches of each update.
+    """
+
+    def __init__(self, batches: TrainingBatches, device: torch.device, micros: range):
+        self.batches, self.device, self.micros = batches, device, micros
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._next: tuple[int, int] | None = None
+        self._prepared: Future | None = None
+
+    def __call__(self, update: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets on the device, (B, T) int64 each. Does not synchronise with CUDA."""
+        x, y = self._prepared.result() if self._next == (update, micro) else self._prepare(update, micro)
+        following = micro + self.micros.step
+        self._next = (update, following) if following in self.micros else (update + 1, self.micros.start)
+        self._prepared = self._thread.submit(self._prepare, *self._next)
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def _prepare(self, update: int, micro: int) -> tuple[Tensor, Tensor]:
+        x, y = (torch.from_numpy(np.ascontiguousarray(array)) for array in self.batches(update, micro))
+        if self.device.type != "cuda":
+            return x, y
+        with torch.cuda.device(self.device):  # the current device is a thread's own setting
+            return x.pin_memory(), y.pin_memory()
 
 
 def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
     """Open and check the dataset on every rank. The default dataset is prepared first where it is missing."""
     folder = Path(config.data_dir) / config.dataset
-    for turn in (ranks.first, ranks.local_rank == 0):  # then other machines, where they do not share the folder
-        if config.dataset == "pydoc" and turn and not (folder / "meta.json").exists():
-            print(f"{folder} is not there yet: preparing the reference that ships inside Python")
-            prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
-        ranks.barrier()
+    if ranks.first and config.dataset == "pydoc" and not (folder / "meta.json").exists():
+        print(f"{folder} is not there yet: preparing the reference that ships inside Python")
+        prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
+    ranks.barrier()
     dataset = open_dataset(folder)
     with ThreadPoolExecutor(1) as thread:  # hashing a large dataset may take longer than a collective's timeout
-        checks = [thread.submit(dataset.check, config.verify_data)] if ranks.local_rank == 0 else []
-        ranks.poll_all(lambda: all(work.done() for work in checks))
-        for work in checks:
-            work.result()
+        checked = thread.submit(lambda: ranks.local_rank == 0 and dataset.check(config.verify_data))
+        ranks.poll_all(checked.done)
+    checked.result()
     ranks.require_equal({f"dataset {folder}": dataset.manifest_hash})
     return dataset
 
 
-def resolve_vocab_size(config: TrainConfig, dataset: Dataset) -> int:
-    """Return vocab_size, by default the dataset's."""
-    meta = dataset.meta
-    if config.vocab_size is not None and config.vocab_size < meta["vocab_size"]:
+def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Windows]:
+    """Return the config with vocab_size and max_iters, by default the dataset's and those of `epochs`; and the windows.
+
+    Raises:
+        UserError: the dataset has more ids than vocab_size, or a split has no window.
+    """
+    meta, folder, T = dataset.meta, dataset.folder, config.context_length
+    vocab_size = config.vocab_size or meta["vocab_size"]
+    if vocab_size < meta["vocab_size"]:
         raise UserError(
-            f"vocab_size = {config.vocab_size:,}: {dataset.folder} is tokenised with {meta['tokenizer']}, which has "
+            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
             f"{meta['vocab_size']:,} ids; leave vocab_size out, or take at least that"
         )
-    return config.vocab_size or meta["vocab_size"]
-
-
-EARLIER = "chosen when the run began"  # comes before the reason of that choice
+    windows = Windows(dataset.tokens("train"), T, config.stride)
+    for split, tokens in (("train", windows.tokens), ("val", dataset.tokens("val"))):
+        if len(tokens) <= T:
+            raise UserError(
+                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window takes "
+                f"context_length + 1 = {T + 1:,}; give more text, or a smaller --context_length"
+            )
+    per_update = config.batch_size * config.grad_accum_steps
+    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
+    return dataclasses.replace(config, vocab_size=vocab_size, max_iters=max_iters, stride=windows.stride), windows
 
 
 def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) -> DeviceSettings:
     """Return the device, dtype and compile setting of a run. On CPUs rank 0 measures the dtype of `auto` for all ranks.
 
     Args:
-        chosen: what `auto` chose when the resumed run began; empty for a new run.
+        chosen: what `auto` chose when the resumed run began, and why; empty for a new run.
     """
     settings, why = {"dtype": config.dtype, "compile": config.compile}, {}
-    for key in ("dtype", "compile"):
-        if settings[key] in ("auto", None) and chosen.get(key) is not None:
-            reason = chosen.get("why", {}).get(key, "").removeprefix(EARLIER).removeprefix(": ")
-            settings[key], why[key] = chosen[key], f"{EARLIER}: {reason}" if reason else EARLIER
+    for key, setting in settings.items():
+        if setting in ("auto", None) and chosen.get(key) is not None:
+            settings[key], why[key] = chosen[key], chosen["why"].get(key, "chosen when the run began")
     local_rank = ranks.local_rank if ranks.world > 1 else None
-    device = find_device(config.device, local_rank)
-    if settings["dtype"] == "auto":  # a collective: all ranks take part, whatever their device
-        found = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config) if device.type == "cpu" else None)
-        if found and device.type == "cpu":
-            settings["dtype"], why["dtype"] = found
+    if settings["dtype"] == "auto" and find_device(config.device, local_rank).type == "cpu":
+        settings["dtype"], why["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))
     return select_device(config.device, settings["dtype"], settings["compile"], local_rank, why)
 
 
@@ -111,9 +144,7 @@ def load_encoding(config: TrainConfig, ranks: DistributedContext, name: str) -> 
             encoding = tokenizer.load(name)
         except UserError as error:
             note(f"warning: no samples will be written: {error}")
-        if not ranks.all(encoding is not None):
-            encoding = None
-    return encoding
+    return encoding if ranks.all(encoding is not None) else None
 
 
 def build_run(
@@ -130,57 +161,42 @@ def build_run(
     paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # these may differ between machines
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
-    folder, meta = dataset.folder, dataset.meta
-    vocab_size = resolve_vocab_size(config, dataset)
-    initial_tokenizer = read_tokenizer(config.init_from) if config.init_from and not resumed else None
-    if initial_tokenizer not in (None, meta["tokenizer"]):
+    config, windows = resolve_data_settings(config, dataset)
+    name, init_from = dataset.meta["tokenizer"], None if resumed else config.init_from
+    initial_tokenizer = read_tokenizer(init_from) if init_from else None
+    if initial_tokenizer not in (None, name):
         raise UserError(
-            f"init_from = {config.init_from} was trained with tokenizer {initial_tokenizer}, {folder} is tokenised "
-            f"with {meta['tokenizer']}: prepare the text with {initial_tokenizer}"
+            f"init_from = {init_from} was trained with tokenizer {initial_tokenizer}, {dataset.folder} is tokenised "
+            f"with {name}: prepare the text with {initial_tokenizer}"
         )
-    encoding = load_encoding(config, ranks, meta["tokenizer"])
-    windows = Windows(dataset.tokens("train"), config.context_length, config.stride)
-    for split, tokens in (("train", windows.tokens), ("val", dataset.tokens("val"))):
-        if len(tokens) <= config.context_length:
-            raise UserError(
-                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window takes "
-                f"context_length + 1 = {config.context_length + 1:,}; give more text, or a smaller --context_length"
-            )
-    per_update = config.batch_size * config.grad_accum_steps
-    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
+    encoding = load_encoding(config, ranks, name)
     device_settings = choose_device(config, ranks, resumed["chosen"] if resumed else {})
-    device, compiled = device_settings.device, device_settings.compile
-    lr_decay_iters = config.lr_decay_iters
-    if lr_decay_iters is None:  # a resumed run keeps its schedule, even where max_iters was raised
-        lr_decay_iters = resumed["config"]["lr_decay_iters"] if resumed else max_iters
+    device = device_settings.device
+    # a resumed run keeps its schedule, even where max_iters was raised
+    decay_iters = config.lr_decay_iters or (resumed["config"]["lr_decay_iters"] if resumed else config.max_iters)
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
-        warmup_iters = round(config.warmup_fraction * lr_decay_iters)
+        warmup_iters = round(config.warmup_fraction * decay_iters)
     config = dataclasses.replace(
         config,
-        vocab_size=vocab_size,
-        max_iters=max_iters,
-        lr_decay_iters=lr_decay_iters,
+        lr_decay_iters=decay_iters,
         warmup_iters=warmup_iters,
         save_interval=config.save_interval or config.eval_interval,
-        stride=windows.stride,
         dtype=str(device_settings.dtype).removeprefix("torch."),
-        compile=compiled,
+        compile=device_settings.compile,
         out_dir=str(run_dir(config)),
     )
-    ranks.require_equal({"dtype": config.dtype, "compile": compiled})  # where each has resolved `auto` by itself
-    if config.warmup_iters >= max_iters:
-        print(f"note: the warm-up of {config.warmup_iters} updates is longer than the run of {max_iters}")
     # Eager CPU code is deterministic; compiled code adds up the embedding's gradient in the order of its threads.
-    if config.deterministic or (device.type == "cpu" and compiled):
+    if config.deterministic or (device.type == "cpu" and config.compile):
         make_deterministic()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(config.seed)
     model = GPT(config.model())  # initialised on the CPU: the same weights on every device
-    if config.init_from and not resumed:
-        load_pretrained(model, config.init_from)
-    ranks.require_equal({"initial weights": [float(p.detach().double().sum()) for p in model.parameters()]})
+    if init_from:
+        load_pretrained(model, init_from)
+    sums = [float(p.detach().double().sum()) for p in model.parameters()]
+    ranks.require_equal({"dtype": config.dtype, "compile": config.compile, "initial weights": sums})
     if not config.fsdp or ranks.world == 1:  # fully_shard moves its shards by itself
         model.to(device)
     wrapped_model = wrap_model(model, ranks, device, device_settings.dtype, config.fsdp)
@@ -196,25 +212,8 @@ def build_run(
         prefetcher=BatchPrefetcher(batches, device, ranks.micro_batches(config.grad_accum_steps)),
         model=model,
         wrapped_model=wrapped_model,
-        forward=compile_forward(wrapped_model, ranks.all) if compiled else wrapped_model,
+        forward=compile_forward(wrapped_model, ranks.all) if config.compile else wrapped_model,
         optimizer=make_optimizer(model, config),
         scaler=scaler,
         nonfinite_guard=NonfiniteGuard(config.on_nonfinite, device, scaler.is_enabled()),
     )
-
-
-def print_plan(config: TrainConfig) -> None:
-    """Print the size, memory and time of a run without training. Uses the dataset's counts where it is prepared."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        raise ReportedByOtherRank  # the first rank of the machine prints
-    tokens, device = None, choose_device(config, SINGLE_PROCESS, {})
-    folder = Path(config.data_dir) / config.dataset
-    if (folder / "meta.json").exists() or any(folder.glob("*.bin")) or config.vocab_size is None:
-        try:
-            dataset = open_dataset(folder)
-        except UserError as error:
-            raise UserError(f"{error}; or give --vocab_size, for the plan without it") from None
-        config = dataclasses.replace(config, vocab_size=resolve_vocab_size(config, dataset))
-        tokens = len(dataset.tokens("train"))
-    peak = peak_flops(device.name) or plan.matmul_flops(device.device, device.dtype)
-    print(plan.report(config, tokens, (device.name, peak)))

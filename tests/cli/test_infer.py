@@ -87,10 +87,10 @@ def test_text_follows_the_prompt_and_the_seed(tiny_home, run, monkeypatch):
     assert len(first.out) > 30
     assert run(*words, "--seed", 5).out == first.out
     assert run(*words, "--seed", 6).out != first.out
-    assert "quickstart/ckpt/iter_000060, iter 60: 34,720 parameters, on cpu (1 thread), float32, eager\n" in first.err
+    assert "quickstart/ckpt/iter_000060, iter 60: 34,720 parameters, on cpu (1 thread), float32, eager" in first.err
     assert "40 tokens, the first after " in first.err
     int8 = run(*words, "--dtype", "auto", "--quantize", "int8")
-    assert "bfloat16, eager, int8 weights\n" in int8.err
+    assert "bfloat16 (int8 weights), eager" in int8.err
     assert int8.out.startswith("99 green bottles")
 
 
@@ -280,7 +280,8 @@ def test_report(run, report):
     words = ["--model_path", model, "--prompt", "p", "--stop", "x", "y", "--top_p", 0.5, "--max_new_tokens", 3]
     found = report(*words)
     assert min(found["seconds_to_first_token"], found["tokens_per_s"]) > 0
-    facts = {"model": model, "iter": 7, "parameters": 5064, "machine": "cpu (1 thread), float32, eager", "tokens": 3}
+    assert found["machine"].startswith("cpu (1 thread), float32, eager")
+    facts = {"model": model, "iter": 7, "parameters": 5064, "tokens": 3}
     assert {key: found[key] for key in facts} == facts
     settings = {"temperature": 0.8, "greedy": False, "top_k": 0, "top_p": 0.5, "min_p": 0.0, "repetition_penalty": 1.0}
     settings |= {"seed": 1337, "max_new_tokens": 3, "stop": ["x", "y"], "ignore_eot": False}

@@ -579,7 +579,7 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("--lrr", "1"), ("--grad_accum_steps", "3"), ("--plan",)])
+@pytest.mark.parametrize("words", [("--lrr", "1"), ("--grad_accum_steps", "3")])
 def test_mistake_is_reported_if_the_reporting_rank_is_the_slowest(start_job, tmp_path, words):
     """torchrun ends all ranks when one exits. A rank that exited silently ended the one that had yet to report."""
     (tmp_path / "late.py").write_text(LATE)

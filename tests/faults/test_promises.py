@@ -29,7 +29,7 @@ from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
-from flatgpt.training import samples, setup
+from flatgpt.training import reporting, setup
 
 RUN = Path("out/quickstart")
 QUIET = ("--sample_tokens", 0)
@@ -99,7 +99,7 @@ def test_checkpoint_is_completed_if_the_evaluation_or_sample_after_it_fails(tiny
     """The save is still in progress when the evaluation or sample fails."""
     failed, where, name = (
         threading.Event(),
-        *{"evaluation": (train, "evaluate"), "sample": (samples, "generate_samples")}[what],
+        *{"evaluation": (train, "evaluate"), "sample": (reporting, "generate_samples")}[what],
     )
     real, save = getattr(where, name), checkpoint.save
 
@@ -339,14 +339,13 @@ def test_plan_prints_sizes_and_trains_nothing(tiny_data, capsys):
     flops = 6 * (params - T * C) + 12 * L * C * T
     there = open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"]
     windows, tokens = (there - 1) // T, 70 * 3 * 2 * T
-    assert f"{params:,} parameters: {L} layers, 2 heads, {C} wide, context {T}, {V} ids\n" in text
-    assert f"{flops:,} FLOPs per token" in text
-    assert f"data/tiny: {there:,} training tokens\n" in text
-    assert f"epoch    {windows:,} windows = {windows * T:,} tokens = {windows / 6:,.1f} updates\n" in text
-    assert f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens, 1 passes on each of 2 devices\n" in text
+    assert f"{params:,} parameters: {L} layers, 2 heads, {C} wide, context {T}, {V} ids; " in text
+    assert f"; {flops:,} FLOPs per token\n" in text
+    assert f"data/tiny: {there:,} training tokens, {windows:,} windows\n" in text
+    assert f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens; {windows / 6:,.1f} updates an epoch\n" in text
     assert f"70 updates = {tokens:,} tokens = {70 * 6 / windows:.2f} epochs" in text
-    assert f"{tokens * flops:.3g} FLOPs\n" in text
-    assert re.search(r"^ +weights +0\.\d\d +0\.\d\d$", text, re.M)
+    assert f", {tokens * flops:.3g} FLOPs\n" in text
+    assert re.search(r"^ +weights +0\.\d\d\d +0\.\d\d\d$", text, re.M)
     assert re.search(r"^ +here: cpu +[\d.]+ TFLOP/s +\d+s$", text, re.M)
 
 
@@ -357,7 +356,7 @@ def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
     train.train(cli.parse(TrainConfig, [*words, "--vocab_size", "300"]))
     text = capsys.readouterr().out
     assert "300 ids" in text
-    assert "data/tiny is not prepared: no epochs" in text
+    assert "data/tiny is not prepared\n" in text
     assert not list(in_tmp.iterdir())
 
 
@@ -392,10 +391,6 @@ def test_bench_data_figures(in_tmp, monkeypatch, gpt2_vocabulary):
         assert found[f"{way}_memory_gb"] >= 0
     share = found["ours_mb_per_s"] / found["plain_mb_per_s"]
     assert found["of_plain_times_processes"] == pytest.approx(share)
-    hours = 19e9 / (found["ours_mb_per_s"] * 1e6) / 3600
-    assert found["wikipedia_hours_2_cores"] == pytest.approx(hours / 2)
-    assert found["wikipedia_hours_16_cores"] == pytest.approx(hours / 16)
-    assert found["fineweb_10bt_hours_2_cores"] == pytest.approx(10e9 / found["ours_tokens_per_s"] / 3600 / 2)
     assert "times_datasets_map" not in found
 
 
@@ -489,7 +484,7 @@ def test_out_of_memory_is_one_error_and_the_checkpoints_stay(tiny_data, monkeypa
         train_here(*QUIET, "--grad_accum_steps", 2)
     message = str(caught.value)
     assert message.startswith("cpu is out of memory at batch_size = 4, grad_accum_steps = 2; the peak was ")
-    assert "--batch_size 2 --grad_accum_steps 4 (8 sequences = 256 tokens an update, as before)" in message
+    assert "--batch_size 2 --grad_accum_steps 4 (the same updates)" in message
     assert checkpoint.verify(RUN / "ckpt/last")["iter"] == 3
 
 

@@ -103,7 +103,7 @@ def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, momen
     else:
         assert said == "stopped at iter 4 of 5, and saved; to go on:"
     assert typed.split()[:2] == ["python", "train.py"]
-    monkeypatch.setattr(train, "draw_picture", lambda *_: None)
+    monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
     train.train(cli.parse(TrainConfig, typed.split()[2:]))
     assert_same_run(RUN, whole)
 

@@ -1,4 +1,4 @@
-"""prepare_data.py with a dataset on the hub, as a user runs it: killed during a download, run again, and offline."""
+"""Datasets as users have them: on the hub, with a download that is killed, and the shards of nanoGPT."""
 
 import json
 import os
@@ -8,7 +8,9 @@ import sys
 import threading
 from pathlib import Path
 
+from dataset_files import nanogpt
 from hub_host import hub_environment
+from in_process import TINY
 from prepared import content, texts
 from processes import ROOT, command, running
 
@@ -46,3 +48,13 @@ def test_killed_during_a_download(in_tmp, host):
     offline = command("prepare_data", *WORDS, "--name", "again", cwd=Path.cwd(), env=env)
     assert (offline.returncode, offline.stderr) == (0, "")
     assert content(Path("data/again")) == content(data.folder)
+
+
+def test_shards_of_nanogpt_are_trained_and_scored(in_tmp, cli, gpt2_vocabulary):
+    Path("data").mkdir()
+    folder = nanogpt(Path("data/owt"), train=range(500), val=range(100))
+    trained = cli("train", *TINY, "--dataset", "owt", "--max_iters", 2, "--eval_interval", 2, "--sample_tokens", 0)
+    assert "data/owt has no meta.json: taken as nanoGPT's shards" in trained.out, trained.err
+    scored = cli("eval", "--json", "-")
+    assert f"{folder} has no meta.json" in scored.err
+    assert json.loads(scored.out)["tokens"] == 99

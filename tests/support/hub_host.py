@@ -61,8 +61,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host, body = self.server, self.body()
         match urlsplit(self.path).path.strip("/").split("/"):
             case ["api", "validate-yaml"]:
-                errors = [{"message": "no YAML"}] * (b"license: [" in body)
-                return self.reply_json({"errors": errors, "warnings": []}, 400 if errors else 200)
+                return self.reply_json({"errors": [], "warnings": []})
             case ["api", "repos", "create" as what]:
                 asked = json.loads(body)
                 user, name = asked["organization"], asked["name"]

@@ -99,7 +99,7 @@ def train_here(*words, picture: bool = False) -> Path:
     from flatgpt.interop.pretrained import initial_shape
 
     config = cli.parse(TrainConfig, [*TINY, *map(str, words)], initial_shape)
-    with contextlib.nullcontext() if picture else unittest.mock.patch.object(train, "draw_picture"):
+    with contextlib.nullcontext() if picture else unittest.mock.patch("flatgpt.training.reporting.draw_picture"):
         train.train(config)
     return run_dir(config)
 

@@ -1,0 +1,206 @@
+"""Which checkpoint a run resumes from, whether its settings fit, and what is restored."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from in_process import TINY, train_here
+from run_files import same, saved_iters
+from safetensors.torch import load_file
+
+import train
+from config import TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.runs import checkpoint
+from flatgpt.training import resume
+
+RUN, NEW = Path("out/quickstart"), Path("out/new")
+SAME = ("--max_iters", 60, "--eval_interval", 30, "--lr", "5e-3")  # the settings of tiny_run
+
+
+@pytest.fixture
+def here(tiny_home, monkeypatch) -> Path:
+    """The folder of tiny_run as the current one. Read only."""
+    monkeypatch.chdir(tiny_home)
+    return tiny_home
+
+
+def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> int | None:
+    """Return the iteration that a run would resume from."""
+    with resume.RunLock(run) as lock:
+        found = resume.find_resume_checkpoint(lock, how and str(how), overwrite)
+    return found and found[1]["iter"]
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "found"),
+    [
+        ("latest", {}, 60),
+        ("auto", {}, 60),
+        (RUN, {}, 60),
+        (RUN / "ckpt/last", {}, 60),
+        (RUN / "ckpt/iter_000030", {}, 30),
+        (None, {"overwrite": True}, None),
+        (None, {}, r"already holds a run \(at iter 60\): add --resume .* or --overwrite"),
+        (None, {"run": NEW}, None),
+        ("auto", {"run": NEW}, None),
+        (RUN / "ckpt/iter_000030", {"run": NEW}, 30),
+        ("latest", {"run": NEW}, "nothing to resume in out/new: there is no checkpoint; start without --resume"),
+        ("out/none", {"run": NEW}, "nothing to resume in out/none: there is no checkpoint"),
+    ],
+)
+def test_forms_of_resume(here, how, settings, found):
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            find(how, **settings)
+    else:
+        assert find(how, **settings) == found
+    assert not NEW.exists()
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
+    """Unless the damaged one was asked for. Nothing starts from the beginning over a damaged run."""
+    newest, before = RUN / "ckpt/iter_000060", RUN / "ckpt/iter_000030"
+    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}'):
+        (newest / "state.json").write_bytes(content)
+        assert [find(how) for how in ("latest", "auto", RUN)] == [30, 30, 30]
+        assert f"warning: {newest}/state.json is missing or damaged" in capsys.readouterr().out
+    for how in ("latest", "auto", newest):
+        (before / "train_state.pt").write_bytes(b"")
+        with pytest.raises(UserError, match=r"every checkpoint there is damaged; add --overwrite instead"):
+            find(how)
+    with pytest.raises(UserError, match="already holds a run"):
+        find(None)
+
+
+def test_checkpoint_of_another_run_needs_a_folder_of_its_own(run_copy):
+    Path("out/other/ckpt").mkdir(parents=True)
+    (RUN / "ckpt/iter_000030").rename("out/other/ckpt/iter_000030")
+    with pytest.raises(UserError, match=r"is of another run, and out/quickstart holds checkpoints of its own"):
+        find("out/other/ckpt/iter_000030")
+
+
+def test_fork_of_a_run_begins_with_a_checkpoint_of_its_own(run_copy):
+    words = ("--resume", RUN / "ckpt/iter_000030", "--out_dir", NEW, "--max_iters", 31)
+    assert saved_iters(train_here(*words, "--sample_tokens", 0)) == [31, 30]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def make_run(*words) -> train.TrainingRun:
+    return train.build_run(cli.parse(TrainConfig, [*TINY, *map(str, (*SAME, *words))]))
+
+
+def check(*words, change=lambda state: None) -> list[str]:
+    """Return what a resume with these words prints. `change` modifies the saved state."""
+    change(state := copy.deepcopy(checkpoint.read_state(RUN / "ckpt/last")))
+    return resume.require_same_run(RUN / "ckpt/last", state, make_run(*words))
+
+
+def test_differences_that_make_another_run_are_one_error(here):
+    words = "--n_layer 3 --n_embd 64 --context_length 16 --seed 7 --batch_size 6 --no-bias --optimizer muon"
+    words += " --vocab_size 300 --no-tie_weights --position rope"
+    with pytest.raises(UserError) as caught:
+        check(*words.split(), change=lambda state: state["data"].update(manifest_sha256="0" * 64))
+    message = str(caught.value)
+    assert message.startswith(f"{RUN}/ckpt/last cannot go on with these settings: ")
+    assert message.split("settings: ")[1].split(". Set them back")[0].split("; ") == [
+        "batch_size = 6 (was 4)",
+        "bias = False (was True)",
+        "context_length = 16 (was 32)",
+        "n_embd = 64 (was 32)",
+        "n_layer = 3 (was 2)",
+        "optimizer = muon (was adamw)",
+        "position = rope (was learned)",
+        "seed = 7 (was 1337)",
+        "stride = 16 (was 32)",
+        "tie_weights = False (was True)",
+        "vocab_size = 300 (was 257)",
+        "the data: data/tiny is not the dataset it was trained on",
+    ]
+
+
+def test_differences_that_are_allowed_are_printed(here):
+    words = "--min_lr 1e-4 --dropout 0.1 --batch_size 1 --grad_accum_steps 4 --weight_decay 0"
+    words += " --out_dir out/elsewhere --attention manual --activation_checkpointing"
+    assert check() == [f"resuming from {RUN}/ckpt/last"]
+    (line,) = check(*words.split())
+    start, _, allowed = line.partition(", with ")
+    assert start == f"resuming from {RUN}/ckpt/last"
+    assert set(allowed.split("; ")) == {
+        *("min_lr = 0.0001 (was 0.0002)", "dropout = 0.1 (was 0.0)", "weight_decay = 0.0 (was 0.1)"),
+        *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)"),
+        *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
+    }
+
+
+def test_another_machine_is_noted(here):
+    now = checkpoint.read_state(RUN / "ckpt/last")
+    before = {"device": "NVIDIA T4", "cpu": "Another", "threads": 64, "ranks": 8, "torch": "2.11.0"}
+    _, line = check(change=lambda state: state.update(before))
+    differing = "; ".join(f"{key} = {now[key]} (was {value})" for key, value in before.items())
+    assert line == f"note: equal to rounding, not to the bit: {differing}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is restored
+
+
+@pytest.mark.parametrize(("iteration", "pending"), [(3, True), (5, False), (7, True)])
+def test_interrupted_evaluation_is_pending(iteration, pending):
+    """Earlier versions did not store it: they saved before each evaluation, at eval_interval and at the end."""
+    state = {"config": {"eval_interval": 3, "max_iters": 7}, "wandb_id": None}
+    progress = resume.Progress(iter=iteration, eval_pending=False)
+    progress.load_state_dict({"best_loss": 2.5}, state)
+    assert (progress.eval_pending, progress.best_loss) == (pending, 2.5)
+    progress.load_state_dict({**progress.state_dict(), "eval_pending": not pending}, state)
+    assert progress.eval_pending is not pending
+
+
+def change_moment(state: dict, change) -> None:
+    """Change the last moment of a state's second parameter."""
+    moments = state["state"][1]
+    name = list(moments)[-1]
+    moments[name] = change(moments[name])
+
+
+CHANGES = {
+    "shape": lambda state: change_moment(state, lambda moment: moment[:-1].clone()),
+    "dtype": lambda state: change_moment(state, lambda moment: moment.bfloat16()),
+    "too few": lambda state: state["param_groups"][-1]["params"].pop(),
+    "swapped groups": lambda state: state["param_groups"].reverse(),
+    "no groups": lambda state: state.pop("param_groups"),
+}
+
+
+@pytest.mark.parametrize("part", ["adamw alone", "adamw", "muon"])
+def test_optimizer_state_of_another_model_is_refused(run_copy, tmp_path, part):
+    """Every tensor is checked before anything is loaded."""
+    optimizer = "adamw" if part == "adamw alone" else "muon"
+    folder = train_here("--optimizer", optimizer, "--max_iters", 1, "--out_dir", NEW) / "ckpt/last"
+    run, weights = make_run("--optimizer", optimizer), load_file(folder / "model.safetensors")
+    state = {"iter": 1, "config": {}}
+    before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+    for name, change in CHANGES.items():
+        train_state = checkpoint.load_train_state(folder)
+        change(train_state["optimizer"].get(part, train_state["optimizer"]))
+        changed = checkpoint.save(tmp_path / name, state, weights, train_state, 1)
+        with pytest.raises(UserError, match=r"train_state\.pt is of another model or optimizer"):
+            resume.restore(changed, run)
+    del train_state["optimizer"]
+    with pytest.raises(UserError, match="it is no train state"):
+        resume.restore(checkpoint.save(tmp_path / "none", state, weights, train_state, 1), run)
+    assert same((run.model.state_dict(), run.optimizer.state_dict()), before)
+    resume.restore(folder, run)
+    assert same(run.model.state_dict(), weights)
+
+
+def test_settings_of_the_call_replace_saved_ones(here):
+    """torch's load_state_dict restores the old ones."""
+    run = make_run("--weight_decay", "0.5", "--beta2", "0.9")
+    resume.restore(RUN / "ckpt/iter_000030", run)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.5, 0.0]
+    assert all(group["betas"] == (0.9, 0.9) for group in run.optimizer.param_groups)
+    assert all(float(state["step"]) == 30 for state in run.optimizer.state.values())
