@@ -33,7 +33,7 @@ from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
 from flatgpt.interop.model_card import card_body
 from flatgpt.runs import history
-from flatgpt.runs.plots import plot_runs, render
+from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
 
 HERE = Path(__file__).resolve().parent
@@ -146,7 +146,7 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
         use = f"```sh\npython infer.py --model_path {shlex.quote(f'out/{name}')} --prompt 'Once upon a time'\n```"
         card = card_body(found, name=name, use=use)
     if run.is_dir() and len(log := history.read(run)):
-        svg = base64.b64encode(render(plot_runs([log]), "svg")).decode()
+        svg = base64.b64encode(plot_runs([log], format="svg")).decode()
         plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'
     # A card begins with a YAML block and the model's name as a heading.
     heading, card = re.match(r"(?:---\n.*?\n---\n)?\s*(?:# *`?(.*?)`?\n)?(.*)", card, re.S).groups()
