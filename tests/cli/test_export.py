@@ -12,7 +12,6 @@ import transformers
 from exported import HUGGING_FACE_FILES, T, export_here, files_in, refused, save_run, table_rows
 from hub_host import WRITER
 from random_models import generate
-from safetensors import safe_open
 
 import export
 from config import SamplingConfig, TrainConfig, UserError
@@ -124,12 +123,7 @@ def test_another_precision_and_a_shorter_context(in_tmp, dtype):
     export_here("--dtype", dtype, "--context_length", 16)
     other = transformers_model(EXPORTED, dtype="auto")
     assert (other.dtype, other.config.n_ctx, len(other.transformer.wpe.weight)) == (getattr(torch, dtype), 16, 16)
-    with safe_open(EXPORTED / "model.safetensors", "pt") as file:
-        assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {f"torch.{dtype}"}  # noqa: SIM118
-        assert file.metadata() == {"format": "pt"}
-    rounded = GPT(model.config).eval()
-    rounded.load_state_dict({name: t.to(other.dtype).float() for name, t in model.state_dict().items()})
-    assert difference(rounded, other.float(), 16) < 1e-4
+    assert difference(model.to(other.dtype).float(), other.float(), 16) < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
