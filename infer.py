@@ -17,7 +17,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from flatgpt.inference.writer import Text, Writer, prepare
+from flatgpt.inference.prepacking import prepare_for_decoding
+from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
 from flatgpt.runtime.device import find_device, note
 from flatgpt.runtime.files import require_writable, write_json
@@ -29,13 +30,13 @@ def main(config: InferConfig) -> None:
     prompts = [] if config.interactive else read_prompts(config)
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
-    prepared = prepare(config, model, encoding, found.end_of_text, config.compile)
-    note(f"{found.describe()}: {prepared.describe()}")
-    writer = Writer(config, prepared, note)
+    settings, parameters = prepare_for_decoding(config, model, config.compile), model.num_params()
+    note(f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}")
+    writer = Writer(config, model, encoding, found.end_of_text, settings.compile, note)
     if config.interactive:
         return converse(writer)
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
-    facts |= {"parameters": model.config.num_params(), "machine": prepared.machine}
+    facts |= {"parameters": parameters, "machine": settings.describe()}
     write_texts(writer, prompts, facts)
 
 
@@ -45,23 +46,19 @@ def read_prompts(config: InferConfig) -> list[str]:
     Raises:
         UserError: a file that is not UTF-8 text, or that holds no prompt.
     """
-    if config.prompts_file:
-        lines = read_text(config.prompts_file).removesuffix("\n").split("\n")
-        if lines == [""]:
-            raise UserError(f"prompts_file = {config.prompts_file}: the file is empty; write one prompt per line")
-        return lines
-    if config.prompt_file or config.standard_input:
-        return [read_text(config.prompt_file or "-").removesuffix("\n")]
-    return [config.prompt]
-
-
-def read_text(name: str) -> str:
-    """Return the text of a file, or of standard input for `-`."""
+    name = config.prompts_file or config.prompt_file or config.standard_input
+    if not name:
+        return [config.prompt]
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise not_utf8("standard input" if name == "-" else name, error) from None
+    if not config.prompts_file:
+        return [text]
+    if not text:
+        raise UserError(f"prompts_file = {name}: the file is empty; write one prompt per line")
+    return text.split("\n")
 
 
 def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
@@ -69,36 +66,28 @@ def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
     return UserError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}; convert it to UTF-8 first")
 
 
-class ConsoleView:
-    """Prints texts one after the other. The first one that has not ended is printed while it grows.
+def write_batch(writer: Writer, texts: list[Text], headers: list[str]) -> None:
+    """Write texts, and print them one after the other. The first one that has not ended is printed while it grows.
 
     Args:
-        texts: each with the line above it, or an empty string.
-        live: print a text while it grows, else once it has ended.
+        headers: a line above each text, or an empty string; shorter than texts: the others are not printed.
     """
-
-    def __init__(self, texts: list[tuple[str, Text]], live: bool):
-        self.texts, self.live = texts, live
-        self.printed = 0  # characters of the first text that are printed, header and prompt included
-
-    def update(self) -> None:
-        """Print what is new."""
-        while self.texts and (self.live or self.texts[0][1].ended):
-            header, text = self.texts[0]
-            content = header + text.prompt + text.written + "\n" * bool(text.ended)
-            # The count is set first, so that nothing is printed twice after Ctrl-C.
-            new, self.printed = content[self.printed :], len(content)
-            print(new, end="", flush=True)
-            if not text.ended:
-                return
-            self.texts, self.printed = self.texts[1:], 0
-
-    def interrupt(self) -> None:
-        """Print the current text as far as it has been generated."""
-        if self.texts:
-            self.live = True
-            self.update()
-            print(flush=True)
+    waiting, printed = list(zip(headers, texts, strict=False)), 0
+    try:
+        for _ in writer.write(texts):
+            while waiting and (writer.config.stream_text or waiting[0][1].ended):
+                header, text = waiting[0]
+                content = header + text.prompt + text.written + "\n" * bool(text.ended)
+                # The count is set first, so that nothing is printed twice after Ctrl-C.
+                new, printed = content[printed:], len(content)
+                print(new, end="", flush=True)
+                if not text.ended:
+                    break
+                waiting, printed = waiting[1:], 0
+    except KeyboardInterrupt:
+        for header, text in waiting[:1]:  # the current text as far as it has been generated
+            print((header + text.prompt + text.written)[printed:], flush=True)
+        raise
 
 
 def write_texts(writer: Writer, prompts: list[str], facts: dict) -> None:
@@ -114,16 +103,14 @@ def write_texts(writer: Writer, prompts: list[str], facts: dict) -> None:
             parts += [f"sample {sample} of {config.num_samples}"] * (config.num_samples > 1)
             headers.append(f"--- {', '.join(parts)}\n" if parts else "")
             texts.append(writer.text(prompt))
-    view = ConsoleView([] if config.json == "-" else list(zip(headers, texts, strict=True)), config.stream_text)
+    if config.json == "-":
+        headers = []
     try:
         for start in range(0, len(texts), config.batch_size):
-            for _ in writer.write(texts[start : start + config.batch_size]):
-                view.update()
+            batch = slice(start, start + config.batch_size)
+            write_batch(writer, texts[batch], headers[batch])
             if config.json not in (None, "-"):  # after each batch, in case a long run is killed
                 write_json({**facts, **writer.report(texts)}, config.json)
-    except KeyboardInterrupt:
-        view.interrupt()
-        raise
     finally:
         if writer.tokens:
             note(writer.summary())
@@ -143,13 +130,8 @@ def converse(writer: Writer) -> None:
             return
         except UnicodeDecodeError as error:
             raise not_utf8("standard input", error) from None
-        text = writer.text(prompt)
-        view = ConsoleView([("", text)], writer.config.stream_text)
-        try:
-            for _ in writer.write([text]):
-                view.update()
-        except KeyboardInterrupt:
-            view.interrupt()
+        with contextlib.suppress(KeyboardInterrupt):
+            write_batch(writer, [writer.text(prompt)], [""])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from config import TrainConfig, run_dir
 from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_script
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs.run_list import print_list
+from flatgpt.runs.history import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)

@@ -1,39 +1,50 @@
-"""bench.py infer: the speed of text generation, in turn with transformers and llama.cpp on the same shape and prompt.
-
-Weights are random: the time of a step does not depend on them.
-"""
+"""bench.py infer and eval: the speed of generation and of scoring, in turn with transformers and llama.cpp."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
+import itertools
+import math
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from config import BenchConfig, SamplingConfig, UserError
-from flatgpt.benchmarks.measure import failure, in_turn, log, script
+from config import BenchConfig, SamplingConfig, UserError, run_dir
+from flatgpt.benchmarks.measure import Process, in_turn, log, script, speedup
 from flatgpt.data import tokenizer
+from flatgpt.data.dataset import open_dataset
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, measure
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
+from flatgpt.interop import loading
+from flatgpt.interop.export_folder import export_problems, hugging_face_config, to_hugging_face
 from flatgpt.runs import checkpoint
-from flatgpt.runtime.device import find_device
+from flatgpt.runtime.device import find_device, select_device
 from model import GPT
 
 PREFILL = 512  # tokens of the prompt whose prefill is timed
+KINDS = {  # dtype and quantization of our variants
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "int8": (torch.bfloat16, "int8"),
+}
 Runner = Callable[[], list[float]]  # generates greedily, and returns the seconds from the call to each token
 
 
 def bench_infer(config: BenchConfig) -> dict:
-    """Time all variants in turn: medians of the rounds."""
+    """Time all variants in turn: medians of the rounds. Weights are random: the time of a step does not depend on them.
+
+    The peers have the same weights and prompt.
+    """
     device, shape = find_device(config.device), config.model()
     length = config.prompt_tokens + config.new_tokens
     if length > shape.context_length:
@@ -45,35 +56,54 @@ def bench_infer(config: BenchConfig) -> dict:
     torch.manual_seed(config.seed)
     model = GPT(shape)
     ids = torch.randint(shape.vocab_size, (config.prompt_tokens,)).tolist()
-    log(
-        f"{model.num_params():,} parameters, {config.prompt_tokens} prompt tokens, {config.new_tokens} new tokens, "
-        f"on {device}"
-    )
-    runners, weight_bytes = our_runners(model, ids, config, device)
-    peers_support = shape.position == "learned" and shape.tie_weights and shape.bias
-    for package, make_runners in (("transformers", transformers_runners), ("llama_cpp", llama_cpp_runners)):
-        if config.variants and not any(variant.startswith(package) for variant in config.variants):
-            continue
-        if importlib.util.find_spec(package) is None:
+    log(f"{model.num_params():,} parameters, {len(ids)} prompt tokens, {config.new_tokens} new tokens, on {device}")
+    known, runners, weight_bytes = [], {}, {}
+
+    def wanted(name: str) -> bool:
+        known.append(name)
+        return not config.variants or name in config.variants
+
+    @functools.cache
+    def decoder(kind: str, compile: bool) -> Decoder:
+        dtype, quantize = KINDS[kind]
+        copy = GPT(shape)
+        copy.load_state_dict(model.state_dict())
+        return Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile), compile)
+
+    for kind, compile in itertools.product(KINDS, sorted({False, device.type == "cuda" or bool(config.compile)})):
+        name = kind + "_compiled" * compile
+        if wanted(name):
+            runners[name] = decoder_runner(decoder(kind, compile), [ids], config.new_tokens)
+            weight_bytes[name] = prepacked_bytes(decoder(kind, compile).model)  # that a step reads
+        if kind == "bfloat16" and wanted(several := f"{name}_x{config.samples}"):
+            runners[several] = decoder_runner(decoder(kind, compile), [ids] * config.samples, config.new_tokens)
+    if shape.context_length >= PREFILL and wanted("prefill"):
+        prompt = torch.randint(shape.vocab_size, (PREFILL,)).tolist()
+        runners["prefill"] = decoder_runner(decoder("bfloat16", False), [prompt], 1)
+    for package, make_runner, kinds in (
+        ("transformers", transformers_runner, ("float32", "bfloat16")),
+        ("llama_cpp", llama_cpp_runner, ("float32", "bfloat16", "q8_0")),
+    ):
+        if not importlib.util.find_spec(package):
             log(f"{package} is not installed: it is left out")
-        elif peers_support:
-            made = make_runners(model, ids, config.new_tokens, device)
-            runners |= {f"{package}_{name}": runner for name, runner in made.items()}
-    if unknown := set(config.variants) - set(runners):
-        raise UserError(f"variants = {' '.join(sorted(unknown))}: there are {', '.join(runners)}")
-    runners = {name: runner for name, runner in runners.items() if not config.variants or name in config.variants}
+        elif shape.position == "learned" and shape.tie_weights and shape.bias:
+            for kind in kinds:
+                if wanted(name := f"{package}_{kind}"):
+                    runners[name] = make_runner(model, ids, config.new_tokens, kind, device)
+    if unknown := set(config.variants) - set(known):
+        raise UserError(f"variants = {' '.join(sorted(unknown))}: there are {', '.join(known)}")
     for runner in runners.values():
         runner()  # warm-up: compilation, memory, the kernels' first calls
-    timed = {name: lambda _, runner=runner: runner() for name, runner in runners.items()}
-    results = in_turn(timed, config.rounds, lambda name, latest: f"{_rate(latest[name]):9,.1f} tokens/s")
+    results = in_turn(runners, config.rounds, lambda times: f"{len(times) / times[-1]:9,.1f} tokens/s")
     figures: dict = {"read_gb_per_s": read_bandwidth(device)}
     for name, rounds in results.items():
+        first = statistics.median(times[0] for times in rounds)
         if name == "prefill":
-            figures["prefill_tokens_per_s"] = PREFILL / statistics.median(times[0] for times in rounds)
+            figures["prefill_tokens_per_s"] = PREFILL / first
             continue
-        rows = config.samples if name.endswith(f"_x{config.samples}") else 1
-        figures[f"{name}_tokens_per_s"] = rows * statistics.median(map(_rate, rounds))
-        figures[f"{name}_first_ms"] = 1e3 * statistics.median(times[0] for times in rounds)
+        texts = config.samples if name.endswith(f"_x{config.samples}") else 1
+        figures[f"{name}_tokens_per_s"] = texts * statistics.median(len(times) / times[-1] for times in rounds)
+        figures[f"{name}_first_ms"] = 1e3 * first
         if name in weight_bytes:
             steps_per_s = statistics.median((len(times) - 1) / (times[-1] - times[0]) for times in rounds)
             figures[f"{name}_gb_per_s"] = weight_bytes[name] * steps_per_s / 1e9
@@ -83,40 +113,8 @@ def bench_infer(config: BenchConfig) -> dict:
     return figures
 
 
-def _rate(times: list[float]) -> float:
-    """Tokens per second from the call to the last token, prefill included."""
-    return len(times) / times[-1]
-
-
 def _arrivals(tokens: Iterable, began: float) -> list[float]:
     return [time.perf_counter() - began for _ in tokens]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is timed
-
-
-def our_runners(
-    model: GPT, ids: list[int], config: BenchConfig, device: torch.device
-) -> tuple[dict[str, Runner], dict[str, int]]:
-    """Return the variants of our decoder by name, and the bytes of weights that a step of each reads."""
-    runners, weight_bytes = {}, {}
-    for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")):
-        for compile in sorted({False, device.type == "cuda" or bool(config.compile)}):
-            copy = GPT(model.config)
-            copy.load_state_dict(model.state_dict())
-            decoder = Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile), compile)
-            name = (quantize or str(dtype).removeprefix("torch.")) + "_compiled" * compile
-            runners[name] = decoder_runner(decoder, [ids], config.new_tokens)
-            weight_bytes[name] = prepacked_bytes(copy)
-            if dtype == torch.bfloat16 and not quantize:
-                runners[f"{name}_x{config.samples}"] = decoder_runner(
-                    decoder, [ids] * config.samples, config.new_tokens
-                )
-                if copy.config.context_length >= PREFILL and not compile:
-                    prompt = torch.randint(copy.config.vocab_size, (PREFILL,)).tolist()
-                    runners["prefill"] = decoder_runner(decoder, [prompt], 1)
-    return runners, weight_bytes
 
 
 def decoder_runner(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Runner:
@@ -125,70 +123,59 @@ def decoder_runner(decoder: Decoder, prompts: list[list[int]], new_tokens: int) 
     return lambda: _arrivals(generate_batch(decoder, prompts, new_tokens, greedy), time.perf_counter())
 
 
-class ArrivalStreamer:
-    """A streamer of transformers: it is given the prompt first, then each token."""
-
-    def __init__(self):
-        self.began, self.times = time.perf_counter(), []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter() - self.began)
-
-    def end(self) -> None:
-        pass
-
-
-def transformers_runners(model: GPT, ids: list[int], new_tokens: int, device: torch.device) -> dict[str, Runner]:
-    """Return runners of transformers' GPT-2 of the same shape with its default settings, by dtype."""
+def transformers_model(model: GPT):
+    """Return transformers' GPT-2 with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = model.config
-    shape = {key: getattr(c, key) for key in ("vocab_size", "n_embd", "n_layer", "n_head")}
-    runners: dict[str, Runner] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        peer = GPT2LMHeadModel(GPT2Config(n_positions=c.context_length, **shape)).to(device, dtype).eval()
-        peer.generation_config.eos_token_id = None  # it must not end early
-        prompt = torch.tensor([ids], device=device)
-
-        def run(peer=peer, prompt=prompt) -> list[float]:
-            streamer = ArrivalStreamer()
-            more = {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
-            peer.generate(prompt, max_new_tokens=new_tokens, do_sample=False, streamer=streamer, **more)
-            return streamer.times[1:]
-
-        runners[str(dtype).removeprefix("torch.")] = run
-    return runners
+    if reasons := export_problems(model):
+        raise UserError(f"transformers cannot compute this model: {'; '.join(reasons)}")
+    peer = GPT2LMHeadModel(GPT2Config(**hugging_face_config(model.config, 0, "float32")))
+    peer.load_state_dict(to_hugging_face(model), strict=False)  # a tied head is stored once
+    return peer.eval()
 
 
-def llama_cpp_runners(model: GPT, ids: list[int], new_tokens: int, device: torch.device) -> dict[str, Runner]:
-    """Return runners of llama.cpp with as many threads as torch, by the type of the matrices in its file."""
+def transformers_runner(model: GPT, ids: list[int], new_tokens: int, kind: str, device: torch.device) -> Runner:
+    """Return a runner of transformers with its default settings."""
+    peer = transformers_model(model).to(device, KINDS[kind][0])
+    peer.generation_config.eos_token_id = None  # it must not end early
+    prompt = torch.tensor([ids], device=device)
+    settings = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+
+    def run() -> list[float]:
+        began, times = time.perf_counter(), []
+        streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter() - began), end=lambda: None)
+        peer.generate(prompt, max_new_tokens=new_tokens, streamer=streamer, **settings)
+        return times[1:]  # it is given the prompt first
+
+    return run
+
+
+def llama_cpp_runner(model: GPT, ids: list[int], new_tokens: int, kind: str, device: torch.device) -> Runner:
+    """Return a runner of llama.cpp with as many threads as torch."""
     import llama_cpp
-    from gguf import GGMLQuantizationType as Kind
 
-    runners: dict[str, Runner] = {}
-    for name, kind in (("float32", Kind.F32), ("bfloat16", Kind.BF16), ("q8_0", Kind.Q8_0)):
-        with tempfile.TemporaryDirectory(dir=".") as folder:
-            path = Path(folder) / "model.gguf"
-            write_gguf(model, path, kind)
-            more = {"n_threads": torch.get_num_threads(), "verbose": False, "use_mmap": False}
-            peer = llama_cpp.Llama(str(path), n_ctx=model.config.context_length, **more)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, path, {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}[kind])
+        more = {"n_threads": torch.get_num_threads(), "verbose": False, "use_mmap": False}
+        peer = llama_cpp.Llama(str(path), n_ctx=model.config.context_length, **more)
 
-        def run(peer=peer) -> list[float]:
-            peer.reset()  # otherwise it keeps its cache of the prompt
-            tokens = peer.generate(ids, temp=0.0)
-            began = time.perf_counter()
-            return _arrivals((token for token, _ in zip(tokens, range(new_tokens), strict=False)), began)
+    def run() -> list[float]:
+        peer.reset()  # otherwise it keeps its cache of the prompt
+        began = time.perf_counter()
+        return _arrivals(itertools.islice(peer.generate(ids, temp=0.0), new_tokens), began)
 
-        runners[name] = run
-    return runners
+    return run
 
 
-def write_gguf(model: GPT, path: Path, kind) -> None:
-    """Write a GPT-2 with tied weights and all biases as GGUF without a tokenizer; matrices have the type `kind`."""
+def write_gguf(model: GPT, path: Path, kind: str) -> None:
+    """Write a GPT-2 with tied weights and all biases as GGUF without a tokenizer.
+
+    Args:
+        kind: gguf's type of the matrices; the other tensors are F32.
+    """
     import gguf
 
-    names = {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    names |= {"ln_1": "attn_norm", "ln_2": "ffn_norm"}
     c, writer = model.config, gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(c.n_layer)
     writer.add_context_length(c.context_length)
@@ -198,17 +185,13 @@ def write_gguf(model: GPT, path: Path, kind) -> None:
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
     for name, tensor in model.state_dict().items():
-        module, _, which = name.removeprefix("transformer.").rpartition(".")
-        if module.startswith("h."):
-            _, layer, module = module.split(".", 2)
-            target = f"blk.{layer}.{names[module]}"
-        else:
-            target = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}[module]
-        array = tensor[: c.vocab_size].numpy() if module == "wte" else tensor.numpy()
-        matrix = tensor.dim() == 2 and module != "wpe"
-        raw = gguf.quants.quantize(np.ascontiguousarray(array), kind if matrix else gguf.GGMLQuantizationType.F32)
-        writer.add_tensor(f"{target}.{which}", raw, raw_dtype=kind if matrix else None)
+        array = (tensor[: c.vocab_size] if "wte" in name else tensor).numpy()
+        matrix = tensor.dim() == 2 and "wpe" not in name
+        dtype = gguf.GGMLQuantizationType[kind if matrix else "F32"]
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(array), dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -227,23 +210,85 @@ def read_bandwidth(device: torch.device) -> float:
 
 def load_to_first_token(model: GPT, config: BenchConfig) -> float:
     """Return the seconds from the start of infer.py, eager, to its first token: imports, loading, prepack, prefill."""
-    try:
-        encoding = tokenizer.load("gpt2" if model.config.vocab_size >= 50257 else "byte")
-    except UserError as error:
-        log(f"loading is timed with bytes as tokens: {error}")
-        encoding = tokenizer.load("byte")
+    encoding = tokenizer.load("gpt2" if model.config.vocab_size >= 50257 else "byte")
     name = {"name": encoding.name, "ranks_sha256": tokenizer.ranks_hash(encoding)}
     state = {"iter": 0, "tokenizer": name, "data": {"end_of_text": False}, "config": dataclasses.asdict(model.config)}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         checkpoint.save(Path(folder), state, model.state_dict(), {}, keep=1)
-        words = ["--model_path", folder, "--device", config.device, "--prompt", "The", "--max_new_tokens", 1]
-        command, seconds = script("infer.py", *words, "--no-compile"), []
+        words = ("--model_path", folder, "--device", config.device, "--prompt", "The", "--max_new_tokens", 1)
+        seconds = []
         for _ in range(config.rounds + 1):  # the first one fills the page cache
             began = time.perf_counter()
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-                arrived = process.stdout.read(1)  # the prompt is printed when the first token is there
+            with Process(script("infer.py", *words, "--no-compile")) as process:
+                process.stdout.read(1)  # the prompt is printed when the first token is there
                 seconds.append(time.perf_counter() - began)
-                stderr = process.communicate()[1].decode()
-            if not arrived:
-                raise failure(command, stderr, process.returncode)
+                process.communicate()
+                process.require_success()
     return statistics.median(seconds[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scoring
+
+
+def bench_eval(config: BenchConfig) -> dict:
+    """Time eval.py's stride protocol in turn with the loop of transformers' documentation, on the same tokens.
+
+    Each window of https://huggingface.co/docs/transformers/perplexity scores the same tokens with the same context.
+
+    Returns:
+        medians of the rounds, and the median of their ratios.
+    """
+    device = select_device(config.device, "float32")
+    found = loading.find(config.model_path or str(run_dir(config)), log)
+    model, _ = loading.load(found, device.device)
+    dataset = open_dataset(Path(config.data_dir) / config.dataset)
+    tokens = dataset.tokens(config.split)
+    ids, context_length = tokens[: config.text_tokens or len(tokens)], model.config.context_length
+    if len(ids) < context_length:
+        raise UserError(f"text_tokens = {len(ids):,}: one window has {context_length:,}; take more")
+    log(f"{found.describe()}; {len(ids):,} tokens of {dataset.folder} {config.split}; {device.describe()}")
+    peer = transformers_model(model).to(device.device)
+    text = torch.from_numpy(ids.astype(np.int64))[None].to(device.device)  # (1, tokens)
+    model, T = prepack(model, device.dtype), context_length - 1  # transformers shifts labels: T + 1 tokens score T
+
+    def ours() -> float:
+        batches = eval_batches(ids, T, default_batch_size(T, device.device), stride=context_length // 2)
+        sums = measure(model, batches, device.to_device)
+        return sums["position_loss"].sum() / sums["targets"].sum()
+
+    def timed(loss: Callable[[], float]) -> tuple[float, float]:
+        began = time.perf_counter()
+        return loss(), time.perf_counter() - began
+
+    runners = {"ours": ours, "transformers": lambda: transformers_loss(peer, text, context_length)}
+    runners = {name: functools.partial(timed, loss) for name, loss in runners.items()}
+    results = in_turn(runners, config.rounds, lambda r: f"{r[1]:8.1f} s, perplexity {math.exp(r[0]):.4f}")
+    figures: dict = {"tokens": len(ids) - 1, "window": context_length}
+    seconds = {name: [each for _, each in rounds] for name, rounds in results.items()}
+    for name, rounds in results.items():
+        median = statistics.median(seconds[name])
+        figures |= {f"{name}_s": median, f"{name}_tokens_per_s": (len(ids) - 1) / median}
+        figures[f"{name}_perplexity"] = math.exp(rounds[-1][0])
+    figures["times_as_fast"] = speedup(seconds["ours"], seconds["transformers"])["median"]
+    return figures | {"machine": device.describe()}
+
+
+@torch.no_grad()
+def transformers_loss(peer, text: torch.Tensor, T: int) -> float:
+    """Return transformers' nats per token of a text (1, tokens), one window of T tokens at a time.
+
+    Labels of -100 stand for the tokens that an earlier window scored.
+    """
+    loss, count, previous_stop = 0.0, 0, 0
+    for start in range(0, text.shape[1], T // 2):
+        stop = min(start + T, text.shape[1])
+        window = text[:, start:stop]
+        labels = window.clone()
+        labels[:, : previous_stop - start] = -100
+        scored = int((labels[:, 1:] != -100).sum())
+        loss += float(peer(window, labels=labels).loss) * scored
+        count, previous_stop = count + scored, stop
+        if stop == text.shape[1]:
+            break
+    return loss / count

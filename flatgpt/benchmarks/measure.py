@@ -1,20 +1,20 @@
-"""What the benchmarks share: measuring in turn, starting the scripts, and printing figures."""
+"""What the benchmarks share: measuring in turn, other processes, and figures as text."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from config import BenchConfig, TrainConfig, UserError
+from config import UserError
 from flatgpt import REPO_ROOT
-from flatgpt.cli.cli import recipe_text
 
 if TYPE_CHECKING:
     from flatgpt.runtime.device import DeviceSettings  # imports torch, which bench.py data does without
@@ -47,14 +47,11 @@ def seconds_since_start() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def in_turn(
-    runners: dict[str, Callable[[int], T]], rounds: int, describe: Callable[[str, dict[str, T]], str], label="round"
-) -> dict[str, list[T]]:
+def in_turn(runners: dict[str, Callable[[], T]], rounds: int, describe: Callable[[T], str]) -> dict[str, list[T]]:
     """Call all runners once a round, so that a machine that becomes slower does so for all of them.
 
     Args:
-        runners: functions of the round's number, from 1.
-        describe: of a runner's name and the latest result of each runner: the text of its line of progress.
+        describe: returns the text for a result in its line of progress.
 
     Returns:
         the results of each runner, by round.
@@ -62,9 +59,8 @@ def in_turn(
     results: dict[str, list[T]] = {name: [] for name in runners}
     for number in range(1, rounds + 1):
         for name, runner in runners.items():
-            results[name].append(runner(number))
-            latest = {each: found[-1] for each, found in results.items() if found}
-            log(f"{label} {number} {name:<{max(map(len, runners))}} {describe(name, latest)}")
+            results[name].append(runner())
+            log(f"round {number} {name:<{max(map(len, runners))}} {describe(results[name][-1])}")
     return results
 
 
@@ -83,19 +79,35 @@ def script(name: str, *words: Any) -> list[str]:
     return [sys.executable, str(REPO_ROOT / name), *map(str, words)]
 
 
-def write_recipe(config: BenchConfig, folder: Path) -> Path:
-    """Write the settings of train.py as a recipe, and return its path."""
-    settings = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)})
-    recipe = folder.resolve() / "recipe.toml"
-    recipe.write_text(recipe_text(settings), encoding="utf-8")
-    return recipe
+class Process(subprocess.Popen):
+    """A process with the user's environment, which is killed at the end of the `with` block.
 
+    Its standard output is a pipe. Its standard error is the temporary file `error_file`.
 
-def failure(command: str | list, output: str, code: int) -> UserError:
-    """Return the error for a command that failed, with the last line of its output."""
-    name = command if isinstance(command, str) else shlex.join(map(str, command[1:]))
-    lines = output.strip().splitlines() or [f"exit code {code}"]
-    return UserError(f"{name} failed: {lines[-1].removeprefix('error: ')}")
+    Args:
+        environment: variables to add.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None, **options):
+        self.error_file = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by __exit__
+        streams = {"stdout": subprocess.PIPE, "stderr": self.error_file, "text": True, "errors": "replace"}
+        super().__init__(command, env=USER_ENVIRONMENT | (environment or {}), **streams, **options)
+
+    def last_error(self) -> str:
+        """Return the last line of standard error, else the exit code."""
+        self.error_file.seek(0)
+        lines = self.error_file.read().strip().splitlines() or [f"exit code {self.returncode}"]
+        return lines[-1].removeprefix("error: ")
+
+    def require_success(self) -> None:
+        """Wait for the end of the process. Raise UserError if it failed."""
+        if self.wait():
+            raise UserError(f"{shlex.join(self.args[1:])} failed: {self.last_error()}")
+
+    def __exit__(self, *error) -> None:
+        self.kill()
+        super().__exit__(*error)
+        self.error_file.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,17 +116,35 @@ def failure(command: str | list, output: str, code: int) -> UserError:
 
 def format_value(value: Any) -> str:
     """Return a figure as text."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {format_value(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(format_value, value))
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else "" if value is None else str(value)
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Return the rows of a table as lines: the first column aligned to the left, the others to the right."""
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([f"{row[0]:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True))])
-        for row in rows
-    ]
+def table(rows: list[dict]) -> list[str]:
+    """Return the lines of a Markdown table with a column for each key."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [heads, ["---"] * len(heads), *([format_value(row.get(head)) for head in heads] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells if row]
+
+
+def figure_lines(found: dict) -> list[str]:
+    """Return figures as a table with a column for each peer, and texts as lines below it."""
+    columns, rows = {"ours": found, **found.get("peers", {})}, []
+    for key, value in found.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for n in range(len(value)):
+                rows.append(
+                    {"": f"{key} {n + 1}"} | {name: each[key][n] for name, each in columns.items() if key in each}
+                )
+        elif isinstance(value, dict) and key != "peers":  # by peer
+            rows.append({"": key, **value})
+        elif isinstance(value, bool | int | float | list):
+            rows.append({"": key} | {name: each.get(key) for name, each in columns.items()})
+    texts = [(name, key, text) for name, figures in columns.items() for key, text in figures.items()]
+    return table(rows) + [f"{name}, {key}: {text}" for name, key, text in texts if isinstance(text, str)]

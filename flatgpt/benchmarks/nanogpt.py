@@ -1,9 +1,8 @@
-"""Training updates of nanoGPT's model with the shape and batches of a config, in a process of their own.
+"""nanoGPT beside flatGPT: its train.py on our dataset, and updates of its model in a process of its own.
 
-The separate process keeps memory and environment apart. It reads a line of JSON for each request and answers with
-another: first the settings, then {"updates": n} any number of times. The update is that of nanoGPT's train.py:
-autocast, scaler, clipping, the model's own configure_optimizers, and the next batch fetched between forward and
-backward.
+The separate process keeps memory and environment apart. Its input is lines of JSON: the settings, then a number of
+updates any number of times, each of which it answers with a line. The update is that of nanoGPT's train.py: autocast,
+scaler, clipping, the model's own configure_optimizers, and the next batch fetched between forward and backward.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pickle
+import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,21 +24,27 @@ from torch.nn.utils import clip_grad_norm_
 
 from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
-from flatgpt.benchmarks.measure import USER_ENVIRONMENT, failure, milliseconds, seconds_since_start
+from flatgpt.benchmarks.measure import Process, milliseconds, seconds_since_start
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
 from flatgpt.runtime.device import DTYPES, DeviceSettings, find_device, select_device
 from flatgpt.runtime.precision import faster_training_dtype
 
 GRAD_CLIP = 1.0  # nanoGPT's
+RECIPE = "config/train_shakespeare_char.py"
+# its README, "I only have a macbook": tiny Shakespeare's characters on a CPU
+CPU_RECIPE = shlex.split(
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
 
 
-def checkout(config: BenchConfig, *files: str) -> Path:
-    """Return the folder that --peer names. Raise UserError if one of these files of nanoGPT is missing."""
-    path = Path(config.peer[1])
-    for file in files:
-        if not (path / file).is_file():
-            raise UserError(f"peer = nanoGPT {path}: it has no {file}; give the folder of a checkout of nanoGPT")
-    return path
+def require_checkout(config: BenchConfig) -> None:
+    """Raise UserError if --peer does not name a checkout of nanoGPT."""
+    for file in ("model.py", "train.py", "configurator.py", RECIPE):
+        if not Path(config.peer[1], file).is_file():
+            raise UserError(
+                f"peer = {' '.join(config.peer)}: it has no {file}; give the folder of a checkout of nanoGPT"
+            )
 
 
 def require_same_shape(config: BenchConfig, world: int) -> None:
@@ -46,16 +52,10 @@ def require_same_shape(config: BenchConfig, world: int) -> None:
 
     Its GELU is always the exact one, which takes the same time.
     """
-    c = config
-    unsupported = {
-        "activation": c.activation not in ("gelu", "gelu_tanh"),
-        "tie_weights": not c.tie_weights,
-        "position": c.position != "learned",
-        "mlp_ratio": c.mlp_ratio != 4,
-        "attn_bias": c.attn_bias not in (None, c.bias),
-    }
-    found = [f"{key} = {str(getattr(c, key)).lower()}" for key, wrong in unsupported.items() if wrong]
-    if found:
+    supported = {"activation": ("gelu", "gelu_tanh"), "tie_weights": (True,), "position": ("learned",)}
+    supported |= {"mlp_ratio": (4,), "attn_bias": (None, config.bias)}
+    settings = {key: getattr(config, key) for key in supported}
+    if found := [f"{key} = {str(value).lower()}" for key, value in settings.items() if value not in supported[key]]:
         raise UserError(f"peer = nanoGPT has no {', no '.join(found)}: change that, or leave --peer out")
     if world > 1:
         raise UserError(f"peer = nanoGPT runs on one device, torchrun started {world} processes: leave one of them out")
@@ -64,6 +64,18 @@ def require_same_shape(config: BenchConfig, world: int) -> None:
 def padded_vocab_size(vocab_size: int) -> int:
     """Return the vocabulary size that nanoGPT uses: it pads GPT-2's 50,257 ids, and no other number."""
     return 50304 if vocab_size == 50257 else vocab_size
+
+
+def train_command(config: BenchConfig, folder: Path) -> list[str]:
+    """Return the command that trains nanoGPT's recipe in its checkout, on a copy of our dataset in a new folder."""
+    dataset = open_dataset(Path(config.data_dir) / config.dataset)
+    folder.mkdir()
+    for split in ("train", "val"):
+        tokens = dataset.tokens(split)
+        tokens[0 : len(tokens)].astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": padded_vocab_size(dataset.meta["vocab_size"])}))
+    cpu = [] if find_device(config.device).type == "cuda" else CPU_RECIPE
+    return [sys.executable, "train.py", RECIPE, f"--dataset={folder}", f"--out_dir={folder}", *cpu]
 
 
 def peer_settings(config: BenchConfig) -> dict[str, DeviceSettings]:
@@ -79,91 +91,52 @@ def peer_settings(config: BenchConfig) -> dict[str, DeviceSettings]:
     return {"nanoGPT": select_device("cpu", "float32"), "nanoGPT_best": select_device("cpu", faster, True)}
 
 
-class Peer:
-    """A process that trains nanoGPT's model.
+class Peer(Process):
+    """A process that trains nanoGPT's model. It starts with the warm-up.
 
     Args:
-        name: for messages.
         config: resolved, as build_run returns it.
 
     Attributes:
         facts: start_s, peak_mem_gb and machine, after the first answer.
     """
 
-    def __init__(self, name: str, config: BenchConfig, settings: DeviceSettings):
-        self.name, self.facts = name, {}
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "flatgpt.benchmarks.nanogpt"],
-            env={**USER_ENVIRONMENT, "PYTHONPATH": str(REPO_ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-        )
+    def __init__(self, config: BenchConfig, settings: DeviceSettings):
+        command = [sys.executable, "-P", "-m", "flatgpt.benchmarks.nanogpt"]
+        super().__init__(command, {"PYTHONPATH": str(REPO_ROOT)}, stdin=subprocess.PIPE)
         dtype = str(settings.dtype).removeprefix("torch.")
         device = {"device": str(settings.device), "dtype": dtype, "compile": settings.compile}
-        self._send({"config": dataclasses.asdict(config), **device})
+        self._send(device | {"config": dataclasses.asdict(config)})
+        self._send(config.warmup_updates)
+        self.facts = {}
 
-    def _send(self, message: dict) -> None:
+    def _send(self, message) -> None:
         with contextlib.suppress(BrokenPipeError):  # answer() reports it
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-
-    def request(self, updates: int) -> None:
-        """Start some updates, without waiting for them."""
-        self._send({"updates": updates})
+            os.write(self.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
     def answer(self) -> list[float]:
-        """Wait for the requested updates, and return the milliseconds of each.
-
-        Raises:
-            UserError: the process has ended; with the last line of its output.
-        """
-        answer = self._process.stdout.readline()
-        if not answer:
-            code = self._process.wait()
-            self._stderr.seek(0)
-            raise failure(f"peer = {self.name}", self._stderr.read(), code)
-        self.facts = json.loads(answer)
+        """Return the milliseconds of each update, those of the warm-up first. Raise UserError if the process failed."""
+        line = self.stdout.readline()
+        if not line:
+            self.require_success()
+        self.facts = json.loads(line)
         return self.facts.pop("ms")
 
     def time_updates(self, count: int) -> list[float]:
         """Run some updates, and return the milliseconds of each."""
-        self.request(count)
+        self._send(count)
         return self.answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._stderr):
-            with contextlib.suppress(BrokenPipeError):
-                file.close()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the process
 
 
-def load_model_module(path: Path):
-    """Import nanoGPT's model.py, under a name other than that of this repository's model.py."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def make_update(config: BenchConfig, device: DeviceSettings) -> Callable[[], None]:
     """Return a function that trains nanoGPT's model by one update per call."""
-    nanogpt = load_model_module(checkout(config))
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(config.peer[1]) / "model.py")
+    nanogpt = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(nanogpt)
     if device.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -206,7 +179,7 @@ def serve() -> None:
     update, facts = make_update(BenchConfig(**settings["config"]), device), {}
     for line in sys.stdin:
         times = []
-        for _ in range(json.loads(line)["updates"]):
+        for _ in range(int(line)):
             times.append(milliseconds(device, update))
             facts = facts or {"start_s": seconds_since_start(), "machine": device.describe()}
         figures = facts | {"ms": times, "peak_mem_gb": device.peak_memory_gb()}

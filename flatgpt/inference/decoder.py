@@ -26,7 +26,7 @@ class KVCache:
         position: where the next tokens go. An int is the same for all rows. With a (B,) int64 tensor rows can differ in
             length, and all steps have the same shapes, as compilers need.
         key_length: with a tensor, attention reads so many keys of each row and masks those after its position.
-        rows: where the tokens of a prompt, which starts at position 0, are stored.
+        rows: where the next tokens are stored, if position is an int.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -35,7 +35,7 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.device, self.key_length = device, capacity
         self.position: int | Tensor = 0
-        self.rows = torch.arange(batch_size, device=device)
+        self.rows: Sequence[int] | slice = slice(None)
 
     def next_positions(self, count: int) -> Tensor:
         """Positions of the next tokens: (count,), or (B, 1) where rows have their own."""
@@ -53,18 +53,15 @@ class KVCache:
         """
         keys, values = self.k[layer], self.v[layer]
         if isinstance(self.position, Tensor):
-            keys[self.rows, :, self.position] = k[:, :, 0].type_as(keys)
-            values[self.rows, :, self.position] = v[:, :, 0].type_as(values)
+            rows = torch.arange(k.size(0), device=self.device)
+            keys[rows, :, self.position] = k[:, :, 0].type_as(keys)
+            values[rows, :, self.position] = v[:, :, 0].type_as(values)
             visible = torch.arange(self.key_length, device=self.device) <= self.position[:, None]
             return keys[:, :, : self.key_length], values[:, :, : self.key_length], visible[:, None, None]
         end = self.position + k.size(2)
-        if self.position == 0:
-            keys[self.rows, :, :end] = k.type_as(keys)
-            values[self.rows, :, :end] = v.type_as(values)
-            return k, v, None
-        keys[:, :, self.position : end] = k
-        values[:, :, self.position : end] = v
-        return keys[:, :, :end], values[:, :, :end], None
+        keys[self.rows, :, self.position : end] = k.type_as(keys)
+        values[self.rows, :, self.position : end] = v.type_as(values)
+        return (keys[:, :, :end], values[:, :, :end], None) if self.position else (k, v, None)
 
 
 class Decoder:
@@ -120,9 +117,9 @@ class Decoder:
     def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
         """Replace the tokens of some rows by the same ids, at most `capacity`; return the next logits, (V)."""
         cache = self._cache
-        every_row, cache.rows, cache.position = cache.rows, torch.tensor(rows, device=self.device), 0
+        cache.position, cache.rows = 0, rows
         logits = self.model(torch.tensor([ids], device=self.device), cache=cache)[0, -1]
-        cache.rows = every_row
+        cache.rows = slice(None)
         for row in rows:
             self.lengths[row] = len(ids)
             self._positions[row] = min(len(ids), self.capacity - 1)

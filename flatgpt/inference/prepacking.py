@@ -6,7 +6,6 @@ as under autocast, so that a prepacked model computes what the trained one does.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatgpt.runtime.device import cpu_name
+from config import UserError, WriterConfig
+from flatgpt.runtime.device import DeviceSettings, cpu_name, select_device
 from flatgpt.runtime.precision import cached_choice, faster_dtype
 from model import GPT
 
@@ -28,14 +28,18 @@ class CastLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)  # inductor freezes parameters, not buffers
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        self.store(weight)
+
+    def store(self, weight: Tensor) -> None:
+        """Set `weight` to its layout for decoding."""
+        self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)  # inductor freezes no buffers
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
 
-class PrepackedLinear(nn.Module):
+class PrepackedLinear(CastLinear):
     """CastLinear on a CPU, its weight in the blocks that oneDNN reads in sequence, at nearly the memory's bandwidth.
 
     Plain rows reach half of that (docs/speed.md). torch.compile uses the same operators for frozen weights.
@@ -43,40 +47,24 @@ class PrepackedLinear(nn.Module):
 
     PREFILL_TOKENS = 512  # blocks for products of so many tokens: as fast for one token, and faster for a prompt
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), self.PREFILL_TOKENS)
-        self.bias = None if bias is None else bias.to(dtype)
+    def store(self, weight: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
 
-    @staticmethod
-    def supports(device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether oneDNN is available and multiplies in `dtype` on this processor."""
-        mkldnn = torch.ops.mkldnn
-        if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(mkldnn, "_linear_pointwise"):
-            return False
-        if dtype == torch.bfloat16:
-            return mkldnn._is_mkldnn_bf16_supported()
-        return dtype == torch.float32 or (dtype == torch.float16 and mkldnn._is_mkldnn_fp16_supported())
 
-
-class Int8Linear(nn.Module):
-    """nn.Linear with an int8 weight and a scale for each output row; it multiplies in `dtype`."""
+class Int8Linear(CastLinear):
+    """CastLinear with an int8 weight and a scale for each output row."""
 
     GEMV_MAX_TOKENS = 48  # up to so many tokens torch's CPU kernel for int8 is faster than a dequantised weight
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
+    def store(self, weight: Tensor) -> None:
         scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # (out); not 0 for a row of zeros, in float16 either
-        scale = scale.to(dtype)  # before the weight is rounded, so that the rounding fits the stored scale
+        scale = scale.to(self.dtype)  # before the weight is rounded, so that the rounding fits the stored scale
         quantized = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         self.weight = nn.Parameter(quantized.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
@@ -88,23 +76,29 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def linear_class(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear]:
+    """Return the Linear layer that multiplies fastest in `dtype`. torch.compile does not accept oneDNN's blocks."""
+    if compile or device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return CastLinear
+    onednn = torch.ops.mkldnn
+    needs = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
+    return PrepackedLinear if dtype == torch.float32 or needs[dtype]() else CastLinear
+
+
 @torch.no_grad()
 def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False) -> GPT:
     """Replace the model's Linear layers, in place. Afterwards it can only compute, not be trained or saved.
 
     Args:
-        dtype: of the matrix products. On a CPU, int8's are always in bfloat16.
+        dtype: of the matrix products. On a CPU bfloat16 is fastest for int8.
         quantize: "int8": weights of 8 bits, the head's too; None: none.
-        compile: the model will be compiled. The compiler lays out weights itself and does not accept oneDNN's blocks.
+        compile: the model will be compiled. The compiler lays out weights itself.
 
     Returns:
         the model.
     """
     device = model.transformer.wte.weight.device
-    if quantize == "int8":
-        layout, dtype = Int8Linear, torch.bfloat16 if device.type == "cpu" else dtype
-    else:
-        layout = _layout(device, dtype, compile)
+    layout = Int8Linear if quantize == "int8" else linear_class(device, dtype, compile)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
@@ -112,8 +106,28 @@ def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile
     return model
 
 
-def _layout(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear] | type[PrepackedLinear]:
-    return PrepackedLinear if PrepackedLinear.supports(device, dtype) and not compile else CastLinear
+def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None = None) -> DeviceSettings:
+    """Choose the precision, and prepack the model, in place.
+
+    Args:
+        compile: whether to compile decoding steps. None: on CUDA only. On a CPU it is faster for long int8 texts only
+            (docs/speed.md).
+
+    Raises:
+        UserError: int8 weights cannot be multiplied in config.dtype on this device.
+    """
+    dtype, why, on_cpu = config.dtype, {}, model.transformer.wte.weight.device.type == "cpu"
+    if on_cpu and config.quantize:
+        if dtype == "float16":
+            raise UserError("quantize = int8 multiplies in bfloat16 on a CPU: leave out dtype")
+        dtype = "bfloat16"
+    elif on_cpu and dtype == "auto":
+        dtype, why["dtype"] = faster_decoding_dtype(model, bool(compile))
+    settings = select_device(config.device, dtype, compile, why=why)
+    prepack(model, settings.dtype, config.quantize, settings.compile)
+    if config.quantize:
+        settings.why["dtype"] = f"{config.quantize} weights"
+    return settings
 
 
 def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
@@ -127,20 +141,15 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
         compile: as in prepack.
     """
     config = model.config
-    layers = [layer for layer in model.transformer.h.modules() if isinstance(layer, nn.Linear)]
-    timed, size = defaultdict(list), 0  # by shape
-    for layer in (*layers, model.lm_head):
-        timed[layer.weight.shape].append(layer)
-        size += layer.weight.numel()
-        if size >= TIMED_ELEMENTS:
-            break
+    timed, size = [], 0
+    for layer in (*model.transformer.h.modules(), model.lm_head):
+        if isinstance(layer, nn.Linear) and size < TIMED_ELEMENTS:
+            timed.append(layer)
+            size += layer.weight.numel()
 
     def matmuls(dtype: torch.dtype) -> list[list[Callable]]:
-        layout = _layout(torch.device("cpu"), dtype, compile)
-        return [
-            [partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, 1, shape[1])) for layer in same_shape]
-            for shape, same_shape in timed.items()
-        ]
+        layout = linear_class(torch.device("cpu"), dtype, compile)
+        return [[partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, layer.in_features))] for layer in timed]
 
     key = (
         f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
@@ -152,5 +161,5 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
 
 def prepacked_bytes(model: GPT) -> int:
     """Bytes of the weights that are read for each token."""
-    layers = [layer for layer in model.modules() if isinstance(layer, CastLinear | PrepackedLinear | Int8Linear)]
-    return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, CastLinear)]
+    return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -75,39 +75,6 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     return (F.softmax(logits, dim=-1) / noise).argmax(-1)
 
 
-class Sampler:
-    """Samples the next ids of a batch.
-
-    Args:
-        prompts: ids of each row, to which the repetition penalty applies.
-        first_row: number of the first row; row r has a generator that is seeded with the seed and r.
-        n_vocab: size of the vocabulary.
-    """
-
-    def __init__(
-        self,
-        options: SamplingConfig,
-        prompts: Sequence[Sequence[int]],
-        first_row: int,
-        n_vocab: int,
-        device: torch.device,
-    ):
-        self.options = options
-        rows = range(first_row, first_row + len(prompts))
-        self.generators = [torch.Generator(device).manual_seed(seed_of(options.seed, row)) for row in rows]
-        self.seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
-        for row, ids in zip(self.seen, prompts, strict=True):
-            row[[i for i in ids if i < n_vocab]] = True
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) -> ids (B)."""
-        logits = process_logits(logits.float(), self.seen, self.options)
-        greedy = self.options.effective_temperature == 0
-        tokens = logits.argmax(-1) if greedy else sample(logits, self.generators)
-        self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
-
-
 def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
     """Probabilities of the sampled ids, (B), and of the k most likely ids of each row of logits, (B, V).
 
@@ -149,19 +116,28 @@ def generate_batch(
         first_row: number of the first row, which seeds its random numbers.
         on_sample: called in each step with the logits of the ids below n_vocab, (B, n_vocab), and the sampled ids (B).
     """
-    model, on_cuda = decoder.model, decoder.device.type == "cuda"
-    context = model.config.context_length
+    model, device = decoder.model, decoder.device
+    context, on_cuda = model.config.context_length, device.type == "cuda"
+    n_vocab = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
     assert all(prompts), "each prompt needs at least one id"
     texts, live = [list(ids) for ids in prompts], set(range(len(prompts)))
-    n_vocab = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
-    sampler = Sampler(options, prompts, first_row, n_vocab, decoder.device)
+    generators = [torch.Generator(device).manual_seed(seed_of(options.seed, first_row + row)) for row in sorted(live)]
+    seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
+    starts = [tuple(ids[-context:]) for ids in texts]
+    rows_of = {start: [] for start in starts}
+    for row, start in enumerate(starts):
+        seen[row, [i for i in texts[row] if i < n_vocab]] = True
+        rows_of[start].append(row)
     was_training = model.training
     model.eval()
     try:
         decoder.reset(len(texts), min(context, max(map(len, texts)) + max_new_tokens))
-        logits = _prefill(decoder, [ids[-context:] for ids in texts])
+        logits_of = {start: decoder.prefill(rows, start) for start, rows in rows_of.items()}  # equal prompts at once
+        logits = torch.stack([logits_of[start] for start in starts])  # (B, V)
         for n in range(1, max_new_tokens + 1):
-            tokens = sampler(logits[:, :n_vocab])
+            scores = process_logits(logits[:, :n_vocab].float(), seen, options)
+            tokens = sample(scores, generators) if options.effective_temperature else scores.argmax(-1)
+            seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
             host_tokens, ahead = tokens.to("cpu", non_blocking=on_cuda), False
@@ -187,15 +163,6 @@ def generate_batch(
                     logits[row] = decoder.prefill([row], texts[row][-max(1, context // 2) :])
     finally:
         model.train(was_training)
-
-
-def _prefill(decoder: Decoder, prompts: list[list[int]]) -> Tensor:
-    """Fill the rows with their prompts, equal ones at once; return the next logits, (B, V)."""
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for row, ids in enumerate(prompts):
-        rows_of.setdefault(tuple(ids), []).append(row)
-    logits = {ids: decoder.prefill(rows, ids) for ids, rows in rows_of.items()}
-    return torch.stack([logits[tuple(ids)] for ids in prompts])
 
 
 def _full_rows(decoder: Decoder, live: set[int]) -> set[int]:

@@ -1,6 +1,6 @@
 """Continue prompts with a loaded model: the texts as they grow, speed figures and the report. For infer.py and app.py.
 
-writer = Writer(config, prepare(config, model, encoding, end_of_text=True))
+writer = Writer(config, model, encoding, end_of_text=True)
 texts = [writer.text(config.prompt)]
 for _ in writer.write(texts): ...   # texts[0].written grows
 """
@@ -11,16 +11,13 @@ import codecs
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import tiktoken
 from torch import Tensor
 
-from config import InferConfig, SamplingConfig, UserError, WriterConfig
+from config import InferConfig, SamplingConfig
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import faster_decoding_dtype, prepack
 from flatgpt.inference.sampling import generate_batch, top_token_probs
-from flatgpt.runtime.device import select_device
 from model import GPT
 
 
@@ -32,6 +29,7 @@ class Text:
 
     Args:
         stop: strings that end the text; neither they nor what follows them is part of it.
+        start_ids: stand for an empty prompt.
 
     Attributes:
         written: the characters so far, without the prompt.
@@ -40,8 +38,10 @@ class Text:
         top_probs: ids and probabilities of the newest token and its alternatives, as top_token_probs returns them.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, prompt: str = "", stop: Sequence[str] = ()):
-        self.prompt, self.ids = prompt, encoding.encode_ordinary(prompt)
+    def __init__(
+        self, encoding: tiktoken.Encoding, prompt: str = "", stop: Sequence[str] = (), start_ids: Sequence[int] = ()
+    ):
+        self.prompt, self.ids = prompt, encoding.encode_ordinary(prompt) or start_ids
         self.written, self.tokens = "", 0
         self.ended: str | None = None
         self.top_probs: list[tuple[int, float]] = []
@@ -73,64 +73,29 @@ class Text:
         self._pending = self._pending[split:]
 
 
-@dataclass(frozen=True)
-class PreparedModel:
-    """A model with its weights laid out for decoding. Several writers can share it.
-
-    Args:
-        start_ids: token ids that stand for an empty prompt.
-        compile: whether decoding steps are compiled.
-        machine: device, precision, and compiled or eager, in words.
-    """
-
-    model: GPT
-    encoding: tiktoken.Encoding
-    start_ids: list[int]
-    compile: bool
-    machine: str
-
-    def describe(self) -> str:
-        """Return the model's size and the machine, in words."""
-        return f"{self.model.config.num_params():,} parameters, on {self.machine}"
-
-
-def prepare(
-    config: WriterConfig, model: GPT, encoding: tiktoken.Encoding, end_of_text: bool, compile: bool | None = None
-) -> PreparedModel:
-    """Choose the precision, and lay out the weights of a model for decoding, in place.
-
-    Args:
-        end_of_text: whether the training data has an end-of-text token between documents.
-        compile: whether to compile decoding steps. None: on CUDA only.
-
-    Raises:
-        UserError: int8 weights cannot be multiplied in config.dtype on this device.
-    """
-    dtype, why, on_cpu = config.dtype, {}, model.transformer.wte.weight.device.type == "cpu"
-    if on_cpu and config.quantize:
-        if dtype == "float16":
-            raise UserError("quantize = int8 multiplies in bfloat16 on a CPU: leave out dtype")
-        dtype = "bfloat16"
-    elif on_cpu and dtype == "auto":
-        dtype, why["dtype"] = faster_decoding_dtype(model, bool(compile))
-    # Compiling pays off on a CPU for long int8 texts only: oneDNN's packed weights are faster (docs/speed.md).
-    settings = select_device(config.device, dtype, not on_cpu if compile is None else compile, why=why)
-    prepack(model, settings.dtype, config.quantize, settings.compile)
-    machine = settings.describe() + (", int8 weights" if config.quantize else "")
-    start_ids = [encoding.eot_token] if end_of_text else encoding.encode_ordinary("\n")
-    return PreparedModel(model, encoding, start_ids, settings.compile, machine)
-
-
 class Writer:
     """Writes texts as `config` asks, and counts tokens and time.
 
     Args:
+        model: prepared for decoding. Several writers can share it.
+        end_of_text: whether the training data has an end-of-text token between documents; an empty prompt starts with
+            it, else with a newline.
+        compile: compile the decoding steps.
         log: receives a note when a text outgrows the context, once.
     """
 
-    def __init__(self, config: InferConfig, prepared: PreparedModel, log: Callable[[str], None] | None = None):
-        self.config, self.encoding, self.start_ids = config, prepared.encoding, prepared.start_ids
-        self.decoder = Decoder(prepared.model, prepared.compile)
+    def __init__(
+        self,
+        config: InferConfig,
+        model: GPT,
+        encoding: tiktoken.Encoding,
+        end_of_text: bool,
+        compile: bool = False,
+        log: Callable[[str], None] | None = None,
+    ):
+        self.config, self.encoding = config, encoding
+        self.start_ids = [encoding.eot_token] if end_of_text else encoding.encode_ordinary("\n")
+        self.decoder = Decoder(model, compile)
         self.rows = self.tokens = 0  # texts begun, tokens generated
         self.first_seconds = 0.0  # from the start of the first batch to its first tokens
         self.timed_tokens, self.timed_seconds = 0, 0.0  # after the first tokens of each batch
@@ -138,9 +103,7 @@ class Writer:
 
     def text(self, prompt: str) -> Text:
         """Return a new text that continues a prompt."""
-        text = Text(self.encoding, prompt, self.config.stop)
-        text.ids = text.ids or self.start_ids
-        return text
+        return Text(self.encoding, prompt, self.config.stop, self.start_ids)
 
     def write(self, texts: list[Text], top_probs: int = 0) -> Iterator[None]:
         """Continue texts in one batch to their ends. Yields after each token, and once all have ended.

@@ -24,10 +24,8 @@ EXPECTED = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
     "kind (config.json and model.safetensors), a name on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
-# Fields of ModelConfig that belong to the weights. The others (dropout, attention, activation_checkpointing) do not
-# change what a model computes.
 COUNTS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
-SHAPE = (*COUNTS, "bias", "attn_bias", "head_bias", "tie_weights", "mlp_ratio", "activation", "position")
+NOT_SHAPE = ("dropout", "attention", "activation_checkpointing")  # do not change what a model computes
 # transformers' name (ACT2FN in activations.py) -> model.py's; export writes the first one that fits
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 # Settings of transformers that change the result -> the values that model.py computes, the default first.
@@ -143,8 +141,8 @@ def read_config(path: str) -> ModelConfig:
 
 
 def shape(config: ModelConfig) -> dict[str, object]:
-    """Return the fields of a config that belong to the weights."""
-    return {key: getattr(config, key) for key in SHAPE}
+    """Return the fields of ModelConfig that belong to the weights."""
+    return {key: value for key, value in dataclasses.asdict(config.model()).items() if key not in NOT_SHAPE}
 
 
 def initial_shape(config: TrainConfig) -> dict[str, object]:

@@ -16,7 +16,6 @@ from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
-from flatgpt.runs.plots import plot_runs, render
 from flatgpt.runs.run_log import PICTURE, RunLog, duration, peak_flops
 from flatgpt.runtime.device import uncompiled
 from flatgpt.runtime.stop import StopRequest
@@ -82,7 +81,9 @@ def draw_picture(log: RunLog, folder: Path) -> None:
     """Draw the run so far as metrics.png. A failure is a warning."""
     log.bar.close()  # so that matplotlib's messages come below it
     try:
-        log.write_picture(render(plot_runs([history.read(folder)]), "png"))
+        from flatgpt.runs.plots import plot_runs  # here, as it imports matplotlib
+
+        log.write_picture(plot_runs([history.read(folder)]))
         log.print(f"picture  {folder / PICTURE}")
     except Exception as error:  # a full disk, a font, a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {error}", file=sys.stderr)

@@ -391,10 +391,6 @@ def test_bench_data_figures(in_tmp, monkeypatch, gpt2_vocabulary):
         assert found[f"{way}_memory_gb"] >= 0
     share = found["ours_mb_per_s"] / found["plain_mb_per_s"]
     assert found["of_plain_times_processes"] == pytest.approx(share)
-    hours = 19e9 / (found["ours_mb_per_s"] * 1e6) / 3600
-    assert found["wikipedia_hours_2_cores"] == pytest.approx(hours / 2)
-    assert found["wikipedia_hours_16_cores"] == pytest.approx(hours / 16)
-    assert found["fineweb_10bt_hours_2_cores"] == pytest.approx(10e9 / found["ours_tokens_per_s"] / 3600 / 2)
     assert "times_datasets_map" not in found
 
 

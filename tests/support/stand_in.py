@@ -1,5 +1,6 @@
 """A folder that looks like a checkout of nanoGPT: a model of two tables, and a train.py that records its arguments."""
 
+import json
 from pathlib import Path
 
 MODEL = """
@@ -49,10 +50,12 @@ TRAIN = """
 import json, pickle, sys
 from pathlib import Path
 
-data = Path("data/shakespeare_char")
-said = {"words": sys.argv[1:], "train": (data / "train.bin").stat().st_size, "val": (data / "val.bin").stat().st_size}
+assert Path("configurator.py").exists(), "it reads files of its current folder"
+words = [word for word in sys.argv[1:] if not word.startswith(("--dataset=", "--out_dir="))]
+(data,) = [Path(word.partition("=")[2]) for word in sys.argv if word.startswith("--dataset=")]
+said = {"words": words, "train": (data / "train.bin").stat().st_size, "val": (data / "val.bin").stat().st_size}
 said |= {"meta": pickle.loads((data / "meta.pkl").read_bytes())}
-with open(Path(__file__).resolve().parent / "said.jsonl", "a") as file:
+with open("said.jsonl", "a") as file:
     file.write(json.dumps(said) + "\\n")
 print("step 0: train loss 4.1000, val loss 4.2000")
 print("iter 0: loss 4.1234, time 12.00ms, mfu -100.00%")
@@ -68,3 +71,16 @@ def nanogpt_checkout(folder: Path) -> Path:
     (folder / "configurator.py").write_text("")
     (folder / "config" / "train_shakespeare_char.py").write_text("")
     return folder
+
+
+def bench_here(*words) -> dict:
+    """Run bench.py in this process and the current folder. Returns its figures.
+
+    Functions of bench.py can be replaced, which `cli` does not allow: it runs a fresh copy of the script.
+    """
+    import bench
+    from config import BenchConfig
+    from flatgpt.cli import cli
+
+    bench.main(cli.parse(BenchConfig, [*map(str, words), "--json", "figures.json"]))
+    return json.loads(Path("figures.json").read_text())
