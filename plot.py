@@ -15,7 +15,6 @@ if __name__ == "__main__":
     CONFIG = from_command_line(PlotConfig, __doc__)
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 from config import UserError
 from flatgpt.runs import history
 from flatgpt.runs.history import History
-from flatgpt.runs.plots import plot_runs, render
+from flatgpt.runs.plots import has_values, plot_runs
 from flatgpt.runtime.files import require_writable, write_output
 
 # --watch looks at the logs every WATCH_SECONDS, and at most so often that drawing takes a small part of the time: the
@@ -33,40 +32,32 @@ WATCH_SECONDS, PAUSE_PER_DRAWING = 2.0, 5
 
 
 def read_runs(folders: Sequence[Path]) -> list[History]:
-    """Read the runs. Runs of the same name get as much of their paths as tells them apart."""
-    runs, paths = [history.read(folder) for folder in folders], [folder.resolve() for folder in folders]
-    for depth in range(2, max(len(path.parts) for path in paths) + 1):
-        if len({run.name for run in runs}) == len(runs):
-            break
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    """Read the runs. Where two have one name, all are named by their paths."""
+    runs = [history.read(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [dataclasses.replace(run, name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
     return runs
 
 
 def draw(config: PlotConfig, folders: Sequence[Path], target: str) -> str:
-    """Draw the runs that have rows into the file. Returns a line about it."""
-    runs, empty = [], []
-    for folder, run in zip(folders, read_runs(folders), strict=True):
-        if any(map(math.isfinite, run.x_values(config.x))):
-            runs.append(run)
-        else:
-            empty.append(str(folder))
-    names = ", ".join(empty)
-    reason = f"no rows in {history.LOG} there" + f" that tell {config.x}" * (config.x != "iter")
+    """Draw the runs that have values into the file. Returns a line about it."""
+    found = read_runs(folders)
+    runs = [run for run in found if has_values(run, config.x)]
+    empty = ", ".join(run.name for run in found if not has_values(run, config.x))
+    reason = f"nothing to draw along {config.x} in {history.LOG}"
     if not runs:
-        raise UserError(f"{names}: nothing to draw, {reason}; name another run, or wait for this one with --watch")
+        raise UserError(f"{empty}: {reason}; name another run, or wait for this one with --watch")
     if empty:
-        print(f"warning: {names}: left out, {reason}", file=sys.stderr)
-    write_output(render(plot_runs(runs, config.x), config.format), target, "out")
+        print(f"warning: {empty}: left out, {reason}", file=sys.stderr)
+    write_output(plot_runs(runs, config.x, config.format), target, "out")
     return f"{target}: {len(runs)} runs" if len(runs) > 1 else f"{target}: to iter {runs[0]['iter'][-1]:,.0f}"
 
 
 def watch(config: PlotConfig, folders: Sequence[Path], target: str) -> None:
-    """Draw whenever a log or a checkpoint has changed. After an error, try again at the next change."""
-    files = [folder / name for folder in folders for name in (history.LOG, history.CHECKPOINT)]
-    before = None
+    """Draw whenever a log has changed. After an error, try again at the next change."""
+    logs, before = [folder / history.LOG for folder in folders], None
     while True:
-        began, now = time.monotonic(), [_version(file) for file in files]
+        began, now = time.monotonic(), [log.exists() and log.stat().st_mtime_ns for log in logs]
         if now != before:
             try:
                 print(draw(config, folders, target), flush=True)
@@ -74,14 +65,6 @@ def watch(config: PlotConfig, folders: Sequence[Path], target: str) -> None:
                 print(f"waiting: {error}", file=sys.stderr, flush=True)
             before = now
         time.sleep(max(WATCH_SECONDS, PAUSE_PER_DRAWING * (time.monotonic() - began)))
-
-
-def _version(file: Path) -> tuple[int, int] | None:
-    try:
-        stat = file.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
 
 
 def main(config: PlotConfig) -> None:

@@ -2,8 +2,8 @@
 
 out/<run>/ckpt/iter_000500/ has model.safetensors, train_state.pt and state.json. state.json is written last. It holds
 size and SHA-256 of the other files, and its own SHA-256; a folder without a valid state.json is not a checkpoint.
-`ckpt/last` and `ckpt/best` are relative symlinks. Nothing is unpickled: weights are safetensors, and train_state.pt is
-read with weights_only=True.
+`ckpt/last` and `ckpt/best` are relative symlinks, or files with the folder's name where none can be made. Nothing is
+unpickled: weights are safetensors, and train_state.pt is read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError
+from flatgpt.runs.history import STATE, follow, newest
 from flatgpt.runtime.files import atomic_write
 from model import GPT
 
 FORMAT = 1
-WEIGHTS, TRAIN_STATE, STATE = "model.safetensors", "train_state.pt", "state.json"
+WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.pt"
 
 
 class DamagedCheckpointError(Exception):
@@ -68,7 +69,7 @@ def save(
         (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors makes it readable for its owner
         files = {name: fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
         file = STATE
-        write_state(partial, {"format": FORMAT, **state, "files": files})
+        atomic_write(partial / STATE, state_file({"format": FORMAT, **state, "files": files}))
         for file in (*files, "."):
             _flush(partial / file)
         if folder.exists():  # a damaged one: a valid one would have been resumed
@@ -77,16 +78,18 @@ def save(
         _flush(folder.parent)
         set_link(run_dir, "last", state["iter"])
     except (OSError, RuntimeError, SafetensorError) as error:
-        written = sum(path.stat().st_size for path in partial.glob("*"))
         shutil.rmtree(partial, ignore_errors=True)
+        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
+        if "inline_container" in reason:  # torch's "unexpected pos 64 vs 0"
+            reason = "only a part of it was taken: a full disk, a quota or a limit of file sizes"
         needed, free = _num_bytes([weights, train_state]), shutil.disk_usage(run_dir).free if run_dir.exists() else 0
-        kept = ", ".join(f"iter {read_state(path)['iter']}" for path in checkpoints(run_dir))
         raise UserError(
-            f"checkpoint {folder} could not be written: {file}: {_reason(error)}. {needed / 1e6:,.1f} MB are needed, "
-            f"{written / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free now. "
-            f"Still there: {kept or 'none'}. Make room; a run that ended goes on with --resume"
+            f"checkpoint {folder} could not be written: {file}: {reason}. {needed / 1e6:,.1f} MB are needed, "
+            f"{free / 1e6:,.1f} MB are free now. Still there: "
+            f"{', '.join(path.name for path in checkpoints(run_dir)) or 'none'}. "
+            "Make room; a run that ended goes on with --resume"
         ) from None
-    linked = {(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
+    linked = {follow(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
     for old in checkpoints(run_dir)[keep:]:
         if old.resolve() in linked or (keep_every and read_state(old)["iter"] % keep_every == 0):
             continue
@@ -104,13 +107,6 @@ def _num_bytes(value) -> int:
     return value.nbytes if isinstance(value, Tensor) else 0
 
 
-def _reason(error: Exception) -> str:
-    text = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
-    if "inline_container" in text:  # torch's "unexpected pos 64 vs 0"
-        return "only a part of it was taken: a full disk, a quota or a limit of file sizes"
-    return text
-
-
 def move_aside(folder: Path, reason: str) -> None:
     """Move a checkpoint to ckpt/lost-<time>/. Nothing is deleted."""
     lost = folder.parent / f"lost-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -121,13 +117,9 @@ def move_aside(folder: Path, reason: str) -> None:
 
 def mark_finished(folder: Path) -> None:
     """Record in a checkpoint's state.json that its run has ended, if that was decided after it was written."""
+    folder = follow(folder)
     if state := read_state(folder):
-        write_state(folder, {**state, "finished": True})
-
-
-def write_state(folder: Path, state: dict) -> None:
-    """Write state.json with its own SHA-256."""
-    atomic_write(folder / STATE, state_file(state))
+        atomic_write(folder / STATE, state_file({**state, "finished": True}))
 
 
 def state_file(state: dict) -> bytes:
@@ -150,7 +142,10 @@ def set_link(run_dir: Path, name: str, iteration: int) -> bool:
         link.unlink(missing_ok=True)
         return False
     partial.unlink(missing_ok=True)
-    partial.symlink_to(_name(iteration))
+    try:
+        partial.symlink_to(_name(iteration))
+    except OSError:  # a file system without symlinks; `follow` reads the file
+        partial.write_text(_name(iteration))
     os.replace(partial, link)
     return True
 
@@ -181,14 +176,11 @@ def read_state(folder: Path) -> dict | None:
     """Return the content of a checkpoint's state.json, or None if it is missing or not valid."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        written = state.pop("sha256", None)  # earlier versions wrote none
+        valid = {"format", "iter", "config", "files"} <= set(state) and isinstance(state["files"], dict)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
-    if not isinstance(state, dict) or not {"format", "iter", "config", "files"} <= set(state):
-        return None
-    if not isinstance(state["files"], dict) or not isinstance(state["config"], dict):
-        return None
-    written = state.pop("sha256", None)  # earlier versions wrote none
-    return state if written in (None, _hash(state)) else None
+    return state if valid and written in (None, _hash(state)) else None
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -216,13 +208,13 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
         raise UserError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
     for name in names:
         try:
-            damaged = fingerprint(folder / name) != state["files"].get(name)
+            found = fingerprint(folder / name)
         except OSError as error:  # a bad sector, for example
-            reason = f"is missing or cannot be read: {error.strerror}"
-            raise DamagedCheckpointError(f"{folder / name} {reason}") from None
-        if damaged:
-            reason = "is damaged: its size or SHA-256 is not the one in state.json"
-            raise DamagedCheckpointError(f"{folder / name} {reason}")
+            text = f"{folder / name} is missing or cannot be read: {error.strerror}"
+            raise DamagedCheckpointError(text) from None
+        if found != state["files"].get(name):
+            text = f"{folder / name} is damaged: its size or SHA-256 is not the one in state.json"
+            raise DamagedCheckpointError(text)
     return state
 
 
@@ -245,24 +237,18 @@ def find(model_path: str | None, log: Callable[[str], None], runs: Path = Path("
     Raises:
         UserError: nothing there, or nothing undamaged.
     """
-    if model_path is None:
-        links = sorted(runs.glob("*/ckpt/last"), key=lambda path: path.lstat().st_mtime)
-        if not links:
-            raise UserError(f"no run in {runs}/ yet: train one (python train.py), or name one with --model_path")
-        path = links[-1].parent.parent
-    else:
-        path = Path(model_path)
-    path = path.parent if path.name == WEIGHTS else path
+    path = newest(runs, "ckpt/last") if model_path is None else Path(model_path)
+    path = path.parent if path.name == WEIGHTS else follow(path)
     if not path.exists():
         raise UserError(f"model_path {path}: no such folder; a run's folder (out/NAME) or a checkpoint is expected")
     if (path / STATE).exists() or not (path / "ckpt").is_dir():
         try:
             return path, verify(path, (WEIGHTS,))
         except DamagedCheckpointError as error:
-            hint = f"; other checkpoints lie in {path.resolve().parent}" if path.name.startswith("iter_") else ""
-            raise UserError(f"model_path {path} is no usable checkpoint: {error}{hint}") from None
-    linked = [(path / "ckpt" / name).resolve() for name in ("best", "last") if (path / "ckpt" / name).exists()]
-    found = first_valid(list(dict.fromkeys([*linked, *folders(path.resolve())])), (WEIGHTS,), log)
+            raise UserError(f"model_path {path} is no usable checkpoint: {error}") from None
+    linked = [follow(path / "ckpt" / name) for name in ("best", "last")]
+    candidates = [link.resolve() for link in linked if link.exists()] + folders(path.resolve())
+    found = first_valid(list(dict.fromkeys(candidates)), (WEIGHTS,), log)
     if found is None:
         raise UserError(f"model_path {path}: this run has no usable checkpoint yet")
     return path / "ckpt" / found[0].name, found[1]
@@ -305,11 +291,9 @@ def load_train_state(folder: Path, mmap: bool = False) -> dict:
     """
     try:
         state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)
-        if isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state):
-            return state
-        reason = "it is no train state"
-    except pickle.UnpicklingError:  # torch's text explains how to load it anyway
-        reason = "it holds more than tensors and plain types, and reading that could run anybody's code"
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-    raise UserError(f"{folder / TRAIN_STATE} is not loaded: {reason}")
+        valid = isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's text explains how to load it anyway
+        valid = False
+    if not valid:
+        raise UserError(f"{folder / TRAIN_STATE} is not loaded: it is no train state of tensors and plain types")
+    return state

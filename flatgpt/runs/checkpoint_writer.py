@@ -153,13 +153,11 @@ class CheckpointWriter:
             value = full_tensor(value)
             if not self.ranks.first:
                 return None
-            buffer = self._buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self._buffers[name] = buffer
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             if value.is_cuda:
                 cuda_devices.add(value.device)
-            return buffer.copy_(value, non_blocking=True)
+            return self._buffers[name].copy_(value, non_blocking=True)
 
         copied = copy(tensors, "")
         for device in cuda_devices:

@@ -25,6 +25,7 @@ class RunLock:
     def __exit__(self, *error) -> None:
         if self._file:
             self._file.close()
+        self._file = None
 
     def acquire(self) -> None:
         """Lock the folder, if it exists; again where it is not the folder that was locked.
@@ -34,19 +35,16 @@ class RunLock:
         """
         path = self.run_dir / ".lock"
         while self.run_dir.is_dir() and not self.is_held():
-            if self._file:
-                self._file.close()
+            self.__exit__()
             self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the lock is held
             try:
                 _lock(self._file)
             except BlockingIOError:
                 self._file.seek(0)
                 owner = self._file.read() or "another process"
-                self._file.close()
-                self._file = None
-                raise UserError(
-                    f"{self.run_dir} is in use by {owner}: wait for it, stop it, or take another --out_dir"
-                ) from None
+                self.__exit__()
+                text = f"{self.run_dir} is in use by {owner}: wait for it, stop it, or take another --out_dir"
+                raise UserError(text) from None
             except OSError as error:  # a file system without locks
                 text = f"warning: {path} cannot be locked ({error.strerror}): no second process may train there"
                 print(text, file=sys.stderr)
@@ -76,10 +74,6 @@ class RunLock:
                 raise UserError(f"{folder}: another process has trained there meanwhile; take another --out_dir")
         if not self.is_held():
             raise UserError(f"{folder} was moved away by another process meanwhile: start again")
-        if (folder / "ckpt").is_file() and not overwrite:
-            raise UserError(
-                f"{folder / 'ckpt'} is a file, where checkpoints go: move it away, or take another --out_dir"
-            )
         if overwrite and (folder / "ckpt").exists():
             if Path.cwd().is_relative_to(folder.resolve()):
                 raise UserError(f"overwrite: {folder} is where we are, and is not renamed; take another --out_dir")
@@ -104,8 +98,6 @@ def in_use(run_dir: Path) -> bool:
     try:
         with open(run_dir / ".lock", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # never locked, or unreadable
-        return False
+    except OSError as error:  # FileNotFoundError: never locked
+        return isinstance(error, BlockingIOError)
     return False

@@ -103,32 +103,23 @@ class StepClock:
 
 
 class AppendFile:
-    """A text file that entries are appended to. Entries that cannot be written whole are kept and written later.
+    """A text file that entries are appended to. What cannot be written is kept, and written with a later entry.
 
     Args:
         entries: their name in messages.
-        header: first line of a new file.
     """
 
-    def __init__(self, path: Path, entries: str, header: str = ""):
-        self.path, self.entries, self.header = path, entries, header.encode()
+    def __init__(self, path: Path, entries: str):
+        self.path, self.entries, self._waiting, self._warned = path, entries, b"", False
         self._file: io.FileIO | None = None  # opened for the first entry
-        self._waiting: list[bytes] = []
-        self._warned = False
 
     def append(self, entry: str) -> None:
-        """Write what waits, and then this entry."""
-        self._waiting.append(entry.encode())
+        """Write what waits, and this entry."""
+        self._waiting += entry.encode()
         try:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-                if self._file.tell() == 0:
-                    self._waiting[0] = self.header + self._waiting[0]
+            self._file = self._file or open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
             while self._waiting:
-                written = self._file.write(self._waiting[0])
-                self._waiting[0] = self._waiting[0][written:]
-                if not self._waiting[0]:
-                    del self._waiting[0]
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not self._warned:
                 text = f"warning: {self.path}: {error.strerror}; {self.entries} wait until there is room"
@@ -138,7 +129,7 @@ class AppendFile:
     def close(self) -> None:
         """Close the file, with a warning if entries are lost."""
         if self._waiting:
-            print(f"warning: {self.path}: its last {len(self._waiting)} {self.entries} found no room", file=sys.stderr)
+            print(f"warning: {self.path}: the last {self.entries} found no room", file=sys.stderr)
         if self._file:
             self._file.close()
 
@@ -157,12 +148,11 @@ class RunLog:
     def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, wandb_run=None):
         self.folder, self.max_iters, self.wandb_run, self._warned = run_dir, max_iters, wandb_run, False
         rows, samples = (run_dir / name if run_dir else Path(os.devnull) for name in (ROWS, SAMPLES))
-        header = ",".join(KEYS) + "\n"
         if run_dir:
-            _rewind(rows, start_iter, ROW, header)
+            _rewind(rows, start_iter, ROW, (",".join(KEYS) + "\n").encode())
             _rewind(samples, start_iter, SAMPLE)
-        self._rows, self._samples = AppendFile(rows, "rows", header), AppendFile(samples, "samples")
-        self._first: tuple[float, int] | None = None  # time and iteration of the first row with step_ms
+        self._rows, self._samples = AppendFile(rows, "rows"), AppendFile(samples, "samples")
+        self._began: tuple[float, int] | None = None  # time and iteration from which the time left is estimated
         # disable=None: no bar if stderr is no terminal
         self.bar = tqdm(
             total=max_iters, initial=start_iter, unit="iter", disable=None if run_dir else True, dynamic_ncols=True
@@ -178,21 +168,17 @@ class RunLog:
         row = {key: row.get(key) for key in KEYS}
         cells = ("" if v is None else f"{v:.9g}" if isinstance(v, float) else str(v) for v in row.values())
         self._rows.append(",".join(cells) + "\n")
-        text = format_row(row, len(str(self.max_iters)), self._seconds_left(row))
-        self.print(_bold(text) if row["val_loss"] is not None else text)
+        i, now, seconds_left = row["iter"], time.perf_counter(), None
+        if row["step_ms"]:
+            self._began = self._began or (now - row["step_ms"] / 1e3, i - 1)
+            seconds_left = (now - self._began[0]) / (i - self._began[1]) * max(0, self.max_iters - i)
+        text = format_row(row, len(str(self.max_iters)), seconds_left)
+        if row["val_loss"] is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
+            text = f"\033[1m{text}\033[0m"  # bold
+        self.print(text)
         if row["train_loss"] is not None:
             self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}", refresh=False)
-        self._log_to_wandb(lambda wandb: {key: value for key, value in row.items() if value is not None})
-
-    def _seconds_left(self, row: dict) -> float | None:
-        """Estimate the time until max_iters: from step_ms at first, then from all the time that passed."""
-        i, seconds = row["iter"], row["step_ms"] and row["step_ms"] / 1e3
-        if seconds is None:
-            return None
-        self._first = self._first or (time.perf_counter(), i)
-        if i > self._first[1]:
-            seconds = (time.perf_counter() - self._first[0]) / (i - self._first[1])
-        return seconds * max(0, self.max_iters - i)  # a resumed run can be past its end
+        self._call_wandb(lambda wandb, run: run.log({key: value for key, value in row.items() if value is not None}))
 
     def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """Print the samples of an evaluation and append them to samples.txt.
@@ -201,29 +187,29 @@ class RunLog:
             row: of the evaluation.
             texts: each begins with its prompt.
         """
-        i = row["iter"]
+        i, table = row["iter"], [[row["iter"], *pair] for pair in zip(prompts, texts, strict=True)]
         self.print("\n---\n".join([f"--- sample after {i} updates\n{texts[0]}", *texts[1:]]) + "\n---")
-        for prompt, text in zip(prompts, texts, strict=True):
+        for _, prompt, text in table:
             title = f"=== iter {i} | val {row['val_loss']:.4f} | prompt {json.dumps(prompt, ensure_ascii=False)}"
             # so that no line of the text looks like a title
             self._samples.append(f"{title}\n{re.sub('^===', ' ===', text, flags=re.M)}\n\n")
-        data = [[i, *pair] for pair in zip(prompts, texts, strict=True)]
-        self._log_to_wandb(lambda wandb: {"iter": i, "samples": wandb.Table(["iter", "prompt", "text"], data)})
+        columns = ["iter", "prompt", "text"]
+        self._call_wandb(lambda wandb, run: run.log({"iter": i, "samples": wandb.Table(columns, table)}))
 
     def write_picture(self, png: bytes) -> None:
         """Write metrics.png, whole or not at all."""
         path = str(self.folder / PICTURE)
         write_output(png, path, "picture")
-        self._log_to_wandb(lambda wandb: {"metrics": wandb.Image(path)})
+        self._call_wandb(lambda wandb, run: run.log({"metrics": wandb.Image(path)}))
 
-    def _log_to_wandb(self, make_entry: Callable | None) -> None:
-        """Log make_entry(wandb), or finish the run if None. A failure there (a full disk, no service) is a warning."""
+    def _call_wandb(self, call: Callable) -> None:
+        """Run call(wandb, run) if there is a wandb run. A failure there (a full disk, no service) is a warning."""
         if self.wandb_run is None:
             return
         import wandb
 
         try:
-            self.wandb_run.log(make_entry(wandb)) if make_entry else self.wandb_run.finish()
+            call(wandb, self.wandb_run)
         except Exception as error:
             if not self._warned:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -235,7 +221,7 @@ class RunLog:
         self.bar.close()
         self._rows.close()
         self._samples.close()
-        self._log_to_wandb(None)
+        self._call_wandb(lambda wandb, run: run.finish())
 
 
 def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> str:
@@ -261,30 +247,22 @@ def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> 
     return " | ".join(texts).rstrip(" |")
 
 
-def _bold(text: str) -> str:
-    """Make text bold on a terminal, unless the user has set NO_COLOR (no-color.org)."""
-    without = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    return text if without else f"\033[1m{text}\033[0m"
-
-
-def _rewind(path: Path, start_iter: int, entry: bytes, header: str = "") -> None:
+def _rewind(path: Path, start_iter: int, entry: bytes, header: bytes = b"") -> None:
     """Keep a file's entries before start_iter and move later ones to a second file, metrics.lost.csv for metrics.csv.
 
     Args:
         entry: pattern of an entry; its first group is the iteration.
         header: first line of both files.
     """
-    if not path.exists():
-        return
+    content = path.read_bytes() if path.exists() else b""
     # in bytes: a killed process can leave half an entry, a power cut anything
-    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, path.read_bytes(), re.M)]
-    lost = [text for i, text in entries if i > start_iter]
-    if lost:
+    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, content, re.M)]
+    if lost := b"".join(text for i, text in entries if i > start_iter):
         lost_path = path.with_name(f"{path.stem}.lost{path.suffix}")
-        new = not lost_path.exists()
         with open(lost_path, "ab") as file:
-            file.write(b"".join([header.encode() * new, *lost]))
-    atomic_write(path, header.encode() + b"".join(text for i, text in entries if i < start_iter))
+            file.write(lost if file.tell() else header + lost)
+    if content or header:
+        atomic_write(path, header + b"".join(text for i, text in entries if i < start_iter))
 
 
 def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None = None):
@@ -297,11 +275,8 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
     """
     if mode == "disabled":
         return None
-    try:
-        import wandb
-    except ImportError:
-        print("warning: wandb is not installed (pip install wandb): going on without it", file=sys.stderr)
-        return None
+    import wandb
+
     settings = {"project": project, "name": run_dir.name, "id": run_id, "resume": "allow", "config": config}
     settings |= {"dir": str(run_dir), "settings": wandb.Settings(init_timeout=30, silent=True)}
     for attempt in ("online", "offline") if mode == "online" else ("offline",):

@@ -21,6 +21,7 @@ from config import UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import STATE, TRAIN_STATE, WEIGHTS
+from flatgpt.runs.history import follow
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.files import atomic_write
@@ -141,7 +142,7 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         )
     if not resume or (resume == "auto" and not existing):
         return None
-    source = lock.run_dir if resume in ("latest", "auto") else Path(resume)
+    source = lock.run_dir if resume in ("latest", "auto") else follow(Path(resume))
     folders = [source.resolve()] if (source / STATE).exists() else checkpoint.folders(source)
     found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
     if found is None:

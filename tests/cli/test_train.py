@@ -26,7 +26,7 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs import checkpoint
+from flatgpt.runs import checkpoint, plots
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.training import reporting
 
@@ -78,7 +78,7 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     run = train_here("--sample_tokens", 0, picture=True)
     picture = (run / "metrics.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    monkeypatch.setattr(reporting, "plot_runs", lambda histories: 1 / 0)
+    monkeypatch.setattr(plots, "plot_runs", lambda histories: 1 / 0)
     train_here("--sample_tokens", 0, "--resume", "--max_iters", 8, picture=True)
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == picture

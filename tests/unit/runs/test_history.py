@@ -1,30 +1,40 @@
-"""history.py: a log as it is written, cut, damaged or missing; what is known of a run without torch."""
+"""history.py: logs as they are written, cut, damaged or missing; and the tables of `train.py --list`."""
 
+import fcntl
 import json
 import math
 import os
+import re
+import time
+from pathlib import Path
 
 import pytest
 
-from config import ModelConfig, UserError
+from config import ModelConfig, TrainConfig, UserError
+from flatgpt.cli import cli
+from flatgpt.data.sources import SOURCES
+from flatgpt.interop import tokenizer_files
 from flatgpt.runs import history
+from flatgpt.runs.history import print_list
 from flatgpt.runs.run_log import RunLog
 from model import GPT
 
+SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 4, "vocab_size": 300}
+PARAMETERS = f"{ModelConfig(**SHAPE).num_params():,}"
+ROWS = "iter,val_loss\n0,5.5\n10,\n20,3.25\n30,3.5\n"
+DAY = 86400
+
 
 def test_a_log_comes_back(tmp_path):
-    run = tmp_path / "small"
-    run.mkdir()
-    log = RunLog(run, 0, max_iters=20)
+    log = RunLog(tmp_path, 0, max_iters=20)
     log.write({"iter": 0, "val_loss": 5.5})
     log.write({"iter": 10, "train_loss": 2.5, "val_loss": 3.0})
     log.write({"iter": 20, "train_loss": float("nan"), "val_loss": float("inf")})
     log.close()
-    found = history.read(run)
-    assert (found.name, len(found), found["iter"], found.best) == ("small", 3, [0, 10, 20], (10, 3.0))
-    assert found["train_loss"][1] == 2.5
-    assert math.isnan(found["train_loss"][0])
-    assert math.isnan(found["train_loss"][2])
+    (tmp_path / "link").symlink_to(".")
+    found = history.read(tmp_path / "link")
+    assert (found.name, len(found), found["iter"], found.best) == ("link", 3, [0, 10, 20], (10, 3.0))
+    assert found["train_loss"] == pytest.approx([math.nan, 2.5, math.nan], nan_ok=True)
     assert all(map(math.isnan, found["loss_scale"] + found["no such key"]))
 
 
@@ -33,10 +43,8 @@ def test_a_log_comes_back(tmp_path):
     [
         (b"", []),
         (b"iter,val_l", []),
-        (b"iter,val_loss\n", []),
-        (b"iter,val_loss\n0,5", []),
         (b"iter,val_loss\n0,5\n10,4.12345", [0]),
-        (b"iter,val_loss\n0,5\n10," + 200_000 * b"4" + b'\n20,"3\n', [0, 10, 20]),
+        (b"iter,val_loss\n0,5\n10," + 200_000 * b"4" + b'\n20,"3\n', [0, 10]),
         (b"iter,val_loss\n0,5\n10\n\xff\xfe\0\n20,3,1\nx,1\n30,2\n", [0, 30]),
         (b"\xef\xbb\xbfiter,val_loss\r\n0,5\r\n10,4\r\n", [0, 10]),
         (b"step,val_loss\n0,5\n10,4\n", []),
@@ -50,9 +58,9 @@ def test_what_a_writer_or_a_crash_leaves(tmp_path, content, iters):
     assert len(found["val_loss"]) == len(found) == len(iters)
 
 
-def test_an_empty_folder_and_none(tmp_path):
+def test_folders_without_a_log(tmp_path):
     found = history.read(tmp_path)
-    assert (len(found), found.best, found.parameters, found.device) == (0, None, None, None)
+    assert (len(found), found.best, found.parameters) == (0, None, None)
     with pytest.raises(UserError, match="no such folder"):
         history.read(tmp_path / "none")
     (tmp_path / "metrics.csv").mkdir()
@@ -60,34 +68,22 @@ def test_an_empty_folder_and_none(tmp_path):
         history.read(tmp_path)
 
 
-def test_a_link_has_its_own_name(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "newest").symlink_to("run")
-    assert history.read(tmp_path / "newest").name == "newest"
-
-
-def test_facts_of_a_checkpoint_else_of_the_recipe(tmp_path):
+def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
     (tmp_path / "config.toml").write_text("n_layer = 1\nn_embd = 8\nvocab_size = 10\n")
     assert history.read(tmp_path).parameters == ModelConfig(n_layer=1, n_embd=8, vocab_size=10).num_params()
-    state = {"config": {"n_embd": 16, "vocab_size": 10}, "device": "cpu", "cpu": "Abacus", "ranks": 2}
-    last = tmp_path / "ckpt" / "last"
-    last.mkdir(parents=True)
-    (last / "state.json").write_text(json.dumps(state))
-    found = history.read(tmp_path)
-    assert found.parameters == ModelConfig(n_embd=16, vocab_size=10).num_params()
-    assert found.device == "2 x Abacus"
-    for broken in ("[", "[]", 100_000 * "[", '{"config": [1]}'):
-        (last / "state.json").write_text(broken)
+    (tmp_path / "ckpt/iter_000001").mkdir(parents=True)
+    (tmp_path / "ckpt/last").write_text("iter_000001")  # in place of a symlink
+    state = tmp_path / "ckpt/iter_000001/state.json"
+    state.write_text('{"config": {"n_embd": 16, "vocab_size": 10}}')
+    assert history.read(tmp_path).parameters == ModelConfig(n_embd=16, vocab_size=10).num_params()
+    for broken in ("[", 100_000 * "["):
+        state.write_text(broken)
         assert history.read(tmp_path).settings["n_embd"] == 8
-    (last / "state.json").write_text('{"config": {"n_embd": "16", "vocab_size": 10}}')
-    assert history.read(tmp_path).parameters is None
 
 
 @pytest.mark.parametrize(
     "shape",
     [
-        {},
-        {"bias": False},
         {"bias": False, "attn_bias": True},
         {"attn_bias": False, "tie_weights": False, "head_bias": True},
         {"position": "rope", "mlp_ratio": 2.7},
@@ -98,30 +94,105 @@ def test_parameters_are_the_models(shape):
     assert config.num_params() == GPT(config).num_params()
 
 
-def test_gpt2_has_as_many_as_published():
-    assert ModelConfig(12, 12, 768, 1024, 50257).num_params() == 124_439_808
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py --list: runs
 
 
-def of(**columns) -> history.History:
-    return history.History("r", columns, {}, {})
+def run(name: str, rows: str | None = ROWS, seconds: float = 300, saved: int = 30, **keys) -> Path:
+    """Make a run's folder in out/, last written to so many seconds ago.
+
+    Args:
+        saved: the iteration of its checkpoint.
+        keys: of its state.json, or, in capitals, of its settings.
+    """
+    last = Path("out") / name / "ckpt" / "last"
+    last.mkdir(parents=True)
+    settings = {**SHAPE, "dataset": "mine", "max_iters": 40} | {k.lower(): v for k, v in keys.items() if k.isupper()}
+    state = {"iter": saved, "config": settings} | {k: v for k, v in keys.items() if k.islower()}
+    files = {last / "state.json": json.dumps(state)} | ({last.parents[1] / "metrics.csv": rows} if rows else {})
+    for file, content in files.items():
+        file.write_text(content)
+        os.utime(file, (time.time() - seconds,) * 2)
+    return last.parents[1]
 
 
-def test_seconds_of_the_updates():
-    """10 updates of 100 ms, 10 of the same as nobody says, 20 of 50 ms."""
-    nan = math.nan
-    run = of(iter=[0.0, 10.0, 20.0, 40.0], step_ms=[nan, 100.0, nan, 50.0], tokens=[0.0, 5.0, 10.0, 20.0])
-    assert run.seconds == pytest.approx([0, 1, 2, 3])
-    assert run.x_values("time") == run.seconds
-    assert run.x_values("tokens") == run["tokens"]
-    assert run.x_values("iter") == run["iter"]
-    late = of(iter=[5.0, 10.0], step_ms=[nan, 200.0])
-    assert late.seconds == pytest.approx([1, 2])
+@pytest.fixture
+def shown(in_tmp, capsys):
+    """shown(name=recipe) -> the lines printed of these recipes and of the runs in out/."""
+
+    def lines(**recipes) -> list[str]:
+        print_list(recipes)
+        return capsys.readouterr().out.splitlines()
+
+    return lines
 
 
-def test_seconds_that_nobody_knows():
-    assert of(iter=[0.0]).seconds == [0.0]
-    assert math.isnan(of(iter=[0.0, 10.0]).seconds[1])
-    assert of().seconds == []
+def row(lines: list[str], name: str) -> dict[str, str]:
+    """Return the cells of a name's row by the head of their column."""
+    at = next(n for n, line in enumerate(lines) if line.startswith(f"{name} "))
+    head = next(line for line in lines[at::-1] if line.startswith(("run ", "recipe ")))
+    found = [re.split(r"\s{2,}", line) for line in (head, lines[at])]
+    return dict(zip(*found, strict=True))
+
+
+def test_runs_and_what_is_said_of_them(shown):
+    """The newest come first. What the log does not have is taken from the checkpoint, or is a dash."""
+    for file in ("out/recipe/config.toml", "out/rows/metrics.csv", "out/.hidden/metrics.csv", "out/a_file"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(ROWS if "csv" in file else 'n_embd = 8\ndataset = "mine"\nmax_iters = 10\n')
+        os.utime(file, (time.time() - (30 if "rows" in file else 0),) * 2)
+    run("small")
+    run("no_log", rows=None, best_iter=10, best_loss=4.0, seconds=2 * DAY)
+    run("no_best", rows="iter,val_loss\n0,\n1000000,nan\n", best_iter=10, best_loss=4.0, seconds=900 * DAY)
+    run("x" * 50, DATASET="two\nlines\x1b[2J" + "y" * 20, seconds=3600)
+    lines = shown()
+    expected = [
+        ("run", "parameters", "data", "iter", "best loss", "at", "age", "state"),
+        ("recipe", "-", "mine", "0", "-", "-", "0 s", "stopped, 0%"),
+        ("rows", "-", "-", "30", "3.2500", "20", "30 s", "stopped"),
+        ("small", PARAMETERS, "mine", "30", "3.2500", "20", "5 min", "stopped, 75%"),
+        ("x" * 33 + "...", PARAMETERS, "two lines [2Jyyyy...", "30", "3.2500", "20", "1 h", "stopped, 75%"),
+        ("no_log", PARAMETERS, "mine", "30", "4.0000", "10", "2 d", "stopped, 75%"),
+        ("no_best", PARAMETERS, "mine", "1,000,000", "-", "-", "900 d", "stopped, 100%"),
+    ]
+    assert [tuple(re.split(r"\s{2,}", line)) for line in lines] == expected
+    state, end = lines[0].index("state"), lines[0].index("iter") + len("iter")
+    assert all(line[state - 1] == " " != line[state] and line[end - 1] != " " for line in lines), "aligned"
+
+
+@pytest.mark.parametrize(
+    ("keys", "state"),
+    [
+        ({}, "stopped, 75%"),
+        ({"finished": False, "MAX_ITERS": 31}, "stopped, 96%"),
+        ({"finished": True}, "finished"),  # patience
+        ({"finished": True, "saved": 20}, "stopped, 75%"),  # it went on after that
+        ({"MAX_ITERS": 20}, "stopped, 100%"),
+        ({"MAX_ITERS": None}, "stopped"),
+    ],
+)
+def test_how_a_run_stands(shown, keys, state):
+    folder = run("small", **keys)
+    assert row(shown(), "small")["state"] == state
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert row(shown(), "small")["state"].startswith("running")
+
+
+def test_what_cannot_be_read_comes_last_and_hides_nothing(shown):
+    assert shown() == ["no runs in out/ yet"]
+    run("good")
+    run("a_folder").joinpath("metrics.csv").unlink()
+    Path("out/a_folder/metrics.csv").mkdir()
+    run("wide").joinpath("ckpt/last/state.json").write_text('{"config": {"max_iters": "x"}}')
+    Path("out/empty").mkdir()
+    lines = shown()
+    assert lines[1].startswith("good ")
+    assert lines[2:4] == [
+        "a_folder  out/a_folder/metrics.csv cannot be read: Is a directory",
+        "empty  no run: neither metrics.csv nor config.toml nor ckpt/ is here",
+    ]
+    assert lines[4].startswith("wide  cannot be read: ")
 
 
 def test_newest_run(tmp_path):
@@ -133,3 +204,64 @@ def test_newest_run(tmp_path):
         os.utime(tmp_path / name / "metrics.csv", (1e9 - age, 1e9 - age))
     (tmp_path / "d").mkdir()
     assert history.newest(tmp_path) == tmp_path / "b"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py --list: recipes
+
+
+def recipe(*words) -> TrainConfig:
+    return cli.parse(TrainConfig, list(map(str, words)))
+
+
+def test_recipes_the_smallest_first_and_what_is_wrong_with_others(shown):
+    Path("data/mine").mkdir(parents=True)
+    Path("data/mine/meta.json").write_text("{")
+    lines = shown(
+        large=recipe("--n_layer", 12),
+        small=recipe("--n_layer", 1),
+        long=recipe("--epochs", 2.5, "--n_layer", 30),
+        tuned=recipe("--init_from", "gpt2"),
+        wrong=UserError("2 problems:\n  1. one\n  2. " + "two" * 100),
+        damaged=recipe("--dataset", "mine"),
+    )
+    assert [line.split()[0] for line in lines[:7]] == [
+        *("recipe", "small", "large", "long", "tuned", "damaged", "wrong")
+    ]
+    assert row(lines, "small") == {
+        **{"recipe": "small", "data": "pydoc", "train tokens": "made at start", "iters": "2,000"},
+        "parameters": f"{recipe('--n_layer', 1, '--vocab_size', 257).num_params():,}",
+    }
+    assert (row(lines, "long")["iters"], row(lines, "tuned")["parameters"]) == ("2.5 epochs", "-")
+    assert lines[5].startswith("damaged  cannot be read: ")
+    assert (lines[6][:9], len(lines[6]), lines[6][-3:]) == ("wrong  2 ", 100, "...")
+    assert lines[7:] == ["", "no runs in out/ yet"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words", "ids"),
+    [
+        ("shakespeare", (), 50257),
+        ("shakespeare_byte", (), 257),
+        ("shakespeare", ("--vocab_size", 50304), 50304),
+        ("prepared", (), 99),
+        ("nanogpt", (), 50257),
+        ("shakespeare_mine", (), None),
+        ("mine", (), None),
+        ("mine", ("--vocab_size", 1000), 1000),
+    ],
+)
+def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, ids):
+    for name in ("prepared", "nanogpt"):
+        Path("data", name).mkdir(parents=True)
+    meta = {"vocab_size": 99, "splits": {"train": {"tokens": 12345}}}
+    Path("data/prepared/meta.json").write_text(json.dumps(meta))
+    Path("data/nanogpt/train.bin").write_bytes(bytes(2000))
+    found = row(shown(it=recipe("--dataset", dataset, *words)), "it")
+    assert found["parameters"] == (f"{recipe('--vocab_size', ids).num_params():,}" if ids else "-")
+    assert found["train tokens"] == {"prepared": "12,345", "nanogpt": "1,000"}.get(dataset, "not prepared")
+
+
+def test_ids_known_beforehand_are_the_tokenizers():
+    assert history.SIZES == tokenizer_files.SIZES
+    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == history.TOKENIZERS
