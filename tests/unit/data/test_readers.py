@@ -35,7 +35,7 @@ def documents(*paths: Path, column: str = "text") -> list[str]:
 
 PACK = {
     ".jsonl": lambda raw: raw,
-    ".jsonl.gz": gzip.compress,
+    ".jsonl.gz": lambda raw: gzip.compress(raw, mtime=0),
     ".jsonl.zst": lambda raw: pa.Codec("zstd").compress(raw, asbytes=True),
 }
 ROWS = [f"{n} naïve café 東京 🎈\r\n\t" * (1 + n % 4) for n in range(40)]
