@@ -104,11 +104,11 @@ def tokens(folder: Path, *parts) -> Tokens:
     return Tokens([shard(folder / f"train_{n:06d}.bin", part) for n, part in enumerate(parts)])
 
 
-def llmc(path: Path, ids, magic=20240520, version=1, count=None, dtype="<u2") -> Path:
+def llmc(path: Path, ids, magic=20240520, count=None, dtype="<u2") -> Path:
     """A file as llm.c's data scripts and modded-nanogpt's write it."""
     ids = np.asarray(ids, dtype=dtype)
     header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, ids.size if count is None else count
+    header[:3] = magic, 1, count or ids.size
     path.write_bytes(header.tobytes() + ids.tobytes())
     return path
 

@@ -27,8 +27,6 @@ def parquet(*rows: str, column: str = "text") -> bytes:
 
 
 FILES = {
-    ".gitattributes": b"*.parquet filter=lfs",
-    "README.md": b"# A dataset\n",
     "all.jsonl": b"not read, as there are parquet files",
     "data/dev-00000-of-00001.parquet": parquet("five"),
     "data/test-00000-of-00001.parquet": parquet("six", "", "seven"),
@@ -62,41 +60,27 @@ def refused(parts, **keys) -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("split", "names"),
-    [
-        (
-            "train",
-            ["data/train-00000-of-00002.parquet", "000_00000.parquet", "contest.parquet", "devices/invalid.jsonl"],
-        ),
-        ("val", ["validation-00000-of-00001.parquet", "wiki.val.jsonl.gz", "dev-v1.1.jsonl", "partial-validation/0.x"]),
-        ("test", ["data/TEST.parquet", "my_testing_2.parquet", "test2.parquet", "dev/en/test/0.parquet"]),
-    ],
-)
-def test_split_of_a_file_name(split, names):
+def test_split_of_a_file_name():
     """A word of the file's name, else of the innermost folder's; parts of other words do not count."""
-    assert hub.group_by_split(names) == {split: names}
+    names = {
+        "train": ["data/train-00000-of-00002.parquet", "000_00000.parquet", "contest.parquet", "devices/invalid.jsonl"],
+        "val": ["validation-00000-of-00001.parquet", "wiki.val.jsonl.gz", "dev-v1.1.jsonl", "partial-validation/0.x"],
+        "test": ["data/TEST.parquet", "my_testing_2.parquet", "test2.parquet", "dev/en/test/0.parquet"],
+    }
+    assert hub.group_by_split([*names["test"], *names["val"], *names["train"]]) == names
 
 
-@pytest.mark.parametrize(
-    ("names", "complete"),
-    [
-        (["a.parquet", "train-00001-of-00002.parquet", "train-00000-of-00002.parquet"], True),
-        (["train-00001-of-00002.parquet", "x.parquet"], False),
-        (["a/train-00000-of-00002.parquet", "b/train-00001-of-00002.parquet"], False),
-        (["train-00000-of-00002.parquet", "train-00001-of-00003.parquet"], False),
-    ],
-)
-def test_complete_series(names, complete):
-    assert hub.is_complete(names) is complete
+def test_complete_series():
+    assert hub.is_complete(["a.parquet", "train-00001-of-00002.parquet", "train-00000-of-00002.parquet"])
+    assert not hub.is_complete(["a/train-00000-of-00002.parquet", "b/train-00001-of-00002.parquet"])
+    assert not hub.is_complete(["train-00000-of-00002.parquet", "train-00001-of-00003.parquet"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # any repository
 
 
-@pytest.mark.parametrize("state", ["newer commit", "offline"])
-def test_whole_repository(in_tmp, host, monkeypatch, state):
+def test_whole_repository(in_tmp, host, monkeypatch):
     """At its newest commit, into raw_dir under the repository's names. A second dataset makes no request."""
     commit = host.publish("user/name", FILES)
     one = from_hub()
@@ -105,9 +89,7 @@ def test_whole_repository(in_tmp, host, monkeypatch, state):
     assert sorted(host.fetched()) == DATA
     assert [(RAW / name).read_bytes() for name in DATA] == [FILES[name] for name in DATA]
     host.asked.clear()
-    if state == "newer commit":
-        host.publish("user/name", {"data/train.parquet": parquet("new")})
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", state == "offline")
+    host.publish("user/name", {"data/train.parquet": parquet("newer")})
     assert content(from_hub(data_dir="two").folder) == content(one.folder)
     (RAW / FIRST).write_bytes(b"cut")
     logged = []
@@ -116,6 +98,10 @@ def test_whole_repository(in_tmp, host, monkeypatch, state):
     with pytest.raises(UserError, match=f"{RAW / FIRST} has 3 bytes.*move it away"):
         from_hub(data_dir="three")
     assert host.asked == []
+    (RAW / FIRST).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"{FIRST} of dataset user/name.*HF_HUB_OFFLINE is set"):
+        from_hub(data_dir="three")
 
 
 def test_revisions(in_tmp, host):
@@ -176,9 +162,9 @@ WIKITEXT_ROWS = {
     "test-00000-of-00001": [" = Third = \n", ""],
 }
 WIKITEXT_TEXTS = {
-    "train": [" = Title = \n Some text . \n More of it . \n"],
-    "val": [" = Other = \n"],
-    "test": [" = Third = \n"],
+    "train": " = Title = \n Some text . \n More of it . \n",
+    "val": " = Other = \n",
+    "test": " = Third = \n",
 }
 
 
@@ -197,20 +183,11 @@ def test_wikitext103(in_tmp, host, by_hand, splits, fetched):
     host.publish("Salesforce/wikitext", {"wikitext-2-v1/train.parquet": parquet("<unk>"), **files}, commit=WIKITEXT)
     put(Path("data/raw/wikitext103"), {f"{name}.parquet": files[f"{RAW_CONFIG}/{name}.parquet"] for name in by_hand})
     data = prepare("wikitext103", tokenizer="byte", splits=splits)
-    assert texts_by_split(data) == {split: WIKITEXT_TEXTS[split] for split in splits or WIKITEXT_TEXTS}
+    assert texts_by_split(data) == {split: [WIKITEXT_TEXTS[split]] for split in splits or WIKITEXT_TEXTS}
     assert (data.meta["end_of_text"], data.meta["revision"]) == (False, WIKITEXT)
     documents = {"train": 6, "val": 2, "test": 2}  # rows, also empty ones
     assert all(entry["documents"] == documents[split] for split, entry in data.meta["splits"].items())
     assert sorted(host.fetched()) == [f"{RAW_CONFIG}/{name}.parquet" for name in sorted(fetched)]
-
-
-@pytest.mark.usefixtures("gpt2_vocabulary")
-def test_published_size_of_wikitext103(in_tmp, host, real_text):
-    """The test split has the 283,287 GPT-2 tokens that perplexities are computed over."""
-    data = prepare("wikitext103", raw_dir=str(real_text), splits=("test",))
-    entry = data.meta["splits"].pop("test")
-    assert (entry["tokens"], entry["bytes"]) == (283_287, 1_287_656)
-    assert (data.folder, data.meta["revision"], host.asked) == (Path("data/wikitext103"), WIKITEXT, [])
 
 
 def test_dumps_of_wikipedia_are_separate(in_tmp, host):
@@ -220,13 +197,10 @@ def test_dumps_of_wikipedia_are_separate(in_tmp, host):
     dumps = {f"{dump}/{n}": parquet(dump) for dump in ("20231101.simple", "20231101.en") for n in numbered}
     host.publish("wikimedia/wikipedia", dumps, commit=WIKIPEDIA)
     keys = {"tokenizer": "byte", "val_fraction": 0.5}
-    for dump, folder, text in (
-        (None, "wikipedia_byte", "mine"),
-        ("20231101.simple", "wikipedia_20231101.simple_byte", 0),
-    ):
+    for dump, suffix, text in ((None, "", "mine"), ("20231101.simple", "_20231101.simple", "20231101.simple")):
         data = prepare("wikipedia", dump=dump, **keys)
-        assert data.folder == Path("data", folder)
-        assert "".join(texts(data, "train") + texts(data, "val")) == (text or dump) * 2
+        assert data.folder == Path(f"data/wikipedia{suffix}_byte")
+        assert "".join(texts(data, "train") + texts(data, "val")) == text * 2
         assert host.fetched() == [f"{dump}/{name}" for name in numbered] * bool(dump)
 
 
@@ -249,17 +223,6 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
 # errors
 
 
-def test_complete_files_are_kept_while_the_connection_is_broken(in_tmp, host, waits):
-    host.publish("user/name", FILES)
-    host.faults[f"GET {SECOND}"] = itertools.repeat((503, ""))
-    refused([f"{SECOND} of dataset user/name", str(RAW), "503", "run again", "complete files are kept"])
-    assert [path.relative_to(RAW).as_posix() for path in RAW.rglob("*.parquet")] == [FIRST]
-    host.faults.clear()
-    host.asked.clear()
-    assert texts_by_split(from_hub()) == TEXTS
-    assert sorted(host.fetched()) == [name for name in DATA if name != FIRST]
-
-
 @pytest.mark.parametrize(
     ("keys", "faults", "parts"),
     [
@@ -271,6 +234,11 @@ def test_complete_files_are_kept_while_the_connection_is_broken(in_tmp, host, wa
         ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name", "gated", "accept its terms", "HF_TOKEN"]),
         ({}, {"GET revision": (403, "")}, ["user/name", "403 Forbidden", "hf auth login"]),
         ({}, {"GET revision": "drop"}, ["user/name", "Server disconnected", "check the network"]),
+        (
+            {},
+            {f"GET {FIRST}": (503, "")},
+            [f"{FIRST} of dataset user/name", str(RAW), "503", "complete files are kept"],
+        ),
     ],
 )
 def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
@@ -278,4 +246,4 @@ def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
     host.publish("wikimedia/wikipedia", {"20231101.en/train-00000-of-00001.parquet": b""}, commit=WIKIPEDIA)
     host.faults = {request: itertools.repeat(fault) for request, fault in faults.items()}
     refused(parts, **keys)
-    assert (waits, list(Path("data").rglob("*.parquet"))) == ([], [])
+    assert list(Path("data").rglob("*.parquet")) == []
