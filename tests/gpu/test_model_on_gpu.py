@@ -7,7 +7,9 @@ import torch
 from random_models import V, random_ids, small_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatgpt.kernels import cross_entropy
 from flatgpt.kernels.attention import attention
+from flatgpt.runtime.device import compile_forward
 
 pytestmark = pytest.mark.gpu
 
@@ -42,3 +44,23 @@ def test_manual_attention_equals_flash_in_bfloat16():
     difference = (logits["manual"] - logits["flash"]).abs()
     assert difference.max() < 0.05 * logits["flash"].abs().max()
     assert difference.mean() < 0.005 * logits["flash"].abs().max()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)], ids=str)
+def test_loss_and_gradients_equal_those_of_the_cpu(dtype, tolerance, compiled, monkeypatch):
+    """Of the fused loss, whose chunks and pieces are small here; compiled, it has another kernel."""
+    monkeypatch.setattr(cross_entropy, "MIN_FUSED_LOGITS", 0)
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cuda", 20)
+    monkeypatch.setitem(cross_entropy.SOFTMAX_BYTES, "cuda", 7 * 64 * 4)
+    torch._dynamo.reset()
+    model, found = small_model(), {}
+    for device in ("cpu", "cuda"):
+        forward = compile_forward(model.to(device)) if compiled and device == "cuda" else model.to(device)
+        model.zero_grad()
+        with torch.autocast(device, dtype, enabled=device == "cuda" and dtype != torch.float32):
+            loss = forward(random_ids(seed=1).to(device), random_ids(seed=2).to(device))
+        loss.backward()
+        found[device] = [loss.detach().cpu(), *(p.grad.clone().cpu() for p in model.parameters())]
+    for value, expected in zip(found["cuda"], found["cpu"], strict=True):
+        assert (value - expected).abs().max() < tolerance * expected.abs().max()

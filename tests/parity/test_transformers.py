@@ -61,7 +61,7 @@ def test_same_as_transformers(changes):
 
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_from_pretrained_reads_a_folder_of_transformers(tie_weights, tmp_path):
-    """Into GPT and into a subclass of it; greedy text is theirs."""
+    """Into GPT and into a subclass of it."""
 
     class Scaled(GPT):
         def adjust_logits(self, logits):
@@ -79,13 +79,3 @@ def test_from_pretrained_reads_a_folder_of_transformers(tie_weights, tmp_path):
         expected = reference(ids).logits
         torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-3)
         torch.testing.assert_close(scaled(ids), 2 * expected, rtol=0, atol=2e-3)
-    prompt = ids[:, :4]
-    text = reference.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=8,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert torch.equal(model.generate(prompt, 8, greedy=True), text)
