@@ -97,21 +97,15 @@ class Decoder:
         if self.compile:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
         self.capacity, self.lengths = min(capacity, self.model.config.context_length), [0] * rows
-        shape = (rows, self.capacity, self._cache_dtype())
+        # On a CPU torch's attention of a single token is slower in bfloat16 (docs/speed.md).
+        dtype = getattr(self.model.lm_head, "dtype", torch.float32) if self.device.type != "cpu" else torch.float32
+        shape = (rows, self.capacity, dtype)
         if shape != self._shape:
             self._shape = self._cache = self._compiled_step = None  # free the old cache before the new one is allocated
             self._cache = KVCache(self.model.config, *shape, self.device)
             self._positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # of the next tokens
             self._shape = shape
         self._positions.zero_()
-
-    def _cache_dtype(self) -> torch.dtype:
-        if self.device.type == "cpu":
-            return torch.float32  # torch's attention of a single token is slower in bfloat16 (docs/speed.md)
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        layer = self.model.transformer.h[0].attn.c_attn
-        return getattr(layer, "dtype", layer.weight.dtype)
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
