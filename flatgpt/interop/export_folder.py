@@ -219,8 +219,7 @@ def public_state(state: dict, name: str) -> dict:
     if first := state["config"].get("init_from"):
         config["init_from"] = first if hub_name(first) else f".../{Path(first).name}"
     data = {key: state["data"][key] for key in ("manifest_sha256", "end_of_text", "tokens") if key in state["data"]}
-    if "folder" in state["data"]:
-        data["folder"] = Path(state["data"]["folder"]).name
+    data["folder"] = Path(state["data"]["folder"]).name
     kept = {key: state[key] for key in PUBLIC if key in state}
     return kept | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
 

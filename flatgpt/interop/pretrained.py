@@ -69,28 +69,27 @@ def find(path: str, key: str = "init_from") -> Path:
     Raises:
         UserError: nothing exists there, a file is missing, or the weights are a pickle.
     """
-    given = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
-    if is_nanogpt(given):
-        return given
-    folder = given.parent if given.is_file() else given
+    location = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
+    if is_nanogpt(location):
+        return location
+    folder = location.parent if location.is_file() else location
     checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
     if checkpoints:
         folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which a run in training changes
-    there = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
-    described = there & {STATE, CONFIG}
-    if described and there & {WEIGHTS, INDEX} and given.name not in PICKLES:
+    files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
+    if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder
-    if NANOGPT in there and not described:
+    if NANOGPT in files and not files & {STATE, CONFIG}:
         return folder / NANOGPT
-    if there & {*PICKLES}:
+    if files & {*PICKLES}:
         raise UserError(
             f"{key} = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
             f"model.safetensors of the same model, or, if you trust it, write one with transformers: "
             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     problem = "no weights are there" if folder.exists() else "no such folder"
-    if there:
-        problem = f"only {' and '.join(sorted(there))} is there"
+    if files:
+        problem = f"only {' and '.join(sorted(files))} is there"
     raise UserError(f"{key} = {path}: {problem}; {EXPECTED}")
 
 
