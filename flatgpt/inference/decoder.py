@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from flatgpt.runtime.device import note
+from flatgpt.runtime.device import compiles
 from model import GPT
 
 
@@ -143,17 +143,12 @@ class Decoder:
 
         If the compiler fails, warn once and take the eager step.
         """
-        from torch._dynamo.exc import TorchDynamoException  # slow to import, and only needed here
-
         started = time.perf_counter()
         # On a CPU weights become constants, which the compiler lays out.
         settings = {"freezing": True} if self.device.type == "cpu" else {}
-        try:
-            with torch._inductor.config.patch(settings):
-                self._forward(tokens)
-        except TorchDynamoException as error:
-            note(f"warning: torch.compile failed, going on without it: {str(error).strip().splitlines()[0]}")
-            self._forward = self._eager_step
+        with torch._inductor.config.patch(settings):
+            if not compiles(lambda: self._forward(tokens)):
+                self._forward = self._eager_step
         step = self._record() if self.device.type == "cuda" else self._forward
         self.compile_seconds += time.perf_counter() - started
         return step
