@@ -31,7 +31,7 @@ import tiktoken
 from flatgpt.inference.prepacking import prepare_for_decoding
 from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
-from flatgpt.interop.model_card import card_body
+from flatgpt.interop.hub import card_body
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
