@@ -24,9 +24,8 @@ from config import ModelConfig, SamplingConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop import loading
-from flatgpt.interop.hub import hub_name
+from flatgpt.interop.hub import LOCAL, card_body, hub_name, model_card
 from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
-from flatgpt.interop.model_card import LOCAL, card_body, model_card
 from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file

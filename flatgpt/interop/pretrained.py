@@ -17,8 +17,9 @@ from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
+from flatgpt.runs.history import STATE, follow
 
-STATE, NANOGPT = "state.json", "ckpt.pt"
+NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 EXPECTED = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
@@ -44,7 +45,7 @@ SUPPORTED = {
 
 def is_run(path: str) -> bool:
     """Whether a run of flatGPT or one of its checkpoints has this name."""
-    folder = Path(path).parent if Path(path).name == WEIGHTS else Path(path)
+    folder = Path(path).parent if Path(path).name == WEIGHTS else follow(Path(path))
     return (folder / "ckpt").is_dir() or is_flatgpt(folder)
 
 
