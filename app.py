@@ -31,7 +31,7 @@ import tiktoken
 from flatgpt.inference.prepacking import prepare_for_decoding
 from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
-from flatgpt.interop.model_card import card_body
+from flatgpt.interop.hub import card_body
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
@@ -121,27 +121,19 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
 
 
 def request(config: AppConfig, prompt: str, stop: str, **options: object) -> InferConfig:
-    """Return what a visitor asks for as settings of infer.py. `stop` has a string per line, with \\n for a newline.
+    """Return what a visitor asks for as settings of infer.py. Gradio has checked that sliders are within their limits.
+
+    Args:
+        stop: a string per line, with \\n for a newline.
 
     Raises:
         UserError: an option is out of its limits.
     """
-    words = [f"--prompt={prompt}"]
-    words += ["--stop=" + line.replace("\\n", "\n") for line in stop.splitlines() if line]
-    for key, value in options.items():
-        whole = isinstance(value, float) and value.is_integer()  # a slider sends 40 as 40.0
-        words.append(f"--{key}={int(value) if whole else value}")
-    settings = parse(InferConfig, words)
-    limits = (
-        ("characters of the prompt", len(prompt), config.prompt_limit),
-        ("characters of stop", len(stop), STOP_LIMIT),
-        ("max_new_tokens", settings.max_new_tokens, config.token_limit),
-        ("num_samples", settings.num_samples, config.sample_limit),
-    )
-    for name, value, limit in limits:
-        if value > limit:
-            raise UserError(f"{name} = {value:,}: at most {limit:,} here")
-    return settings
+    for name, text, limit in (("prompt", prompt, config.prompt_limit), ("stop", stop, STOP_LIMIT)):
+        if len(text) > limit:
+            raise UserError(f"{name}: {len(text):,} characters, at most {limit:,} here")
+    words = ["--stop=" + line.replace("\\n", "\n") for line in stop.splitlines() if line]
+    return parse(InferConfig, [f"--prompt={prompt}", *words, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def about(found: loading.ModelSource) -> tuple[str, str, str]:
@@ -253,7 +245,8 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
                     options = {}
                     for key, low, high, step, value in sliders:
                         limits = min(low, value), max(high, value)
-                        options[key] = gr.Slider(*limits, value, step=step, **labels[key])
+                        whole = {"precision": 0} if step == 1 else {}
+                        options[key] = gr.Slider(*limits, value, step=step, **whole, **labels[key])
                     options["seed"] = gr.Number(config.seed, precision=0, **labels["seed"])
                 stop = gr.Textbox("", label="stop", info=f"{helps['stop']}; one per line, \\n for a newline", lines=2)
                 options["ignore_eot"] = gr.Checkbox(config.ignore_eot, **labels["ignore_eot"])

@@ -77,6 +77,7 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     local, loss = loss + local_grad_sum(run.wrapped_model), run.ranks.sum(loss)
     apply_gradients(run.optimizer, run.scaler, found_inf=run.nonfinite_guard.observe(i, loss, norm, local))
+    run.model.zero_grad(set_to_none=True)
     return loss, norm
 
 
@@ -220,7 +221,7 @@ def train(config: TrainConfig) -> None:
         if config.plan:
             print_plan(config, ranks)
             return
-        with RunLock(run_dir(config)) as lock, reporting.explain_out_of_memory(config, ranks):
+        with RunLock(run_dir(config)) as lock, reporting.explain_out_of_memory(config):
             train_on(ranks, lock, config)
 
 

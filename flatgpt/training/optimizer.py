@@ -57,11 +57,6 @@ class MuonAndAdamW:
             part.found_inf = self.found_inf
             part.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of both."""
-        for part in self.parts.values():
-            part.zero_grad(set_to_none)
-
     def state_dict(self) -> dict:
         """Return both states by name."""
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -128,13 +123,12 @@ def orthogonalized(x: Tensor) -> Tensor:
 def apply_gradients(
     optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, found_inf: Tensor
 ) -> None:
-    """Step and clear the gradients. Where found_inf, shape (), is 1.0, weights, moments and counts stay unchanged."""
+    """Make a step. Where found_inf, shape (), is 1.0, weights, moments and counts stay unchanged."""
     optimizer.found_inf = found_inf  # the fused kernels read it on the device,
     # except on mps before torch's pull request 186360: there the host reads it
     if found_inf.device.type != "mps" or not found_inf.item():
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(update: int, config: TrainConfig) -> float:

@@ -6,7 +6,6 @@ model.py: B batch, T time, C channels, H heads, D = C / H, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -32,12 +31,15 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
             config, windows = resolve_data_settings(config, open_dataset(folder))
         except UserError as error:
             raise UserError(f"{error}; or give --vocab_size, for the plan without it") from None
-    model = GPT.on_meta_device(config.model())
-    print("\n".join([*size_lines(config, model, str(folder), windows), "", *memory_table(config)]))
+    model, dtype = GPT.on_meta_device(config.model()), "bfloat16" if config.dtype == "auto" else config.dtype
+    pieces = memory(config, getattr(torch, dtype), config.gpus)
+    lines = [*size_lines(config, model, str(folder), windows), ""]
+    lines.append(f"memory   GB on each of {config.gpus} devices, save buffers in the host's; {dtype}")
+    lines += [f"         {piece:<24}{size / 1e9:>10,.3f}" for piece, size in pieces.items()]
     if config.max_iters:
-        tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
         peak = peak_flops(settings.name) or matmul_flops(settings.device, settings.dtype)
-        print("\n".join(["", *time_table(config, tokens * model.flops_per_token(), settings.name, peak)]))
+        lines += ["", *time_table(config, model, settings.name, peak)]
+    print("\n".join(lines))
 
 
 def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | None) -> list[str]:
@@ -140,18 +142,6 @@ def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, 
     return pieces | {"peak": sum(pieces.values()) - unused, "save buffers": weights + moments}
 
 
-def memory_table(config: TrainConfig) -> list[str]:
-    """Return a line for each piece, without and with activation_checkpointing."""
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    ways = (dataclasses.replace(config, activation_checkpointing=on) for on in (False, True))
-    off, on = (memory(way, getattr(torch, dtype), config.gpus) for way in ways)
-    return [
-        f"memory   GB on each of {config.gpus} devices, save buffers in the host's; {dtype}",
-        f"         {'activation_checkpointing':<24}{'off':>10}{'on':>10}",
-        *(f"         {piece:<24}{off[piece] / 1e9:>10,.3f}{on[piece] / 1e9:>10,.3f}" for piece in off),
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # time
 
@@ -173,12 +163,13 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def time_table(config: TrainConfig, flops: float, here: str, peak: float) -> list[str]:
+def time_table(config: TrainConfig, model: GPT, here: str, peak: float) -> list[str]:
     """Return a line for each kind of device, and one for this machine's, which reaches `peak` FLOP/s."""
+    tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
     peaks = {name: peak_flops(f"NVIDIA {name}") for name in GPUS} | {f"here: {here}": peak}
     lines = [f"time     of {config.gpus} such, at mfu = {config.mfu:g} of the peak (half precision)"]
     for name, flops_per_s in peaks.items():
-        seconds = flops / (flops_per_s * config.mfu * config.gpus)
+        seconds = tokens * model.flops_per_token() / (flops_per_s * config.mfu * config.gpus)
         span = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
         lines.append(f"         {name:<24}{flops_per_s / 1e12:>10,.4g} TFLOP/s{span:>14}")
     return lines

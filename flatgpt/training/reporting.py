@@ -17,8 +17,7 @@ from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
 from flatgpt.runs.run_log import PICTURE, RunLog, duration, peak_flops
-from flatgpt.runtime.device import select_device, uncompiled
-from flatgpt.runtime.distributed import DistributedContext
+from flatgpt.runtime.device import uncompiled
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training.optimizer import learning_rate
 from flatgpt.training.plan import size_lines
@@ -115,18 +114,16 @@ def closing_message(run: TrainingRun, progress: Progress, reason: int, seconds: 
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: TrainConfig, ranks: DistributedContext) -> Iterator[None]:
+def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     """Turn torch.OutOfMemoryError into a UserError with settings that need less memory."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        device = select_device(config.device, "float32", local_rank=ranks.local_rank if ranks.world > 1 else None)
+    except torch.OutOfMemoryError as error:
         half = 1 if config.batch_size % 2 else config.batch_size // 2
         steps = config.grad_accum_steps * config.batch_size // half
         same = f"--batch_size {half} --grad_accum_steps {steps} (the same updates); " if config.batch_size > 1 else ""
         raise UserError(
-            f"{device.name} is out of memory at batch_size = {config.batch_size}, grad_accum_steps = "
-            f"{config.grad_accum_steps}; the peak was {device.peak_memory_gb():.2f} GB. In this order: {same}"
-            "--activation_checkpointing (the same updates, slower); --fsdp on several devices; a smaller "
-            "--context_length or model (train.py --plan says what takes how much)"
+            f"{str(error).splitlines()[0]} Take, in this order: {same}--activation_checkpointing (the same updates, "
+            "slower); --fsdp on several devices; a smaller --context_length or model (train.py --plan says what takes "
+            "how much)"
         ) from None

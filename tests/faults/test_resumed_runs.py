@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from in_process import TINY, train_here
-from processes import ROOT, command, deliver, running
+from processes import ROOT, deliver, running
 from run_files import assert_same_run, links, logged_iters, rows, saved_iters, snapshot, val_losses
 
 import train
@@ -19,7 +18,6 @@ from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
-from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.stop import StopRequest
 
 RUN = Path("out/quickstart")
@@ -108,18 +106,6 @@ def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, momen
     assert_same_run(RUN, whole)
 
 
-def test_schedule_stays_when_the_run_grows_unless_it_is_changed_too(tiny_data, capsys):
-    train_here(*QUIET, "--max_iters", 4)
-    capsys.readouterr()
-    train_here(*QUIET, "--max_iters", 6, "--resume")
-    printed = capsys.readouterr().out.splitlines()
-    assert f"resuming from {RUN}/ckpt/iter_000004, with max_iters = 6 (was 4)" in printed
-    assert "note: the schedule stays: lr_decay_iters = 4, as the run began" in printed
-    train_here(*QUIET, "--max_iters", 8, "--lr_decay_iters", 8, "--resume")
-    assert "with max_iters = 8 (was 6); lr_decay_iters = 8 (was 4)" in capsys.readouterr().out
-    assert [float(row["lr"]) > 2e-4 for row in rows(RUN)[-4:]] == [False, False, True, True]
-
-
 def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):
     train_here(*QUIET, "--max_iters", 3)
     (RUN / "ckpt/.iter_000009.tmp").mkdir()
@@ -154,9 +140,6 @@ def test_resumed_run_keeps_its_shape_whatever_becomes_of_init_from(tiny_data):
         again(4, "--out_dir", "out/new")
     train_here("--n_layer", 3, "--out_dir", "out/first")
     assert again(5, "--resume") == [0, 1, 2, 3, 4, 5]
-    assert again(6, "--resume", RUN / "ckpt/iter_000004") == [0, 1, 2, 3, 4, 5, 6]
-    again(6, "--resume", "auto", "--out_dir", "out/new")  # nothing to resume there: it starts with that model
-    assert checkpoint.read_state(Path("out/new/ckpt/last"))["config"]["n_layer"] == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,71 +179,26 @@ def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner
     assert checkpoint.read_state(RUN / "ckpt/last")["iter"] == saved + 2
 
 
-def test_overwrite_moves_the_old_run_and_locks_the_new_folder(tiny_data, monkeypatch):
-    train_here(*QUIET)
-    before, real, checked = snapshot(RUN), train.train_step, []
-
-    def train_step(run, i):
-        (old,) = Path("out").glob("quickstart.old-*")
-        with RunLock(RUN) as other, pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
-            other.acquire()
-        with RunLock(old) as free:
-            free.acquire()
-        checked.append(i)
-        return real(run, i)
-
-    monkeypatch.setattr(train, "train_step", train_step)
-    train_here(*QUIET, "--overwrite")
-    (old,) = Path("out").glob("quickstart.old-*")
-    assert checked == list(range(6))
-    assert {key.replace(str(old), str(RUN)): value for key, value in snapshot(old).items()} == before
-
-
 def test_run_that_fails_releases_its_folder_and_keeps_the_users_config(tiny_data, monkeypatch):
     mine = RUN / "config.toml"
     mine.parent.mkdir(parents=True)
     mine.write_text("# mine\nlr = 1e-3\n")
-    words = (*QUIET, "--config", shutil.copy(mine, "mine.toml"), "--out_dir", RUN, "--max_iters", 1)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", lambda run, i: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_here(*words)
-    train_here(*words)
+            train_here(*QUIET, "--max_iters", 1)
+    train_here(*QUIET, "--max_iters", 1)
     assert "# mine\nlr = 1e-3\n" in [path.read_text() for path in RUN.glob("config.toml.old-*")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# secrets
-
-SECRETS = {
-    "WANDB_API_KEY": "0123456789abcdef" * 2 + "76543210",
-    "HF_TOKEN": "hf_" + "Quetzalcoatlus" * 2,
-    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCY",
-}
-
-
-@pytest.mark.slow
-def test_secrets_of_the_environment_are_in_no_file_and_no_output(tiny_data):
-    done = command("train", *TINY, "--wandb", "offline", cwd=tiny_data, env=SECRETS)
-    assert done.returncode == 0, done.stderr
-    assert list(RUN.glob("wandb/offline-run-*/*.wandb"))
-    contents = {str(path): path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
-    contents |= {"standard output": done.stdout.encode(), "standard error": done.stderr.encode()}
-    assert len(contents) > 8
-    for name, value in SECRETS.items():
-        assert [path for path, content in contents.items() if value.encode() in content] == [], name
-
-
-def test_secret_in_a_setting_is_masked_in_the_command_and_kept_as_a_setting(tiny_data, monkeypatch):
-    """config.toml and the checkpoint's config have to make the same run again."""
-    value = SECRETS["AWS_SECRET_ACCESS_KEY"]
+def test_secrets_of_the_environment_are_in_no_file_and_no_output(tiny_data, monkeypatch, capfd):
+    """In the command line that state.json keeps, the name stands for it."""
+    value = "wJalrXUtnFEMI/K7MDENG+bPxRfiCY"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", value)
-    words = ["/home/me/train.py", "--sample_prompt", value, f"--data_dir=x{value}y", "--lr", "1"]
-    monkeypatch.setattr(sys, "argv", words)
-    run = train_here("--max_iters", 1, "--sample_prompt", value)
-    state, masked = checkpoint.read_state(run / "ckpt/last"), "$AWS_SECRET_ACCESS_KEY"
-    assert state["command"] == ["train.py", "--sample_prompt", masked, f"--data_dir=x{masked}y", "--lr", "1"]
-    assert state["config"]["sample_prompt"] == [value]
-    assert cli.parse(TrainConfig, ["--config", str(run / "config.toml")]).sample_prompt == (value,)
-    found = {path.name for path in run.rglob("*") if path.is_file() and value.encode() in path.read_bytes()}
-    assert found == {"config.toml", "samples.txt", "state.json"}
+    monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "--sample_prompt", value, f"--data_dir=x{value}y"])
+    train_here("--max_iters", 1)
+    masked = "$AWS_SECRET_ACCESS_KEY"
+    command = checkpoint.read_state(RUN / "ckpt/last")["command"]
+    assert command == ["train.py", "--sample_prompt", masked, f"--data_dir=x{masked}y"]
+    assert [path for path in RUN.rglob("*") if path.is_file() and value.encode() in path.read_bytes()] == []
+    assert value not in "".join(capfd.readouterr())

@@ -64,15 +64,6 @@ def test_any_order_of_resets_prefills_and_steps(seed, position, compile, monkeyp
             assert decoder.lengths == [len(text) for text in texts]
 
 
-def test_capacity():
-    """As many as asked for; where shapes have to be few, in steps of 128; the context is the end of both."""
-    eager, compiled = Decoder(lively(context_length=300)), Decoder(lively(context_length=300), compile=True)
-    for asked, found, rounded in ((1, 1, 128), (129, 129, 256), (257, 257, 300), (5000, 300, 300)):
-        for decoder, expected in ((eager, found), (compiled, rounded)):
-            decoder.reset(2, asked)
-            assert decoder.capacity == expected
-
-
 def test_under_autocast_a_cpu_keeps_float32():
     """A step's precision is then that of its products; keys and values are rounded once, when they are made."""
     model = lively(n_layer=1)

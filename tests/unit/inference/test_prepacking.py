@@ -21,7 +21,6 @@ from flatgpt.inference.prepacking import (
     PrepackedLinear,
     linear_class,
     prepack,
-    prepacked_bytes,
 )
 from flatgpt.interop.loading import find, load
 from model import GPT
@@ -65,12 +64,6 @@ def test_layer_equals_plain_products(kind, dtype, size):
             steps = 16 if dtype == torch.float32 else 2
             off = (answer.float() - F.linear(x, matrix, b)).abs()
             assert bool((off <= steps * torch.finfo(dtype).eps * largest + 1e-9).all())
-
-
-def test_int8_takes_the_sign_and_uses_all_of_its_range():
-    layer = Int8Linear(torch.tensor([[1.0, -1.0, 0.5, 0.0], [-2.0, 1.0, 0.0, 2.0]]), None, torch.float32)
-    assert layer.weight.tolist() == [[127, -127, 64, 0], [-127, 64, 0, 127]]
-    assert layer.scale.tolist() == pytest.approx([1 / 127, 2 / 127])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,13 +120,6 @@ def test_which_layers_are_taken(monkeypatch):
     assert linear_class(CPU, torch.float16, compile=False) is CastLinear
     assert linear_class(CPU, torch.float32, compile=True) is CastLinear
     assert linear_class(torch.device("cuda"), torch.float32, compile=False) is CastLinear
-
-
-def test_bytes_that_each_token_reads():
-    """12 C^2 numbers a block and the head's, padded to 128 rows; the embedding is looked up, not read through."""
-    numbers = 2 * 12 * 32**2 + 128 * 32
-    for size, dtype, quantize in ((4, torch.float32, None), (2, torch.bfloat16, None), (1, torch.bfloat16, "int8")):
-        assert prepacked_bytes(prepack(small_model(vocab_size=V), dtype, quantize)) == size * numbers
 
 
 @pytest.mark.gpu

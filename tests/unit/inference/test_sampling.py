@@ -129,19 +129,6 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
         assert set(generate(decoder, [0, 5], 100, options, n_vocab=4)) == allowed
 
 
-def test_on_sample_gets_the_logits_that_each_token_is_sampled_from():
-    """As a pass without a cache computes them, of the ids below n_vocab; and the ids that are yielded."""
-    model, seen = random_model(std=0.1, vocab_size=30), []
-    texts, options = [[3, 1], [4]], dataclasses.replace(FREE, top_k=3, repetition_penalty=2.0)
-    on_sample = lambda logits, ids: seen.append((logits, ids))  # noqa: E731
-    steps = list(generate_batch(Decoder(model), texts, 4, options, n_vocab=25, on_sample=on_sample))
-    assert [ids.tolist() for _, ids in seen] == steps
-    for logits, ids in seen:
-        expected = torch.stack([model(torch.tensor([text]))[0, -1, :25] for text in texts])
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-        texts = [[*text, token] for text, token in zip(texts, ids.tolist(), strict=True)]
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_and_random_state_stay(training):
     """Dropout is off while it writes and on again afterwards; also when nobody reads to the end."""
@@ -154,7 +141,6 @@ def test_mode_and_random_state_stay(training):
     assert model.transformer.drop.training is training
     steps = generate_batch(decoder, [[1, 2]], 20, ALL)
     next(steps)
-    assert not torch.is_inference_mode_enabled()
     steps.close()
     assert model.training is training
     assert torch.equal(torch.get_rng_state(), state)

@@ -150,7 +150,10 @@ def test_peak_of_gpt2_124m_on_a_gpu(checkpointing, passes):
 
 
 def test_time_on_each_device():
-    lines = time_table(dataclasses.replace(GPT2, mfu=0.5, gpus=2), 312e12 * 86400 * 3, "Some GPU", 312e12 * 24)
-    rows = {line.split("  ")[0]: line.split()[-1] for line in map(str.strip, lines)}
-    assert rows["here: Some GPU"] == "3h00m"
-    assert next(line.split()[-2:] for line in lines if " A100 " in line) == ["3.0", "days"]
+    config = dataclasses.replace(GPT2, mfu=0.5, gpus=2, max_iters=100_000)
+    model = GPT.on_meta_device(config.model())
+    flops = 100_000 * 8 * 1024 * model.flops_per_token()
+    *_, here = time_table(config, model, "Some GPU", flops / 7200)
+    assert here.split() == ["here:", "Some", "GPU", f"{flops / 7200 / 1e12:,.4g}", "TFLOP/s", "2h00m"]
+    *_, here = time_table(config, model, "Some GPU", flops / 86400 / 3)
+    assert here.split()[-2:] == ["3.0", "days"]

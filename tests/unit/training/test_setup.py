@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from flatgpt.data.dataset import TrainingBatches, Windows
 from flatgpt.training.setup import BatchPrefetcher
 
 CPU = torch.device("cpu")
@@ -32,16 +31,6 @@ class Recorded:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.asked) >= count, 60)
             return [key for key, _ in self.asked]
-
-
-@pytest.mark.parametrize("order", [[(7, 0), (7, 1), (7, 2), (8, 0)], [(3, 2), (0, 1), (0, 1), (9, 0), (9, 2)]], ids=str)
-def test_batches_are_the_same_in_any_order(order):
-    batches = TrainingBatches(Windows(np.arange(1000) % 251, 16, 5), 4, 3, seed=1)
-    prefetcher = BatchPrefetcher(batches, CPU, range(3))
-    found = [prefetcher(*key) for key in order]  # compared at the end: none is written over
-    for (x, y), key in zip(found, order, strict=True):
-        assert x.dtype == y.dtype == torch.int64
-        np.testing.assert_array_equal((x, y), batches(*key))
 
 
 @pytest.mark.parametrize(
