@@ -245,7 +245,7 @@ def test_figures_that_json_cannot_write(tmp_path, capsys):
             "--generate 3 --prompt_tokens 1000000", "lower --prompt_tokens", marks=pytest.mark.extra("sacrebleu")
         ),
         ("--text bom.txt --protocol rolling", "bom.txt has 0 tokens: 1 are needed"),
-        ("--text bad.txt", "bad.txt: not UTF-8: byte 0xff at offset 5;"),
+        ("--text bad.txt", "bad.txt line 1: byte 0xff is not UTF-8"),
         ("--dataset bpe", f"data/bpe val is tokenised with gpt2, the model {NAME} was trained with byte"),
         ("--test_data_path data/bpe/val_000000.bin", "or give the text itself: --text FILE"),
         ("--choices t.txt", "t.txt line 1: "),
