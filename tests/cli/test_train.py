@@ -92,6 +92,8 @@ def test_plan_is_that_of_the_readme(cli, in_tmp):
     *lines, here = cli("train", *command.split(), "--device", "cpu").out.splitlines()
     assert lines == expected[0].splitlines()[:-1]
     assert re.fullmatch(r" +here: cpu +[\d.]+ TFLOP/s +[\d.,]+ days", here)
+    text = cli("train", "--plan", "--dataset", "absent", "--vocab_size", 99, "--epochs", 1, "--max_iters", "none").out
+    assert re.findall(r"^\w+", text, re.M) == ["model", "data", "update", "memory"], "no epochs without data"
     assert not list(in_tmp.iterdir())
 
 
