@@ -31,7 +31,7 @@ import tiktoken
 from flatgpt.inference.prepacking import prepare_for_decoding
 from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
-from flatgpt.interop.model_card import card_body
+from flatgpt.interop.hub import card_body
 from flatgpt.runs import history
 from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
@@ -97,10 +97,7 @@ def main(config: AppConfig) -> None:
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
     print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        blocks.close(verbose=False)
+    threading.Event().wait()
 
 
 def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig], Writer], str]:

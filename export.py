@@ -22,8 +22,8 @@ from pathlib import Path
 
 from flatgpt.interop import hub, loading
 from flatgpt.interop.export_folder import file_sizes, hugging_face_files, space_files, write_folder
+from flatgpt.interop.hub import LOCAL
 from flatgpt.interop.loading import ModelSource
-from flatgpt.interop.model_card import LOCAL
 from flatgpt.runtime.device import note
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from config import PrepareConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.shards import LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, file_sha256, read_meta
 
@@ -104,7 +104,8 @@ def _command(folder: Path) -> str:
         return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]
     source, _, name = folder.name.partition("_")
     words = f"{source} --tokenizer {name}" if name else source
-    if source not in ("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb"):
+    known = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
+    if source not in known or source in ("hub", "text"):
         words = f"text --input FILES --name {folder.name}"
     if folder.parent != Path("data"):
         words += f" --data_dir {shlex.quote(str(folder.parent))}"
@@ -114,7 +115,7 @@ def _command(folder: Path) -> str:
 def _open_external(folder: Path) -> Dataset | None:
     """Open shards of nanoGPT or llm.c as GPT-2's ids, since they name no tokenizer; None where there are none."""
     maker, splits = "nanoGPT", {}
-    files = {split: [path for path in [folder / f"{split}.bin"] if path.is_file()] for split in ("train", "val")}
+    files = {split: list(folder.glob(f"{split}.bin")) for split in ("train", "val")}
     if not files["train"]:
         maker, magic = "llm.c", {path: [*np.fromfile(path, "<i4", 1)] for path in sorted(folder.glob("*.bin"))}
         shards = [path for path in magic if magic[path] in ([LLMC_MAGIC], [LLMC_LLAMA_MAGIC])]

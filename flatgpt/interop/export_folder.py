@@ -24,9 +24,8 @@ from config import ModelConfig, SamplingConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop import loading
-from flatgpt.interop.hub import hub_name
+from flatgpt.interop.hub import LOCAL, card_body, hub_name, model_card
 from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
-from flatgpt.interop.model_card import LOCAL, card_body, model_card
 from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
@@ -219,8 +218,7 @@ def public_state(state: dict, name: str) -> dict:
     if first := state["config"].get("init_from"):
         config["init_from"] = first if hub_name(first) else f".../{Path(first).name}"
     data = {key: state["data"][key] for key in ("manifest_sha256", "end_of_text", "tokens") if key in state["data"]}
-    if "folder" in state["data"]:
-        data["folder"] = Path(state["data"]["folder"]).name
+    data["folder"] = Path(state["data"]["folder"]).name
     kept = {key: state[key] for key in PUBLIC if key in state}
     return kept | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
+from flatgpt.runs.history import STATE, follow
 
-STATE, NANOGPT = "state.json", "ckpt.pt"
+NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 EXPECTED = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
@@ -44,7 +45,7 @@ SUPPORTED = {
 
 def is_run(path: str) -> bool:
     """Whether a run of flatGPT or one of its checkpoints has this name."""
-    folder = Path(path).parent if Path(path).name == WEIGHTS else Path(path)
+    folder = Path(path).parent if Path(path).name == WEIGHTS else follow(Path(path))
     return (folder / "ckpt").is_dir() or is_flatgpt(folder)
 
 
@@ -69,28 +70,27 @@ def find(path: str, key: str = "init_from") -> Path:
     Raises:
         UserError: nothing exists there, a file is missing, or the weights are a pickle.
     """
-    given = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
-    if is_nanogpt(given):
-        return given
-    folder = given.parent if given.is_file() else given
+    location = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
+    if is_nanogpt(location):
+        return location
+    folder = location.parent if location.is_file() else location
     checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
     if checkpoints:
         folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which a run in training changes
-    there = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
-    described = there & {STATE, CONFIG}
-    if described and there & {WEIGHTS, INDEX} and given.name not in PICKLES:
+    files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
+    if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder
-    if NANOGPT in there and not described:
+    if NANOGPT in files and not files & {STATE, CONFIG}:
         return folder / NANOGPT
-    if there & {*PICKLES}:
+    if files & {*PICKLES}:
         raise UserError(
             f"{key} = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
             f"model.safetensors of the same model, or, if you trust it, write one with transformers: "
             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     problem = "no weights are there" if folder.exists() else "no such folder"
-    if there:
-        problem = f"only {' and '.join(sorted(there))} is there"
+    if files:
+        problem = f"only {' and '.join(sorted(files))} is there"
     raise UserError(f"{key} = {path}: {problem}; {EXPECTED}")
 
 

@@ -183,10 +183,15 @@ def read_state(folder: Path) -> dict | None:
     return state if valid and written in (None, _hash(state)) else None
 
 
-def folders(run_dir: Path) -> list[Path]:
-    """Return the run's checkpoint folders, damaged ones too, newest first; a copy, iter_000500.old, is ignored."""
-    found = [path for path in run_dir.glob("ckpt/iter_*") if path.name.removeprefix("iter_").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")), reverse=True)
+def folders(path: Path) -> list[Path]:
+    """Return a run's checkpoint folders, newest first, damaged ones too; or the checkpoint itself that has this path.
+
+    A copy, iter_000500.old, is ignored.
+    """
+    if (path / STATE).exists():
+        return [path.resolve()]
+    found = [folder for folder in path.glob("ckpt/iter_*") if folder.name.removeprefix("iter_").isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("iter_")), reverse=True)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -210,11 +215,9 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
         try:
             found = fingerprint(folder / name)
         except OSError as error:  # a bad sector, for example
-            text = f"{folder / name} is missing or cannot be read: {error.strerror}"
-            raise DamagedCheckpointError(text) from None
+            raise DamagedCheckpointError(f"{folder / name} cannot be read: {error.strerror}") from None
         if found != state["files"].get(name):
-            text = f"{folder / name} is damaged: its size or SHA-256 is not the one in state.json"
-            raise DamagedCheckpointError(text)
+            raise DamagedCheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in state.json")
     return state
 
 
@@ -224,11 +227,11 @@ def first_valid(folders: list[Path], names: tuple[str, ...], log: Callable[[str]
         try:
             return folder, verify(folder, names)
         except DamagedCheckpointError as error:
-            log(f"warning: {error}; trying the checkpoint before it")
+            log(f"warning: {error}; it is skipped")
     return None
 
 
-def find(model_path: str | None, log: Callable[[str], None], runs: Path = Path("out")) -> tuple[Path, dict]:
+def find(model_path: str | None, log: Callable[[str], None]) -> tuple[Path, dict]:
     """Find and verify the checkpoint that --model_path names. Returns its folder and its state.
 
     Args:
@@ -237,21 +240,14 @@ def find(model_path: str | None, log: Callable[[str], None], runs: Path = Path("
     Raises:
         UserError: nothing there, or nothing undamaged.
     """
-    path = newest(runs, "ckpt/last") if model_path is None else Path(model_path)
+    path = newest(file="ckpt/last") if model_path is None else Path(model_path)
     path = path.parent if path.name == WEIGHTS else follow(path)
-    if not path.exists():
-        raise UserError(f"model_path {path}: no such folder; a run's folder (out/NAME) or a checkpoint is expected")
-    if (path / STATE).exists() or not (path / "ckpt").is_dir():
-        try:
-            return path, verify(path, (WEIGHTS,))
-        except DamagedCheckpointError as error:
-            raise UserError(f"model_path {path} is no usable checkpoint: {error}") from None
     linked = [follow(path / "ckpt" / name) for name in ("best", "last")]
-    candidates = [link.resolve() for link in linked if link.exists()] + folders(path.resolve())
+    candidates = [folder.resolve() for folder in (*linked, *folders(path)) if folder.exists()]
     found = first_valid(list(dict.fromkeys(candidates)), (WEIGHTS,), log)
     if found is None:
-        raise UserError(f"model_path {path}: this run has no usable checkpoint yet")
-    return path / "ckpt" / found[0].name, found[1]
+        raise UserError(f"model_path {path}: there is no usable checkpoint")
+    return path if (path / STATE).exists() else path / "ckpt" / found[0].name, found[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -139,27 +139,17 @@ class CheckpointWriter:
         """Wait until nothing is in flight on this rank, whatever the outcome."""
         self._thread.shutdown()
 
-    def _copy(self, tensors: dict) -> dict:
+    def _copy(self, value: Any, name: str = "") -> Any:
         """Return nested dicts and lists with their tensors copied into the buffers; None for them on other ranks."""
-        cuda_devices = set()
-
-        def copy(value: Any, name: str) -> Any:
-            if isinstance(value, dict):
-                return {key: copy(item, f"{name}/{key}") for key, item in value.items()}
-            if isinstance(value, list):
-                return [copy(item, f"{name}/{n}") for n, item in enumerate(value)]
-            if not isinstance(value, Tensor):
-                return value
-            value = full_tensor(value)
-            if not self.ranks.first:
-                return None
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            if value.is_cuda:
-                cuda_devices.add(value.device)
-            return self._buffers[name].copy_(value, non_blocking=True)
-
-        copied = copy(tensors, "")
-        for device in cuda_devices:
-            torch.cuda.synchronize(device)
-        return copied
+        if isinstance(value, dict):
+            return {key: self._copy(item, f"{name}/{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._copy(item, f"{name}/{n}") for n, item in enumerate(value)]
+        if not isinstance(value, Tensor):
+            return value
+        value = full_tensor(value)
+        if not self.ranks.first:
+            return None
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return self._buffers[name].copy_(value)

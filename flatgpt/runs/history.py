@@ -97,7 +97,7 @@ def read(folder: Path) -> History:
     The run may be writing at the same time: lines that are not whole rows are ignored.
 
     Raises:
-        UserError: no such folder, or a log that cannot be read.
+        UserError: no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
@@ -119,14 +119,11 @@ def _read_columns(file: Path) -> dict[str, list[float]]:
         text = file.read_bytes().decode("utf-8-sig", errors="replace")  # spreadsheets write a byte order mark
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     lines, _, _ = text.replace("\0", "").rpartition("\n")
     keys, *lines = (line.split(",") for line in lines.splitlines() or [""])  # numbers only: nothing is quoted
-    rows = [row for row in map(_numbers, lines) if len(row) == len(keys)]
     if "iter" not in keys:
         return {}
-    rows = [row for row in rows if math.isfinite(row[keys.index("iter")])]
+    rows = [row for row in map(_numbers, lines) if len(row) == len(keys) and math.isfinite(row[keys.index("iter")])]
     return {key: [row[n] for row in rows] for n, key in enumerate(keys)}
 
 

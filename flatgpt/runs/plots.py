@@ -44,8 +44,7 @@ PANELS = {  # the small panels by column of metrics.csv
     "loss_scale": "loss scale",
 }
 NOISY = ("train_loss", "grad_norm", "step_ms", "tok_per_s")  # drawn smoothed, of one run also as they are
-LOG_SPANS = {"loss": 4, "lr": math.inf}  # an axis is logarithmic if its largest value is so many times the smallest
-LOG_SPAN = 10  # of the other panels
+LOG_SPANS = {"loss": 4, "lr": math.inf}  # an axis is logarithmic if its values span so much, else 10
 SMOOTHING, NEAR = 0.02, 0.15  # a mean is over this share of the rows on each side, and of those before it
 MAX_MARKERS, NAME_LENGTH = 40, 30  # on one line; characters of a run's name
 Curve = tuple[np.ndarray, np.ndarray]  # x and y
@@ -120,7 +119,7 @@ def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
     keys = [key for key in LOSSES if key in curves] if panel == "loss" else [panel]
     single = len(curves[keys[0]]) == 1
     values = np.concatenate([ys for key in keys for _, ys in curves[key]])
-    log = np.nanmin(values) > 0 and np.nanmax(values) >= LOG_SPANS.get(panel, LOG_SPAN) * np.nanmin(values)
+    log = np.nanmin(values) > 0 and np.nanmax(values) >= LOG_SPANS.get(panel, 10) * np.nanmin(values)
     for key in keys:
         for n, (xs, ys) in enumerate(curves[key]):
             look = {"color": COLOURS[n % 8], "linewidth": 1.4, "marker": "." if len(xs) < MAX_MARKERS else ""}
@@ -157,9 +156,7 @@ def _add_title(figure: Figure, runs: Sequence[History]) -> None:
         name = run.name if len(run.name) <= NAME_LENGTH else f"{run.name[:13]}…{run.name[-16:]}"
         labels.append(f"{name}, best {run.best[1]:.4f} at iter {run.best[0]:,}" if run.best else name)
     if len(runs) == 1:
-        parameters, state = runs[0].parameters, runs[0].state
-        device = state.get("cpu") if state.get("device") == "cpu" else state.get("device")
-        facts = [parameters and f"{parameters:,} parameters", device]
+        facts = [runs[0].parameters and f"{runs[0].parameters:,} parameters", runs[0].state.get("device")]
         figure.suptitle(f"{labels[0]}\n{', '.join(filter(None, facts))}".rstrip())
     else:
         handles = [Line2D([], [], color=COLOURS[n % 8], linewidth=1.8) for n in range(len(runs))]

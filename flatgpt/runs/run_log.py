@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -111,7 +110,7 @@ class AppendFile:
 
     def __init__(self, path: Path, entries: str):
         self.path, self.entries, self._waiting, self._warned = path, entries, b"", False
-        self._file: io.FileIO | None = None  # opened for the first entry
+        self._file = None  # opened for the first entry
 
     def append(self, entry: str) -> None:
         """Write what waits, and this entry."""
@@ -176,8 +175,6 @@ class RunLog:
         if row["val_loss"] is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
             text = f"\033[1m{text}\033[0m"  # bold
         self.print(text)
-        if row["train_loss"] is not None:
-            self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}", refresh=False)
         self._call_wandb(lambda wandb, run: run.log({key: value for key, value in row.items() if value is not None}))
 
     def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from config import UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import STATE, TRAIN_STATE, WEIGHTS
+from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
 from flatgpt.runs.history import follow
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
@@ -143,7 +143,7 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
     if not resume or (resume == "auto" and not existing):
         return None
     source = lock.run_dir if resume in ("latest", "auto") else follow(Path(resume))
-    folders = [source.resolve()] if (source / STATE).exists() else checkpoint.folders(source)
+    folders = checkpoint.folders(source)
     found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
     if found is None:
         damaged = "every checkpoint there is damaged; add --overwrite instead to start again"

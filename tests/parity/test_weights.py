@@ -89,6 +89,5 @@ def test_half_precision_becomes_float32_and_padding_is_zero(tmp_path):
     for path, reference in zip((tmp_path, tmp_path / "ckpt.pt"), references, strict=True):
         weights = loading.read_weights(path, pretrained.read_config(str(path)))
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-        assert weights["transformer.wte.weight"].shape == (320, 32)
         assert not weights["transformer.wte.weight"][V:].any()
         assert_same(read(path), reference.float())

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from config import ModelConfig, TrainConfig
+from flatgpt.interop.hub import model_card
 from flatgpt.interop.loading import ModelSource
-from flatgpt.interop.model_card import model_card
 
 CONFIG = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=48, vocab_size=50304, mlp_ratio=2.0)
 TRAINED = {**vars(TrainConfig()), **vars(CONFIG), "eval_batches": 20}

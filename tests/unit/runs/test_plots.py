@@ -41,7 +41,7 @@ def run(updates: int = 400, every: int = 10, name: str = "r", facts: bool = True
     }
     iters = range(0, updates + 1, every)
     columns = {"iter": [float(i) for i in iters]} | {key: [f(i) for i in iters] for key, f in functions.items() if f}
-    return History(name, columns, {"device": "cpu", "cpu": "Abacus"} if facts else {}, FACTS if facts else {})
+    return History(name, columns, {"device": "Abacus"} if facts else {}, FACTS if facts else {})
 
 
 @pytest.fixture

@@ -154,8 +154,7 @@ def test_rows_and_bar_on_a_terminal(tmp_path, monkeypatch, no_color):
         expected[1] = f"\033[1m{expected[1]}\033[0m"
     assert [line for line in lines if "iter " in line] == expected
     assert f"warning: {tmp_path}/metrics.csv: File too large; rows wait until there is room" in lines
-    (bar,) = [line for line in lines if line.startswith("100%")]
-    assert all(text in bar for text in ("300/300", "loss 1.500"))
+    assert "300/300" in next(line for line in lines if line.startswith("100%"))
 
 
 @pytest.mark.parametrize(
