@@ -45,11 +45,7 @@ def bench_data(config: BenchConfig) -> dict:
             seconds, memory_gb, output = run_and_watch(commands[name], folder)
             return float(output.split()[0]) if name == "plain" else seconds, memory_gb, output
 
-        results = in_turn(
-            {name: functools.partial(run, name) for name in commands},
-            config.rounds,
-            lambda result: f"{size / result[0] / 1e6:6.1f} MB/s {result[1]:6.2f} GB",
-        )
+        results = in_turn({name: functools.partial(run, name) for name in commands}, config.rounds)
     figures: dict = {"text_mb": size / 1e6, "processes": processes}
     tokens = int(results["plain"][0][2].split()[1])
     for name, rounds in results.items():
