@@ -111,7 +111,7 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
         base = str(table.pop("base"))
         beside = path.parent / f"{base}.toml"
         layers = _read_recipe(cls, str(beside) if beside.is_file() else base, problems, (*seen, path.resolve()))
-    fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True)}
+    fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True) and name != "config"}
     # One recipe serves all scripts: the keys of other scripts are ignored.
     of_other_scripts = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
     of_other_scripts -= {*fields, *REMOVED.get(cls.__name__, ()), "config"}
