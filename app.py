@@ -97,10 +97,7 @@ def main(config: AppConfig) -> None:
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
     print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        blocks.close(verbose=False)
+    threading.Event().wait()
 
 
 def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig], Writer], str]:

@@ -52,7 +52,6 @@ from train import save, train_step
 
 SUITES = tomllib.loads((REPO_ROOT / "flatgpt/benchmarks/suites.toml").read_text())
 DATASETS = ("shakespeare", "shakespeare_byte")  # of the rows
-DRY_LIMIT = 600  # seconds: time for a slow machine
 GRACE = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 for a test that hangs
 COLUMNS = ("ms", "tokens_per_s", "tflop_per_s", "mfu", "mfu_measured", "peak_mem_gb", "start_s")  # of the table
 
@@ -102,12 +101,11 @@ def run_suite(config: BenchConfig, command: str) -> None:
     found = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run, "rows": {}}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM ends the row too
     for row in SUITES[config.what]:
-        words, limit = shlex.split(row["words"]), row.get("limit", 3600)
-        if config.dry_run:
-            words, limit = words + shlex.split(SUITES["dry_run"][words[0]]), DRY_LIMIT
+        words = shlex.split(row["words"])
+        limit = 3600 if config.dry_run else row.get("limit", 3600)
+        words += shlex.split(SUITES["dry_run"][words[0]]) if config.dry_run else []
         words += ["--data_dir", config.data_dir, "--device", device]
-        if "peer" in row and config.peer:
-            words += ["--peer", *config.peer]
+        words += ["--peer", *config.peer] if "peer" in row and config.peer else []
         log(f"--- {row['label']}: python bench.py {shlex.join(words)}")
         began = time.perf_counter()
         found["rows"][row["label"]] = run_row(words, limit) | {"seconds": time.perf_counter() - began}
@@ -187,10 +185,8 @@ class Outcomes:
     def pytest_sessionfinish(self, session) -> None:
         stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
         self.collected = session.testscollected
-        self.failed = {report.nodeid for outcome in ("failed", "error") for report in stats.get(outcome, ())}
-        self.passed, self.skipped = (
-            {report.nodeid for report in stats.get(outcome, ())} - self.failed for outcome in ("passed", "skipped")
-        )
+        outcomes = ("passed", "skipped", "failed", "error")
+        self.names = {outcome: {report.nodeid for report in stats.get(outcome, ())} for outcome in outcomes}
 
 
 def bench_tests(config: BenchConfig) -> dict:
@@ -213,13 +209,15 @@ def bench_tests(config: BenchConfig) -> dict:
         words.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
         # most of their time is compilation, which runs on the CPU
-        words += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+        words += ["-n", "auto", "--maxprocesses", "8"]
     with contextlib.chdir(REPO_ROOT), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
         code = pytest.main(words, plugins=[outcomes])
-    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if code > pytest.ExitCode.INTERRUPTED:
         raise UserError(f"pytest {shlex.join(words)} ran no test and ended with exit code {int(code)}")
-    figures = {key: len(getattr(outcomes, key)) for key in ("passed", "failed", "skipped")}
-    figures |= {"failed_tests": sorted(outcomes.failed), "complete": code != pytest.ExitCode.INTERRUPTED}
+    failed = outcomes.names["failed"] | outcomes.names["error"]
+    figures = {"passed": len(outcomes.names["passed"] - failed), "failed": len(failed)}
+    figures |= {"skipped": len(outcomes.names["skipped"]), "failed_tests": sorted(failed)}
+    figures["complete"] = code != pytest.ExitCode.INTERRUPTED
     return figures if cuda else figures | {"collected_only": outcomes.collected}
 
 

@@ -45,11 +45,7 @@ def bench_data(config: BenchConfig) -> dict:
             seconds, memory_gb, output = run_and_watch(commands[name], folder)
             return float(output.split()[0]) if name == "plain" else seconds, memory_gb, output
 
-        results = in_turn(
-            {name: functools.partial(run, name) for name in commands},
-            config.rounds,
-            lambda result: f"{size / result[0] / 1e6:6.1f} MB/s {result[1]:6.2f} GB",
-        )
+        results = in_turn({name: functools.partial(run, name) for name in commands}, config.rounds)
     figures: dict = {"text_mb": size / 1e6, "processes": processes}
     tokens = int(results["plain"][0][2].split()[1])
     for name, rounds in results.items():
@@ -69,7 +65,8 @@ def write_parquet(config: BenchConfig, file: Path) -> int:
     import pyarrow.parquet
 
     if config.input:
-        texts = (each.text for path in expand(config.input) for each in readers.documents(path, "text"))
+        files = [readers.RawFile(str(path), 0, path) for path in expand(config.input)]
+        texts = (chunk.text for task in readers.file_tasks(files, "text") for chunk in task.read())
     else:
         texts = iter(open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n"))
     endless, total = itertools.cycle(texts), 0
@@ -121,7 +118,8 @@ def encode_plainly(file: str, processes: int) -> None:
 
     An end-of-text counts for each document.
     """
-    encoding, seconds, tokens, rows = tokenizer.load("gpt2"), 0.0, 0, iter(readers.rows(Path(file), "text"))
+    encoding, seconds, tokens = tokenizer.load("gpt2"), 0.0, 0
+    rows = (chunk.text for chunk in readers.rows(Path(file), "text"))
     while texts := list(itertools.islice(rows, ROW_GROUP)):
         began = time.perf_counter()
         lengths = [len(encoding.encode_ordinary(text)) for text in texts]

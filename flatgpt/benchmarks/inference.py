@@ -94,7 +94,7 @@ def bench_infer(config: BenchConfig) -> dict:
         raise UserError(f"variants = {' '.join(sorted(unknown))}: there are {', '.join(known)}")
     for runner in runners.values():
         runner()  # warm-up: compilation, memory, the kernels' first calls
-    results = in_turn(runners, config.rounds, lambda times: f"{len(times) / times[-1]:9,.1f} tokens/s")
+    results = in_turn(runners, config.rounds)
     figures: dict = {"read_gb_per_s": read_bandwidth(device)}
     for name, rounds in results.items():
         first = statistics.median(times[0] for times in rounds)
@@ -263,7 +263,7 @@ def bench_eval(config: BenchConfig) -> dict:
 
     runners = {"ours": ours, "transformers": lambda: transformers_loss(peer, text, context_length)}
     runners = {name: functools.partial(timed, loss) for name, loss in runners.items()}
-    results = in_turn(runners, config.rounds, lambda r: f"{r[1]:8.1f} s, perplexity {math.exp(r[0]):.4f}")
+    results = in_turn(runners, config.rounds)
     figures: dict = {"tokens": len(ids) - 1, "window": context_length}
     seconds = {name: [each for _, each in rounds] for name, rounds in results.items()}
     for name, rounds in results.items():
@@ -281,7 +281,7 @@ def transformers_loss(peer, text: torch.Tensor, T: int) -> float:
     Labels of -100 stand for the tokens that an earlier window scored.
     """
     loss, count, previous_stop = 0.0, 0, 0
-    for start in range(0, text.shape[1], T // 2):
+    for start in range(0, text.shape[1] - T + T // 2, T // 2):
         stop = min(start + T, text.shape[1])
         window = text[:, start:stop]
         labels = window.clone()
@@ -289,6 +289,4 @@ def transformers_loss(peer, text: torch.Tensor, T: int) -> float:
         scored = int((labels[:, 1:] != -100).sum())
         loss += float(peer(window, labels=labels).loss) * scored
         count, previous_stop = count + scored, stop
-        if stop == text.shape[1]:
-            break
     return loss / count

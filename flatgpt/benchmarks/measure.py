@@ -47,11 +47,8 @@ def seconds_since_start() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def in_turn(runners: dict[str, Callable[[], T]], rounds: int, describe: Callable[[T], str]) -> dict[str, list[T]]:
+def in_turn(runners: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Call all runners once a round, so that a machine that becomes slower does so for all of them.
-
-    Args:
-        describe: returns the text for a result in its line of progress.
 
     Returns:
         the results of each runner, by round.
@@ -59,8 +56,9 @@ def in_turn(runners: dict[str, Callable[[], T]], rounds: int, describe: Callable
     results: dict[str, list[T]] = {name: [] for name in runners}
     for number in range(1, rounds + 1):
         for name, runner in runners.items():
+            began = time.perf_counter()
             results[name].append(runner())
-            log(f"round {number} {name:<{max(map(len, runners))}} {describe(results[name][-1])}")
+            log(f"round {number} of {rounds}, {name}: {time.perf_counter() - began:,.1f} s")
     return results
 
 

@@ -1,14 +1,14 @@
 """nanoGPT beside flatGPT: its train.py on our dataset, and updates of its model in a process of its own.
 
-The separate process keeps memory and environment apart. Its input is lines of JSON: the settings, then a number of
-updates any number of times, each of which it answers with a line. The update is that of nanoGPT's train.py: autocast,
-scaler, clipping, the model's own configure_optimizers, and the next batch fetched between forward and backward.
+The separate process keeps memory and environment apart. Its input is a line with the settings, and then any number of
+lines with a number of updates, each of which it answers with a line of JSON. The update is that of nanoGPT's train.py:
+autocast, scaler, clipping, the model's own configure_optimizers, and the next batch fetched between forward and
+backward.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -26,7 +26,7 @@ from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks.measure import Process, milliseconds, seconds_since_start
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
-from flatgpt.runtime.device import DTYPES, DeviceSettings, find_device, select_device
+from flatgpt.runtime.device import DeviceSettings, find_device, select_device
 from flatgpt.runtime.precision import faster_training_dtype
 
 GRAD_CLIP = 1.0  # nanoGPT's
@@ -104,15 +104,13 @@ class Peer(Process):
     def __init__(self, config: BenchConfig, settings: DeviceSettings):
         command = [sys.executable, "-P", "-m", "flatgpt.benchmarks.nanogpt"]
         super().__init__(command, {"PYTHONPATH": str(REPO_ROOT)}, stdin=subprocess.PIPE)
-        dtype = str(settings.dtype).removeprefix("torch.")
-        device = {"device": str(settings.device), "dtype": dtype, "compile": settings.compile}
-        self._send(device | {"config": dataclasses.asdict(config)})
+        self._send(pickle.dumps((config, settings)).hex())
         self._send(config.warmup_updates)
         self.facts = {}
 
-    def _send(self, message) -> None:
+    def _send(self, message: str | int) -> None:
         with contextlib.suppress(BrokenPipeError):  # answer() reports it
-            os.write(self.stdin.fileno(), json.dumps(message).encode() + b"\n")
+            os.write(self.stdin.fileno(), f"{message}\n".encode())
 
     def answer(self) -> list[float]:
         """Return the milliseconds of each update, those of the warm-up first. Raise UserError if the process failed."""
@@ -174,9 +172,8 @@ def serve() -> None:
     """Answer the requests on standard input, until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nanoGPT's model prints
-    settings = json.loads(sys.stdin.readline())
-    device = DeviceSettings(torch.device(settings["device"]), DTYPES[settings["dtype"]], settings["compile"], {})
-    update, facts = make_update(BenchConfig(**settings["config"]), device), {}
+    config, device = pickle.loads(bytes.fromhex(sys.stdin.readline()))
+    update, facts = make_update(config, device), {}
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import filecmp
+import functools
 import itertools
 import math
 import re
@@ -23,16 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from config import BenchConfig, TrainConfig, UserError
 from flatgpt.benchmarks import nanogpt
-from flatgpt.benchmarks.measure import (
-    Process,
-    format_value,
-    in_turn,
-    log,
-    milliseconds,
-    script,
-    seconds_since_start,
-    speedup,
-)
+from flatgpt.benchmarks.measure import Process, in_turn, log, milliseconds, script, seconds_since_start, speedup
 from flatgpt.cli.cli import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.run_log import peak_flops
@@ -87,11 +79,8 @@ def bench_train(
         for name in settings:  # one at a time: three models may not fit the memory
             with started.get(name) or start(name) as peer:
                 warmup[name] = peer.answer()
-                rounds = in_turn(
-                    {"ours": time_updates, name: lambda peer=peer: peer.time_updates(config.timed_updates)},
-                    config.rounds,
-                    lambda times: f"{statistics.median(times):,.1f} ms",
-                )
+                runners = {"ours": time_updates, name: functools.partial(peer.time_updates, config.timed_updates)}
+                rounds = in_turn(runners, config.rounds)
             timed["ours"] += itertools.chain(*rounds["ours"])
             timed[name] = list(itertools.chain(*rounds[name]))
             ratios[name] = speedup(*([statistics.median(times) for times in each] for each in rounds.values()))
@@ -155,13 +144,9 @@ def top_ops(work: Callable[[], object], device: torch.device, trace: str | None)
         profiler.export_chrome_trace(trace)
     kind, time = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
     times = {op: getattr(op, time) for op in profiler.key_averages() if op.device_type == kind}  # microseconds
+    total = sum(times.values())
     return [
-        {
-            "name": op.key,
-            "calls": op.count / PROFILED,
-            "self_ms": us / 1e3 / PROFILED,
-            "share": us / sum(times.values()),
-        }
+        {"name": op.key, "calls": op.count / PROFILED, "self_ms": us / 1e3 / PROFILED, "share": us / total}
         for op, us in sorted(times.items(), key=lambda item: -item[1])[:10]
     ]
 
@@ -249,12 +234,10 @@ def bench_loss(config: BenchConfig) -> dict:
         runners = {"ours": train}
         if config.peer:
             nanogpt.require_checkout(config)
-            command, target = (
-                nanogpt.train_command(config, recipe.parent / "nanogpt"),
-                config.target if on_cuda else None,
-            )
+            command = nanogpt.train_command(config, recipe.parent / "nanogpt")
+            target = config.target if on_cuda else None
             runners["nanoGPT"] = lambda: until_loss(command, NANOGPT, target, cwd=config.peer[1])
-        results = in_turn(runners, config.seeds, format_value)
+        results = in_turn(runners, config.seeds)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in results.items()}
     medians = {name: {"runs": runs, "seconds": statistics.median(seconds[name])} for name, runs in results.items()}
     figures = {"target": config.target, **medians.pop("ours"), "machine": device.name if on_cuda else cpu_name()}

@@ -1,20 +1,13 @@
-"""Documents -> token ids by split: what a worker does with a task.
-
-The result depends on the task alone, so any number of workers, here or on a cluster, writes the same bytes.
-"""
+"""Documents -> token ids."""
 
 from __future__ import annotations
 
 import base64
 import functools
-import hashlib
-import os
-import sys
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tiktoken
@@ -27,126 +20,41 @@ from flatgpt.data.tokenizer import SAME_PATTERN, split_text, to_uint16
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18  # characters of short documents that are encoded in one call
 REBUILD_CHARS = 200_000_000  # characters after which gigatoken's encoder is built anew
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all tasks of a pass share.
-
-    Args:
-        split: of all documents; None: a hash of the text decides.
-        val_fraction, test_fraction: shares of the documents that the hash gives to these splits.
-        outputs: the splits to encode; documents of others are left out.
-        vocabulary: tiktoken's cache folder, for workers whose environment does not name one.
-    """
-
-    tokenizer: str
-    encoder: str
-    end_of_text: bool
-    split: str | None
-    outputs: tuple[str, ...]
-    val_fraction: float = 0
-    test_fraction: float = 0
-    vocabulary: str | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """Chunks of documents that travel to the worker, or a function with which the worker reads whole documents.
-
-    Args:
-        size: bytes of text, as readers.text_bytes counts them.
-    """
-
-    size: int
-    chunks: tuple[Chunk, ...] = ()
-    read: Callable[[], Iterator[str]] | None = None
-
-
-@dataclass
-class Encoded:
-    """The result of a task for one split: ids, (n,) uint16, and the counts of their text."""
-
-    ids: np.ndarray
-    documents: int
-    bytes: int
-    forced_splits: int
-
-
-def choose_split(chunks: Iterable[str], val_fraction: float, test_fraction: float) -> str:
-    """Return the split of a document, by a keyed hash of its text: equal texts go to one split, in every dataset.
-
-    Args:
-        chunks: the text of the document, in any chunks.
-    """
-    digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-    for chunk in chunks:
-        digest.update(chunk.encode())
-    position = int.from_bytes(digest.digest(), "big") / 2**64
-    return "test" if position < test_fraction else "val" if position < test_fraction + val_fraction else "train"
-
-
-def encode_task(job: Job, task: Task) -> dict[str, Encoded]:
-    """Encode the documents of a task: the result for each of the job's outputs, documents in order."""
-    if job.vocabulary:
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", job.vocabulary)
-    encoding = tokenizer.load(job.tokenizer)
-    encode = load_encoder(encoding, job.encoder)
-    by_split: dict[str, list[Chunk]] = {split: [] for split in job.outputs}
-    for chunk in map(Chunk, task.read()) if task.read else task.chunks:
-        split = chunk.split or job.split
-        if split is None:
-            split = choose_split([chunk.text], job.val_fraction, job.test_fraction)
-        if split in by_split:
-            by_split[split].append(chunk)
-    return {split: encode_chunks(encoding, encode, chunks, job.end_of_text) for split, chunks in by_split.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text -> ids
+GIGATOKEN_ENCODINGS = ("gpt2", "r50k_base")  # it takes no gaps between ids, which p50k_base has
 
 Encode = Callable[[Sequence[str], Sequence[bool]], np.ndarray]  # as tiktoken_ids without its first argument
+Encoded = tuple[np.ndarray, int, int]  # ids, (n,) uint16, and their numbers of documents and bytes of text
 
 
-def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Iterable[Chunk], end_of_text: bool) -> Encoded:
+def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[Chunk], end_of_text: bool) -> Encoded:
     """Encode chunks of documents in batches.
 
     Args:
         encode: as load_encoder returns it.
         end_of_text: put that id after each document.
     """
-    result = Encoded(np.zeros(0, "<u2"), 0, 0, 0)
-    parts, texts, ends, size = [result.ids], [], [], 0
-    # only GPT-2's pattern is known to keep all ids where split_text splits
-    max_chars = tokenizer.MAX_ENCODE_CHARS if encoding.name in SAME_PATTERN else sys.maxsize
-
-    def encode_batch() -> None:
-        nonlocal texts, ends, size
-        parts.append(to_uint16(encode(texts, ends), encoding.n_vocab))
-        result.bytes += len("".join(texts).encode())
-        texts, ends, size = [], [], 0
-
-    for chunk in chunks:
-        if len(chunk.text) <= max_chars:
-            texts.append(chunk.text)
-            ends.append(False)
-        else:
-            for text, forced_split in split_text([chunk.text], max_chars):
-                texts.append(text)
-                ends.append(False)
-                result.forced_splits += forced_split
-        ends[-1] = end_of_text and chunk.documents > 0
-        size += len(chunk.text)
-        result.documents += chunk.documents
-        result.forced_splits += chunk.forced_split and encoding.name != "byte"  # bytes can be split anywhere
-        if size > BATCH_CHARS:
-            encode_batch()
-    if texts:
-        encode_batch()
-    result.ids = np.concatenate(parts)
-    return result
+    parts, texts, ends = [], [], []
+    batch_chars = documents = text_bytes = 0
+    splits = encoding.name in SAME_PATTERN  # only GPT-2's pattern is known to keep all ids where split_text splits
+    for n, chunk in enumerate(chunks, 1):
+        max_chars = tokenizer.MAX_ENCODE_CHARS if splits else len(chunk.text)
+        pieces = [text for text, _ in split_text([chunk.text], max_chars)]
+        texts += pieces
+        ends += [False] * (len(pieces) - 1) + [end_of_text and chunk.documents > 0]
+        batch_chars += len(chunk.text)
+        documents += chunk.documents
+        if batch_chars > BATCH_CHARS or n == len(chunks):
+            parts.append(to_uint16(encode(texts, ends), encoding.n_vocab))
+            text_bytes += len("".join(texts).encode())
+            texts, ends, batch_chars = [], [], 0
+    return np.concatenate(parts), documents, text_bytes
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# texts -> ids
+
+
+@functools.cache
 def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken") -> Encode:
     """Return the function that encodes batches of texts.
 
@@ -158,13 +66,8 @@ def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken") -> Enco
         UserError: as GigatokenEncoder raises.
     """
     if encoder == "gigatoken":
-        return _gigatoken_encoder(encoding, threading.get_ident())
+        return GigatokenEncoder(encoding)
     return functools.partial(byte_ids if encoding.name == "byte" else tiktoken_ids, encoding)
-
-
-@functools.lru_cache(maxsize=64)
-def _gigatoken_encoder(encoding: tiktoken.Encoding, thread: int) -> GigatokenEncoder:
-    return GigatokenEncoder(encoding)  # it has a cache that it writes to: each thread has its own
 
 
 def tiktoken_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
@@ -195,20 +98,21 @@ def _insert_eot(encoding: tiktoken.Encoding, ids: np.ndarray, stops: np.ndarray,
     return np.insert(ids, stops[np.array(ends, bool)], encoding.eot_token)
 
 
-class GigatokenEncoder:
+class GigatokenEncoder(threading.local):
     """Encodes batches of texts with gigatoken, once its ids of a probe text are equal to tiktoken's.
 
+    Each thread has its own, because encoding writes to its cache.
+
     Raises:
-        UserError: gigatoken is not installed, cannot take this encoding, or has other ids than tiktoken.
+        UserError: gigatoken is not installed, does not know this encoding, or has other ids than tiktoken.
     """
 
     def __init__(self, encoding: tiktoken.Encoding):
-        if encoding.name not in SAME_PATTERN:
-            raise UserError(
-                f"--encoder gigatoken: not for tokenizer {encoding.name}, only for {', '.join(SAME_PATTERN)}; "
-                "leave --encoder out"
-            )
         self.encoding = encoding
+        if encoding.name not in GIGATOKEN_ENCODINGS:
+            raise UserError(
+                f"--encoder gigatoken takes tokenizer {', '.join(GIGATOKEN_ENCODINGS)}, not {encoding.name}"
+            )
         self._build()
         probe = probe_text()
         if self([probe], [False]).tolist() != encoding.encode_ordinary(probe):
@@ -219,20 +123,12 @@ class GigatokenEncoder:
         try:
             from gigatoken import Tokenizer
         except ImportError:
-            raise UserError(
-                "--encoder gigatoken needs gigatoken: pip install -r requirements-extra.txt (gigatoken)"
-            ) from None
+            raise UserError("--encoder gigatoken: pip install -r requirements-extra.txt (gigatoken)") from None
         ranks = sorted((self.encoding.encode_single_token(t), t) for t in self.encoding.token_byte_values())
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
             file.write(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks))
             file.flush()
-            try:
-                self._tokenizer = Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2", special_tokens={})
-            except (RuntimeError, ValueError) as error:  # it takes no gaps between ids, which p50k_base has
-                raise UserError(
-                    f"gigatoken cannot take tokenizer {self.encoding.name} ({str(error).splitlines()[0]}): "
-                    "take --encoder tiktoken"
-                ) from None
+            self._tokenizer = Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2", special_tokens={})
         self._chars = 0  # encoded since then
 
     def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:

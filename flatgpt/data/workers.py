@@ -1,108 +1,27 @@
-"""Run tasks in order: in this process, in processes on this machine, or on a Dask cluster.
-
-Each is a context manager that yields `run_tasks(function, tasks)`, an iterator over (task, result).
-"""
+"""Run a function on tasks, and return the results in order: in this process, in others, or on a Dask cluster."""
 
 from __future__ import annotations
 
-import concurrent.futures
+import functools
 import importlib
 import multiprocessing
 import os
+import queue
 import signal
 import sys
-import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
 from config import UserError
 
 
-@contextmanager
-def this_process():
-    """Run tasks in this process, where the text is too short to start others."""
-    yield lambda function, tasks: ((task, function(task)) for task in tasks)
-
-
-def ordered(
-    submit: Callable[..., Any], max_in_flight: int, failure: Callable[[], Exception | None]
-) -> Callable[[Callable, Iterable], Iterator[tuple[Any, Any]]]:
-    """Return run_tasks over an executor.
-
-    Args:
-        submit: the executor's, which returns a future.
-        max_in_flight: how many tasks are read ahead; it bounds the memory.
-        failure: returns the error to raise where the executor will never answer again.
-    """
-
-    def result(future):
-        while True:
-            try:
-                return future.result(timeout=3)
-            except TimeoutError:
-                if future.done():
-                    return future.result()
-                if error := failure():
-                    raise error from None
-            except concurrent.futures.CancelledError:  # by Dask's client, when its scheduler is gone
-                raise ConnectionError("its scheduler is gone") from None
-
-    def run_tasks(function, tasks):
-        in_flight = deque()
-        for task in tasks:
-            in_flight.append((task, submit(function, task)))
-            if len(in_flight) == max_in_flight:
-                task, future = in_flight.popleft()
-                yield task, result(future)
-        while in_flight:
-            task, future = in_flight.popleft()
-            yield task, result(future)
-
-    return run_tasks
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and exit when the parent does, also when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-@contextmanager
-def local_pool(workers: int):
-    """Run tasks in processes on this machine."""
-    # spawn: this process has threads (of pyarrow, of downloads), and a fork would copy their locks
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children start with it: no traceback of a half-started one
-    try:
-        for _ in range(workers):
-            pool.submit(os.getpid)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-    def failure() -> Exception | None:
-        processes = list((pool._processes or {}).values())
-        return BrokenProcessPool() if any(process.exitcode is not None for process in processes) else None
-
-    try:
-        yield ordered(pool.submit, 2 * workers + 2, failure)
-    except BrokenProcessPool:
-        # A worker that is killed in the middle of a message leaves the pool's threads waiting for the rest, in both
-        # directions (in part https://github.com/python/cpython/issues/94777): close the other ends.
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        pool._result_queue._writer.close()
-        # Newer Pythons close this end in that thread; two threads that close it at once raise "Bad file descriptor".
-        pool._executor_manager_thread.join(2)
-        if pool._executor_manager_thread.is_alive():
-            pool._call_queue._reader.close()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+class WorkersLostError(UserError):
+    """The workers were killed, or cannot be reached any more."""
 
 
 def available_cores() -> int:
@@ -110,34 +29,99 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def in_this_process(function: Callable, tasks: Iterable) -> Iterator[tuple]:
+    """Yield (task, function(task))."""
+    return ((task, function(task)) for task in tasks)
+
+
+def in_order(submit: Callable[..., Any], max_in_flight: int, function: Callable, tasks: Iterable) -> Iterator:
+    """Yield (task, function(task)) in the order of the tasks.
+
+    Args:
+        submit: an executor's, which returns a future.
+        max_in_flight: how many tasks are read ahead; it bounds the memory.
+    """
+    in_flight = deque()
+    for task in tasks:
+        in_flight.append((task, submit(function, task)))
+        if len(in_flight) == max_in_flight:
+            task, future = in_flight.popleft()
+            yield task, future.result()
+    for task, future in in_flight:
+        yield task, future.result()
+
+
 @contextmanager
-def dask_cluster(address: str):
-    """Run tasks on a Dask cluster, whose workers see the same files."""
+def local_pool(workers: int) -> Iterator[Callable]:
+    """Start processes on this machine; gives in_order for them.
+
+    Each has a pipe of its own, whose other end breaks when the process is killed, whatever it was doing then. With a
+    ProcessPoolExecutor a process that is killed in the middle of a message leaves this one waiting for the rest
+    (in part https://github.com/python/cpython/issues/94777).
+    """
+    # spawn: this process has threads (of pyarrow, of downloads), and a fork would copy their locks
+    context = multiprocessing.get_context("spawn")
+    processes, idle = [], queue.SimpleQueue()
+    for _ in range(workers):
+        connection, other_end = context.Pipe()
+        processes.append(context.Process(target=_answer, args=(other_end,), daemon=True))
+        processes[-1].start()
+        other_end.close()
+        idle.put(connection)
+
+    def call(function, task):
+        connection = idle.get()
+        try:
+            connection.send((function, task))
+            result, error = connection.recv()
+        except (EOFError, OSError):
+            raise WorkersLostError("a worker was killed, perhaps for memory (fewer: --workers N)") from None
+        finally:
+            idle.put(connection)
+        if error:
+            raise error
+        return result
+
+    threads = ThreadPoolExecutor(workers)  # each waits for the answer of a process
     try:
-        from distributed import Client
+        yield functools.partial(in_order, functools.partial(threads.submit, call), 2 * workers + 2)
+    finally:
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
+
+
+def _answer(connection: Connection) -> None:
+    """Do the tasks that come through the connection, until the process at its other end closes it or is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with suppress(EOFError, OSError):
+        while True:
+            function, task = connection.recv()
+            try:
+                answer = function(task), None
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = None, error
+            connection.send(answer)
+
+
+@contextmanager
+def dask_cluster(address: str) -> Iterator[Callable]:
+    """Connect to a Dask cluster, whose workers see the same files; gives in_order for it."""
+    try:
+        from distributed import Client, KilledWorker
     except ImportError:
         raise UserError("--cluster needs Dask: pip install -r requirements-extra.txt (distributed)") from None
     try:
         client = Client(address, timeout="10s")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cluster = {address}: no scheduler answers ({error}); the form is tcp://host:8786") from None
-    start = f"in a checkout of this repository, with `PYTHONPATH=. dask worker {address}`"
+        client.wait_for_workers(1, timeout=10)
+        client.run(importlib.import_module, "flatgpt.data.sources")
+    except (OSError, ValueError, ImportError) as error:
+        start = f"in a checkout of this repository, with `PYTHONPATH=. dask worker {address}`"
+        raise UserError(f"cluster = {address} (tcp://host:8786, say): {error}; start workers {start}") from None
     with client:
-        if not (threads := sum(client.nthreads().values())):
-            raise UserError(f"cluster = {address}: the scheduler has no workers; start some {start}")
+        submit, threads = functools.partial(client.submit, pure=False), sum(client.nthreads().values())
         try:
-            client.run(importlib.import_module, "flatgpt.data.encode")
-        except ImportError as error:
-            raise UserError(
-                f"cluster = {address}: a worker cannot import flatGPT's code ({error}): start it {start}"
-            ) from None
-        yield ordered(
-            lambda function, task: client.submit(function, task, pure=False),
-            2 * threads + 2,
-            lambda: ConnectionError("its scheduler is gone") if client.status == "closed" else None,
-        )
-
-
-def is_killed_worker(error: BaseException) -> bool:
-    """Whether an executor raised the error because a worker was killed (on Dask: more often than it retries)."""
-    return isinstance(error, BrokenProcessPool) or type(error).__name__ == "KilledWorker"  # distributed's
+            yield functools.partial(in_order, submit, 2 * threads + 2)
+        except (KilledWorker, CancelledError, OSError) as error:
+            raise WorkersLostError(f"the cluster at {address} lost a task ({error})") from None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from flatgpt.runtime.device import note
+from flatgpt.runtime.device import compiles
 from model import GPT
 
 
@@ -97,21 +97,15 @@ class Decoder:
         if self.compile:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
         self.capacity, self.lengths = min(capacity, self.model.config.context_length), [0] * rows
-        shape = (rows, self.capacity, self._cache_dtype())
+        # On a CPU torch's attention of a single token is slower in bfloat16 (docs/speed.md).
+        dtype = getattr(self.model.lm_head, "dtype", torch.float32) if self.device.type != "cpu" else torch.float32
+        shape = (rows, self.capacity, dtype)
         if shape != self._shape:
             self._shape = self._cache = self._compiled_step = None  # free the old cache before the new one is allocated
             self._cache = KVCache(self.model.config, *shape, self.device)
             self._positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # of the next tokens
             self._shape = shape
         self._positions.zero_()
-
-    def _cache_dtype(self) -> torch.dtype:
-        if self.device.type == "cpu":
-            return torch.float32  # torch's attention of a single token is slower in bfloat16 (docs/speed.md)
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        layer = self.model.transformer.h[0].attn.c_attn
-        return getattr(layer, "dtype", layer.weight.dtype)
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
@@ -149,17 +143,12 @@ class Decoder:
 
         If the compiler fails, warn once and take the eager step.
         """
-        from torch._dynamo.exc import TorchDynamoException  # slow to import, and only needed here
-
         started = time.perf_counter()
         # On a CPU weights become constants, which the compiler lays out.
         settings = {"freezing": True} if self.device.type == "cpu" else {}
-        try:
-            with torch._inductor.config.patch(settings):
-                self._forward(tokens)
-        except TorchDynamoException as error:
-            note(f"warning: torch.compile failed, going on without it: {str(error).strip().splitlines()[0]}")
-            self._forward = self._eager_step
+        with torch._inductor.config.patch(settings):
+            if not compiles(lambda: self._forward(tokens)):
+                self._forward = self._eager_step
         step = self._record() if self.device.type == "cuda" else self._forward
         self.compile_seconds += time.perf_counter() - started
         return step

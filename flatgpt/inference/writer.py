@@ -102,8 +102,17 @@ class Writer:
         self._log = log
 
     def text(self, prompt: str) -> Text:
-        """Return a new text that continues a prompt."""
-        return Text(self.encoding, prompt, self.config.stop, self.start_ids)
+        """Return a new text that continues a prompt. Log once that a text can outgrow the context."""
+        text = Text(self.encoding, prompt, self.config.stop, self.start_ids)
+        tokens, context = len(text.ids) + self.config.max_new_tokens, self.decoder.model.config.context_length
+        if self._log and tokens > context + 1:
+            start = f", at first the prompt's last {context:,}" if len(text.ids) > context else ""
+            self._log(
+                f"note: prompt and text can reach {tokens:,} tokens; the model sees {context:,} at once{start}, and "
+                f"continues from the newest {max(1, context // 2):,} when they are full"
+            )
+            self._log = None
+        return text
 
     def write(self, texts: list[Text], top_probs: int = 0) -> Iterator[None]:
         """Continue texts in one batch to their ends. Yields after each token, and once all have ended.
@@ -111,7 +120,6 @@ class Writer:
         Args:
             top_probs: store the probabilities of each new token and of so many most likely ones in its text.
         """
-        self._log_context(texts)
 
         def store_probs(logits: Tensor, tokens: Tensor) -> None:
             for text, probs in zip(texts, top_token_probs(logits, tokens, top_probs), strict=True):
@@ -149,18 +157,6 @@ class Writer:
         for text in texts:
             text.end("length" if text.tokens == self.config.max_new_tokens else "end_of_text")
         yield
-
-    def _log_context(self, texts: list[Text]) -> None:
-        """Log once that a text outgrows the context."""
-        prompt, context = max(len(text.ids) for text in texts), self.decoder.model.config.context_length
-        whole = prompt + self.config.max_new_tokens
-        if self._log and whole > context + 1:
-            start = f", at first the prompt's last {context:,}" if prompt > context else ""
-            self._log(
-                f"note: prompt and text can reach {whole:,} tokens; the model sees {context:,} at once{start}, and "
-                f"continues from the newest {max(1, context // 2):,} when they are full"
-            )
-            self._log = None
 
     def tokens_per_s(self) -> float | None:
         """Return the speed after the first tokens, without the time to compile a step; None before."""

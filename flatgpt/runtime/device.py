@@ -214,12 +214,18 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 
+    def first_step(x: Tensor, y: Tensor) -> None:  # the backward is compiled when it is first run
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            loss = compiled(x, y)
+            with torch.autocast(x.device.type, enabled=False):  # as in training
+                loss.backward()
+
     def forward(x: Tensor, y: Tensor) -> Tensor:
         nonlocal chosen
         if chosen is None:
             with getattr(model, "no_sync", contextlib.nullcontext)():  # no rank waits for one whose compiler fails
-                compiles = _compiles(compiled, x, y)
-            chosen = compiled if agree(compiles) else model
+                succeeded = compiles(lambda: first_step(x, y))
+            chosen = compiled if agree(succeeded) else model
             model.zero_grad(set_to_none=True)
         return chosen(x, y)
 
@@ -231,18 +237,12 @@ def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if hasattr(model, "unshard") else contextlib.nullcontext()
 
 
-def _compiles(compiled: Callable[..., Tensor], x: Tensor, y: Tensor) -> bool:
-    """Return whether forward and backward compile: the backward is compiled when it is first run.
-
-    Leaves gradients behind; keeps the random state.
-    """
+def compiles(step: Callable[[], object]) -> bool:
+    """Run a compiled step for the first time. If the compiler fails, warn and return False."""
     from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            loss = compiled(x, y)
-            with torch.autocast(x.device.type, enabled=False):  # as in training
-                loss.backward()
+        step()
     except TorchDynamoException as error:
         note(f"warning: torch.compile failed, going on without it: {str(error).strip().splitlines()[0]}")
         return False

@@ -53,7 +53,6 @@ def home(tmp_path_factory) -> Path:
         write("c.jsonl", "\n".join(map(json.dumps, QUESTIONS)))
         make_dataset(folder, "bpe", "Other words. " * 100, encoding="gpt2")
         write("sampled.toml", "sampled = true")
-        write("one.txt", "a")
         write("pickled.bin", pickle.dumps(list(range(1000))))
         write("bom.txt", BOM)
         write("bad.txt", BOM + b"ab\xffcd")
@@ -231,7 +230,6 @@ def test_figures_that_json_cannot_write(tmp_path, capsys):
     ("words", "message"),
     [
         ("--choices c.jsonl --text t.txt", "text and choices exclude each other"),
-        ("--protocol stride --stride 33", "stride = 33: a window has 32 tokens"),
         *(
             (f"--choices c.jsonl --{words}", f"{words.split()[0]} is for text")
             for words in ("protocol rolling", "generate 2", "format smol", "plot x.png", "eval_batches 2")
@@ -239,16 +237,15 @@ def test_figures_that_json_cannot_write(tmp_path, capsys):
         ("--context_length 33", f"context_length = 33: {NAME} was trained with 32; take at most that"),
         ("--config sampled.toml", "sampled.toml: sampled: was removed"),
         ("--split test", "no split test; it has train, val"),
-        ("--text one.txt", "one.txt has 1 tokens: 2 are needed to score one"),
         ("--test_data_path one.bin", "one.bin has 1 tokens: 2 are needed"),
-        ("--test_data_path pickled.bin", "prepare_data.py text"),
+        ("--test_data_path pickled.bin", "pickled.bin is a Python pickle"),
         ("--test_data_path beyond.bin", "id 257 at byte 4"),
         ("--test_data_path book.txt", "test_data_path = book.txt: uint16 ids are expected; a text is scored by --text"),
         pytest.param(
             "--generate 3 --prompt_tokens 1000000", "lower --prompt_tokens", marks=pytest.mark.extra("sacrebleu")
         ),
         ("--text bom.txt --protocol rolling", "bom.txt has 0 tokens: 1 are needed"),
-        ("--text bad.txt", "bad.txt: not UTF-8: byte 0xff at offset 5;"),
+        ("--text bad.txt", "bad.txt line 1: byte 0xff is not UTF-8"),
         ("--dataset bpe", f"data/bpe val is tokenised with gpt2, the model {NAME} was trained with byte"),
         ("--test_data_path data/bpe/val_000000.bin", "or give the text itself: --text FILE"),
         ("--choices t.txt", "t.txt line 1: "),
@@ -261,7 +258,6 @@ def test_refusals(words, message):
 @pytest.mark.parametrize(
     ("words", "model", "message"),
     [
-        ("--json nowhere/x.json", RUN, "cannot be written"),
         ("--generate 3", RUN, "sacrebleu and rouge_score: pip install -r requirements-extra.txt"),
         ("", [RUN, "nowhere"], "model_path = nowhere: no such folder"),
     ],

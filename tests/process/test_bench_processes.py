@@ -1,8 +1,8 @@
 """bench.py's other processes: rows of a suite, train.py, nanoGPT, the tests for CUDA."""
 
-import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +17,7 @@ from stand_in import bench_here, nanogpt_checkout
 
 import bench
 from config import BenchConfig, UserError
-from flatgpt.benchmarks import inference, measure, nanogpt, training
+from flatgpt.benchmarks import inference, measure, nanogpt
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import DeviceSettings
@@ -40,8 +40,7 @@ import json, os, subprocess, sys, time
 words = sys.argv[1:]
 print("working", file=sys.stderr)
 if words[0] == "hang":
-    code = "import fcntl, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); f = open('lock', 'w'); "
-    code += "fcntl.flock(f, fcntl.LOCK_EX); open('ready', 'w').close(); time.sleep(600)"
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); open('ready', 'w'); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", code])
     try:
         time.sleep(600)
@@ -53,35 +52,42 @@ if words[1] == "fail":
     sys.exit("warning: hot\\nerror: too large")
 if words[1] == "die":
     os.kill(os.getpid(), 9)
+if words[1] == "stop":
+    os.kill(os.getppid(), 15)
+    time.sleep(600)
 print(json.dumps({"words": words, "thp": os.environ.get("THP_MEM_ALLOC_ENABLE"), "figure": 1.5}))
 """
 
 
 def test_rows_that_fail_do_not_end_the_others(scripts, tiny_data, monkeypatch, capsys):
-    """Rows have the user's environment, not what find_device sets for this process."""
+    """Rows have the user's environment, not what find_device sets for this process. The files are written after each
+    row: a signal during the last one keeps the others."""
     scripts("bench.py", ROW)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "7")
     monkeypatch.delitem(measure.USER_ENVIRONMENT, "THP_MEM_ALLOC_ENABLE", raising=False)
     for name in bench.DATASETS:
         make_dataset(tiny_data, name)
     rows = [{"label": name, "words": f"train {name}", "peer": True} for name in ("ok", "fail", "die")]
-    monkeypatch.setattr(bench, "SUITES", {"all": [*rows, {"label": "save", "words": "save ok"}]})
-    found = bench_here("all", "--peer", "nanoGPT", nanogpt_checkout(tiny_data / "nanoGPT"))["rows"]
-    assert list(found) == ["ok", "fail", "die", "save"]
+    rows += [{"label": name, "words": f"save {name}"} for name in ("alone", "stop")]
+    monkeypatch.setattr(bench, "SUITES", {"all": rows})
+    with pytest.raises(KeyboardInterrupt):
+        bench_here("all", "--peer", "nanoGPT", nanogpt_checkout(tiny_data / "nanoGPT"))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    found = json.loads(Path("figures.json").read_text())["rows"]
+    assert list(found) == ["ok", "fail", "die", "alone"]
     assert all(row.pop("seconds") > 0 for row in found.values())
     shared, peer = ["--data_dir", "data", "--device", "cpu"], ["--peer", "nanoGPT", str(tiny_data / "nanoGPT")]
     assert found["ok"] == {"words": ["train", "ok", *shared, *peer, "--json", "-"], "thp": None, "figure": 1.5}
-    assert found["save"]["words"] == ["save", "ok", *shared, "--json", "-"]
+    assert found["alone"]["words"] == ["save", "alone", *shared, "--json", "-"]
     assert (found["fail"], found["die"]) == ({"error": "too large"}, {"error": "ended by signal 9 after: working"})
-    text, printed = Path("figures.md").read_text(), capsys.readouterr()
-    assert printed.out == text
-    assert "- fail: error too large, seconds" in text
-    assert "working" in printed.err
+    assert "- fail: error too large, seconds" in Path("figures.md").read_text()
+    assert "working" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("end", "mode", "grace"), [("limit", "", 20), ("limit", "for good", 0.2), ("Ctrl-C", "", 20)])
 def test_a_row_that_is_interrupted_ends_with_its_children(scripts, monkeypatch, end, mode, grace):
-    """At its limit or by Ctrl-C; its child ignores SIGINT. What it still writes to standard output is kept."""
+    """At its limit or by Ctrl-C; its child, which no test may leave behind, ignores SIGINT. What it still writes to
+    standard output is kept."""
 
     def sleep(seconds: float) -> None:
         if end == "Ctrl-C" and Path("ready").exists():
@@ -101,8 +107,6 @@ def test_a_row_that_is_interrupted_ends_with_its_children(scripts, monkeypatch, 
         found = bench.run_row(["hang", mode], 77)
         assert found.pop("error").startswith("ended after its limit of 77 s: ")
         assert found == {"figure": 2.5} or mode == "for good"
-    with open("lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # waits while the child has it
 
 
 @pytest.mark.slow
@@ -117,7 +121,7 @@ def test_dry_run(in_tmp):
     assert list(rows) == [row["label"] for row in bench.SUITES["gpu"]]
     assert not [row for row in rows.values() if "error" in row]
     tests, updates, resumed, scaled, *_ = rows.values()
-    assert (tests["collected_only"] > 50, tests["failed_tests"]) == (True, [])
+    assert (tests["collected_only"] > 10, tests["failed_tests"]) == (True, [])
     assert updates["ms"] > 0
     assert resumed["identical"]
     assert scaled["loss_scale"] > 0
@@ -160,9 +164,10 @@ def test_outcomes_are_counted_up_to_the_interruption(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py resume and loss
 
-# A train.py whose losses depend on the update. If it was resumed, relu changes a loss and gelu the weights.
+# A train.py whose losses depend on the update. If it was resumed, relu changes a loss and gelu the weights. With seed 2
+# it does not end.
 TRAIN = """
-import dataclasses, json, sys
+import dataclasses, json, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from config import TrainConfig
@@ -179,6 +184,9 @@ out, wrong = Path(config.out_dir), config.activation.replace("gelu_tanh", "") if
 rows = [f"{{i}},{{10 - i + 0.001 * (wrong == 'relu')}}" for i in range((config.max_iters or 0) + 1)]
 (out / "metrics.csv").write_text("\\n".join(["iter,train_loss", *rows]))
 (out / "ckpt/last/model.safetensors").write_text(wrong)
+if config.seed == 2:
+    assert not os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]), "each run compiles anew"
+    time.sleep(600)
 """
 
 
@@ -219,7 +227,7 @@ def test_runs_to_a_loss_in_turn_with_nanogpt_on_the_same_ids(fake_train, tiny_da
     configs = fake_train()
     assert [(each["seed"], each["lr"], each["n_embd"]) for each in configs] == [(n, 3e-3, 32) for n in (1, 2, 3)]
     assert len({each["out_dir"] for each in configs}) == 3
-    first, second, third = found["runs"]
+    first, second, third = found["runs"]  # the second was ended when it reached the loss
     assert first == {"seed": 1, "seconds": None, "iter": 100, "val_loss": 3}
     assert (second["iter"], second["val_loss"], third["val_loss"]) == (100, 2, 1)
     # the middle of two seconds and one that never came
@@ -232,26 +240,6 @@ def test_runs_to_a_loss_in_turn_with_nanogpt_on_the_same_ids(fake_train, tiny_da
     rounds = [peer[n]["seconds"] / found["runs"][n]["seconds"] for n in (1, 2)]
     assert found["ratios"]["nanoGPT"]["rounds"] == pytest.approx(rounds)
     assert bench_here(*words, "--seeds", 2)["seconds"] is None, "half of them have no median"
-
-
-LOSS_REACHED = """
-import os, time
-open("pid", "w").write(str(os.getpid()))
-assert not os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]), "each run compiles anew"
-print("iter      0 | val 4.1000 | lr 1e-3")
-print("iter     20 | loss 1.0000 | val 2.0000 | norm 1.9")
-time.sleep(600)
-"""
-
-
-def test_a_run_is_ended_when_the_loss_is_reached(in_tmp, monkeypatch):
-    monkeypatch.delitem(measure.USER_ENVIRONMENT, "PYTHONUNBUFFERED", raising=False)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=iter([100, 130.5]).__next__))
-    Path("script.py").write_text(LOSS_REACHED)
-    found = training.until_loss([sys.executable, "script.py"], training.OURS, 2.0)
-    assert found == {"seconds": 30.5, "iter": 20, "val_loss": 2.0}
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(Path("pid").read_text()), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

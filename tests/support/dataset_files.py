@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from prepared import prepare, texts
 
-from flatgpt.data.encode import choose_split
 from flatgpt.data.shards import ShardWriter, Tokens, write_meta
+from flatgpt.data.sources import choose_split
 
 # 160 documents, with an empty one before each two
 WRITTEN = [f"{n} na\u00efve caf\u00e9s \U0001f388" * (1 + n % 5) if n % 3 else (None, "")[n % 2] for n in range(240)]
@@ -69,7 +69,7 @@ def by_hash(written, val=0.1, test=0.0) -> dict[str, list[str]]:
     """What each split holds of 100 documents or more."""
     found = {"train": [], "val": [], "test": []}
     for text in filter(None, written):
-        found[choose_split([text], val, test)].append(text)
+        found[choose_split({"val": val, "test": test}, [text])].append(text)
     return found
 
 

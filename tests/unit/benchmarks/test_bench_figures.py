@@ -15,9 +15,9 @@ from flatgpt.runs.run_log import format_row
 def test_runners_take_turns_and_ratios_are_those_of_the_rounds(capsys):
     order = []
     runners = {name: lambda name=name: order.append(name) or len(order) for name in ("a", "b")}
-    assert measure.in_turn(runners, 2, str) == {"a": [1, 3], "b": [2, 4]}
+    assert measure.in_turn(runners, 2) == {"a": [1, 3], "b": [2, 4]}
     assert order == ["a", "b", "a", "b"]
-    assert capsys.readouterr().err.splitlines()[3] == "round 2 b 4"
+    assert capsys.readouterr().err.splitlines()[3].startswith("round 2 of 2, b: ")
     assert measure.speedup([2.0, 2.0, 1.0], [2.0, 6.0, 2.0]) == {"median": 2.0, "rounds": [1.0, 3.0, 2.0]}
 
 

@@ -1,16 +1,20 @@
-"""The sources: pydoc, tiny Shakespeare, downloads, and the user's own files."""
+"""The sources: their files, which documents make which split, samples, and what a worker does with a task."""
 
+import functools
 import hashlib
-import http.server
-import threading
+import itertools
+import pickle
 from pathlib import Path
 
 import pytest
+from dataset_files import WRITTEN, by_characters, by_hash, hub_data, texts_by_split, write
 from in_process import TEXT
 from prepared import content, files, from_text, prepare, refusal, texts
 
-from config import UserError
+from config import PrepareConfig, UserError
 from flatgpt.data import sources, tokenizer
+from flatgpt.data.readers import Chunk, Corpus, RawFile, Task
+from flatgpt.data.sources import choose_split, encode_task, make_plan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pydoc and shakespeare
@@ -26,129 +30,55 @@ def test_pydoc(in_tmp, monkeypatch):
     unique = list(dict.fromkeys(topics[name].strip("\n") for name in sorted(topics)))
     assert train + val == "\n\n".join(unique) + "\n"
     assert len(train) == len(train + val) * 9 // 10
-    assert len(unique) < len(topics)
-    assert len(train) > 300_000
     monkeypatch.setattr("pydoc_data.topics.topics", dict(reversed(topics.items())))
     assert content(prepare("pydoc", data_dir="elsewhere").folder) == content(data.folder)
 
 
 @pytest.mark.usefixtures("gpt2_vocabulary")
-def test_published_sizes_of_shakespeare(in_tmp, real_text):
+def test_published_sizes_of_shakespeare_and_wikitext(in_tmp, real_text):
     """nanoGPT's README: 301,966 and 36,059 tokens of GPT-2; and its character-level cut at 1,003,854 characters."""
     data = prepare("shakespeare", raw_dir=str(real_text))
     counts = {split: (e["tokens"], e["bytes"], e["documents"]) for split, e in data.meta["splits"].items()}
     assert counts == {"train": (301_966, 1_003_854, 1), "val": (36_059, 111_540, 1)}
-    assert (data.folder, data.meta["tokenizer"]) == (Path("data/shakespeare"), "gpt2")
     raw = (real_text / "shakespeare" / "input.txt").read_bytes()
     decode = tokenizer.load("gpt2").decode_bytes
     assert decode(data.tokens("train")[:].tolist()) + decode(data.tokens("val")[:].tolist()) == raw
-    in_bytes = prepare("shakespeare", raw_dir=str(real_text), tokenizer="byte")
-    assert in_bytes.folder == Path("data/shakespeare_byte")
-    assert [in_bytes.meta["splits"][s]["tokens"] for s in ("train", "val")] == [1_003_854, 111_540]
+    entry = prepare("wikitext103", raw_dir=str(real_text), splits=("test",)).meta["splits"]["test"]
+    assert (entry["tokens"], entry["bytes"], entry["documents"]) == (283_287, 1_287_656, 4358)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# downloads
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """Serve `pages` ({path: body}) and list the requested paths in `asked`; /cut ends in the middle of its body."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            host.asked.append(self.path)
-            body = host.pages.get(self.path)
-            self.send_response(404 if body is None else 200)
-            self.send_header("Content-Length", len(body or b"") + 100 * (self.path == "/cut"))
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setenv("no_proxy", "*")
-    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    host.asked, host.url = [], f"http://127.0.0.1:{host.server_port}"
-    host.pages = {"/text": TEXT.encode(), "/cut": TEXT.encode()}
-    thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield host
-    host.shutdown()
-    host.server_close()
-    thread.join()
-
-
-SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
-
-
-def test_download(server, tmp_path):
-    path = tmp_path / "raw" / "corpus" / "input.txt"
-    sources.download(f"{server.url}/text", path, SHA256)
-    assert content(path.parent) == {"input.txt": TEXT.encode()}
-
-
-@pytest.mark.parametrize(
-    ("page", "place", "sha256", "parts"),
-    [
-        ("/text", "raw/input.txt", "0" * 64, [SHA256[:16], "0" * 16, "--raw_dir"]),
-        ("/none", "raw/input.txt", SHA256, ["could not be downloaded", "Not Found", "--raw_dir"]),
-        ("/cut", "raw/input.txt", SHA256, ["could not be downloaded", "--raw_dir"]),
-        (None, "raw/input.txt", SHA256, ["could not be downloaded (", "refused", "check the network"]),
-        ("/text", "file/x/input.txt", SHA256, ["could not be written"]),
-    ],
-)
-def test_a_failed_download_leaves_nothing(server, tmp_path, page, place, sha256, parts):
-    """Another content, no page, a broken connection, no server, and a folder that cannot be made."""
-    (tmp_path / "file").write_text("x")
-    if page is None:
-        server.shutdown()
-        server.server_close()
-    with pytest.raises(UserError) as caught:
-        sources.download(server.url + (page or ""), tmp_path / place, sha256)
-    for part in (str(tmp_path / place), *parts):
-        assert part in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_shakespeare_is_downloaded_once_and_checked(server, in_tmp, monkeypatch):
-    monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server.url}/text")
-    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", SHA256)
+def test_shakespeare_is_downloaded_once_and_checked(in_tmp, monkeypatch):
+    """The user's file is never overwritten, and a download that fails leaves none."""
+    page, raw = in_tmp / "page.txt", Path("data/raw/shakespeare/input.txt")
+    page.write_bytes(TEXT.encode())
+    monkeypatch.setattr(sources, "SHAKESPEARE_URL", page.as_uri())
+    monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     data = prepare("shakespeare", tokenizer="byte")
-    raw = Path("data/raw/shakespeare/input.txt")
     assert raw.read_bytes() == TEXT.encode()
     assert texts(data, "train") + texts(data, "val") == [TEXT[: len(TEXT) * 9 // 10], TEXT[len(TEXT) * 9 // 10 :]]
-    prepare("shakespeare", tokenizer="byte", data_dir="other")
-    assert server.asked == ["/text"]
+    page.unlink()
+    assert content(prepare("shakespeare", tokenizer="byte", data_dir="other").folder) == content(data.folder)
     raw.write_text("Not Shakespeare")
     with pytest.raises(UserError, match=r"input\.txt is not tiny Shakespeare.*move it away"):
         prepare("shakespeare", tokenizer="byte", data_dir="third")
-    assert server.asked == ["/text"], "the user's file is never overwritten"
-    assert not Path("third").exists()
+    raw.unlink()
+    with pytest.raises(UserError, match=rf"could not be downloaded to {raw} \(.*No such file.*--raw_dir"):
+        prepare("shakespeare", tokenizer="byte", data_dir="third")
+    assert not raw.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the user's files
 
 
-def read(*inputs) -> str:
-    """Return the text of both splits."""
-    data = from_text(*inputs, val_fraction=0.5)
-    return "".join(texts(data, "train") + texts(data, "val"))
-
-
 @pytest.mark.parametrize(
     ("inputs", "found"),
     [
-        (["b.txt"], "b"),
         (["b.txt", "a.txt"], "ba"),
-        (["*.txt"], "ab"),
         (["?.txt", "in"], "abcdej"),
-        (["in"], "cdej"),
         (["in/**/*.md"], "de"),
         (["odd.html", "a.txt"], "ha"),
-        (["a.txt", "a.txt", "./a.txt", "*.txt", "in/../a.txt"], "ab"),
-        (["link.txt", "a.txt"], "a"),
+        (["link.txt", "a.txt", "./a.txt", "*.txt", "in/../a.txt"], "ab"),
     ],
 )
 def test_input_files(in_tmp, inputs, found):
@@ -160,63 +90,152 @@ def test_input_files(in_tmp, inputs, found):
     (in_tmp / "in" / "j.jsonl").write_text('{"text": "jjjjjjjjjj"}\n')
     if "link.txt" in inputs:
         (in_tmp / "link.txt").symlink_to("a.txt")
-    assert read(*inputs) == "".join(letter * 10 for letter in found)
+    data = from_text(*inputs, val_fraction=0.5)
+    assert "".join(texts(data, "train") + texts(data, "val")) == "".join(letter * 10 for letter in found)
 
 
 @pytest.mark.parametrize(
-    ("raw", "text"),
+    ("named", "inputs", "keys", "parts"),
     [
-        (b"one\r\ntwo\r\n\r\n", "one\r\ntwo\r\n\r\n"),
-        (b"\xef\xbb\xbfone two", "one two"),
-        ("na\u00efve \u6771\u4eac \U0001f388\0".encode(), "na\u00efve \u6771\u4eac \U0001f388\0"),
-        (b"<|endoftext|> is text here", "<|endoftext|> is text here"),
+        ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], {}, ["too little text", "train split"]),
+        ({"a": TEXT}, ["a.txt", "b.txt"], {}, ["--input b.txt", "no such file"]),
+        ({"a": TEXT}, ["*.md"], {}, ["--input *.md", "no such file"]),
+        ({}, ["."], {}, ["--input .", ".txt .md .py"]),
+        (
+            {f"f{n}": str(n) for n in range(100)},
+            ["*.txt"],
+            {"val_fraction": 1e-9},
+            ["val split", "0 tokens", "--val_f"],
+        ),
+        ({"a": "a"}, ["a.txt"], {}, ["too little text", "train split"]),
+        ({"a": "caf"}, ["a.txt", "latin1.txt"], {}, ["latin1.txt line 2: byte 0xe9 is not UTF-8"]),
+        (
+            {"a": TEXT},
+            ["a.txt"],
+            {"splits": ("test",)},
+            ["splits = test: text has train, val; --test_fraction makes one"],
+        ),
+        ({"a": TEXT}, ["a.txt"], {"splits": ("train", "test")}, ["splits = test: text has train, val"]),
     ],
 )
-def test_text_is_unchanged_except_for_a_byte_order_mark(in_tmp, raw, text):
-    Path("a.txt").write_bytes(raw)
-    assert read("a.txt") == text
-
-
-def test_empty_files_are_left_out(in_tmp):
-    """A file with only a byte order mark is empty, one with white space is not."""
-    files(in_tmp, a=TEXT, blank=" \r\n\n", empty="", mark="\ufeff")
-    data = from_text("*.txt", val_fraction=0.5)
-    train, val = texts(data, "train"), texts(data, "val")
-    assert "".join(train + val) == TEXT + " \r\n\n"
-    assert (len(train), val[-1]) == (1, " \r\n\n")
-    assert sum(entry["documents"] for entry in data.meta["splits"].values()) == 3  # two files, one split in two
-
-
-@pytest.mark.parametrize(
-    ("named", "inputs", "parts"),
-    [
-        ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], ["too little text", "train split"]),
-        ({"a": TEXT}, ["a.txt", "b.txt"], ["--input b.txt", "no such file"]),
-        ({"a": TEXT}, ["*.md"], ["--input *.md", "no file matches"]),
-        ({}, ["."], ["--input .", ".txt .md .py"]),
-        ({f"f{n}": f"document {n}" for n in range(100)}, ["*.txt"], ["too little text", "val split", "--val_fraction"]),
-        ({"a": "a"}, ["a.txt"], ["too little text", "train split"]),
-    ],
-)
-def test_refused_input(in_tmp, named, inputs, parts):
+def test_refused_input(in_tmp, named, inputs, keys, parts):
+    """An error line, and no dataset."""
     files(in_tmp, **named)
-    answer = refusal(*inputs, val_fraction=1e-9 if len(named) == 100 else None)
-    for part in parts:
-        assert part in answer
-    assert not Path("data").exists()
+    (in_tmp / "latin1").with_suffix(".txt").write_bytes(b"one\ncaf\xe9") if "latin1.txt" in inputs else None
+    answer = refusal(*inputs, **keys)
+    assert [part for part in parts if part not in answer] == []
+    assert "\n" not in answer
+    assert not list(Path("data").glob("*"))
 
 
-@pytest.mark.parametrize(
-    ("raw", "byte", "offset"),
-    [
-        (b"caf\xe9 au lait", "0xe9", "3"),
-        (b"\xef\xbb\xbfab\xff", "0xff", "5"),
-        (b"x" * 5000 + b"\xe6\x9d", "0xe6", "5,000"),
-    ],
-)
-def test_invalid_utf8_names_file_and_offset(in_tmp, raw, byte, offset):
-    files(in_tmp, a=TEXT)
-    Path("b.txt").write_bytes(raw)
-    answer = refusal("a.txt", "b.txt")
-    assert answer.startswith("b.txt: not UTF-8")
-    assert f"{byte} at offset {offset};" in answer
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+# 30 short documents, and long ones that come in chunks
+LONG = [f"{n} " + "long " * (200 if n % 10 == 0 else 1) for n in range(120)]
+
+
+def some(found: dict) -> dict:
+    return {split: texts for split, texts in found.items() if texts}
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize(("n", "limit"), [(1, None), (99, None), (240, None), (240, 99), (240, 100), (240, 133)])
+def test_documents_are_split_by_their_hash_and_fewer_than_100_by_characters(in_tmp, kind, n, limit):
+    """Empty documents do not count; a sample is the first ones of all files."""
+    written = [text or "" for text in [*WRITTEN, *LONG][-n:]]
+    for part in range(3):
+        write(in_tmp / f"in/{part}.{kind}", written[part * n // 3 : (part + 1) * n // 3])
+    data = from_text("in", sample_size=limit, val_fraction=0.2, test_fraction=0.3)
+    kept = [text for text in written if text][:limit]
+    rule = by_characters if len(kept) < 100 else by_hash
+    assert texts_by_split(data) == some(rule(kept, 0.2, 0.3))
+    made = from_text("in", sample_size=limit, val_fraction=0.2, test_fraction=0.3, splits=("test", "val"), name="some")
+    assert made.meta["splits"] == {split: data.meta["splits"][split] for split in ("val", "test")}
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("n", [None, 1, 20, 130])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_splits_of_the_source_are_kept(in_tmp, kind, n):
+    named = {"train-0-of-2": WRITTEN[:100], "train-1-of-2": WRITTEN[100:], "dev": WRITTEN[30:70], "test": WRITTEN[:9]}
+    data = hub_data({f"{name}.{kind}": part for name, part in named.items()}, sample_size=n, val_fraction=None)
+    documents = {"train": WRITTEN, "val": WRITTEN[30:70], "test": WRITTEN[:9]}
+    assert texts_by_split(data) == {split: [*filter(None, part)][:n] for split, part in documents.items()}
+
+
+def test_splits_that_the_source_lacks_are_held_out_of_train(in_tmp):
+    data = hub_data({"train.jsonl": WRITTEN, "test.jsonl": ["a test"]})
+    assert texts_by_split(data) == {**by_hash(WRITTEN), "test": ["a test"]}
+    Path("raw/hub/user/data/test.jsonl").rename("raw/hub/user/data/validation.jsonl")
+    # one that the hub's own fraction would make a validation document, if there were none
+    few = next(f"{n}" for n in itertools.count() if choose_split({"val": 0.0005, "test": 0.2}, [f"{n}"]) == "val")
+    data = hub_data({"train.jsonl": [*WRITTEN, few]}, test_fraction=0.2, val_fraction=None, name="other")
+    assert texts_by_split(data) == {**by_hash([*WRITTEN, few], 0, 0.2), "val": ["a test"]}
+    with pytest.raises(UserError, match="hub has a val split of its own: leave --val_fraction out"):
+        hub_data({}, val_fraction=0.1, name="third")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("limit", [None, 2, 50, 133])
+def test_joined_rows_are_one_text(in_tmp, limit):
+    """WikiText's rows are lines: as they were, the empty ones too, without an end-of-text."""
+    rows = [f" {n} isn't a line of 2024 \n" if n % 3 != 1 else "" for n in range(400)]
+    parts = {
+        "train-00000-of-00002": rows[:100],
+        "train-00001-of-00002": rows[100:],
+        "validation-00000-of-00001": ["a\n"],
+    }
+    for name, part in {**parts, "test-00000-of-00001": ["", " = Title = \n", "x"]}.items():
+        write(Path(f"raw/wikitext103/{name}.parquet"), part)
+    data = prepare("wikitext103", raw_dir="raw", tokenizer="byte", sample_size=limit, splits=("train", "test"))
+    assert texts(data, "train") == ["".join(rows[:limit])]
+    assert [data.meta["splits"][split]["documents"] for split in ("train", "test")] == [
+        limit or 400,
+        min(limit or 3, 3),
+    ]
+
+
+@pytest.mark.parametrize("limit", [None, 120])
+def test_sample_downloads_files_until_it_has_enough(in_tmp, limit):
+    fetched = []
+
+    def fetch(path: Path) -> Path:
+        fetched.append(path.name)
+        write(path, [f"{path.stem} {n}" for n in range(50)])
+        return path
+
+    paths = [in_tmp / f"{n}.jsonl" for n in range(5)]
+    raw = [RawFile(path.name, 1, path, fetch=functools.partial(fetch, path)) for path in paths]
+    plan = make_plan(PrepareConfig(source="hub", repo="a/b", sample_size=limit), Corpus({"train": raw}))
+    assert sum(chunk.documents for task in plan.tasks["train"] for chunk in task.read()) == (limit or 250)
+    assert fetched == [path.name for path in paths[: 3 if limit else 5]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in the workers
+
+
+@pytest.mark.parametrize("splits", [["train", "val", "test"], ["val"], ["test", "train"]])
+def test_task_gives_each_split_its_documents(splits):
+    """The hash decides, or the chunk, or the split of the source."""
+    documents, held_out = [f"document {n}" for n in range(200)], {"val": 0.25, "test": 0.15}
+    call = functools.partial(encode_task, PrepareConfig(source="text", tokenizer="byte"), splits, held_out)
+
+    def counts(task: Task) -> dict[str, int]:
+        return {split: count for split, (_, count, _) in pickle.loads(pickle.dumps(call))(task).items()}
+
+    chosen = [choose_split(held_out, [text]) for text in documents]
+    assert counts(Task(0, functools.partial(map, Chunk, documents))) == {s: chosen.count(s) for s in splits}
+    decided = [Chunk(text, split=splits[0]) for text in documents]
+    assert counts(Task(0, functools.partial(iter, decided))) == {splits[0]: 200}
+    if splits[0] != "train":
+        assert counts(Task(0, functools.partial(map, Chunk, documents), split=splits[0])) == {splits[0]: 200}
+
+
+def test_choice_of_a_split_never_changes():
+    """Pinned: a dataset that is made again has the same splits."""
+    chosen = [choose_split({"val": 0.2, "test": 0.1}, [f"document {n}"]) for n in range(60)]
+    letters = {"train": "r", "val": "a", "test": "e"}
+    assert "".join(letters[split] for split in chosen) == "rrerrrrerararrraaerearrrrrrrerrrrrraarearrrrrrrrrrrrararrrar"
