@@ -120,11 +120,12 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        text = str(error).partition(" If reserved")[0].rstrip(".")  # without advice about the allocator
         half = 1 if config.batch_size % 2 else config.batch_size // 2
         steps = config.grad_accum_steps * config.batch_size // half
         same = f"--batch_size {half} --grad_accum_steps {steps} (the same updates); " if config.batch_size > 1 else ""
         raise UserError(
-            f"{str(error).splitlines()[0]} Take, in this order: {same}--activation_checkpointing (the same updates, "
+            f"{text}. Take, in this order: {same}--activation_checkpointing (the same updates, "
             "slower); --fsdp on several devices; a smaller --context_length or model (train.py --plan says what takes "
             "how much)"
         ) from None

@@ -128,7 +128,7 @@ def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) 
     settings, why = {"dtype": config.dtype, "compile": config.compile}, {}
     for key, setting in settings.items():
         if setting in ("auto", None) and chosen.get(key) is not None:
-            settings[key], why[key] = chosen[key], chosen["why"].get(key, "chosen when the run began")
+            settings[key], why[key] = chosen[key], chosen.get("why", {}).get(key, "chosen when the run began")
     local_rank = ranks.local_rank if ranks.world > 1 else None
     if settings["dtype"] == "auto" and find_device(config.device, local_rank).type == "cpu":
         settings["dtype"], why["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))

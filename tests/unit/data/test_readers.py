@@ -131,16 +131,6 @@ def test_row_group_larger_than_a_workers_memory_is_read_in_chunks(tmp_path, monk
     assert documents(path) == rows
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_sizes_of_tasks_are_parts_of_the_file(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
-    path = tmp_path / name
-    write(path, [f"{n} it's a naïve test" * (1 + n % 9) for n in range(100)])
-    sizes = [task.size for task in tasks_of(path)]
-    assert len(sizes) > 10
-    assert 0.3 < sum(sizes) / path.stat().st_size < 3
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # errors
 
