@@ -84,6 +84,7 @@ def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[st
         "add_prefix_space": False,
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,  # otherwise transformers 4 decodes "a ." as "a."
+        "errors": "replace",
         "added_tokens_decoder": special,
     }
     return {
@@ -91,6 +92,7 @@ def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[st
         "vocab.json": _json(vocab),
         "merges.txt": "\n".join([f"{VERSION}: 0.2", *merges, ""]).encode(),
         "tokenizer_config.json": _json(settings),
+        "special_tokens_map.json": _json(ends),
     }
 
 
