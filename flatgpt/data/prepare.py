@@ -96,8 +96,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         for split, entry in entries.items():
             if entry["tokens"] < 2:
                 remove_unfinished(folder)
-                folder.rmdir()
-                why = f"the {split} split would have {entry['tokens']} tokens, and it takes 2 to score one"
+                with suppress(OSError):  # it held something else
+                    folder.rmdir()
+                why = f"the {split} split of {folder.name} would have {entry['tokens']} tokens, and scoring needs 2"
                 raise UserError(f"too little text: {why}; give more, or another --val_fraction, --test_fraction")
         meta = {key: value for key, value in settings.items() if value is not None}
         meta |= {"vocab_size": encoding.n_vocab, "ranks_sha256": tokenizer.ranks_hash(encoding)}

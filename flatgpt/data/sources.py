@@ -297,8 +297,8 @@ def choose_split(held_out: dict[str, float], chunks: Iterable[str]) -> str:
         chunks: the text of the document, in any chunks.
     """
     digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-    for chunk in chunks:
-        digest.update(chunk.encode())
+    for text in chunks:
+        digest.update(text.encode())
     position = int.from_bytes(digest.digest(), "big") / 2**64
     test = held_out.get("test", 0)
     return "test" if position < test else "val" if position < test + held_out.get("val", 0) else "train"

@@ -61,8 +61,7 @@ def _parse_question(row: object) -> Question:
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}")
     ctx, endings, label = (row.get(key) for key in Question._fields)
-    if isinstance(label, str) and label.isdecimal():
-        label = int(label)
+    label = int(label) if str(label).isdecimal() else label
     if not isinstance(ctx, str):
         raise ValueError(f"ctx = {ctx!r}")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):

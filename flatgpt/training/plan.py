@@ -25,7 +25,7 @@ GPUS = ("T4", "A10G", "A100", "H100", "H200")  # rows of --plan; in the table of
 
 def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
     """Print the size, memory and time of a run without training. Uses the dataset's counts where it is prepared."""
-    settings, folder, windows = choose_device(config, ranks, {}), Path(config.data_dir) / config.dataset, None
+    here, folder, windows = choose_device(config, ranks, {}), Path(config.data_dir) / config.dataset, None
     if config.vocab_size is None or any(folder.glob("*.bin")):
         try:
             config, windows = resolve_data_settings(config, open_dataset(folder))
@@ -37,8 +37,14 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
     lines.append(f"memory   GB on each of {config.gpus} devices, save buffers in the host's; {dtype}")
     lines += [f"         {piece:<24}{size / 1e9:>10,.3f}" for piece, size in pieces.items()]
     if config.max_iters:
-        peak = peak_flops(settings.name) or matmul_flops(settings.device, settings.dtype)
-        lines += ["", *time_table(config, model, settings.name, peak)]
+        lines += ["", f"time     of {config.gpus} such, at mfu = {config.mfu:g} of the peak (half precision)"]
+        tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
+        peaks = {name: peak_flops(f"NVIDIA {name}") for name in GPUS}
+        peaks[f"here: {here.name}"] = peak_flops(here.name) or matmul_flops(here.device, here.dtype)
+        for name, peak in peaks.items():
+            seconds = tokens * model.flops_per_token() / (peak * config.mfu * config.gpus)
+            span = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
+            lines.append(f"         {name:<24}{peak / 1e12:>10,.4g} TFLOP/s{span:>14}")
     print("\n".join(lines))
 
 
@@ -65,10 +71,6 @@ def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | No
         text = f"{config.max_iters:,} updates = {tokens:,} tokens = {epochs}{tokens / params:.1f} tokens per parameter"
         lines.append(f"run      {text}, {tokens * flops:.3g} FLOPs")
     return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# memory
 
 
 def activation_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, sharded: bool = False) -> int:
@@ -142,10 +144,6 @@ def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, 
     return pieces | {"peak": sum(pieces.values()) - unused, "save buffers": weights + moments}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# time
-
-
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of the fastest square matrix product, measured in about a quarter of a second.
 
@@ -161,15 +159,3 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
             seconds = time.perf_counter() - began
             best = max(best, 2 * n**3 / seconds)
     return best
-
-
-def time_table(config: TrainConfig, model: GPT, here: str, peak: float) -> list[str]:
-    """Return a line for each kind of device, and one for this machine's, which reaches `peak` FLOP/s."""
-    tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
-    peaks = {name: peak_flops(f"NVIDIA {name}") for name in GPUS} | {f"here: {here}": peak}
-    lines = [f"time     of {config.gpus} such, at mfu = {config.mfu:g} of the peak (half precision)"]
-    for name, flops_per_s in peaks.items():
-        seconds = tokens * model.flops_per_token() / (flops_per_s * config.mfu * config.gpus)
-        span = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
-        lines.append(f"         {name:<24}{flops_per_s / 1e12:>10,.4g} TFLOP/s{span:>14}")
-    return lines

@@ -28,10 +28,11 @@ from flatgpt.training.setup import TrainingRun
 def summary(run: TrainingRun) -> str:
     """Return the sizes and settings of a run, to be printed before its first update."""
     config, data = run.config, f"{run.dataset.notice or run.dataset.folder} ({run.dataset.meta['tokenizer']})"
+    ranks = f"; {run.ranks.world} ranks, {'fully_shard' if config.fsdp else 'DDP'}" if run.ranks.world > 1 else ""
     return "\n".join(
         [
             *size_lines(config, run.model, data, run.batches.windows),
-            f"machine  {run.device_settings.describe()}{run.ranks.describe(config.fsdp)}",
+            f"machine  {run.device_settings.describe()}{ranks}",
             f"folder   {config.out_dir}",
         ]
     )
@@ -119,11 +120,12 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        text = str(error).partition(" If reserved")[0].rstrip(".")  # without advice about the allocator
         half = 1 if config.batch_size % 2 else config.batch_size // 2
         steps = config.grad_accum_steps * config.batch_size // half
         same = f"--batch_size {half} --grad_accum_steps {steps} (the same updates); " if config.batch_size > 1 else ""
         raise UserError(
-            f"{str(error).splitlines()[0]} Take, in this order: {same}--activation_checkpointing (the same updates, "
+            f"{text}. Take, in this order: {same}--activation_checkpointing (the same updates, "
             "slower); --fsdp on several devices; a smaller --context_length or model (train.py --plan says what takes "
             "how much)"
         ) from None

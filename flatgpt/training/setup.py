@@ -22,8 +22,7 @@ from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import read_tokenizer
 from flatgpt.runtime import precision
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
-from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
-from flatgpt.runtime.parallel import wrap_model
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
 from flatgpt.training.nonfinite import NonfiniteGuard
 from flatgpt.training.optimizer import MuonAndAdamW, make_optimizer
 from model import GPT
@@ -129,7 +128,7 @@ def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) 
     settings, why = {"dtype": config.dtype, "compile": config.compile}, {}
     for key, setting in settings.items():
         if setting in ("auto", None) and chosen.get(key) is not None:
-            settings[key], why[key] = chosen[key], chosen["why"].get(key, "chosen when the run began")
+            settings[key], why[key] = chosen[key], chosen.get("why", {}).get(key, "chosen when the run began")
     local_rank = ranks.local_rank if ranks.world > 1 else None
     if settings["dtype"] == "auto" and find_device(config.device, local_rank).type == "cpu":
         settings["dtype"], why["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))

@@ -2,13 +2,11 @@
 
 import importlib.util
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from in_process import TINY, make_dataset
+from in_process import TINY
 from stand_in import bench_here
 
 import bench
@@ -38,11 +36,8 @@ def test_figures_of_the_update(tiny_data, monkeypatch, capsys):
     assert flops_per_token == pytest.approx(6 * matrices + 12 * 2 * 32 * 32, rel=0.06)
     assert figures["mfu"] == pytest.approx(figures["tflop_per_s"])
     assert figures["mfu_measured"] == pytest.approx(figures["tflop_per_s"] / figures["matmul_tflop_per_s"])
-    assert figures["peak_mem_gb"] > 0.01
     assert figures["start_s"] > figures["first_ms"] / 1e3
     assert figures["command"].startswith("python bench.py ")
-    assert figures["torch"] == torch.__version__
-    assert not {"peers", "ratios"} & set(figures)
     ops = figures["top_ops"]
     assert len(ops) == 10
     assert [op["self_ms"] for op in ops] == sorted((op["self_ms"] for op in ops), reverse=True)
@@ -80,36 +75,12 @@ def test_transformers_loop_scores_the_same_tokens(tiny_home, monkeypatch, tokens
     assert 1 < found["ours_perplexity"] < 257
 
 
-def test_files_of_a_suite_are_written_after_each_row(in_tmp, monkeypatch):
-    """Also if a signal ends it: SIGTERM acts as Ctrl-C does. Missing data and devices are errors before the first."""
-    seen = []
-
-    def run_row(words, limit):
-        files = [Path(name) for name in ("figures.json", "figures.md")]
-        seen.append([file.read_text() if file.exists() else "" for file in files])
-        if words[0] == "save":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {"passed": 2}
-
-    monkeypatch.setattr(bench, "run_row", run_row)
-    rows = [{"label": "one", "words": "train"}, {"label": "two", "words": "save"}]
-    monkeypatch.setattr(bench, "SUITES", {"all": rows, "gpu": rows})
+def test_missing_data_and_devices_are_errors_before_the_first_row(in_tmp, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for what, message in (("all", r"prepare_data\.py shakespeare$"), ("gpu", "needs a GPU")):
         with pytest.raises(UserError, match=message):
             bench_here(what)
-    assert seen == []
-    for name in bench.DATASETS:
-        make_dataset(in_tmp, name)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            bench_here("all")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert seen[0] == ["", ""]
-    assert list(json.loads(seen[1][0])["rows"]) == ["one"]
-    assert "- one: passed 2" in seen[1][1]
+    assert not list(in_tmp.iterdir())
 
 
 @pytest.mark.parametrize(

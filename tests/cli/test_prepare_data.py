@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from dataset_files import WRITTEN, cut, flip, hub_data, write, wrong_id
 from in_process import TEXT
-from processes import command
 
 import prepare_data
 from config import PrepareConfig, TrainConfig
@@ -21,18 +20,14 @@ from flatgpt.cli import cli as command_line
     [
         ("text --input a.txt --tokenizer byte --data_dir a.txt/x", "a.txt/x/text_byte could not be written"),
         ("text --input a.txt --tokenizer gpt5", "tokenizer gpt5: unknown"),
-        ("text --input none.txt --tokenizer byte", "--input none.txt: no such file"),
         ("text --input a.txt --tokenizer byte --encoder gigatoken", "--encoder gigatoken takes tokenizer gpt2"),
         ("shakespear", "did you mean shakespeare?"),
         ("text --input a.txt --tokenizer byte --splits eval", "splits = eval: one of train, val, test is expected"),
         ("text --input a.txt --val_fraction 0.5 --test_fraction 0.5", "leave nothing to train on"),
-        ("text --input a.txt --tokenizer byte --shard_tokens 0", "shard_tokens = 0"),
         ("text --input a.jsonl --tokenizer byte --column body", "a.jsonl line 1: no text 'body' in {'n': 'int'"),
         ("text", "source text needs --input"),
         ("", "source: missing"),
-        ("text --input a.txt --info .", "leave out text"),
         ("--info mine", "dataset mine is not there: run python prepare_data.py text --input FILES --name mine"),
-        ("--verify a.txt", "dataset a.txt is not there"),
     ],
 )
 def test_mistake_is_one_error_line(in_tmp, cli, words, said):
@@ -108,25 +103,6 @@ def test_verify_and_info_name_what_is_damaged(cli, damage, said):
         assert cli("prepare_data", "--info", "data/mine").error.startswith("error: data/mine/")
     Path("data/mine/meta.json").unlink()
     assert "dataset data/mine is not finished: run python" in cli("prepare_data", "--verify", "data/mine").error
-
-
-def test_nothing_to_do_takes_neither_vocabulary_nor_network(tmp_path):
-    write(tmp_path / "a.jsonl", WRITTEN)
-    words = ["text", "--input", "a.jsonl", "--tokenizer", "gpt2", "--name"]
-    first = command("prepare_data", *words, "mine", cwd=tmp_path)
-    assert (first.returncode, first.stderr) == (0, "")
-    (tmp_path / "empty").mkdir()
-    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1")
-    nowhere |= {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "no_proxy": "", "NO_PROXY": ""}
-    other = command("prepare_data", *words, "other", cwd=tmp_path, env=nowhere)
-    assert (other.returncode, other.stdout, other.stderr.count("\n")) == (2, "", 1)
-    assert other.stderr.startswith("error: tokenizer gpt2: its vocabulary could not be fetched")
-    assert not (tmp_path / "data/other").exists()
-    again = command("prepare_data", *words, "mine", cwd=tmp_path, env=nowhere)
-    assert (again.returncode, again.stderr) == (0, "")
-    notice, _, *table = again.stdout.splitlines()
-    assert notice == "data/mine is there already, with these settings; nothing to do"
-    assert table == first.stdout.splitlines()[1:]
 
 
 def test_nothing_to_do_takes_no_raw_files_where_the_revision_names_them(in_tmp, cli):

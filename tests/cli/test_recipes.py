@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiktoken
 from in_process import make_dataset
-from run_files import rows, val_losses
+from run_files import rows
 
 import train
 from config import PrepareConfig, TrainConfig, run_dir
@@ -127,13 +127,5 @@ def test_recipe_scaled_down_learns_more_than_the_frequencies_of_tokens(name, in_
     if first := re.search('init_from = "out/(.*)"', RECIPES[name]):
         learn(first[1], text)
     loss, entropy = learn(name, text)
+    print(f"{name}: {loss:.4f}, unigram entropy {entropy:.4f}")  # docs/results.md
     assert loss < entropy
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_character_recipe_reaches_nanogpts_loss(in_tmp, real_text, dtype):
-    make_dataset(Path(), "shakespeare_byte", (real_text / "shakespeare" / "input.txt").read_text(encoding="utf-8"))
-    words = ["--sample_tokens", 0, "--seed", 1, "--dtype", dtype, "--out_dir", "run", "--device", "cpu"]
-    train.train(recipe("shakespeare_char_fast", *words))
-    assert list(val_losses(Path("run")).values())[-1] < 1.898

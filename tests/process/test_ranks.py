@@ -96,7 +96,8 @@ def assert_same_run(run: Path, other: Path, loss: float = 1e-5, val: float = 1e-
         assert [bool(row[key]) for row in ours] == [bool(row[key]) for row in theirs], key
         values = [[float(row[key]) for row in table if row[key]] for table in (ours, theirs)]
         assert values[0] == pytest.approx(values[1], rel=tolerance, abs=0, nan_ok=key == "grad_norm"), key
-    for key in ("skipped", "loss_scale"):  # float16: an overflow on one rank is an overflow on all
+    # float16: an overflow on one rank is an overflow on all; and losses are not multiplied by the number of ranks
+    for key in ("skipped", "loss_scale"):
         assert [row[key] for row in ours] == [row[key] for row in theirs]
     if loss < 1e-4:
         torch.testing.assert_close(weights(run), weights(other), atol=3 * loss, rtol=0)
@@ -215,14 +216,6 @@ def test_updates_are_those_of_other_ranks_and_wrappers(out, run, other, toleranc
 
 
 @pytest.mark.slow
-def test_float16_skips_updates(out):
-    """Losses are not multiplied by the number of ranks, which would overflow sooner on more."""
-    skipped = [int(row["skipped"]) for row in rows(out / "float16")[1:]]
-    assert skipped[:2] == [1, 2]
-    assert 3 < skipped[-1] < 10
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("sharded", "ddp"), [("fsdp", "two"), ("fsdp_untied", "untied")])
 def test_checkpoints_of_fully_shard_equal_those_of_ddp(out, sharded, ddp):
     assert len({frozenset(p.relative_to(out / run) for p in (out / run).rglob("*")) for run in (sharded, ddp)}) == 1
@@ -247,7 +240,7 @@ def test_patience_and_time_end_all_ranks(out):
 # threads, data, the compiler
 
 
-CORES = "from flatgpt.runtime import distributed\ndistributed._cores = lambda: 6\n"
+CORES = "os.sched_getaffinity = lambda process: range(6)\n"
 
 
 @pytest.mark.slow
@@ -265,13 +258,6 @@ def test_rank_0_measures_the_dtype_and_ranks_share_the_cores(ranks, home):
     assert re.search(r"^machine  cpu \(3 threads\), bfloat16 \(found\), eager", done.output, re.M)
     assert re.findall(r"^\d measures$", done.output, re.M) == ["0 measures"]
     assert checkpoint.read_state(home / "out/measured/ckpt/last")["chosen"]["dtype"] == "bfloat16"
-
-
-@pytest.mark.slow
-def test_number_of_threads_that_the_user_sets_is_kept(home):
-    """With a real torchrun: torch reads the variable when it is imported."""
-    words = (*BASE, "--max_iters", 1, "--out_dir", "out/threads_2")
-    assert "machine  cpu (2 threads)" in torchrun(2, wrapped(home, CORES), *words, cwd=home, threads="2").stdout
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ T = 32  # context_length of save_run's models
 WEIGHTS_AND_CARD = {"README.md", "model.safetensors"}
 HUGGING_FACE_FILES = WEIGHTS_AND_CARD | {
     *("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt"),
-    "tokenizer_config.json",
+    *("tokenizer_config.json", "special_tokens_map.json"),
 }
 
 

@@ -103,7 +103,7 @@ def test_documents_of_parquet(tmp_path, monkeypatch, kind, rows_a_group):
 @given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
 def test_chunks_of_a_document_are_those_of_split_text(blocks, length):
     found = list(readers.split_document(blocks, length))
-    assert [chunk.text for chunk in found] == [text for text, _ in tokenizer.split_text(["".join(blocks)], length)]
+    assert [chunk.text for chunk in found] == list(tokenizer.split_text(["".join(blocks)], length))
     assert [chunk.documents for chunk in found] == [0] * (len(found) - 1) + [1] * (len(found) > 0)
 
 
@@ -129,16 +129,6 @@ def test_row_group_larger_than_a_workers_memory_is_read_in_chunks(tmp_path, monk
     found = tasks_of(path)
     assert [task.read.func is iter for task in found] == [False, True] * 3  # the worker reads the others
     assert documents(path) == rows
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_sizes_of_tasks_are_parts_of_the_file(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
-    path = tmp_path / name
-    write(path, [f"{n} it's a naïve test" * (1 + n % 9) for n in range(100)])
-    sizes = [task.size for task in tasks_of(path)]
-    assert len(sizes) > 10
-    assert 0.3 < sum(sizes) / path.stat().st_size < 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

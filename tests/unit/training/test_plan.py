@@ -1,4 +1,4 @@
-"""plan.py: memory against what torch allocates, and time by hand."""
+"""plan.py: memory against what torch allocates."""
 
 import dataclasses
 import weakref
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from config import ModelConfig, TrainConfig
 from flatgpt.kernels import cross_entropy
 from flatgpt.training.optimizer import make_optimizer
-from flatgpt.training.plan import activation_bytes, memory, time_table
+from flatgpt.training.plan import activation_bytes, memory
 from model import GPT
 
 SMALL = ModelConfig(n_layer=6, n_head=2, n_embd=32, context_length=64, vocab_size=100)
@@ -147,13 +147,3 @@ def test_peak_of_gpt2_124m_on_a_gpu(checkpointing, passes):
         optimizer.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated() - before
     assert memory(config, torch.bfloat16)["peak"] == pytest.approx(peak, rel=0.15)
-
-
-def test_time_on_each_device():
-    config = dataclasses.replace(GPT2, mfu=0.5, gpus=2, max_iters=100_000)
-    model = GPT.on_meta_device(config.model())
-    flops = 100_000 * 8 * 1024 * model.flops_per_token()
-    *_, here = time_table(config, model, "Some GPU", flops / 7200)
-    assert here.split() == ["here:", "Some", "GPU", f"{flops / 7200 / 1e12:,.4g}", "TFLOP/s", "2h00m"]
-    *_, here = time_table(config, model, "Some GPU", flops / 86400 / 3)
-    assert here.split()[-2:] == ["3.0", "days"]
