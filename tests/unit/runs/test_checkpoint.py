@@ -29,10 +29,9 @@ def model():
     return GPT(ModelConfig(**SHAPE))
 
 
-def save(run: Path, iteration: int, model: GPT, keep: int = 9, keep_every: int | None = None, **more) -> Path:
+def save(run: Path, iteration: int, model: GPT, keep: int = 9, keep_every: int | None = None) -> Path:
     train_state = {"optimizer": {"step": torch.tensor(3.0)}, "scaler": {}, "row": {"iter": 1}}
-    state = {"iter": iteration, "config": SHAPE, **more}
-    return checkpoint.save(run, state, model.state_dict(), train_state, keep, keep_every)
+    return checkpoint.save(run, {"iter": iteration, "config": SHAPE}, model.state_dict(), train_state, keep, keep_every)
 
 
 def rewrite(folder: Path, **changes) -> None:
@@ -130,7 +129,6 @@ def flip(content: bytes, share: float, bit: int = 0) -> bytes:
 
 DAMAGES = {
     "first bit": lambda c: flip(c, 0),
-    "bit at 0.25": lambda c: flip(c, 0.25, 2),
     "bit at 0.75": lambda c: flip(c, 0.75, 1),
     "last byte": lambda c: flip(c, 1),
     "empty": lambda c: b"",
@@ -190,12 +188,6 @@ def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path, model, room, file, 
     assert sorted(path.name for path in tmp_path.glob("ckpt/*")) == ["iter_000001", "last"]
 
 
-def test_folder_that_cannot_be_made_is_an_error(tmp_path, model):
-    (tmp_path / "ckpt").write_text("")
-    with pytest.raises(UserError, match=r"could not be written: .*: Not a directory\. .* Still there: none"):
-        save(tmp_path, 1, model)
-
-
 def test_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, model, monkeypatch, capsys):
     """What is left of it does not look like a checkpoint, and is removed by the next save of its iteration."""
     save(tmp_path, 1, model)
@@ -225,15 +217,18 @@ class Bomb:
         return (Path.touch, (Path("canary"),))
 
 
-def zipped(legacy: bool, bare: bool) -> bytes:
+def zipped(legacy: bool) -> bytes:
     file = io.BytesIO()
-    trap = Bomb() if bare else {"optimizer": {"state": {0: Bomb()}}, "scaler": {}, "row": {"iter": 1}}
-    torch.save(trap, file, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        {"optimizer": {"state": {0: Bomb()}}, "scaler": {}, "row": {"iter": 1}},
+        file,
+        _use_new_zipfile_serialization=not legacy,
+    )
     return file.getvalue()
 
 
 TRAPS = {f"protocol {n}": pickle.dumps(Bomb(), n) for n in (0, 2, 5)}
-TRAPS |= {f"torch.save{' legacy' * old}{' bare' * bare}": zipped(old, bare) for old in (0, 1) for bare in (0, 1)}
+TRAPS |= {"torch.save": zipped(legacy=False), "torch.save legacy": zipped(legacy=True)}
 
 
 def plant(file: Path, trap: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import same, saved_iters, weights
+from run_files import same, weights
 
 from config import TrainConfig, UserError
 from flatgpt.runs import checkpoint, checkpoint_writer
@@ -103,30 +103,8 @@ def test_save_holds_the_values_of_the_call(writer, gate, tmp_path, next_call):
     thread.join(60)
     saver.wait()
     assert held.most == 1
-    if next_call == "save":
-        assert_saved(tmp_path, 2.0)
-    else:
-        assert_saved(tmp_path, 1.0)
+    assert_saved(tmp_path, 2.0 if next_call == "save" else 1.0)
     assert checkpoint.read_state(tmp_path / "ckpt/iter_000001")["finished"] is False
-
-
-def test_work_after_a_save_follows_it(writer, tmp_path):
-    """`best` moves in its turn, and no earlier save deletes its new checkpoint. Other ranks write nothing."""
-    saver, seen = writer(keep_checkpoints=2), []
-    for iteration in (10, 20, 30, 40):
-        saver.save(make_state(iteration), make_tensors(float(iteration)))
-        if iteration == 10:
-            saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 10)
-            saver.submit_after_save(lambda: seen.append(saved_iters(tmp_path)))
-    saver.close()
-    assert seen == [[10]]
-    assert saved_iters(tmp_path) == [40, 30, 10]
-    other = writer(OtherRank())
-    other.allocate_buffers(make_tensors())
-    other.save(make_state(50), make_tensors())
-    other.submit_after_save(seen.clear)
-    other.wait()
-    assert (saved_iters(tmp_path), seen) == ([40, 30, 10], [[10]])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
@@ -141,12 +119,11 @@ def test_saves_have_a_lower_priority_than_training(writer):
 def test_save_minutes_count_from_the_newest_save(writer, clock):
     now = clock(checkpoint_writer)
     never, saver = writer(), writer(save_minutes=2.0)
-    for seconds, due in ((119, False), (1, True), (10, True), (119, False), (1, True)):
+    for seconds, due in ((119, False), (1, True), (10, True)):
         now.now += seconds
-        if seconds == 119:
-            saver.save(make_state(1), make_tensors())
-            now.now += 119
         assert saver.timer_due() is due
+    saver.save(make_state(1), make_tensors())
+    assert not saver.timer_due()
     assert not never.timer_due()
 
 
@@ -204,19 +181,15 @@ def test_bugs_are_raised(writer, fail_saves):
         saver.wait()
 
 
-def test_disk_without_room_for_a_checkpoint(writer, monkeypatch, tmp_path, capsys):
-    size = (12 + 4 + 1 + 12) * 4  # bytes of make_tensors()
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size - 1))
-    with pytest.raises(UserError, match=f"^{tmp_path} has 0 MB free, a checkpoint of this run takes 0 MB: make room"):
-        writer().allocate_buffers(make_tensors())
+def test_disk_without_room_for_a_checkpoint(writer, monkeypatch, capsys):
+    """Other ranks do not look at the disk."""
+    usage = namedtuple("usage", "total used free")(0, 0, (12 + 4 + 1 + 12) * 4 - 1)  # a byte less than make_tensors()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     saver = writer(on_save_error="warn")
     saver.allocate_buffers(make_tensors())
     assert saver.failure
     assert "make room, or take an --out_dir on another disk. Training goes on" in capsys.readouterr().err
-    writer(OtherRank()).allocate_buffers(make_tensors())  # the other ranks do not look at the disk
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, size))
-    writer().allocate_buffers(make_tensors())
+    writer(OtherRank()).allocate_buffers(make_tensors())
 
 
 @pytest.mark.gpu

@@ -41,6 +41,8 @@ def test_lock_follows_a_folder_that_is_moved_and_made_again(tmp_path, locked):
     first.acquire()  # a second time changes nothing
     folder.rename(moved)
     assert not first.is_held()
+    with pytest.raises(UserError, match="was moved away by another process meanwhile"):
+        first.prepare_folder(overwrite=False)
     folder.mkdir()
     first.acquire()
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: wait for it, stop it, or take"):
@@ -72,15 +74,6 @@ def test_of_two_that_found_no_folder_one_gets_it(tmp_path, locked):
     with pytest.raises(UserError, match="another process has trained there meanwhile"):
         late.prepare_folder(overwrite=True)
     assert (tmp_path / "new/ckpt/iter_000003").is_dir()
-
-
-def test_run_does_not_begin_in_a_folder_that_was_moved_away(tmp_path, locked):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    first = locked(folder)
-    folder.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="was moved away by another process meanwhile"):
-        first.prepare_folder(overwrite=False)
 
 
 def test_overwrite_renames_runs_only_and_not_the_current_folder(in_tmp, locked):
