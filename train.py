@@ -42,8 +42,14 @@ from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.lock import RunLock
 from flatgpt.runs.run_log import RunLog, StepClock, start_wandb
 from flatgpt.runtime.device import find_device, reseed
-from flatgpt.runtime.distributed import DistributedContext, join_process_group, shorten_timeout
-from flatgpt.runtime.parallel import full_tensor, gradients, local_grad_sum
+from flatgpt.runtime.distributed import (
+    DistributedContext,
+    full_tensor,
+    gradients,
+    join_process_group,
+    local_grad_sum,
+    shorten_timeout,
+)
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import reporting
 from flatgpt.training.nonfinite import require_finite

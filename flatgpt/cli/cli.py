@@ -108,22 +108,16 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
         return []
     layers = []
     if "base" in table:
-        base = table.pop("base")
-        if not isinstance(base, str):
-            problems.append(f"{path}: base = {base!r}: the name of a recipe is expected")
-        else:
-            beside = path.parent / f"{base}.toml"
-            layers = _read_recipe(cls, str(beside if beside.is_file() else base), problems, (*seen, path.resolve()))
-    fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True)}
+        base = str(table.pop("base"))
+        beside = path.parent / f"{base}.toml"
+        layers = _read_recipe(cls, str(beside) if beside.is_file() else base, problems, (*seen, path.resolve()))
+    fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True) and name != "config"}
     # One recipe serves all scripts: the keys of other scripts are ignored.
     of_other_scripts = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
-    of_other_scripts -= {*fields, *REMOVED.get(cls.__name__, ())}
+    of_other_scripts -= {*fields, *REMOVED.get(cls.__name__, ()), "config"}
     layer = {}
     for key, value in table.items():
         if key in of_other_scripts:
-            continue
-        if key == "config":
-            problems.append(f"{path}: config: a recipe builds on another one with base = NAME")
             continue
         if key not in fields:
             removed = REMOVED.get(cls.__name__, {}).get(key)
@@ -153,10 +147,12 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
         else:
             key, equals, value = word[2:].partition("=")
             name = key.replace("-", "_")
-            negated = name.startswith("no_") and name not in fields and name[3:] in fields
-            field = fields.get(name[3:] if negated else name)
+            positive = name.removeprefix("no_")
+            negated = name not in fields and positive in fields and not equals
+            negated = negated and _kind(cls, fields[positive])[0] is bool
+            field = fields.get(positive if negated else name)
             if field is None:
-                removed = REMOVED.get(cls.__name__, {}).get(name.removeprefix("no_"))
+                removed = REMOVED.get(cls.__name__, {}).get(positive)
                 unknown = f"no such key{_nearest(name, fields)}; --help lists them all"
                 problems.append(f"--{key}: {removed or unknown}")
                 while words and not words[0].startswith("--"):
@@ -168,9 +164,6 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
             if kind is bool and not equals:
                 boolean = words and words[0].lower() in states
                 values = [words.pop(0)] if boolean and not negated else ["false" if negated else "true"]
-            elif negated:
-                problems.append(f"--{key}: only a true-or-false key has a no- form")
-                continue
             elif not equals:
                 many = kind is tuple
                 while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
@@ -201,7 +194,9 @@ def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict]
     Raises:
         UserError: with all problems of the recipe, the command line and their combination.
     """
-    problems: list[str] = []
+    # what Python reads bytes that are not UTF-8 as; they could not be written to config.toml
+    undecoded = [word for word in words if any("\ud800" <= c <= "\udfff" for c in word)]
+    problems = [f"{word!r} is no text here: set LC_ALL=C.UTF-8, or take another name" for word in undecoded]
     typed = _read_words(cls, words, problems)
     layers = _read_recipe(cls, typed["config"], problems) if typed.get("config") else []
     settings: dict = {}
@@ -213,10 +208,6 @@ def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict]
                 if layer.get(name) is not None and rival in _fields(cls):
                     settings[rival] = None
         settings.update(layer)
-    for key, value in settings.items():
-        texts = value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
-        if any("\ud800" <= c <= "\udfff" for c in "".join(texts)):  # what Python reads bytes that are not UTF-8 as
-            problems.append(f"{key} = {value!r} is no text here: set LC_ALL=C.UTF-8, or take another name")
     if initial_shape:
         try:
             settings = initial_shape(cls(**settings)) | settings
@@ -242,8 +233,6 @@ def recipes(cls, words: Sequence[str]) -> dict:
             found[path.stem] = parse(cls, [*words, "--config", path.stem])
         except UserError as error:
             found[path.stem] = UserError(str(error).replace(f"{path}: ", ""))
-        except OSError as error:
-            found[path.stem] = UserError(f"cannot be read: {error.strerror}")
     return found
 
 
@@ -280,20 +269,13 @@ def help_text(cls, usage: str) -> str:
         text = meta["help"]
         if meta.get("positional") and "choices" in meta:
             text += f": {', '.join(meta['choices'])}"
-        default = meta.get("none", "none") if field.default is None else field.default
-        if kind is tuple or (meta.get("positional") and field.default is None):
-            default = None
-        if default is not None and kind is not bool:
-            text += f" [{default!r}]" if isinstance(default, str) and not default.strip() else f" [{default}]"
-        elif kind is bool:
-            text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+        if kind is not tuple and not (meta.get("positional") and field.default is None):
+            default = meta.get("none", "none") if field.default is None else field.default
+            text += f" [{str(default).lower() if kind is bool else default or repr(default)}]"
         if "alias" in meta:
             text += f" (also {', '.join('--' + a for a in meta['alias'])})"
-        lines.append(
-            textwrap.fill(text, columns, initial_indent=f"  {flag:<32} ", subsequent_indent=" " * 35)
-            if len(flag) <= 32
-            else f"  {flag}\n" + textwrap.fill(text, columns, initial_indent=" " * 35, subsequent_indent=" " * 35)
-        )
+        text = textwrap.indent(textwrap.fill(text, columns - 35), " " * 35)
+        lines.append(f"  {flag:<32} {text.lstrip()}" if len(flag) <= 32 else f"  {flag}\n{text}")
     return "\n".join(lines)
 
 

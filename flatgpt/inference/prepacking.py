@@ -147,9 +147,9 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
             timed.append(layer)
             size += layer.weight.numel()
 
-    def matmuls(dtype: torch.dtype) -> list[list[Callable]]:
+    def matmuls(dtype: torch.dtype) -> list[Callable]:
         layout = linear_class(torch.device("cpu"), dtype, compile)
-        return [[partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, layer.in_features))] for layer in timed]
+        return [partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, layer.in_features)) for layer in timed]
 
     key = (
         f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from config import TrainConfig, UserError
 from flatgpt.runs import checkpoint
-from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
-from flatgpt.runtime.parallel import full_tensor
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, full_tensor
 
 
 def lower_thread_priority() -> None:

@@ -96,7 +96,12 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
         raise UserError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this script uses one device; start it without torchrun"
         )
-    _require_safe_torch()
+    release = torch.__version__.split("+")[0]
+    if tuple(map(int, release.split(".")[:2])) < (2, 10):
+        raise UserError(
+            f"torch {release} can be made to run code by a file that it only reads (weights_only=True: CVE-2025-32434 "
+            "before 2.6, CVE-2026-24747 before 2.10): pip install -r requirements.txt"
+        )
     # Huge pages for large CPU tensors (Linux): with 50,257 ids, page faults on the logits took over half of an update
     # (docs/speed.md). torch reads the variable once, when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -134,15 +139,6 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**28)
 
 
-def _require_safe_torch() -> None:
-    release = torch.__version__.split("+")[0]
-    if tuple(map(int, release.split(".")[:2])) < (2, 10):
-        raise UserError(
-            f"torch {release} can be made to run code by a file that it only reads (weights_only=True: CVE-2025-32434 "
-            "before 2.6, CVE-2026-24747 before 2.10): pip install -r requirements.txt"
-        )
-
-
 def make_deterministic() -> None:
     """Make torch use deterministic algorithms: equal results for an equal number of threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses CUDA's matrix products without it
@@ -178,11 +174,8 @@ def select_device(
     found, why = find_device(device, local_rank), dict(why or {})
     if found.type == "cuda":
         major, minor = torch.cuda.get_device_capability(found)
-        auto_dtype = (
-            ("bfloat16", f"capability {major}.{minor} has it")
-            if major >= 8
-            else ("float16", f"capability {major}.{minor} has no bfloat16 units")
-        )
+        name, units = ("bfloat16", "it") if major >= 8 else ("float16", "no bfloat16 units")
+        auto_dtype = name, f"capability {major}.{minor} has {units}"
         auto_compile = True, "pays on CUDA"
     elif found.type == "mps":
         auto_dtype, auto_compile = ("float32", "this device has no fast bfloat16"), (False, "mps runs eager")

@@ -1,4 +1,4 @@
-"""Ranks: the processes that train or score one model, on one machine or several.
+"""Ranks: the processes that train or score one model, on one machine or several, with DDP or fully_shard.
 
 Each rank has its own device and takes every world-th micro-batch of an update. Gradients and losses travel over NCCL
 between GPUs. Everything else travels over Gloo on the CPU, so that it never waits for a GPU.
@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError
+
+# in the messages of Gloo, of the store and of NCCL
+PEER_IS_GONE = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")
+PEER_IS_GONE += ("ncclRemoteError", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,8 @@ class DistributedContext:
         """The command that starts a script with as many ranks."""
         if self.world == 1:
             return "python"
-        return (
-            f"torchrun --standalone --nproc_per_node={self.world}" if self.world == self.local_world else "torchrun ..."
-        )
-
-    def describe(self, fsdp: bool) -> str:
-        """Return the number of ranks as the end of a line; empty for a single rank."""
-        return f"; {self.world} ranks, {'fully_shard' if fsdp else 'DDP'}" if self.world > 1 else ""
+        command = f"torchrun --standalone --nproc_per_node={self.world}"
+        return command if self.world == self.local_world else "torchrun ..."
 
     def micro_batches(self, grad_accum_steps: int) -> range:
         """Return the indices of this rank's micro-batches among those of an update."""
@@ -99,10 +100,8 @@ class DistributedContext:
         if self.first:
             try:
                 message[0] = work()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 message[1] = str(error)
-            except OSError as error:
-                message[1] = f"{error.filename or 'a file'}: {error.strerror or error}"
         dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
         if message[1] is not None:
             raise UserError(message[1])
@@ -122,25 +121,21 @@ class DistributedContext:
 SINGLE_PROCESS = DistributedContext()
 
 
-def equal_pair(batch_size: int, grad_accum_steps: int, world: int) -> tuple[int, int]:
-    """Return the (batch_size, grad_accum_steps) nearest to the given pair that `world` ranks can share.
+def require_equal_shares(config: TrainConfig, world: int) -> None:
+    """Raise UserError if `world` ranks cannot share an update, with the nearest settings that they can share.
 
     The sequences per update stay the same if `world` divides them, else become the next multiple of it.
     """
-    total = -(-batch_size * grad_accum_steps // world) * world
-    steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= batch_size)
-    return total // steps, steps
-
-
-def _require_equal_shares(config: TrainConfig, world: int) -> None:
-    if config.grad_accum_steps % world:
-        batch_size, steps = equal_pair(config.batch_size, config.grad_accum_steps, world)
-        total = config.batch_size * config.grad_accum_steps
-        same = "the same updates" if batch_size * steps == total else f"{batch_size * steps} sequences, not {total}"
-        raise UserError(
-            f"grad_accum_steps = {config.grad_accum_steps} counts the passes of all devices together and cannot be "
-            f"shared by {world}: take --batch_size {batch_size} --grad_accum_steps {steps} ({same})"
-        )
+    if config.grad_accum_steps % world == 0:
+        return
+    asked = config.batch_size * config.grad_accum_steps
+    total = -(-asked // world) * world
+    steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= config.batch_size)
+    same = "the same updates" if total == asked else f"{total} sequences, not {asked}"
+    raise UserError(
+        f"grad_accum_steps = {config.grad_accum_steps} counts the passes of all devices together and cannot be "
+        f"shared by {world}: take --batch_size {total // steps} --grad_accum_steps {steps} ({same})"
+    )
 
 
 def shorten_timeout(config: TrainConfig) -> None:
@@ -165,30 +160,28 @@ def join_process_group(
     Raises:
         UserError: there is no device for this rank, or the ranks cannot share an update equally.
     """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield SINGLE_PROCESS
+        return
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     values = [os.environ.get(name, "") for name in names]
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    complete = all(value.isdecimal() for value in values)
-    ranks = DistributedContext(*map(int, values)) if several and complete else SINGLE_PROCESS
-    if several and not (ranks.rank < ranks.world and ranks.local_rank < ranks.local_world <= ranks.world != 1):
+    ranks = DistributedContext(*map(int, values)) if all(map(str.isdecimal, values)) else SINGLE_PROCESS
+    if not (ranks.rank < ranks.world and ranks.local_rank < ranks.local_world <= ranks.world != 1):
         raise UserError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(names)} do not fit each other: start several "
             "ranks with torchrun, which sets them, and a single one with WORLD_SIZE unset"
         )
-    if ranks.world == 1:
-        yield ranks
-        return
     if not ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         if isinstance(config, TrainConfig):
-            _require_equal_shares(config, ranks.world)
+            require_equal_shares(config, ranks.world)
         device_type = find_device(config.device, ranks.local_rank).type
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
-            torch.set_num_threads(max(1, _cores() // ranks.local_world))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // ranks.local_world))
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        longer = timedelta(seconds=2 * config.rank_timeout)  # until shorten_timeout
-        dist.init_process_group(backend, timeout=longer)
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * config.rank_timeout))  # until shorten_timeout
         atexit.register(_leave, codes := [])
         try:
             yield ranks
@@ -208,8 +201,8 @@ def join_process_group(
         first_line = str(error).splitlines()[0]
         if re.search("timed? ?out", first_line, re.IGNORECASE):
             advice = ", and goes on from its last checkpoint with --resume" * isinstance(config, TrainConfig)
-            report_unresponsive_ranks(ranks, config.rank_timeout, advice)
-        elif not _peer_is_gone(error):
+            _report_unresponsive_ranks(ranks, config.rank_timeout, advice)
+        elif not any(word in str(error) for word in PEER_IS_GONE):
             raise
         else:
             print(f"rank {ranks.rank}: another rank is gone, leaving ({first_line})", file=sys.stderr)
@@ -230,10 +223,6 @@ def _leave(codes: list[int]) -> None:
         os._exit(codes[0])
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _first_to_report(ranks: DistributedContext, text: str) -> bool:
     """Return whether no other rank has reported this text yet."""
     if not dist.is_initialized():
@@ -244,7 +233,7 @@ def _first_to_report(ranks: DistributedContext, text: str) -> bool:
         return True
 
 
-def report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice: str) -> None:
+def _report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice: str) -> None:
     """Print which ranks the others waited for in vain. All ranks but those call this, after their timeout."""
     store, missing = dist.distributed_c10d._get_default_store(), [0]  # rank 0 holds the store
 
@@ -268,6 +257,94 @@ def report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice:
         )
 
 
-def _peer_is_gone(error: RuntimeError) -> bool:
-    words = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")  # Gloo and the store
-    return any(word in str(error) for word in (*words, "ncclRemoteError", "remote process exited"))
+def wrap_model(
+    model: nn.Module, ranks: DistributedContext, device: torch.device, dtype: torch.dtype, fsdp: bool
+) -> nn.Module:
+    """Wrap a model with DDP, or shard it in place with fully_shard. A single rank gets the model itself.
+
+    With fully_shard each rank keeps a shard of weights, optimizer state and reduced gradients. Weights are gathered for
+    computation: those of attention and MLP modules in `dtype`, others in float32. Gradients are summed in float32.
+    """
+    if ranks.world == 1:
+        return model
+    if fsdp:
+        return _shard(model, ranks, device, dtype)
+    devices = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers; 2.11 does not know the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model.local_grad_sum = torch.zeros((), device=device)
+    model.register_comm_hook(model.local_grad_sum, _sum)
+    # After its first backward pass DDP rebuilds its buckets in the order of the gradients. Do that before any update:
+    # otherwise a resumed run sums its first gradients in another order, which changes the result from three ranks up.
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    model(ids, ids).backward()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def _shard(model: nn.Module, ranks: DistributedContext, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks.world,))
+    param_dtype = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        for module in (block.attn, block.mlp):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums, as with DDP
+            module.set_force_sum_reduction_for_comms(True)  # Gloo has no other reduction
+    return model
+
+
+def local_grad_sum(model: nn.Module) -> Tensor | float:
+    """Return the sum of this rank's gradients before their reduction, and reset it; 0 without DDP.
+
+    It is not finite if any of these gradients is not.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    total = model.local_grad_sum.clone()
+    model.local_grad_sum.zero_()
+    return total
+
+
+def _sum(local_grad_sum, bucket):  # DDP rejects annotations that are strings
+    """A communication hook that sums gradients over ranks, where DDP would average them.
+
+    Multiplying the losses by the number of ranks instead would make float16 overflow sooner: the scaler would then skip
+    more updates on more devices.
+    """
+    local_grad_sum += bucket.buffer().sum()
+    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return summed.then(lambda done: done.value()[0])
+
+
+def gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Return a context for forward and backward of a micro-batch: the last one sums the gradients over ranks."""
+    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, without importing that class, which takes 0.8 s."""
+    return hasattr(tensor, "device_mesh")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; every rank has to call it. Other tensors are returned unchanged."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """Shard a full tensor as `like` is sharded; return it unchanged if `like` is not."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

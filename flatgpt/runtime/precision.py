@@ -22,7 +22,7 @@ from flatgpt.runtime.device import note
 from flatgpt.runtime.files import write_output
 
 MIN_SECONDS = 0.1  # of measuring, both precisions together
-# Slow matmuls and a busy machine take longer: until each kind of step ran MIN_REPEATS times, or for MAX_SECONDS.
+# Slow matmuls and a busy machine take longer: until each step ran MIN_REPEATS times, or for MAX_SECONDS.
 MIN_REPEATS, MAX_SECONDS = 20, 1.0
 MIN_SPEEDUP = 1.05  # of bfloat16 over float32; below it the difference may be noise, and float32 is more accurate
 MAX_FLOPS = 2e9  # of the matmul that is timed: about 20 ms on one core
@@ -43,43 +43,38 @@ def has_bfloat16() -> bool:
 def faster_dtype(
     what: str,
     flops: float,
-    make: Callable[[torch.dtype], list[list[Callable]]],
+    make: Callable[[torch.dtype], list[Callable]],
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[str, str]:
     """Return the faster of float32 and bfloat16 for some work, and the measured speeds as text.
 
-    The two are timed in turn, and the shortest time of each kind of step counts, so that other work on the machine
-    does not affect the choice.
+    The two are timed in turn, and the shortest time of each step counts, so that other work on the machine does not
+    affect the choice.
 
     Args:
         what: the name of the work, for the text.
         flops: floating-point operations of all steps together.
-        make: returns the steps of the work in a dtype, in one list for each kind of step: those that take equally long.
+        make: returns the steps of the work in a dtype.
         clock: returns the current time in seconds.
     """
     if not has_bfloat16():
         return "float32", "this CPU has no bfloat16"
-    works = {name: make(getattr(torch, name)) for name in CHOICES}
-    for steps in itertools.chain(*works.values()):
-        steps[0]()  # warm-up: oneDNN creates a kernel for each shape
-    best = {name: [math.inf] * len(kinds) for name, kinds in works.items()}
-    fewest = min(map(len, itertools.chain(*works.values())))
-    order, spent, times = list(CHOICES), 0.0, 0
-    while spent < MIN_SECONDS or (times < MIN_REPEATS and spent < MAX_SECONDS):
+    steps = {name: make(getattr(torch, name)) for name in CHOICES}
+    for step in itertools.chain(*steps.values()):
+        step()  # warm-up: oneDNN creates a kernel for each shape
+    best = {name: [math.inf] * len(steps[name]) for name in CHOICES}
+    order, spent, rounds = list(CHOICES), 0.0, 0
+    while spent < MIN_SECONDS or (rounds < MIN_REPEATS and spent < MAX_SECONDS):
         for name in order:
-            for kind, steps in enumerate(works[name]):
-                for step in steps:
-                    began = clock()
-                    step()
-                    taken = clock() - began
-                    best[name][kind] = min(best[name][kind], taken)
-                    spent += taken
+            for i, step in enumerate(steps[name]):
+                began = clock()
+                step()
+                taken = clock() - began
+                best[name][i] = min(best[name][i], taken)
+                spent += taken
         order.reverse()
-        times += fewest
-    total = {
-        name: sum(len(steps) * seconds for steps, seconds in zip(works[name], best[name], strict=True))
-        for name in CHOICES
-    }
+        rounds += 1
+    total = {name: sum(best[name]) for name in CHOICES}
     chosen, other = CHOICES if total["float32"] < MIN_SPEEDUP * total["bfloat16"] else CHOICES[::-1]
     speed = {name: f"{float(f'{flops / seconds / 1e9:.3g}'):,g}" for name, seconds in total.items()}  # three digits
     return chosen, f"{what}: {speed[chosen]} GFLOP/s, {other} {speed[other]}"
@@ -90,9 +85,9 @@ def faster_training_dtype(config: TrainConfig) -> tuple[str, str]:
     C, hidden = config.n_embd, round(config.mlp_ratio * config.n_embd)
     tokens = max(1, min(config.batch_size * config.context_length, int(MAX_FLOPS / (2 * C * hidden))))
 
-    def matmul(dtype: torch.dtype) -> list[list[Callable]]:
+    def matmul(dtype: torch.dtype) -> list[Callable]:
         x, weight = torch.ones(tokens, C, dtype=dtype), torch.ones(hidden, C, dtype=dtype)
-        return [[lambda: F.linear(x, weight)]]
+        return [lambda: F.linear(x, weight)]
 
     return faster_dtype(f"matmul {tokens:,} x {C:,} x {hidden:,}", 2 * tokens * C * hidden, matmul)
 
@@ -112,9 +107,7 @@ def cached_choice(key: str, choose: Callable[[], tuple[str, str]]) -> tuple[str,
     if key in (cached := _read_cache()):
         return cached[key]
     choice = choose()
-    if key in (cached := _read_cache()):  # another process wrote it meanwhile: both use its choice
-        return cached[key]
-    content = {**cached, key: choice}
+    content = {**_read_cache(), key: choice}  # another process may have written meanwhile
     try:
         file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -28,10 +28,11 @@ from flatgpt.training.setup import TrainingRun
 def summary(run: TrainingRun) -> str:
     """Return the sizes and settings of a run, to be printed before its first update."""
     config, data = run.config, f"{run.dataset.notice or run.dataset.folder} ({run.dataset.meta['tokenizer']})"
+    ranks = f"; {run.ranks.world} ranks, {'fully_shard' if config.fsdp else 'DDP'}" if run.ranks.world > 1 else ""
     return "\n".join(
         [
             *size_lines(config, run.model, data, run.batches.windows),
-            f"machine  {run.device_settings.describe()}{run.ranks.describe(config.fsdp)}",
+            f"machine  {run.device_settings.describe()}{ranks}",
             f"folder   {config.out_dir}",
         ]
     )

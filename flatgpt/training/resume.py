@@ -24,8 +24,8 @@ from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
 from flatgpt.runs.history import follow
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
+from flatgpt.runtime.distributed import is_sharded, shard_like
 from flatgpt.runtime.files import atomic_write
-from flatgpt.runtime.parallel import is_sharded, shard_like
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun
 

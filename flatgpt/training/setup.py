@@ -22,8 +22,7 @@ from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import read_tokenizer
 from flatgpt.runtime import precision
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
-from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
-from flatgpt.runtime.parallel import wrap_model
+from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
 from flatgpt.training.nonfinite import NonfiniteGuard
 from flatgpt.training.optimizer import MuonAndAdamW, make_optimizer
 from model import GPT

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from processes import ROOT
@@ -36,43 +35,25 @@ def refusal(cls, words) -> str:
         (["--n_layer", "3"], "n_layer", 3),
         (["--n-layer", "3"], "n_layer", 3),
         (["--n_layer=3"], "n_layer", 3),
-        (["--n-layer=3"], "n_layer", 3),
         (["--n_layer", "2", "--n-layer", "3"], "n_layer", 3),
         (["--lr", "1"], "lr", 1.0),
-        (["--lr", "3e-4"], "lr", 3e-4),
-        (["--vocab_size", "65536"], "vocab_size", 65536),
-        (["--n_layer", "1"], "n_layer", 1),
         (["--dropout", "0.5", "--dropout", "0"], "dropout", 0.0),
-        (["--seed", str(2**63 - 1)], "seed", 2**63 - 1),
         (["--no-bias", "--bias"], "bias", True),
         (["--no-bias"], "bias", False),
-        (["--no_bias"], "bias", False),
         (["--bias=false"], "bias", False),
         (["--bias", "false"], "bias", False),
-        (["--bias", "--no-bias"], "bias", False),
         (["--no-tie-weights"], "tie_weights", False),
-        (["--head-bias", "true", "--no-tie_weights"], "head_bias", True),
-        (["--compile"], "compile", True),
         (["--no-compile"], "compile", False),
         (["--compile", "--compile", "auto"], "compile", None),
-        (["--compile", "--compile=auto"], "compile", None),
         (["--attn_bias", "--attn_bias=as bias"], "attn_bias", None),
-        (["--attn_bias", "--attn_bias", "none"], "attn_bias", None),
-        (["--stride", "5", "--stride", "none"], "stride", None),
         (["--stride", "5", "--stride", "context_length"], "stride", None),
         (["--sample_prompt=--x=y"], "sample_prompt", ("--x=y",)),
         (["--sample_prompt="], "sample_prompt", ("",)),
         (["--sample_prompt", "a", "b"], "sample_prompt", ("a", "b")),
         (["--eval_intervel", "7"], "eval_interval", 7),
-        (["--eval-intervel=7"], "eval_interval", 7),
         (["--save_chkpt_epoch", "7"], "save_interval", 7),
-        (["--eval_epochs", "7"], "eval_batches", 7),
-        (["--checkpoint_path", "x"], "out_dir", "x"),
-        (["--resume"], "resume", "latest"),
         (["--resume", "--n_layer", "3"], "resume", "latest"),
-        (["--resume", "auto"], "resume", "auto"),
         (["--resume", "out/a"], "resume", "out/a"),
-        (["--resume", "--load_checkpoint_path", "out/a"], "resume", "out/a"),
         (["--load_checkpoint_path", "out/a", "--resume"], "resume", "out/a"),
     ],
 )
@@ -86,23 +67,13 @@ def test_spellings(words, key, value):
 def test_positional_arguments_and_lists():
     found = parse(PrepareConfig, ["text", "--input", "a", "b", "--name", "n", "--input=c"])
     assert (found.source, found.input, found.name) == ("text", ("a", "b", "c"), "n")
-    assert parse(BenchConfig, ["train", "--timed_updates", "3"]).timed_updates == 3
     assert parse(BenchConfig, []).what == "train"
-
-
-@pytest.mark.parametrize(
-    ("words", "runs", "x"),
-    [
-        ([], (), "iter"),
-        (["a"], ("a",), "iter"),
-        (["a", "b", "--x", "time", "c"], ("a", "b", "c"), "time"),
-        (["--x=tokens", "a", "--svg", "b", "--watch"], ("a", "b"), "tokens"),
-    ],
-)
-def test_a_positional_list_takes_every_word_without_a_flag(words, runs, x):
-    found = parse(PlotConfig, words)
-    assert (found.runs, found.x) == (runs, x)
-    assert found.svg is ("--svg" in words)
+    found = parse(PlotConfig, ["a", "b", "--x", "time", "c"])
+    assert (found.runs, found.x, found.svg) == (("a", "b", "c"), "time", False)
+    assert parse(PlotConfig, ["--x=tokens", "a", "--svg", "b", "--watch"]).runs == ("a", "b")
+    found = parse(InferConfig, ["--stop", "a", "b c", "-", "--stop=--", "--stop", "\n"])
+    assert (found.stop, found.standard_input) == (("a", "b c", "--", "\n"), "-")
+    assert parse(InferConfig, ["--prompt", "-"]).prompt == "-"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,24 +85,14 @@ def test_a_positional_list_takes_every_word_without_a_flag(words, runs, x):
     [
         ("n_layer", '"2"', "a whole number"),
         ("n_layer", "2.0", "a whole number"),
-        ("n_layer", "true", "a whole number"),
-        ("n_layer", "[2]", "a whole number"),
         ("n_layer", "0", "at least 1"),
-        ("vocab_size", "65537", "at most 65536"),
         ("lr", '"1e-3"', "a number"),
-        ("lr", "true", "a number"),
-        ("lr", "0.0", "more than 0"),
-        ("lr", "nan", "a number"),
         ("lr", "inf", "a number"),
         ("lr", "1" + "0" * 400, "a number"),
-        ("dropout", "1", "less than 1"),
         ("bias", "1", "true or false"),
-        ("bias", '"true"', "true or false"),
         ("dataset", "3", "a text"),
         ("activation", '"gelu_tan"', "did you mean gelu_tanh?"),
         ("eval_intervel", "0", "at least 1"),
-        ("base", "3", "the name of a recipe"),
-        ("base", "0", "the name of a recipe"),
     ],
 )
 def test_wrong_value_in_a_recipe(tmp_path, key, value, allowed):
@@ -162,7 +123,7 @@ def test_right_value_in_a_recipe(tmp_path, text, key, value):
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("n_layers", "n_layer"), ("learning-rate", None), ("batchsize", "batch_size"), ("min-lrs", "min_lr")],
+    [("n_layers", "n_layer"), ("learning-rate", None), ("min-lrs", "min_lr")],
 )
 def test_unknown_key_offers_the_nearest(tmp_path, key, nearest):
     on_line = refusal(TrainConfig, [f"--{key}", "3"])
@@ -190,15 +151,11 @@ def test_recipe_serves_all_scripts(tmp_path):
     assert parse(TrainConfig, ["--config", path]).n_layer == 2
     assert parse(InferConfig, ["--config", path]).temperature == 0.5
     assert parse(EvalConfig, ["--config", path]).dataset == "d"
-    wrong = recipe(tmp_path, "temprature = 0.5\n", "wrong.toml")
+    wrong = recipe(tmp_path, 'temprature = 0.5\nconfig = "quickstart"\n', "wrong.toml")
     for cls in (TrainConfig, InferConfig, EvalConfig):
-        assert "temprature: no such key" in refusal(cls, ["--config", wrong])
-
-
-def test_recipe_with_a_config_key_is_refused(tmp_path):
-    answer = refusal(TrainConfig, ["--config", recipe(tmp_path, 'config = "quickstart"')])
-    assert "config" in answer
-    assert "did you mean config" not in answer
+        answer = refusal(cls, ["--config", wrong])
+        assert "temprature: no such key" in answer
+        assert "config: no such key" in answer
 
 
 @pytest.mark.parametrize("content", [b"n_layer = \n", b"n_layer = 1\nn_layer = 2\n", b"# caf\xe9\n"])
@@ -232,11 +189,10 @@ def test_base_of_a_base_in_configs(tmp_path):
     assert (found.n_layer, found.lr, found.min_lr) == (3, 0.5, 0.25)
 
 
-@pytest.mark.parametrize("chain", ["a", "ab", "abc"])
-def test_circular_base_is_refused(tmp_path, chain):
-    for one, after in zip(chain, chain[1:] + chain[0], strict=True):
-        recipe(tmp_path, f'base = "{after}"\n', f"{one}.toml")
-    assert "base leads back" in refusal(TrainConfig, ["--config", str(tmp_path / "a.toml")])
+def test_circular_base_is_refused(tmp_path):
+    path = recipe(tmp_path, 'base = "b"\n', "a.toml")
+    recipe(tmp_path, 'base = "a"\n', "b.toml")
+    assert "base leads back" in refusal(TrainConfig, ["--config", path])
 
 
 @pytest.mark.parametrize("words", ["--resume", "--overwrite", "--list", "--plan --gpus 8 --mfu 0.5"])
@@ -249,22 +205,17 @@ def test_missing_recipe_names_the_nearest(tmp_path):
         answer = refusal(TrainConfig, words)
         assert "quickstrat: no such file" in answer
         assert "did you mean quickstart?" in answer
-    assert "no such file" in refusal(TrainConfig, ["--config", str(tmp_path / "none.toml")])
     assert "no such file" in refusal(TrainConfig, ["--config", str(tmp_path)])
 
 
 def test_bare_name_is_a_file_in_configs(in_tmp):
     recipe(in_tmp, "n_layer = 7\n", "quickstart.toml")
     recipe(in_tmp, "n_layer = 9\n", "mine")
+    (in_tmp / "quickstart").mkdir()  # a run's folder, say
     assert parse(TrainConfig, ["--config", "quickstart"]).n_layer == TrainConfig().n_layer
     assert parse(TrainConfig, ["--config", "quickstart.toml"]).n_layer == 7
     assert parse(TrainConfig, ["--config", "./quickstart.toml"]).n_layer == 7
     assert parse(TrainConfig, ["--config", "mine"]).n_layer == 9
-
-
-def test_folder_of_that_name_does_not_hide_the_recipe(in_tmp):
-    (in_tmp / "quickstart").mkdir()  # a run's folder, say
-    assert parse(TrainConfig, ["--config", "quickstart"]).config == "quickstart"
 
 
 def test_recipes_returns_configs_and_errors(tmp_path, monkeypatch):
@@ -279,8 +230,6 @@ def test_recipes_returns_configs_and_errors(tmp_path, monkeypatch):
     assert (found["tuned"].n_layer, found["tuned"].init_from) == (2, "no/such/model")
     assert str(found["wrong"]).startswith("2 problems:\n  1. n_layer = 'two': a whole number is expected\n  2. n_lare")
     assert str(found["broken"]).startswith("not valid TOML: ")
-    monkeypatch.setattr(Path, "read_text", lambda *words, **keys: (_ for _ in ()).throw(PermissionError(13, "No")))
-    assert [str(why) for why in cli.recipes(TrainConfig, []).values()] == ["cannot be read: No"] * 4
 
 
 @pytest.mark.parametrize(
@@ -288,11 +237,8 @@ def test_recipes_returns_configs_and_errors(tmp_path, monkeypatch):
     [
         ("", "", [], TrainConfig().max_iters, None),
         ("", "", ["--epochs", "2"], None, 2.0),
-        ("", "epochs = 2", [], None, 2.0),
-        ("", "max_iters = 5", ["--epochs", "2"], None, 2.0),
         ("", "epochs = 2", ["--max_iters", "5"], 5, None),
         ("epochs = 2", "max_iters = 5", [], 5, None),
-        ("max_iters = 5", "epochs = 2", [], None, 2.0),
         ("max_iters = 5", "epochs = 2", ["--max_iters", "7"], 7, None),
         ("", 'max_iters = "none"\nepochs = 2', [], None, 2.0),
     ],
@@ -303,11 +249,9 @@ def test_later_of_epochs_and_max_iters_wins(tmp_path, base, mine, words, max_ite
     assert (found.max_iters, found.epochs) == (max_iters, epochs)
 
 
-@pytest.mark.parametrize("by_recipe", [True, False])
-def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path, by_recipe):
-    words = ["--epochs", "2", "--max_iters", "5"]
-    words = ["--config", recipe(tmp_path, "epochs = 2\nmax_iters = 5")] if by_recipe else words
-    assert "epochs and max_iters exclude each other" in refusal(TrainConfig, words)
+def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path):
+    for words in (["--epochs", "2", "--max_iters", "5"], ["--config", recipe(tmp_path, "epochs = 2\nmax_iters = 5")]):
+        assert "epochs and max_iters exclude each other" in refusal(TrainConfig, words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,20 +288,6 @@ def test_help_exits_0(monkeypatch, capsys, words):
     assert said.err == ""
 
 
-def test_command_line_mistake_exits_2_with_one_line(monkeypatch, capsys):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layers", "3"])
-    with pytest.raises(SystemExit) as end:
-        cli.from_command_line(TrainConfig, "usage")
-    assert end.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: --n_layers: no such key")
-    assert said.err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer", "3"])
-    assert cli.from_command_line(TrainConfig, "usage").n_layer == 3
-
-
 @pytest.mark.parametrize(
     ("rank", "every_rank", "error", "code", "said"),
     [
@@ -384,12 +314,6 @@ def test_run_script_ends_with_an_exit_code(monkeypatch, capsys, rank, every_rank
     assert end.value.code == code
     assert capsys.readouterr() == ("", said)
     assert bool(waited) is (code == 2 and not said)  # so that the reporting rank exits first
-
-
-def test_standard_input_does_not_join_a_list():
-    config = cli.parse(InferConfig, ["--stop", "a", "b", "-"])
-    assert (config.stop, config.standard_input) == (("a", "b"), "-")
-    assert cli.parse(InferConfig, ["--prompt", "-"]).prompt == "-"
 
 
 def test_run_script_returns_the_result_and_raises_bugs():
@@ -427,5 +351,4 @@ def test_terminal_that_is_not_utf8(monkeypatch):
 
 def test_bytes_that_are_not_text_are_refused():
     """Python reads them as lone surrogates, with which config.toml could not be written hours later."""
-    with pytest.raises(UserError, match=r"out_dir = 'x\\udcff' is no text here: set LC_ALL=C.UTF-8"):
-        cli.parse(TrainConfig, ["--out_dir", "x\udcff"])
+    assert "'x\\udcff' is no text here: set LC_ALL=C.UTF-8" in refusal(TrainConfig, ["--out_dir", "x\udcff"])

@@ -14,6 +14,7 @@ import pytest
 import tiktoken
 import torch
 import transformers
+from dataset_files import nanogpt
 from gpt2_reference import random_gpt2
 from in_process import TEXT, make_dataset, train_here
 from processes import ROOT
@@ -23,6 +24,7 @@ import eval as script
 from config import EvalConfig, PrepareConfig, UserError
 from flatgpt.cli import cli as command_line
 from flatgpt.data import tokenizer
+from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.evaluation import metrics
 from flatgpt.interop import loading
@@ -175,13 +177,17 @@ def test_the_dataset_of_the_run_may_have_moved(tmp_path, monkeypatch):
     assert "dataset data/tiny is not there" in refusal()
 
 
-def test_a_file_of_ids(capsys):
+def test_files_of_ids(capsys, tmp_path):
+    """Of a dataset of another program, too."""
     text = "If 3 green bottles 🎈".encode()
     got = report("--test_data_path", write_ids("bare.bin", [*text, EOT, *text]))
     assert (got["tokens"], got["bytes"]) == (2 * len(text), 2 * len(text) - 1)
     assert "the model's tokenizer, byte" in capsys.readouterr().err
     assert report("--test_data_path", "data/tiny/val_000000.bin")["loss"] == report()["loss"]
     assert "taken as" not in capsys.readouterr().err
+    folder = nanogpt(tmp_path / "owt", train=range(99), val=range(50))
+    assert report("--dataset", "owt", "--data_dir", tmp_path, model="gpt2_tiny")["tokens"] == 49
+    assert open_dataset(folder).notice in capsys.readouterr().err
 
 
 MIXED = "one\r\ntwo\n\n three 🎈 <|endoftext|> \t naïve\r東京 \ufeff isn't \n"
@@ -189,7 +195,7 @@ MIXED = "one\r\ntwo\n\n three 🎈 <|endoftext|> \t naïve\r東京 \ufeff isn't 
 
 @pytest.mark.parametrize("encoding", ["byte", "gpt2"])
 def test_text_equals_the_same_text_prepared(encoding, tmp_path, monkeypatch):
-    """A file given to --text and to prepare_data.py, also if it is encoded in chunks; and a pipe."""
+    """A file given to --text and to prepare_data.py, also if it is encoded in chunks; and standard input."""
     monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 100)
     model, file = {"byte": RUN, "gpt2": "gpt2_tiny"}[encoding], write(tmp_path / "mixed.txt", BOM + MIXED.encode() * 5)
     settings = {"tokenizer": encoding, "data_dir": str(tmp_path), "name": "same", "splits": ("val",)}
@@ -203,11 +209,12 @@ def test_text_equals_the_same_text_prepared(encoding, tmp_path, monkeypatch):
     read, wrote = os.pipe()
     os.write(wrote, BOM + MIXED.encode() * 5)
     os.close(wrote)
-    pipe = f"/dev/fd/{read}"
-    assert report("--text", pipe, model=model) == one | {"text": pipe}
-    for key in ("text", "choices"):
-        assert "a pipe is read once" in refusal(f"--{key}", pipe, model=[RUN, RUN])
-    os.close(read)
+    standard_input = os.dup(0)
+    os.dup2(read, 0)
+    assert report("--text", "-", model=model) == one | {"text": "/dev/stdin"}
+    for key, path in (("text", "-"), ("choices", "/dev/stdin")):
+        assert "a pipe is read once" in refusal(f"--{key}", path, model=[RUN, RUN])
+    os.dup2(standard_input, 0)
 
 
 def test_figures_that_json_cannot_write(tmp_path, capsys):
@@ -234,6 +241,7 @@ def test_figures_that_json_cannot_write(tmp_path, capsys):
             (f"--choices c.jsonl --{words}", f"{words.split()[0]} is for text")
             for words in ("protocol rolling", "generate 2", "format smol", "plot x.png", "eval_batches 2")
         ),
+        ("--protocol stride --stride 33", "stride = 33: a window has 32 tokens"),
         ("--context_length 33", f"context_length = 33: {NAME} was trained with 32; take at most that"),
         ("--config sampled.toml", "sampled.toml: sampled: was removed"),
         ("--split test", "no split test; it has train, val"),

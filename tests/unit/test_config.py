@@ -47,31 +47,23 @@ def test_defaults_obey_their_own_limits(cls):
             assert value <= meta.get("high", value), field.name
             assert "above" not in meta or value > meta["above"], field.name
             assert "below" not in meta or value < meta["below"], field.name
-    if cls is not PrepareConfig:  # its source has no default
-        assert cls().problems() == []
-
-
-@pytest.mark.parametrize("cls", cli.SCRIPT_CONFIGS)
-def test_names_and_aliases_are_unique(cls):
     names = [n for f in dataclasses.fields(cls) for n in (f.name, *f.metadata.get("alias", ()))]
     assert len(names) == len(set(names))
+    if cls is not PrepareConfig:  # its source has no default
+        assert cls().problems() == []
 
 
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
-        (TrainConfig, "--n_embd 12 --n_head 3 --position rope"),
         (TrainConfig, "--n_embd 12 --n_head 4"),  # an odd head size is only rope's problem
         (TrainConfig, "--head_bias --no-tie_weights"),
         (TrainConfig, "--lr 1e-4 --schedule constant"),
-        (TrainConfig, "--lr 1e-4 --min_lr 1e-4"),
         (PrepareConfig, "text --input a.txt b.txt --val_fraction 0.2 --name mine.v2"),
         (EvalConfig, "--test_data_path x.bin"),
         (InferConfig, "--greedy --temperature 0"),
         (InferConfig, "--greedy --repetition_penalty 1.2 --top_p 1"),
-        (InferConfig, "--temperature 0.1 --top_k 5 --top_p 0.9 --min_p 0.1"),
         (InferConfig, "--quantize int8 --dtype bfloat16"),
-        (InferConfig, "--quantize int8 --dtype float16"),
         (InferConfig, "--dtype float32 --quantize none"),
         (InferConfig, "- --json -"),
     ],
@@ -80,17 +72,9 @@ def test_fields_that_fit_are_allowed(cls, words):
     parse(cls, words.split())
 
 
-@pytest.mark.parametrize(
-    ("words", "temperature"),
-    [("", 0.8), ("--temperature 0.3", 0.3), ("--temperature 0", 0), ("--greedy", 0), ("--greedy --no-greedy", 0.8)],
-)
+@pytest.mark.parametrize(("words", "temperature"), [("", 0.8), ("--temperature 0.3", 0.3), ("--greedy", 0)])
 def test_effective_temperature(words, temperature):
     assert parse(InferConfig, words.split()).effective_temperature == temperature
-
-
-def test_stop_strings_add_up():
-    assert parse(InferConfig, ["--stop", "a", "b c", "--stop=--", "--stop", "\n"]).stop == ("a", "b c", "--", "\n")
-    assert InferConfig().stop == ()
 
 
 def test_model_is_the_shape_of_a_config():

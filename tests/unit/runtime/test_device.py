@@ -39,7 +39,6 @@ def hardware(monkeypatch):
 @pytest.mark.parametrize(
     ("there", "device", "dtype", "compiles", "why"),
     [
-        ({"cuda": (9, 0)}, "cuda", torch.bfloat16, True, "capability 9.0 has it"),
         ({"cuda": (8, 0)}, "cuda", torch.bfloat16, True, "capability 8.0 has it"),
         ({"cuda": (7, 5)}, "cuda", torch.float16, True, "capability 7.5 has no bfloat16 units"),
         ({"mps": True}, "mps", torch.float32, False, "no fast bfloat16"),
@@ -54,35 +53,25 @@ def test_auto(hardware, there, device, dtype, compiles, why):
     assert found.why["compile"]
 
 
-def test_explicit_settings_need_no_reasons(hardware):
+def test_settings_are_described_with_the_reasons_of_auto(hardware, capsys):
     hardware(cuda=(9, 0))
     found = select_device("cpu", "float32", True)
     assert (found.device, found.dtype, found.compile, found.why) == (torch.device("cpu"), torch.float32, True, {})
     assert re.fullmatch(r"cpu \((1 thread|\d+ threads)\), float32, compiled", found.describe())
-    assert select_device("cpu", "bfloat16").dtype == torch.bfloat16
     chosen = select_device("cpu", "bfloat16", None, why={"dtype": "it is faster"})
-    assert chosen.why["dtype"] == "it is faster"
-    assert chosen.describe().endswith(f"bfloat16 ({chosen.why['dtype']}), eager ({chosen.why['compile']})")
-
-
-@pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_float16_on_a_cpu_comes_with_a_note(hardware, device, capsys):
-    hardware()
-    assert select_device(device, "float16").dtype == torch.float16
+    assert chosen.describe().endswith(f"bfloat16 (it is faster), eager ({chosen.why['compile']})")
+    assert capsys.readouterr().err == ""
+    select_device("cpu", "float16")
     assert "slow on a CPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("world", "device", "torch_version", "message"),
     [
-        ("1", "cuda", None, r"^device = cuda: .*take --device cpu$"),
         ("1", "mps", None, r"^device = mps: .*take --device cpu$"),
         ("2", "cpu", None, r"^WORLD_SIZE = 2: .* without torchrun$"),
-        # CVE-2025-32434 and CVE-2026-24747: nothing may be read with these
-        ("1", "cpu", "2.5.1+cu124", r"^torch 2.5.1 can be made to run code by a file .* CVE-2026"),
-        ("1", "cpu", "2.9.1+cpu", r"^torch 2.9.1 can be made to run code"),
+        ("1", "cpu", "2.9.1+cpu", r"^torch 2.9.1 can be made to run code by a file .* CVE-2026"),
         ("1", "cpu", "2.10.0", None),
-        ("1", "cpu", "3.0", None),
     ],
 )
 def test_what_cannot_be_used_is_refused(hardware, monkeypatch, world, device, torch_version, message):
@@ -140,22 +129,17 @@ def test_freed_memory_is_kept_for_later_tensors():
     assert resident() > there - size / 2
 
 
-def draws(*key: int) -> list[float]:
-    reseed(*key)
-    return torch.rand(4).tolist()
-
-
 def test_random_numbers_are_a_function_of_the_key():
     """(seed, update, micro-batch): no two keys share their draws, and what was drawn before does not count."""
-    keys = [(1, 2, 3), (1, 3, 2), (12, 3, 0), (1, 23, 0), (1, 2, 30), (1337, 0, 0), (1337, 0, 1), (2**63 - 1, 10**6, 7)]
-    first = [draws(*key) for key in keys]
-    torch.rand(7)
-    assert [draws(*key) for key in reversed(keys)] == first[::-1]
-    assert len({tuple(d) for d in first}) == len(keys)
-    mask = torch.nn.functional.dropout(torch.ones(64), 0.5)
-    reseed(*keys[0])
-    torch.rand(4)
-    assert torch.equal(torch.nn.functional.dropout(torch.ones(64), 0.5), mask)
+    keys = [(1, 2, 3), (1, 3, 2), (12, 3, 0), (1, 23, 0), (1337, 0, 0), (2**63 - 1, 10**6, 7)]
+
+    def draws(key: tuple) -> tuple:
+        reseed(*key)
+        return tuple(torch.rand(4).tolist())
+
+    first = [draws(key) for key in keys]
+    assert [draws(key) for key in reversed(keys)] == first[::-1]
+    assert len(set(first)) == len(keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,8 +150,16 @@ def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.randint(50, (2, 4, 16), generator=torch.Generator().manual_seed(0)).to(device))
 
 
-def losses(device: str, dtype: str) -> dict[str, list]:
-    """Loss and gradients of one batch, eager and compiled; the latter twice, as the first call compiles."""
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        pytest.param("cpu", "float32", 1e-4, marks=pytest.mark.slow),
+        pytest.param("cuda", "float32", 1e-4, marks=pytest.mark.gpu),
+        pytest.param("cuda", "bfloat16", 2e-2, marks=pytest.mark.gpu),
+    ],
+)
+def test_compiled_loss_and_gradients_equal_eager_ones(device, dtype, tolerance):
+    """The compiled ones are compared twice, as the first call compiles."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
@@ -182,15 +174,8 @@ def losses(device: str, dtype: str) -> dict[str, list]:
         answers[name] = [loss.detach(), *(p.grad.clone() for p in model.parameters())]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # it was compiled, once and in one piece
     assert list(model.state_dict()) == names  # the raw module is not touched
-    return answers
-
-
-@pytest.mark.slow
-def test_compiled_loss_and_gradients_equal_eager_ones(capsys):
-    answers = losses("cpu", "float32")
     for name in ("first", "second"):
-        torch.testing.assert_close(answers[name], answers["eager"], rtol=1e-4, atol=1e-5)
-    assert capsys.readouterr().err == ""
+        torch.testing.assert_close(answers[name], answers["eager"], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
@@ -223,15 +208,6 @@ def test_auto_on_this_gpu():
     bf16 = torch.cuda.get_device_capability()[0] >= 8
     assert found.dtype == (torch.bfloat16 if bf16 else torch.float16)
     assert found.name == torch.cuda.get_device_properties(0).name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_equals_eager_on_the_gpu(dtype):
-    tolerance = 1e-4 if dtype == "float32" else 2e-2
-    answers = losses("cuda", dtype)
-    for name in ("first", "second"):
-        torch.testing.assert_close(answers[name], answers["eager"], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -1,18 +1,31 @@
 """distributed.py in one process: how an update is divided, and what torchrun's environment must be."""
 
+import re
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
 
-from config import ReportedByOtherRank, TrainConfig, UserError
+from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError
 from flatgpt.runtime.device import find_device
-from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, equal_pair, join_process_group
+from flatgpt.runtime.distributed import (
+    SINGLE_PROCESS,
+    DistributedContext,
+    full_tensor,
+    gradients,
+    is_sharded,
+    join_process_group,
+    local_grad_sum,
+    require_equal_shares,
+    shard_like,
+    wrap_model,
+)
+from model import GPT
 
-WORLD = st.integers(1, 9)
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -30,33 +43,22 @@ def set_ranks(monkeypatch):
     return change
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "steps", "world", "pair"),
-    [
-        (16, 1, 2, (8, 2)),
-        (12, 40, 8, (12, 40)),
-        (4, 3, 2, (3, 4)),  # not (6, 2): a device may have no memory for a larger batch than was asked for
-        (3, 1, 2, (2, 2)),  # 3 sequences become 4
-        (1, 1, 8, (1, 8)),
-    ],
-)
-def test_equal_pair_examples(batch_size, steps, world, pair):
-    assert equal_pair(batch_size, steps, world) == pair
-
-
-@given(st.integers(1, 70), st.integers(1, 70), WORLD)
-def test_equal_pair_is_the_same_update_if_there_is_one(batch_size, steps, world):
-    total, (small, many) = batch_size * steps, equal_pair(batch_size, steps, world)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(2, 9))
+def test_advice_is_the_same_update_if_there_is_one(batch_size, steps, world):
+    """It has the largest batch that is not larger than the user's, as a device may have no memory for more."""
+    assume(steps % world)
+    with pytest.raises(UserError) as refused:
+        require_equal_shares(TrainConfig(batch_size=batch_size, grad_accum_steps=steps), world)
+    small, many = map(int, re.search(r"--batch_size (\d+) --grad_accum_steps (\d+) ", str(refused.value)).groups())
+    total = batch_size * steps
     assert many % world == 0
     assert small <= batch_size
     assert small * many == next(n for n in range(total, total + world) if n % world == 0)
-    larger = range(small + 1, batch_size + 1)
-    assert not [b for b in larger if small * many % (b * world) == 0], "the largest batch is taken"
-    if steps % world == 0:
-        assert (small, many) == (batch_size, steps)
+    assert not [b for b in range(small + 1, batch_size + 1) if small * many % (b * world) == 0]
+    assert ("the same updates" in str(refused.value)) == (small * many == total)
 
 
-@given(st.integers(1, 70), WORLD)
+@given(st.integers(1, 70), st.integers(1, 9))
 def test_each_micro_batch_belongs_to_one_rank(steps, world):
     shares = [DistributedContext(rank, world).micro_batches(steps) for rank in range(world)]
     assert sorted(n for share in shares for n in share) == list(range(steps))
@@ -66,17 +68,10 @@ def test_each_micro_batch_belongs_to_one_rank(steps, world):
 @pytest.mark.parametrize(
     ("values", "batch_size", "steps", "message"),
     [
-        (
-            (0, 0, 2, 2),
-            16,
-            1,
-            r"steps = 1 .* all devices .* by 2: take --batch_size 8 --grad_accum_steps 2 \(the same",
-        ),
-        ((0, 0, 2, 2), 3, 1, r"by 2: take --batch_size 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
+        ((0, 0, 2, 2), 3, 1, r"= 1 .* all devices .* by 2: take .* 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
         ((0, 0, 4, 4), 4, 6, r"by 4: take --batch_size 3 --grad_accum_steps 8 \(the same updates\)"),
         ((None, None, 2, None), 4, 2, "WORLD_SIZE = 2, .* do not fit"),  # some clusters set WORLD_SIZE alone
         (("x", 0, 2, 1), 4, 2, "WORLD_SIZE = 2, .* do not fit"),
-        ((0, 0, 2, 0), 4, 2, "WORLD_SIZE = 2, .* do not fit"),
         ((2, 0, 2, 1), 4, 2, "WORLD_SIZE = 2, .* do not fit"),
     ],
 )
@@ -115,3 +110,83 @@ def test_a_single_process_makes_no_process_group(set_ranks, values):
         assert ranks.run_on_rank0(lambda: 5) == 5
         ranks.require_equal({"dataset": "hash"})
         ranks.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one model on several ranks; with several processes: process/test_ranks.py
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_summed_in_the_last_micro_batch_only(group):
+    """With fully_shard the flag is persistent: it has to be set again for the last one."""
+    model, seen = DistributedDataParallel(torch.nn.Linear(2, 2)), []
+    sharded = torch.nn.Linear(2, 2)
+    sharded.set_requires_gradient_sync = seen.append
+    for last in (False, True):
+        with gradients(model, last):
+            assert model.require_backward_grad_sync == last
+        with gradients(sharded, last):
+            assert seen.pop() is last
+
+
+def test_other_tensors_are_unchanged():
+    tensor = torch.ones(3)
+    assert full_tensor(tensor) is tensor
+    assert shard_like(tensor, like=torch.zeros(3)) is tensor
+
+
+def test_sharded_tensors_are_gathered_and_sharded_again(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    full = torch.arange(6.0).reshape(3, 2)
+    part = distribute_tensor(full, init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert is_sharded(part)
+    assert type(full_tensor(part)) is torch.Tensor
+    assert torch.equal(full_tensor(part), full)
+    again = shard_like(full + 1, like=part)
+    assert isinstance(again, DTensor)
+    assert again.placements == part.placements
+    assert torch.equal(again.to_local(), full + 1)
+
+
+def test_local_grad_sum_shows_nonfinite_gradients(group):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, context_length=4, vocab_size=9))
+    assert local_grad_sum(model) == 0.0
+    ddp = wrap_model(model, DistributedContext(world=2), torch.device("cpu"), torch.float32, fsdp=False)
+    assert all(p.grad is None for p in model.parameters()), "those of the pass that settles the buckets are removed"
+    idx = torch.arange(4)[None]
+    local_grad_sum(ddp)
+    for weight, finite in ((1.0, True), (float("nan"), False), (1.0, True)):
+        (weight * ddp(idx, idx)).backward()
+        assert local_grad_sum(ddp).isfinite() == finite
+        model.zero_grad()
+
+
+def test_ddp_buckets_keep_one_order(group, monkeypatch):
+    """Otherwise DDP sums the first gradients after a resume in another order than those of an uninterrupted run."""
+    seen = []
+    real = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer, **more: seen.append(buffer.clone()) or real(buffer, **more))
+    torch.manual_seed(0)
+    config = ModelConfig(n_layer=3, n_head=2, n_embd=192, context_length=8, vocab_size=300)  # several buckets
+    model = wrap_model(GPT(config), DistributedContext(world=2), torch.device("cpu"), torch.float32, fsdp=False)
+    idx = torch.arange(8)[None]
+    passes = []
+    for _ in range(3):
+        seen.clear()
+        model(idx, idx).backward()
+        passes.append(list(seen))
+        model.zero_grad()
+    assert len(passes[0]) > 1
+    for later in passes[1:]:
+        assert [len(bucket) for bucket in later] == [len(bucket) for bucket in passes[0]]
+        assert all(torch.equal(a, b) for a, b in zip(passes[0], later, strict=True))
