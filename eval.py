@@ -149,7 +149,7 @@ def open_tokens(
     if config.text:
         name, encode, ids = config.text, load_encoder(encoding), bytearray()
         chunks = text_chunks(Path(config.text))
-        for chunk, _ in tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS):  # the same ids as prepare_data.py's
+        for chunk in tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS):  # the same ids as prepare_data.py's
             ids += tokenizer.to_uint16(encode([chunk], [False]), encoding.n_vocab).tobytes()
         tokens = np.frombuffer(ids, "<u2")
     elif config.test_data_path:

@@ -38,7 +38,7 @@ WITHOUT_TORCH = ("config", "prepare_data", "flatgpt.cli.cli", "flatgpt.runtime.f
 # Packages that are not in requirements.txt, and which modules use them where they are installed.
 OPTIONAL = {
     "app": {"gradio"},
-    "bench": {"pytest"},  # bench.py tests runs it
+    "flatgpt.benchmarks.suites": {"pytest"},  # bench.py tests runs it
     "flatgpt.benchmarks.data": {"datasets"},
     "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
     "flatgpt.data.encode": {"gigatoken"},

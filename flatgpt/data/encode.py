@@ -15,7 +15,7 @@ import tiktoken
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.readers import Chunk
-from flatgpt.data.tokenizer import SAME_PATTERN, split_text, to_uint16
+from flatgpt.data.tokenizer import GPT2_PATTERN_ENCODINGS, split_text, to_uint16
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18  # characters of short documents that are encoded in one call
@@ -35,10 +35,10 @@ def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[
     """
     parts, texts, ends = [], [], []
     batch_chars = documents = text_bytes = 0
-    splits = encoding.name in SAME_PATTERN  # only GPT-2's pattern is known to keep all ids where split_text splits
+    can_split = encoding.name in GPT2_PATTERN_ENCODINGS  # of others it is not known that split_text changes no id
     for n, chunk in enumerate(chunks, 1):
-        max_chars = tokenizer.MAX_ENCODE_CHARS if splits else len(chunk.text)
-        pieces = [text for text, _ in split_text([chunk.text], max_chars)]
+        max_chars = tokenizer.MAX_ENCODE_CHARS if can_split else len(chunk.text)
+        pieces = list(split_text([chunk.text], max_chars))
         texts += pieces
         ends += [False] * (len(pieces) - 1) + [end_of_text and chunk.documents > 0]
         batch_chars += len(chunk.text)

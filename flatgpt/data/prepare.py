@@ -96,7 +96,8 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         for split, entry in entries.items():
             if entry["tokens"] < 2:
                 remove_unfinished(folder)
-                folder.rmdir()
+                with suppress(OSError):  # it held something else
+                    folder.rmdir()
                 why = f"the {split} split of {folder.name} would have {entry['tokens']} tokens, and scoring needs 2"
                 raise UserError(f"too little text: {why}; give more, or another --val_fraction, --test_fraction")
         meta = {key: value for key, value in settings.items() if value is not None}

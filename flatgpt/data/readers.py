@@ -153,7 +153,7 @@ def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) ->
     """Yield one document, which comes in blocks, in chunks of at most `length` characters; nothing if it is empty."""
     last = None
     # A long run is split at multiples of MAX_ENCODE_CHARS, where the worker would split it.
-    for text, _ in split_text(blocks, length):
+    for text in split_text(blocks, length):
         if last:
             yield Chunk(last, 0)
         last = text

@@ -19,7 +19,7 @@ import tiktoken.registry
 from config import UserError
 
 MAX_ENCODE_CHARS = 1_000_000  # characters encoded at once; a longer run without a break is cut
-SAME_PATTERN = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
+GPT2_PATTERN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
 # GPT-2's pattern never looks back, and a match ends wherever white space follows another character: a text can be split
 # there without changing an id. This matches up to the last such place.
 _LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
@@ -100,12 +100,10 @@ def ranks_hash(encoding: tiktoken.Encoding) -> str:
     return digest.hexdigest()
 
 
-def split_text(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]:
+def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:
     """Split the text of the blocks into chunks of at most `length` characters that encode to the ids of the whole.
 
-    Yields:
-        chunk, forced_split: True where more than `length` characters have no break, so that the chunk ends within a
-        word and the ids around the split may differ from those of the whole.
+    Where more characters than that have no break, a chunk ends within a word, and the ids around its end may differ.
     """
     rest = ""
     for block in blocks:
@@ -113,11 +111,11 @@ def split_text(blocks: Iterable[str], length: int) -> Iterator[tuple[str, bool]]
         while len(text) - start > length:
             found = _LAST_BREAK.match(text, start, start + length + 1)
             stop = found.end() if found else start + length
-            yield text[start:stop], not found
+            yield text[start:stop]
             start = stop
         rest = text[start:]
     if rest:
-        yield rest, False
+        yield rest
 
 
 def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:

@@ -62,12 +62,14 @@ def local_pool(workers: int) -> Iterator[Callable]:
     # spawn: this process has threads (of pyarrow, of downloads), and a fork would copy their locks
     context = multiprocessing.get_context("spawn")
     processes, idle = [], queue.SimpleQueue()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: the others start without it
     for _ in range(workers):
         connection, other_end = context.Pipe()
         processes.append(context.Process(target=_answer, args=(other_end,), daemon=True))
         processes[-1].start()
         other_end.close()
         idle.put(connection)
+    signal.signal(signal.SIGINT, handler)
 
     def call(function, task):
         connection = idle.get()
@@ -93,7 +95,6 @@ def local_pool(workers: int) -> Iterator[Callable]:
 
 def _answer(connection: Connection) -> None:
     """Do the tasks that come through the connection, until the process at its other end closes it or is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     with suppress(EOFError, OSError):
         while True:
             function, task = connection.recv()

@@ -18,7 +18,7 @@ from pathlib import Path
 import tiktoken
 
 from config import UserError
-from flatgpt.data.tokenizer import SAME_PATTERN, load
+from flatgpt.data.tokenizer import GPT2_PATTERN_ENCODINGS, load
 
 END = "<|endoftext|>"
 # GPT-2's printable characters for the 256 bytes (bytes_to_unicode in OpenAI's encoder.py): a byte that is printable in
@@ -40,16 +40,16 @@ def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[st
     the class of every code point. llama.cpp's converter accepts only GPT-2's vocabulary.
 
     Args:
-        encoding: GPT-2's, one with the same pattern (tokenizer.SAME_PATTERN), or `byte`.
+        encoding: GPT-2's, one with the same pattern (tokenizer.GPT2_PATTERN_ENCODINGS), or `byte`.
         context_length: written as model_max_length, in tokens.
 
     Raises:
         UserError: an encoding with another pattern, which GPT2Tokenizer cannot express.
     """
-    if encoding.name not in (*SAME_PATTERN, "byte"):
+    if encoding.name not in (*GPT2_PATTERN_ENCODINGS, "byte"):
         raise UserError(
             f"tokenizer {encoding.name}: it splits text by another pattern than GPT-2's, which Hugging Face's GPT-2 "
-            f"tokenizer cannot express; one of {', '.join((*SAME_PATTERN, 'byte'))} can be exported"
+            f"tokenizer cannot express; one of {', '.join((*GPT2_PATTERN_ENCODINGS, 'byte'))} can be exported"
         )
     vocab, merges = _vocab(encoding), _merges(encoding)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -108,7 +108,7 @@ def test_input_files(in_tmp, inputs, found):
             ["val split", "0 tokens", "--val_f"],
         ),
         ({"a": "a"}, ["a.txt"], {}, ["too little text", "train split"]),
-        ({"a": "caf"}, ["a.txt", "latin1.txt"], {}, ["latin1.txt line 2: byte 0xe9 is not UTF-8"]),
+        ({"a": "caf"}, ["a.txt", "odd.latin1"], {}, ["odd.latin1 line 2: byte 0xe9 is not UTF-8"]),
         (
             {"a": TEXT},
             ["a.txt"],
@@ -121,7 +121,7 @@ def test_input_files(in_tmp, inputs, found):
 def test_refused_input(in_tmp, named, inputs, keys, parts):
     """An error line, and no dataset."""
     files(in_tmp, **named)
-    (in_tmp / "latin1").with_suffix(".txt").write_bytes(b"one\ncaf\xe9") if "latin1.txt" in inputs else None
+    (in_tmp / "odd.latin1").write_bytes(b"one\ncaf\xe9")
     answer = refusal(*inputs, **keys)
     assert [part for part in parts if part not in answer] == []
     assert "\n" not in answer
