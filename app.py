@@ -97,7 +97,10 @@ def main(config: AppConfig) -> None:
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
     print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)  # waits for a text in progress: torch aborts a process that ends meanwhile
 
 
 def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig], Writer], str]:

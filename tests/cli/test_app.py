@@ -176,10 +176,14 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
+    def begin(self, **changes) -> str:
+        """Call the page's function. Returns the route of its events."""
+        _, started = self.get("/gradio_api/call/write", {"data": list(values(**changes).values())})
+        return f"/gradio_api/call/write/{json.loads(started)['event_id']}"
+
     def write(self, **changes) -> str:
         """Call the page's function. Returns all events that the server sends."""
-        _, started = self.get("/gradio_api/call/write", {"data": list(values(**changes).values())})
-        return self.get(f"/gradio_api/call/write/{json.loads(started)['event_id']}")[1]
+        return self.get(self.begin(**changes))[1]
 
 
 @contextlib.contextmanager
@@ -202,6 +206,8 @@ def server(tiny_home):
     words = ("--max_new_tokens", 20_000, "--token_limit", 20_000, "--ignore_eot", "--device", "cpu")
     with serving(tiny_home, *words) as server:
         yield server
+        events = urllib.request.urlopen(server.url + server.begin(max_new_tokens=20_000), timeout=90)
+        assert events.readline() == b"event: generating\n"  # Ctrl-C comes while a text is written
 
 
 @pytest.mark.extra("gradio")
