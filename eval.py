@@ -9,7 +9,7 @@ python eval.py --model_path gpt2 --choices hellaswag_val.jsonl
 torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
-from config import EvalConfig, SamplingConfig, UserError, model_paths
+from config import EvalConfig, UserError, model_paths
 from flatgpt.cli.cli import from_command_line, run_script
 
 if __name__ == "__main__":
@@ -38,13 +38,6 @@ from flatgpt.runtime.device import DeviceSettings, find_device, note, select_dev
 from flatgpt.runtime.distributed import DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
-
-PROTOCOLS = {
-    "window": "windows that do not overlap; every token but the first is scored once",
-    "stride": "overlapping windows, each scores the tokens that no earlier one has; all but the first, once",
-    "rolling": "as lm-evaluation-harness: every token once, the first after end-of-text",
-    "choices": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
-}
 
 
 def main(config: EvalConfig) -> None:
@@ -78,7 +71,7 @@ def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedCon
     model, encoding = loading.load(source, settings.device, config.context_length)
     prepack(model, settings.dtype)  # on a CPU the evaluation takes half the time
     if config.choices:
-        found = {"text": config.choices, "protocol": "choices", "protocol_means": PROTOCOLS["choices"]}
+        found = {"text": config.choices, "protocol": "choices", "protocol_means": report.PROTOCOLS["choices"]}
         found |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
     else:
         found = evaluate_text(config, settings, ranks, source, model, encoding)
@@ -111,7 +104,7 @@ def evaluate_text(
     counts = count_text(tokens, int(sums["targets"].sum()) + (not rolling), encoding)
     if not rolling:  # the first token is not scored; its word counts, so that words do not depend on the protocol
         counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
-    means = PROTOCOLS[config.protocol]
+    means = report.PROTOCOLS[config.protocol]
     means += ", which the model's data never had" if rolling and not source.end_of_text else ""
     means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
     found = {"text": name, "protocol": config.protocol, "protocol_means": means, "batch_size": batch_size}
@@ -124,17 +117,9 @@ def evaluate_text(
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
         written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, ranks=ranks)
         found |= continuations.score_continuations(encoding, prompts, written)
-        found["prompts_mean"] = f"{length} tokens after {config.prompt_tokens}, {describe_sampling(config)}"
+        sampling = continuations.describe_sampling(config)
+        found["prompts_mean"] = f"{length} tokens after {config.prompt_tokens}, {sampling}"
     return found
-
-
-def describe_sampling(config: SamplingConfig) -> str:
-    """Return temperature and seed, and the other settings of sampling that are not the default."""
-    found = {"temperature": f"{config.effective_temperature:g}", "seed": config.seed}
-    for field in dataclasses.fields(SamplingConfig):
-        if field.name != "greedy" and getattr(config, field.name) != field.default:
-            found.setdefault(field.name, getattr(config, field.name))
-    return ", ".join(f"{key} {value}" for key, value in found.items())
 
 
 def open_tokens(

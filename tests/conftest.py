@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 from forked import TORCHRUN, ForkedProcess, start_server
 from in_process import TINY, Clock, Gate, make_dataset, reset_torch, run_script
-from processes import ROOT, require_none_left
+from processes import ROOT, free_port, require_none_left
 
 # One thread, also in the processes that tests start: tiny models gain nothing from more, and tests may run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -267,6 +267,30 @@ def fork_server():
     """The process that ForkedProcess forks."""
     with start_server() as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def start_ranks(fork_server, tmp_path_factory):
+    """start_ranks(*words, cwd=, world=1, code="") -> the ForkedProcess of each rank: train.py after the code.
+
+    Several ranks get torchrun's variables but no launcher, so that tests see their exit codes and nothing ends them.
+    """
+    processes = []
+
+    def start(*words, cwd: Path, world: int = 1, code: str = "") -> list[ForkedProcess]:
+        folder = tmp_path_factory.mktemp("ranks")
+        alike = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        for rank in range(world):
+            env = {"RANK": rank, "LOCAL_RANK": rank, **alike} if world > 1 else {}
+            env = {key: str(value) for key, value in env.items()}
+            processes.append(
+                ForkedProcess(fork_server, folder / str(rank), cwd, [ROOT / "train.py", *words], code, env)
+            )
+        return processes[-world:]
+
+    yield start
+    for process in processes:
+        process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -273,10 +273,10 @@ def _open_parquet(path: Path, column: str):
     with read_errors(path):
         # buffered, so that a row group of gigabytes is not read at once
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    types, schema = pyarrow.types, file.schema_arrow
-    kinds = [field.type for field in schema if field.name == column]
-    kinds = [kind.value_type if types.is_dictionary(kind) else kind for kind in kinds]
-    if len(kinds) != 1 or not (types.is_string(kinds[0]) or types.is_large_string(kinds[0]) or types.is_null(kinds[0])):
+    schema = file.schema_arrow
+    types = [field.type for field in schema if field.name == column]
+    types = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in types]
+    if [str(kind) in ("string", "large_string", "string_view", "null") for kind in types] != [True]:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise UserError(f"{path}: no text column {column!r}; its columns are {columns}: choose one with --column")
     return file

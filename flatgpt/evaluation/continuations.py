@@ -9,6 +9,7 @@ figures = score_continuations(encoding, prompts, continuations)
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -138,3 +139,12 @@ def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
 
 def _ngrams(items: Sequence, n: int) -> list[tuple]:
     return [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
+
+
+def describe_sampling(config: SamplingConfig) -> str:
+    """Return temperature and seed, and the other settings of sampling that are not the default."""
+    found = {"temperature": f"{config.effective_temperature:g}", "seed": config.seed}
+    for field in dataclasses.fields(SamplingConfig):
+        if field.name != "greedy" and getattr(config, field.name) != field.default:
+            found.setdefault(field.name, getattr(config, field.name))
+    return ", ".join(f"{key} {value}" for key, value in found.items())

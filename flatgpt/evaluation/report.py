@@ -47,6 +47,12 @@ ROWS = {
     "repetition": ("repetition", "share of 4-grams of tokens that are repeated"),
     "reference_repetition": ("  of the text itself", ""),
 }
+PROTOCOLS = {
+    "window": "windows that do not overlap; every token but the first is scored once",
+    "stride": "overlapping windows, each scores the tokens that no earlier one has; all but the first, once",
+    "rolling": "as lm-evaluation-harness: every token once, the first after end-of-text",
+    "choices": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
+}
 UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per token scored there"}
 
 

@@ -1,18 +1,23 @@
 """bench.py: its figures fit each other and come from train.py's own update; what cannot be timed is refused."""
 
 import importlib.util
+import itertools
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 from in_process import TINY
+from processes import ROOT
 from stand_in import bench_here
 
 import bench
 import train
 from config import BenchConfig, UserError
-from flatgpt.benchmarks import training
+from flatgpt.benchmarks import data, measure, training
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.training.setup import build_run
@@ -81,6 +86,51 @@ def test_missing_data_and_devices_are_errors_before_the_first_row(in_tmp, monkey
         with pytest.raises(UserError, match=message):
             bench_here(what)
     assert not list(in_tmp.iterdir())
+
+
+@pytest.fixture
+def texts(in_tmp, gpt2_vocabulary) -> list[str]:
+    """Different texts, which lie in texts.jsonl."""
+    texts = [f"{n} green bottles hanging on the wall, {n * n} more in the cellar." for n in range(3000)]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return texts
+
+
+DATA = ("data", "--size_mb", 1, "--rounds", 1, "--workers", 1, "--input")
+
+
+def test_bench_data_figures(texts, monkeypatch):
+    """The expected numbers of tokens are tiktoken's."""
+    without = SimpleNamespace(find_spec=lambda name: None)  # without datasets.map, which is slow
+    monkeypatch.setattr(data, "importlib", SimpleNamespace(util=without))
+    found = bench_here(*DATA, "texts.jsonl")
+    assert sorted(os.listdir()) == ["figures.json", "texts.jsonl"]
+    gpt2, size, tokens = tiktoken.get_encoding("gpt2"), 0, 0
+    for text in itertools.cycle(texts):
+        size, tokens = size + len(text), tokens + len(gpt2.encode_ordinary(text)) + 1  # and end-of-text
+        if size >= found["text_mb"] * 1e6 - 0.5:
+            break
+    assert size == pytest.approx(found["text_mb"] * 1e6)
+    assert 1 <= found["text_mb"] < 1.2
+    for way in ("plain", "ours"):
+        ratio = found[f"{way}_tokens_per_s"] / found[f"{way}_mb_per_s"]
+        assert ratio == pytest.approx(1e6 * tokens / size)
+    share = found["ours_mb_per_s"] / found["plain_mb_per_s"]
+    assert found["of_plain_times_processes"] == pytest.approx(share)
+    assert "times_datasets_map" not in found
+
+
+def test_bench_data_that_fails_gives_no_figures(texts, in_tmp, monkeypatch):
+    """Whether the text is missing or a process ends with an error."""
+    (in_tmp / "house").mkdir()
+    for name in ("flatgpt", "config.py"):
+        (in_tmp / "house" / name).symlink_to(ROOT / name)
+    (in_tmp / "house/prepare_data.py").write_text("raise SystemExit('no encoder')")
+    monkeypatch.setattr(measure, "REPO_ROOT", in_tmp / "house")
+    for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):
+        with pytest.raises((UserError, OSError), match=said):
+            bench_here(*DATA, given)
+        assert not Path("figures.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.evaluation import metrics
+from flatgpt.evaluation.report import PROTOCOLS
 from flatgpt.interop import loading
 
 T, EOT = 32, 256  # of the byte models here
@@ -141,7 +142,7 @@ def test_the_default_is_the_whole_validation_split_of_the_run(cli, tmp_path):
     assert (done.code, done.err, json.loads(done.out)) == (0, "", got)
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG\r\n")
     printed = cli(*words, "--protocol", "stride", "--dtype", "bfloat16").out
-    assert f"{script.PROTOCOLS['stride']}\n" in printed
+    assert f"{PROTOCOLS['stride']}\n" in printed
     assert "bfloat16  of the matrix products\n" in printed
     low, exact = (report("--protocol", "stride", "--dtype", dtype)["loss"] for dtype in ("bfloat16", "float32"))
     assert f"  {low:.4f}  {got['units']['loss']}\n" in printed

@@ -126,6 +126,43 @@ def test_run_folder_that_cannot_be_written_is_one_error_line(tiny_data, capfd):
 # what a run begins with
 
 
+def test_plan_prints_sizes_and_trains_nothing(tiny_data, capsys):
+    L, C, T, V = 2, 32, 32, 257
+    words = "--batch_size 3 --grad_accum_steps 2 --max_iters 70 --plan --gpus 2 --mfu 0.5"
+    before = set(tiny_data.rglob("*"))
+    train.train(parse(TrainConfig, [*TINY, *words.split()]))
+    assert set(tiny_data.rglob("*")) == before
+    text = capsys.readouterr().out
+    # in a block, two LayerNorms and four matrices with biases; the last LayerNorm; the two embeddings
+    block = 2 * 2 * C + (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
+    params = L * block + 2 * C + V * C + T * C
+    flops = 6 * (params - T * C) + 12 * L * C * T
+    there = open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"]
+    windows, tokens = (there - 1) // T, 70 * 3 * 2 * T
+    for line in (
+        f"{params:,} parameters: {L} layers, 2 heads, {C} wide, context {T}, {V} ids; ",
+        f"; {flops:,} FLOPs per token\n",
+        f"data/tiny: {there:,} training tokens, {windows:,} windows\n",
+        f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens; {windows / 6:,.1f} updates an epoch\n",
+        f"70 updates = {tokens:,} tokens = {70 * 6 / windows:.2f} epochs",
+        f", {tokens * flops:.3g} FLOPs\n",
+    ):
+        assert line in text
+    assert re.search(r"^ +weights +0\.\d\d\d$", text, re.M)
+    assert re.search(r"^ +here: cpu +[\d.]+ TFLOP/s +\d+s$", text, re.M)
+
+
+def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
+    words = [*TINY, "--plan"]
+    with pytest.raises(UserError, match="or give --vocab_size, for the plan without it"):
+        train.train(parse(TrainConfig, words))
+    train.train(parse(TrainConfig, [*words, "--vocab_size", "300"]))
+    text = capsys.readouterr().out
+    assert "300 ids" in text
+    assert "data/tiny is not prepared\n" in text
+    assert not list(in_tmp.iterdir())
+
+
 def test_lengths_that_the_config_leaves_open(tiny_data):
     run = build("--max_iters", "none", "--epochs", 1.5, "--grad_accum_steps", 2)
     assert run.config.max_iters == run.config.lr_decay_iters == math.ceil(1.5 * len(run.batches.windows) / 8)

@@ -1,7 +1,5 @@
-"""Promises that involve several modules: checked data, checkpoints, equal ranks, rows of the log, plans."""
+"""Promises that involve several modules: checked data, checkpoints, equal ranks, rows of the log."""
 
-import itertools
-import json
 import math
 import os
 import re
@@ -10,25 +8,18 @@ import threading
 import time
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import tiktoken
 import torch
-from forked import ForkedProcess
 from in_process import TINY, train_here
-from processes import ROOT, free_port
-from run_files import rows, same
-from safetensors.torch import load_file
+from processes import ROOT
+from run_files import rows
 
-import bench
 import train
-from config import BenchConfig, TrainConfig, UserError
-from flatgpt.benchmarks import data, measure
+from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.training import reporting, setup
 
 RUN = Path("out/quickstart")
@@ -156,27 +147,6 @@ def test_space_for_a_checkpoint_is_checked_after_the_first_update(tiny_data, mon
     assert not list(RUN.glob("ckpt/*"))
 
 
-def test_checkpoint_is_renamed_after_it_was_flushed(tmp_path, monkeypatch):
-    """`last` points to it only once the rename is on the disk, too."""
-    on_disk, names, rename = [], {}, os.rename
-
-    def fsync(descriptor):
-        on_disk.append(os.fstat(descriptor).st_ino)
-
-    def renamed(old, new):
-        inside = [path.stat().st_ino for path in Path(old).rglob("*")]
-        assert {*inside, Path(old).stat().st_ino} <= set(on_disk), "flushed before it is renamed"
-        names[Path(new).name] = len(on_disk)
-        rename(old, new)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", renamed)
-    state = {"iter": 5, "config": {}, "finished": False}
-    folder = checkpoint.save(tmp_path, state, {"w": torch.ones(3)}, {"optimizer": {}, "scaler": {}, "row": {}}, 2)
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "train_state.pt", "state.json"}
-    assert folder.parent.stat().st_ino in on_disk[names["iter_000005"] :]
-
-
 def test_nonfinite_weight_is_never_saved(tiny_data, monkeypatch):
     """Although the loss and gradient of its update were finite."""
     real = train.train_step
@@ -214,26 +184,7 @@ def test_loss_whose_save_failed_is_not_the_best(tiny_data, monkeypatch):
 # two ranks
 
 
-@pytest.fixture
-def two_ranks(fork_server, tiny_data, tmp_path):
-    """two_ranks(code, *words) -> the ForkedProcess of each rank: train.py with TINY and the words, after code."""
-    lives = []
-
-    def start(code: str, *words) -> list[ForkedProcess]:
-        alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        alike["MASTER_PORT"] = str(free_port())
-        words = (ROOT / "train.py", *TINY, *QUIET, "--grad_accum_steps", 2, *words)
-        for rank in "01":
-            env = alike | {"RANK": rank, "LOCAL_RANK": rank}
-            lives.append(ForkedProcess(fork_server, tmp_path / f"rank{rank}", tiny_data, words, code, env))
-        return lives
-
-    yield start
-    for life in lives:
-        life.kill()
-        life.wait()
-
-
+TWO = (*TINY, *QUIET, "--grad_accum_steps", 2)
 WATCHED_TIMEOUT = """
 def learning_rate(i, config, real=optim.learning_rate):  # the first thing that update i asks for
     gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
@@ -245,12 +196,13 @@ optim.learning_rate = learning_rate
 """
 
 
-def test_timeout_is_doubled_in_the_first_update(two_ranks):
+def test_timeout_is_doubled_in_the_first_update(start_ranks, tiny_data):
     """Some ranks may still be compiling."""
-    lives = two_ranks(WATCHED_TIMEOUT, "--rank_timeout", 100, "--max_iters", 3, "--log_interval", 10)
-    assert [life.wait() for life in lives] == [0, 0], lives[0].output
-    for life in lives:
-        seen = dict(line.split() for line in (life.folder / "timeouts.txt").read_text().splitlines())
+    words = (*TWO, "--rank_timeout", 100, "--max_iters", 3, "--log_interval", 10)
+    processes = start_ranks(*words, cwd=tiny_data, world=2, code=WATCHED_TIMEOUT)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].output
+    for process in processes:
+        seen = dict(line.split() for line in (process.folder / "timeouts.txt").read_text().splitlines())
         assert seen == {"0": "200", "1": "100", "2": "100"}
 
 
@@ -281,16 +233,19 @@ run.select_device = select_device
     [(OTHER_WEIGHTS, (), "initial weights"), (OTHER_DTYPE, ("--dtype", "auto"), "dtype")],
     ids=["weights", "dtype"],
 )
-def test_ranks_with_other_weights_or_settings_are_refused(two_ranks, code, words, what):
-    lives = two_ranks(code, *words)
+def test_ranks_with_other_weights_or_settings_are_refused(start_ranks, tiny_data, code, words, what):
+    processes = start_ranks(*TWO, *words, cwd=tiny_data, world=2, code=code)
     said = f"error: {what} of rank 1 is not that of rank 0: every machine has to have the same files and settings"
-    lives[0].wait_until(lambda: any(said in life.output or life.code == 0 for life in lives))
-    assert any(said in life.output for life in lives), lives[0].output
+    processes[0].wait_until(lambda: any(said in process.output or process.code == 0 for process in processes))
+    assert any(said in process.output for process in processes), processes[0].output
+    for process in processes:  # the rank that does not report waits
+        process.kill()
+        process.wait()
     assert not RUN.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# rows, plans, benchmarks, samples
+# rows, samples
 
 
 def test_row_of_the_log_has_the_figures_of_its_update(tiny_data, monkeypatch):
@@ -314,105 +269,6 @@ def test_row_of_the_log_has_the_figures_of_its_update(tiny_data, monkeypatch):
         assert row["skipped"] == "0"
 
 
-def test_plan_prints_sizes_and_trains_nothing(tiny_data, capsys):
-    L, C, T, V = 2, 32, 32, 257
-    words = [
-        "--batch_size",
-        "3",
-        "--grad_accum_steps",
-        "2",
-        "--max_iters",
-        "70",
-        "--plan",
-        "--gpus",
-        "2",
-        "--mfu",
-        "0.5",
-    ]
-    before = set(tiny_data.rglob("*"))
-    train.train(cli.parse(TrainConfig, [*TINY, *words]))
-    assert set(tiny_data.rglob("*")) == before
-    text = capsys.readouterr().out
-    # in a block, two LayerNorms and four matrices with biases; the last LayerNorm; the two embeddings
-    block = 2 * 2 * C + (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
-    params = L * block + 2 * C + V * C + T * C
-    flops = 6 * (params - T * C) + 12 * L * C * T
-    there = open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"]
-    windows, tokens = (there - 1) // T, 70 * 3 * 2 * T
-    assert f"{params:,} parameters: {L} layers, 2 heads, {C} wide, context {T}, {V} ids; " in text
-    assert f"; {flops:,} FLOPs per token\n" in text
-    assert f"data/tiny: {there:,} training tokens, {windows:,} windows\n" in text
-    assert f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens; {windows / 6:,.1f} updates an epoch\n" in text
-    assert f"70 updates = {tokens:,} tokens = {70 * 6 / windows:.2f} epochs" in text
-    assert f", {tokens * flops:.3g} FLOPs\n" in text
-    assert re.search(r"^ +weights +0\.\d\d\d$", text, re.M)
-    assert re.search(r"^ +here: cpu +[\d.]+ TFLOP/s +\d+s$", text, re.M)
-
-
-def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
-    words = [*TINY, "--plan"]
-    with pytest.raises(UserError, match="or give --vocab_size, for the plan without it"):
-        train.train(cli.parse(TrainConfig, words))
-    train.train(cli.parse(TrainConfig, [*words, "--vocab_size", "300"]))
-    text = capsys.readouterr().out
-    assert "300 ids" in text
-    assert "data/tiny is not prepared\n" in text
-    assert not list(in_tmp.iterdir())
-
-
-def documents(count: int) -> list[str]:
-    """Different texts, which are written to texts.jsonl too."""
-    texts = [f"{n} green bottles hanging on the wall, {n * n} more in the cellar." for n in range(count)]
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return texts
-
-
-def test_bench_data_figures(in_tmp, monkeypatch, gpt2_vocabulary):
-    """The expected numbers of tokens are tiktoken's."""
-    texts = documents(3000)
-    without = SimpleNamespace(find_spec=lambda name: None)  # without datasets.map, which is slow
-    monkeypatch.setattr(data, "importlib", SimpleNamespace(util=without))
-    words = ["data", "--input", "texts.jsonl", "--size_mb", "1", "--rounds", "1", "--workers", "1", "--json", "a.json"]
-    before = set(in_tmp.iterdir())
-    bench.main(cli.parse(BenchConfig, words))
-    found = json.loads(Path("a.json").read_text())
-    assert set(in_tmp.iterdir()) == before | {in_tmp / "a.json"}
-    gpt2, size, tokens = tiktoken.get_encoding("gpt2"), 0, 0
-    for text in itertools.cycle(texts):
-        size, tokens = size + len(text), tokens + len(gpt2.encode_ordinary(text)) + 1  # and end-of-text
-        if size >= found["text_mb"] * 1e6 - 0.5:
-            break
-    assert size == pytest.approx(found["text_mb"] * 1e6)
-    assert 1 <= found["text_mb"] < 1.2
-    assert found["processes"] == 1
-    for way in ("plain", "ours"):
-        ratio = found[f"{way}_tokens_per_s"] / found[f"{way}_mb_per_s"]
-        assert ratio == pytest.approx(1e6 * tokens / size)
-        assert found[f"{way}_memory_gb"] >= 0
-    share = found["ours_mb_per_s"] / found["plain_mb_per_s"]
-    assert found["of_plain_times_processes"] == pytest.approx(share)
-    assert "times_datasets_map" not in found
-
-
-def test_bench_data_that_fails_gives_no_figures(in_tmp, monkeypatch, gpt2_vocabulary, capsys):
-    """Whether the text is missing or a process ends with an error."""
-    documents(10)
-    (in_tmp / "house").mkdir()
-    for name in ("flatgpt", "config.py"):
-        (in_tmp / "house" / name).symlink_to(ROOT / name)
-    (in_tmp / "house/prepare_data.py").write_text("raise SystemExit('no encoder')")
-    monkeypatch.setattr(measure, "REPO_ROOT", in_tmp / "house")
-    for given, said in (("absent.jsonl", "absent.jsonl"), ("texts.jsonl", "failed: no encoder")):
-        words = ["data", "--input", given, "--size_mb", "1", "--rounds", "1", "--json", "-"]
-        with pytest.raises(SystemExit) as ended:
-            cli.run_script(bench.main, cli.parse(BenchConfig, words))
-        printed = capsys.readouterr()
-        assert ended.value.code == 2
-        assert printed.out == ""
-        assert said in printed.err
-        assert printed.err.count("error: ") == 1
-
-
 def test_samples_of_all_evaluations_use_the_same_random_numbers(tiny_data):
     """Weights that do not change write the same text each time, and a different one with a different seed."""
 
@@ -433,42 +289,26 @@ def test_samples_of_all_evaluations_use_the_same_random_numbers(tiny_data):
 # updates that are not finite, memory, saves
 
 
-def poison(monkeypatch, updates, value: float = math.nan) -> list[int]:
-    """Add the value to the loss of these updates (from 0). Returns the updates that are made, as they are made."""
+def test_nonfinite_loss_ends_the_run_at_the_next_row(tiny_data, monkeypatch):
+    """What was saved stays."""
     real, made = train.train_step, []
 
     def train_step(run, i):
         made.append(i)
         forward = run.forward
-        if i in updates:
-            run.forward = lambda x, y: forward(x, y) + value
+        if i in (6, 8):
+            run.forward = lambda x, y: forward(x, y) + math.nan
         answer = real(run, i)
         run.forward = forward
         return answer
 
     monkeypatch.setattr(train, "train_step", train_step)
-    return made
-
-
-def test_nonfinite_loss_ends_the_run_at_the_next_row(tiny_data, monkeypatch):
-    """What was saved stays."""
-    made = poison(monkeypatch, (6, 8))
     words = ("--log_interval", 5, "--eval_interval", 100, "--save_interval", 5, "--max_iters", 30)
     with pytest.raises(UserError, match=r"^iter 7: the loss is nan; its batch there: training windows "):
         train_here(*QUIET, *words)
     assert made == list(range(10)), "it ends with the row of iter 10"
     assert [row["iter"] for row in rows(RUN)] == ["0", "5"]
     assert [checkpoint.verify(folder)["iter"] for folder in checkpoint.checkpoints(RUN)] == [5]
-
-
-def test_nonfinite_losses_are_skipped_and_counted(tiny_data, monkeypatch, capsys):
-    poison(monkeypatch, (6, 7, 13))
-    words = ("--log_interval", 5, "--eval_interval", 100, "--max_iters", 20, "--on_nonfinite", "skip")
-    run = train_here(*QUIET, *words)
-    warnings = [line.split(":")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert warnings == [" iter 7", " iter 14"]
-    assert [row["skipped"] for row in rows(run)] == ["", "0", "2", "3", "3"]
-    assert checkpoint.read_state(run / "ckpt/last")["finished"]
 
 
 def test_out_of_memory_is_one_error_and_the_checkpoints_stay(tiny_data, monkeypatch):
@@ -486,19 +326,6 @@ def test_out_of_memory_is_one_error_and_the_checkpoints_stay(tiny_data, monkeypa
     assert message.startswith("CUDA out of memory. Tried to allocate 20.00 MiB")
     assert "--batch_size 2 --grad_accum_steps 4 (the same updates)" in message
     assert checkpoint.verify(RUN / "ckpt/last")["iter"] == 3
-
-
-def test_fork_of_a_run_saves_its_first_checkpoint_unchanged(tiny_data, gate, monkeypatch):
-    """The save lasts until training waits for it after its first update: by then the weights have changed."""
-    first = train_here(*QUIET, "--max_iters", 3)
-    held, wait, real, updates = gate(checkpoint, "save"), CheckpointWriter.wait, train.train_step, []
-    monkeypatch.setattr(train, "train_step", lambda run, i: updates.append(i) or real(run, i))
-    monkeypatch.setattr(CheckpointWriter, "wait", lambda saver: (updates and held.open()) or wait(saver))
-    words = ("--resume", first, "--out_dir", "out/fork", "--max_iters", 5, "--keep_checkpoints", 9)
-    fork = train_here(*QUIET, *words)
-    before, after = (load_file(run / "ckpt/iter_000003/model.safetensors") for run in (first, fork))
-    assert same(before, after)
-    assert checkpoint.load_train_state(fork / "ckpt/iter_000003")["row"]["iter"] == 3
 
 
 def test_run_whose_last_save_failed_ends_with_an_error(tiny_data, monkeypatch):

@@ -15,9 +15,8 @@ from in_process import TINY, make_dataset
 from processes import ROOT, command
 from stand_in import bench_here, nanogpt_checkout
 
-import bench
 from config import BenchConfig, UserError
-from flatgpt.benchmarks import inference, measure, nanogpt
+from flatgpt.benchmarks import inference, measure, nanogpt, suites
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import DeviceSettings
@@ -65,11 +64,11 @@ def test_rows_that_fail_do_not_end_the_others(scripts, tiny_data, monkeypatch, c
     scripts("bench.py", ROW)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "7")
     monkeypatch.delitem(measure.USER_ENVIRONMENT, "THP_MEM_ALLOC_ENABLE", raising=False)
-    for name in bench.DATASETS:
+    for name in suites.DATASETS:
         make_dataset(tiny_data, name)
     rows = [{"label": name, "words": f"train {name}", "peer": True} for name in ("ok", "fail", "die")]
     rows += [{"label": name, "words": f"save {name}"} for name in ("alone", "stop")]
-    monkeypatch.setattr(bench, "SUITES", {"all": rows})
+    monkeypatch.setattr(suites, "SUITES", {"all": rows})
     with pytest.raises(KeyboardInterrupt):
         bench_here("all", "--peer", "nanoGPT", nanogpt_checkout(tiny_data / "nanoGPT"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -98,13 +97,13 @@ def test_a_row_that_is_interrupted_ends_with_its_children(scripts, monkeypatch, 
         return 100 * (end == "limit" and Path("ready").exists())
 
     scripts("bench.py", ROW)
-    monkeypatch.setattr(bench, "GRACE", grace)
-    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=now, sleep=sleep))
+    monkeypatch.setattr(suites, "GRACE", grace)
+    monkeypatch.setattr(suites, "time", SimpleNamespace(monotonic=now, sleep=sleep))
     if end == "Ctrl-C":
         with pytest.raises(KeyboardInterrupt):
-            bench.run_row(["hang", mode], 77)
+            suites.run_row(["hang", mode], 77)
     else:
-        found = bench.run_row(["hang", mode], 77)
+        found = suites.run_row(["hang", mode], 77)
         assert found.pop("error").startswith("ended after its limit of 77 s: ")
         assert found == {"figure": 2.5} or mode == "for good"
 
@@ -113,12 +112,12 @@ def test_a_row_that_is_interrupted_ends_with_its_children(scripts, monkeypatch, 
 @pytest.mark.timeout(900)
 def test_dry_run(in_tmp):
     """Every row of the list for a GPU, on the CPU, as a user starts it; the tests that need CUDA are only collected."""
-    for name in bench.DATASETS:
+    for name in suites.DATASETS:
         make_dataset(in_tmp, name)
     done = command("bench", "gpu", "--dry_run", "--json", "dry.json", cwd=in_tmp, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = json.loads((in_tmp / "dry.json").read_text())["rows"]
-    assert list(rows) == [row["label"] for row in bench.SUITES["gpu"]]
+    assert list(rows) == [row["label"] for row in suites.SUITES["gpu"]]
     assert not [row for row in rows.values() if "error" in row]
     tests, updates, resumed, scaled, *_ = rows.values()
     assert (tests["collected_only"] > 10, tests["failed_tests"]) == (True, [])
@@ -149,8 +148,9 @@ def test_outcomes_are_counted_up_to_the_interruption(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     code = (
         f"import json, sys, pathlib, torch; sys.path.insert(0, {str(ROOT)!r}); sys.modules['xdist'] = None\n"
-        "import bench; bench.find_device, bench.REPO_ROOT = torch.device, pathlib.Path.cwd()\n"
-        "print(json.dumps(bench.bench_tests(bench.BenchConfig(device='cuda'))))\n"
+        "from flatgpt.benchmarks import suites\n"
+        "suites.find_device, suites.REPO_ROOT = torch.device, pathlib.Path.cwd()\n"
+        "print(json.dumps(suites.bench_tests(suites.BenchConfig(device='cuda'))))\n"
     )
     env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

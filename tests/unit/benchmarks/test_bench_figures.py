@@ -5,9 +5,8 @@ import shlex
 
 import pytest
 
-import bench
 from config import BenchConfig
-from flatgpt.benchmarks import measure, nanogpt, training
+from flatgpt.benchmarks import measure, nanogpt, suites, training
 from flatgpt.cli import cli
 from flatgpt.runs.run_log import format_row
 
@@ -36,20 +35,20 @@ def test_figures_are_a_table_with_a_column_for_each_peer():
 
 
 def test_table_of_a_suite():
-    row = dict.fromkeys(bench.COLUMNS, 2.0) | {"mfu": None, "peers": {"nanoGPT": {"tokens_per_s": 10240.0}}}
+    row = dict.fromkeys(suites.COLUMNS, 2.0) | {"mfu": None, "peers": {"nanoGPT": {"tokens_per_s": 10240.0}}}
     row |= {"ratios": {"nanoGPT": {"median": 2.5, "rounds": []}}, "memory_ratios": {"nanoGPT": 0.5}}
-    rows = {"a": row, "b": dict.fromkeys(bench.COLUMNS, 3.0), "c": {"error": "late", "failed": 1, "machine": "cpu"}}
+    rows = {"a": row, "b": dict.fromkeys(suites.COLUMNS, 3.0), "c": {"error": "late", "failed": 1, "machine": "cpu"}}
     found = {"command": "bench.py gpu", "device": "H200", "torch": "2.11", "dry_run": True, "rows": rows}
-    title, _, *table, _, last = bench.markdown(found).splitlines()
+    title, _, *table, _, last = suites.markdown(found).splitlines()
     assert re.match("A dry run at toy size.* H200, torch 2.11: `bench.py gpu`$", title)
     cells = [re.split(r" *\| *", line)[1:-1] for line in table]
-    assert cells[0] == ["shape", *bench.COLUMNS, *(f"nanoGPT, {key}" for key in ("tokens_per_s", "times", "memory"))]
+    assert cells[0] == ["shape", *suites.COLUMNS, *(f"nanoGPT, {key}" for key in ("tokens_per_s", "times", "memory"))]
     assert cells[2] == ["a", "2", "2", "2", "", "2", "2", "2", "10,240.0", "2.5", "0.5"]
     assert cells[3] == ["b", *["3"] * 7, "", "", ""]
     assert last == "- c: error late, failed 1"
 
 
-@pytest.mark.parametrize("row", bench.SUITES["all"] + bench.SUITES["gpu"], ids=lambda row: row["label"])
+@pytest.mark.parametrize("row", suites.SUITES["all"] + suites.SUITES["gpu"], ids=lambda row: row["label"])
 def test_rows_are_commands_that_bench_takes(row):
     config = cli.parse(BenchConfig, [*shlex.split(row["words"]), *["--peer", "nanoGPT", "x"] * ("peer" in row)])
     if "peer" in row:
@@ -57,8 +56,8 @@ def test_rows_are_commands_that_bench_takes(row):
     for letter, value in (("B", config.batch_size), ("T", config.context_length)):
         if f", {letter} " in row["label"]:
             assert f", {letter} {value:,}" in row["label"]
-    assert config.dataset in bench.DATASETS or config.what in ("data", "infer", "tests")
-    assert sum(row["limit"] for row in bench.SUITES["gpu"]) <= 600
+    assert config.dataset in suites.DATASETS or config.what in ("data", "infer", "tests")
+    assert sum(row["limit"] for row in suites.SUITES["gpu"]) <= 600
 
 
 def test_lines_of_our_log_are_understood():

@@ -83,7 +83,7 @@ def test_documents_of_text_and_lines(tmp_path, monkeypatch, name, block):
 
 
 @pytest.mark.parametrize("rows_a_group", [1, 2, 100])
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int64(), pa.large_string())])
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int64(), pa.large_string())])
 def test_documents_of_parquet(tmp_path, monkeypatch, kind, rows_a_group):
     """Nulls and empty rows are left out, or yielded as empty texts for joining. Nested columns are several."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 1)

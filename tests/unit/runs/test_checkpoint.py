@@ -267,3 +267,20 @@ def test_planted_pickle_does_not_run(in_tmp, model, trap):
         assert "weights_only" not in str(caught.value)
     torch.load(io.BytesIO(TRAPS[trap]), weights_only=False) if "save" in trap else pickle.loads(TRAPS[trap])
     assert Path("canary").exists(), "the trap does work"
+
+
+def test_checkpoint_is_renamed_after_it_was_flushed(tmp_path, model, monkeypatch):
+    """`last` points to it only once the rename is on the disk, too."""
+    on_disk, names, rename = [], {}, os.rename
+
+    def renamed(old, new):
+        inside = [path.stat().st_ino for path in Path(old).rglob("*")]
+        assert {*inside, Path(old).stat().st_ino} <= set(on_disk), "flushed before it is renamed"
+        names[Path(new).name] = len(on_disk)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: on_disk.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", renamed)
+    folder = save(tmp_path, 5, model)
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "train_state.pt", "state.json"}
+    assert folder.parent.stat().st_ino in on_disk[names["iter_000005"] :]
