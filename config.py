@@ -111,7 +111,7 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Settings of prepare_data.py: text -> shards of uint16 token ids."""
+    """prepare_data.py: text -> shards of uint16 token ids."""
 
     source: str | None = opt(
         None,
@@ -196,7 +196,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig, MachineConfig):
-    """Settings of train.py: shards -> checkpoints and log."""
+    """train.py: shards -> checkpoints and log."""
 
     seed: int = opt(1337, "seed for initial weights, batch order and dropout", low=0, below=2**63, section="Data")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
@@ -364,7 +364,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class EvalConfig(SamplingConfig, ReaderConfig):
-    """Settings of eval.py: models and text -> report."""
+    """eval.py: models and text -> report."""
 
     model_path: tuple[str, ...] = opt((), f"{MODEL}; several are compared. Default: the newest run")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset", section="Data")
@@ -412,7 +412,7 @@ class EvalConfig(SamplingConfig, ReaderConfig):
 
 @dataclass(frozen=True)
 class ExportConfig(ModelPathConfig):
-    """Settings of export.py: a trained model -> a Hugging Face folder or hub repository."""
+    """export.py: a trained model -> a Hugging Face folder or hub repository."""
 
     out: str | None = opt(
         None,
@@ -470,7 +470,7 @@ class WriterConfig(SamplingConfig, ReaderConfig):
 
 @dataclass(frozen=True)
 class InferConfig(WriterConfig):
-    """Settings of infer.py: model and prompt -> text."""
+    """infer.py: model and prompt -> text."""
 
     compile: bool | None = opt(None, "compile the decoding step with torch.compile", none="auto", recipe=False)
     standard_input: str | None = opt(
@@ -504,7 +504,7 @@ class InferConfig(WriterConfig):
 
 @dataclass(frozen=True)
 class AppConfig(WriterConfig):
-    """Settings of app.py, a demo in the browser. The sampling settings are the page's initial values."""
+    """app.py: a demo in the browser. The sampling settings are the page's initial values."""
 
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
@@ -525,7 +525,7 @@ class AppConfig(WriterConfig):
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Settings of plot.py: logs of runs -> image."""
+    """plot.py: logs of runs -> image."""
 
     runs: tuple[str, ...] = opt(
         (),
@@ -561,7 +561,7 @@ class PlotConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(TrainConfig):
-    """Settings of bench.py: speed and memory of the other scripts."""
+    """bench.py: speed and memory of the other scripts."""
 
     what: str = opt(
         "train",
