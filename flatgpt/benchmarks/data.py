@@ -18,7 +18,7 @@ from config import BenchConfig, PrepareConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks.measure import Process, in_turn, log, script
 from flatgpt.data import readers, tokenizer, workers
-from flatgpt.data.sources import expand, open_pydoc
+from flatgpt.data.sources import expand_inputs, open_pydoc
 
 ROW_GROUP = 1000  # rows, as in the hub's datasets
 
@@ -65,7 +65,7 @@ def write_parquet(config: BenchConfig, file: Path) -> int:
     import pyarrow.parquet
 
     if config.input:
-        files = [readers.RawFile(str(path), 0, path) for path in expand(config.input)]
+        files = [readers.RawFile(str(path), 0, path) for path in expand_inputs(config.input)]
         texts = (chunk.text for task in readers.file_tasks(files, "text") for chunk in task.read())
     else:
         texts = iter(open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n"))

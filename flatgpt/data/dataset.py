@@ -1,4 +1,4 @@
-"""Open a dataset folder; make its training batches as a pure function of the update. Does not import torch."""
+"""Open dataset folders, and compute the training batches of an update from its number. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from config import PrepareConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.shards import LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, file_sha256, read_meta
 
-PROGRESS = "progress.json"  # in a folder whose dataset is not finished
-# What a manifest would say of shards that other programs wrote.
-GPT2 = {
+PROGRESS = "progress.json"  # exists only in the folder of an unfinished dataset
+# The manifest that is assumed for shards of other programs.
+EXTERNAL_META = {
     "tokenizer": "gpt2",
     "vocab_size": 50_257,
     "ranks_sha256": tokenizer.GPT2_RANKS,
     "eot_id": 50_256,
     "end_of_text": True,
 }
-CHECKED_AT_START = 100_000_000  # ids of a split: 200 MB, 0.01 to 0.04 s in memory, else a read of the disk
+MAX_IDS_CHECKED_AT_START = 100_000_000  # per split: 200 MB, read in 0.01 to 0.04 s from the page cache
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset folder: its manifest, and Tokens for each split on request.
+    """A finished dataset: its manifest, and the Tokens of each split.
 
     Args:
-        notice: a line to print about shards of other programs; empty for flatGPT's.
+        notice: a line to print about shards of other programs; empty for shards of flatGPT.
     """
 
     folder: Path
@@ -43,13 +43,13 @@ class Dataset:
 
     @property
     def manifest_hash(self) -> str:
-        """SHA-256 of meta.json, which holds the hash of every shard: names the data of a run."""
+        """SHA-256 of meta.json, which contains the hashes of all shards; identifies the data of a run."""
         path = self.folder / "meta.json"
         content = json.dumps(self.meta).encode() if self.notice else path.read_bytes()
         return hashlib.sha256(content).hexdigest()
 
     def tokens(self, split: str) -> Tokens:
-        """The ids of one split; UserError where the dataset has no such split or its files are not as written."""
+        """Open the shards of a split. Raise UserError if the split or a file is missing or has another size."""
         entry = self.meta["splits"].get(split)
         if entry is None:
             raise UserError(f"{self.folder} has no split {split}; it has {', '.join(self.meta['splits'])}")
@@ -57,18 +57,19 @@ class Dataset:
         return Tokens(files, self.meta["vocab_size"])
 
     def check(self, full: bool = False) -> None:
-        """Raise UserError, naming all of them, where `verify_shards` finds files that are not as they were written."""
-        if wrong := [error for _, error in self.verify_shards(full) if error]:
-            raise UserError("; ".join(wrong))
+        """Raise UserError with the errors of all shards that `verify_shards` finds."""
+        if errors := [error for _, error in self.verify_shards(full) if error]:
+            raise UserError("; ".join(errors))
 
     def verify_shards(self, full: bool = True) -> Iterator[tuple[str, str]]:
-        """Yield (name, error or "") of each shard file.
+        """Check the shards, and yield (name, error or "") for each.
 
-        The sizes of all splits, and the ids of train and val where a split has at most CHECKED_AT_START of them;
-        with `full` every id and every SHA-256.
+        Args:
+            full: check sizes, ids and SHA-256. Otherwise check sizes, and the ids of train and val if the split has at
+                most MAX_IDS_CHECKED_AT_START.
         """
         for split, entry in self.meta["splits"].items():
-            check_ids = full or (split in ("train", "val") and entry["tokens"] <= CHECKED_AT_START)
+            check_ids = full or (split in ("train", "val") and entry["tokens"] <= MAX_IDS_CHECKED_AT_START)
             for file in entry["files"]:
                 path, error = self.folder / file["name"], ""
                 try:
@@ -76,77 +77,77 @@ class Dataset:
                     if check_ids:
                         tokens.check_ids(self.meta["vocab_size"])
                     if full and "sha256" in file and file_sha256(path) != file["sha256"]:
-                        error = f"{path}: its SHA-256 is not meta.json's: move {self.folder} away and make it again"
-                except (UserError, OSError) as found:
-                    error = str(found)
+                        error = f"{path}: SHA-256 differs from meta.json: move {self.folder} away and prepare it again"
+                except (UserError, OSError) as exception:
+                    error = str(exception)
                 yield file["name"], error
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open the dataset in a folder, which may also hold shards of nanoGPT (train.bin, val.bin) or llm.c.
+    """Open a dataset folder of flatGPT, or a folder with shards of nanoGPT (train.bin, val.bin) or llm.c.
 
     Raises:
-        UserError: not there, not finished, or of a tokenizer that this version does not know.
+        UserError: the dataset does not exist, is not finished, or has an unknown tokenizer.
     """
     if meta := read_meta(folder):
         tokenizer.check_name(meta["tokenizer"])
         return Dataset(folder, meta)
-    begun = (folder / PROGRESS).exists()
-    if not begun and (dataset := _open_external(folder)):
+    unfinished = (folder / PROGRESS).exists()
+    if not unfinished and (dataset := _open_external(folder)):
         return dataset
-    state = "is not finished" if begun or any(folder.glob("*.bin*")) else "is not there"
-    raise UserError(f"dataset {folder} {state}: run {_command(folder)}")
+    state = "is not finished" if unfinished or any(folder.glob("*.bin*")) else "does not exist"
+    raise UserError(f"dataset {folder} {state}: run {_prepare_command(folder)}")
 
 
-def _command(folder: Path) -> str:
-    """Return the command that began the dataset in this folder, else guess it from the folder's name."""
+def _prepare_command(folder: Path) -> str:
+    """Return the command that started the dataset in this folder, else guess it from the folder's name."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]
     source, _, name = folder.name.partition("_")
-    words = f"{source} --tokenizer {name}" if name else source
-    known = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
-    if source not in known or source in ("hub", "text"):
-        words = f"text --input FILES --name {folder.name}"
+    args = f"{source} --tokenizer {name}" if name else source
+    sources = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
+    if source not in sources or source in ("hub", "text"):
+        args = f"text --input FILES --name {folder.name}"
     if folder.parent != Path("data"):
-        words += f" --data_dir {shlex.quote(str(folder.parent))}"
-    return f"python prepare_data.py {words}"
+        args += f" --data_dir {shlex.quote(str(folder.parent))}"
+    return f"python prepare_data.py {args}"
 
 
 def _open_external(folder: Path) -> Dataset | None:
-    """Open shards of nanoGPT or llm.c as GPT-2's ids, since they name no tokenizer; None where there are none."""
-    maker, splits = "nanoGPT", {}
+    """Open shards of nanoGPT or llm.c, assuming GPT-2's tokenizer. Return None if the folder has no such shards."""
+    program, splits = "nanoGPT", {}
     files = {split: list(folder.glob(f"{split}.bin")) for split in ("train", "val")}
     if not files["train"]:
-        maker, magic = "llm.c", {path: [*np.fromfile(path, "<i4", 1)] for path in sorted(folder.glob("*.bin"))}
+        program, magic = "llm.c", {path: [*np.fromfile(path, "<i4", 1)] for path in sorted(folder.glob("*.bin"))}
         shards = [path for path in magic if magic[path] in ([LLMC_MAGIC], [LLMC_LLAMA_MAGIC])]
         files = {split: [p for p in shards if split in re.split("[^a-z]+", p.stem.lower())] for split in files}
     if not files["train"]:
         return None
     if (folder / "meta.pkl").exists():
         raise UserError(
-            f"{folder} holds nanoGPT's character ids, whose table is in a pickle (meta.pkl), and unpickling can run "
-            "anybody's code: make shards from its text: python prepare_data.py text --input input.txt --tokenizer byte"
+            f"{folder} has nanoGPT's character ids. Their table, meta.pkl, is a pickle, and unpickling can run "
+            "arbitrary code: make shards from the text: python prepare_data.py text --input input.txt --tokenizer byte"
         )
     for split, paths in files.items():
         sizes = []
         for path in paths:
             tokens = Tokens([(path, None)])
-            tokens.check_ids(GPT2["vocab_size"])  # no manifest says that they are valid
+            tokens.check_ids(EXTERNAL_META["vocab_size"])  # the tokenizer is only assumed
             sizes.append({"name": path.name, "tokens": len(tokens)})
         if sizes:
             splits[split] = {"tokens": sum(file["tokens"] for file in sizes), "files": sizes}
-    meta = {"source": maker, **GPT2, "splits": splits}
-    return Dataset(folder, meta, f"{folder} has no meta.json: taken as {maker}'s shards of GPT-2's tokens")
+    meta = {"source": program, **EXTERNAL_META, "splits": splits}
+    return Dataset(folder, meta, f"{folder} has no meta.json: read as {program} shards of GPT-2 tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# windows and their order
+# training windows
 
 
 class Windows:
-    """Training windows of a split: window w holds ids [wS, wS + T], T inputs and T targets, S the stride.
+    """Training windows of a split. Window w with stride S is ids [wS, wS + T], both ends included: T inputs, T targets.
 
-    The incomplete window at the end is left out, so that every batch has one shape.
+    The incomplete window at the end is dropped, so that all batches have the same shape.
     """
 
     def __init__(self, tokens: Tokens, context_length: int, stride: int | None = None):
@@ -156,22 +157,22 @@ class Windows:
         return max(0, (len(self.tokens) - 1 - self.T) // self.stride + 1)
 
     def batch(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of these windows: two (B, T) int64 arrays, targets one token later."""
+        """Return inputs and targets, shifted by one token, of these windows: two (B, T) int64 arrays."""
         starts = [int(w) * self.stride for w in windows]
         rows = np.stack([self.tokens[s : s + self.T + 1] for s in starts]).astype(np.int64)  # (B, T + 1)
         return rows[:, :-1], rows[:, 1:]
 
 
-def shuffled(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the windows at these places of an epoch: a bijection on 0 .. n-1 keyed by (seed, epoch), in O(1) memory.
+def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the windows at these positions of an epoch: a permutation of 0 .. n-1 keyed by (seed, epoch).
 
-    A balanced Feistel network over the next power of four, walked until the result is below n (cycle walking:
-    Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A balanced Feistel network over the next power of four, applied until the result is below n (cycle walking: Black
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002). Memory does not depend on n.
     """
     digest = hashlib.blake2b(f"flatgpt order {seed} {epoch}".encode(), digest_size=64).digest()
-    keys = np.frombuffer(digest, dtype="<u8")  # one for each round
+    keys = np.frombuffer(digest, dtype="<u8")  # one per round
     bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)  # bits of each of the two halves
+    half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)  # each half has `bits` bits
 
     def permute(values: np.ndarray) -> np.ndarray:
         left, right = values >> half, values & mask
@@ -182,17 +183,17 @@ def shuffled(places: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
             left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
         return (left << half) | right
 
-    windows = permute(np.asarray(places, dtype=np.uint64))
-    while (outside := windows >= n).any():  # the domain is below 4 n, so a few rounds bring all inside
+    windows = permute(np.asarray(positions, dtype=np.uint64))
+    while (outside := windows >= n).any():  # the domain is below 4 n, so few repetitions are needed
         windows[outside] = permute(windows[outside])
     return windows
 
 
 class TrainingBatches:
-    """Micro-batches of a run as a pure function of the update: nothing is stored to resume, every rank count agrees.
+    """Micro-batches as a pure function of the update, independent of earlier updates and of the number of ranks.
 
-    Sequence j of update i is global position p = i * batch_size * grad_accum_steps + j; p // W is its epoch, p mod W
-    its place in that epoch's order. A batch may span two epochs.
+    Sequence j of update i has global position p = i * batch_size * grad_accum_steps + j. With W windows, its epoch is
+    p // W and its position in the epoch p % W. A batch may span two epochs.
     """
 
     def __init__(self, windows: Windows, batch_size: int, grad_accum_steps: int, seed: int):
@@ -200,16 +201,16 @@ class TrainingBatches:
         self.per_update = batch_size * grad_accum_steps  # sequences
 
     def indices(self, update: int, micro: int) -> np.ndarray:
-        """Window indices of micro-batch `micro` (from 0) of update `update` (from 0): (batch_size,) uint64."""
+        """Return the windows of a micro-batch, (batch_size,) uint64. Updates and micro-batches count from 0."""
         first, W = update * self.per_update + micro * self.batch_size, len(self.windows)
         parts, stop = [], first + self.batch_size
         while first < stop:
-            epoch, place = divmod(first, W)
-            count = min(stop - first, W - place)
-            parts.append(shuffled(np.arange(place, place + count), W, self.seed, epoch))
+            epoch, position = divmod(first, W)
+            count = min(stop - first, W - position)
+            parts.append(shuffled(np.arange(position, position + count), W, self.seed, epoch))
             first += count
         return np.concatenate(parts)
 
     def __call__(self, update: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of that micro-batch: two (batch_size, T) int64 arrays."""
+        """Return inputs and targets of a micro-batch: two (batch_size, T) int64 arrays."""
         return self.windows.batch(self.indices(update, micro))

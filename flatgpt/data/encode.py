@@ -1,4 +1,4 @@
-"""Documents -> token ids."""
+"""Encode documents as token ids."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from flatgpt.data.readers import Chunk
 from flatgpt.data.tokenizer import GPT2_PATTERN_ENCODINGS, split_text, to_uint16
 
 END_OF_TEXT = "<|endoftext|>"
-BATCH_CHARS = 1 << 18  # characters of short documents that are encoded in one call
-REBUILD_CHARS = 200_000_000  # characters after which gigatoken's encoder is built anew
-BREAK = re.compile(r"\S[ \n]")  # around a split at which no id changes
-GIGATOKEN_ENCODINGS = ("gpt2", "r50k_base")  # it takes no gaps between ids, which p50k_base has
+BATCH_CHARS = 1 << 18  # short documents are encoded together up to this number of characters
+REBUILD_CHARS = 200_000_000  # characters after which gigatoken's encoder is rebuilt
+BREAK = re.compile(r"\S[ \n]")  # a text can be split between these two characters without changing an id
+GIGATOKEN_ENCODINGS = ("gpt2", "r50k_base")  # p50k_base has gaps between ids, which gigatoken does not support
 
-Encode = Callable[[Sequence[str], Sequence[bool]], np.ndarray]  # as tiktoken_ids without its first argument
-Encoded = tuple[np.ndarray, int, int]  # ids, (n,) uint16, and their numbers of documents and bytes of text
+Encode = Callable[[Sequence[str], Sequence[bool]], np.ndarray]  # (texts, ends) -> ids, as in tiktoken_ids
+Encoded = tuple[np.ndarray, int, int]  # ids, (n,) uint16; number of documents; bytes of text
 
 
 def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[Chunk], end_of_text: bool) -> Encoded:
     """Encode chunks of documents in batches.
 
     Args:
-        encode: as load_encoder returns it.
-        end_of_text: put that id after each document.
+        encode: the result of load_encoder.
+        end_of_text: append the end-of-text id to each document.
     """
     parts, texts, ends = [], [], []
     batch_chars = documents = text_bytes = 0
-    can_split = encoding.name in GPT2_PATTERN_ENCODINGS  # of others it is not known that split_text changes no id
+    can_split = encoding.name in GPT2_PATTERN_ENCODINGS  # with other patterns, split_text could change ids
     for n, chunk in enumerate(chunks, 1):
         max_chars = tokenizer.MAX_ENCODE_CHARS if can_split else len(chunk.text)
-        pieces = list(split_text([chunk.text], max_chars))
-        if not all(BREAK.fullmatch(before[-1] + after[0]) for before, after in itertools.pairwise(pieces)):
-            note_cut()
-        texts += pieces
-        ends += [False] * (len(pieces) - 1) + [end_of_text and chunk.documents > 0]
+        segments = list(split_text([chunk.text], max_chars))
+        if not all(BREAK.fullmatch(before[-1] + after[0]) for before, after in itertools.pairwise(segments)):
+            warn_forced_split()
+        texts += segments
+        ends += [False] * (len(segments) - 1) + [end_of_text and chunk.documents > 0]
         batch_chars += len(chunk.text)
         documents += chunk.documents
         if batch_chars > BATCH_CHARS or n == len(chunks):
@@ -57,14 +57,14 @@ def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[
 
 
 @functools.cache
-def note_cut() -> None:
-    """Print a note, once in each process."""
-    run = f"a run of more than {tokenizer.MAX_ENCODE_CHARS:,} characters without a space or line end"
-    print(f"note: text is cut in {run}; ids next to the cut may differ", file=sys.stderr)
+def warn_forced_split() -> None:
+    """Print a warning, once per process."""
+    text = f"text of more than {tokenizer.MAX_ENCODE_CHARS:,} characters without a space or newline"
+    print(f"warning: {text} is split for encoding; ids next to the split may change", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# texts -> ids
+# encoders
 
 
 @functools.cache
@@ -72,11 +72,11 @@ def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken") -> Enco
     """Return the function that encodes batches of texts.
 
     Args:
-        encoding: as tokenizer.load returns it.
+        encoding: the result of tokenizer.load.
         encoder: `tiktoken` or `gigatoken`.
 
     Raises:
-        UserError: as GigatokenEncoder raises.
+        UserError: see GigatokenEncoder.
     """
     if encoder == "gigatoken":
         return GigatokenEncoder(encoding)
@@ -84,17 +84,17 @@ def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken") -> Enco
 
 
 def tiktoken_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
-    """Return the ids of the texts, one after the other, each as encode_ordinary has them: (n,) unsigned integers.
+    """Return the concatenated ids of the texts, equal to those of encode_ordinary: (n,) unsigned integers.
 
     Args:
         texts: valid Unicode (no lone surrogates).
-        ends: for each text, whether the end-of-text id follows it.
+        ends: whether to append the end-of-text id, for each text.
     """
-    joined = END_OF_TEXT.join([*texts, ""])  # one call for all: a call for each costs short texts half of the speed
+    joined = END_OF_TEXT.join([*texts, ""])  # a call per text halves the speed for short texts
     if joined.count(END_OF_TEXT) == len(texts):
         ids = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
         return ids if all(ends) else np.delete(ids, np.flatnonzero(ids == encoding.eot_token)[~np.array(ends, bool)])
-    # a text has these characters, which stand for themselves there
+    # a text contains "<|endoftext|>", which is encoded as ordinary text
     rows = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
     return _insert_eot(encoding, np.concatenate(rows), np.cumsum([len(row) for row in rows]), ends)
 
@@ -107,32 +107,32 @@ def byte_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[b
 
 
 def _insert_eot(encoding: tiktoken.Encoding, ids: np.ndarray, stops: np.ndarray, ends: Sequence[bool]) -> np.ndarray:
-    """Insert the end-of-text id at those of the stops at which a document ends."""
+    """Insert the end-of-text id after each text whose `ends` is true; `stops` are the texts' ends in `ids`."""
     return np.insert(ids, stops[np.array(ends, bool)], encoding.eot_token)
 
 
 class GigatokenEncoder(threading.local):
-    """Encodes batches of texts with gigatoken, once its ids of a probe text are equal to tiktoken's.
+    """Encodes batches of texts with gigatoken. The constructor compares its ids of a probe text with tiktoken's.
 
-    Each thread has its own, because encoding writes to its cache.
+    State is per thread, because encoding writes to gigatoken's cache.
 
     Raises:
-        UserError: gigatoken is not installed, does not know this encoding, or has other ids than tiktoken.
+        UserError: gigatoken is not installed, does not support this encoding, or returns other ids than tiktoken.
     """
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         if encoding.name not in GIGATOKEN_ENCODINGS:
             raise UserError(
-                f"--encoder gigatoken takes tokenizer {', '.join(GIGATOKEN_ENCODINGS)}, not {encoding.name}"
+                f"--encoder gigatoken supports tokenizer {', '.join(GIGATOKEN_ENCODINGS)}, not {encoding.name}"
             )
         self._build()
         probe = probe_text()
         if self([probe], [False]).tolist() != encoding.encode_ordinary(probe):
-            raise UserError(f"gigatoken's ids of tokenizer {encoding.name} are not tiktoken's: take --encoder tiktoken")
+            raise UserError(f"gigatoken's {encoding.name} ids differ from tiktoken's: use --encoder tiktoken")
 
     def _build(self) -> None:
-        """Build gigatoken's tokenizer, without special tokens: it would find them in the texts."""
+        """Build gigatoken's tokenizer without special tokens, so that they are encoded as ordinary text."""
         try:
             from gigatoken import Tokenizer
         except ImportError:
@@ -142,30 +142,30 @@ class GigatokenEncoder(threading.local):
             file.write(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in ranks))
             file.flush()
             self._tokenizer = Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2", special_tokens={})
-        self._chars = 0  # encoded since then
+        self._chars = 0  # encoded since the last build
 
     def __call__(self, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
         """Return the ids of the texts, as tiktoken_ids does."""
         joined = "".join(texts)
-        # 0.10.0 knows the letters of Unicode 17, tiktoken 0.14 those of 16: with new characters the ids may differ
+        # gigatoken 0.10.0 uses Unicode 17, tiktoken 0.14 Unicode 16: ids of characters new in 17 may differ
         if not joined.isascii() and unassigned()[np.frombuffer(joined.encode("utf-32-le"), np.uint32)].any():
             return tiktoken_ids(self.encoding, texts, ends)
-        if self._chars > REBUILD_CHARS:  # its cache of words has no bound in 0.10.0
+        if self._chars > REBUILD_CHARS:  # its word cache is unbounded in 0.10.0
             self._build()
         self._chars += len(joined)
-        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout  # Awkward Array's
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout  # of an Awkward Array
         return _insert_eot(self.encoding, rows.content.data, rows.offsets.data[1:], ends)
 
 
 @functools.cache
 def unassigned() -> np.ndarray:
-    """Return for each code point whether Python's Unicode has no character there: (0x110000,) bool."""
+    """Return a mask of the code points that are unassigned in Python's Unicode version: (0x110000,) bool."""
     return np.array([unicodedata.category(chr(point)) == "Cn" for point in range(0x110000)])
 
 
 def probe_text() -> str:
-    """Return a text with all kinds of characters between letters, digits, punctuation and white space."""
+    """Return a text with characters of all kinds next to letters, digits, punctuation and white space."""
     points = [*range(0x3100), *range(0x3100, 0xD800, 61), *range(0xE000, 0x110000, 61)]
     words = "It's we'll I'm they've you'd we're isn't 'S 'LL 'x <|endoftext|> 3.14 1st  two   three\t\n \n\r\n"
-    known = [chr(point) for point in points if not unassigned()[point]]
-    return words + "".join(f"a{c}b{c}1{c} {c}!{c}{c}\n{c}'s" for c in known)
+    assigned = [chr(point) for point in points if not unassigned()[point]]
+    return words + "".join(f"a{c}b{c}1{c} {c}!{c}{c}\n{c}'s" for c in assigned)

@@ -1,7 +1,7 @@
-"""Files of dataset repositories on the Hugging Face Hub: list them, download them, and find those on the disk.
+"""List and download files of dataset repositories on the Hugging Face Hub, and find local copies.
 
-Downloads, their retries, progress bars and tokens are huggingface_hub's. The list of a repository's files is kept next
-to them, so that a complete folder is recognized without a network. `hub_errors` serves models too (interop/hub.py).
+huggingface_hub does the downloads. The list of a repository's files is cached next to them, so that a complete folder
+is recognized without network access. interop/hub.py uses `hub_errors` for models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flatgpt.data.shards import SPLITS
 from flatgpt.runtime.files import atomic_write
 
 COMMIT = re.compile("[0-9a-f]{40}")
-# The words for splits in the names of files and folders.
+# Words in file and folder names, and the split that each stands for.
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "dev": "val"}
 SPLIT_WORDS |= {"valid": "val", "validation": "val"}
 NUMBERED = re.compile(r"(.*?)(\d{5})-of-(\d{5})")  # train-00000-of-00041.parquet
@@ -29,14 +29,14 @@ NUMBERED = re.compile(r"(.*?)(\d{5})-of-(\d{5})")  # train-00000-of-00041.parque
 
 @dataclass(frozen=True)
 class HubFiles:
-    """The files of a dataset repository that make a source.
+    """The files of a dataset repository that a source consists of.
 
     Args:
         revision: a commit, a branch or a tag.
-        patterns: of the files' paths in the repository.
-        root: local folder, in which files have the same paths as in the repository.
-        flat: whether matching files right in `root`, without the repository's folders, belong to the source too.
-        splits: the splits that the repository is known to have.
+        patterns: glob patterns of the files' paths in the repository.
+        root: local folder; files have the same relative paths as in the repository.
+        flat: whether files may also be directly in `root`, without the repository's folders.
+        splits: the splits of the repository, if they are known in advance.
     """
 
     repo: str
@@ -48,23 +48,23 @@ class HubFiles:
 
     @property
     def listing_file(self) -> Path:
-        """Where the list of these files is cached."""
+        """Path of the cached list of these files."""
         key = hashlib.sha256("\n".join([self.repo, self.revision, *self.patterns]).encode()).hexdigest()[:12]
         return self.root / f".listing-{key}.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a source's files
+# files of a source
 
 
 def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
-    """Return the source's files: those in raw_dir, and the others to be downloaded when they are needed.
+    """Return the source's files: local files, and files that are downloaded when they are first read.
 
-    A folder that the user filled is taken as it is, unless its files' numbers (-00000-of-00041) or the known splits
-    show that files are missing.
+    If the user put files into the folder, they are used without a request to the hub, unless file numbers
+    (-00000-of-00041) or the known splits show that some are missing.
 
     Raises:
-        UserError: as `list_remote`; also a local file of another size.
+        UserError: see `list_remote`; or a local file has the wrong size.
     """
     notice, listing = "", cached_listing(files)
     if listing is None:
@@ -73,17 +73,17 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
         required = [split for split in files.splits if split in (config.splits or files.splits)] or list(names)
         if required and all(split in names and is_complete(names[split]) for split in required):
             raw = {s: [RawFile(n, found[n].stat().st_size, found[n]) for n in names[s]] for s in required}
-            return Corpus(raw, files.revision, f"{files.root}: taking its files as they are, without asking the hub")
+            return Corpus(raw, files.revision, f"{files.root}: using the local files, without a request to the hub")
         listing = list_remote(files)
     elif listing["commit"] != files.revision:
-        notice = f"{files.repo} {files.revision}: commit {listing['commit']}, as cached in {files.listing_file}"
+        notice = f"{files.repo} {files.revision}: commit {listing['commit']}, cached in {files.listing_file}"
     names = group_by_split(_choose_files(config, listing["files"]))
     raw = {split: [_raw_file(files, listing, name) for name in group] for split, group in names.items()}
     return Corpus(raw, listing["commit"], notice)
 
 
 def known_commit(files: HubFiles) -> str | None:
-    """Return the commit of the source's files where it is known without a network."""
+    """Return the commit of the source's files if it is known without network access, else None."""
     listing = cached_listing(files)
     return listing["commit"] if listing else files.revision if COMMIT.fullmatch(files.revision) else None
 
@@ -102,34 +102,35 @@ def _find_local(files: HubFiles) -> dict[str, Path]:
 
 
 def _choose_files(config: PrepareConfig, names: Iterable[str]) -> list[str]:
-    """Choose files where --files does not: the parquet files if there are any; all have to be in one folder."""
+    """Without --files, choose the parquet files, or all files if there are none. They must be in one folder."""
     if config.source != "hub" or config.files:
         return list(names)
     chosen = [name for name in names if name.endswith(".parquet")] or list(names)
     folders = sorted({str(PurePosixPath(name).parent) for name in chosen})
     if len(folders) > 1:
         raise UserError(
-            f"dataset {config.repo} has its files in {len(folders)} folders ({', '.join(folders[:8])}"
+            f"dataset {config.repo} has files in {len(folders)} folders ({', '.join(folders[:8])}"
             f"{', ...' * (len(folders) > 8)}): choose with --files '{folders[0]}/*' (all: '*.parquet')"
         )
     return chosen
 
 
 def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
+    """Return a local file, or a file to be downloaded; update a file that was downloaded at another commit."""
     flat = files.root / PurePosixPath(name).name
     path, size = flat if files.flat and flat.exists() else files.root / name, listing["files"][name]
     if _downloaded_commit(files, name) not in (None, listing["commit"]):
-        _download(files, listing["commit"], name)  # replaces the file if it is another one at this commit
+        _download(files, listing["commit"], name)  # replaces the file if this commit changed it
     if path.exists() and path.stat().st_size != size:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, the hub's file has {size:,}: it is truncated, or of another "
+            f"{path} has {path.stat().st_size:,} bytes, but {size:,} on the hub: it is truncated or of another "
             "revision; move it away to download it again"
         )
     return RawFile(name, size, path, fetch=lambda: _download(files, listing["commit"], name))
 
 
 def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group file names by the split that the file's name, else its folders' names, contain; `train` without one."""
+    """Group files by the split that the file name, or else a folder name, contains; `train` if none does."""
     found: dict[str, list[str]] = {}
     for name in names:
         words = [w for part in reversed(PurePosixPath(name).parts) for w in re.split(r"[^a-z]+", part.lower())]
@@ -139,7 +140,7 @@ def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_complete(names: list[str]) -> bool:
-    """Return whether all of a numbered series (`-00000-of-00041`) are present; names without numbers always are."""
+    """Return whether every numbered series (`-00000-of-00041`) is complete; other names are ignored."""
     numbers: dict[tuple[str, int], set[int]] = {}
     for name in names:
         if match := NUMBERED.match(name):
@@ -152,7 +153,7 @@ def is_complete(names: list[str]) -> bool:
 
 
 def cached_listing(files: HubFiles) -> dict | None:
-    """Return the listing that `list_remote` last stored for these files; None without one."""
+    """Return the last result of `list_remote` for these files, or None."""
     try:
         return json.loads(files.listing_file.read_text())
     except (OSError, ValueError):
@@ -160,10 +161,13 @@ def cached_listing(files: HubFiles) -> dict | None:
 
 
 def list_remote(files: HubFiles) -> dict:
-    """Ask the hub which files match; store the answer and return it: `commit`, and `files`, {path: bytes}.
+    """List the matching files on the hub, and cache the result.
+
+    Returns:
+        `commit`, and `files`: {path: size in bytes}.
 
     Raises:
-        UserError: no such repository, revision or files, no access, no network.
+        UserError: the repository, revision or files do not exist, or access or network is missing.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -177,7 +181,7 @@ def list_remote(files: HubFiles) -> dict:
     if not found:
         raise UserError(
             f"dataset {files.repo} has no file {' '.join(files.patterns)} at revision {files.revision}: check --files, "
-            "--dump and --revision; the hub converts many other formats: --revision refs/convert/parquet"
+            "--dump and --revision; for other formats try --revision refs/convert/parquet"
         )
     listing = {"commit": commit, "files": found}
     files.root.mkdir(parents=True, exist_ok=True)
@@ -186,42 +190,42 @@ def list_remote(files: HubFiles) -> dict:
 
 
 def _downloaded_commit(files: HubFiles, name: str) -> str | None:
-    """Return the commit of a file that was downloaded into the folder; None for one that the user put there."""
-    metadata = files.root / ".cache" / "huggingface" / "download" / f"{name}.metadata"  # of huggingface_hub
+    """Return the commit at which huggingface_hub downloaded the file; None if the user put the file there."""
+    metadata = files.root / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     return metadata.read_text().partition("\n")[0] if metadata.exists() else None
 
 
 def _download(files: HubFiles, commit: str, name: str) -> Path:
-    """Download one file and return its path, which exists only once the file is complete. Raises as `list_remote`."""
+    """Download a file and return its path. The path does not exist until the file is complete."""
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(f"{name} of dataset {files.repo}, to be put into {files.root}"):
+    with hub_errors(f"download of {name} of dataset {files.repo} to {files.root}"):
         return Path(hf_hub_download(files.repo, name, repo_type="dataset", revision=commit, local_dir=files.root))
 
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn errors of huggingface_hub into a UserError of one line: what was asked for, the reason, and what to do."""
+    """Convert errors of huggingface_hub to a UserError: `what` was requested, the reason, and what to do."""
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` (or set HF_TOKEN) and run again"
-    causes = {  # GatedRepoError comes before its base class
-        errors.OfflineModeIsEnabled: "not all of it is on this machine, and HF_HUB_OFFLINE is set: unset it",
-        errors.GatedRepoError: f"it is gated: accept its terms on its page of the hub, then {log_in}",
+    causes = {  # GatedRepoError before its base class
+        errors.OfflineModeIsEnabled: "it is not completely on this machine, and HF_HUB_OFFLINE is set: unset it",
+        errors.GatedRepoError: f"it is gated: accept the terms on its page on the hub, then {log_in}",
         errors.RepositoryNotFoundError: "it does not exist on the hub, or it is private: check the name; if you have "
         f"access to it, {log_in}",
-        errors.RevisionNotFoundError: "the hub has no such revision of it: check the revision",
-        errors.HFValidationError: "a repository is named user/name",
-        errors.LocalTokenNotFoundError: f"it takes a token with write access: {log_in}",
+        errors.RevisionNotFoundError: "it has no such revision on the hub: check the revision",
+        errors.HFValidationError: "a repository name has the form user/name",
+        errors.LocalTokenNotFoundError: f"it needs a token with write access: {log_in}",
     }
-    http_error = errors.HfHubHTTPError.__bases__[0]  # of httpx in huggingface_hub 1.x, of httpx2 in 2.x
+    http_error = errors.HfHubHTTPError.__bases__[0]  # httpx in huggingface_hub 1.x, httpx2 in 2.x
     try:
         yield
-    except (http_error, OSError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
+    except (http_error, OSError, ValueError, RuntimeError) as error:  # RuntimeError: from hf_xet
         if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
             error = error.__cause__  # the failed request
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         denied = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         remedy = log_in if denied else "check the network and the disk, and run again (complete files are kept)"
-        cause = next((text for kind, text in causes.items() if isinstance(error, kind)), f"{reason}; {remedy}")
+        cause = next((text for cls, text in causes.items() if isinstance(error, cls)), f"{reason}; {remedy}")
         raise UserError(f"{what}: {cause}") from None

@@ -1,7 +1,7 @@
-"""Make a dataset folder from a source: tasks are encoded by many processes and written in order; resumable.
+"""Make a dataset folder from a source. Worker processes encode tasks; the results are written in order.
 
-progress.json names the task after which the shards were last known to be good: the next call truncates them to that and
-continues. It is removed when meta.json, the manifest of a finished dataset, is written.
+To resume, prepare truncates the shards to the position in progress.json and continues with the next task. When the
+dataset is finished, meta.json, the manifest, replaces progress.json.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, read_meta, write
 from flatgpt.data.sources import DUMP, SOURCES, Plan, encode_task, make_plan
 from flatgpt.runtime.files import atomic_write
 
-MIN_POOL_BYTES = 8 << 20  # of text; less is done before a process has started
+MIN_POOL_BYTES = 8 << 20  # encoding less text is faster than starting processes
 SAVE_SECONDS = 10  # between two saves of progress.json
-NOTHING_DONE = {"tasks": 0, "size": 0}  # of one of the source's splits
-RESUMABLE = "what is done is kept, and the same command goes on from there"
+NOTHING_DONE = {"tasks": 0, "size": 0}  # progress of one split of the source
+RESUMABLE = "run the same command again to resume"
 
 
 def dataset_folder(config: PrepareConfig) -> Path:
-    """Return data_dir/name; the default name is that of the source, dump or repository, and of a tokenizer given."""
+    """Return data_dir/name. The default name has the source or repository, and dump and tokenizer if not default."""
     name = config.repo.split("/")[-1] if config.source == "hub" else config.source
     if config.dump not in (None, DUMP):
         name += f"_{config.dump}"
@@ -45,13 +45,13 @@ def dataset_folder(config: PrepareConfig) -> Path:
 
 
 def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Dataset:
-    """Make the dataset that the config describes, continue it, or open it if it is finished.
+    """Make or resume the dataset that the config describes, or open it if it is finished.
 
     Args:
-        log: called with lines of progress.
+        log: called with each line to print.
 
     Raises:
-        UserError: bad input, too little text, no space on the disk, or the folder holds something else.
+        UserError: bad input, too little text, a full disk, or the folder has another dataset.
     """
     source, folder = SOURCES[config.source], dataset_folder(config)
     name = config.tokenizer or source.tokenizer
@@ -75,31 +75,31 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     }
     if (meta := read_meta(folder)) is not None:
         check_settings(folder, "a dataset", meta, settings)
-        (folder / PROGRESS).unlink(missing_ok=True)  # of a call that was killed at the very end
-        log(f"{folder} is there already, with these settings; nothing to do")
+        (folder / PROGRESS).unlink(missing_ok=True)  # left if the last call was killed after it wrote meta.json
+        log(f"{folder} already exists, with the same settings; nothing to do")
         return open_dataset(folder)
     encoding = tokenizer.load(name)
-    load_encoder(encoding, config.encoder)  # its errors come before downloads
+    load_encoder(encoding, config.encoder)  # raise its errors before downloads
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
     plan = make_plan(config, corpus)
     with _locked(folder):
-        if read_meta(folder) is not None:  # another call has finished it meanwhile
+        if read_meta(folder) is not None:  # another call has just finished it
             return prepare(config, log)
         progress = read_progress(folder, settings, corpus, 2 if config.sample_size else 1)
         if progress["passes"]:
-            log(f"{folder}: going on where the work was stopped")
+            log(f"{folder}: resuming")
         else:
             remove_unfinished(folder)
         entries = write_shards(config, folder, plan, encoding.n_vocab, progress)
         for split, entry in entries.items():
             if entry["tokens"] < 2:
                 remove_unfinished(folder)
-                with suppress(OSError):  # it held something else
+                with suppress(OSError):  # it has other files
                     folder.rmdir()
-                why = f"the {split} split of {folder.name} would have {entry['tokens']} tokens, and scoring needs 2"
-                raise UserError(f"too little text: {why}; give more, or another --val_fraction, --test_fraction")
+                reason = f"the {split} split of {folder.name} would have {entry['tokens']} tokens, and scoring needs 2"
+                raise UserError(f"too little text: {reason}; add text, or change --val_fraction or --test_fraction")
         meta = {key: value for key, value in settings.items() if value is not None}
         meta |= {"vocab_size": encoding.n_vocab, "ranks_sha256": tokenizer.ranks_hash(encoding)}
         meta |= {"eot_id": encoding.eot_token, "end_of_text": source.end_of_text, "dtype": "uint16", "splits": entries}
@@ -110,16 +110,16 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
 
 
 def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, progress: dict) -> dict[str, dict]:
-    """Encode the tasks that are not done yet and append the results to the shards, in order.
+    """Encode the remaining tasks and append the results to the shards, in order.
 
     Args:
-        progress: as read_progress returns it; kept up to date.
+        progress: the result of read_progress; updated in place.
 
     Returns:
-        The manifest's entry of each split.
+        The manifest entry of each split.
 
     Raises:
-        UserError: bad input, a full disk, a worker that was killed. The work that is done is kept.
+        UserError: bad input, a full disk or a killed worker. Finished work is kept.
     """
     from tqdm import tqdm
 
@@ -133,14 +133,14 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
         split: ShardWriter(folder, split, n_vocab, config.shard_tokens, progress["splits"].get(split))
         for split in plan.splits
     }
-    total, done = None if config.sample_size else plan.size, sum(each["size"] for each in progress["passes"].values())
-    seconds = 0.1 if sys.stderr.isatty() else 60  # between two updates of the bar
+    total, done = None if config.sample_size else plan.size, sum(state["size"] for state in progress["passes"].values())
+    seconds = 0.1 if sys.stderr.isatty() else 60  # between updates of the progress bar
     bar = tqdm(None, folder.name, total, unit="B", unit_scale=True, initial=done, delay=seconds, mininterval=seconds)
 
     def tasks() -> Iterator[Task]:
-        for split, of_split in plan.tasks.items():
+        for split, split_tasks in plan.tasks.items():
             done = progress["passes"].get(split, NOTHING_DONE)["tasks"]
-            for task in itertools.islice(of_split, done, None):
+            for task in itertools.islice(split_tasks, done, None):
                 yield task._replace(split=split)
 
     def save() -> float:
@@ -151,15 +151,15 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
         return time.monotonic()
 
     try:
-        saved = save()  # from now on the folder names the command that continues it
-        with bar, pool as run:
-            for task, encoded in run(functools.partial(encode_task, config, plan.splits, plan.held_out), tasks()):
+        saved = save()  # progress.json has the command that resumes
+        with bar, pool as run_tasks:
+            for task, encoded in run_tasks(functools.partial(encode_task, config, plan.splits, plan.held_out), tasks()):
                 with _write_errors(folder):
                     for split, part in encoded.items():
                         writers[split].add(*part)
                 state = progress["passes"].get(task.split, NOTHING_DONE)
                 state = {"tasks": state["tasks"] + 1, "size": state["size"] + task.size}
-                progress.update(  # in one step, which no signal interrupts
+                progress.update(  # one call, so that a signal cannot leave half an update
                     passes={**progress["passes"], task.split: state},
                     splits={split: writer.position() for split, writer in writers.items()},
                 )
@@ -180,20 +180,20 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the folder
+# the dataset folder
 
 
 def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None:
-    """Raise UserError, naming them, where settings differ from those of the dataset in the folder."""
-    found = {"encoder": "tiktoken", **found}  # earlier versions knew no other
+    """Raise UserError if settings differ from those of the dataset in the folder, with the differences."""
+    found = {"encoder": "tiktoken", **found}  # the only encoder of earlier versions
     if differing := [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]:
-        what = f"{folder} already holds {what} of other settings: {'; '.join(differing)}"
-        raise UserError(f"{what}. Give this one a name of its own with --name, or move {folder} away")
+        what = f"{folder} already has {what} with other settings: {'; '.join(differing)}"
+        raise UserError(f"{what}. Choose another name with --name, or move {folder} away")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Create the folder and lock it against a second call. The system releases the lock, also after kill -9."""
+    """Create the folder and lock it against other calls. The OS releases the lock when the process exits."""
     with _write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -201,8 +201,8 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another prepare_data.py is at work in this folder; wait for it") from None
-        except OSError as error:  # a file system without locks
+            raise UserError(f"{folder}: another prepare_data.py uses this folder; wait until it is finished") from None
+        except OSError as error:  # the file system does not support locks
             print(f"warning: {folder} cannot be locked ({error.strerror})", file=sys.stderr)
         yield
     finally:
@@ -210,26 +210,26 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> dict:
-    """Return the state of the work in this folder, or the state of a new one.
+    """Return the state in the folder's progress.json, or an initial state.
 
     Args:
-        tasks: version of how files are cut into tasks: work is continued only where the tasks are the same.
+        tasks: version of the division of files into tasks; only work with the same version is resumed.
 
     Raises:
-        UserError: other settings or other raw files.
+        UserError: settings, raw files or `tasks` differ from those of the unfinished dataset.
     """
     files = json.dumps([[file.name, file.size] for group in corpus.files.values() for file in group])
     raw, command = hashlib.sha256(files.encode()).hexdigest(), shlex.join(["python", *sys.argv])
-    fresh = {"tasks": tasks, "command": command, "settings": settings, "raw": raw, "passes": {}, "splits": {}}
+    initial = {"tasks": tasks, "command": command, "settings": settings, "raw": raw, "passes": {}, "splits": {}}
     if not (folder / PROGRESS).exists():
-        return fresh
+        return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        facts = [{**each["settings"], "raw files": each["raw"], "tasks": each["tasks"]} for each in (found, fresh)]
+        keys = [{**state["settings"], "raw files": state["raw"], "tasks": state["tasks"]} for state in (found, initial)]
         if any(split["files"] for split in found["splits"].values()):
-            check_settings(folder, "an unfinished dataset", *facts)
-        elif facts[0] != facts[1]:
-            return fresh  # no shard is finished: nothing is lost
+            check_settings(folder, "an unfinished dataset", *keys)
+        elif keys[0] != keys[1]:
+            return initial  # no shard is finished: little is lost
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / PROGRESS} is damaged: move {folder} away and run again") from None
     return {**found, "command": command}
@@ -244,7 +244,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of writing there into a UserError."""
+    """Convert errors of writing to the folder to a UserError."""
     try:
         yield
     except OSError as error:

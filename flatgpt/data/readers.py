@@ -1,7 +1,7 @@
 """Read documents from plain text, JSON lines (also .gz and .zst) and parquet files, and group them into tasks.
 
-A text file is one document; so is each line of a JSON lines file and each row of a parquet file. Empty documents are
-left out. This module does not import torch: data workers load it.
+A text file, a line of a JSON lines file and a row of a parquet file are each one document. Empty documents are
+skipped. This module does not import torch, so that data workers start fast.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import NamedTuple
 from config import UserError
 from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
-CHUNK_BYTES = 4 << 20  # approximate bytes of text in one chunk, and in one task
+CHUNK_BYTES = 4 << 20  # approximate size of a chunk and of a task
 FORMATS = {".txt": "text", ".md": "text", ".py": "text", ".parquet": "parquet"}
 FORMATS |= dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), "jsonl")
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file of documents: a path, a text in memory, or a file to be downloaded when it is needed.
+    """A file of documents: a local path, a text in memory, or a file to be downloaded when it is read.
 
     Args:
-        size: bytes of the file, on the disk or on the hub.
+        size: size in bytes, on the disk or on the hub.
         fetch: downloads the file and returns its path.
     """
 
@@ -49,7 +49,7 @@ class Corpus:
     """The files of a source, by split.
 
     Args:
-        revision: identifies the content.
+        revision: identifier of the content.
         notice: a line to print.
     """
 
@@ -59,11 +59,11 @@ class Corpus:
 
 
 class Chunk(NamedTuple):
-    """A document, or a part of a long one that can be encoded on its own.
+    """A document, or a part of a long document that can be encoded separately.
 
     Args:
-        documents: how many documents end with this chunk; 0: the next chunk continues the document.
-        split: where the document goes; None: not decided yet.
+        documents: number of documents that end in this chunk; 0: the next chunk continues the document.
+        split: the document's split; None: not decided yet.
     """
 
     text: str
@@ -72,12 +72,12 @@ class Chunk(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Work for one call of encode_task. Where documents are parsed there, only their raw form is sent to the worker.
+    """Work for one call of encode_task.
 
     Args:
-        size: approximate bytes of the file that it takes.
-        read: returns the chunks.
-        split: the split of the source that they belong to.
+        size: approximate size in the raw file, in bytes.
+        read: returns the chunks; parses JSON lines and reads parquet rows in the worker.
+        split: the chunks' split in the source.
     """
 
     size: int
@@ -86,27 +86,27 @@ class Task(NamedTuple):
 
 
 def file_format(name: str | Path) -> str:
-    """Return `parquet`, `jsonl` or, by any other suffix than theirs, `text`."""
+    """Return `parquet`, `jsonl` or, for any other suffix, `text`."""
     return next((FORMATS[suffix] for suffix in FORMATS if str(name).endswith(suffix)), "text")
 
 
 def file_tasks(files: Iterable[RawFile], column: str, choose_split: Callable | None = None) -> Iterator[Task]:
-    """Yield tasks over all documents of the files, in order; files are downloaded when their turn comes.
+    """Yield tasks over all documents of the files, in order. Each file is downloaded when it is reached.
 
     Args:
-        choose_split: returns the split of a document that comes in several chunks, given them all.
+        choose_split: returns the split of a document of several chunks, from the text of all its chunks.
     """
-    for kind, group in itertools.groupby(files, lambda file: file_format(file.name)):
-        if kind == "text":  # small files share a task
+    for format, group in itertools.groupby(files, lambda file: file_format(file.name)):
+        if format == "text":  # a task can contain several small files
             yield from chunk_tasks(chunk for file in group for chunk in _text_document(file, choose_split))
         else:
-            tasks = _line_tasks if kind == "jsonl" else _row_tasks
+            tasks = _line_tasks if format == "jsonl" else _row_tasks
             for file in group:
-                yield from tasks(file.local_path().absolute(), column)  # a cluster's workers run in other folders
+                yield from tasks(file.local_path().absolute(), column)  # absolute, for workers with another cwd
 
 
 def chunk_tasks(chunks: Iterable[Chunk], size: int | None = None) -> Iterator[Task]:
-    """Yield tasks of at least `size` characters, by default CHUNK_BYTES, over the chunks."""
+    """Group the chunks into tasks of at least `size` characters, by default CHUNK_BYTES."""
     size = CHUNK_BYTES if size is None else size
     waiting, characters = [], 0
     for chunk in chunks:
@@ -121,10 +121,10 @@ def chunk_tasks(chunks: Iterable[Chunk], size: int | None = None) -> Iterator[Ta
 
 @contextmanager
 def read_errors(path: Path):
-    """Turn errors of reading a file into a UserError."""
+    """Convert errors of reading a file to a UserError."""
     try:
         yield
-    except (OSError, ValueError) as error:  # those of pyarrow too
+    except (OSError, ValueError) as error:  # includes those of pyarrow
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
@@ -134,7 +134,7 @@ def read_errors(path: Path):
 
 
 def text_chunks(path: Path) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in chunks, with its newlines as they are and without a byte order mark."""
+    """Yield the text of a UTF-8 file in chunks. Newlines are unchanged; a byte order mark is removed."""
     line = 1
     with read_errors(path), open(path, "rb") as file:
         try:
@@ -150,9 +150,11 @@ def text_chunks(path: Path) -> Iterator[str]:
 
 
 def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) -> Iterator[Chunk]:
-    """Yield one document, which comes in blocks, in chunks of at most `length` characters; nothing if it is empty."""
+    """Split a document, given in blocks of any size, into chunks of at most `length` characters.
+
+    Text without a space or newline is split at multiples of MAX_ENCODE_CHARS, as encode_chunks would split it.
+    """
     last = None
-    # A long run is split at multiples of MAX_ENCODE_CHARS, where the worker would split it.
     for text in split_text(blocks, length):
         if last:
             yield Chunk(last, 0)
@@ -165,7 +167,7 @@ def _text_document(file: RawFile, choose_split: Callable | None) -> Iterator[Chu
     split = None
     for chunk in split_document([file.text] if file.text else text_chunks(file.local_path())):
         if choose_split and split is None and not chunk.documents:
-            split = choose_split(text_chunks(file.path))  # the hash takes the whole document: read it once for that
+            split = choose_split(text_chunks(file.path))  # reads the whole document, for its hash
         yield chunk._replace(split=split)
 
 
@@ -174,14 +176,14 @@ def _text_document(file: RawFile, choose_split: Callable | None) -> Iterator[Chu
 
 
 def _line_tasks(path: Path, column: str) -> Iterator[Task]:
-    """Yield tasks over the lines of a JSON lines file, which travel to the worker."""
-    compression = 1 if path.suffix == ".jsonl" else 3  # about
+    """Yield tasks over the lines of a JSON lines file. The worker receives and parses the lines."""
+    compression = 1 if path.suffix == ".jsonl" else 3  # a typical ratio
     for line, block in line_chunks(path):
         yield Task(len(block) // compression, functools.partial(parse_lines, block, column, path, line))
 
 
 def line_chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield complete lines in blocks of about CHUNK_BYTES bytes, each with the number of its first line."""
+    """Yield (number of the first line, block of complete lines), in blocks of about CHUNK_BYTES."""
     import pyarrow
 
     line, rest = 1, b""
@@ -196,13 +198,13 @@ def line_chunks(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[Chunk]:
-    """Yield the documents in a block of JSON lines; empty lines, nulls and empty texts are left out.
+    """Yield the documents in a block of JSON lines. Empty lines, nulls and empty texts are skipped.
 
     Args:
         line: number of the first line.
 
     Raises:
-        UserError: a line is not a JSON object with a string under that key.
+        UserError: a line is not a JSON object, or its `column` is not a string.
     """
     for number, raw in enumerate(block.split(b"\n"), line):
         if not raw.strip():
@@ -222,7 +224,7 @@ def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[Ch
         if text:
             try:
                 text.encode()
-            except UnicodeEncodeError:  # "\ud83d" is half a character: join pairs, replace a lone one, as tiktoken
+            except UnicodeEncodeError:  # join surrogate pairs and replace lone surrogates, as tiktoken does
                 text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield Chunk(text)
 
@@ -232,15 +234,15 @@ def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[Ch
 
 
 def _row_tasks(path: Path, column: str) -> Iterator[Task]:
-    """Yield tasks over row groups of a parquet file, which the worker reads."""
+    """Yield tasks over the row groups of a parquet file. The worker reads the row groups."""
     with _open_parquet(path, column) as file:
-        index = [file.schema.column(n).path for n in range(len(file.schema))].index(column)  # nested ones are several
+        index = [file.schema.column(n).path for n in range(len(file.schema))].index(column)  # leaf columns
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         groups = [group.column(index).total_uncompressed_size for group in groups]
     share = path.stat().st_size / max(1, sum(groups))
     start = size = 0
     for n, group_size in enumerate(groups):
-        large = group_size > 4 * CHUNK_BYTES  # than fits into a worker's memory: read here, in chunks
+        large = group_size > 4 * CHUNK_BYTES  # read here, in chunks, to limit the workers' memory
         size += 0 if large else group_size
         stop = n if large else n + 1
         if stop > start and (large or size >= CHUNK_BYTES or n == len(groups) - 1):
@@ -252,14 +254,14 @@ def _row_tasks(path: Path, column: str) -> Iterator[Task]:
 
 
 def rows(path: Path, column: str, first: int = 0, stop: int | None = None, empty: bool = False) -> Iterator[Chunk]:
-    """Yield the texts of the row groups first .. stop - 1 of a parquet file, in order.
+    """Yield the documents of row groups first .. stop - 1 of a parquet file, in order.
 
     Args:
-        empty: yield an empty text for a null or empty row, which is left out otherwise.
+        empty: yield an empty text for a null or empty row. Otherwise such rows are skipped.
     """
     with _open_parquet(path, column) as file, read_errors(path):
         groups = list(range(first, file.metadata.num_row_groups if stop is None else stop))
-        # few rows at a time, as they may be long
+        # small batches, because rows can be long
         for batch in file.iter_batches(64, row_groups=groups, columns=[column], use_threads=False):
             for text in batch.column(0).to_pylist():
                 if text or empty:
@@ -267,16 +269,16 @@ def rows(path: Path, column: str, first: int = 0, stop: int | None = None, empty
 
 
 def _open_parquet(path: Path, column: str):
-    """Open a parquet file. Raises UserError if it is damaged or its column does not exist or does not hold strings."""
+    """Open a parquet file. Raise UserError if it is damaged or has no such column of strings."""
     import pyarrow.parquet
 
     with read_errors(path):
-        # buffered, so that a row group of gigabytes is not read at once
+        # buffered, so that a large row group is not read at once
         file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     schema = file.schema_arrow
     types = [field.type for field in schema if field.name == column]
-    types = [kind.value_type if pyarrow.types.is_dictionary(kind) else kind for kind in types]
-    if [str(kind) in ("string", "large_string", "string_view", "null") for kind in types] != [True]:
+    types = [t.value_type if pyarrow.types.is_dictionary(t) else t for t in types]
+    if [str(t) in ("string", "large_string", "string_view", "null") for t in types] != [True]:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise UserError(f"{path}: no text column {column!r}; its columns are {columns}: choose one with --column")
     return file

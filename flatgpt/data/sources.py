@@ -1,4 +1,4 @@
-"""The sources of text: their files, downloaded where they are missing, their splits, and the tasks over both."""
+"""Sources of text: their files, which are downloaded if they are missing, their splits, and the encoding tasks."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from flatgpt.data.readers import Chunk, Corpus, RawFile, Task, chunk_tasks, file
 from flatgpt.data.shards import SPLITS
 from flatgpt.runtime.files import atomic_write
 
-# The copy in common use, from Karpathy's char-rnn (2015).
+# The common copy of tiny Shakespeare, from Karpathy's char-rnn (2015).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-DUMP = "20231101.en"  # Wikipedia's, by default
-# Dataset repositories known by name, the commits that flatGPT was written against, and the files in them.
+DUMP = "20231101.en"  # the default dump of Wikipedia
+# {source: (dataset repository, tested commit, glob pattern of its files)}
 REPOSITORIES = {
     "wikitext103": ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet"),
     "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
     "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
 }
-FEW_DOCUMENTS = 100  # fewer are split by characters, because whole documents would be too coarse
+FEW_DOCUMENTS = 100  # with fewer, splits are made by characters, as whole documents are too coarse
 
 
 @dataclass(frozen=True)
 class Source:
-    """What prepare needs to know about a source.
+    """Properties of a source.
 
     Args:
         tokenizer: the default tokenizer.
-        revision: identifies the content without a network; None where only the hub knows.
-        open: returns the files; may ask the hub.
+        revision: returns an identifier of the content, or None if that needs the hub.
+        open: returns the files; may send requests to the hub.
         end_of_text: whether an end-of-text token follows each document.
-        val_fraction: default share of validation text; None for a source with a validation split.
-        joined: whether the rows are lines of one running text, to be joined again.
+        val_fraction: default share of documents for validation; None if the source has a validation split.
+        joined: whether the rows are lines of one text, and are joined.
     """
 
     tokenizer: str
@@ -57,7 +57,7 @@ class Source:
 
 
 def hub_files(config: PrepareConfig) -> HubFiles:
-    """Return the files of the dataset repository that the config's source names."""
+    """Return the files of the source's dataset repository."""
     root = Path(config.raw_dir) / config.source
     if config.source == "hub":
         patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
@@ -69,9 +69,9 @@ def hub_files(config: PrepareConfig) -> HubFiles:
 
 
 def open_pydoc(config: PrepareConfig) -> Corpus:
-    """Return the Python language reference that comes with CPython: about 0.5 MB, no download.
+    """Return the Python language reference from CPython's pydoc_data: about 0.5 MB, no download.
 
-    Topics are in alphabetical order; duplicates are left out.
+    Topics are in alphabetical order, without duplicates.
     """
     from pydoc_data.topics import topics
 
@@ -83,7 +83,7 @@ def open_shakespeare(config: PrepareConfig) -> Corpus:
     """Return tiny Shakespeare, downloaded if it is missing.
 
     Raises:
-        UserError: no network, another content, or a file that cannot be read or written.
+        UserError: the download fails, the content is wrong, or the file cannot be read or written.
     """
     path = Path(config.raw_dir) / "shakespeare" / "input.txt"
     try:
@@ -94,17 +94,17 @@ def open_shakespeare(config: PrepareConfig) -> Corpus:
             atomic_write(path, content)
         content = path.read_bytes()
     except (OSError, http.client.HTTPException) as error:
-        what = f"{SHAKESPEARE_URL} could not be downloaded to {path} ({getattr(error, 'reason', error)})"
-        raise UserError(f"{what}: check the network, or put the file there (another folder: --raw_dir)") from None
+        failure = f"{SHAKESPEARE_URL} could not be downloaded to {path} ({getattr(error, 'reason', error)})"
+        raise UserError(f"{failure}: check the network, or copy the file to {path} (--raw_dir: the folder)") from None
     if (found := hashlib.sha256(content).hexdigest()) != SHAKESPEARE_SHA256:
         raise UserError(f"{path} is not tiny Shakespeare (SHA-256 {found[:16]}...): move it away to download it again")
     return Corpus({"train": [RawFile(path.name, len(content), path)]})
 
 
 def text_revision(config: PrepareConfig) -> str:
-    """Return the SHA-256 over the SHA-256s of the user's files. Raises UserError for text that is not UTF-8."""
+    """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file is not UTF-8."""
     combined = hashlib.sha256()
-    for path in expand(config.input):
+    for path in expand_inputs(config.input):
         digest = hashlib.sha256()
         if readers.file_format(path) == "text":
             for chunk in readers.text_chunks(path):
@@ -117,12 +117,12 @@ def text_revision(config: PrepareConfig) -> str:
 
 
 def open_text(config: PrepareConfig) -> Corpus:
-    """Return the user's files, in the order given."""
-    return Corpus({"train": [RawFile(str(path), path.stat().st_size, path) for path in expand(config.input)]})
+    """Return the files of --input, in order."""
+    return Corpus({"train": [RawFile(str(path), path.stat().st_size, path) for path in expand_inputs(config.input)]})
 
 
-def expand(patterns: tuple[str, ...]) -> list[Path]:
-    """Return the files that paths, folders (recursive, sorted) and glob patterns name; each file once, in order."""
+def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files for paths, folders (recursive, sorted) and glob patterns, in order and without duplicates."""
     files: dict[Path, Path] = {}
     for pattern in patterns:
         path = Path(pattern)
@@ -132,40 +132,40 @@ def expand(patterns: tuple[str, ...]) -> list[Path]:
         elif not path.exists():
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
         if not found:
-            raise UserError(f"--input {pattern}: no such file, and no {' '.join(readers.FORMATS)} file found by it")
+            raise UserError(f"--input {pattern}: no such file, and no {' '.join(readers.FORMATS)} file matches")
         for file in found:
             files.setdefault(file.resolve(), file)
     return list(files.values())
 
 
-def _repository(**facts) -> Source:
-    return Source("gpt2", lambda c: known_commit(hub_files(c)), lambda c: open_repository(c, hub_files(c)), **facts)
+def _hub_source(**options) -> Source:
+    return Source("gpt2", lambda c: known_commit(hub_files(c)), lambda c: open_repository(c, hub_files(c)), **options)
 
 
-ONE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
+SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
 SOURCES = {
-    "pydoc": Source("byte", lambda _: f"Python {sys.version.split()[0]}", open_pydoc, **ONE_TEXT),
-    "shakespeare": Source("gpt2", lambda _: SHAKESPEARE_SHA256, open_shakespeare, **ONE_TEXT),
-    "wikitext103": _repository(end_of_text=False, val_fraction=None, joined=True),
-    "wikipedia": _repository(),
-    "fineweb": _repository(),
-    "hub": _repository(),
+    "pydoc": Source("byte", lambda _: f"Python {sys.version.split()[0]}", open_pydoc, **SINGLE_TEXT),
+    "shakespeare": Source("gpt2", lambda _: SHAKESPEARE_SHA256, open_shakespeare, **SINGLE_TEXT),
+    "wikitext103": _hub_source(end_of_text=False, val_fraction=None, joined=True),
+    "wikipedia": _hub_source(),
+    "fineweb": _hub_source(),
+    "hub": _hub_source(),
     "text": Source("gpt2", text_revision, open_text, val_fraction=0.1),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# splits, and the tasks over them
+# splits and tasks
 
 
 class Plan(NamedTuple):
-    """How a dataset is made.
+    """The work for a dataset.
 
     Attributes:
-        splits: of the dataset.
-        held_out: the shares of the documents of train that go to other splits.
-        tasks: over the files of each of the source's splits.
-        size: bytes of these files.
+        splits: splits of the dataset.
+        held_out: {split: share of the source's train documents that it gets}.
+        tasks: {split of the source: its tasks}.
+        size: size of the files in bytes.
     """
 
     splits: list[str]
@@ -175,17 +175,17 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
-    """Decide which of the source's splits makes which of the dataset's; download missing files.
+    """Return the splits and tasks of a dataset, and download missing files.
 
-    The source's splits are kept. Where it has no `val`, or no `test` and one is asked for, that is held out of `train`.
+    Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
 
     Raises:
-        UserError: splits that do not exist, a fraction of one that the source has, and what reading raises.
+        UserError: a split does not exist, a fraction is for a split that the source has, or a file cannot be read.
     """
     source = SOURCES[config.source]
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and split in corpus.files:
-            raise UserError(f"{config.source} has a {split} split of its own: leave --{split}_fraction out")
+            raise UserError(f"{config.source} has its own {split} split: leave out --{split}_fraction")
     fractions = {"val": config.val_fraction or source.val_fraction, "test": config.test_fraction}
     held_out = {s: f for s, f in fractions.items() if f and s not in corpus.files and "train" in corpus.files}
     available = [split for split in SPLITS if split in corpus.files or split in held_out]
@@ -195,7 +195,7 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     splits = [split for split in available if split in (config.splits or available)]
     shares = {split: held_out if split == "train" else {} for split in corpus.files}
     files = {split: group for split, group in corpus.files.items() if {split, *shares[split]} & {*splits}}
-    if not config.sample_size:  # a sample downloads files one by one, until it has enough
+    if not config.sample_size:  # a sample downloads files only until it has enough documents
         for file in itertools.chain(*files.values()):
             file.local_path()
     tasks = {split: split_tasks(config, group, shares[split]) for split, group in files.items()}
@@ -203,11 +203,11 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
 
 
 def split_tasks(config: PrepareConfig, files: list[RawFile], held_out: dict[str, float]) -> Iterator[Task]:
-    """Yield the tasks over one of the source's splits, the same ones each time.
+    """Return the tasks of one split of the source, the same in each call.
 
     Args:
-        held_out: the fractions of the documents that go to other splits: by a hash of each document or, of fewer than
-            FEW_DOCUMENTS, by characters, from the end.
+        held_out: shares of the documents for other splits, chosen by a hash of each document. With fewer than
+            FEW_DOCUMENTS documents, they are shares of the characters, from the end.
     """
     limit, column = config.sample_size, config.column
     if SOURCES[config.source].joined:
@@ -235,9 +235,9 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], held_out: dict[str,
 
 
 def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) -> Iterator[Chunk]:
-    """Split the text of all chunks at these characters into train, val and test.
+    """Split the text of all chunks into train, val and test, which end at the `borders` (in characters).
 
-    A document at a border becomes one document of both splits.
+    A document across a border counts in both splits.
     """
     start = 0
     for chunk in chunks:
@@ -248,33 +248,36 @@ def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) 
 
 
 def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
-    """Yield the rows of the files joined to one text, `limit` rows at most; a chunk's documents are its rows."""
-    rows = counted = 0
-    chunks = (chunk for file in files for chunk in readers.rows(file.local_path(), column, empty=True))
+    """Join at most `limit` rows of the files to one text, and yield it in chunks; each row counts as a document."""
+    read = counted = 0
+    rows = (chunk for file in files for chunk in readers.rows(file.local_path(), column, empty=True))
 
     def blocks() -> Iterator[str]:
-        nonlocal rows
-        for task in chunk_tasks(itertools.islice(chunks, limit)):
+        nonlocal read
+        for task in chunk_tasks(itertools.islice(rows, limit)):
             block = list(task.read())
-            rows += len(block)
+            read += len(block)
             yield "".join(chunk.text for chunk in block)
 
     for chunk in readers.split_document(blocks()):
-        yield chunk._replace(documents=rows - counted)
-        counted = rows
+        yield chunk._replace(documents=read - counted)
+        counted = read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# in the workers
+# run in workers
 
 
 def encode_task(config: PrepareConfig, splits: list[str], held_out: dict[str, float], task: Task) -> dict[str, Encoded]:
-    """Encode the documents of a task, in order: what encode_chunks returns, for each split that the task has.
+    """Encode the documents of a task, in order.
 
-    The result depends on the arguments alone, so any number of workers, here or on a cluster, writes the same bytes.
+    The result depends only on the arguments, so that the shards do not depend on the number or kind of workers.
 
     Args:
-        splits, held_out: of the plan.
+        splits, held_out: as in Plan.
+
+    Returns:
+        {split: result of encode_chunks}.
     """
     source = SOURCES[config.source]
     encoding = tokenizer.load(config.tokenizer or source.tokenizer)
@@ -290,11 +293,11 @@ def encode_task(config: PrepareConfig, splits: list[str], held_out: dict[str, fl
 
 
 def choose_split(held_out: dict[str, float], chunks: Iterable[str]) -> str:
-    """Return the split of a document, by a keyed hash of its text: equal texts go to one split, in every dataset.
+    """Return the split of a document by a keyed hash of its text. Equal texts get the same split, in every dataset.
 
     Args:
-        held_out: the shares of the documents that go to val and test.
-        chunks: the text of the document, in any chunks.
+        held_out: shares of the documents for val and test.
+        chunks: the text of the document, in chunks of any size.
     """
     digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
     for text in chunks:

@@ -1,4 +1,4 @@
-"""Tokenizer names -> tiktoken encodings: any tiktoken encoding whose ids fit uint16, and `byte`.
+"""Load tokenizers by name: tiktoken encodings whose ids fit uint16, and `byte`.
 
 enc = load("gpt2")
 enc.encode_ordinary("Hello"), enc.decode_single_token_bytes(15496), enc.n_vocab, enc.eot_token
@@ -18,37 +18,37 @@ import tiktoken.registry
 
 from config import UserError
 
-MAX_ENCODE_CHARS = 1_000_000  # characters encoded at once; a longer run without a break is cut
+MAX_ENCODE_CHARS = 1_000_000  # maximum text per call; a longer text without a break is split anyway
 GPT2_PATTERN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
-# GPT-2's pattern never looks back, and a match ends wherever white space follows another character: a text can be split
-# there without changing an id. This matches up to the last such place.
+# GPT-2's pattern has no lookbehind, and a match ends wherever white space follows another character. Splitting a text
+# there changes no id. This matches up to the last such position.
 _LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
 
-# Known not to fit uint16; listed here so that nothing is downloaded to find out.
+# Encodings with more than 65,536 ids, listed so that they are refused without a download.
 TOO_LARGE = ("cl100k_base", "o200k_base", "o200k_harmony")
 
 
 def check_name(name: str) -> None:
-    """Raise UserError unless `load` knows an encoding of this name; nothing is fetched."""
+    """Raise UserError unless `load` supports this name. Downloads nothing."""
     known = [*(n for n in tiktoken.list_encoding_names() if n not in TOO_LARGE), "byte"]
     if name not in known:
-        reason = "more ids than the shards' uint16 holds, 65,536" if name in TOO_LARGE else "unknown"
-        raise UserError(f"tokenizer {name}: {reason}; take one of {', '.join(known)}")
+        reason = "has more than 65,536 ids, which do not fit uint16 shards" if name in TOO_LARGE else "unknown"
+        raise UserError(f"tokenizer {name}: {reason}; use one of {', '.join(known)}")
 
 
 @functools.cache
 def load(name: str) -> tiktoken.Encoding:
-    """Return the encoding of that name; `byte` is UTF-8 itself: ids 0 to 255, and 256 for end-of-text.
+    """Return the encoding of this name. `byte` encodes UTF-8 bytes as ids 0 to 255, and end-of-text as 256.
 
     Raises:
-        UserError: an unknown name, more than 65,536 ids, or a vocabulary that cannot be fetched.
+        UserError: the name is unknown, it has more than 65,536 ids, or its vocabulary cannot be downloaded.
     """
     if name == "byte":
         return tiktoken.Encoding(
             "byte",
-            # One long match keeps the encoder out of Python; without merges every byte stays its own token.
+            # Long matches are fast; without merges, each byte is a token.
             pat_str=r"[\s\S]{1,4096}",
             mergeable_ranks={bytes([b]): b for b in range(256)},
             special_tokens={"<|endoftext|>": 256},
@@ -58,33 +58,33 @@ def load(name: str) -> tiktoken.Encoding:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; tiktoken's hash mismatch is a ValueError
         raise UserError(
-            f"tokenizer {name}: its vocabulary could not be fetched ({' '.join(str(error).split())}). Set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it (tiktoken's cache of a machine with a network), "
-            "or take --tokenizer byte, which needs no download"
+            f"tokenizer {name}: its vocabulary could not be downloaded ({' '.join(str(error).split())}). Set "
+            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from a machine with network access, "
+            "or use --tokenizer byte, which needs no download"
         ) from None
     if encoding.n_vocab > 65_536:
-        raise UserError(f"tokenizer {name}: its {encoding.n_vocab:,} ids do not fit the shards' uint16")
+        raise UserError(f"tokenizer {name}: its {encoding.n_vocab:,} ids do not fit uint16 shards")
     return encoding
 
 
 def vocabulary_files(name: str) -> dict[str, bytes]:
-    """Return the files of this encoding, named as in a TIKTOKEN_CACHE_DIR; `byte` needs none.
+    """Return {file name in a TIKTOKEN_CACHE_DIR: content} of the encoding's files; empty for `byte`.
 
-    tiktoken's constructors fetch by URL, through a cache in which a file's name is the SHA-1 of its URL (its load.py).
+    tiktoken's cache names each file with the SHA-1 of its URL (tiktoken/load.py).
 
     Raises:
-        UserError: as in load.
+        UserError: see load.
     """
-    load(name)  # fetches what is missing, and checks it
+    load(name)  # downloads and verifies missing files
     if name == "byte":
         return {}
     files, read = {}, tiktoken.load.read_file_cached
 
-    def recorded(url: str, *hashes: str | None, **more: str | None) -> bytes:
-        files[hashlib.sha1(url.encode()).hexdigest()] = content = read(url, *hashes, **more)
+    def read_and_record(url: str, *args: str | None, **kwargs: str | None) -> bytes:
+        files[hashlib.sha1(url.encode()).hexdigest()] = content = read(url, *args, **kwargs)
         return content
 
-    tiktoken.load.read_file_cached = recorded
+    tiktoken.load.read_file_cached = read_and_record
     try:
         tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
     finally:
@@ -93,7 +93,7 @@ def vocabulary_files(name: str) -> dict[str, bytes]:
 
 
 def ranks_hash(encoding: tiktoken.Encoding) -> str:
-    """SHA-256 over all (id, bytes) pairs: two vocabularies with the same hash encode alike."""
+    """Return the SHA-256 of all (id, bytes) pairs, which identifies the vocabulary."""
     digest = hashlib.sha256()
     for token in encoding.token_byte_values():
         digest.update(encoding.encode_single_token(token).to_bytes(4, "little") + token + b"\0")
@@ -101,9 +101,9 @@ def ranks_hash(encoding: tiktoken.Encoding) -> str:
 
 
 def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:
-    """Split the text of the blocks into chunks of at most `length` characters that encode to the ids of the whole.
+    """Split the joined blocks into chunks of at most `length` characters, without changing the ids of the text.
 
-    Where more characters than that have no break, a chunk ends within a word, and the ids around its end may differ.
+    If `length` characters have no break, the split is inside a word, and ids next to it may change.
     """
     rest = ""
     for block in blocks:
@@ -119,7 +119,7 @@ def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:
 
 
 def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:
-    """Convert ids to little-endian uint16; asserts that all are in 0 .. n_vocab - 1."""
-    # astype alone would wrap 70000 to 4464
+    """Convert ids to little-endian uint16. Assert that all are in 0 .. n_vocab - 1."""
+    # astype would wrap 70000 to 4464
     assert ids.size == 0 or (ids.min() >= 0 and ids.max() < n_vocab), (ids.min(), ids.max(), n_vocab)
     return ids.astype("<u2")

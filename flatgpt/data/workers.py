@@ -1,4 +1,4 @@
-"""Run a function on tasks, and return the results in order: in this process, in others, or on a Dask cluster."""
+"""Run a function on tasks in this process, in worker processes or on a Dask cluster. Results are in task order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from config import UserError
 
 
 class WorkersLostError(UserError):
-    """The workers were killed, or cannot be reached any more."""
+    """Workers were killed, or can no longer be reached."""
 
 
 def available_cores() -> int:
@@ -30,7 +30,7 @@ def available_cores() -> int:
 
 
 def in_this_process(function: Callable, tasks: Iterable) -> Iterator[tuple]:
-    """Yield (task, function(task))."""
+    """Yield (task, function(task)) in the order of the tasks."""
     return ((task, function(task)) for task in tasks)
 
 
@@ -38,8 +38,8 @@ def in_order(submit: Callable[..., Any], max_in_flight: int, function: Callable,
     """Yield (task, function(task)) in the order of the tasks.
 
     Args:
-        submit: an executor's, which returns a future.
-        max_in_flight: how many tasks are read ahead; it bounds the memory.
+        submit: an executor's submit method, which returns a future.
+        max_in_flight: maximum number of submitted tasks; limits memory.
     """
     in_flight = deque()
     for task in tasks:
@@ -53,19 +53,18 @@ def in_order(submit: Callable[..., Any], max_in_flight: int, function: Callable,
 
 @contextmanager
 def local_pool(workers: int) -> Iterator[Callable]:
-    """Start processes on this machine; gives in_order for them.
+    """Start worker processes on this machine, and yield in_order bound to them.
 
-    Each has a pipe of its own, whose other end breaks when the process is killed, whatever it was doing then. With a
-    ProcessPoolExecutor a process that is killed in the middle of a message leaves this one waiting for the rest
-    (in part https://github.com/python/cpython/issues/94777).
+    Each worker has its own pipe, so that reading fails as soon as the worker is killed. A ProcessPoolExecutor can wait
+    forever if a worker is killed while it sends a message (https://github.com/python/cpython/issues/94777 in part).
     """
-    # spawn: this process has threads (of pyarrow, of downloads), and a fork would copy their locks
+    # spawn, because fork would copy the locks of this process's threads (pyarrow, downloads)
     context = multiprocessing.get_context("spawn")
     processes, idle = [], queue.SimpleQueue()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: the others start without it
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this; only this process handles Ctrl-C
     for _ in range(workers):
         connection, other_end = context.Pipe()
-        processes.append(context.Process(target=_answer, args=(other_end,), daemon=True))
+        processes.append(context.Process(target=_worker_loop, args=(other_end,), daemon=True))
         processes[-1].start()
         other_end.close()
         idle.put(connection)
@@ -77,14 +76,14 @@ def local_pool(workers: int) -> Iterator[Callable]:
             connection.send((function, task))
             result, error = connection.recv()
         except (EOFError, OSError):
-            raise WorkersLostError("a worker was killed, perhaps for memory (fewer: --workers N)") from None
+            raise WorkersLostError("a worker was killed, perhaps out of memory (use fewer with --workers N)") from None
         finally:
             idle.put(connection)
         if error:
             raise error
         return result
 
-    threads = ThreadPoolExecutor(workers)  # each waits for the answer of a process
+    threads = ThreadPoolExecutor(workers)  # each thread waits for the result of one worker
     try:
         yield functools.partial(in_order, functools.partial(threads.submit, call), 2 * workers + 2)
     finally:
@@ -93,22 +92,22 @@ def local_pool(workers: int) -> Iterator[Callable]:
         threads.shutdown(cancel_futures=True)
 
 
-def _answer(connection: Connection) -> None:
-    """Do the tasks that come through the connection, until the process at its other end closes it or is killed."""
+def _worker_loop(connection: Connection) -> None:
+    """Run the tasks received through the connection, until its other end is closed."""
     with suppress(EOFError, OSError):
         while True:
             function, task = connection.recv()
             try:
-                answer = function(task), None
+                reply = function(task), None
             except Exception as error:
                 error.add_note(traceback.format_exc())
-                answer = None, error
-            connection.send(answer)
+                reply = None, error
+            connection.send(reply)
 
 
 @contextmanager
 def dask_cluster(address: str) -> Iterator[Callable]:
-    """Connect to a Dask cluster, whose workers see the same files; gives in_order for it."""
+    """Connect to a Dask cluster, whose workers have access to the same files, and yield in_order bound to it."""
     try:
         from distributed import Client, KilledWorker
     except ImportError:
@@ -118,8 +117,8 @@ def dask_cluster(address: str) -> Iterator[Callable]:
         client.wait_for_workers(1, timeout=10)
         client.run(importlib.import_module, "flatgpt.data.sources")
     except (OSError, ValueError, ImportError) as error:
-        start = f"in a checkout of this repository, with `PYTHONPATH=. dask worker {address}`"
-        raise UserError(f"cluster = {address} (tcp://host:8786, say): {error}; start workers {start}") from None
+        start = f"start workers in a checkout of this repository with `PYTHONPATH=. dask worker {address}`"
+        raise UserError(f"cluster = {address} (for example tcp://host:8786): {error}; {start}") from None
     with client:
         submit, threads = functools.partial(client.submit, pure=False), sum(client.nthreads().values())
         try:

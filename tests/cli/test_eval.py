@@ -175,7 +175,7 @@ def test_the_dataset_of_the_run_may_have_moved(tmp_path, monkeypatch):
     got = report("--data_dir", "moved")
     assert (got["text"], got["loss"]) == ("moved/tiny val", expected["loss"])
     assert report("--dataset", "tiny", "--data_dir", "moved")["text"] == "moved/tiny val"
-    assert "dataset data/tiny is not there" in refusal()
+    assert "dataset data/tiny does not exist" in refusal()
 
 
 def test_files_of_ids(capsys, tmp_path):
@@ -185,7 +185,7 @@ def test_files_of_ids(capsys, tmp_path):
     assert (got["tokens"], got["bytes"]) == (2 * len(text), 2 * len(text) - 1)
     assert "the model's tokenizer, byte" in capsys.readouterr().err
     assert report("--test_data_path", "data/tiny/val_000000.bin")["loss"] == report()["loss"]
-    assert "taken as" not in capsys.readouterr().err
+    assert "read as" not in capsys.readouterr().err
     folder = nanogpt(tmp_path / "owt", train=range(99), val=range(50))
     assert report("--dataset", "owt", "--data_dir", tmp_path, model="gpt2_tiny")["tokens"] == 49
     assert open_dataset(folder).notice in capsys.readouterr().err

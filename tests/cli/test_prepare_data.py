@@ -20,14 +20,14 @@ from flatgpt.cli import cli as command_line
     [
         ("text --input a.txt --tokenizer byte --data_dir a.txt/x", "a.txt/x/text_byte could not be written"),
         ("text --input a.txt --tokenizer gpt5", "tokenizer gpt5: unknown"),
-        ("text --input a.txt --tokenizer byte --encoder gigatoken", "--encoder gigatoken takes tokenizer gpt2"),
+        ("text --input a.txt --tokenizer byte --encoder gigatoken", "--encoder gigatoken supports tokenizer gpt2"),
         ("shakespear", "did you mean shakespeare?"),
         ("text --input a.txt --tokenizer byte --splits eval", "splits = eval: one of train, val, test is expected"),
         ("text --input a.txt --val_fraction 0.5 --test_fraction 0.5", "no text is left for train"),
         ("text --input a.jsonl --tokenizer byte --column body", "a.jsonl line 1: no text 'body' in {'n': 'int'"),
         ("text", "source text needs --input"),
         ("", "source: missing"),
-        ("--info mine", "dataset mine is not there: run python prepare_data.py text --input FILES --name mine"),
+        ("--info mine", "dataset mine does not exist: run python prepare_data.py text --input FILES --name mine"),
     ],
 )
 def test_mistake_is_one_error_line(in_tmp, cli, words, said):
@@ -111,7 +111,7 @@ def test_nothing_to_do_takes_no_raw_files_where_the_revision_names_them(in_tmp, 
     shutil.rmtree("raw")
     words = ["hub", "--repo", "user/data", "--revision", commit, "--tokenizer", "byte", "--val_fraction", 0.1]
     done = cli("prepare_data", *words, "--raw_dir", "raw")
-    assert done.out.startswith("data/data_byte is there already, with these settings; nothing to do\n")
+    assert done.out.startswith("data/data_byte already exists, with the same settings; nothing to do\n")
     assert not Path("raw").exists()
 
 

@@ -60,7 +60,7 @@ def test_shards_are_checked_before_the_first_update(tiny_data, split):
 def test_verify_data_finds_a_changed_id(tiny_data):
     path = change_id("val", 7)
     train_here(*QUIET, "--out_dir", "out/unverified")
-    with pytest.raises(UserError, match=rf"^{re.escape(path)}: its SHA-256 is not meta\.json's"):
+    with pytest.raises(UserError, match=rf"^{re.escape(path)}: SHA-256 differs from meta\.json"):
         train_here(*QUIET, "--verify_data")
     assert not RUN.exists()
 

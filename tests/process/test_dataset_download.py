@@ -54,7 +54,7 @@ def test_shards_of_nanogpt_are_trained_and_scored(in_tmp, cli, gpt2_vocabulary):
     Path("data").mkdir()
     folder = nanogpt(Path("data/owt"), train=range(500), val=range(100))
     trained = cli("train", *TINY, "--dataset", "owt", "--max_iters", 2, "--eval_interval", 2, "--sample_tokens", 0)
-    assert "data/owt has no meta.json: taken as nanoGPT's shards" in trained.out, trained.err
+    assert "data/owt has no meta.json: read as nanoGPT shards" in trained.out, trained.err
     scored = cli("eval", "--json", "-")
     assert f"{folder} has no meta.json" in scored.err
     assert json.loads(scored.out)["tokens"] == 99

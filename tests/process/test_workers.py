@@ -129,7 +129,7 @@ def finish(big: Path, *words) -> None:
     let_go()
     done = subprocess.run(held_command(big, *words), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("data/mine: going on where the work was stopped\n")
+    assert done.stdout.startswith("data/mine: resuming\n")
     assert content(Path("data/mine")) == content(big / "whole/data/mine")
 
 
@@ -177,7 +177,7 @@ def test_ctrl_c_is_one_line_and_the_work_is_kept(work, big, everybody):
     (os.killpg if everybody else os.kill)(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
-    assert err == "data/mine: stopped; what is done is kept, and the same command goes on from there\n"
+    assert err == "data/mine: stopped; run the same command again to resume\n"
     wait_for(lambda: not any(map(family, processes)))
     finish(big)
 
@@ -207,7 +207,9 @@ def test_worker_that_is_killed_is_one_error_line(work, big, killed):
     let_go()
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: a worker was killed, perhaps for memory (fewer: --workers N); what is done is kept")
+    assert err.startswith(
+        "error: a worker was killed, perhaps out of memory (use fewer with --workers N); run the same"
+    )
     wait_for(lambda: not any(map(family, processes)))
     finish(big)
 

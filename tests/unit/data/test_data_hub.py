@@ -127,7 +127,7 @@ def test_files_of_the_user(in_tmp, host, where):
     data = from_hub(logged.append)
     assert texts_by_split(data) == {"train": TEXTS["train"], "val": ["four"]}
     assert data.meta["revision"] == "main"
-    assert "as they are, without asking the hub" in logged[0]
+    assert "using the local files, without a request to the hub" in logged[0]
     assert host.asked == []
     (RAW / paths[1]).unlink()  # its series is incomplete now
     assert texts_by_split(from_hub(name="completed")) == TEXTS
@@ -231,7 +231,7 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
         ({"files": ("*.csv",)}, {}, ["user/name", "has no file *.csv", "--files", "--revision"]),
         ({"source": "wikipedia", "repo": None, "dump": "1999.en"}, {}, ["wikimedia/wikipedia", "1999.en", "--dump"]),
         ({"repo": "user/what?"}, {}, ["user/what?", "user/name"]),
-        ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name", "gated", "accept its terms", "HF_TOKEN"]),
+        ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name", "gated", "accept the terms", "HF_TOKEN"]),
         ({}, {"GET revision": (403, "")}, ["user/name", "403 Forbidden", "hf auth login"]),
         ({}, {"GET revision": "drop"}, ["user/name", "Server disconnected", "check the network"]),
         (

@@ -37,8 +37,8 @@ def test_finished_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("name", "files", "said"),
     [
-        ("pydoc", {}, "is not there: run python prepare_data.py pydoc --data_dir "),
-        ("shakespeare_byte", {}, "is not there: run python prepare_data.py shakespeare --tokenizer byte"),
+        ("pydoc", {}, "does not exist: run python prepare_data.py pydoc --data_dir "),
+        ("shakespeare_byte", {}, "does not exist: run python prepare_data.py shakespeare --tokenizer byte"),
         ("pydoc", {"train_000000.bin.tmp": ""}, "is not finished: run python prepare_data.py pydoc"),
         ("mine", {"val.bin": ""}, "is not finished: run python prepare_data.py text --input FILES --name mine"),
         ("mine", {"progress.json": '{"command": "cmd --a b"}', "train.bin": ""}, "is not finished: run cmd --a b"),
@@ -67,8 +67,8 @@ def test_check_names_all_files_that_are_damaged(tmp_path, monkeypatch, full):
     damage |= {"test_000000": wrong_id}
     for name, harm in damage.items():
         harm(folder / f"{name}.bin")
-    outside, sha256 = "id 257 at byte 18 is not in the vocabulary of 257", "its SHA-256 is not"
-    found = {"train_000002": "18 bytes, meta.json says 20", "val_000000": outside, "test_000001": "No such file"}
+    outside, sha256 = "id 257 at byte 18 is not in the vocabulary of 257", "SHA-256 differs from"
+    found = {"train_000002": "18 bytes, but meta.json says 20", "val_000000": outside, "test_000001": "No such file"}
     found |= {"test_000000": outside, "val_000002": sha256} if full else {}
 
     def check() -> dict[str, str]:
@@ -79,7 +79,7 @@ def test_check_names_all_files_that_are_damaged(tmp_path, monkeypatch, full):
 
     assert check().keys() == found.keys()
     assert all(said in check()[name] for name, said in found.items())
-    monkeypatch.setattr(dataset, "CHECKED_AT_START", 29)
+    monkeypatch.setattr(dataset, "MAX_IDS_CHECKED_AT_START", 29)
     assert check().keys() == found.keys() - (set() if full else {"val_000000"})
 
 
@@ -92,7 +92,7 @@ def test_nanogpt_folder_is_a_dataset_of_gpt2s_tokens(tmp_path):
     folder = nanogpt(tmp_path / "owt", **ids)
     data = open_dataset(folder)
     assert {split: data.tokens(split)[:].tolist() for split in data.meta["splits"]} == ids
-    assert data.notice == f"{folder} has no meta.json: taken as nanoGPT's shards of GPT-2's tokens"
+    assert data.notice == f"{folder} has no meta.json: read as nanoGPT shards of GPT-2 tokens"
     assert list(data.verify_shards()) == [("train.bin", ""), ("val.bin", "")]
     assert open_dataset(shutil.copytree(folder, tmp_path / "copy")).manifest_hash == data.manifest_hash
     nanogpt(folder, val=[1, 2])  # all that can be told without reading is the size
@@ -104,7 +104,7 @@ def test_facts_of_gpt2_are_its_vocabularys(gpt2_vocabulary):
     """They are written down, so that a training run needs no vocabulary, and compared where one is loaded."""
     encoding = tokenizer.load("gpt2")
     ids = {"vocab_size": encoding.n_vocab, "eot_id": encoding.eot_token, "end_of_text": True}
-    assert {"tokenizer": "gpt2", "ranks_sha256": tokenizer.ranks_hash(encoding), **ids} == dataset.GPT2
+    assert {"tokenizer": "gpt2", "ranks_sha256": tokenizer.ranks_hash(encoding), **ids} == dataset.EXTERNAL_META
 
 
 def test_llmc_folder_is_a_dataset(tmp_path):
@@ -116,7 +116,7 @@ def test_llmc_folder_is_a_dataset(tmp_path):
     data = open_dataset(tmp_path)
     assert data.tokens("train")[:].tolist() == [1, 2, 3, 4, 5]
     assert data.tokens("val")[:].tolist() == [50_256, 7]
-    assert "taken as llm.c's shards of GPT-2's tokens" in data.notice
+    assert "read as llm.c shards of GPT-2 tokens" in data.notice
     windows = Windows(data.tokens("train"), 1)
     llmc(tmp_path / "interval_train_000002.bin", [4, 50_257])
     with pytest.raises(

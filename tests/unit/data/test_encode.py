@@ -105,10 +105,10 @@ def test_long_run_is_split_and_comes_back(run, notes, capsys):
     """tiktoken alone takes such a run as one match, and overflows its stack on a million blanks before a word."""
     encoding = tokenizer.load("gpt2")
     text = f"It's far: {run}\nthe end"
-    encode.note_cut.cache_clear()
+    encode.warn_forced_split.cache_clear()
     ids, *_ = encode_chunks(encoding, load_encoder(encoding), [Chunk(text)], False)
     assert encoding.decode(ids.tolist()) == text
-    assert capsys.readouterr().err.count("note: text is cut in a run of more than 1,000,000 characters") == notes
+    assert capsys.readouterr().err.count("warning: text of more than 1,000,000 characters without a space") == notes
 
 
 @pytest.mark.parametrize("name", ["tiktoken", GIGATOKEN])
@@ -194,8 +194,8 @@ def test_gigatoken_is_built_anew_before_its_cache_is_large(monkeypatch):
     ("name", "fault", "message"),
     [
         ("gpt2", "missing", r"pip install -r requirements-extra.txt \(gigatoken\)"),
-        ("gpt2", "broken", "gigatoken's ids of tokenizer gpt2 are not tiktoken's: take --encoder tiktoken"),
-        ("byte", "", "--encoder gigatoken takes tokenizer gpt2, r50k_base, not byte"),
+        ("gpt2", "broken", "gigatoken's gpt2 ids differ from tiktoken's: use --encoder tiktoken"),
+        ("byte", "", "--encoder gigatoken supports tokenizer gpt2, r50k_base, not byte"),
     ],
 )
 def test_gigatoken_that_cannot_be_used_is_one_error(monkeypatch, name, fault, message):

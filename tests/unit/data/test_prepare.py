@@ -93,7 +93,7 @@ def test_finished_dataset_stays_and_other_settings_are_refused(in_tmp, change, n
         assert [part for part in (str(folder), "--name", *named) if part not in answer] == []
     else:
         from_text("b.txt", name="mine", log=lines.append, **change)
-        assert lines == [f"{folder} is there already, with these settings; nothing to do"]
+        assert lines == [f"{folder} already exists, with the same settings; nothing to do"]
     assert content(folder) == before
 
 
@@ -177,7 +177,7 @@ def no_space() -> OSError:
     return OSError(errno.ENOSPC, "No space left on device")
 
 
-KEPT = "what is done is kept, and the same command goes on from there"
+KEPT = "run the same command again to resume"
 
 
 @EVERY_INPUT
@@ -196,7 +196,7 @@ def test_stopped_at_any_task_it_goes_on_from_there(make, error, capsys):
         lines = []
         assert content(make(lines.append, workers=3).folder) == whole
         assert make.encoded == total - k
-        assert (f"{FOLDER}: going on where the work was stopped" in lines) == (k > 0)
+        assert (f"{FOLDER}: resuming" in lines) == (k > 0)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -265,7 +265,11 @@ def edit_progress(**changes) -> None:
 @pytest.mark.parametrize(
     ("change", "keys", "message"),
     [
-        (None, {"test_fraction": 0.2}, r"unfinished dataset of other settings: test_fraction 0.1 \(now 0.2\).*--name"),
+        (
+            None,
+            {"test_fraction": 0.2},
+            r"unfinished dataset with other settings: test_fraction 0.1 \(now 0.2\).*--name",
+        ),
         (None, {"splits": ("train",)}, r"only_splits None \(now \['train'\]\)"),
         (None, {"encoder": "gigatoken"}, r"encoder tiktoken \(now gigatoken\)"),
         (None, {"input": ("in", "more.txt")}, "revision"),
@@ -274,7 +278,7 @@ def edit_progress(**changes) -> None:
         (
             lambda: max(FOLDER.glob("train_*")).unlink(),
             {},
-            "is not as it was when the work stopped: move data/mine away",
+            "was removed or truncated since the last call: move data/mine away",
         ),
         *(
             (
@@ -337,7 +341,7 @@ def test_folder_at_work_is_locked(make, monkeypatch):
 
     monkeypatch.setattr(preparation, "encode_task", during)
     assert content(make().folder) == whole
-    assert answers == [f"{FOLDER}: another prepare_data.py is at work in this folder; wait for it"] * 3
+    assert answers == [f"{FOLDER}: another prepare_data.py uses this folder; wait until it is finished"] * 3
 
 
 def test_file_system_without_locks_is_a_warning(in_tmp, monkeypatch, capsys):
@@ -358,7 +362,7 @@ def test_dataset_that_another_call_has_just_finished_is_left_alone(make, monkeyp
 
     monkeypatch.setattr(preparation, "make_plan", slowly)
     make(lines.append)
-    assert lines == [f"{FOLDER} is there already, with these settings; nothing to do"]
+    assert lines == [f"{FOLDER} already exists, with the same settings; nothing to do"]
 
 
 @pytest.mark.parametrize(("shard_tokens", "room"), [(1100, 2000), (900, 2000), (10**6, 350)])

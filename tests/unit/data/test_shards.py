@@ -159,13 +159,13 @@ class Trap:
 @pytest.mark.parametrize(
     ("body", "count", "said"),
     [
-        (bytes(18), 10, "has 18 bytes, meta.json says 20: truncated"),
-        (bytes(40), 10, "has 40 bytes, meta.json says 20: .*not uint16"),
+        (bytes(18), 10, "has 18 bytes, but meta.json says 20: truncated"),
+        (bytes(40), 10, "has 40 bytes, but meta.json says 20: .*not uint16"),
         (b"", None, "has 0 bytes: .*positive even"),
         (b"\1\0\2", None, "has 3 bytes: .*positive even"),
         (np.arange(8, dtype="<u4").tobytes(), None, "looks like uint32 ids"),
-        ({"count": 11}, None, "has 1,044 bytes, llm.c's header says 1,046: truncated"),
-        ({"magic": 20240801, "dtype": "<u4"}, None, "holds llm.c's uint32 ids of Llama 3"),
+        ({"count": 11}, None, "has 1,044 bytes, but its llm.c header says 1,046: truncated"),
+        ({"magic": 20240801, "dtype": "<u4"}, None, "has llm.c's uint32 ids of Llama 3"),
         (pickle.dumps(Trap(), 4), None, "is a Python pickle"),
         (pickle.dumps([5] * 3000, 5), 3010, "is a Python pickle"),
     ],
@@ -207,7 +207,7 @@ def test_ids_that_look_like_other_formats(tmp_path):
 )
 def test_damaged_manifest(in_tmp, body):
     Path("meta.json").write_bytes(body)
-    with pytest.raises(UserError, match=r"meta\.json is damaged, or of another format.*prepare_data\.py"):
+    with pytest.raises(UserError, match=r"meta\.json is damaged, or its format is not 1.*prepare_data\.py"):
         read_meta(Path())
     assert not Path("canary").exists()
 

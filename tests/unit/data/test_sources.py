@@ -173,7 +173,7 @@ def test_splits_that_the_source_lacks_are_held_out_of_train(in_tmp):
     few = next(f"{n}" for n in itertools.count() if choose_split({"val": 0.0005, "test": 0.2}, [f"{n}"]) == "val")
     data = hub_data({"train.jsonl": [*WRITTEN, few]}, test_fraction=0.2, val_fraction=None, name="other")
     assert texts_by_split(data) == {**by_hash([*WRITTEN, few], 0, 0.2), "val": ["a test"]}
-    with pytest.raises(UserError, match="hub has a val split of its own: leave --val_fraction out"):
+    with pytest.raises(UserError, match="hub has its own val split: leave out --val_fraction"):
         hub_data({}, val_fraction=0.1, name="third")
 
 

@@ -119,7 +119,7 @@ def test_an_interrupted_download_is_continued(in_tmp, host, monkeypatch, waits, 
     host.faults[f"GET {last}"] = itertools.repeat((503, ""))
     refused(["user/model", "503", "run again"], fetch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(["not all of it is on this machine, and HF_HUB_OFFLINE is set"], fetch)
+    refused(["it is not completely on this machine, and HF_HUB_OFFLINE is set"], fetch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     host.faults.clear()
     host.asked.clear()
@@ -152,7 +152,7 @@ def test_models_without_safetensors(in_tmp, host, files, said):
     [
         ("user/none", ["no such file or folder", "does not exist on the hub, or it is private", "hf auth login"]),
         ("user/model@v9", ["user/model@v9", "no such revision"]),
-        ("user/mo--del", ["user/mo--del", "a repository is named user/name"]),
+        ("user/mo--del", ["user/mo--del", "a repository name has the form user/name"]),
         ("user/down", ["refused", "check the network"]),
         ("user/offline", ["no such file or folder", "HF_HUB_OFFLINE is set"]),
         ("user/model", ["Not a directory", "check the network and the disk"]),
