@@ -225,10 +225,12 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
         return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        keys = [{**state["settings"], "raw files": state["raw"], "tasks": state["tasks"]} for state in (found, initial)]
+        compared = [
+            {**state["settings"], "raw files": state["raw"], "tasks": state["tasks"]} for state in (found, initial)
+        ]
         if any(split["files"] for split in found["splits"].values()):
-            check_settings(folder, "an unfinished dataset", *keys)
-        elif keys[0] != keys[1]:
+            check_settings(folder, "an unfinished dataset", *compared)
+        elif compared[0] != compared[1]:
             return initial  # no shard is finished: little is lost
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / PROGRESS} is damaged: move {folder} away and run again") from None
