@@ -1,13 +1,13 @@
 #!/bin/bash
-# Trains one recipe on one Slurm node or several, and goes on in a new time slot until the run is finished.
+# Trains a recipe on one or more Slurm nodes, and requeues itself until the run is finished.
 #
-#   sbatch docs/slurm.sh --config gpt2_124m                 # what follows slurm.sh goes to train.py
+#   sbatch docs/slurm.sh --config gpt2_124m                 # arguments after slurm.sh go to train.py
 #   sbatch --nodes=4 --gpus-per-node=4 --time=04:00:00 docs/slurm.sh --config gpt2_1558m
 #
-# Submit it in the repository's folder, with the Python environment active (sbatch takes both along); code, data and
-# run folder have to lie on a file system that all nodes share. The number of all GPUs has to divide the recipe's
-# grad_accum_steps. Three minutes before the time limit every rank stops after its update and rank 0 saves; then the job
-# goes back into the queue. So it does when --max_minutes are over. A run that fails is not queued again.
+# Submit it in the repository's folder, with the Python environment active (sbatch passes both on). Code, data and run
+# folder must be on a file system shared by all nodes. The total number of GPUs must divide the recipe's
+# grad_accum_steps. Three minutes before the time limit, or after --max_minutes, the ranks finish their update, rank 0
+# saves, and the job is requeued. A failed run is not requeued.
 #SBATCH --job-name=flatgpt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -23,20 +23,20 @@ set -uo pipefail
 
 set -- "$@" --resume auto
 
-# train.py's own answer to where the run lies; a mistake in the settings ends the job here
+# the run's folder, computed as train.py does; an error in the settings ends the job here
 run=$(python -c 'import sys, config
 from flatgpt.cli import cli
 cli.run_script(lambda words: print(config.run_dir(cli.parse(config.TrainConfig, words))), sys.argv[1:])' "$@") || exit
 
-progress() { # "True 500" of a finished run, "False 300" of one that is not, nothing before the first checkpoint
+progress() { # "True 500" if the run is finished, else "False 300"; nothing before the first checkpoint
     python -c 'import json, sys; state = json.load(open(sys.argv[1])); print(state["finished"], state["iter"])' \
         "$run/ckpt/last/state.json" 2>/dev/null
 }
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else some restarts fail: a third of those of Gloo ranks, tried
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120   # seconds to save in, once stopped; torchrun's own 30 are short for GPT-2 XL
-# scancel reaches each node's torchrun, which tells its ranks; srun would answer a SIGTERM of its own by SIGKILL to all
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise some restarts fail (a third of them in a test with Gloo)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120   # seconds for saving after a stop; the default, 30, is short for GPT-2 XL
+# scancel signals the torchrun of each node, which stops its ranks; srun would answer SIGTERM with SIGKILL to all
 signalled=
 trap 'signalled=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
@@ -48,13 +48,13 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=60 python -m torch.distribute
 step=$!
 wait "$step"
 status=$?
-while kill -0 "$step" 2>/dev/null; do # the signal ended the wait, not the step
+while kill -0 "$step" 2>/dev/null; do # wait was interrupted by the signal; the step still runs
     wait "$step"
     status=$?
 done
 
-[[ $status != 0 && -z $signalled ]] && exit "$status"        # torchrun exits 1 after any signal, also a clean stop
+[[ $status != 0 && -z $signalled ]] && exit "$status"        # after a signal torchrun exits 1, even if the ranks saved
 after=$(progress)
 [[ $status == 0 && $after == True* ]] && exit 0
-[[ $after == "$before" ]] && echo "nothing was saved in this time slot: not queued again" >&2 && exit 1
+[[ $after == "$before" ]] && echo "nothing was saved in this time slot: not requeued" >&2 && exit 1
 exec scontrol requeue "$SLURM_JOB_ID"

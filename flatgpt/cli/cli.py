@@ -1,8 +1,7 @@
-"""TOML recipes, the command line generated from config.py's dataclasses, `--help`, and `error:` lines.
+"""Command lines and TOML recipes for the dataclasses of config.py, `--help`, and `error:` lines.
 
-Precedence: a field's default < what initial_shape gives < `--config recipe.toml` (after the recipe's own `base`)
-< `--key value`.
-Standard library only, so that `--help` and errors come before torch is imported.
+Precedence, from low to high: field defaults, initial_shape, the recipe's `base`, `--config recipe.toml`, `--key value`.
+Standard library only, so that `--help` and errors do not wait for torch to be imported.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from flatgpt import REPO_ROOT
 RECIPES = REPO_ROOT / "configs"
 
 
-_types = functools.cache(typing.get_type_hints)  # 1 ms for each key of each recipe otherwise
+_types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
 
 
-def _kind(cls, field) -> tuple[type, bool]:
-    """Return the type of the field's value, and whether None is allowed."""
+def _value_type(cls, field) -> tuple[type, bool]:
+    """Return the type of the field's values, and whether None is allowed."""
     hint = _types(cls)[field.name]
     if typing.get_origin(hint) is tuple:
         return tuple, False
@@ -46,60 +45,61 @@ def _kind(cls, field) -> tuple[type, bool]:
 
 
 def _convert(cls, field, value, from_words: bool):
-    """Convert a value to its field's type and check choices and limits. ValueError says what is allowed."""
-    kind, optional = _kind(cls, field)
+    """Convert a value to its field's type. Raise ValueError if it is not among the choices or exceeds the limits."""
+    value_type, optional = _value_type(cls, field)
     meta = field.metadata
     if optional and isinstance(value, str) and value.lower() in {"none", meta.get("none", "none").lower()}:
         return None
-    if kind is tuple:
+    if value_type is tuple:
         value = (value,) if isinstance(value, str) else value
         if not all(isinstance(item, str) for item in value):
-            raise ValueError("a list of texts is expected")
+            raise ValueError("a list of strings is expected")
         return tuple(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-    if from_words and kind is bool:
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[value_type]
+    if from_words and value_type is bool:
         value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower())
-    elif kind in (int, float) and (from_words or (kind is float and type(value) is int)):
+    elif value_type in (int, float) and (from_words or (value_type is float and type(value) is int)):
         try:
-            value = kind(value)
+            value = value_type(value)
         except (ValueError, OverflowError):
             raise ValueError(f"{expected} is expected") from None
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not value_type or (value_type is float and not math.isfinite(value)):
         raise ValueError(f"{expected} is expected")
     if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_nearest(value, meta['choices'])}")
-    for limit, wrong, word in (
+        raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_suggestion(value, meta['choices'])}")
+    for limit, is_violated, word in (
         ("low", lambda v, b: v < b, "at least"),
         ("high", lambda v, b: v > b, "at most"),
         ("above", lambda v, b: v <= b, "more than"),
         ("below", lambda v, b: v >= b, "less than"),
     ):
-        if limit in meta and wrong(value, meta[limit]):
+        if limit in meta and is_violated(value, meta[limit]):
             raise ValueError(f"{word} {meta[limit]} is expected")
     return value
 
 
-def _nearest(word: str, known) -> str:
+def _suggestion(word: str, known) -> str:
+    """Return " (did you mean ...?)" with the most similar known word, or an empty string."""
     close = difflib.get_close_matches(str(word), list(known), 1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _fields(cls) -> dict[str, dataclasses.Field]:
-    """Return the fields by name and by alias."""
+    """Return {name or alias: field}."""
     return {name: f for f in dataclasses.fields(cls) for name in (f.name, *f.metadata.get("alias", ()))}
 
 
 def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()) -> list[dict]:
-    """Return the recipe's layers of {key: value}, its `base` recipes first. Problems are appended, not raised."""
+    """Return the layers of a recipe, each {key: value}, with its `base` first. Errors are appended to problems."""
     path = Path(name)
     if path.suffix != ".toml" and not path.is_file():
         path = RECIPES / f"{name}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.toml"))
-        problems.append(f"config = {name}: no such file; recipes: {', '.join(known)}{_nearest(name, known)}")
+        problems.append(f"config = {name}: no such file; recipes: {', '.join(known)}{_suggestion(name, known)}")
         return []
     if path.resolve() in seen:
-        problems.append(f"{path}: base leads back to this same file")
+        problems.append(f"{path}: `base` refers to this recipe again")
         return []
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
         beside = path.parent / f"{base}.toml"
         layers = _read_recipe(cls, str(beside) if beside.is_file() else base, problems, (*seen, path.resolve()))
     fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True) and name != "config"}
-    # One recipe serves all scripts: the keys of other scripts are ignored.
+    # Keys of other scripts are ignored, so that all scripts can read the same recipe.
     of_other_scripts = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
     of_other_scripts -= {*fields, *REMOVED.get(cls.__name__, ()), "config"}
     layer = {}
@@ -121,7 +121,7 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             continue
         if key not in fields:
             removed = REMOVED.get(cls.__name__, {}).get(key)
-            problems.append(f"{path}: {key}: {removed or 'no such key' + _nearest(key, fields)}")
+            problems.append(f"{path}: {key}: {removed or 'no such key' + _suggestion(key, fields)}")
             continue
         try:
             layer[fields[key].name] = _convert(cls, fields[key], value, from_words=False)
@@ -131,7 +131,7 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
 
 
 def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
-    """Return {key: value} of the command line: `--key value`, `--key=value`, `--flag`, `--no-flag`; `-` equals `_`."""
+    """Parse `--key value`, `--key=value`, `--flag` and `--no-flag` as {key: value}. In keys, `-` is equal to `_`."""
     fields = _fields(cls)
     positional = [f for f in dataclasses.fields(cls) if f.metadata.get("positional")]
     layer: dict = {}
@@ -140,42 +140,42 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
         word = words.pop(0)
         if not word.startswith("--"):
             if not positional:
-                problems.append(f"{word}: not expected here (every setting is --key value)")
+                problems.append(f"{word}: not expected here (settings have the form --key value)")
                 continue
-            several = _kind(cls, positional[0])[0] is tuple  # takes all positional words
+            several = _value_type(cls, positional[0])[0] is tuple  # takes all positional arguments
             field, key, values = positional[0] if several else positional.pop(0), word, [word]
         else:
             key, equals, value = word[2:].partition("=")
             name = key.replace("-", "_")
             positive = name.removeprefix("no_")
             negated = name not in fields and positive in fields and not equals
-            negated = negated and _kind(cls, fields[positive])[0] is bool
+            negated = negated and _value_type(cls, fields[positive])[0] is bool
             field = fields.get(positive if negated else name)
             if field is None:
                 removed = REMOVED.get(cls.__name__, {}).get(positive)
-                unknown = f"no such key{_nearest(name, fields)}; --help lists them all"
+                unknown = f"no such key{_suggestion(name, fields)}; --help lists all keys"
                 problems.append(f"--{key}: {removed or unknown}")
                 while words and not words[0].startswith("--"):
                     words.pop(0)  # its value
                 continue
-            kind, optional = _kind(cls, field)
+            value_type, optional = _value_type(cls, field)
             states = {"true", "false"} | ({"none", field.metadata.get("none", "none")} if optional else set())
             values = [value] if equals else []
-            if kind is bool and not equals:
+            if value_type is bool and not equals:
                 boolean = words and words[0].lower() in states
                 values = [words.pop(0)] if boolean and not negated else ["false" if negated else "true"]
             elif not equals:
-                many = kind is tuple
+                many = value_type is tuple
                 while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
                     values.append(words.pop(0))
             if not values and "bare" in field.metadata:
                 layer.setdefault(field.name, field.metadata["bare"])  # keep a value given by an alias
                 continue
             if not values:
-                problems.append(f"--{key}: a value is missing (one that begins with -- is written --{key}=VALUE)")
+                problems.append(f"--{key}: a value is missing (write --{key}=VALUE if it starts with --)")
                 continue
         try:
-            if _kind(cls, field)[0] is tuple:
+            if _value_type(cls, field)[0] is tuple:
                 layer[field.name] = layer.get(field.name, ()) + _convert(cls, field, values, from_words=True)
             else:
                 layer[field.name] = _convert(cls, field, values[0], from_words=True)
@@ -188,15 +188,15 @@ def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict]
     """Return the config of a script from command-line words.
 
     Args:
-        initial_shape: called with the config so far; returns settings that rank above the defaults and below the
-            recipe, or raises UserError, which joins the other problems.
+        initial_shape: called with the config; returns settings that replace defaults but not given values. Its
+            UserError is reported with the other problems.
 
     Raises:
-        UserError: with all problems of the recipe, the command line and their combination.
+        UserError: lists all problems of the recipe, the command line and their combination.
     """
-    # what Python reads bytes that are not UTF-8 as; they could not be written to config.toml
+    # Python decodes invalid bytes as surrogates, which cannot be written to config.toml
     undecoded = [word for word in words if any("\ud800" <= c <= "\udfff" for c in word)]
-    problems = [f"{word!r} is no text here: set LC_ALL=C.UTF-8, or take another name" for word in undecoded]
+    problems = [f"{word!r} cannot be decoded: set LC_ALL=C.UTF-8, or use another name" for word in undecoded]
     typed = _read_words(cls, words, problems)
     layers = _read_recipe(cls, typed["config"], problems) if typed.get("config") else []
     settings: dict = {}
@@ -223,9 +223,9 @@ def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict]
 
 
 def recipes(cls, words: Sequence[str]) -> dict:
-    """Return the config of each recipe in configs/ with these words, or its UserError, by name.
+    """Return {name: config, or its UserError} of the recipes in configs/, each with these words.
 
-    The weights of `--init_from` are not looked up: on the hub that could take minutes.
+    Does not read the weights of `--init_from`, as a download could take minutes.
     """
     found = {}
     for path in sorted(RECIPES.glob("*.toml")):
@@ -237,11 +237,11 @@ def recipes(cls, words: Sequence[str]) -> dict:
 
 
 def recipe_text(config) -> str:
-    """Return a resolved config as a recipe: `--config` with it gives the same config."""
-    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # of the call, not of the run
+    """Return the text of a recipe with which `--config` gives this config."""
+    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # they do not describe the run
     left_out |= {one for one, other in EXCLUSIVE if getattr(config, other, None) is not None}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
-    # JSON's strings, numbers and booleans are valid TOML
+    # strings, numbers and booleans in JSON are valid TOML
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items() if v is not None]
     return "".join(lines)
 
@@ -251,27 +251,27 @@ def recipe_text(config) -> str:
 
 
 def help_text(cls, usage: str) -> str:
-    """Return the text of `--help`: usage, then each key with its help, allowed values and default."""
+    """Return the text of `--help`: usage, and the help, allowed values and default of each key."""
     columns = min(shutil.get_terminal_size().columns, 120)
     lines = [usage.strip(), ""]
     for field in dataclasses.fields(cls):
-        meta, (kind, _) = field.metadata, _kind(cls, field)
+        meta, (value_type, _) = field.metadata, _value_type(cls, field)
         if "section" in meta:
             lines += ["", f"{meta['section']}:"]
         if meta.get("positional"):
-            flag = field.name + " ..." * (kind is tuple)
-        elif kind is bool:
+            flag = field.name + " ..." * (value_type is tuple)
+        elif value_type is bool:
             flag = f"--[no-]{field.name}"
         else:
-            value = {int: "N", float: "X", str: "TEXT", tuple: "TEXT ..."}[kind]
+            value = {int: "N", float: "X", str: "TEXT", tuple: "TEXT ..."}[value_type]
             value = "|".join(meta["choices"]) if "choices" in meta else value
             flag = f"--{field.name} " + (f"[{value}]" if "bare" in meta else value)
         text = meta["help"]
         if meta.get("positional") and "choices" in meta:
             text += f": {', '.join(meta['choices'])}"
-        if kind is not tuple and not (meta.get("positional") and field.default is None):
+        if value_type is not tuple and not (meta.get("positional") and field.default is None):
             default = meta.get("none", "none") if field.default is None else field.default
-            text += f" [{str(default).lower() if kind is bool else default or repr(default)}]"
+            text += f" [{str(default).lower() if value_type is bool else default or repr(default)}]"
         if "alias" in meta:
             text += f" (also {', '.join('--' + a for a in meta['alias'])})"
         text = textwrap.indent(textwrap.fill(text, columns - 35), " " * 35)
@@ -281,15 +281,15 @@ def help_text(cls, usage: str) -> str:
 
 def from_command_line(cls, usage: str, initial_shape: Callable[[typing.Any], dict] | None = None):
     """Return the script's config from sys.argv. Prints and exits on `--help` (0) and on errors (2)."""
-    atexit.register(gc.freeze)  # otherwise garbage collection at exit takes half a second
+    atexit.register(gc.freeze)  # avoids garbage collection at exit, which takes 0.5 s
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         run_script(print, help_text(cls, usage))
         sys.exit(0)
-    # no traceback on Ctrl-C during the imports, before run_script handles it
-    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    # no traceback for Ctrl-C during imports; later run_script handles it
+    sys.excepthook = lambda cls, *args: None if cls is KeyboardInterrupt else sys.__excepthook__(cls, *args)
     return run_script(lambda words: parse(cls, words, initial_shape), sys.argv[1:])
 
 
@@ -297,19 +297,19 @@ def run_script(main: Callable, config, every_rank: bool = False):
     """Return main(config). A UserError becomes one `error:` line and exit code 2, Ctrl-C exit code 130.
 
     Args:
-        every_rank: print the errors of all ranks, as they make sure that each error is raised by one of them only.
-            Otherwise only the first rank of each machine prints its error, as all ranks have the same.
+        every_rank: print the error of any rank, because only one rank raises it. Otherwise all ranks raise the same
+            error, and the first rank of each machine prints it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
+        sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
     try:
         result = main(config)
-        sys.stdout.flush()  # here, where a closed pipe is handled
+        sys.stdout.flush()  # inside `try`, which handles a closed pipe
         return result
     except UserError as error:
         not_first = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
         if not_first or isinstance(error, ReportedByOtherRank):
-            time.sleep(20)  # torchrun ends all ranks once one exits, which must be the one that prints
+            time.sleep(20)  # torchrun ends all ranks when one exits; let the printing rank exit first
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -318,6 +318,6 @@ def run_script(main: Callable, config, every_rank: bool = False):
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:  # a file or folder that is missing or read-only, or a full disk
+    except OSError as error:  # missing or read-only file, or full disk
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
         sys.exit(2)

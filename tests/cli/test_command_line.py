@@ -90,8 +90,8 @@ def test_positional_arguments_and_lists():
         ("lr", "inf", "a number"),
         ("lr", "1" + "0" * 400, "a number"),
         ("bias", "1", "true or false"),
-        ("dataset", "3", "a text"),
-        ("sample_prompt", "[3]", "a list of texts"),
+        ("dataset", "3", "a string"),
+        ("sample_prompt", "[3]", "a list of strings"),
         ("activation", '"gelu_tan"', "did you mean gelu_tanh?"),
         ("eval_intervel", "0", "at least 1"),
     ],
@@ -193,7 +193,7 @@ def test_base_of_a_base_in_configs(tmp_path):
 def test_circular_base_is_refused(tmp_path):
     path = recipe(tmp_path, 'base = "b"\n', "a.toml")
     recipe(tmp_path, 'base = "a"\n', "b.toml")
-    assert "base leads back" in refusal(TrainConfig, ["--config", path])
+    assert "`base` refers to this recipe again" in refusal(TrainConfig, ["--config", path])
 
 
 @pytest.mark.parametrize("words", ["--resume", "--overwrite", "--list", "--plan --gpus 8 --mfu 0.5"])
@@ -352,4 +352,4 @@ def test_terminal_that_is_not_utf8(monkeypatch):
 
 def test_bytes_that_are_not_text_are_refused():
     """Python reads them as lone surrogates, with which config.toml could not be written hours later."""
-    assert "'x\\udcff' is no text here: set LC_ALL=C.UTF-8" in refusal(TrainConfig, ["--out_dir", "x\udcff"])
+    assert "'x\\udcff' cannot be decoded: set LC_ALL=C.UTF-8" in refusal(TrainConfig, ["--out_dir", "x\udcff"])
