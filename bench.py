@@ -34,7 +34,6 @@ from flatgpt.benchmarks.inference import bench_eval, bench_infer
 from flatgpt.benchmarks.measure import figure_lines
 from flatgpt.benchmarks.suites import SUITES, bench_tests, run_suite
 from flatgpt.benchmarks.training import bench_loss, bench_resume, bench_save, bench_train
-from flatgpt.runtime.device import find_device
 from flatgpt.runtime.distributed import join_process_group
 from flatgpt.runtime.files import require_writable, write_json
 from train import save, train_step
@@ -57,7 +56,7 @@ def main(config: BenchConfig) -> None:
     if config.what in SUITES:
         run_suite(config, f"python {command}")
     elif config.what == "train":
-        with join_process_group(config, find_device) as ranks:
+        with join_process_group(config) as ranks:
             figures = bench_train(config, train_step, ranks)
             if ranks.first:
                 report(config, f"{ranks.launcher} {command}", figures)

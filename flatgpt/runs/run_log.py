@@ -271,7 +271,11 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
     """
     if mode == "disabled":
         return None
-    import wandb
+    try:
+        import wandb
+    except ImportError:
+        print("warning: wandb is not installed (pip install wandb); continuing without it", file=sys.stderr)
+        return None
 
     settings = {"project": project, "name": run_dir.name, "id": run_id, "resume": "allow", "config": config}
     settings |= {"dir": str(run_dir), "settings": wandb.Settings(init_timeout=30, silent=True)}

@@ -14,7 +14,7 @@ import pytest
 from dataset_files import full_disk
 
 from flatgpt.runs import run_log
-from flatgpt.runs.run_log import KEYS, RunLog, peak_flops
+from flatgpt.runs.run_log import KEYS, RunLog, peak_flops, start_wandb
 
 
 def rows(path: Path) -> list[dict]:
@@ -221,3 +221,9 @@ def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"warning: wandb: ConnectionError; the missing data is in {tmp_path}\n"
     assert iters(tmp_path / "metrics.csv") == [0, 10, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.png", "samples.txt"]
+
+
+def test_wandb_that_is_not_installed_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert start_wandb("online", "flatgpt", tmp_path, {}) is None
+    assert capsys.readouterr().err.startswith("warning: wandb is not installed (pip install wandb)")
