@@ -103,7 +103,7 @@ def test_model_path_is_a_run_or_a_checkpoint(in_tmp, model):
         assert checkpoint.find(path, print)[1]["iter"] == 1
     Path("begun/ckpt").mkdir(parents=True)
     for path, said in (("absent", "no usable"), ("out", "no usable"), ("begun", "no usable")):
-        with pytest.raises(UserError, match=f"model_path {path}.* {said}"):
+        with pytest.raises(UserError, match=f"model_path = {path}.* {said}"):
             checkpoint.find(path, print)
 
 
