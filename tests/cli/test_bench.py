@@ -136,13 +136,13 @@ def test_bench_data_that_fails_gives_no_figures(texts, in_tmp, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train --overwrite", r"^overwrite belongs to train\.py"),
+        ("train --overwrite", r"^overwrite applies to train\.py"),
         ("train --peer nanoGPT", "--peer nanoGPT PATH is expected"),
-        ("save --peer nanoGPT x", "peer belongs to .* not to save"),
-        ("all --json x --dry_run", "dry_run belongs to .* gpu, not to all"),
+        ("save --peer nanoGPT x", "peer applies to .* not to save"),
+        ("all --json x --dry_run", "dry_run applies to .* gpu, not to all"),
         ("resume --max_iters 1", "--max_iters N, 2 or more"),
         ("gpu --json -", "--json FILE"),
-        ("all --json x --timed_updates 3", "timed_updates: the rows"),
+        ("all --json x --timed_updates 3", "timed_updates: bench.py all has fixed settings"),
         ("train --profile no/file", "profile = no/file"),
         ("train --json no/file", "json = no/file"),
         ("eval --model_path out/quickstart --dataset tiny --text_tokens 7", "a window has 32; choose more"),

@@ -57,10 +57,10 @@ REFUSALS = [
     ("infer", "--quantize int4", "--quantize = int4", "int8"),
     ("infer", "- --interactive", "- and --interactive exclude each other"),
     ("infer", "--prompt p --prompts_file x --json y", "--prompt and --prompts_file exclude each other"),
-    ("infer", "--interactive --json x", "--interactive writes one text at a time"),
+    ("infer", "--interactive --json x", "--interactive generates one text per prompt"),
     ("infer", "--interactive --num_samples 2", "leave out json and num_samples"),
     # bench.py
-    ("bench", "--list", "list belongs to train.py"),
+    ("bench", "--list", "list applies to train.py"),
     # plot.py
     ("plot", "none", "none: no such folder; a run's folder is expected, out/NAME"),
     ("plot", "none --watch", "none: no such folder"),
