@@ -304,7 +304,7 @@ def test_nonfinite_loss_ends_the_run_at_the_next_row(tiny_data, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", train_step)
     words = ("--log_interval", 5, "--eval_interval", 100, "--save_interval", 5, "--max_iters", 30)
-    with pytest.raises(UserError, match=r"^iter 7: the loss is nan; its batch there: training windows "):
+    with pytest.raises(UserError, match=r"^iter 7: the loss is nan; training windows of its batch: "):
         train_here(*QUIET, *words)
     assert made == list(range(10)), "it ends with the row of iter 10"
     assert [row["iter"] for row in rows(RUN)] == ["0", "5"]
