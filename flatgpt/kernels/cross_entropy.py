@@ -1,8 +1,8 @@
 """Fused output head and cross-entropy, which never stores the logits of a whole batch.
 
 The gradient of a row's logits depends on that row alone: softmax minus one-hot. The forward pass processes the rows in
-chunks. For each chunk it computes the logits, overwrites them with their gradient, and computes from it the gradients of
-hidden states and weight, which are kept for the backward pass. Shapes in the comments: N = B * T rows.
+chunks. For each chunk it computes the logits, overwrites them with their gradient, and from that computes the gradients
+of hidden states and weight, which are kept for the backward pass. N = B * T rows in the comments.
 """
 
 from __future__ import annotations
@@ -105,22 +105,22 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def gradient_in_place(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Return the losses (n, 1) of target ids (n, 1), and the gradient of logits (n, V padded), which overwrites them."""
+    """Return losses (n, 1) of target ids (n, 1), and the gradient of logits (n, V padded), which overwrites them."""
     n, padded = logits.shape
     rows = min(n, max(1, SOFTMAX_BYTES[logits.device.type] // (4 * padded)))
     # Allocate once: blocks of this size are returned to the system when freed, and allocating them is slow.
-    logits32, probs = torch.empty(2, rows, padded, device=logits.device)
+    logits_buffer, probs_buffer = torch.empty(2, rows, padded, device=logits.device)
     losses = torch.empty(n, 1, device=logits.device)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         part_ids = ids[part]
-        f, p = logits32[: len(part_ids)], probs[: len(part_ids)]
-        f.copy_(logits[part])
-        f[:, V:] = -torch.inf
-        torch.softmax(f, -1, out=p)
-        # -log p[target] = max(f) - f[target] - log(max(p)): log-sum-exp without another pass. The last term, at most
+        z, p = logits_buffer[: len(part_ids)], probs_buffer[: len(part_ids)]
+        z.copy_(logits[part])
+        z[:, V:] = -torch.inf
+        torch.softmax(z, -1, out=p)
+        # -log p[target] = max(z) - z[target] - log(max(p)): log-sum-exp without another pass. The last term, at most
         # log(V), is added last, so that large logits do not round it away.
-        losses[part] = f.amax(-1, keepdim=True) - f.gather(1, part_ids) - p.amax(-1, keepdim=True).log()
+        losses[part] = z.amax(-1, keepdim=True) - z.gather(1, part_ids) - p.amax(-1, keepdim=True).log()
         p.scatter_(1, part_ids, p.gather(1, part_ids) - 1)
         logits[part] = p
     return losses, logits

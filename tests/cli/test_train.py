@@ -282,8 +282,8 @@ def bad_step(run: train.TrainingRun, i: int, fault: str) -> None:
 
 def training_state(run: train.TrainingRun) -> dict:
     """Return a copy of weights and moments."""
-    parts = getattr(run.optimizer, "parts", {"adamw": run.optimizer})
-    return copy.deepcopy([run.model.state_dict(), *(part.state_dict()["state"] for part in parts.values())])
+    optimizers = getattr(run.optimizer, "optimizers", {"adamw": run.optimizer}).values()
+    return copy.deepcopy([run.model.state_dict(), *(optimizer.state_dict()["state"] for optimizer in optimizers)])
 
 
 FAULTS = ("nan loss", "inf loss", "nan added", "inf added", "nan gradient", "inf gradient")
