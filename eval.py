@@ -34,7 +34,7 @@ from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
-from flatgpt.runtime.device import DeviceSettings, find_device, note, select_device
+from flatgpt.runtime.device import DeviceSettings, note, select_device
 from flatgpt.runtime.distributed import DistributedContext, join_process_group
 from flatgpt.runtime.files import require_writable, write_json, write_output
 from model import GPT
@@ -49,7 +49,7 @@ def main(config: EvalConfig) -> None:
     require_writable(config.plot, "plot")
     if config.generate:
         continuations.require_packages()
-    with join_process_group(config, find_device) as ranks:
+    with join_process_group(config) as ranks:
         for key, path in (("text", config.text), ("choices", config.choices)):
             if path and Path(path).is_fifo() and (len(models) > 1 or ranks.world > 1):
                 raise UserError(f"{key} = {path}: a pipe can be read once only: save it to a file first")

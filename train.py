@@ -41,7 +41,7 @@ from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.lock import RunLock
 from flatgpt.runs.run_log import RunLog, StepClock, start_wandb
-from flatgpt.runtime.device import find_device, reseed
+from flatgpt.runtime.device import reseed
 from flatgpt.runtime.distributed import (
     DistributedContext,
     full_tensor,
@@ -223,7 +223,7 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
 
 def train(config: TrainConfig) -> None:
     """Train from scratch or from a checkpoint; with config.plan, print the plan instead."""
-    with join_process_group(config, find_device) as ranks:
+    with join_process_group(config) as ranks:
         if config.plan:
             print_plan(config, ranks)
             return

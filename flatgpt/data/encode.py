@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
+import re
+import sys
 import tempfile
 import threading
 import unicodedata
@@ -20,6 +23,7 @@ from flatgpt.data.tokenizer import GPT2_PATTERN_ENCODINGS, split_text, to_uint16
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18  # characters of short documents that are encoded in one call
 REBUILD_CHARS = 200_000_000  # characters after which gigatoken's encoder is built anew
+BREAK = re.compile(r"\S[ \n]")  # around a split at which no id changes
 GIGATOKEN_ENCODINGS = ("gpt2", "r50k_base")  # it takes no gaps between ids, which p50k_base has
 
 Encode = Callable[[Sequence[str], Sequence[bool]], np.ndarray]  # as tiktoken_ids without its first argument
@@ -39,6 +43,8 @@ def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[
     for n, chunk in enumerate(chunks, 1):
         max_chars = tokenizer.MAX_ENCODE_CHARS if can_split else len(chunk.text)
         pieces = list(split_text([chunk.text], max_chars))
+        if not all(BREAK.fullmatch(before[-1] + after[0]) for before, after in itertools.pairwise(pieces)):
+            note_cut()
         texts += pieces
         ends += [False] * (len(pieces) - 1) + [end_of_text and chunk.documents > 0]
         batch_chars += len(chunk.text)
@@ -48,6 +54,13 @@ def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[
             text_bytes += len("".join(texts).encode())
             texts, ends, batch_chars = [], [], 0
     return np.concatenate(parts), documents, text_bytes
+
+
+@functools.cache
+def note_cut() -> None:
+    """Print a note, once in each process."""
+    run = f"a run of more than {tokenizer.MAX_ENCODE_CHARS:,} characters without a space or line end"
+    print(f"note: text is cut in {run}; ids next to the cut may differ", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

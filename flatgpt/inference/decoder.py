@@ -23,8 +23,8 @@ class KVCache:
     """Keys and values of earlier tokens, (B, H, capacity, D) for each layer, allocated once. Decoder sets its state.
 
     Attributes:
-        position: where the next tokens go. An int is the same for all rows. With a (B,) int64 tensor rows can differ in
-            length, and all steps have the same shapes, as compilers need.
+        position: where the next tokens go. An int is the same for all rows and counts for one forward pass. With a (B,)
+            int64 tensor rows can differ in length, and all steps have the same shapes, as compilers need.
         key_length: with a tensor, attention reads so many keys of each row and masks those after its position.
         rows: where the next tokens are stored, if position is an int.
     """
@@ -34,14 +34,23 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.device, self.key_length = device, capacity
-        self.position: int | Tensor = 0
+        self.position: int | Tensor | None = 0
         self.rows: Sequence[int] | slice = slice(None)
 
     def next_positions(self, count: int) -> Tensor:
-        """Positions of the next tokens: (count,), or (B, 1) where rows have their own."""
+        """Return the positions of the next tokens: (count,), or (B, 1) if each row has its own.
+
+        Raises:
+            ValueError: the position was not set since the last forward pass, or several tokens follow cached ones.
+        """
+        if self.position is None:
+            raise ValueError("set cache.position before each forward pass: 0, or the number of tokens in the cache")
+        if count > 1 and (isinstance(self.position, Tensor) or self.position):
+            raise ValueError(f"{count} tokens after cached ones: pass one at a time")
         if isinstance(self.position, Tensor):
             return self.position[:, None]
-        return torch.arange(self.position, self.position + count, device=self.device)
+        self._start, self.position = self.position, None
+        return torch.arange(self._start, self._start + count, device=self.device)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store a layer's keys and values of the next tokens, (B, H, T, D).
@@ -58,10 +67,10 @@ class KVCache:
             values[rows, :, self.position] = v[:, :, 0].type_as(values)
             visible = torch.arange(self.key_length, device=self.device) <= self.position[:, None]
             return keys[:, :, : self.key_length], values[:, :, : self.key_length], visible[:, None, None]
-        end = self.position + k.size(2)
-        keys[self.rows, :, self.position : end] = k.type_as(keys)
-        values[self.rows, :, self.position : end] = v.type_as(values)
-        return (keys[:, :, :end], values[:, :, :end], None) if self.position else (k, v, None)
+        end = self._start + k.size(2)
+        keys[self.rows, :, self._start : end] = k.type_as(keys)
+        values[self.rows, :, self._start : end] = v.type_as(values)
+        return (keys[:, :, :end], values[:, :, :end], None) if self._start else (k, v, None)
 
 
 class Decoder:

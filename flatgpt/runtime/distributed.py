@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError
+from flatgpt.runtime.device import find_device
 
 # in the messages of Gloo, of the store and of NCCL
 PEER_IS_GONE = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")
@@ -149,13 +150,8 @@ def shorten_timeout(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def join_process_group(
-    config: TrainConfig | EvalConfig, find_device: Callable[[str, int], torch.device]
-) -> Iterator[DistributedContext]:
+def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[DistributedContext]:
     """Join the ranks that torchrun started. An error on any of them is reported once and ends all.
-
-    Args:
-        find_device: called with config.device and the local rank.
 
     Raises:
         UserError: there is no device for this rank, or the ranks cannot share an update equally.

@@ -125,13 +125,9 @@ def cache_file() -> Path:
 
 
 def _read_cache() -> dict[str, tuple[str, str]]:
-    """Return the valid entries of the cache file."""
+    """Return the entries of the cache file; none if it is missing or damaged."""
     try:
         content = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError):
+        return {key: (entry["dtype"], entry["why"]) for key, entry in content.items() if entry["dtype"] in CHOICES}
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-    return {
-        key: (entry["dtype"], entry["why"])
-        for key, entry in (content.items() if isinstance(content, dict) else ())
-        if isinstance(entry, dict) and entry.get("dtype") in CHOICES and isinstance(entry.get("why"), str)
-    }

@@ -21,6 +21,7 @@ from processes import ROOT, command, free_port, running
 import app
 from config import AppConfig, UserError
 from flatgpt.data import tokenizer
+from flatgpt.inference import web
 from flatgpt.inference.writer import Text
 
 BYTE = tokenizer.load("byte")
@@ -50,7 +51,7 @@ def values(**changes) -> dict:
 def test_html_shows_text_as_text_and_only_grows():
     """Each span has a table for each of its tokens, and the chosen one is marked."""
     text = Text(BYTE, '<b>"&')
-    view, pages = app.HtmlView(text, BYTE), []
+    view, pages = web.HtmlView(text, BYTE), []
     for token in "<é\n".encode():
         text.top_probs = [(token, 0.001), (ord("<"), 0.5), (10, 0.25)]
         text.append(token)
@@ -82,13 +83,13 @@ def test_visitor_gets_what_infer_writes(cli, config, loaded, tiny_home, monkeypa
     words = ("--prompt", "99 green", "--num_samples", 2, "--max_new_tokens", 40, "--top_k", 50, "--seed", 5)
     expected = json.loads(cli("infer", "--device", "cpu", *words, "--json", "-").out)["texts"]
     settings, make_writer = app.request(config, **values(num_samples=2, max_new_tokens=40, top_k=50)), loaded[1]
-    with contextlib.closing(app.stream_html(make_writer(app.request(config, **values(seed=9))))) as unfinished:
+    with contextlib.closing(web.stream_html(make_writer(app.request(config, **values(seed=9))))) as unfinished:
         next(unfinished)
-        *_, (pages, status) = app.stream_html(make_writer(settings))
+        *_, (pages, status) = web.stream_html(make_writer(settings))
     assert [visible(page) for page in pages] == ["99 green" + each["text"] for each in expected]
     assert re.match(r"80 tokens, the first after ", status)
     for table in "\n\n".join(odds(pages[0])).split("\n\n"):
-        assert table.count("\n") + 1 in (app.ALTERNATIVES, app.ALTERNATIVES + 1)
+        assert table.count("\n") + 1 in (web.ALTERNATIVES, web.ALTERNATIVES + 1)
     assert app.request(config, **values(stop="x y\n\\n\n")).stop == ("x y", "\n"), "one string per line"
 
 
@@ -353,7 +354,7 @@ def test_options_change_the_text_tokens_show_their_odds_and_mistakes_are_explain
         assert len(set(page.locator(".text").all_inner_texts())) == 3
         page.locator(".token").nth(5).hover()
         table = page.evaluate("getComputedStyle(document.querySelectorAll('.token')[5], '::after').content")
-        assert table.count("%") in (app.ALTERNATIVES, app.ALTERNATIVES + 1)
+        assert table.count("%") in (web.ALTERNATIVES, web.ALTERNATIVES + 1)
         assert "▸" in table
         set_option(page, "temperature", 0)
         set_option(page, "top k", 5)

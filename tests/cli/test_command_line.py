@@ -91,6 +91,7 @@ def test_positional_arguments_and_lists():
         ("lr", "1" + "0" * 400, "a number"),
         ("bias", "1", "true or false"),
         ("dataset", "3", "a text"),
+        ("sample_prompt", "[3]", "a list of texts"),
         ("activation", '"gelu_tan"', "did you mean gelu_tanh?"),
         ("eval_intervel", "0", "at least 1"),
     ],

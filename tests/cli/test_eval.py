@@ -243,7 +243,7 @@ def test_figures_that_json_cannot_write(tmp_path, capsys):
             for words in ("protocol rolling", "generate 2", "format smol", "plot x.png", "eval_batches 2")
         ),
         ("--protocol stride --stride 33", "stride = 33 is larger than the window of 32 tokens"),
-        ("--context_length 33", f"context_length = 33: {NAME} was trained with 32; take at most that"),
+        ("--context_length 33", f"context_length = 33: {NAME} was trained with 32, which is the maximum"),
         ("--config sampled.toml", "sampled.toml: sampled: was removed"),
         ("--split test", "no split test; it has train, val"),
         ("--test_data_path one.bin", "one.bin has 1 tokens, protocol window needs at least 2"),

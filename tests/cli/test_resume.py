@@ -190,7 +190,7 @@ def test_optimizer_state_of_another_model_is_refused(run_copy, tmp_path, part):
         with pytest.raises(UserError, match=r"train_state\.pt belongs to another model or optimizer"):
             resume.restore(changed, run)
     del train_state["optimizer"]
-    with pytest.raises(UserError, match="it is no train state"):
+    with pytest.raises(UserError, match="it is not a train state"):
         resume.restore(checkpoint.save(tmp_path / "none", state, weights, train_state, 1), run)
     assert same((run.model.state_dict(), run.optimizer.state_dict()), before)
     resume.restore(folder, run)

@@ -62,10 +62,18 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start_job(fork_server, home, tmp_path):
-    """start_job(*words) -> ForkedProcess: torchrun of a script with RUN and the words, killed after the test."""
+    """start_job(*words, code="") -> ForkedProcess: torchrun of train.py with RUN and the words, after the code.
+
+    It is killed after the test.
+    """
     jobs = []
 
-    def launch(*words, options: tuple = HERE, script: str = TRAIN, env=RESTARTS) -> ForkedProcess:
+    def launch(*words, options: tuple = HERE, code: str = "", env=RESTARTS) -> ForkedProcess:
+        script = tmp_path / f"job{len(jobs)}.py"
+        script.write_text(
+            f"import os, runpy, sys, time; from pathlib import Path\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+            f"runpy.run_path({TRAIN!r}, run_name='__main__')\n"
+        )
         settings = (*RUN, "--data_dir", home / "data", "--out_dir", tmp_path / "run", *words)
         words = ("torchrun", *options, script, *settings)
         jobs.append(ForkedProcess(fork_server, tmp_path / f"job{len(jobs)}", home, words, TORCHRUN, env))
@@ -355,21 +363,15 @@ def test_two_machines_train_as_one(start_job, reference, tmp_path):
 # a rank that raises: its own message, at once
 
 
-FAULTY = f"""
-import os, resource, runpy, sys
-from pathlib import Path
-
-sys.path.insert(0, {str(ROOT)!r})
-from flatgpt.training import optimizer as optim
-from config import UserError
+FAULTY = """
+import resource; from config import UserError; from flatgpt.training import optimizer as optim
 
 def learning_rate(i, config, real=optim.learning_rate):  # the first thing that update number i asks for
-    if i == 3 and os.environ["RANK"] in os.environ["FAULTY_RANKS"]:
-        exec(os.environ["CODE"])
+    if i == 3 and os.environ["RANK"] in RANKS:
+        exec(CODE)
     return real(i, config)
 
 optim.learning_rate = learning_rate
-runpy.run_path({TRAIN!r}, run_name="__main__")
 """
 
 
@@ -383,10 +385,9 @@ runpy.run_path({TRAIN!r}, run_name="__main__")
         ("os._exit(3)", "1", "exitcode  : 3 ", 0),
     ],
 )
-def test_rank_that_raises_ends_the_job_with_its_own_message(start_job, tmp_path, code, ranks, once, tracebacks):
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    env = RESTARTS | {"CODE": code, "FAULTY_RANKS": ranks}
-    job = start_job("--max_iters", 100_000, "--eval_interval", 10, script=str(tmp_path / "faulty.py"), env=env)
+def test_rank_that_raises_ends_the_job_with_its_own_message(start_job, code, ranks, once, tracebacks):
+    code = f"RANKS, CODE = {ranks!r}, {code!r}\n{FAULTY}"
+    job = start_job("--max_iters", 100_000, "--eval_interval", 10, code=code)
     assert job.wait() == 1
     assert job.output.count(once) == 1
     assert job.output.count("in run_script") == tracebacks  # a rank's; the launcher has one of its own
@@ -404,26 +405,20 @@ def test_mistake_is_reported_once_by_a_job(start_job, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-LATE = f"""
-import os, runpy, sys, time
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
+LATE = """
 silent, sleep = Path(__file__).with_name("silent"), time.sleep
 if os.environ["RANK"] == "0":
     while not silent.exists():
         sleep(0.01)
 else:
     time.sleep = lambda seconds: (silent.touch(), sleep(seconds))  # as a rank that prints nothing does before it exits
-runpy.run_path({TRAIN!r}, run_name="__main__")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("--lrr", "1"), ("--grad_accum_steps", "3")])
-def test_mistake_is_reported_if_the_reporting_rank_is_the_slowest(start_job, tmp_path, words):
+def test_mistake_is_reported_if_the_reporting_rank_is_the_slowest(start_job):
     """torchrun ends all ranks when one exits. A rank that exited silently ended the one that had yet to report."""
-    (tmp_path / "late.py").write_text(LATE)
-    job = start_job(*words, script=str(tmp_path / "late.py"))
+    job = start_job("--grad_accum_steps", "3", code=LATE)
     assert job.wait() == 1
     assert len(errors(job)) == 1, job.output
 
@@ -433,12 +428,11 @@ def test_mistake_is_reported_if_the_reporting_rank_is_the_slowest(start_job, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_resume_of_a_stopped_job_is_exact(start_job, start, reference, tmp_path, number):
+def test_resume_of_an_interrupted_job_is_exact(start_job, start, reference, tmp_path):
     run = tmp_path / "run"
-    job = start_job(*LONG, options=(*HERE, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"))  # SIGUSR1 ends it otherwise
+    job = start_job(*LONG)
     job.wait_until(lambda: logged(run) > 25)
-    job.send(number)
+    job.send(signal.SIGINT)
     assert job.wait() == 1  # torchrun's, whatever its ranks say
     state = checkpoint.verify(run / "ckpt/last")
     assert not state["finished"]
@@ -486,9 +480,7 @@ def test_ranks_stop_if_torchrun_is_gone(monkeypatch):
         stop.restore()
 
 
-SLOW = f"""
-import runpy, sys, time
-sys.path.insert(0, {str(ROOT)!r})
+SLOW = """
 from flatgpt.runs import checkpoint; from flatgpt.data import dataset
 def save(*words, real=checkpoint.save):
     time.sleep(4.5)
@@ -497,17 +489,15 @@ def check(self, full, real=dataset.Dataset.check):
     time.sleep(7.5)
     return real(self, full)
 checkpoint.save, dataset.Dataset.check = save, check
-runpy.run_path({TRAIN!r}, run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_saves_may_take_longer_than_the_timeout(start_job, tmp_path):
     """Rank 0 was reported as hanging; after a stop the other rank exited, and torchrun ended rank 0 during its save."""
-    (tmp_path / "slow.py").write_text(SLOW)
     words = ("--max_iters", 100_000, "--save_interval", 2, "--eval_interval", 4, "--rank_timeout", 3)
     env = RESTARTS | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
-    job = start_job(*words, "--on_save_error", "warn", script=str(tmp_path / "slow.py"), env=env)
+    job = start_job(*words, "--on_save_error", "warn", code=SLOW, env=env)
     job.wait_until(lambda: logged(tmp_path / "run") > 1)
     os.kill(job.rank(1), signal.SIGUSR1)
     assert job.wait() == 1, job.output

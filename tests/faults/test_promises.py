@@ -126,7 +126,9 @@ def test_nothing_is_written_into_a_folder_that_took_the_place_of_a_moved_run(tin
         return real(run, i)
 
     monkeypatch.setattr(train, "train_step", update)
-    with pytest.raises(UserError, match=f"^{RUN} is no longer the folder that this run began in: nothing is saved"):
+    with pytest.raises(
+        UserError, match=f"^{RUN} is no longer the folder that this run started in: no checkpoint is saved"
+    ):
         train_here("--max_iters", 20)
     assert [path.name for path in RUN.rglob("*")] == ["theirs.txt"]
     assert [folder.name for folder in checkpoint.checkpoints(moved)] == ["iter_000003"]

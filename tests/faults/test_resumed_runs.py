@@ -163,7 +163,7 @@ def owner(tiny_data):
 
 def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner):
     before = snapshot(Path.cwd())
-    text = f"{RUN} is in use by process {owner.pid} on {socket.gethostname()}: wait for it, stop it, or take another"
+    text = f"{RUN} is in use by process {owner.pid} on {socket.gethostname()}: wait for it, stop it, or choose another"
     for words in ((), ("--resume",), ("--resume", "auto"), ("--resume", RUN / "ckpt/last"), ("--overwrite",)):
         with pytest.raises(UserError) as caught:
             train_here(*QUIET, *words)

@@ -276,6 +276,19 @@ def test_logits_with_a_cache_equal_those_without(prompt, attention, position):
         model(random_ids(length=T + 1))
 
 
+@torch.no_grad()
+def test_forgotten_position_of_a_cache_is_an_error():
+    model = small_model()
+    cache = KVCache(model.config, B, T, torch.float32, torch.device("cpu"))
+    model(IDS[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="before each forward pass"):
+        model(IDS[:, 5:6], cache=cache)
+    for position in (5, torch.full((B,), 5)):
+        cache.position = position
+        with pytest.raises(ValueError, match="2 tokens after cached ones"):
+            model(IDS[:, 5:7], cache=cache)
+
+
 def test_generate_is_what_the_scripts_sample():
     """Beyond the context too; settings change the text, the model's mode and the prompt stay."""
     model = small_model().train()

@@ -96,13 +96,19 @@ def test_pattern_other_than_gpt2s_is_never_split(monkeypatch):
     assert ids.tolist() == plain(other, [text, "a"], True)
 
 
-@pytest.mark.parametrize("run", ["x" * 3_000_000, " " * 1_000_000 + "a"], ids=["letters", "blanks"])
-def test_long_run_is_split_and_comes_back(run):
+@pytest.mark.parametrize(
+    ("run", "notes"),
+    [("x" * 3_000_000, 1), (" " * 1_000_000 + "a", 1), ("x " * 1_000_000, 0)],
+    ids=["x", "blanks", "words"],
+)
+def test_long_run_is_split_and_comes_back(run, notes, capsys):
     """tiktoken alone takes such a run as one match, and overflows its stack on a million blanks before a word."""
     encoding = tokenizer.load("gpt2")
     text = f"It's far: {run}\nthe end"
+    encode.note_cut.cache_clear()
     ids, *_ = encode_chunks(encoding, load_encoder(encoding), [Chunk(text)], False)
     assert encoding.decode(ids.tolist()) == text
+    assert capsys.readouterr().err.count("note: text is cut in a run of more than 1,000,000 characters") == notes
 
 
 @pytest.mark.parametrize("name", ["tiktoken", GIGATOKEN])

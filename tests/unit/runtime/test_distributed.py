@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError
-from flatgpt.runtime.device import find_device
 from flatgpt.runtime.distributed import (
     SINGLE_PROCESS,
     DistributedContext,
@@ -78,15 +77,14 @@ def test_each_micro_batch_belongs_to_one_rank(steps, world):
 def test_ranks_that_cannot_train_together_are_refused_before_any_work(set_ranks, values, batch_size, steps, message):
     set_ranks(*values)
     config = TrainConfig(batch_size=batch_size, grad_accum_steps=steps)
-    join = join_process_group(config, lambda *words: pytest.fail("a device was searched for"))
-    with pytest.raises(UserError, match=message), join:
+    with pytest.raises(UserError, match=message), join_process_group(config):
         pytest.fail("it joined")
 
 
 def test_errors_that_all_ranks_know_are_reported_by_rank_0(set_ranks, monkeypatch, capsys):
     set_ranks(1, 1, 2, 2)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored afterwards
-    with pytest.raises(ReportedByOtherRank), join_process_group(TrainConfig(grad_accum_steps=1), find_device):
+    with pytest.raises(ReportedByOtherRank), join_process_group(TrainConfig(grad_accum_steps=1)):
         pytest.fail("it joined")
     print("by a rank other than 0")
     assert capsys.readouterr() == ("", "")
@@ -97,7 +95,7 @@ def test_a_single_process_makes_no_process_group(set_ranks, values):
     """Also if torchrun started it: collectives would only cost time."""
     set_ranks(*values)
     stdout = sys.stdout
-    with join_process_group(TrainConfig(grad_accum_steps=3), find_device) as ranks:
+    with join_process_group(TrainConfig(grad_accum_steps=3)) as ranks:
         assert ranks == SINGLE_PROCESS
         assert ranks.first
         assert not dist.is_initialized()

@@ -1,0 +1,127 @@
+"""HTML of texts during generation, style sheet and server of app.py."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import tiktoken
+
+from config import UserError
+from flatgpt.inference.writer import Text, Writer
+
+ALTERNATIVES = 5  # most likely tokens that are listed for each token
+HINT = " · point at a token to see what else might have been there"
+UPDATE_SECONDS = 0.1  # time between two updates of the page
+DARKEST = 8.0  # surprise in nats from which on a token has the darkest shade
+STYLE = """
+.text { white-space: break-spaces; overflow-wrap: anywhere; unicode-bidi: plaintext; padding: 12px; line-height: 1.7;
+  font-family: var(--font-mono); font-size: 0.9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+.text .prompt { font-weight: 700; }
+.text .token { background: rgb(0 114 178 / calc(var(--s) * 0.45)); border-radius: 2px; }
+.text .token:hover { outline: 2px solid rgb(0 114 178); }
+.text .token:hover::after { content: attr(data-odds); position: fixed; bottom: 12px; left: 50%; z-index: 100;
+  transform: translateX(-50%); white-space: pre; padding: 10px 14px; border-radius: 8px; line-height: 1.5;
+  background: #1b1f24; color: #fff; box-shadow: 0 2px 12px rgb(0 0 0 / 0.4); max-width: 94vw; overflow: hidden;
+  pointer-events: none; }
+#status { min-height: 3rem; }
+#status .wrap { height: 100%; }
+#texts { flex-wrap: wrap; }
+#texts > * { flex: 1 1 280px; min-width: 0; }
+.curve { overflow-x: auto; }
+.curve img { width: 100%; min-width: 640px; }
+footer { display: none !important; }
+"""
+# A model card may come from a stranger, and an image on another server would tell that server who opened the page.
+# The hub is allowed, as cards of Spaces keep their images there.
+POLICY = """<meta http-equiv="Content-Security-Policy" content="form-action 'none'; media-src 'self';
+  img-src 'self' data: https://huggingface.co https://*.huggingface.co">"""
+
+# Nothing leaves this machine, and nothing but the page is served.
+DISABLED = ("share", "show_error", "ssr_mode", "mcp_server", "enable_monitoring", "run_history")
+
+
+class HtmlView:
+    """The HTML of one text: the prompt, then a span for each token. It only grows.
+
+    Attributes:
+        html: the HTML so far. Its outermost element is left open, which browsers accept.
+    """
+
+    def __init__(self, text: Text, encoding: tiktoken.Encoding):
+        self.html = f'<div class="text"><span class="prompt">{html.escape(text.prompt)}</span>'
+        self._text, self._encoding = text, encoding
+        self._characters = self._tokens = 0  # of the text, that have been seen
+        self._waiting: list[list[tuple[int, float]]] = []  # top_probs of tokens whose characters are not certain yet
+
+    def update(self) -> None:
+        """Add what is new. Call it after each token."""
+        text = self._text
+        if text.tokens > self._tokens:
+            self._waiting.append(text.top_probs)
+            self._tokens = text.tokens
+        if characters := text.written[self._characters :]:
+            surprise = -sum(math.log(max(probs[0][1], 1e-9)) for probs in self._waiting)
+            odds = html.escape("\n\n".join(map(self._table, self._waiting))).replace("\n", "&#10;")
+            self.html += f'<span class="token" style="--s:{min(surprise / DARKEST, 1):.2f}" data-odds="{odds}">'
+            self.html += f"{html.escape(characters)}</span>"
+            self._waiting, self._characters = [], len(text.written)
+
+    def _table(self, top_probs: list[tuple[int, float]]) -> str:
+        """Return a line for each of the most likely tokens, the chosen one marked, and appended if it is not one."""
+        (chosen, _), *likely = top_probs
+        lines = []
+        for id, p in dict([*likely, top_probs[0]]).items():
+            text = self._encoding.decode_single_token_bytes(id).decode("utf-8", "backslashreplace")
+            printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            lines.append(f"{'▸' if id == chosen else ' '} {p:6.1%}  “{printable}”")
+        return "\n".join(lines)
+
+
+def stream_html(writer: Writer) -> Iterator[tuple[list[str], str]]:
+    """Write num_samples texts. Yields the HTML of each and a status line whenever the page should be updated."""
+    texts = [writer.text(writer.config.prompt) for _ in range(writer.config.num_samples)]
+    views = [HtmlView(text, writer.encoding) for text in texts]
+    updated = 0.0
+    for _ in writer.write(texts, top_probs=ALTERNATIVES):
+        for view in views:
+            view.update()
+        if time.perf_counter() - updated > UPDATE_SECONDS:
+            updated = time.perf_counter()
+            yield [view.html for view in views], f"{writer.tokens:,} tokens{HINT}"
+    yield [view.html for view in views], writer.summary() + HINT
+
+
+def serve(blocks, server_name: str | None, server_port: int | None) -> None:
+    """Serve a gradio.Blocks until Ctrl-C.
+
+    Raises:
+        UserError: the address cannot be listened on.
+    """
+    try:
+        server, url, _ = blocks.launch(
+            server_name=server_name,
+            server_port=server_port,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=1,
+            footer_links=[],
+            css=STYLE,
+            head=POLICY,
+            **dict.fromkeys(DISABLED, False),
+        )
+    except OSError:
+        raise UserError(
+            f"server_name = {server_name}, server_port = {server_port}: cannot listen there: the port is "
+            "in use, or the address does not belong to this machine; choose others, or leave them out"
+        ) from None
+    server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
+    print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)  # waits for a text in progress: torch aborts a process that ends meanwhile
