@@ -33,7 +33,10 @@ ROWS = {
     "questions": ("questions", ""),
     "choice_accuracy": ("accuracy", "share of questions whose most likely ending is correct"),
     "choice_accuracy_stderr": ("  standard error", ""),
-    "choice_accuracy_norm": ("accuracy, normalised", "the same, with the likelihood per character"),
+    "choice_accuracy_norm": (
+        "accuracy, normalised",
+        "share of questions whose most likely ending per character is correct",
+    ),
     "choice_accuracy_norm_stderr": ("  standard error", ""),
     "prompts": ("prompts continued", ""),
     "prompts_mean": ("", ""),
