@@ -21,7 +21,7 @@ from config import BenchConfig, SamplingConfig, UserError, run_dir
 from flatgpt.benchmarks.measure import Process, interleave, log, script, speedup
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
-from flatgpt.evaluation.metrics import default_batch_size, eval_batches, measure
+from flatgpt.evaluation.metrics import default_batch_size, eval_batches, token_statistics
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
@@ -255,7 +255,7 @@ def bench_eval(config: BenchConfig) -> dict:
 
     def flatgpt_loss() -> float:
         batches = eval_batches(ids, T, default_batch_size(T, device.device), stride=context_length // 2)
-        sums = measure(model, batches, device.to_device)
+        sums = token_statistics(model, batches, device.to_device)
         return sums["position_loss"].sum() / sums["targets"].sum()
 
     def timed(loss: Callable[[], float]) -> tuple[float, float]:
