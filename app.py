@@ -33,7 +33,7 @@ from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
 
 HERE = Path(__file__).resolve().parent
-STOP_LIMIT = 200  # maximum characters of a visitor's stop strings together
+STOP_LIMIT = 200  # maximum total length of a visitor's stop strings
 
 
 def main(config: AppConfig) -> None:
@@ -104,7 +104,7 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
     name, card, plots = about(found)
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(InferConfig)}
     labels = {key: {"label": key.replace("_", " "), "info": text, "min_width": 300} for key, text in helps.items()}
-    sliders = (  # key, minimum, maximum, step, initial value (may be outside)
+    sliders = (  # key, minimum, maximum, step, initial value (may be out of range)
         ("num_samples", 1, config.sample_limit, 1, 1),
         ("max_new_tokens", 1, config.token_limit, 1, min(config.max_new_tokens, config.token_limit)),
         ("temperature", 0, 2, 0.05, config.effective_temperature),

@@ -57,7 +57,7 @@ class KVCache:
 
         Returns:
             keys, values and mask for attention. For a prompt: k and v themselves, in the precision they were computed
-            in. For a single token: the cached ones, (B, H, position + 1, D), or if position is a tensor
+            in. For a single token: all cached, (B, H, position + 1, D), or if position is a tensor
             (B, H, key_length, D) with a mask, (B, 1, 1, key_length) bool, true where a key is visible.
         """
         keys, values = self.k[layer], self.v[layer]
@@ -147,7 +147,7 @@ class Decoder:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
     def _compile_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Compile the step for the cache's shape by running it once. The next run with the same tokens repeats it.
+        """Compile the step for the cache's shape by running it once. Running it again gives the same result.
 
         If the compiler fails, warn once and return the eager step.
         """

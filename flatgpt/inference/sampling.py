@@ -16,7 +16,7 @@ from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.runtime.device import seed_of
 
-# On a CPU, top_p first sums this many most likely tokens, and sorts all only if they do not reach it: topk is faster.
+# On a CPU, top_p first takes this many top tokens, which is faster than sorting all. If they do not reach it, it sorts.
 TOP_P_CANDIDATES = 2048
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ TOP_P_CANDIDATES = 2048
 
 
 def process_logits(logits: Tensor, seen: Tensor, options: SamplingConfig) -> Tensor:
-    """Apply the sampling settings to logits, (B, V), in transformers' order. Ties with the last kept id are kept.
+    """Apply the sampling settings to logits, (B, V), in transformers' order. Ids tied with the last kept id stay.
 
     repetition_penalty: Keskar et al., "CTRL", 2019; negative logits as transformers treats them.
     top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
@@ -143,7 +143,8 @@ def generate_batch(
             host_tokens, step_queued = tokens.to("cpu", non_blocking=on_cuda), False
             if on_cuda:
                 copied = torch.cuda.current_stream().record_event()
-                # The GPU computes the next step while the host handles these ids. The first step may compile: not then.
+                # The GPU computes the next step while the host handles these ids. The first ids are handled before:
+                # compilation would delay them.
                 step_queued = 1 < n < max_new_tokens and not _full_rows(decoder, live)
                 if step_queued:
                     logits = decoder.decode_step(tokens)

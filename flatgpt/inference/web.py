@@ -55,8 +55,8 @@ class HtmlView:
     def __init__(self, text: Text, encoding: tiktoken.Encoding):
         self.html = f'<div class="text"><span class="prompt">{html.escape(text.prompt)}</span>'
         self._text, self._encoding = text, encoding
-        self._characters = self._tokens = 0  # counts of those in the HTML so far
-        self._pending: list[list[tuple[int, float]]] = []  # top_probs of tokens whose characters are not known yet
+        self._characters = self._tokens = 0  # numbers of characters and tokens in the HTML
+        self._pending: list[list[tuple[int, float]]] = []  # top_probs of tokens whose characters are incomplete
 
     def update(self) -> None:
         """Append new characters. Call this after each token."""

@@ -1,4 +1,4 @@
-"""Generate texts with a loaded model, measure the speed and report both. Used by infer.py and app.py.
+"""Generate texts with a loaded model, and measure the speed. Used by infer.py and app.py.
 
 writer = Writer(config, model, encoding, end_of_text=True)
 texts = [writer.text(config.prompt)]
@@ -159,7 +159,7 @@ class Writer:
         yield
 
     def tokens_per_s(self) -> float | None:
-        """Return the speed without first tokens and compilation; None if there are only first tokens."""
+        """Return the speed without first tokens and compilation; None if no other tokens were generated."""
         return self.timed_tokens / (self.timed_seconds - self.decoder.compile_seconds) if self.timed_tokens else None
 
     def summary(self) -> str:

@@ -181,7 +181,7 @@ def select_device(
         auto_dtype, auto_compile = ("float32", "mps has no fast bfloat16"), (False, "not used on mps")
     else:
         auto_dtype = "float32", "bfloat16 was not measured"
-        auto_compile = False, "on a CPU it saves little and takes half a minute"  # docs/speed.md
+        auto_compile = False, "compilation saves little on a CPU and takes half a minute"  # docs/speed.md
     if dtype == "auto":
         dtype, why["dtype"] = auto_dtype
     elif dtype == "float16" and selected.type == "cpu":
@@ -207,7 +207,7 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 
-    def first_step(x: Tensor, y: Tensor) -> None:  # the first backward compiles it
+    def first_step(x: Tensor, y: Tensor) -> None:  # compiles forward and backward
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             loss = compiled(x, y)
             with torch.autocast(x.device.type, enabled=False):  # as in training

@@ -123,9 +123,9 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def require_equal_shares(config: TrainConfig, world: int) -> None:
-    """Raise UserError if `world` does not divide grad_accum_steps. The message suggests settings.
+    """Raise UserError if `world` does not divide grad_accum_steps.
 
-    They keep the number of sequences per update, or round it up to a multiple of `world`.
+    The message suggests settings with as many sequences per update, rounded up to a multiple of `world`.
     """
     if config.grad_accum_steps % world == 0:
         return
@@ -142,7 +142,7 @@ def require_equal_shares(config: TrainConfig, world: int) -> None:
 def shorten_timeout(config: TrainConfig) -> None:
     """Set Gloo's timeout to config.rank_timeout. Called after the first update, in which ranks may still compile.
 
-    NCCL keeps the longer timeout, so that Gloo's is reached first: NCCL's cannot name the unresponsive rank.
+    NCCL keeps the longer timeout, so that Gloo's is reached first: after NCCL's, the unresponsive rank is unknown.
     """
     if dist.is_initialized():
         gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
@@ -164,7 +164,7 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
     ranks = DistributedContext(*map(int, values)) if all(map(str.isdecimal, values)) else SINGLE_PROCESS
     if not (ranks.rank < ranks.world and ranks.local_rank < ranks.local_world <= ranks.world != 1):
         raise UserError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: {', '.join(names)} are not consistent: start several ranks with "
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: {', '.join(names)} are inconsistent: start several ranks with "
             "torchrun, which sets them; for a single process, unset WORLD_SIZE"
         )
     if not ranks.first:

@@ -22,7 +22,7 @@ from flatgpt.runtime.device import note
 from flatgpt.runtime.files import write_output
 
 MIN_SECONDS = 0.1  # minimum measuring time, both dtypes together
-# It is extended until each step has run MIN_REPEATS times, for slow matmuls and busy machines, up to MAX_SECONDS.
+# Slow matmuls and busy machines take longer: up to MAX_SECONDS, until each step has run MIN_REPEATS times.
 MIN_REPEATS, MAX_SECONDS = 20, 1.0
 MIN_SPEEDUP = 1.05  # of bfloat16 over float32; a smaller one may be noise, and float32 is more accurate
 MAX_FLOPS = 2e9  # of the matmul that is timed: about 20 ms on one core
@@ -97,7 +97,7 @@ def faster_training_dtype(config: TrainConfig) -> tuple[str, str]:
 
 
 def cached_choice(key: str, choose: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """Return the cached choice for a key. If there is none, call choose() and cache its result for the user.
+    """Return the cached choice for a key. If there is none, call choose() and write its result to the cache.
 
     If the cache file cannot be read or written, choose() is called each time.
 

@@ -69,9 +69,9 @@ def test_each_micro_batch_belongs_to_one_rank(steps, world):
     [
         ((0, 0, 2, 2), 3, 1, r"= 1 .* all devices .* by 2: take .* 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
         ((0, 0, 4, 4), 4, 6, r"by 4: use --batch_size 3 --grad_accum_steps 8 \(the same updates\)"),
-        ((None, None, 2, None), 4, 2, "WORLD_SIZE = 2: .* are not consistent"),  # some clusters set WORLD_SIZE alone
-        (("x", 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are not consistent"),
-        ((2, 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are not consistent"),
+        ((None, None, 2, None), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),  # some clusters set WORLD_SIZE alone
+        (("x", 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),
+        ((2, 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),
     ],
 )
 def test_ranks_that_cannot_train_together_are_refused_before_any_work(set_ranks, values, batch_size, steps, message):
