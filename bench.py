@@ -1,19 +1,19 @@
 """Measure the speed and memory of the other scripts.
 
-python bench.py train                                   # the update of the default recipe
+python bench.py train                                   # updates of the default recipe
 python bench.py train --config shakespeare --dtype float32 --no-compile --json -
-python bench.py train --config shakespeare_char_cpu --peer nanoGPT ../nanoGPT    # in turn with nanoGPT
+python bench.py train --config shakespeare_char_cpu --peer nanoGPT ../nanoGPT    # compared with nanoGPT
 python bench.py train --config gpt2_124m --grad_accum_steps 1 --profile          # the most expensive operations
-python bench.py loss --config shakespeare_char_cpu --target 1.9 --peer nanoGPT ../nanoGPT    # seconds to that loss
-python bench.py save --config gpt2_124m --batch_size 1   # updates during a save, and the wait for its copy
-python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, with plain encoding and datasets.map
-python bench.py infer --config gpt2_124m                # tokens/s, with transformers and llama.cpp
+python bench.py loss --config shakespeare_char_cpu --target 1.9 --peer nanoGPT ../nanoGPT    # time to this loss
+python bench.py save --config gpt2_124m --batch_size 1   # updates during a save, and the time of its copy
+python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, compared with datasets.map
+python bench.py infer --config gpt2_124m                # tokens/s, compared with transformers and llama.cpp
 python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # with transformers
-python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # docs/speed.md's tables: cpu.json, cpu.md
-python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # for a GPU, in about 8 minutes (docs/testing.md)
-python bench.py gpu --json dry.json --dry_run            # each row of that list at toy size, on the CPU
-python bench.py resume --config shakespeare_char_cpu --max_iters 20   # a resumed run equals an uninterrupted one
-python bench.py tests                                    # the tests that need CUDA
+python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # the tables of docs/speed.md: cpu.json, cpu.md
+python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # on a GPU, about 8 minutes (docs/testing.md)
+python bench.py gpu --json dry.json --dry_run            # the same rows at toy size, on the CPU
+python bench.py resume --config shakespeare_char_cpu --max_iters 20   # check that resuming changes no result
+python bench.py tests                                    # run the tests that need CUDA
 """
 
 from config import BenchConfig
@@ -38,7 +38,7 @@ from flatgpt.runtime.distributed import join_process_group
 from flatgpt.runtime.files import require_writable, write_json
 from train import save, train_step
 
-BENCHMARKS = {  # of a single process
+BENCHMARKS = {  # single-process ones; `train` also runs under torchrun
     "loss": bench_loss,
     "save": partial(bench_save, train_step=train_step, save=save),
     "data": bench_data,
@@ -65,7 +65,7 @@ def main(config: BenchConfig) -> None:
 
 
 def report(config: BenchConfig, command: str, figures: dict) -> None:
-    """Print the figures, write them to the file that --json names, or both."""
+    """Print the figures and, with --json, write them to its file. `--json -` prints JSON only."""
     figures = {"command": command, **figures, "torch": torch.__version__}
     if config.json != "-":
         print("\n".join(figure_lines(figures)))

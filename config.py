@@ -1,4 +1,4 @@
-"""All settings: one frozen dataclass per script, each field with its help, limits and default; and UserError.
+"""All settings: a frozen dataclass per script, whose fields have help, limits and a default. Also UserError.
 
 flatgpt/cli fills these from TOML recipes and the command line. Standard library only.
 """
@@ -11,10 +11,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-# Two keys for one setting: the one set at the later level wins, both at one level is an error.
+# Keys that exclude each other. In one layer both are an error; otherwise the key of the later layer is used.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
-# Settings that are gone, and what takes their place, by config and key.
+# Removed settings, and what to use instead: {config class: {key: message}}.
 REMOVED = {
     "EvalConfig": {
         "sampled": "was removed: precision, recall and F1 of the most likely token are always in the report, and "
@@ -24,7 +24,7 @@ REMOVED = {
 
 
 class UserError(Exception):
-    """An error of the user. The message says what was wrong, with which value, and what to do."""
+    """An error that the user can correct. The message says what was wrong, with which value, and what to do."""
 
 
 class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
@@ -39,40 +39,41 @@ def opt(default, help: str, **meta):
         help: one sentence for `--help`.
         meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
             `none` (the word for None), `bare` (value of the flag alone), `alias` (other names),
-            `section` (heading in `--help` above this field), `positional` (no dashes; a tuple takes all such words),
-            `recipe` (False: ignore a recipe's key of this name, which is for training).
+            `section` (heading in `--help` above this field),
+            `positional` (given without a flag; a tuple takes all positional arguments),
+            `recipe` (False: the key in a recipe is for train.py; ignore it).
     """
     return dataclasses.field(default=default, metadata={"help": help, **meta})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model: all that model.py needs."""
+    """The model's architecture; the only settings that model.py reads."""
 
     n_layer: int = opt(4, "transformer blocks", low=1, high=10_000, section="Model")
     n_head: int = opt(4, "attention heads per block; divides n_embd", low=1)
     n_embd: int = opt(192, "width of the residual stream (C)", low=1, high=1_000_000)
-    context_length: int = opt(128, "tokens that the model sees at once (T)", low=1)
-    vocab_size: int | None = opt(None, "token ids the model knows", low=1, high=65536, none="the tokenizer's")
-    dropout: float = opt(0.0, "share of activations dropped in training", low=0, below=1)
-    bias: bool = opt(True, "biases in Linear and LayerNorm, as GPT-2 has them")
-    attn_bias: bool | None = opt(None, "biases in the attention's two Linear layers", none="as bias")
-    head_bias: bool = opt(False, "a bias on the output head (only with an untied head)")
-    tie_weights: bool = opt(True, "the output head uses the token embedding's matrix")
-    mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, in n_embd", above=0)
-    activation: str = opt("gelu_tanh", "the MLP's non-linearity", choices=("gelu_tanh", "gelu", "relu"))
+    context_length: int = opt(128, "maximum sequence length in tokens (T)", low=1)
+    vocab_size: int | None = opt(None, "number of token ids (V)", low=1, high=65536, none="the tokenizer's")
+    dropout: float = opt(0.0, "dropout probability in training", low=0, below=1)
+    bias: bool = opt(True, "biases in Linear and LayerNorm, as in GPT-2")
+    attn_bias: bool | None = opt(None, "biases in the two Linear layers of attention", none="as bias")
+    head_bias: bool = opt(False, "bias of the output head; needs an untied head")
+    tie_weights: bool = opt(True, "use the token embedding matrix as output head")
+    mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, as a multiple of n_embd", above=0)
+    activation: str = opt("gelu_tanh", "activation function of the MLP", choices=("gelu_tanh", "gelu", "relu"))
     position: str = opt("learned", "position embedding: learned, or rotary", choices=("learned", "rope"))
     attention: str = opt(
-        "flash", "flash: torch's fused kernels; manual: plain matrix products", choices=("flash", "manual")
+        "flash", "flash: torch's fused kernels; manual: separate matrix products", choices=("flash", "manual")
     )
     activation_checkpointing: bool = opt(False, "recompute each block in the backward pass: less memory, more time")
 
     def problems(self) -> list[str]:
-        """Return sentences about fields that contradict each other."""
+        """Return a message for each conflict between fields."""
         found = []
         if self.n_embd % self.n_head:
             found.append(
-                f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: each head gets an equal part"
+                f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: all heads have the same size"
             )
         elif self.position == "rope" and (self.n_embd // self.n_head) % 2:
             found.append(
@@ -87,7 +88,7 @@ class ModelConfig:
         return found
 
     def num_params(self) -> int:
-        """Return the number of parameters, as GPT.num_params; vocab_size must be set."""
+        """Return the number of parameters, equal to GPT.num_params(). Needs vocab_size."""
         C, V, hidden = self.n_embd, self.vocab_size, round(self.mlp_ratio * self.n_embd)
         biased = self.bias if self.attn_bias is None else self.attn_bias
         norm = C + C * self.bias
@@ -96,7 +97,7 @@ class ModelConfig:
         return embeddings + self.n_layer * block + norm + V * C * (not self.tie_weights) + V * self.head_bias
 
     def model(self) -> ModelConfig:
-        """Return the ModelConfig part of this config."""
+        """Return the ModelConfig with the same values."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
@@ -110,56 +111,56 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """prepare_data.py: text -> uint16 token shards."""
+    """prepare_data.py: text -> shards of uint16 token ids."""
 
     source: str | None = opt(
         None,
-        "where the text comes from",
+        "source of the text",
         choices=("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb", "hub", "text"),
         positional=True,
         section="Source",
     )
     input: tuple[str, ...] = opt(
-        (), "for text: files, folders and quoted patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
+        (), "for text: files, folders and quoted glob patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
     )
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
-    files: tuple[str, ...] = opt((), "for hub: quoted patterns of its files")
-    column: str = opt("text", "for hub and text: the column or key that has the text, in parquet and JSON lines")
+    files: tuple[str, ...] = opt((), "for hub: quoted glob patterns of the files to use")
+    column: str = opt("text", "for hub and text: parquet column or JSON key of the text")
     dump: str | None = opt(None, "for wikipedia: date and language, for example 20231101.simple", none="20231101.en")
     revision: str | None = opt(None, "for sources on the hub: commit, branch or tag", none="a fixed commit")
     sample_size: int | None = opt(None, "number of documents, from the start of each split", low=1, none="all")
-    splits: tuple[str, ...] = opt((), "make only these splits of train, val and test")
+    splits: tuple[str, ...] = opt((), "splits to make, of train, val and test; default: all")
     val_fraction: float | None = opt(
         None,
-        "share of validation documents if the source has no validation split",
+        "share of documents for validation if the source has no validation split",
         above=0,
         below=1,
         none="0.1 of text, 0.0005 of the hub's",
     )
     test_fraction: float | None = opt(
-        None, "share of test documents if the source has no test split", above=0, below=1, none="no test split"
+        None, "share of documents for test if the source has no test split", above=0, below=1, none="no test split"
     )
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
     tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
     encoder: str = opt("tiktoken", "gigatoken: the same ids, several times as fast", choices=("tiktoken", "gigatoken"))
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
-    raw_dir: str = opt("data/raw", "folder of downloads; files already in <raw_dir>/<source>/ are used")
+    raw_dir: str = opt("data/raw", "folder for downloads; existing files in <raw_dir>/<source>/ are used")
     shard_tokens: int = opt(100_000_000, "tokens per shard file", low=1)
-    workers: int | None = opt(None, "number of processes that encode", low=1, none="one a core", section="Work")
+    workers: int | None = opt(None, "number of encoding processes", low=1, none="one a core", section="Work")
     cluster: str | None = opt(
-        None, "encode on a Dask cluster, tcp://scheduler:8786; its workers have to see the same files"
+        None, "Dask cluster to encode on, tcp://scheduler:8786; its workers need access to the same files"
     )
-    verify: str | None = opt(None, "instead of a source: a dataset's folder whose files are hashed again")
-    info: str | None = opt(None, "instead of a source: a dataset's folder whose counts and first tokens are printed")
+    verify: str | None = opt(None, "instead of a source: dataset folder whose shards to verify")
+    info: str | None = opt(None, "instead of a source: dataset folder whose counts and first tokens to print")
 
     def problems(self) -> list[str]:
-        """Return contradictions between fields, and fields that the source does not have."""
+        """Return a message for each conflict between fields and each field that the source does not use."""
         found = []
         if self.source is None:
             if not (self.verify or self.info):
                 found.append(
-                    "source: missing; one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text is "
-                    "expected, or --verify FOLDER, or --info FOLDER"
+                    "source: missing; give one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text, or "
+                    "--verify FOLDER, or --info FOLDER"
                 )
             return found
         if self.verify or self.info:
@@ -179,71 +180,71 @@ class PrepareConfig:
             ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
         ):
             if getattr(self, key) and self.source not in sources:
-                found.append(f"--{key} belongs to source {', '.join(sources)}, not to {self.source}")
+                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}")
         if self.column != "text" and self.source not in ("hub", "text"):
-            found.append(f"--column belongs to source hub, text, not to {self.source}")
+            found.append(f"--column applies to source hub, text, not to {self.source}")
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
-            found.append("val_fraction and test_fraction together leave nothing to train on")
+            found.append("val_fraction and test_fraction add up to 1 or more: no text is left for train")
         if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:
             found.append(f"splits = {unknown[0]}: one of train, val, test is expected")
         if self.repo and self.repo.count("/") != 1:
             found.append(f"repo = {self.repo}: user/name is expected")
         if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):
-            found.append(f"name = {self.name!r} is not a plain folder name")
+            found.append(f"name = {self.name!r} is not a folder name: leave out / and a leading dot")
         return found
 
 
 @dataclass(frozen=True)
 class TrainConfig(ModelConfig, MachineConfig):
-    """train.py: shards -> checkpoints, log."""
+    """train.py: shards -> checkpoints and log."""
 
-    seed: int = opt(1337, "seed of initial weights, batch order and dropout", low=0, below=2**63, section="Data")
+    seed: int = opt(1337, "seed for initial weights, batch order and dropout", low=0, below=2**63, section="Data")
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
     dataset: str = opt("pydoc", "name of the folder of shards in data_dir")
     verify_data: bool = opt(False, "hash all shards before the first update")
-    batch_size: int = opt(8, "sequences that go through a device at once", low=1, high=1_000_000)
-    grad_accum_steps: int = opt(1, "passes of batch_size sequences per update, summed over all devices", low=1)
+    batch_size: int = opt(8, "sequences per micro-batch on one device", low=1, high=1_000_000)
+    grad_accum_steps: int = opt(1, "micro-batches per update, over all devices", low=1)
     stride: int | None = opt(None, "tokens between the starts of two windows", low=1, none="context_length")
-    max_iters: int | None = opt(2000, "updates to train for", low=1, high=10**12, none="from epochs", section="Length")
+    max_iters: int | None = opt(2000, "number of updates", low=1, high=10**12, none="from epochs", section="Length")
     epochs: float | None = opt(None, "passes over the training split, instead of max_iters", above=0, high=1e6)
-    patience: int | None = opt(None, "stop after so many evaluations without a new best", low=1, none="never")
-    max_minutes: float | None = opt(None, "stop after this time, with a checkpoint to resume from", above=0)
+    patience: int | None = opt(None, "stop after this many evaluations without a new best loss", low=1, none="never")
+    max_minutes: float | None = opt(None, "save and stop after this time; --resume continues", above=0)
     on_nonfinite: str = opt(
         "stop", "if a loss or gradient is NaN or infinite: end the run, or skip the update", choices=("stop", "skip")
     )
     init_from: str | None = opt(
-        None, "start from these weights: a run, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt", none="random"
+        None, "initial weights: a run, a Hugging Face folder or hub name, or nanoGPT's ckpt.pt", none="random"
     )
     optimizer: str = opt(
         "adamw",
-        "muon: Muon for the blocks' matrices, at AdamW's lr, beta1 and weight_decay, and AdamW for the rest",
+        "muon: Muon for the blocks' matrices, AdamW for the rest, both with lr, beta1 and weight_decay",
         choices=("adamw", "muon"),
         section="Optimizer",
     )
-    lr: float = opt(2e-3, "highest learning rate", above=0)
+    lr: float = opt(2e-3, "peak learning rate", above=0)
     min_lr: float = opt(2e-4, "learning rate at lr_decay_iters and after", low=0)
     schedule: str = opt(
-        "cosine", "from lr to min_lr after the warm-up", choices=("cosine", "linear", "constant", "onecycle", "wsd")
+        "cosine", "decay from lr to min_lr after warm-up", choices=("cosine", "linear", "constant", "onecycle", "wsd")
     )
     warmup_iters: int | None = opt(100, "updates of warm-up", low=0, none="from warmup_fraction")
     warmup_fraction: float | None = opt(None, "warm-up as a share of lr_decay_iters", low=0, below=1)
-    decay_fraction: float = opt(0.2, "wsd: share of lr_decay_iters, at its end, in which lr falls", above=0, high=1)
+    decay_fraction: float = opt(0.2, "wsd: share of lr_decay_iters that is the final decay", above=0, high=1)
     lr_decay_iters: int | None = opt(None, "update at which min_lr is reached", low=1, none="max_iters")
-    weight_decay: float = opt(0.1, "decoupled decay, on matrices only", low=0)
-    beta1: float = opt(0.9, "decay of the mean of the gradients", low=0, below=1)
-    beta2: float = opt(0.99, "decay of the mean of their squares", low=0, below=1)
+    weight_decay: float = opt(0.1, "decoupled weight decay, of matrices only", low=0)
+    beta1: float = opt(0.9, "decay rate of the gradients' running mean", low=0, below=1)
+    beta2: float = opt(0.99, "decay rate of the running mean of their squares", low=0, below=1)
     eps: float = opt(1e-8, "AdamW's epsilon", above=0)
-    grad_clip: float = opt(1.0, "largest norm of the gradient; 0 turns clipping off", low=0)
+    grad_clip: float = opt(1.0, "maximum gradient norm; 0: no clipping", low=0)
     dtype: str = opt(
         "auto",
-        "precision of the matrix products in training",
+        "precision of matrix products in training",
         choices=("auto", "bfloat16", "float16", "float32"),
         section="Speed",
     )
     compile: bool | None = opt(None, "use torch.compile for the forward pass in training", none="auto")
-    deterministic: bool = opt(False, "CUDA: slower kernels with reproducible results; those of CPUs always are")
+    deterministic: bool = opt(False, "use deterministic, slower CUDA kernels; results on CPUs are always reproducible")
     fsdp: bool = opt(False, "under torchrun: shard weights, gradients and optimizer state over the devices")
-    rank_timeout: float = opt(300, "seconds that ranks wait for each other; twice that in the first update", low=1)
+    rank_timeout: float = opt(300, "seconds that ranks wait for each other; doubled in the first update", low=1)
     eval_interval: int = opt(
         200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
     )
@@ -261,43 +262,41 @@ class TrainConfig(ModelConfig, MachineConfig):
         alias=("save_chkpt_epoch",),
     )
     save_minutes: float | None = opt(None, "minutes between checkpoints, in addition to the others", above=0)
-    keep_checkpoints: int = opt(2, "number of newest checkpoints to keep, in addition to the best", low=1)
+    keep_checkpoints: int = opt(2, "number of latest checkpoints to keep, in addition to the best", low=1)
     keep_every: int | None = opt(None, "keep the checkpoint of every N-th update", low=1, none="newest and best only")
     on_save_error: str = opt(
-        "stop", "if a save fails: end the run, or warn and try again at the next one", choices=("stop", "warn")
+        "stop", "if a save fails: end the run, or warn and retry at the next save", choices=("stop", "warn")
     )
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,
-        "resume from a checkpoint: latest, auto (start if there is none) or a path",
+        "resume from a checkpoint: latest, auto (latest, or a new run without one) or a path",
         bare="latest",
         alias=("load_checkpoint_path",),
     )
-    overwrite: bool = opt(False, "start from the beginning; the old run moves to <out_dir>.old-<time>")
+    overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
     wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
     wandb_project: str = opt("flatgpt", "project on Weights & Biases")
     list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
-    plan: bool = opt(False, "print size, memory and time without training")
+    plan: bool = opt(False, "print model size, memory and time without training")
     gpus: int = opt(1, "number of devices for --plan", low=1)
-    mfu: float = opt(0.4, "share of the devices' peak for --plan", above=0, high=1)
+    mfu: float = opt(0.4, "model FLOPs utilization assumed by --plan", above=0, high=1)
 
     def problems(self) -> list[str]:
-        """Return the problems of ModelConfig and of the training fields."""
+        """Return the messages of ModelConfig, and one for each conflict between training fields."""
         found = super().problems()
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
         if self.warmup_iters is None and self.warmup_fraction is None:
             found.append("warmup_iters and warmup_fraction are both none: set one of them (0: no warm-up)")
         if not self.sample_prompt:
-            found.append(
-                "sample_prompt is empty: give a text for the samples to continue; sample_tokens = 0: no samples"
-            )
+            found.append("sample_prompt is empty: give a prompt, or turn samples off with sample_tokens = 0")
         if self.optimizer == "muon" and self.fsdp:
-            found.append("optimizer = muon needs whole matrices, fsdp = true shards them: leave out one of the two")
+            found.append("optimizer = muon needs whole matrices, but fsdp = true shards them: leave out one of them")
         if self.schedule != "constant" and self.min_lr > self.lr:
-            found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}: set it too, a tenth of lr is usual")
+            found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}: lower min_lr, for example to lr / 10")
         if self.resume and self.overwrite:
-            found.append("resume and overwrite exclude each other: continue the run, or start it from the beginning")
+            found.append("resume and overwrite exclude each other: continue the run, or start a new one")
         return found
 
 
@@ -311,17 +310,17 @@ class ModelPathConfig:
 
     config: str | None = opt(None, "a recipe: the bare name of a file in configs/, or a path", section="Shared")
     model_path: str | None = opt(None, MODEL, none="the newest run")
-    out_dir: str | None = opt(None, "a run's folder, when model_path is not given", none="out/<recipe>")
+    out_dir: str | None = opt(None, "a run's folder, if model_path is not given", none="out/<recipe>")
     context_length: int | None = opt(
         None,
-        "tokens that the model sees at once, at most its own context length",
+        "maximum sequence length in tokens, at most the model's",
         low=1,
         none="the model's",
         recipe=False,
     )
 
     def problems(self) -> list[str]:
-        """Return no problems: the fields do not depend on each other."""
+        """Return no messages: the fields do not depend on each other."""
         return []
 
 
@@ -331,13 +330,13 @@ class ReaderConfig(ModelPathConfig):
 
     device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = opt(
-        "float32", "precision of the matrix products", choices=("float32", "bfloat16", "float16"), recipe=False
+        "float32", "precision of matrix products", choices=("float32", "bfloat16", "float16"), recipe=False
     )
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of the choice of the next token."""
+    """Settings for sampling the next token."""
 
     temperature: float | None = opt(
         None, "below 1: more predictable, above 1: more varied, 0: greedy", low=0, none="0.8", section="Sampling"
@@ -345,9 +344,9 @@ class SamplingConfig:
     greedy: bool = opt(False, "always choose the most likely token")
     top_k: int = opt(0, "sample from the k most likely tokens only; 0: from all", low=0)
     top_p: float = opt(1.0, "sample from the most likely tokens that together reach this probability", above=0, high=1)
-    min_p: float = opt(0.0, "minimum probability, as a share of the most likely token's; 0: none", low=0, high=1)
-    repetition_penalty: float = opt(1.0, "above 1: tokens that already occurred become less likely", above=0)
-    seed: int = opt(1337, "seed of the random numbers; each text has its own", low=0, below=2**63, recipe=False)
+    min_p: float = opt(0.0, "minimum probability, relative to the most likely token's; 0: none", low=0, high=1)
+    repetition_penalty: float = opt(1.0, "above 1: makes tokens that already occurred less likely", above=0)
+    seed: int = opt(1337, "random seed; each text derives its own from it", low=0, below=2**63, recipe=False)
 
     @property
     def effective_temperature(self) -> float:
@@ -355,20 +354,20 @@ class SamplingConfig:
         return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
 
     def problems(self) -> list[str]:
-        """Return sampling options that greedy decoding does not use."""
+        """Return a message for each setting that greedy decoding does not use."""
         if self.effective_temperature:
             return []
-        why = "greedy" if self.greedy else "temperature = 0"
-        asked = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}
-        return [f"{why} chooses the most likely token: leave out {key}" for key in asked if asked[key]]
+        reason = "greedy" if self.greedy else "temperature = 0"
+        unused = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}
+        return [f"{reason} chooses the most likely token: leave out {key}" for key in unused if unused[key]]
 
 
 @dataclass(frozen=True)
 class EvalConfig(SamplingConfig, ReaderConfig):
-    """eval.py: models + text -> report."""
+    """eval.py: models and text -> report."""
 
     model_path: tuple[str, ...] = opt((), f"{MODEL}; several are compared. Default: the newest run")
-    data_dir: str = opt("data", "folder that holds one folder of shards per dataset", section="What is scored")
+    data_dir: str = opt("data", "folder that holds one folder of shards per dataset", section="Data")
     dataset: str | None = opt(None, "name of the folder of shards in data_dir", none="the model's")
     split: str = opt("val", "split of the dataset", choices=("train", "val", "test"))
     test_data_path: str | None = opt(None, "score a .bin file of uint16 ids instead of the dataset")
@@ -376,12 +375,12 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     choices: str | None = opt(None, "score multiple-choice questions: a .jsonl file with ctx, endings, label")
     protocol: str = opt(
         "window",
-        "stride: windows overlap, so that all tokens have context; rolling: as in lm_eval",
+        "stride: overlapping windows, so that all tokens have context; rolling: as in lm_eval",
         choices=("window", "stride", "rolling"),
         section="Protocol",
     )
     stride: int | None = opt(
-        None, "protocol stride: tokens that each window scores", low=1, none="half the context", recipe=False
+        None, "protocol stride: tokens scored per window", low=1, none="half the context", recipe=False
     )
     eval_batches: int = opt(
         0, "number of batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",), recipe=False
@@ -389,23 +388,23 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     batch_size: int | None = opt(None, "windows per pass", low=1, none="by size", recipe=False)
     rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other", low=1)
     generate: int = opt(
-        0, "number of prompts from the split to continue; continuations are compared with it (BLEU, ROUGE-L)", low=0
+        0, "number of prompts from the split; compares their continuations with the text (BLEU, ROUGE-L)", low=0
     )
-    prompt_tokens: int = opt(64, "length of each of these prompts, in tokens", low=1)
-    max_new_tokens: int = opt(64, "length of each continuation, in tokens", low=1)
+    prompt_tokens: int = opt(64, "tokens per prompt", low=1)
+    max_new_tokens: int = opt(64, "tokens per continuation", low=1)
     format: str = opt("table", "smol: six lines in the format of smol-GPT", choices=("table", "smol"), section="Report")
     json: str | None = opt(None, "write the report to this file, - for standard output")
-    plot: str | None = opt(None, "draw the loss by position in the context to this file, .png")
+    plot: str | None = opt(None, "plot the loss by position in the context to this file, .png")
 
     def problems(self) -> list[str]:
-        """Return the problems of SamplingConfig, and settings that do not apply to the protocol or to --choices."""
+        """Return the messages of SamplingConfig, and one for each setting that protocol or --choices does not use."""
         found = super().problems()
         if self.stride and self.protocol != "stride":
-            found.append(f"stride = {self.stride} belongs to --protocol stride, not to {self.protocol}: leave it out")
-        of_text = {"protocol": self.protocol != "window", "eval_batches": self.eval_batches}
-        of_text |= {"generate": self.generate, "plot": self.plot, "format": self.format != "table"}
+            found.append(f"stride = {self.stride} applies to --protocol stride, not to {self.protocol}: leave it out")
+        text_only = {"protocol": self.protocol != "window", "eval_batches": self.eval_batches}
+        text_only |= {"generate": self.generate, "plot": self.plot, "format": self.format != "table"}
         if self.choices:
-            found += [f"{key} is for text, not for --choices: leave it out" for key in of_text if of_text[key]]
+            found += [f"{key} is for text, not for --choices: leave it out" for key in text_only if text_only[key]]
         if self.plot and not self.plot.endswith(".png"):
             found.append(f"plot = {self.plot}: a name that ends in .png is expected")
         return found
@@ -417,7 +416,7 @@ class ExportConfig(ModelPathConfig):
 
     out: str | None = opt(
         None,
-        "new folder to write; --push alone keeps none",
+        "new folder to write; --push without --out keeps no folder",
         none="out/<recipe>/hugging_face",
         section="Export",
     )
@@ -428,23 +427,23 @@ class ExportConfig(ModelPathConfig):
     private: bool = opt(False, "make a new repository private")
     space: str | None = opt(
         None,
-        "write a folder that runs as a Hugging Face Space instead: app.py, the files it needs, the model",
+        "write a folder for a Hugging Face Space instead: the model, app.py and the files that it needs",
         none="no",
     )
-    dry_run: bool = opt(False, "list what would be written and uploaded without doing it")
+    dry_run: bool = opt(False, "list the files, without writing or uploading them")
 
     def problems(self) -> list[str]:
-        """Return settings that contradict each other."""
+        """Return a message for each conflict between fields."""
         found = []
         if self.private and not self.push:
             found.append("private applies to --push user/name: add --push, or leave out private")
         if self.push and self.push.count("/") != 1:
             found.append(f"push = {self.push}: user/name is expected")
-        asked = {"out": self.out, "push": self.push, "context_length": self.context_length}
-        asked |= {"dtype": self.dtype != "float32"}
-        if self.space and (extra := [key for key in asked if asked[key]]):
+        unused = {"out": self.out, "push": self.push, "context_length": self.context_length}
+        unused |= {"dtype": self.dtype != "float32"}
+        if self.space and (extra := [key for key in unused if unused[key]]):
             found.append(
-                f"space = {self.space} holds the model unchanged: leave out "
+                f"space = {self.space} stores the model unchanged: leave out "
                 f"{' and '.join(extra)}; upload it with {upload_space(self.space)}"
             )
         return found
@@ -455,14 +454,14 @@ class WriterConfig(SamplingConfig, ReaderConfig):
     """Settings that infer.py and app.py share."""
 
     dtype: str = opt(
-        "auto", "precision of the matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
+        "auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
     )
     quantize: str | None = opt(
         None, "8-bit weights: half the memory of bfloat16, and faster", choices=("int8",), section="Speed"
     )
 
     def problems(self) -> list[str]:
-        """Return the problems of SamplingConfig, and a precision that int8 weights do not support."""
+        """Return the messages of SamplingConfig, and one for a dtype that int8 weights do not support."""
         found = super().problems()
         if self.quantize and self.dtype == "float32":
             found.append("quantize = int8 computes in bfloat16 or float16: leave out dtype")
@@ -471,33 +470,33 @@ class WriterConfig(SamplingConfig, ReaderConfig):
 
 @dataclass(frozen=True)
 class InferConfig(WriterConfig):
-    """infer.py: checkpoint + prompt -> text."""
+    """infer.py: model and prompt -> text."""
 
     compile: bool | None = opt(None, "compile the decoding step with torch.compile", none="auto", recipe=False)
     standard_input: str | None = opt(
         None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
     )
-    prompt: str = opt("", "the text to continue; empty: a new text")
+    prompt: str = opt("", "text to continue; empty: start a new text")
     prompt_file: str | None = opt(None, "a file with one prompt; a final newline is dropped")
     prompts_file: str | None = opt(None, "a file with one prompt per line")
-    interactive: bool = opt(False, "read prompts from the terminal, one after the other")
+    interactive: bool = opt(False, "read prompts from the terminal, one at a time")
     num_samples: int = opt(1, "texts per prompt", low=1)
-    batch_size: int = opt(32, "texts that are generated at once", low=1, recipe=False)
+    batch_size: int = opt(32, "number of texts generated at once", low=1, recipe=False)
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1)
     stop: tuple[str, ...] = opt((), "strings that end a text; they are not printed")
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     stream_text: bool = opt(True, "print text while it is generated")
-    json: str | None = opt(None, "write texts, settings and figures to this file; -: to standard output")
+    json: str | None = opt(None, "write texts, settings and statistics to this file, - for standard output")
 
     def problems(self) -> list[str]:
-        """Return the problems of WriterConfig, and settings that contradict each other."""
+        """Return the messages of WriterConfig, and one for each conflict between fields."""
         found = super().problems()
-        given = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
-        given |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
-        if len(names := [name for name in given if given[name]]) > 1:
+        prompts = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
+        prompts |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
+        if len(names := [name for name in prompts if prompts[name]]) > 1:
             found.append(f"{' and '.join(names)} exclude each other: give one of them")
         if self.interactive and (self.json or self.num_samples > 1):
-            found.append("--interactive writes one text at a time and no report: leave out json and num_samples")
+            found.append("--interactive generates one text per prompt and no report: leave out json and num_samples")
         if "" in self.stop:
             found.append("stop = '': an empty string matches everywhere; give a non-empty string, or leave it out")
         return found
@@ -505,58 +504,58 @@ class InferConfig(WriterConfig):
 
 @dataclass(frozen=True)
 class AppConfig(WriterConfig):
-    """app.py: a playground in the browser. The sampling settings are the page's initial values."""
+    """app.py: a demo in the browser. The sampling settings are the page's initial values."""
 
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     server_name: str | None = opt(
         None,
-        "address to listen on; 0.0.0.0: other machines can connect, too",
+        "address to listen on; 0.0.0.0: accept connections from other machines",
         none="GRADIO_SERVER_NAME, else 127.0.0.1",
         section="Server",
     )
     server_port: int | None = opt(
         None, "port to listen on", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
     )
-    prompt_limit: int = opt(4000, "maximum characters of a visitor's prompt", low=1)
-    token_limit: int = opt(500, "maximum tokens of a text", low=1)
-    sample_limit: int = opt(4, "maximum texts at once", low=1, high=16)
-    queue_limit: int = opt(20, "maximum visitors who wait; one is served at a time", low=1)
+    prompt_limit: int = opt(4000, "maximum number of characters per prompt", low=1)
+    token_limit: int = opt(500, "maximum number of tokens per text", low=1)
+    sample_limit: int = opt(4, "maximum number of texts per request", low=1, high=16)
+    queue_limit: int = opt(20, "maximum number of waiting requests; one is served at a time", low=1)
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """plot.py: logs of runs -> picture."""
+    """plot.py: logs of runs -> image."""
 
     runs: tuple[str, ...] = opt(
         (),
-        "folders of runs; several are drawn in one picture. Default: the newest run",
+        "folders of runs, plotted in one image. Default: the newest run",
         positional=True,
         section="Input",
     )
     x: str = opt(
         "iter",
-        "x axis: updates done, tokens trained on, or time of the updates",
+        "x axis: updates, trained tokens, or time of the updates",
         choices=("iter", "tokens", "time"),
     )
-    watch: bool = opt(False, "draw again whenever a log has grown, until Ctrl-C")
+    watch: bool = opt(False, "plot again whenever a log grows, until Ctrl-C")
     out: str | None = opt(
         None,
-        "the file to write, .png or .svg",
+        "file to write, .png or .svg",
         none="metrics.png in the run's folder, of several runs in the current one",
         section="Output",
     )
     svg: bool = opt(False, "write metrics.svg instead of metrics.png")
 
     def problems(self) -> list[str]:
-        """Return the problem of a file name with another format."""
+        """Return a message if the file name is not of a supported format."""
         if not self.out or self.out.endswith(".svg") or (self.out.endswith(".png") and not self.svg):
             return []
         return [f"out = {self.out}: a name that ends in {'.svg' if self.svg else '.png or .svg'} is expected"]
 
     @property
     def format(self) -> str:
-        """Format of the picture, png or svg."""
+        """Format of the image, png or svg."""
         return "svg" if self.svg or (self.out or "").endswith(".svg") else "png"
 
 
@@ -571,10 +570,10 @@ class BenchConfig(TrainConfig):
         positional=True,
     )
     warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1, section="Benchmark")
-    timed_updates: int = opt(20, "timed updates; in each round for save and with --peer", low=2)
-    rounds: int = opt(3, "rounds; in each, everything that is compared is measured in turn", low=1)
-    json: str | None = opt(None, "write the figures to this file, - for standard output")
-    peer: tuple[str, ...] = opt((), "measure another project in turn: nanoGPT and the folder of its checkout")
+    timed_updates: int = opt(20, "timed updates; with save or --peer, per round", low=2)
+    rounds: int = opt(3, "number of rounds; each measures all variants in turn", low=1)
+    json: str | None = opt(None, "write the measurements to this file, - for standard output")
+    peer: tuple[str, ...] = opt((), "compare with another project: nanoGPT and the folder of its checkout")
     profile: str | None = opt(
         None, "train: write torch.profiler's trace of a few updates to this file", bare="trace.json"
     )
@@ -582,27 +581,25 @@ class BenchConfig(TrainConfig):
     target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
     seeds: int = opt(3, "number of runs, with seeds from 1", low=1)
     input: tuple[str, ...] = opt(
-        (), "files whose documents are repeated; default: the Python reference", section="Benchmark of data"
+        (), "files of documents, repeated up to size_mb; default: the Python reference", section="Benchmark of data"
     )
     size_mb: int = opt(300, "MB of text to encode", low=1)
-    workers: int | None = opt(None, "number of processes that encode", low=1, none="one a core")
+    workers: int | None = opt(None, "number of encoding processes", low=1, none="one a core")
     prompt_tokens: int = opt(128, "length of the prompt in tokens", low=1, section="Benchmark of infer")
     new_tokens: int = opt(64, "tokens to generate", low=2)
-    samples: int = opt(8, "texts at once, for the variants that generate several", low=2)
-    variants: tuple[str, ...] = opt(
-        (), "variants to time, by their names in the results: bfloat16, int8 ...; default: all"
-    )
+    samples: int = opt(8, "batch size of the variants that generate several texts", low=2)
+    variants: tuple[str, ...] = opt((), "variants to time, named as in the results: bfloat16, int8 ...; default: all")
     model_path: str | None = opt(
-        None, "the trained model that scores data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
+        None, "trained model with which to score data_dir/dataset", none="out/<recipe>", section="Benchmark of eval"
     )
-    split: str = opt("val", "split that is scored", choices=("train", "val", "test"))
-    text_tokens: int = opt(0, "tokens of the split that are scored, from its start; 0: all", low=0)
+    split: str = opt("val", "split to score", choices=("train", "val", "test"))
+    text_tokens: int = opt(0, "tokens to score, from the start of the split; 0: all", low=0)
 
     def problems(self) -> list[str]:
-        """Return the problems of TrainConfig, and settings that do not apply to this benchmark."""
-        asked = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
-        asked |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
-        found = [f"{key} belongs to train.py: a benchmark keeps no run" for key in asked if asked[key]]
+        """Return the messages of TrainConfig, and one for each setting that this benchmark does not use."""
+        train_only = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
+        train_only |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
+        found = [f"{key} applies to train.py: a benchmark keeps no run" for key in train_only if train_only[key]]
         if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):
             found.append(f"peer = {' '.join(self.peer)}: --peer nanoGPT PATH is expected")
         for key, values, benchmarks in (
@@ -613,19 +610,19 @@ class BenchConfig(TrainConfig):
             ("variants", self.variants, ("infer",)),
         ):
             if values and self.what not in benchmarks:
-                found.append(f"{key} belongs to bench.py {', '.join(benchmarks)}, not to {self.what}")
+                found.append(f"{key} applies to bench.py {', '.join(benchmarks)}, not to {self.what}")
         if self.what == "loss" and self.target is None:
-            found.append("bench.py loss needs the validation loss to reach: --target X")
+            found.append("bench.py loss needs a validation loss to reach: --target X")
         if self.what == "resume" and (self.max_iters is None or self.max_iters < 2):
-            found.append("bench.py resume needs --max_iters N, 2 or more: it stops after half of them")
+            found.append("bench.py resume needs --max_iters N, 2 or more: it resumes after half of the updates")
         if self.what in ("all", "gpu"):
             if self.json in (None, "-"):
-                found.append(f"bench.py {self.what} writes after each row: --json FILE")
-            taken = ("what", "json", "peer", "data_dir", "dry_run")
+                found.append(f"bench.py {self.what} needs a file to write after each row: --json FILE")
+            used = ("what", "json", "peer", "data_dir", "dry_run")
             found += [
-                f"{field.name}: the rows of bench.py {self.what} have their own settings; time a row by itself"
+                f"{field.name}: bench.py {self.what} has fixed settings; run one benchmark to change them"
                 for field in dataclasses.fields(self)
-                if field.name not in taken and getattr(self, field.name) != field.default
+                if field.name not in used and getattr(self, field.name) != field.default
             ]
         return super().problems() + found
 
@@ -634,7 +631,7 @@ SCRIPT_CONFIGS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConf
 
 
 def run_dir(config: TrainConfig) -> Path:
-    """Return the folder of a training run: out_dir, else out/<recipe>, `quickstart` without a recipe."""
+    """Return the folder of a training run: out_dir, else out/<recipe>, else out/quickstart."""
     return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))
 
 
@@ -644,10 +641,10 @@ def upload_space(folder: str) -> str:
 
 
 def model_path(config: ModelPathConfig) -> str | None:
-    """Return model_path, else the folder of the recipe's run; None: the newest run."""
+    """Return model_path, else the folder of the recipe's run, else None for the newest run."""
     return config.model_path or (str(run_dir(config)) if config.config or config.out_dir else None)
 
 
 def model_paths(config: EvalConfig) -> tuple[str | None, ...]:
-    """Return model_path, else the folder of the recipe's run; (None,): the newest run."""
+    """Return model_path, else the folder of the recipe's run, else (None,) for the newest run."""
     return config.model_path or (model_path(config),)

@@ -1,6 +1,6 @@
-"""Score models on a text or a split. The report names the protocol and the unit of every figure.
+"""Evaluate models on a text or a dataset split. The report states the protocol and the unit of every metric.
 
-python eval.py                                              # the newest run, on its own validation split
+python eval.py                                              # the newest run on its validation split
 python eval.py --model_path out/shakespeare --protocol stride
 python eval.py --model_path out/a out/b gpt2 --text book.txt --json report.json        # side by side
 python eval.py --model_path out/wikitext103_22m --dataset wikitext103 --split test --protocol rolling
@@ -28,7 +28,7 @@ from flatgpt.data.encode import load_encoder
 from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.evaluation import continuations, report
-from flatgpt.evaluation.metrics import count_text, default_batch_size, eval_batches, figures, measure
+from flatgpt.evaluation.metrics import compute_metrics, count_text, default_batch_size, eval_batches, token_statistics
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
@@ -41,7 +41,7 @@ from model import GPT
 
 
 def main(config: EvalConfig) -> None:
-    """Score each model and print the report."""
+    """Evaluate each model and print the report."""
     models = model_paths(config)
     if config.text == "-":
         config = dataclasses.replace(config, text="/dev/stdin")
@@ -52,9 +52,9 @@ def main(config: EvalConfig) -> None:
     with join_process_group(config) as ranks:
         for key, path in (("text", config.text), ("choices", config.choices)):
             if path and Path(path).is_fifo() and (len(models) > 1 or ranks.world > 1):
-                raise UserError(f"{key} = {path}: a pipe is read once, by one model and rank: save it to a file first")
+                raise UserError(f"{key} = {path}: a pipe can be read once only: save it to a file first")
         settings = select_device(config.device, config.dtype, local_rank=ranks.local_rank if ranks.world > 1 else None)
-        sources = [loading.find(path, note) for path in models]  # all of them, before the first is scored
+        sources = [loading.find(path, note) for path in models]  # find all before the first is evaluated
         reports = [evaluate(config, settings, ranks, source) for source in sources]
     if not ranks.first:
         return
@@ -67,18 +67,18 @@ def main(config: EvalConfig) -> None:
 
 
 def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedContext, source: ModelSource) -> dict:
-    """Return the report of one model."""
+    """Evaluate one model and return its report."""
     model, encoding = loading.load(source, settings.device, config.context_length)
-    prepack(model, settings.dtype)  # on a CPU the evaluation takes half the time
+    prepack(model, settings.dtype)  # twice as fast on a CPU
     if config.choices:
-        found = {"text": config.choices, "protocol": "choices", "protocol_means": report.PROTOCOLS["choices"]}
-        found |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
+        result = {"text": config.choices, "protocol": "choices", "protocol_means": report.PROTOCOLS["choices"]}
+        result |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
     else:
-        found = evaluate_text(config, settings, ranks, source, model, encoding)
-    found["window"] = model.config.context_length
-    facts = {"model": str(source.path), "iter": source.state.get("iter")}
-    facts["dtype"] = str(settings.dtype).removeprefix("torch.")
-    return facts | found | {"units": {key: report.UNITS[key] for key in found if key in report.UNITS}}
+        result = evaluate_text(config, settings, ranks, source, model, encoding)
+    result["window"] = model.config.context_length
+    about = {"model": str(source.path), "iter": source.state.get("iter")}
+    about["dtype"] = str(settings.dtype).removeprefix("torch.")
+    return about | result | {"units": {key: report.UNITS[key] for key in result if key in report.UNITS}}
 
 
 def evaluate_text(
@@ -89,37 +89,37 @@ def evaluate_text(
     model: GPT,
     encoding: tiktoken.Encoding,
 ) -> dict:
-    """Score the text that the config names, and continuations of it if they are asked for."""
+    """Return the metrics of the text or split in the config, and of continuations if config.generate is set."""
     T, rolling = model.config.context_length, config.protocol == "rolling"
     stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
     if stride > T:
-        raise UserError(f"stride = {stride:,}: a window has {T:,} tokens and cannot score more of them")
+        raise UserError(f"stride = {stride:,} is larger than the window of {T:,} tokens")
     tokens, name = open_tokens(config, encoding, source)
     batch_size = config.batch_size or default_batch_size(T, settings.device)
     first_id = encoding.eot_token if rolling else None
     batches = eval_batches(
         tokens, T, batch_size, config.eval_batches, ranks, stride=stride, first_id=first_id, progress=True
     )
-    sums = measure(model, batches, settings.to_device, ranks)
-    counts = count_text(tokens, int(sums["targets"].sum()) + (not rolling), encoding)
-    if not rolling:  # the first token is not scored; its word counts, so that words do not depend on the protocol
+    statistics = token_statistics(model, batches, settings.to_device, ranks)
+    counts = count_text(tokens, int(statistics["targets"].sum()) + (not rolling), encoding)
+    if not rolling:  # the first token is not scored, but its word is counted: words do not depend on the protocol
         counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
     means = report.PROTOCOLS[config.protocol]
-    means += ", which the model's data never had" if rolling and not source.end_of_text else ""
+    means += ", which is not in the model's training data" if rolling and not source.end_of_text else ""
     means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
-    found = {"text": name, "protocol": config.protocol, "protocol_means": means, "batch_size": batch_size}
-    found |= {"stride": stride} if config.protocol == "stride" else {}
-    found |= {"eval_batches": config.eval_batches or None} | figures(sums, counts)
-    if math.isnan(found["loss"]):
+    result = {"text": name, "protocol": config.protocol, "protocol_means": means, "batch_size": batch_size}
+    result |= {"stride": stride} if config.protocol == "stride" else {}
+    result |= {"eval_batches": config.eval_batches or None} | compute_metrics(statistics, counts)
+    if math.isnan(result["loss"]):
         note(f"warning: {source.path}: the loss is NaN: the weights are damaged, or the run diverged")
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
-        written = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, ranks=ranks)
-        found |= continuations.score_continuations(encoding, prompts, written)
+        generated = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, ranks=ranks)
+        result |= continuations.score_continuations(encoding, prompts, generated)
         sampling = continuations.describe_sampling(config)
-        found["prompts_mean"] = f"{length} tokens after {config.prompt_tokens}, {sampling}"
-    return found
+        result["prompts_mean"] = f"{length} tokens after prompts of {config.prompt_tokens}, {sampling}"
+    return result
 
 
 def open_tokens(
@@ -128,40 +128,40 @@ def open_tokens(
     """Return the token ids to score, and their name in the report.
 
     Raises:
-        UserError: nothing to score, or ids of another tokenizer than the model's.
+        UserError: there are too few tokens, or their tokenizer is not the model's.
     """
-    made_with = None
+    data_tokenizer = None
     if config.text:
         name, encode, ids = config.text, load_encoder(encoding), bytearray()
         chunks = text_chunks(Path(config.text))
-        for chunk in tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS):  # the same ids as prepare_data.py's
+        for chunk in tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS):  # the ids are those of prepare_data.py
             ids += tokenizer.to_uint16(encode([chunk], [False]), encoding.n_vocab).tobytes()
         tokens = np.frombuffer(ids, "<u2")
     elif config.test_data_path:
         name, path = config.test_data_path, Path(config.test_data_path)
         if path.suffix in (".txt", ".md", ".json", ".jsonl"):
-            raise UserError(f"test_data_path = {path}: uint16 ids are expected; a text is scored by --text {path}")
+            raise UserError(f"test_data_path = {path}: expected uint16 ids; to evaluate a text, use --text {path}")
         meta = read_meta(path.parent)
-        tokens, made_with = Tokens([(path, None)], source.config.vocab_size), (meta or {}).get("tokenizer")
+        tokens, data_tokenizer = Tokens([(path, None)], source.config.vocab_size), (meta or {}).get("tokenizer")
         if not meta:
-            note(f"{path} is not in a dataset: taken as ids of the model's tokenizer, {encoding.name}")
+            note(f"{path} is not part of a dataset: assuming ids of the model's tokenizer, {encoding.name}")
     else:
         if not (config.dataset or source.state):
-            raise UserError(f"{source.path} names no dataset: give --dataset, --test_data_path or --text")
+            raise UserError(f"{source.path} does not name a dataset: add --dataset, --test_data_path or --text")
         folder = Path(config.data_dir, config.dataset) if config.dataset else Path(source.state["data"]["folder"])
         dataset = open_dataset(folder if folder.is_dir() else Path(config.data_dir, folder.name))  # it may have moved
         if dataset.notice:
             note(dataset.notice)
         tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
-        made_with = dataset.meta["tokenizer"]
-    if made_with not in (None, encoding.name):
+        data_tokenizer = dataset.meta["tokenizer"]
+    if data_tokenizer not in (None, encoding.name):
         raise UserError(
-            f"{name} is tokenised with {made_with}, the model {source.path} was trained with {encoding.name}: prepare "
-            "the text with the model's tokenizer, or give the text itself: --text FILE"
+            f"{name} is tokenised with {data_tokenizer}, the model {source.path} was trained with {encoding.name}: "
+            "prepare the text with the model's tokenizer, or evaluate the text itself: --text FILE"
         )
-    fewest = 1 if config.protocol == "rolling" else 2
-    if len(tokens) < fewest:
-        raise UserError(f"{name} has {len(tokens)} tokens: {fewest} are needed to score one (--protocol rolling: 1)")
+    min_tokens = 1 if config.protocol == "rolling" else 2
+    if len(tokens) < min_tokens:
+        raise UserError(f"{name} has {len(tokens)} tokens, protocol {config.protocol} needs at least {min_tokens}")
     return tokens, name
 
 

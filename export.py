@@ -1,11 +1,11 @@
-"""Export a trained model as a Hugging Face GPT-2 folder (transformers, lm_eval, llama.cpp), to the hub, or as a Space.
+"""Export a trained model as a Hugging Face GPT-2 folder (transformers, lm_eval, llama.cpp) or a Space, or upload it.
 
 python export.py                                                   # the newest run: out/<run>/hugging_face
 python export.py --model_path out/shakespeare --out exported --dtype bfloat16
 python export.py --model_path out/shakespeare --push user/name --private --dry_run   # list what would be uploaded
 python export.py --model_path out/shakespeare --push user/name --private             # after `hf auth login`
-python export.py --model_path nanoGPT/out/ckpt.pt --out exported   # from nanoGPT, or any other model that loads here
-python export.py --model_path out/shakespeare --space playground   # app.py with this model, to run here or on the hub
+python export.py --model_path nanoGPT/out/ckpt.pt --out exported   # nanoGPT, or another model that flatGPT loads
+python export.py --model_path out/shakespeare --space playground   # app.py and this model, to run here or on the hub
 """
 
 from config import ExportConfig, TrainConfig, UserError, model_path, upload_space
@@ -28,13 +28,13 @@ from flatgpt.runtime.device import note
 
 
 def main(config: ExportConfig) -> None:
-    """Write the folder, upload it, or both; with --dry_run list the files."""
+    """Write the folder, upload it, or both. With --dry_run, only list the files."""
     source = loading.find(model_path(config))
-    out, name = output_folder(config, source), title(config, source)
+    out, name = output_folder(config, source), model_name(config, source)
     recipe = run_recipe(source.state) if source.state else ""
-    note(f"{source.describe()}, tokenizer {source.tokenizer}; to be written in {config.dtype}")
+    note(f"{source.describe()}, tokenizer {source.tokenizer}; exported as {config.dtype}")
     files = {}
-    if not (config.space and source.state):  # a checkpoint of flatGPT stays one in a Space
+    if not (config.space and source.state):  # a Space loads a flatGPT checkpoint without conversion
         files |= hugging_face_files(source, config.dtype, config.context_length, name, config.push, recipe)
     if config.space:
         files |= space_files(source, name, recipe)
@@ -58,36 +58,38 @@ def output_folder(config: ExportConfig, source: ModelSource) -> Path | None:
     """Return the folder to write; None if the files are only uploaded.
 
     Raises:
-        UserError: the folder is not empty, or none is given and the model is not in a run's folder.
+        UserError: the folder exists and is not empty, or no folder is given and the model is not a run's checkpoint.
     """
     given = config.space or config.out
     if given is None and config.push:
         return None
     if given is None and not (source.state and source.path.parent.name == "ckpt"):
-        raise UserError(f"{source.path} is not in a run's folder, the default place of an export: give --out FOLDER")
+        raise UserError(
+            f"{source.path} is not in a run's folder, so the export has no default folder: give --out FOLDER"
+        )
     out = Path(given) if given else source.path.parent.parent / "hugging_face"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists, and an export makes a new folder: move it away, or name another one")
+        raise UserError(f"{out} already exists, and an export needs a new folder: move it, or choose another one")
     return out
 
 
-def title(config: ExportConfig, source: ModelSource) -> str:
-    """Return the model's name: the last part of its repository, its run's folder, or its path."""
+def model_name(config: ExportConfig, source: ModelSource) -> str:
+    """Return the last component of the repository, the run's folder or the model's path."""
     given = config.push or source.state.get("config", {}).get("out_dir") or config.model_path or source.path
     path = Path(os.path.abspath(given))
-    return path.parent.name if path.is_file() else path.name  # nanoGPT's ckpt.pt is named by its folder
+    return path.parent.name if path.is_file() else path.name  # ckpt.pt of nanoGPT gets the name of its folder
 
 
 def run_recipe(state: dict) -> str:
-    """Return the settings of a run as TOML, without those about its machine."""
+    """Return a run's settings as TOML, without machine-specific ones."""
     known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
     settings = TrainConfig(**{key: value for key, value in state["config"].items() if key in known})
     return recipe_text(dataclasses.replace(settings, **dict.fromkeys(LOCAL)))
 
 
 def size_table(sizes: dict[str, int]) -> str:
-    """Return a line for each file and its size, and one for the total."""
-    rows = sizes | {"together": sum(sizes.values())}
+    """Return one line per file with its size, and a line with the total."""
+    rows = sizes | {"total": sum(sizes.values())}
     texts = {name: f"{size:,} bytes" if size < 10_000 else f"{size / 1e6:,.2f} MB" for name, size in rows.items()}
     width = max(24, *map(len, rows))
     return "\n".join(f"  {name:<{width}} {text:>14}" for name, text in texts.items())
@@ -100,7 +102,7 @@ def next_steps(config: ExportConfig, source: ModelSource, out: Path) -> str:
         commands = [f"(cd {folder} && python app.py)", upload_space(str(out)) + "   # after `hf auth login`"]
         return "\n  ".join(["Next, in a shell:", *commands])
     commands = [f"lm_eval --model hf --model_args pretrained={folder} --tasks wikitext"]
-    # llama.cpp ignores the activation and the MLP size in config.json, and knows tokenizers by a hash of their output.
+    # llama.cpp ignores activation and MLP size in config.json, and identifies tokenizers by a hash of their output.
     shape = source.config
     standard_mlp = shape.activation == "gelu_tanh" and round(shape.mlp_ratio * shape.n_embd) == 4 * shape.n_embd
     if standard_mlp and source.tokenizer in ("gpt2", "r50k_base"):

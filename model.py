@@ -1,7 +1,7 @@
 """GPT-2: token ids -> logits or loss.
 
 Sizes in the comments: B batch, T time (tokens), C channels (n_embd), H heads, D = C / H head size, V vocabulary.
-Modules have the names of Hugging Face's GPT-2, so that state dicts are alike; matrices lie as nn.Linear has them,
+Modules are named as in Hugging Face's GPT-2, so that state dicts have the same keys. Matrices have nn.Linear's layout,
 (out, in). The paper: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
 
@@ -30,7 +30,7 @@ ACTIVATIONS = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "gelu": nn.GEL
 
 
 class Attention(nn.Module):
-    """Causal self-attention: each token reads the values of the tokens up to itself, weighted by query times key."""
+    """Multi-head causal self-attention: each token attends to itself and to earlier tokens."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -51,16 +51,16 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)  # (B, H, T, D)
         mask = None  # causal
         if cache is not None:
-            # (B, H, S, D): with the S - T tokens before; the mask is (B, 1, 1, S) or None, true: visible
+            # k, v: (B, H, S, D), cached and new tokens; mask: (B, 1, 1, S), true if visible, or None: causal
             k, v, mask = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, mask, dropout, self.manual)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): the heads side by side
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): heads concatenated
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two Linear layers with a non-linearity between them, applied to each token."""
+    """Two linear layers with an activation between them, applied to each token."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normalised residual stream and added to it (pre-norm)."""
+    """Pre-norm transformer block: x = x + attention(norm(x)), then x = x + MLP(norm(x))."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -90,10 +90,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network. `config.vocab_size` has to be set.
+    """The GPT-2 language model. `config.vocab_size` must be set.
 
-    The embedding and the head have a multiple of 64 rows, for which matrix units are faster. The padding does not
-    affect loss, probabilities or samples: logits are cut to vocab_size.
+    The embedding and the head are padded to a multiple of 64 rows, which makes matrix products faster. The padding does
+    not affect loss, probabilities or samples: logits are cut to vocab_size.
     """
 
     def __init__(self, config: ModelConfig):
@@ -134,44 +134,44 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None
     ) -> Tensor:
-        """Compute logits, or the loss where targets are given.
+        """Compute logits, or the loss if targets are given.
 
         Args:
             idx: (B, T) int64 token ids, T at most context_length.
-            targets: (B, T) int64, the next token of each position; -1 where there is none to score.
-            reduction: of the losses: "mean", or "none" for each of them, 0 where there is none to score.
-            cache: keys and values of the tokens before idx, which starts at cache.position; those of idx are stored.
+            targets: (B, T) int64, the next token at each position; -1 is ignored.
+            reduction: "mean" of the losses, or "none": the loss of each target, 0 if it is ignored.
+            cache: keys and values of the tokens before idx. Those of idx are added to it.
 
         Returns:
-            with targets: cross-entropy in nats, float32: a scalar, or (B T) with reduction "none".
-            with a cache: (B, 1, V) logits of the last position.
-            else: (B, T, V) logits.
+            With targets: cross-entropy in nats, float32; a scalar, or (B * T) with reduction "none".
+            With a cache: (B, 1, V) logits of the last position.
+            Otherwise: (B, T, V) logits.
         """
         x = self.hidden_states(idx, cache)  # (B, T, C)
         if targets is None:
             return self.compute_logits(x if cache is None else x[:, -1:])
-        x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        if reduction == "none":  # in chunks, for evaluation: float32 logits of all rows take more memory than training
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T)
+        if reduction == "none":  # evaluation: in chunks, as float32 logits of all rows need much memory
             rows = CHUNK_ROWS[x.device.type]
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
-            return torch.cat([self._cross_entropy(*chunk, reduction) for chunk in chunks])  # (B T)
+            return torch.cat([self._cross_entropy(*chunk, reduction) for chunk in chunks])  # (B * T)
         if reduction == "mean" and use_fused_loss(len(x), self.transformer.wte.num_embeddings):
             weight, bias = self.lm_head.weight, self.lm_head.bias
             return self.fused_loss(x, weight, bias, targets, self.config.vocab_size, self.adjust_logits)
         return self._cross_entropy(x, targets, reduction)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        # float32: in bf16 the sum over V of exponentials would lose the third digit of the loss
+        # float32: summing V exponentials in bfloat16 would make the third digit of the loss wrong
         return F.cross_entropy(self.compute_logits(x).float(), targets, ignore_index=-1, reduction=reduction)
 
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Compute what the head reads, (B, T, C); arguments as in `forward`."""
+        """Compute the input of lm_head, (B, T, C). Arguments as in `forward`."""
         if idx.size(1) > self.config.context_length:
-            raise ValueError(f"{idx.size(1)} tokens: context_length = {self.config.context_length}")
+            raise ValueError(f"{idx.size(1)} tokens are more than context_length = {self.config.context_length}")
         positions = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
         x, rope = self.transformer.wte(idx), None  # (B, T, C)
         if self.rotary is None:
-            x = x + self.transformer.wpe(positions)  # (T, C), or (B, 1, C) where rows have positions of their own
+            x = x + self.transformer.wpe(positions)  # (T, C), or (B, 1, C) if positions differ by row
         else:
             rope = self.rotary(positions)
         x = self.transformer.drop(x)
@@ -186,52 +186,52 @@ class GPT(nn.Module):
         """Compute logits (..., V) of hidden states (..., C).
 
         Args:
-            padded: return the columns of the padding too, as -inf: a softmax copies rows that are cut.
+            padded: keep the padding columns, set to -inf. Softmax would copy logits that are cut.
         """
         logits = self.lm_head(x)  # (..., V padded)
-        cut = logits[..., : self.config.vocab_size]  # (..., V)
-        adjusted = self.adjust_logits(cut)
+        unpadded = logits[..., : self.config.vocab_size]  # (..., V)
+        adjusted = self.adjust_logits(unpadded)
         if not padded:
             return adjusted
-        if adjusted is not cut:
-            return F.pad(adjusted, (0, logits.size(-1) - cut.size(-1)), value=-torch.inf)
+        if adjusted is not unpadded:
+            return F.pad(adjusted, (0, logits.size(-1) - unpadded.size(-1)), value=-torch.inf)
         logits[..., self.config.vocab_size :] = -torch.inf
         return logits
 
     def adjust_logits(self, logits: Tensor) -> Tensor:
-        """Change logits (..., V) in training, evaluation and sampling alike, by `15 * torch.tanh(logits / 15)`, say.
+        """Transform logits (..., V) in training, evaluation and sampling, e.g. to `15 * torch.tanh(logits / 15)`.
 
-        The argument is not to be changed in place.
+        By default they are unchanged. The argument must not be modified in place.
         """
         return logits
 
     def exclude_loss_from_compile(self) -> None:
-        """Call before torch.compile: the fused loss reuses memory chunk by chunk, which a compiled graph would not."""
+        """Keep the fused loss out of torch.compile, which would not reuse memory between chunks. Call it first."""
         self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device)
 
     @classmethod
     def on_meta_device(cls, config: ModelConfig) -> GPT:
-        """Build the network without memory for its weights, for load_state_dict(..., assign=True) or its sizes."""
+        """Build the model without memory for weights, for load_state_dict(..., assign=True) or to read its sizes."""
         with torch.device("meta"), skip_init():
             return cls(config)
 
     @classmethod
     def from_pretrained(cls, name: str, device: str = "cpu") -> GPT:
-        """Load a model in evaluation mode: a run's folder, a checkpoint, a Hugging Face folder or name, a ckpt.pt."""
+        """Load a model for evaluation: a run's folder, a checkpoint, a Hugging Face folder or name, or a ckpt.pt."""
         from flatgpt.interop.loading import find, load
 
         return load(find(name), device, model_class=cls)[0]
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling) -> Tensor:
-        """Continue each row of idx.
+        """Generate max_new_tokens token ids after each row of idx.
 
         Args:
             idx: (B, T) int64 token ids, T at least 1.
             sampling: settings of SamplingConfig: temperature (0.8), greedy, top_k, top_p, min_p, repetition_penalty,
-                seed. Row r draws from a generator of its own, seeded by seed and r.
+                seed. Row r has its own generator, seeded with seed and r.
 
         Returns:
-            (B, T + max_new_tokens) int64: idx and the new ids. End-of-text does not stop a row.
+            (B, T + max_new_tokens) int64: idx and the new ids. Rows continue after end-of-text.
         """
         from flatgpt.inference.decoder import Decoder
         from flatgpt.inference.sampling import generate_batch
@@ -244,13 +244,13 @@ class GPT(nn.Module):
         return torch.cat((idx, new.T), dim=1)
 
     def num_params(self) -> int:
-        """Count parameters without the vocabulary's padding: 124,439,808 for GPT-2 124M."""
+        """Return the number of parameters without the padding of the vocabulary: 124,439,808 for GPT-2 124M."""
         return self.config.num_params()
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, appendix B, 2022).
+        """Return the FLOPs of training on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, 2022, appendix B).
 
-        N counts the parameters in matrix products: the head, but no position table and no untied input embedding.
+        L is the number of layers. N counts the parameters without position table and untied input embedding.
         """
         c = self.config
         lookups = c.context_length * (c.position == "learned") + c.vocab_size * (not c.tie_weights)  # rows

@@ -1,9 +1,9 @@
 """Turn text into token shards: data/<name>/<split>_000000.bin and meta.json.
 
 python prepare_data.py shakespeare                        # tiny Shakespeare, GPT-2's BPE
-python prepare_data.py shakespeare --tokenizer byte       # the same in bytes: data/shakespeare_byte
-python prepare_data.py wikitext103                        # or wikipedia, fineweb: downloaded, and kept in data/raw
-python prepare_data.py fineweb --sample_size 100_000      # its first 100,000 documents
+python prepare_data.py shakespeare --tokenizer byte       # as byte ids, in data/shakespeare_byte
+python prepare_data.py wikitext103                        # or wikipedia, fineweb; downloads go to data/raw
+python prepare_data.py fineweb --sample_size 100_000      # the first 100,000 documents
 python prepare_data.py hub --repo lucadiliello/english_wikipedia --column maintext
 python prepare_data.py text --input book.txt notes/ '*.jsonl' --name mine
 python prepare_data.py --info data/mine                   # or --verify data/mine
@@ -27,16 +27,15 @@ from flatgpt.data.prepare import prepare
 
 
 def table(dataset: Dataset) -> str:
-    """Return the manifest's counts, one line a split, and a line of sums where there are several."""
+    """Return the manifest's counts as a table: one row per split, and their total if there are several."""
     entries, keys = dict(dataset.meta["splits"]), ("documents", "tokens", "bytes")
     if len(entries) > 1:
         total = {key: sum(entry.get(key, 0) for entry in entries.values()) for key in keys}
         entries["total"] = {**total, "files": [file for entry in entries.values() for file in entry["files"]]}
     rows = [("split", *keys, "bytes/token", "shards")]
     for split, entry in entries.items():
-        counts = [
-            f"{entry[key]:,}" if entry.get(key) else "" for key in keys
-        ]  # other programs' shards have tokens only
+        # Shards of other programs have no counts of documents and bytes.
+        counts = [f"{entry[key]:,}" if entry.get(key) else "" for key in keys]
         ratio = f"{entry['bytes'] / entry['tokens']:.2f}" if entry.get("bytes") else ""
         rows.append((split, *counts, ratio, str(len(entry["files"]))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -44,7 +43,7 @@ def table(dataset: Dataset) -> str:
 
 
 def info(dataset: Dataset) -> None:
-    """Print the manifest and the first tokens of each split as text."""
+    """Print the manifest, and the text of the first tokens of each split."""
     meta = dataset.meta
     for key, value in meta.items():
         if key != "splits":
@@ -58,39 +57,39 @@ def info(dataset: Dataset) -> None:
 
 
 def verify(dataset: Dataset) -> None:
-    """Read and hash every shard; UserError names those that are not as they were written."""
-    found = list(dataset.verify_shards())
-    if wrong := [error for _, error in found if error]:
-        raise UserError("; ".join(wrong) + ". Move the folder away and run prepare_data.py again")
-    what = "ids in the vocabulary; no hashes to compare with" if dataset.notice else "sizes, ids and SHA-256 as written"
-    print(f"{dataset.folder}: {len(found)} shard{'s' * (len(found) != 1)}, {what}")
+    """Read and hash every shard. Raise UserError if any of them differs from the manifest."""
+    results = list(dataset.verify_shards())
+    if errors := [error for _, error in results if error]:
+        raise UserError("; ".join(errors) + ". Move the folder away and run prepare_data.py again")
+    verified = "all ids are in the vocabulary; no hashes to compare" if dataset.notice else "all match meta.json"
+    print(f"{dataset.folder}: {len(results)} shard{'s' * (len(results) != 1)}, {verified}")
 
 
 def main(config: PrepareConfig) -> None:
-    """Prepare a dataset and print its counts, or examine one."""
-    for folder, examine in ((config.verify, verify), (config.info, info)):
+    """Prepare a dataset and print its counts, or verify or describe an existing one."""
+    for folder, action in ((config.verify, verify), (config.info, info)):
         if folder:
             dataset = open_dataset(Path(folder))
             if dataset.notice:
                 print(dataset.notice)
-            examine(dataset)
+            action(dataset)
     if config.source is None:
         return
-    began = time.perf_counter()
+    start = time.perf_counter()
     dataset = prepare(config)
     folder, meta = dataset.folder, dataset.meta
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     print(f"{folder}: {meta['source']}, tokenizer {meta['tokenizer']} ({meta['vocab_size']:,} ids), {seconds:.1f} s")
     print(table(dataset))
     if "train" not in meta["splits"]:
         return
     name = folder.name
     recipes = [p.stem for p in sorted(RECIPES.glob("*.toml")) if tomllib.loads(p.read_text()).get("dataset") == name]
-    words = ["--config", recipes[0]] if recipes else ["--dataset", name, "--out_dir", f"out/{name}"]
-    words = [] if name == "pydoc" else words  # train.py's own default
+    args = ["--config", recipes[0]] if recipes else ["--dataset", name, "--out_dir", f"out/{name}"]
+    args = [] if name == "pydoc" else args  # the default of train.py
     if folder.parent != Path("data"):
-        words += ["--data_dir", str(folder.parent)]
-    print("next:", shlex.join(["python", "train.py", *words]))
+        args += ["--data_dir", str(folder.parent)]
+    print("next:", shlex.join(["python", "train.py", *args]))
 
 
 if __name__ == "__main__":

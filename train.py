@@ -1,11 +1,11 @@
 """Train a GPT-2 style model: shards -> checkpoints and a log in out/<recipe>/.
 
-python train.py                                   # the Python reference, in bytes: minutes on two CPU cores
+python train.py                                   # a small byte-level model: minutes on two CPU cores
 python train.py --config shakespeare              # a recipe from configs/
-python train.py --config mine.toml --lr 1e-3      # your own, with a change
-python train.py --config shakespeare --resume     # go on where a run was stopped
-python train.py --list                            # the recipes, and the runs so far
-python train.py --config gpt2_124m --plan         # how large, how long, on which GPU; trains nothing
+python train.py --config mine.toml --lr 1e-3      # your own recipe, with one change
+python train.py --config shakespeare --resume     # resume a stopped run
+python train.py --list                            # list recipes and runs
+python train.py --config gpt2_124m --plan         # estimate size, memory and time without training
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
 python train.py --help                            # every key
 """
@@ -76,7 +76,7 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
         with gradients(run.wrapped_model, last=micro == micros[-1]):
             with run.device_settings.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
-            # A factor of NaN where the loss is not finite: its gradients can be, and the scaler looks at those alone.
+            # If the loss is not finite, its gradients may be finite. A factor of NaN makes the scaler skip the update.
             run.scaler.scale(micro_loss).backward(1 + 0 * micro_loss.detach())
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
@@ -88,26 +88,26 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> float | None:
-    """Return the validation loss in nats per token, over eval_batches batches (0: all), or None if it was cut short.
+    """Return the validation loss in nats per token, over eval_batches batches (0: all), or None if interrupted.
 
     Args:
-        stop_reason: called before each batch; nonzero where this rank is asked to stop.
+        stop_reason: called before each batch. If the result is nonzero, the evaluation is interrupted on all ranks.
     """
-    config, ranks, T, stopped = run.config, run.ranks, run.config.context_length, []
+    config, ranks, T, stop_flags = run.config, run.ranks, run.config.context_length, []
 
-    def go_on(batch) -> bool:
-        stopped.append(bool(ranks.all_reduce_max(stop_reason())[0]))
-        return not stopped[-1]
+    def not_stopped(batch) -> bool:
+        stop_flags.append(bool(ranks.all_reduce_max(stop_reason())[0]))
+        return not stop_flags[-1]
 
     batch_size = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
     batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_batches, ranks)
     with run.device_settings.autocast():
-        loss = mean_loss(run.model, itertools.takewhile(go_on, batches), run.device_settings.to_device, ranks)
-    return None if any(stopped) else loss
+        loss = mean_loss(run.model, itertools.takewhile(not_stopped, batches), run.device_settings.to_device, ranks)
+    return None if any(stop_flags) else loss
 
 
 def record_evaluation(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter, loss: float) -> None:
-    """Count an evaluation. A new best loss moves `best`, once its checkpoint is saved."""
+    """Record an evaluation. If the loss is the best so far, the link `best` moves once its checkpoint is saved."""
     require_finite(run.model, progress.iter, loss)
     progress.row["val_loss"] = progress.val_loss = loss
     progress.since_best += 1
@@ -122,7 +122,7 @@ def record_evaluation(run: TrainingRun, progress: Progress, checkpoints: Checkpo
 
 
 def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) -> None:
-    """Start to write the checkpoint of the current iteration, once the save before it is complete."""
+    """Wait for the previous save, then start to save a checkpoint of the current iteration."""
     checkpoints.wait()
     require_finite(run.model, progress.iter)
     state = {key: progress.row[key] for key in ("iter", "tokens", "epoch")} | progress.state_dict()
@@ -130,7 +130,7 @@ def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) ->
 
 
 def write_row(run: TrainingRun, progress: Progress, log: RunLog) -> None:
-    """Write the newest row of the log; after an evaluation, samples too."""
+    """Write the newest row to the log and, after an evaluation, samples."""
     log.write(progress.row)
     if "val_loss" in progress.row and run.encoding:
         texts = reporting.generate_samples(run, run.config.seed)
@@ -140,10 +140,10 @@ def write_row(run: TrainingRun, progress: Progress, log: RunLog) -> None:
 def train_loop(
     run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter, log: RunLog, stop: StopRequest
 ) -> int:
-    """Train until max_iters, the end of patience, or a request to stop.
+    """Train until max_iters is reached, patience is exhausted or a stop is requested.
 
     Returns:
-        why it was stopped: a signal's number or StopRequest.TIME_IS_UP; 0 where it came to its end.
+        the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
     """
     config, ranks, start, clock, reason = run.config, run.ranks, progress.iter, StepClock(), 0
     intervals = config.log_interval, config.eval_interval, config.save_interval, config.max_iters
@@ -151,8 +151,8 @@ def train_loop(
         save(run, progress, checkpoints)
     while True:
         row_due = progress.eval_pending or any(progress.iter % n == 0 for n in intervals)
-        if progress.eval_pending and not reason:  # a stopped run leaves its evaluation to the resumed one
-            # max_minutes does not cut the first evaluation, so that each start makes at least one update
+        if progress.eval_pending and not reason:  # after a stop, the resumed run evaluates
+            # max_minutes does not interrupt the first evaluation, so that each start makes at least one update
             loss = evaluate(run, stop.reason if progress.iter > start else lambda: stop.signal or 0)
             if loss is None:
                 reason = ranks.all_reduce_max(stop.reason())[0]
@@ -166,13 +166,13 @@ def train_loop(
         loss, norm = train_step(run, progress.iter)
         progress.iter += 1
         log.bar.update()
-        if progress.iter == start + 1:  # compiled by now, and the optimizer has its tensors
+        if progress.iter == start + 1:  # the model is compiled and the optimizer's tensors exist
             shorten_timeout(config)
-            gc.freeze()  # these objects stay; going through all of them takes 0.16 s now and then
+            gc.freeze()  # a garbage collection of these lasting objects takes 0.16 s
             checkpoints.allocate_buffers(checkpoint_state(run, progress))
         clock.count(loss)
         checkpoints.check()
-        # once an update, so that all ranks save and stop at the same iteration
+        # after each update, so that all ranks save and stop at the same iteration
         reason, timer_due = ranks.all_reduce_max(stop.reason(), checkpoints.timer_due())
         progress.eval_pending = progress.iter % config.eval_interval == 0 or progress.iter >= config.max_iters
         if reason or timer_due or any(progress.iter % n == 0 for n in intervals):
@@ -181,15 +181,15 @@ def train_loop(
             if warning:
                 log.print(warning)
             if error:
-                checkpoints.wait()  # torchrun ends all ranks with the first that leaves
+                checkpoints.wait()  # torchrun kills all ranks when the first one exits
                 raise UserError(error)
         if reason or timer_due or progress.eval_pending or progress.iter % config.save_interval == 0:
             with clock.paused():
-                save(run, progress, checkpoints)  # before an evaluation or a sample can fail
+                save(run, progress, checkpoints)  # first, because evaluation and sampling may fail
 
 
 def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
-    """Train as one of the ranks. DDP is freed on return, while its process group still exists: else it can hang."""
+    """Train on one rank. On return, DDP is freed before its process group is destroyed; otherwise it can hang."""
     start = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
     run = build_run(config, ranks, resumed=start[1] if start else None)
     config, folder = run.config, Path(run.config.out_dir)
@@ -198,31 +198,31 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
     wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
-    ranks.barrier()  # wandb's servers may take their time
+    ranks.barrier()  # start_wandb on rank 0 may take long
     metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id}
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
-    stop, began = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
+    stop, started = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
     try:
         reason = train_loop(run, progress, checkpoints, log, stop)
         if not reason:
             checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
         checkpoints.wait()
         if error := checkpoints.failure:
-            raise UserError(f"the run ends at iter {progress.iter}, and its last checkpoint is not there: {error}")
-        if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # a signal leaves no time for it
+            raise UserError(f"the run ended at iter {progress.iter}, but its last checkpoint was not saved: {error}")
+        if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
     finally:
         checkpoints.close()  # waits for the save in flight
         log.close()
         gc.unfreeze()
         stop.restore()
-    print(reporting.closing_message(run, progress, reason, time.perf_counter() - began))
+    print(reporting.closing_message(run, progress, reason, time.perf_counter() - started))
     if reason > StopRequest.TIME_IS_UP:
         raise SystemExit(128 + reason)
 
 
 def train(config: TrainConfig) -> None:
-    """Train as the config says, from the beginning or from a checkpoint."""
+    """Train from scratch or from a checkpoint; with config.plan, print the plan instead."""
     with join_process_group(config) as ranks:
         if config.plan:
             print_plan(config, ranks)

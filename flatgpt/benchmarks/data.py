@@ -1,6 +1,6 @@
-"""bench.py data: the speed of prepare_data.py, in turn with plain encoding in one process and with datasets.map.
+"""bench.py data: compare prepare_data.py with plain encoding in one process and with datasets.map.
 
-Each is a process of its own on the same parquet file; time and memory are those of its whole process tree.
+Each runs in a separate process on the same parquet file. Time and memory are measured for its whole process tree.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 
 from config import BenchConfig, PrepareConfig, UserError
 from flatgpt import REPO_ROOT
-from flatgpt.benchmarks.measure import Process, in_turn, log, script
+from flatgpt.benchmarks.measure import Process, interleave, log, script
 from flatgpt.data import readers, tokenizer, workers
 from flatgpt.data.sources import expand, open_pydoc
 
-ROW_GROUP = 1000  # rows, as in the hub's datasets
+ROW_GROUP = 1000  # rows, as in datasets on the hub
 
 
 def bench_data(config: BenchConfig) -> dict:
-    """Time all three in turn: medians of the rounds, and peak memory."""
+    """Time all three, interleaved. Return medians over the rounds, and peak memory."""
     processes = config.workers or workers.available_cores()
     tokenizer.load("gpt2")
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -33,23 +33,23 @@ def bench_data(config: BenchConfig) -> dict:
         log(f"{size / 1e6:,.0f} MB of text in {file}, {processes} processes, {config.rounds} rounds")
         call = f"from flatgpt.benchmarks import data; data.{{}}({str(file)!r}, {processes})"
         commands = {
-            "plain": [sys.executable, "-c", call.format("encode_plainly")],
+            "plain": [sys.executable, "-c", call.format("encode_plain")],
             "ours": script("prepare_data.py", "text", "--input", file, "--workers", processes),
             "datasets_map": [sys.executable, "-c", call.format("encode_with_datasets")],
         }
         if not importlib.util.find_spec("datasets"):
             del commands["datasets_map"]
-            log("datasets is not installed: it is left out (pip install -r requirements-extra.txt)")
+            log("datasets is not installed and is skipped (pip install -r requirements-extra.txt)")
 
         def run(name: str) -> tuple[float, float, str]:
-            seconds, memory_gb, output = run_and_watch(commands[name], folder)
+            seconds, memory_gb, output = run_and_measure(commands[name], folder)
             return float(output.split()[0]) if name == "plain" else seconds, memory_gb, output
 
-        results = in_turn({name: functools.partial(run, name) for name in commands}, config.rounds)
+        results = interleave({name: functools.partial(run, name) for name in commands}, config.rounds)
     figures: dict = {"text_mb": size / 1e6, "processes": processes}
     tokens = int(results["plain"][0][2].split()[1])
     for name, rounds in results.items():
-        seconds = statistics.median(each for each, _, _ in rounds)
+        seconds = statistics.median(duration for duration, _, _ in rounds)
         figures[f"{name}_mb_per_s"] = size / seconds / 1e6
         figures[f"{name}_tokens_per_s"] = tokens / seconds
         figures[f"{name}_memory_gb"] = max(memory_gb for _, memory_gb, _ in rounds)
@@ -60,43 +60,43 @@ def bench_data(config: BenchConfig) -> dict:
 
 
 def write_parquet(config: BenchConfig, file: Path) -> int:
-    """Write `size_mb` of text as parquet, repeating the documents of `input`; return its bytes of text."""
+    """Write `size_mb` of text as parquet by repeating the documents of `input`. Return the text's size in bytes."""
     import pyarrow
     import pyarrow.parquet
 
     if config.input:
         files = [readers.RawFile(str(path), 0, path) for path in expand(config.input)]
-        texts = (chunk.text for task in readers.file_tasks(files, "text") for chunk in task.read())
+        documents = (chunk.text for task in readers.file_tasks(files, "text") for chunk in task.read())
     else:
-        texts = iter(open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n"))
-    endless, total = itertools.cycle(texts), 0
+        documents = iter(open_pydoc(PrepareConfig(source="pydoc")).files["train"][0].text.split("\n\n"))
+    endless, total = itertools.cycle(documents), 0
     schema = pyarrow.schema([("text", pyarrow.string())])
     with pyarrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
         while total < config.size_mb * 1e6:
             rows = list(itertools.islice(endless, ROW_GROUP))
             if not rows:
-                raise UserError(f"input = {' '.join(config.input)}: it has no document")
+                raise UserError(f"input = {' '.join(config.input)}: these files contain no documents")
             writer.write_table(pyarrow.table({"text": rows}, schema))
             total += sum(len(row.encode()) for row in rows)
     return total
 
 
-def run_and_watch(command: list[str], folder: str) -> tuple[float, float, str]:
-    """Run a command to its end; return its seconds, the peak memory of its process tree in GB, and its output."""
+def run_and_measure(command: list[str], folder: str) -> tuple[float, float, str]:
+    """Run a command. Return its duration in s, the peak memory of its process tree in GB, and its output."""
     offline = {"PYTHONPATH": str(REPO_ROOT), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(dir=folder) as cwd:
-        began, peak = time.perf_counter(), 0
+        start, peak = time.perf_counter(), 0
         with Process(command, offline, cwd=cwd) as process:
             while process.poll() is None:
                 peak = max(peak, tree_memory(process.pid))
-                time.sleep(0.5)  # reading smaps walks all pages: more often, it would slow the process down
-            seconds = time.perf_counter() - began
+                time.sleep(0.5)  # reading smaps walks all pages, so frequent polling would slow the process
+            seconds = time.perf_counter() - start
             process.require_success()
             return seconds, peak / 1e9, process.stdout.read()
 
 
 def tree_memory(pid: int) -> int:
-    """Return the bytes that a process and its descendants hold, shared pages counted once; 0 without /proc."""
+    """Return the memory of a process and its descendants in bytes, with shared pages counted once; 0 without /proc."""
     total = 0
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -110,26 +110,26 @@ def tree_memory(pid: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the processes
+# benchmarked processes
 
 
-def encode_plainly(file: str, processes: int) -> None:
-    """Encode document by document with encode_ordinary; print the seconds of the encoding alone, and the tokens.
+def encode_plain(file: str, processes: int) -> None:
+    """Encode each document with encode_ordinary. Print the encoding time in seconds and the number of tokens.
 
-    An end-of-text counts for each document.
+    One end-of-text token per document is counted.
     """
     encoding, seconds, tokens = tokenizer.load("gpt2"), 0.0, 0
     rows = (chunk.text for chunk in readers.rows(Path(file), "text"))
     while texts := list(itertools.islice(rows, ROW_GROUP)):
-        began = time.perf_counter()
+        start = time.perf_counter()
         lengths = [len(encoding.encode_ordinary(text)) for text in texts]
-        seconds += time.perf_counter() - began
+        seconds += time.perf_counter() - start
         tokens += sum(lengths) + len(lengths)
     print(seconds, tokens)
 
 
 def encode_with_datasets(file: str, processes: int) -> None:
-    """Encode as nanoGPT's data/openwebtext does: datasets.map in many processes, then a memmap, in 1,024 steps."""
+    """Encode like nanoGPT's data/openwebtext: datasets.map in many processes, then a memmap, in 1,024 batches."""
     import datasets
     import numpy as np
     import tiktoken
@@ -145,7 +145,7 @@ def encode_with_datasets(file: str, processes: int) -> None:
     shards = np.memmap("train.bin", dtype=np.uint16, mode="w+", shape=(int(np.sum(encoded["len"])),))
     start = 0
     for number in range(1024):  # nanoGPT's number of batches
-        # [:] reads a shard at once; by its name alone, as nanoGPT has it, datasets 4 and later reads row by row
+        # [:] reads a shard at once. nanoGPT's ["ids"] alone reads row by row in datasets 4 and later.
         ids = np.concatenate(encoded.shard(1024, number, contiguous=True).with_format("numpy")[:]["ids"])
         shards[start : start + len(ids)] = ids
         start += len(ids)

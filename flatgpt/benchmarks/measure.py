@@ -1,4 +1,4 @@
-"""What the benchmarks share: measuring in turn, other processes, and figures as text."""
+"""Shared parts of the benchmarks: interleaved timing, subprocesses, and formatting."""
 
 from __future__ import annotations
 
@@ -17,73 +17,73 @@ from config import UserError
 from flatgpt import REPO_ROOT
 
 if TYPE_CHECKING:
-    from flatgpt.runtime.device import DeviceSettings  # imports torch, which bench.py data does without
+    from flatgpt.runtime.device import DeviceSettings  # imports torch, which bench.py data does not need
 
 T = TypeVar("T")
-USER_ENVIRONMENT = dict(os.environ)  # for other processes: find_device changes this process's own
+USER_ENVIRONMENT = dict(os.environ)  # for subprocesses; find_device changes os.environ
 
 
 def log(line: str) -> None:
-    """Print a line of progress to standard error; standard output is for figures."""
+    """Print a progress message to standard error. Standard output is reserved for figures."""
     print(line, file=sys.stderr, flush=True)
 
 
 def milliseconds(device: DeviceSettings, work: Callable[[], Any]) -> float:
-    """Return the time of one call, including the work that it leaves to the device."""
+    """Return the duration of one call in milliseconds, including the device work that it launches."""
     device.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     device.synchronize()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def seconds_since_start() -> float | None:
-    """Return the age of this process; None where the system does not tell (not Linux)."""
+    """Return the seconds since this process started; None on systems other than Linux."""
     try:
         stat = Path("/proc/self/stat").read_text()
     except OSError:
         return None
-    ticks = int(stat.rpartition(")")[2].split()[19])  # field 22 of proc(5): the time of the start, since boot
+    ticks = int(stat.rpartition(")")[2].split()[19])  # starttime in proc(5), since boot
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def in_turn(runners: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Call all runners once a round, so that a machine that becomes slower does so for all of them.
+def interleave(runners: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Call every runner once per round, so that a change in machine speed affects all of them.
 
     Returns:
-        the results of each runner, by round.
+        for each runner, its result of each round.
     """
     results: dict[str, list[T]] = {name: [] for name in runners}
     for number in range(1, rounds + 1):
         for name, runner in runners.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             results[name].append(runner())
-            log(f"round {number} of {rounds}, {name}: {time.perf_counter() - began:,.1f} s")
+            log(f"round {number} of {rounds}, {name}: {time.perf_counter() - start:,.1f} s")
     return results
 
 
 def speedup(ours: list[float], theirs: list[float]) -> dict:
-    """Return theirs / ours of each pair of times, which were measured in turn, and the median of these ratios."""
+    """Return the ratio theirs / ours for each pair of times, and the median of these ratios."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(ratios), "rounds": ratios}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# other processes
+# subprocesses
 
 
-def script(name: str, *words: Any) -> list[str]:
-    """Return the command that starts a script of this repository."""
-    return [sys.executable, str(REPO_ROOT / name), *map(str, words)]
+def script(name: str, *args: Any) -> list[str]:
+    """Return the command that runs a script of this repository."""
+    return [sys.executable, str(REPO_ROOT / name), *map(str, args)]
 
 
 class Process(subprocess.Popen):
-    """A process with the user's environment, which is killed at the end of the `with` block.
+    """A subprocess with the user's environment, killed at the end of the `with` block.
 
-    Its standard output is a pipe. Its standard error is the temporary file `error_file`.
+    Its standard output is a pipe, and its standard error the temporary file `error_file`.
 
     Args:
-        environment: variables to add.
+        environment: additional variables.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None, **options):
@@ -92,13 +92,13 @@ class Process(subprocess.Popen):
         super().__init__(command, env=USER_ENVIRONMENT | (environment or {}), **streams, **options)
 
     def last_error(self) -> str:
-        """Return the last line of standard error, else the exit code."""
+        """Return the last line of standard error, or the exit code if it is empty."""
         self.error_file.seek(0)
         lines = self.error_file.read().strip().splitlines() or [f"exit code {self.returncode}"]
         return lines[-1].removeprefix("error: ")
 
     def require_success(self) -> None:
-        """Wait for the end of the process. Raise UserError if it failed."""
+        """Wait for the process to exit. Raise UserError if it failed."""
         if self.wait():
             raise UserError(f"{shlex.join(self.args[1:])} failed: {self.last_error()}")
 
@@ -109,13 +109,13 @@ class Process(subprocess.Popen):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# figures as text
+# formatting
 
 
 def format_value(value: Any) -> str:
-    """Return a figure as text."""
+    """Format a figure as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {format_value(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
     if isinstance(value, list):
         return " ".join(map(format_value, value))
     if isinstance(value, float):
@@ -124,25 +124,25 @@ def format_value(value: Any) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Return the lines of a Markdown table with a column for each key."""
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [heads, ["---"] * len(heads), *([format_value(row.get(head)) for head in heads] for row in rows)]
+    """Return the lines of a Markdown table with one column per key."""
+    headers = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [headers, ["---"] * len(headers), *([format_value(row.get(header)) for header in headers] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells if row]
 
 
-def figure_lines(found: dict) -> list[str]:
-    """Return figures as a table with a column for each peer, and texts as lines below it."""
-    columns, rows = {"ours": found, **found.get("peers", {})}, []
-    for key, value in found.items():
+def figure_lines(figures: dict) -> list[str]:
+    """Return the lines of a table with one column per peer, and then the figures that are strings."""
+    columns, rows = {"ours": figures, **figures.get("peers", {})}, []
+    for key, value in figures.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for n in range(len(value)):
                 rows.append(
-                    {"": f"{key} {n + 1}"} | {name: each[key][n] for name, each in columns.items() if key in each}
+                    {"": f"{key} {n + 1}"} | {name: column[key][n] for name, column in columns.items() if key in column}
                 )
         elif isinstance(value, dict) and key != "peers":  # by peer
             rows.append({"": key, **value})
         elif isinstance(value, bool | int | float | list):
-            rows.append({"": key} | {name: each.get(key) for name, each in columns.items()})
-    texts = [(name, key, text) for name, figures in columns.items() for key, text in figures.items()]
+            rows.append({"": key} | {name: column.get(key) for name, column in columns.items()})
+    texts = [(name, key, text) for name, column in columns.items() for key, text in column.items()]
     return table(rows) + [f"{name}, {key}: {text}" for name, key, text in texts if isinstance(text, str)]

@@ -1,9 +1,9 @@
-"""nanoGPT beside flatGPT: its train.py on our dataset, and updates of its model in a process of its own.
+"""Run nanoGPT for comparison: its train.py on flatGPT's dataset, or updates of its model in a subprocess.
 
-The separate process keeps memory and environment apart. Its input is a line with the settings, and then any number of
-lines with a number of updates, each of which it answers with a line of JSON. The update is that of nanoGPT's train.py:
-autocast, scaler, clipping, the model's own configure_optimizers, and the next batch fetched between forward and
-backward.
+The subprocess separates memory and environment. It reads a line with the settings, and then lines with a number of
+updates. For each of these, it runs the updates and writes a line of JSON. An update does the same as nanoGPT's
+train.py: autocast, gradient scaling and clipping, the optimizer of configure_optimizers, and a prefetch of the next
+batch between forward and backward.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
 from flatgpt.runtime.device import DeviceSettings, find_device, select_device
 from flatgpt.runtime.precision import faster_training_dtype
 
-GRAD_CLIP = 1.0  # nanoGPT's
+GRAD_CLIP = 1.0  # the default of nanoGPT
 RECIPE = "config/train_shakespeare_char.py"
-# its README, "I only have a macbook": tiny Shakespeare's characters on a CPU
+# nanoGPT's README, "I only have a macbook": character-level tiny Shakespeare on a CPU
 CPU_RECIPE = shlex.split(
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
     "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -42,32 +42,34 @@ def require_checkout(config: BenchConfig) -> None:
     """Raise UserError if --peer does not name a checkout of nanoGPT."""
     for file in ("model.py", "train.py", "configurator.py", RECIPE):
         if not Path(config.peer[1], file).is_file():
-            raise UserError(
-                f"peer = {' '.join(config.peer)}: it has no {file}; give the folder of a checkout of nanoGPT"
-            )
+            raise UserError(f"peer = {' '.join(config.peer)}: it has no {file}; give the folder of a nanoGPT checkout")
 
 
 def require_same_shape(config: BenchConfig, world: int) -> None:
-    """Raise UserError if nanoGPT cannot train a model of this shape, or not on several ranks.
+    """Raise UserError if nanoGPT cannot train a model of this shape, or if there are several ranks.
 
-    Its GELU is always the exact one, which takes the same time.
+    nanoGPT always computes the exact GELU, which takes the same time as the tanh approximation.
     """
     supported = {"activation": ("gelu", "gelu_tanh"), "tie_weights": (True,), "position": ("learned",)}
     supported |= {"mlp_ratio": (4,), "attn_bias": (None, config.bias)}
     settings = {key: getattr(config, key) for key in supported}
-    if found := [f"{key} = {str(value).lower()}" for key, value in settings.items() if value not in supported[key]]:
-        raise UserError(f"peer = nanoGPT has no {', no '.join(found)}: change that, or leave --peer out")
+    if unsupported := [
+        f"{key} = {str(value).lower()}" for key, value in settings.items() if value not in supported[key]
+    ]:
+        raise UserError(f"peer = nanoGPT does not support {', '.join(unsupported)}: change it, or leave out --peer")
     if world > 1:
-        raise UserError(f"peer = nanoGPT runs on one device, torchrun started {world} processes: leave one of them out")
+        raise UserError(
+            f"peer = nanoGPT runs on one device, but torchrun started {world} processes: leave out one of them"
+        )
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the vocabulary size that nanoGPT uses: it pads GPT-2's 50,257 ids, and no other number."""
+    """Return the vocabulary size that nanoGPT uses. It pads only GPT-2's 50,257 ids."""
     return 50304 if vocab_size == 50257 else vocab_size
 
 
 def train_command(config: BenchConfig, folder: Path) -> list[str]:
-    """Return the command that trains nanoGPT's recipe in its checkout, on a copy of our dataset in a new folder."""
+    """Return the command that trains nanoGPT's recipe in its checkout, on a copy of the dataset in a new folder."""
     dataset = open_dataset(Path(config.data_dir) / config.dataset)
     folder.mkdir()
     for split in ("train", "val"):
@@ -79,10 +81,10 @@ def train_command(config: BenchConfig, folder: Path) -> list[str]:
 
 
 def peer_settings(config: BenchConfig) -> dict[str, DeviceSettings]:
-    """Return the device settings to run nanoGPT with, by name.
+    """Return the device settings for nanoGPT by name of the result.
 
-    On a CPU: those of its train.py with --compile=False, its recommendation for a CPU (eager float32), and the fastest
-    for its model (compiled, autocast in the faster dtype). Elsewhere those of its train.py.
+    On a CPU there are two: its recommendation for CPUs (eager, float32), and the fastest for its model (compiled,
+    autocast in the faster dtype). On other devices: those of its train.py.
     """
     device = find_device(config.device)
     if device.type != "cpu":
@@ -92,13 +94,14 @@ def peer_settings(config: BenchConfig) -> dict[str, DeviceSettings]:
 
 
 class Peer(Process):
-    """A process that trains nanoGPT's model. It starts with the warm-up.
+    """A subprocess that trains nanoGPT's model. It starts with the warm-up updates.
 
     Args:
-        config: resolved, as build_run returns it.
+        config: resolved config, as returned by build_run.
+        settings: device settings, as returned by peer_settings.
 
     Attributes:
-        facts: start_s, peak_mem_gb and machine, after the first answer.
+        facts: start_s, peak_mem_gb and machine; empty before the first `receive`.
     """
 
     def __init__(self, config: BenchConfig, settings: DeviceSettings):
@@ -109,11 +112,11 @@ class Peer(Process):
         self.facts = {}
 
     def _send(self, message: str | int) -> None:
-        with contextlib.suppress(BrokenPipeError):  # answer() reports it
+        with contextlib.suppress(BrokenPipeError):  # `receive` reports the error
             os.write(self.stdin.fileno(), f"{message}\n".encode())
 
-    def answer(self) -> list[float]:
-        """Return the milliseconds of each update, those of the warm-up first. Raise UserError if the process failed."""
+    def receive(self) -> list[float]:
+        """Return the milliseconds of each requested update, at first of the warm-up. Raise UserError if it failed."""
         line = self.stdout.readline()
         if not line:
             self.require_success()
@@ -121,19 +124,19 @@ class Peer(Process):
         return self.facts.pop("ms")
 
     def time_updates(self, count: int) -> list[float]:
-        """Run some updates, and return the milliseconds of each."""
+        """Run `count` updates and return the milliseconds of each."""
         self._send(count)
-        return self.answer()
+        return self.receive()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the process
+# the subprocess
 
 
 def make_update(config: BenchConfig, device: DeviceSettings) -> Callable[[], None]:
-    """Return a function that trains nanoGPT's model by one update per call."""
+    """Return a function that runs one update of nanoGPT's model."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(config.peer[1]) / "model.py")
-    nanogpt = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    nanogpt = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses needs the entry
     spec.loader.exec_module(nanogpt)
     if device.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -149,7 +152,7 @@ def make_update(config: BenchConfig, device: DeviceSettings) -> Callable[[], Non
     windows = Windows(tokens, config.context_length, config.stride)
     batches = TrainingBatches(windows, config.batch_size, config.grad_accum_steps, config.seed)
     order = ((i, micro) for i in range(sys.maxsize) for micro in range(config.grad_accum_steps))
-    prefetched = (tuple(map(device.to_device, batches(*which))) for which in order)
+    prefetched = (tuple(map(device.to_device, batches(*step))) for step in order)
     x, y = next(prefetched)  # (B, T) each
 
     def update() -> None:
@@ -169,9 +172,9 @@ def make_update(config: BenchConfig, device: DeviceSettings) -> Callable[[], Non
 
 
 def serve() -> None:
-    """Answer the requests on standard input, until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nanoGPT's model prints
+    """Run the updates that standard input requests, until it is closed."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nanoGPT's model prints to standard output
     config, device = pickle.loads(bytes.fromhex(sys.stdin.readline()))
     update, facts = make_update(config, device), {}
     for line in sys.stdin:
@@ -180,7 +183,7 @@ def serve() -> None:
             times.append(milliseconds(device, update))
             facts = facts or {"start_s": seconds_since_start(), "machine": device.describe()}
         figures = facts | {"ms": times, "peak_mem_gb": device.peak_memory_gb()}
-        print(json.dumps(figures), file=answers, flush=True)
+        print(json.dumps(figures), file=output, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""bench.py all, gpu and tests: lists of benchmarks, each row in a process of its own; and the tests that need CUDA.
+"""bench.py all, gpu and tests: run a list of benchmarks, each in a subprocess, or the tests that need CUDA.
 
-A row that fails or reaches its time limit becomes an error, and the next row starts. Files are written after each row.
+If a row fails or times out, its error is recorded and the next row starts. Files are written after each row.
 """
 
 from __future__ import annotations
@@ -28,73 +28,78 @@ from flatgpt.runtime.device import cpu_name, find_device
 from flatgpt.runtime.files import write_json, write_output
 
 SUITES = tomllib.loads((REPO_ROOT / "flatgpt/benchmarks/suites.toml").read_text())
-DATASETS = ("shakespeare", "shakespeare_byte")  # of the rows
-GRACE = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 for a test that hangs
-COLUMNS = ("ms", "tokens_per_s", "tflop_per_s", "mfu", "mfu_measured", "peak_mem_gb", "start_s")  # of the table
+DATASETS = ("shakespeare", "shakespeare_byte")  # that the rows use
+GRACE = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 s for a hanging test
+# columns of the Markdown table
+COLUMNS = ("ms", "tokens_per_s", "tflop_per_s", "mfu", "mfu_measured", "peak_mem_gb", "start_s")
 
 
 def run_suite(config: BenchConfig, command: str) -> None:
-    """Run the rows of a list in turn; write figures to config.json and a table beside it after each of them.
+    """Run the rows of a list. After each row, write all figures to config.json and a table to the .md file beside it.
 
     Raises:
-        UserError: before the first row, if data, a GPU or the peer is missing.
+        UserError: a dataset, the GPU or the peer is missing. Checked before the first row.
     """
     on_cuda = config.what == "gpu" and not config.dry_run
     if on_cuda and not torch.cuda.is_available():
-        raise UserError("bench.py gpu needs a GPU, and torch sees none here; for CPUs: bench.py all, or gpu --dry_run")
+        raise UserError("bench.py gpu needs a CUDA GPU, and torch finds none; for CPUs: bench.py all, or gpu --dry_run")
     if config.peer:
         nanogpt.require_checkout(config)
     for name in DATASETS:
         open_dataset(Path(config.data_dir) / name)
     device, name = ("cuda", torch.cuda.get_device_name()) if on_cuda else ("cpu", cpu_name())
-    found = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run, "rows": {}}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM ends the row too
+    report = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run, "rows": {}}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM also stops the row
     for row in SUITES[config.what]:
-        words = shlex.split(row["words"])
+        args = shlex.split(row["args"])
         limit = 3600 if config.dry_run else row.get("limit", 3600)
-        words += shlex.split(SUITES["dry_run"][words[0]]) if config.dry_run else []
-        words += ["--data_dir", config.data_dir, "--device", device]
-        words += ["--peer", *config.peer] if "peer" in row and config.peer else []
-        log(f"--- {row['label']}: python bench.py {shlex.join(words)}")
-        began = time.perf_counter()
-        found["rows"][row["label"]] = run_row(words, limit) | {"seconds": time.perf_counter() - began}
-        write_json(found, config.json)
-        write_output(markdown(found).encode(), str(Path(config.json).with_suffix(".md")), "json")
-    print(markdown(found), end="")
+        args += shlex.split(SUITES["dry_run"][args[0]]) if config.dry_run else []
+        args += ["--data_dir", config.data_dir, "--device", device]
+        args += ["--peer", *config.peer] if "peer" in row and config.peer else []
+        log(f"--- {row['label']}: python bench.py {shlex.join(args)}")
+        start = time.perf_counter()
+        report["rows"][row["label"]] = run_row(args, limit) | {"seconds": time.perf_counter() - start}
+        write_json(report, config.json)
+        write_output(markdown(report).encode(), str(Path(config.json).with_suffix(".md")), "json")
+    print(markdown(report), end="")
 
 
-def run_row(words: list[str], limit: float) -> dict:
-    """Return the figures of one benchmark in a process of its own, with `error` if it failed or reached its limit.
+def run_row(args: list[str], limit: float) -> dict:
+    """Run one benchmark in a subprocess and return its figures, with `error` if it failed or timed out.
 
-    At its limit, what it prints when it is interrupted counts: bench.py tests has the outcomes of the tests that ended.
+    After a timeout, the figures that it prints when interrupted are kept: bench.py tests prints the finished tests.
+
+    Args:
+        args: arguments of bench.py.
+        limit: timeout in seconds.
     """
-    deadline, shown = time.monotonic() + limit, 0
-    with Process(script("bench.py", *words, "--json", "-"), process_group=0) as process:
+    deadline, offset = time.monotonic() + limit, 0
+    with Process(script("bench.py", *args, "--json", "-"), process_group=0) as process:
         try:
             while True:
-                late, running = time.monotonic() > deadline, process.poll() is None
-                text = os.pread(process.error_file.fileno(), 1 << 20, shown)  # leaves the process's own position
-                shown += len(text)
+                timed_out, running = time.monotonic() > deadline, process.poll() is None
+                text = os.pread(process.error_file.fileno(), 1 << 20, offset)  # does not move the file position
+                offset += len(text)
                 print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
-                if late or not running:
+                if timed_out or not running:
                     break
                 time.sleep(0.1)
         finally:  # after Ctrl-C as well
-            end_group(process)
-        last, code = process.last_error(), process.returncode
+            terminate_group(process)
+        last_line, code = process.last_error(), process.returncode
         try:
             figures = json.loads(process.stdout.read())
         except json.JSONDecodeError:
             figures = {}
     if running:
-        return {"error": f"ended after its limit of {limit} s: {last}"} | figures
+        return {"error": f"timed out after {limit} s: {last_line}"} | figures
     if code < 0:
-        last = f"ended by signal {-code} after: {last}"  # 9 may mean that memory ran out
-    return {"error": last} if code else figures
+        last_line = f"killed by signal {-code} after: {last_line}"  # signal 9: probably out of memory
+    return {"error": last_line} if code else figures
 
 
-def end_group(process: Process) -> None:
-    """End a process and its children: SIGINT, as from Ctrl-C; SIGKILL after its exit or GRACE seconds."""
+def terminate_group(process: Process) -> None:
+    """Stop a process and its children: SIGINT, then SIGKILL once it has exited or after GRACE seconds."""
     try:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -106,30 +111,30 @@ def end_group(process: Process) -> None:
         process.wait()
 
 
-def markdown(found: dict) -> str:
-    """Return all rows as Markdown: a table of updates, and a list of what else was measured or failed."""
-    updates, others = [], []
-    for label, row in found["rows"].items():
+def markdown(report: dict) -> str:
+    """Return all rows as Markdown: a table of training updates, and a list of the other figures and errors."""
+    updates, other_lines = [], []
+    for label, row in report["rows"].items():
         if "tflop_per_s" not in row:
             facts = {key: value for key, value in row.items() if key == "error" or not isinstance(value, str)}
-            others.append(f"- {label}: {format_value(facts)}")
+            other_lines.append(f"- {label}: {format_value(facts)}")
             continue
-        cells = {"shape": label} | {key: row[key] for key in COLUMNS}
+        columns = {"shape": label} | {key: row[key] for key in COLUMNS}
         for name, peer in row.get("peers", {}).items():
-            cells |= {f"{name}, tokens_per_s": peer["tokens_per_s"], f"{name}, times": row["ratios"][name]["median"]}
-            cells |= {f"{name}, memory": row["memory_ratios"][name]}
-        updates.append(cells)
-    dry = "A dry run at toy size: its figures are not results. " * found["dry_run"]
-    title = f"{dry}{found['device']}, torch {found['torch']}: `{found['command']}`"
-    return "\n".join([title, "", *table(updates), "", *others]) + "\n"
+            columns |= {f"{name}, tokens_per_s": peer["tokens_per_s"], f"{name}, times": row["ratios"][name]["median"]}
+            columns |= {f"{name}, memory": row["memory_ratios"][name]}
+        updates.append(columns)
+    dry = "A dry run at toy size: its figures are not results. " * report["dry_run"]
+    title = f"{dry}{report['device']}, torch {report['torch']}: `{report['command']}`"
+    return "\n".join([title, "", *table(updates), "", *other_lines]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tests
+# tests that need CUDA
 
 
 class Outcomes:
-    """A pytest plugin that keeps the names of the tests by outcome."""
+    """A pytest plugin that records the names of the tests by outcome."""
 
     def pytest_sessionfinish(self, session) -> None:
         stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
@@ -139,10 +144,9 @@ class Outcomes:
 
 
 def bench_tests(config: BenchConfig) -> dict:
-    """Run the tests marked gpu. Without CUDA they are only collected, which imports every test file.
+    """Run the tests marked gpu. Without CUDA, only collect them, which imports every test file.
 
-    Where SIGINT ends them early (a row's time limit, Ctrl-C), `complete` is false, and the counts are of the tests that
-    had ended.
+    If SIGINT stops the tests (a row's timeout, Ctrl-C), `complete` is false and only finished tests are counted.
 
     Raises:
         UserError: a package that the tests need is missing, or pytest did not run.
@@ -152,17 +156,17 @@ def bench_tests(config: BenchConfig) -> dict:
             raise UserError(f"bench.py tests: {package} is not installed: pip install -r requirements-dev.txt")
     import pytest
 
-    words = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", str(REPO_ROOT / "tests")]
+    args = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", str(REPO_ROOT / "tests")]
     cuda, outcomes = find_device(config.device).type == "cuda", Outcomes()
     if not cuda:
-        words.append("--collect-only")
+        args.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
-        # most of their time is compilation, which runs on the CPU
-        words += ["-n", "auto", "--maxprocesses", "8"]
+        # most of the time is compilation, which runs on the CPU
+        args += ["-n", "auto", "--maxprocesses", "8"]
     with contextlib.chdir(REPO_ROOT), contextlib.redirect_stdout(sys.stderr):  # hypothesis writes to the current folder
-        code = pytest.main(words, plugins=[outcomes])
+        code = pytest.main(args, plugins=[outcomes])
     if code > pytest.ExitCode.INTERRUPTED:
-        raise UserError(f"pytest {shlex.join(words)} ran no test and ended with exit code {int(code)}")
+        raise UserError(f"pytest {shlex.join(args)} ran no test and exited with code {int(code)}")
     failed = outcomes.names["failed"] | outcomes.names["error"]
     figures = {"passed": len(outcomes.names["passed"] - failed), "failed": len(failed)}
     figures |= {"skipped": len(outcomes.names["skipped"]), "failed_tests": sorted(failed)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import itertools
+import math
 import re
 import sys
 import tempfile
@@ -39,14 +40,18 @@ def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[
     """
     parts, texts, ends = [], [], []
     batch_chars = documents = text_bytes = 0
-    can_split = encoding.name in GPT2_PATTERN_ENCODINGS  # of others it is not known that split_text changes no id
+    # of other encodings it is not known that split_text changes no id
+    max_chars = tokenizer.MAX_ENCODE_CHARS if encoding.name in GPT2_PATTERN_ENCODINGS else math.inf
     for n, chunk in enumerate(chunks, 1):
-        max_chars = tokenizer.MAX_ENCODE_CHARS if can_split else len(chunk.text)
-        pieces = list(split_text([chunk.text], max_chars))
-        if not all(BREAK.fullmatch(before[-1] + after[0]) for before, after in itertools.pairwise(pieces)):
-            note_cut()
-        texts += pieces
-        ends += [False] * (len(pieces) - 1) + [end_of_text and chunk.documents > 0]
+        if len(chunk.text) <= max_chars:
+            texts.append(chunk.text)
+        else:
+            pieces = list(split_text([chunk.text], max_chars))
+            if not all(BREAK.fullmatch(before[-1] + after[0]) for before, after in itertools.pairwise(pieces)):
+                note_cut()
+            texts += pieces
+            ends += [False] * (len(pieces) - 1)
+        ends.append(end_of_text and chunk.documents > 0)
         batch_chars += len(chunk.text)
         documents += chunk.documents
         if batch_chars > BATCH_CHARS or n == len(chunks):

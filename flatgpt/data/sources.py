@@ -25,6 +25,7 @@ from flatgpt.runtime.files import atomic_write
 # The copy in common use, from Karpathy's char-rnn (2015).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SPLIT_HASH = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
 DUMP = "20231101.en"  # Wikipedia's, by default
 # Dataset repositories known by name, the commits that flatGPT was written against, and the files in them.
 REPOSITORIES = {
@@ -296,7 +297,7 @@ def choose_split(held_out: dict[str, float], chunks: Iterable[str]) -> str:
         held_out: the shares of the documents that go to val and test.
         chunks: the text of the document, in any chunks.
     """
-    digest = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
+    digest = SPLIT_HASH.copy()  # a keyed hash takes several times as long to create
     for text in chunks:
         digest.update(text.encode())
     position = int.from_bytes(digest.digest(), "big") / 2**64

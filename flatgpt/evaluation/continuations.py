@@ -1,9 +1,9 @@
-"""Prompts taken from a split, continued by a model, and compared with the text that follows them there.
+"""Take prompts from a split, generate continuations, and compare them with the text that follows in the split.
 
 require_packages()
 prompts = select_prompts(tokens, 100, prompt_tokens=64, new_tokens=64, end_of_text=encoding.eot_token)
 continuations = generate_continuations(decoder, encoding, prompts, 64, SamplingConfig())
-figures = score_continuations(encoding, prompts, continuations)
+metrics = score_continuations(encoding, prompts, continuations)
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
-Prompt = tuple[list[int], list[int]]  # ids of a prompt, and of the text that follows it
+Prompt = tuple[list[int], list[int]]  # token ids of a prompt, and of its reference: the text that follows it
 
 
 def require_packages() -> None:
-    """Raise UserError if a package is missing that score_continuations needs, before hours of work."""
+    """Raise UserError if a package that score_continuations needs is missing."""
     if missing := [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]:
         raise UserError(f"BLEU and ROUGE need {' and '.join(missing)}: pip install -r requirements-extra.txt")
 
@@ -36,10 +36,10 @@ def require_packages() -> None:
 def select_prompts(
     tokens: Tokens | np.ndarray, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int
 ) -> list[Prompt]:
-    """Take n prompts at equal distances from a split; in a short split they overlap.
+    """Take n equally spaced prompts from a split; in a short split they overlap.
 
-    A prompt may span documents, as the windows of training do. A reference ends before its first end-of-text; a prompt
-    whose reference would be empty is left out.
+    A prompt may span documents, as training windows do. A reference ends before its first end-of-text. Prompts with an
+    empty reference are omitted.
 
     Raises:
         UserError: no prompt is left, or the split is shorter than a prompt and its continuation.
@@ -56,8 +56,8 @@ def select_prompts(
             prompts.append((ids[:prompt_tokens], reference))
     if not prompts:
         raise UserError(
-            f"the {len(tokens):,} tokens of the split hold no {prompt_tokens:,} with a text of {new_tokens:,} after "
-            "them: lower --prompt_tokens or --max_new_tokens, or raise --generate"
+            f"found no prompt of {prompt_tokens:,} tokens followed by a text of {new_tokens:,} tokens in a split of "
+            f"{len(tokens):,}: lower --prompt_tokens or --max_new_tokens, or raise --generate"
         )
     return prompts
 
@@ -73,7 +73,7 @@ def generate_continuations(
 ) -> list[list[int]]:
     """Return the ids that the model generates after each prompt, up to end-of-text.
 
-    They do not depend on batch_size or on the number of ranks.
+    The result does not depend on batch_size or on the number of ranks.
 
     Args:
         ranks: the processes that share the batches.
@@ -85,18 +85,18 @@ def generate_continuations(
         steps = [*generate_batch(decoder, batch, max_new_tokens, options, **settings)]
         for row in range(len(batch)):
             generated[first + row] = [step[row] for step in steps if step[row] is not None]
-    of_all = {row: ids for part in ranks.all_gather(generated) for row, ids in part.items()}
-    return [ids for _, ids in sorted(of_all.items())]
+    merged = {row: ids for part in ranks.all_gather(generated) for row, ids in part.items()}
+    return [ids for _, ids in sorted(merged.items())]
 
 
 def score_continuations(
     encoding: tiktoken.Encoding, prompts: Sequence[Prompt], continuations: Sequence[Sequence[int]]
 ) -> dict:
-    """Return the figures of continuations under the keys of report.ROWS.
+    """Return the metrics of continuations, with the keys of report.ROWS.
 
     bleu: sacrebleu's corpus BLEU, 0 to 100 (Papineni et al., 2002), with its signature. rouge_l: mean F-measure of
     rouge-score's rougeL without stemming, 0 to 1 (Lin, 2004); its words are runs of a-z and 0-9, so text in other
-    scripts has none. distinct_1, distinct_2: Li et al., 2016. repetition: seq-rep-4, Welleck et al., 2020.
+    scripts has no words. distinct_1, distinct_2: Li et al., 2016. repetition: seq-rep-4, Welleck et al., 2020.
     """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
@@ -105,34 +105,34 @@ def score_continuations(
     texts = [text_after(encoding, ids, new) for (ids, _), new in zip(prompts, continuations, strict=True)]
     references = [text_after(encoding, *prompt) for prompt in prompts]
     rouge_l = [rouge.score(*pair)["rougeL"].fmeasure for pair in zip(references, texts, strict=True)]
-    figures = {
+    metrics = {
         "prompts": len(prompts),
         "bleu": bleu.corpus_score(texts, [references]).score,
         "bleu_signature": str(bleu.get_signature()),
         "rouge_l": sum(rouge_l) / len(prompts),
     }
-    of_references = references, [reference for _, reference in prompts]
-    for prefix, (words, ids) in {"": (texts, continuations), "reference_": of_references}.items():
-        figures |= {f"{prefix}distinct_{n}": distinct(words, n) for n in (1, 2)}
-        figures[f"{prefix}repetition"] = repetition(ids)
-    return figures
+    reference_data = references, [reference for _, reference in prompts]
+    for prefix, (strings, ids) in {"": (texts, continuations), "reference_": reference_data}.items():
+        metrics |= {f"{prefix}distinct_{n}": distinct(strings, n) for n in (1, 2)}
+        metrics[f"{prefix}repetition"] = repetition(ids)
+    return metrics
 
 
 def text_after(encoding: tiktoken.Encoding, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text of ids; a character whose bytes the prompt begins and ids complete is part of it."""
+    """Return the text of ids. A character that starts in the prompt and ends in ids is included."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(encoding.decode_bytes(prompt))
     return decoder.decode(encoding.decode_bytes(ids), final=True)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Return the share of distinct n-grams of words (split at white space) in all texts; NaN if there are none."""
+    """Return the share of distinct n-grams of words (split at white space) in all texts; NaN without n-grams."""
     ngrams = [ngram for text in texts for ngram in _ngrams(text.split(), n)]
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
 
 
 def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
-    """Return the share of repeated n-grams of ids, the mean over sequences that have any; NaN if none has."""
+    """Return the share of repeated n-grams of ids, averaged over sequences that have n-grams; NaN without n-grams."""
     shares = [1 - len(set(ngrams)) / len(ngrams) for ids in sequences if (ngrams := _ngrams(ids, n))]
     return sum(shares) / len(shares) if shares else math.nan
 
@@ -142,7 +142,7 @@ def _ngrams(items: Sequence, n: int) -> list[tuple]:
 
 
 def describe_sampling(config: SamplingConfig) -> str:
-    """Return temperature and seed, and the other settings of sampling that are not the default."""
+    """Describe temperature, seed, and the sampling settings that differ from their defaults."""
     found = {"temperature": f"{config.effective_temperature:g}", "seed": config.seed}
     for field in dataclasses.fields(SamplingConfig):
         if field.name != "greedy" and getattr(config, field.name) != field.default:

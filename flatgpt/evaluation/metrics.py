@@ -1,7 +1,7 @@
-"""Score a text: its windows, the mean loss of a model over them, and the figures of eval.py, made of sums over tokens.
+"""Evaluate a model on a text: windows, mean loss, and the metrics of eval.py, computed from sums over tokens.
 
 mean_loss(model, eval_batches(tokens, context_length, batch_size), to_device)
-figures(measure(model, eval_batches(...), to_device), count_text(tokens, len(tokens), encoding))
+compute_metrics(token_statistics(model, eval_batches(...), to_device), count_text(tokens, len(tokens), encoding))
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from flatgpt.data.shards import Tokens
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 IGNORE = -1  # a target that is not scored
-BUCKETS, BINS = 8, 15  # of positions in the context; of confidence
+BUCKETS, BINS = 8, 15  # buckets of positions in the context; bins of confidence
 LOGITS_BYTES = {"cpu": 32e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once
-TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}  # on a CPU more are no faster
+TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}  # on a CPU, more are not faster
 CHUNK_TOKENS = 1 << 18  # decoded at once
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, (B, T) int64 each; IGNORE where no target is scored
@@ -34,12 +34,12 @@ Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, (B, T) int64 each; 
 
 
 def progress_bar(items: Iterable, ranks: DistributedContext) -> tqdm:
-    """Return the items with a progress bar, which is shown on the first rank's terminal."""
+    """Wrap items in a progress bar, shown on rank 0 only."""
     return tqdm(items, leave=False, disable=None if ranks.first else True)
 
 
 def default_batch_size(T: int, device: torch.device) -> int:
-    """Return the number of windows of T tokens that go through the model at once unless --batch_size is given."""
+    """Return the default number of windows of T tokens per batch."""
     return max(1, TOKENS_PER_PASS[device.type] // T)
 
 
@@ -54,42 +54,42 @@ def eval_batches(
     first_id: int | None = None,
     progress: bool = False,
 ) -> Iterator[Batch]:
-    """Yield batches of windows in order, with the incomplete last one; every token but the first is scored once.
+    """Yield batches of windows in order; the last one may be smaller. Every token except the first is scored once.
 
     Args:
-        tokens: at least two ids, or one where first_id is given.
-        limit: number of batches, from the start; 0: all.
-        ranks: the processes that take the batches in turn. All get the same number, as sharded models compute
-            together: some a last batch without a scored target.
-        stride: distance between the beginnings of two windows, at most context_length. A window scores its last
-            tokens, those that no earlier one has scored. None: windows do not overlap.
-        first_id: an id in front of the text, so that its first token is scored too. The last window then has full
+        tokens: at least two ids, or one if first_id is given.
+        limit: maximum number of batches; 0: no limit.
+        ranks: the processes that take the batches in turn. All get the same number, because sharded models need all
+            ranks; the last batch of some ranks may have no scored target.
+        stride: distance between the starts of consecutive windows, at most context_length. A window scores only the
+            tokens that no earlier window has scored. None: windows do not overlap.
+        first_id: an id placed before the text, so that the first token is scored too. The last window then has full
             length (lm-evaluation-harness's loglikelihood_rolling).
-        progress: show a progress bar on the first rank's terminal.
+        progress: show a progress bar on rank 0.
     """
     T, stride = context_length, stride or context_length
-    front = np.array([] if first_id is None else [first_id], dtype=np.int64)
-    n_targets = len(front) + len(tokens) - 1
+    prefix = np.array([] if first_id is None else [first_id], dtype=np.int64)
+    n_targets = len(prefix) + len(tokens) - 1
     starts = range(0, max(0, n_targets - T) + stride, stride)[: limit * batch_size or None]
 
     def window(start: int) -> tuple[np.ndarray, int]:
         stop = min(start + T, n_targets)
         n_scored = stop - (start - stride + T if start else 0)
         start = start if first_id is None else max(0, stop - T)
-        ids = tokens[max(0, start - len(front)) : stop + 1 - len(front)]
-        return np.concatenate([front[start:], ids]), n_scored
+        ids = tokens[max(0, start - len(prefix)) : stop + 1 - len(prefix)]
+        return np.concatenate([prefix[start:], ids]), n_scored
 
-    rounds = -(-len(starts) // (batch_size * ranks.world))
-    numbers = range(ranks.rank, rounds * ranks.world, ranks.world)
-    for n in progress_bar(numbers, ranks) if progress else numbers:
+    batches_per_rank = -(-len(starts) // (batch_size * ranks.world))
+    batch_numbers = range(ranks.rank, batches_per_rank * ranks.world, ranks.world)
+    for n in progress_bar(batch_numbers, ranks) if progress else batch_numbers:
         rows = [window(start) for start in starts[n * batch_size : (n + 1) * batch_size]]
-        yield make_batch(rows or [(window(0)[0], 0)], T)  # where none is left, a window of which nothing is scored
+        yield make_batch(rows or [(window(0)[0], 0)], T)  # no window left: repeat one, unscored
 
 
 def make_batch(rows: Sequence[tuple[Sequence[int], int]], T: int) -> Batch:
-    """Return the batch of (ids, number of the last of them that are scored), at most T + 1 ids each.
+    """Build a batch from rows of (ids, n_scored): at most T + 1 ids, of which the last n_scored are scored.
 
-    Padding comes last: attention is causal, so it has no effect.
+    Padding is on the right, where causal attention ignores it.
     """
     x, y = np.zeros((len(rows), T), dtype=np.int64), np.full((len(rows), T), IGNORE, dtype=np.int64)
     for row, (ids, n_scored) in enumerate(rows):
@@ -105,7 +105,7 @@ def make_batch(rows: Sequence[tuple[Sequence[int], int]], T: int) -> Batch:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients, and back afterwards. Draws no random number."""
+    """Switch to evaluation mode without gradients in this context. Uses no random numbers."""
     was_training = model.training
     model.eval()
     try:
@@ -125,7 +125,7 @@ def mean_loss(
 
     Args:
         to_device: moves an array to the model's device.
-        ranks: the processes that score the other batches.
+        ranks: the processes that share the batches.
     """
     loss_sum, tokens = torch.zeros((), dtype=torch.float64), 0
     with evaluating(model):
@@ -139,7 +139,7 @@ def mean_loss(
 def scored_logits(
     model: nn.Module, x: np.ndarray, y: np.ndarray, to_device: Callable[[np.ndarray], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits, (n, V) float32 and padding of -inf, and targets, (n,), of scored targets only, in chunks."""
+    """Yield chunks of logits, (n, V padded with -inf) float32, and of targets, (n,), for scored targets only."""
     scored = np.flatnonzero(y >= 0)
     hidden = model.hidden_states(to_device(x)).flatten(0, 1)[to_device(scored)]  # (N, C)
     rows = max(16, int(LOGITS_BYTES[hidden.device.type] / 4 / model.config.vocab_size))
@@ -148,37 +148,37 @@ def scored_logits(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# figures
+# metrics
 
 
-def measure(
+def token_statistics(
     model: nn.Module,
     batches: Iterable[Batch],
     to_device: Callable[[np.ndarray], Tensor],
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> dict[str, np.ndarray]:
-    """Return sums over all scored tokens of a GPT, for `figures`; arguments as in mean_loss.
+    """Return sums over all scored tokens, for `compute_metrics`. Arguments as in mean_loss.
 
     Returns:
-        targets, predicted, correct, in_top5: number of tokens by id (V): by target; by the most likely id; of those
-        targets that are the most likely id, and that are among the five most likely.
-        position_tokens, position_loss: tokens, and sums of their losses in nats, by position in the context (T).
-        bin_correct, bin_confidence: tokens whose target is the most likely id, and sums of that id's probability, by
-        BINS equal bins of this probability.
+        targets, predicted: number of tokens by target id, and by most likely id (V).
+        correct, in_top5: number of tokens by target id (V) whose target is the most likely id, or in the top 5.
+        position_tokens, position_loss: number of tokens, and sum of losses in nats, by position in the context (T).
+        bin_correct, bin_confidence: number of correct tokens, and sum of the most likely id's probability, in BINS
+            equal bins of this probability.
     """
     V, T, sums = model.config.vocab_size, model.config.context_length, {}
     with evaluating(model):
         for x, y in batches:
-            found = []
+            parts = []
             for logits, labels in scored_logits(model, x, y, to_device):
                 log_p = logits.log_softmax(-1)  # on a CPU six times as fast as logsumexp, whose exp is not vectorised
                 top = log_p.topk(min(5, V))  # sorted
                 losses, in_top5 = -log_p.gather(1, labels[:, None])[:, 0], (top.indices == labels[:, None]).any(-1)
-                found.append((losses, in_top5, top.indices[:, 0], top.values[:, 0].exp()))
-            losses, in_top5, best, confidences = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+                parts.append((losses, in_top5, top.indices[:, 0], top.values[:, 0].exp()))
+            losses, in_top5, best, confidences = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
             targets, positions = y[y >= 0], np.nonzero(y >= 0)[1]
             correct = best == targets
-            # bin m holds (m, m + 1] / BINS; the NaN of a diverged model falls into the first one
+            # bin m holds (m / BINS, (m + 1) / BINS]; NaN goes into bin 0
             bins = np.clip(np.ceil(np.nan_to_num(confidences) * BINS).astype(np.int64) - 1, 0, BINS - 1)
             for name, index, weights, size in (
                 ("targets", targets, None, V),
@@ -190,28 +190,28 @@ def measure(
                 ("bin_correct", bins[correct], None, BINS),
                 ("bin_confidence", bins, confidences, BINS),
             ):
-                sums[name] = sums.get(name, 0) + np.bincount(index, weights, size)  # float64 where there are weights
+                sums[name] = sums.get(name, 0) + np.bincount(index, weights, size)  # float64 if there are weights
     return {name: ranks.sum(torch.from_numpy(values)).numpy() for name, values in sums.items()}
 
 
-def figures(sums: dict[str, np.ndarray], counts: dict[str, int]) -> dict:
-    """Return the figures of a text under the keys of report.ROWS.
+def compute_metrics(sums: dict[str, np.ndarray], counts: dict[str, int]) -> dict:
+    """Return the metrics of a text, with the keys of report.ROWS.
 
-    Precision, recall and F1 are those of each class, weighted by its share of the targets (scikit-learn's
+    Precision, recall and F1 are averages over classes, weighted by their share of the targets (scikit-learn's
     average="weighted", zero_division=0). calibration_error is the expected calibration error over 15 equal bins of
     confidence (Guo et al., 2017). loss_by_position has a dict for each eighth of the context.
 
     Args:
-        sums: as measure returns them.
-        counts: of the text, as count_text returns them.
+        sums: the result of token_statistics.
+        counts: the result of count_text.
     """
     support, predicted, correct = sums["targets"], sums["predicted"], sums["correct"]
     n, nats, T = int(support.sum()), float(sums["position_loss"].sum()), len(sums["position_loss"])
     by_position = []
-    for inside in np.split(np.arange(T), np.flatnonzero(np.diff(np.arange(T) * BUCKETS // T)) + 1):
-        tokens, loss = int(sums["position_tokens"][inside].sum()), float(sums["position_loss"][inside].sum())
+    for bucket in np.split(np.arange(T), np.flatnonzero(np.diff(np.arange(T) * BUCKETS // T)) + 1):
+        tokens, loss = int(sums["position_tokens"][bucket].sum()), float(sums["position_loss"][bucket].sum())
         mean = loss / tokens if tokens else None
-        by_position.append({"first": int(inside[0]), "last": int(inside[-1]), "tokens": tokens, "loss": mean})
+        by_position.append({"first": int(bucket[0]), "last": int(bucket[-1]), "tokens": tokens, "loss": mean})
     return counts | {
         "tokens": n,
         "loss": nats / n,
@@ -233,12 +233,12 @@ def _exp(nats: float) -> float:
 
 
 def count_text(tokens: Tokens | np.ndarray, stop: int, encoding: tiktoken.Encoding) -> dict[str, int]:
-    """Count the text of ids [0, stop), decoded in chunks.
+    """Count bytes, words and lines in the text of ids [0, stop).
 
     Returns:
-        bytes: in UTF-8. Special tokens and ids beyond the tokenizer's have none.
+        bytes: in UTF-8. Special tokens, and ids that the tokenizer does not have, count as 0.
         words: separated by white space (str.split) or special tokens.
-        lines: line ends. They are not words.
+        lines: line ends, which are not words.
     """
     special = np.zeros(1 << 16, dtype=bool)
     special[encoding.n_vocab :] = True

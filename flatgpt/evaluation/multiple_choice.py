@@ -23,7 +23,7 @@ from flatgpt.evaluation.metrics import evaluating, make_batch, progress_bar, sco
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from model import GPT
 
-BATCH_TOKENS = 8192  # upper limit for a batch, with padding; a single pair may have more
+BATCH_TOKENS = 8192  # maximum per batch, with padding; a longer pair is a batch of its scores
 
 
 class Question(NamedTuple):
@@ -37,13 +37,13 @@ class Question(NamedTuple):
 def read_choices(path: str) -> list[Question]:
     """Read questions from JSON lines with the keys `ctx`, `endings` and `label` (a number, or its digits).
 
-    Other keys are ignored. lm-evaluation-harness's hellaswag builds its contexts from activity_label, ctx_a and ctx_b;
-    its figures come from a file with those texts as ctx and endings.
+    Other keys are ignored. lm-evaluation-harness's hellaswag builds contexts from activity_label, ctx_a and ctx_b; to
+    reproduce its results, use its texts as ctx and endings.
 
     Raises:
-        UserError: the file cannot be read or is empty, or a line is not a question; names file and line.
+        UserError: the file is empty or cannot be read, or a line is not a question. The message names file and line.
     """
-    expected = "each line is JSON with ctx, endings (two or more, none of them empty) and label (the right one's index)"
+    expected = "each line is JSON with ctx, endings (two or more, not empty) and label (index of the correct ending)"
     questions = []
     for number, line in enumerate("".join(text_chunks(Path(path))).split("\n"), 1):
         try:
@@ -57,7 +57,7 @@ def read_choices(path: str) -> list[Question]:
 
 
 def _parse_question(row: object) -> Question:
-    """Return the question of a line's JSON; ValueError has the key and the value that are wrong."""
+    """Return the question in a parsed line, or raise ValueError with the key and value that are wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}")
     ctx, endings, label = (row.get(key) for key in Question._fields)
@@ -74,9 +74,9 @@ def _parse_question(row: object) -> Question:
 def encode_pairs(encoding: tiktoken.Encoding, question: Question) -> list[tuple[list[int], list[int]]]:
     """Return the ids of the context and of each ending, as lm-evaluation-harness tokenises them (_encode_pair, 0.4.13).
 
-    White space at the end of the context belongs to the endings, after one more space. The context is encoded alone,
-    and again together with the ending, whose ids are those beyond the context's number of ids. An empty context becomes
-    end-of-text. Special tokens within a text are encoded as text.
+    The context is encoded without trailing white space, as n ids. Context, space and ending are encoded together; the
+    ending's ids are those after the first n. An empty context becomes end-of-text. Special tokens in the texts are
+    encoded as plain text.
     """
     context = encoding.encode_ordinary(question.ctx.rstrip())
     wholes = [encoding.encode_ordinary(f"{question.ctx} {ending}") for ending in question.endings]
@@ -91,7 +91,7 @@ def log_likelihoods(
 ) -> np.ndarray:
     """Return the log-likelihood of each ending after its context, in nats: (n,) float64.
 
-    A pair longer than context_length + 1 ids loses its first ones. Draws no random number.
+    A pair of more than context_length + 1 ids is truncated on the left. Uses no random numbers.
 
     Args:
         pairs: ids of a context, at least one, and of an ending, 1 to context_length.
@@ -100,7 +100,7 @@ def log_likelihoods(
     """
     longest = model.config.context_length + 1
     rows = [((context + ending)[-longest:], len(ending)) for context, ending in pairs]
-    # Pairs of similar length go together, the longest first, so that running out of memory shows up first.
+    # Similar lengths share a batch, to save padding. The longest are first, so that running out of memory shows early.
     order, batches = sorted(range(len(rows)), key=lambda k: -len(rows[k][0])), []
     while order:
         n = max(1, BATCH_TOKENS // (len(rows[order[0]][0]) - 1))
@@ -126,30 +126,30 @@ def score_choices(
     to_device: Callable[[np.ndarray], Tensor],
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> dict:
-    """Answer each question with its most likely ending; returns figures under the keys of report.ROWS.
+    """Answer each question with its most likely ending. Return metrics with the keys of report.ROWS.
 
-    They are lm-evaluation-harness's acc, acc_norm (log-likelihood per character of the ending) and their standard
-    errors (NaN for a single question). Of equal endings the first counts.
+    These are lm-evaluation-harness's acc, acc_norm (log-likelihood per character of the ending) and their standard
+    errors (NaN for a single question). Among equal scores the first ending is chosen.
 
     Raises:
-        UserError: an ending longer than the model's context, or log-likelihoods that are NaN.
+        UserError: an ending is longer than the model's context, or log-likelihoods are NaN.
     """
     T, n = model.config.context_length, len(questions)
     pairs = [pair for question in questions for pair in encode_pairs(encoding, question)]
     longest = max((ending for _, ending in pairs), key=len)
     if len(longest) > T:
         text = encoding.decode(longest)[:40]
-        raise UserError(f"an ending has {len(longest):,} tokens, of which the model sees {T:,} at once: {text!r}...")
-    sums = log_likelihoods(model, pairs, to_device, ranks)
-    if np.isnan(sums).any():
-        raise UserError("the model's log-likelihoods are NaN: its training diverged; take an earlier checkpoint")
-    correct = np.zeros(2)  # by log-likelihood, and by that of each character
+        raise UserError(f"an ending has {len(longest):,} tokens, more than context_length = {T:,}: {text!r}...")
+    remaining = log_likelihoods(model, pairs, to_device, ranks)
+    if np.isnan(remaining).any():
+        raise UserError("the model's log-likelihoods are NaN: its training diverged; use an earlier checkpoint")
+    correct = np.zeros(2)  # by log-likelihood, and by log-likelihood per character
     for question in questions:
-        own, sums = np.split(sums, [len(question.endings)])
+        scores, remaining = np.split(remaining, [len(question.endings)])
         characters = [len(ending) for ending in question.endings]
-        correct += [own.argmax() == question.label, (own / characters).argmax() == question.label]
-    figures = {"questions": n}
+        correct += [scores.argmax() == question.label, (scores / characters).argmax() == question.label]
+    metrics = {"questions": n}
     for key, share in zip(("choice_accuracy", "choice_accuracy_norm"), (correct / n).tolist(), strict=True):
-        # n - 1: the unbiased variance of a sample, as lm-evaluation-harness has it
-        figures |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan}
-    return figures
+        # n - 1: unbiased sample variance, as in lm-evaluation-harness
+        metrics |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan}
+    return metrics

@@ -1,11 +1,11 @@
-"""Reports of eval.py: a table with the unit of each figure, smol-GPT's six lines, and a picture."""
+"""Reports of eval.py: a table with units, smol-GPT's six lines, and a plot of the loss by position."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 
-GREEDY = "of the most likely token, weighted by the targets' classes"
+GREEDY = "of the most likely token, weighted by class frequency"
 # Key -> (label, unit or definition), in the table's order.
 ROWS = {
     "model": ("model", ""),
@@ -17,15 +17,15 @@ ROWS = {
     "stride": ("stride", "tokens"),
     "dtype": ("dtype", "of the matrix products"),
     "tokens": ("tokens", "scored"),
-    "bytes": ("bytes", "of text scored"),
-    "words": ("words", "of the text, with its first token's; split at white space, line ends are not counted"),
+    "bytes": ("bytes", "of scored text"),
+    "words": ("words", "split at white space, without line ends; the first token's word is counted"),
     "lines": ("line ends", ""),
-    "loss": ("loss", "nats per token scored"),
+    "loss": ("loss", "nats per scored token"),
     "perplexity": ("token perplexity", "exp(loss)"),
     "word_perplexity": ("word perplexity", "exp(sum of losses / words)"),
     "bits_per_byte": ("bits per byte", "sum of losses / ln 2 / bytes"),
-    "accuracy": ("top-1 accuracy", "share of tokens that were the most likely"),
-    "top5_accuracy": ("top-5 accuracy", "share of tokens among the five most likely"),
+    "accuracy": ("top-1 accuracy", "share of tokens that were ranked first"),
+    "top5_accuracy": ("top-5 accuracy", "share of tokens that were ranked in the first five"),
     "precision": ("precision", GREEDY),
     "recall": ("recall", GREEDY),
     "f1": ("F1", GREEDY),
@@ -48,22 +48,22 @@ ROWS = {
     "reference_repetition": ("  of the text itself", ""),
 }
 PROTOCOLS = {
-    "window": "windows that do not overlap; every token but the first is scored once",
-    "stride": "overlapping windows, each scores the tokens that no earlier one has; all but the first, once",
-    "rolling": "as lm-evaluation-harness: every token once, the first after end-of-text",
-    "choices": "log-likelihood of each ending after its context, as lm-evaluation-harness's multiple_choice",
+    "window": "windows do not overlap; every token except the first is scored once",
+    "stride": "windows overlap; each scores the tokens that no earlier window has scored, except the first",
+    "rolling": "as in lm-evaluation-harness: every token is scored once, the first one after end-of-text",
+    "choices": "log-likelihood of each ending after its context, as in lm-evaluation-harness's multiple_choice",
 }
-UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per token scored there"}
+UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per scored token"}
 
 
 def table(reports: Sequence[dict]) -> str:
-    """Return the reports side by side, a figure a line, with its unit; texts that they share are written once."""
+    """Return the reports side by side, one metric per line with its unit. Texts that all share are written once."""
     rows = []
     for key, (label, unit) in ROWS.items():
         values = [report.get(key) for report in reports]
         if any(value is not None for value in values):
-            once = isinstance(values[0], str) and len(set(values)) == 1
-            rows.append((label, [_text(value) for value in (values[:1] if once else values)], unit))
+            shared = isinstance(values[0], str) and len(set(values)) == 1
+            rows.append((label, [_text(value) for value in (values[:1] if shared else values)], unit))
     buckets = reports[0].get("loss_by_position", [])
     if buckets and len({report["window"] for report in reports}) > 1:
         rows.append(("loss by position", ["the windows differ: see --json or --plot"], ""))
@@ -85,14 +85,16 @@ def _text(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.4f}"  # word perplexity of text without spaces
+        return (
+            f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.4f}"
+        )  # such as word perplexity of text without spaces
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def smol(reports: Sequence[dict]) -> str:
-    """Return smol-GPT's six lines of each report, below the model's name if there are several.
+    """Return smol-GPT's six lines for each report, below the model's name if there are several reports.
 
-    Its own accuracy divides the matches by the batch size; this one divides them by the number of tokens.
+    Accuracy is per token; smol-GPT itself divides by the batch size.
     """
     blocks = []
     for report in reports:
@@ -103,7 +105,7 @@ def smol(reports: Sequence[dict]) -> str:
 
 
 def draw_positions(reports: Sequence[dict]) -> bytes:
-    """Return a PNG image of the loss by position in the context, with a line for each report."""
+    """Plot the loss by position in the context, with a line for each report. Return a PNG image."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     figure = Figure(figsize=(7, 4), layout="constrained")

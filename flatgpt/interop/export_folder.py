@@ -1,8 +1,8 @@
-"""Exported folders: Hugging Face's GPT-2, and a Hugging Face Space; their files, and how they are written.
+"""Create the files of a Hugging Face GPT-2 folder or a Hugging Face Space, and write the folder.
 
-A Space has app.py, flatgpt/, a model and the files that describe them. It installs requirements.txt and runs the file
-that README.md's metadata names (huggingface.co/docs/hub/spaces-config-reference). Nothing is downloaded there: the
-folder has the tokenizer's files.
+A Space contains app.py, flatgpt/, a model and the files that describe them. It installs requirements.txt and runs the
+file that README.md's metadata names (huggingface.co/docs/hub/spaces-config-reference). The folder includes the
+tokenizer's files, so the Space downloads nothing.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from flatgpt.interop.tokenizer_files import tokenizer_files
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 from model import GPT
 
-Content = bytes | Path | dict[str, Tensor]  # of a file: its bytes, a file to copy, or tensors for safetensors
+Content = bytes | Path | dict[str, Tensor]  # bytes, a file to copy, or tensors for safetensors
 LOG = "metrics.csv"
 SPACE_FILES = ("app.py", "model.py", "config.py", "LICENSE")  # and flatgpt/
-VOCABULARY = "tiktoken_cache"  # the TIKTOKEN_CACHE_DIR of app.py
-# Keys of state.json that a Space publishes. The others are for resuming, or are about the machine.
+VOCABULARY = "tiktoken_cache"  # app.py sets TIKTOKEN_CACHE_DIR to this folder
+# Keys of state.json that a Space publishes. The others are for resuming or describe the machine.
 PUBLIC = (
     *("format", "iter", "tokens", "epoch", "val_loss", "best_loss", "best_iter", "tokenizer"),
     *("git_commit", "git_dirty", "python", "torch", "device", "cpu", "ranks"),
 )
 CPU_ONLY = """\
-# torch without CUDA, a tenth of the size; for a Space with a GPU, leave out this line
+# torch without CUDA, a tenth of the size; remove this line for a Space with a GPU
 --extra-index-url https://download.pytorch.org/whl/cpu
 """
-IGNORED = b"__pycache__/\n.gradio/\n"  # created when app.py runs; compiled code contains paths of this machine
+IGNORED = b"__pycache__/\n.gradio/\n"  # created by app.py; compiled code contains local paths
 USE = """\
 ```sh
 pip install -r requirements.txt
 python app.py
 ```
 
-It prints the address to open in a browser. The weights and the tokenizer are in this folder: nothing is downloaded."""
+Open the printed address in a browser. The weights and the tokenizer are in this folder: nothing is downloaded."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,11 +75,11 @@ def hugging_face_files(
         raise UserError(f"{source.path} cannot be exported: {'; '.join(problems)}")
     model = model.to(getattr(torch, dtype))
     if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
-        remedy = "choose another checkpoint" + ", or --dtype bfloat16, which has a larger range" * (dtype == "float16")
+        remedy = "choose another checkpoint" + ", or --dtype bfloat16, which has a wider range" * (dtype == "float16")
         raise UserError(f"{source.path}: {broken[0]} has NaN or infinite values in {dtype}: {remedy}")
     config, eot_id, sampling = model.config, encoding.eot_token, SamplingConfig()
     generation = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
-    # the defaults of infer.py; transformers' top_k is 50
+    # infer.py's defaults; the default top_k of transformers is 50
     generation |= {"do_sample": True, "temperature": sampling.effective_temperature, "top_k": sampling.top_k}
     if config.vocab_size > encoding.n_vocab:  # ids that the tokenizer does not have
         generation["suppress_tokens"] = list(range(encoding.n_vocab, config.vocab_size))
@@ -94,11 +94,11 @@ def hugging_face_files(
 
 
 def export_problems(model: GPT) -> list[str]:
-    """Return why Hugging Face's GPT-2 cannot compute a model, a sentence each; empty if it can."""
+    """Return why Hugging Face's GPT-2 cannot compute the model, one sentence per reason."""
     config, problems = model.config, []
     logits = torch.zeros(1, config.vocab_size, device=model.lm_head.weight.device)
     if config.position != "learned":
-        problems.append(f"position = {config.position}: Hugging Face's GPT-2 has learned positions only")
+        problems.append(f"position = {config.position}: Hugging Face's GPT-2 supports learned positions only")
     if config.head_bias:
         problems.append("head_bias = true: Hugging Face's GPT-2 has no bias on its output head")
     if model.adjust_logits(logits) is not logits:
@@ -107,11 +107,11 @@ def export_problems(model: GPT) -> list[str]:
 
 
 def to_hugging_face(model: GPT) -> dict[str, Tensor]:
-    """Return the weights in GPT2LMHeadModel's names and layout; the reverse of loading.read_weights.
+    """Return the weights with GPT2LMHeadModel's names and layout; the inverse of loading.read_weights.
 
     Returns:
-        contiguous tensors in their precision: Conv1D's matrices (in, out), (vocab_size, n_embd) tables without padding,
-        zeros for biases that the model does not have, a tied head only as the embedding.
+        contiguous tensors, dtype unchanged: Conv1D matrices as (in, out), (vocab_size, n_embd) tables without padding,
+        zeros for absent biases. A tied head is stored only as the embedding.
     """
     weights, config = model.state_dict(), model.config
     reference = GPT.on_meta_device(dataclasses.replace(config, bias=True, attn_bias=None)).state_dict()
@@ -125,11 +125,11 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
 
 
 def hugging_face_config(config: ModelConfig, eot_id: int, dtype: str) -> dict:
-    """Return config.json for transformers 4 and 5, vLLM and llama.cpp's converter (which reads n_ctx).
+    """Return the content of config.json for transformers 4 and 5, vLLM and llama.cpp, which reads n_ctx.
 
     Args:
-        eot_id: the tokenizer's end-of-text.
-        dtype: of the exported weights: float32, bfloat16 or float16.
+        eot_id: id of the tokenizer's end-of-text token.
+        dtype: precision of the exported weights: float32, bfloat16 or float16.
     """
     inner = round(config.mlp_ratio * config.n_embd)
     return {
@@ -142,7 +142,7 @@ def hugging_face_config(config: ModelConfig, eot_id: int, dtype: str) -> dict:
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_inner": None if inner == 4 * config.n_embd else inner,
-        "activation_function": next(name for name, own in ACTIVATIONS.items() if own == config.activation),
+        "activation_function": next(name for name, ours in ACTIVATIONS.items() if ours == config.activation),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
@@ -152,7 +152,7 @@ def hugging_face_config(config: ModelConfig, eot_id: int, dtype: str) -> dict:
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "torch_dtype": dtype,  # transformers 4
-        "dtype": dtype,  # 5
+        "dtype": dtype,  # transformers 5
     }
 
 
@@ -161,11 +161,11 @@ def hugging_face_config(config: ModelConfig, eot_id: int, dtype: str) -> dict:
 
 
 def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes | Path]:
-    """Return {name in the folder: content, or the file to copy}; the weights only of a flatGPT checkpoint.
+    """Return the files of a Space: {path: content or a file to copy}. Only a flatGPT checkpoint includes weights.
 
     Args:
         name: the model's name.
-        recipe: the settings it was trained with, as TOML; empty if unknown.
+        recipe: the training settings as TOML; empty if unknown.
 
     Raises:
         UserError: gradio is not installed.
@@ -176,10 +176,10 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         gradio = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "--space names the version of gradio to run with, that of the installed one, and gradio is not installed: "
+            "--space requires the installed version of gradio in the Space, and gradio is not installed: "
             "pip install -r requirements-extra.txt"
         ) from None
-    metadata = SpaceCardData(  # its text is YAML
+    metadata = SpaceCardData(  # str(metadata) is YAML
         title=name,
         emoji="📝",
         colorFrom="blue",
@@ -188,7 +188,8 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         sdk_version=gradio,
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
-        short_description=f"A language model of {source.config.num_params():,} parameters to try out",  # at most 60
+        # at most 60 characters
+        short_description=f"A language model of {source.config.num_params():,} parameters to try out",
         tags=["gpt2", "text-generation", "flatgpt"],
     )
     body = card_body(source, name=name, use=USE, recipe=recipe)
@@ -196,7 +197,7 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
     files: dict[str, bytes | Path] = {
         "README.md": f"---\n{metadata}\n---\n\n{body}".encode(),
         "requirements.txt": f"{CPU_ONLY}{packages}gradio=={gradio}\n".encode(),
-        ".gitignore": IGNORED,  # `hf upload` follows it too
+        ".gitignore": IGNORED,  # `hf upload` applies it too
     }
     if source.state:
         run = source.path.parent.parent if source.path.parent.name == "ckpt" else source.path
@@ -211,16 +212,16 @@ def public_state(state: dict, name: str) -> dict:
     """Return the parts of state.json that describe the weights and do not identify the user's machine.
 
     Args:
-        name: replaces the run's folder.
+        name: value for `out_dir`, instead of the run's folder.
     """
     known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
     config = {key: value for key, value in state["config"].items() if key in known} | {"out_dir": name}
-    if first := state["config"].get("init_from"):
-        config["init_from"] = first if hub_name(first) else f".../{Path(first).name}"
+    if init_from := state["config"].get("init_from"):
+        config["init_from"] = init_from if hub_name(init_from) else f".../{Path(init_from).name}"
     data = {key: state["data"][key] for key in ("manifest_sha256", "end_of_text", "tokens") if key in state["data"]}
     data["folder"] = Path(state["data"]["folder"]).name
-    kept = {key: state[key] for key in PUBLIC if key in state}
-    return kept | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
+    public = {key: state[key] for key in PUBLIC if key in state}
+    return public | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def public_state(state: dict, name: str) -> dict:
 
 
 def file_sizes(files: dict[str, Content]) -> dict[str, int]:
-    """Return the bytes of each file; of tensors without the safetensors header, a few thousand bytes."""
+    """Return each file's size in bytes. For tensors, the safetensors header of a few thousand bytes is not counted."""
 
     def size(content: Content) -> int:
         if isinstance(content, dict):
@@ -239,12 +240,12 @@ def file_sizes(files: dict[str, Content]) -> dict[str, int]:
 
 
 def write_folder(out: Path, files: dict[str, Content]) -> Path:
-    """Write all files to a new folder, or nothing, and return the folder with links resolved.
+    """Write all files to a new folder, or nothing. Return the folder with symlinks resolved.
 
-    The folder gets its name once its files are flushed to the disk.
+    The folder is renamed to its final name after all files are flushed to disk.
 
     Args:
-        out: a new folder, an empty one, or a link to an empty one.
+        out: a folder that is empty or does not exist, or a symlink to an empty folder.
 
     Raises:
         UserError: no permission or no disk space.
@@ -252,7 +253,7 @@ def write_folder(out: Path, files: dict[str, Content]) -> Path:
     folder = Path(os.path.realpath(out))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # from a killed process
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         for name, content in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, dict):
@@ -261,7 +262,9 @@ def write_folder(out: Path, files: dict[str, Content]) -> Path:
                 shutil.copyfile(content, partial / name)
             else:
                 (partial / name).write_bytes(content)
-        (partial / WEIGHTS).chmod((partial / "README.md").stat().st_mode)  # safetensors gives it to the owner alone
+        (partial / WEIGHTS).chmod(
+            (partial / "README.md").stat().st_mode
+        )  # safetensors makes it readable for its owner only
         for name in files:
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -269,7 +272,9 @@ def write_folder(out: Path, files: dict[str, Content]) -> Path:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         needed = sum(file_sizes(files).values()) / 1e6
-        raise UserError(f"{out} cannot be written: {reason}; {needed:,.1f} MB are needed; nothing is kept") from None
+        raise UserError(
+            f"{out} cannot be written: {reason}; {needed:,.1f} MB are needed; no files were written"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -1,7 +1,7 @@
-"""Models on the Hugging Face Hub: their names, download, upload and model cards, with huggingface_hub (1.25 or later).
+"""Recognize, download and upload models on the Hugging Face Hub, and write model cards (huggingface_hub 1.25 or later).
 
-The command line calls `hub_name`: modules outside the standard library are imported in the other functions only. A card
-publishes nothing that identifies the user's machine: no folders, absolute paths, or wandb's ids.
+Command-line parsing calls `hub_name`, so only the other functions import modules outside the standard library. A model
+card contains nothing that identifies the user's machine: no folders, absolute paths or wandb ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flatgpt.runs import history
 if TYPE_CHECKING:
     from flatgpt.interop.loading import ModelSource
 
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # repositories without a user's name
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # repositories without a user name
 NAME = re.compile(r"(\w[\w.-]*)(?:/\w[\w.-]*)?", re.ASCII)
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors", ".json", ".git")
@@ -31,7 +31,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
 FILES = (CONFIG, *TOKENIZER, "special_tokens_map.json", INDEX, WEIGHTS, "model-*.safetensors")
 
-# Settings of a run that are about the machine or the call, not about the model.
+# Settings that describe the machine or the command, not the model.
 LOCAL = ("config", "data_dir", "out_dir", "init_from", "resume", "device", "wandb", "wandb_project", "rank_timeout")
 ENGLISH = ("pydoc", "shakespeare", "wikitext103", "fineweb")
 
@@ -54,10 +54,10 @@ A GPT-2 style language model with {parameters:,} parameters, {origin} flatGPT.
 
 ## Limits
 
-It continues text in the style of its training data, including false and offensive statements; it was not trained to \
-follow or to refuse instructions. Its context is {context_length:,} tokens.
+The model continues text in the style of its training data, including false and offensive statements. It was not \
+trained to follow or refuse instructions. Its context length is {context_length:,} tokens.
 
-No license is set: the publisher chooses one that is compatible with the data's.
+No license is set. The publisher must choose one that is compatible with the license of the data.
 """
 USE = """\
 ```python
@@ -75,8 +75,8 @@ python infer.py --model_path {model} --prompt "Once upon a time"
 TRAINING = """\
 {facts}
 
-Losses are in nats per token, in windows of {context_length:,} tokens that do not overlap. Absolute paths in the \
-command are reduced to their last name.
+Losses are in nats per token, over non-overlapping windows of {context_length:,} tokens. Absolute paths in the \
+command are shortened to their last component.
 """
 RECIPE = """
 <details><summary>All settings, as a recipe (<code>python train.py --config FILE</code>)</summary>
@@ -89,17 +89,17 @@ RECIPE = """
 
 
 def hub_name(path: str) -> str | None:
-    """Return `path` if it names a model on the hub (gpt2 or user/model, also with @revision), else None.
+    """Return `path` if it names a model on the hub (gpt2 or user/model, optionally with @revision), else None.
 
-    A path that exists, or whose first folder exists (out/typo), is a local one.
+    A path is local if it exists or its first folder exists (out/typo).
     """
-    name, at, revision = path.partition("@")
+    name, separator, revision = path.partition("@")
     match = NAME.fullmatch(name)
-    if not match or name.lower().endswith(FILE_SUFFIXES) or (at and not REVISION.fullmatch(revision)):
+    if not match or name.lower().endswith(FILE_SUFFIXES) or (separator and not REVISION.fullmatch(revision)):
         return None
     if "/" not in name and name not in OPENAI:
         return None
-    # out/ holds the runs, and may not exist yet.
+    # out/ is the folder for runs, which may not exist yet
     local = match[1] == "out" or Path(match[1]).is_dir() or Path(path).exists() or Path(path).is_symlink()
     return None if local else path
 
@@ -109,14 +109,14 @@ def hub_name(path: str) -> str | None:
 
 
 def fetch_model(repo: str, log: Callable[[str], None]) -> Path:
-    """Return the folder of a model on the hub: config.json, the tokenizer's files and the weights in safetensors.
+    """Download config.json, the tokenizer's files and the safetensors weights of a model on the hub. Return the folder.
 
-    The folder is in huggingface_hub's cache and named by its commit. If it is complete, the hub is not asked:
-    `user/model` stays at the commit that was downloaded, `user/model@COMMIT` requests another one.
+    The folder is in huggingface_hub's cache and its name is the commit. A complete folder is used without a request to
+    the hub: `user/model` stays at the downloaded commit, and `user/model@COMMIT` selects another commit.
 
     Args:
-        repo: as `hub_name` returns it.
-        log: receives a line with the commit.
+        repo: a name that `hub_name` accepts.
+        log: called with a line that states the commit.
 
     Raises:
         UserError: no such model, no safetensors, no access, no network, no disk space.
@@ -127,8 +127,8 @@ def fetch_model(repo: str, log: Callable[[str], None]) -> Path:
 
     name, _, revision = repo.partition("@")
 
-    def snapshot(**more) -> Path:
-        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=FILES, **more))
+    def snapshot(**options) -> Path:
+        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=FILES, **options))
 
     with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
         folder = snapshot(local_files_only=True)
@@ -136,12 +136,12 @@ def fetch_model(repo: str, log: Callable[[str], None]) -> Path:
         if _has_weights(folder) and any((folder / file).exists() for file in TOKENIZER):
             log(f"{repo}: commit {folder.name[:7]}, from the cache")
             return folder
-    with hub_errors(f"{repo}: no such file or folder, and the hub's model of this name could not be downloaded"):
+    with hub_errors(f"{repo}: no such file or folder, and no model of this name could be downloaded from the hub"):
         folder = snapshot()
     if not _has_weights(folder):
         raise UserError(
             f"{repo} has no {CONFIG} and {WEIGHTS} on the hub: choose a model with safetensors; a pickle "
-            "(pytorch_model.bin) can run arbitrary code when it is loaded: if you trust it, convert it: "
+            "(pytorch_model.bin) can run arbitrary code when it is loaded; if you trust it, convert it: "
             f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(FOLDER)"
         )
     log(f"{repo}: commit {folder.name[:7]}, from the hub")
@@ -149,22 +149,25 @@ def fetch_model(repo: str, log: Callable[[str], None]) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Return whether a folder has config.json and the weights, all files if there are several."""
+    """Whether a folder has config.json and all files of the weights."""
     index = folder / INDEX
     files = indexed_files(index) if index.exists() and not (folder / WEIGHTS).exists() else [WEIGHTS]
     return all((folder / file).exists() for file in (CONFIG, *files))
 
 
 def indexed_files(index: Path, remedy: str = "") -> list[str]:
-    """Return the weight files that an index names.
+    """Return the names of the weight files that an index lists.
 
     Args:
-        remedy: what to do about a damaged index; by default to remove it from huggingface_hub's cache.
+        remedy: advice for a damaged index; default: remove the model from huggingface_hub's cache.
+
+    Raises:
+        UserError: the index is damaged, or lists a file that is not a safetensors file in the same folder.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names:
-            raise ValueError("it names no file")
+            raise ValueError("it lists no file")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = remedy or f"remove {index.parents[2]} and run again, or choose another model"
         raise UserError(f"{index} is damaged: {error}; {remedy}") from None
@@ -174,15 +177,15 @@ def indexed_files(index: Path, remedy: str = "") -> list[str]:
 
 
 def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Callable[[str], None]) -> str:
-    """Upload files of a folder to a model repository on the hub in one commit, and return the repository's URL.
+    """Upload files to a model repository on the hub in one commit. Return the repository's URL.
 
-    A missing repository is created. Other files that it has are kept.
+    The repository is created if it does not exist. Its other files are kept.
 
     Args:
-        names: the files to upload, directly in the folder.
+        names: the files to upload, relative to `folder`.
         repo: user/name.
-        private: create it as a private repository; the visibility of an existing one is checked, never changed.
-        log: receives a line with the commit.
+        private: create a private repository, and require an existing one to be private.
+        log: called with a line that states the commit.
 
     Raises:
         UserError: no token, no permission, a public repository despite `private`, no network.
@@ -193,7 +196,7 @@ def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Ca
 
     api = HfApi(token=True)
     with hub_errors(f"{repo} could not be uploaded"):
-        # Without --private the organisation's default holds, so never private=False.
+        # None keeps the default of the organization; False would override it.
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise UserError(
@@ -211,14 +214,14 @@ def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Ca
 
 
 def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, recipe: str) -> str:
-    """Return README.md of an exported model: metadata and evaluation results for the hub, and `card_body`.
+    """Return README.md of an exported model: metadata and evaluation results for the hub, then `card_body`.
 
     Args:
-        source: the model as it is exported.
+        source: the exported model.
         name: the model's name.
-        repo: the repository that the model is uploaded to.
-        dtype: of the exported weights.
-        recipe: the settings it was trained with, as TOML; empty if unknown.
+        repo: repository for the upload; None for a folder only.
+        dtype: precision of the exported weights.
+        recipe: the training settings as TOML; empty if unknown.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -228,10 +231,10 @@ def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, 
     results = []
     if losses and "folder" in state["data"]:
         folder = Path(state["data"]["folder"]).name
-        where = {"dataset_name": folder, "dataset_type": repository or folder, "dataset_split": "val"}
+        location = {"dataset_name": folder, "dataset_type": repository or folder, "dataset_split": "val"}
         for metric, value in {"loss": losses["val_loss"], "perplexity": losses["perplexity"]}.items():
             figure = {"metric_type": metric, "metric_name": f"{metric} per token", "metric_value": round(value, 4)}
-            results.append(EvalResult(task_type="text-generation", **where, **figure))
+            results.append(EvalResult(task_type="text-generation", **location, **figure))
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -251,9 +254,9 @@ def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32
 
     Args:
         source, name, dtype, recipe: as in `model_card`.
-        use: Markdown that says how to use the model.
+        use: Markdown with usage instructions.
     """
-    config, training = source.config, "Its training and its data are not known here."
+    config, training = source.config, "The training settings and data are unknown."
     if source.state:
         facts = _list(_training_facts(source))
         training = TRAINING.format(facts=facts, context_length=source.state["config"]["context_length"])
@@ -270,7 +273,7 @@ def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32
 
 
 def _dataset(state: dict) -> dict:
-    """Return meta.json of the training data, its repository on the hub and its language; {} if it is not the same."""
+    """Return the dataset's meta.json, hub repository and language; {} if the dataset is missing or has changed."""
     try:
         content = (Path(state["data"]["folder"]) / "meta.json").read_bytes()
     except (OSError, KeyError):
@@ -288,20 +291,20 @@ def _dataset(state: dict) -> dict:
 
 
 def _initial_model(state: dict) -> str | None:
-    """Return the model on the hub that training started from."""
+    """Return the hub name of the model that training started from; None if it is not on the hub."""
     name = state.get("config", {}).get("init_from")
     return name and hub_name(name)
 
 
 def _evaluation(source: ModelSource) -> dict[str, float]:
-    """Return the losses in this checkpoint's row of metrics.csv; {} if it was not evaluated.
+    """Return the losses in the checkpoint's row of metrics.csv; {} if the checkpoint was not evaluated.
 
-    The val_loss in state.json is from an earlier evaluation: a checkpoint is saved before it is evaluated.
+    The val_loss in state.json is from an earlier iteration, because a checkpoint is saved before it is evaluated.
     """
     if source.state:
         log = history.read(source.path.parent.parent)
         for i, val_loss, train_loss in zip(log["iter"], log["val_loss"], log["train_loss"], strict=True):
-            if i == source.state["iter"] and val_loss < 700:  # neither NaN nor beyond exp's range
+            if i == source.state["iter"] and val_loss < 700:  # not NaN, and exp() does not overflow
                 return {"val_loss": val_loss, "perplexity": math.exp(val_loss), "train_loss": train_loss}
     return {}
 
@@ -328,12 +331,12 @@ def _training_facts(source: ModelSource) -> dict[str, object]:
 
 
 def _list(facts: dict[str, object]) -> str:
-    """Return a list of the facts that are known."""
+    """Return a Markdown list of the values that are not None."""
     return "\n".join(f"- {key}: {_code(str(value))}" for key, value in facts.items() if value is not None)
 
 
 def _code(text: str) -> str:
-    """Return a code span, in more backticks than any run of them in the text."""
+    """Return a Markdown code span; its delimiter is longer than any sequence of backticks in the text."""
     text, ticks = " ".join(text.split()), "`"
     while ticks in text:
         ticks += "`"

@@ -1,4 +1,4 @@
-"""Load a trained model by any name: a run, a checkpoint, a Hugging Face folder, a name on the hub, nanoGPT's file."""
+"""Load a trained model: a run, a checkpoint, a Hugging Face folder, a model on the hub, or nanoGPT's ckpt.pt."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from flatgpt.runs import checkpoint
 from flatgpt.runtime.device import note
 from model import GPT
 
-# transformers' GPT-2 keeps these in Conv1D, (in, out), where nn.Linear has (out, in). The size of a square matrix would
-# not tell.
+# transformers' GPT-2 stores these as Conv1D, (in, out); nn.Linear has (out, in). Shapes do not tell them apart: that of
+# attention's c_proj is square.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in files of older versions of transformers and nanoGPT
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers saved by older versions of transformers and nanoGPT
 EMBEDDING, HEAD, POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DistributedDataParallel
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights are, and what is known of it.
+    """Location, config and metadata of a model's weights.
 
     Attributes:
         path: a checkpoint's folder, a Hugging Face folder, or nanoGPT's file.
-        config: the model's shape.
-        tokenizer: name of the tokenizer that it was trained with.
-        state: state.json of a checkpoint; {} of other projects' models.
+        config: the model's config.
+        tokenizer: name of the tokenizer that the model was trained with.
+        state: state.json of a flatGPT checkpoint; {} for other formats.
     """
 
     path: Path
@@ -50,19 +50,19 @@ class ModelSource:
 
     @property
     def end_of_text(self) -> bool:
-        """Whether its training data had end-of-text between documents; true if that is not known."""
+        """Whether the training data has end-of-text tokens between documents; true if unknown."""
         return self.state["data"]["end_of_text"] if self.state else True
 
     def describe(self) -> str:
-        """Return the path and, if it is known, the iteration."""
+        """Return the path and, if known, the iteration."""
         return f"{self.path}, iter {self.state['iter']:,}" if self.state else str(self.path)
 
 
 def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSource:
-    """Find the model that --model_path names; a checkpoint's files are verified. None: the newest run.
+    """Find the model at `model_path`; None means the newest run. The files of a flatGPT checkpoint are verified.
 
     Raises:
-        UserError: nothing exists there, everything there is damaged, or the tokenizer is not known.
+        UserError: no undamaged model exists at this path, or its tokenizer is unknown.
     """
     if model_path is None or pretrained.is_run(model_path):
         path, state = checkpoint.find(model_path, log)
@@ -71,8 +71,8 @@ def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSour
     name = pretrained.read_tokenizer(str(path))
     if name is None:
         raise UserError(
-            f"model_path = {model_path}: nothing there says which tokenizer the model was trained with "
-            "(nanoGPT keeps the characters of its character models in a pickle, meta.pkl, which is not read)"
+            f"model_path = {model_path}: the tokenizer of this model is unknown "
+            "(nanoGPT stores the characters of its character models in a pickle, meta.pkl, which is not read)"
         )
     return ModelSource(path, pretrained.read_config(str(path)), name, state)
 
@@ -83,10 +83,10 @@ def load(
     context_length: int | None = None,
     model_class: type[GPT] = GPT,
 ) -> tuple[GPT, tiktoken.Encoding]:
-    """Load a model, in evaluation mode, and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer.
 
     Args:
-        context_length: the number of tokens that the model sees at once; None: as many as it was trained with.
+        context_length: context length of the model, in tokens; None: that of its training.
         model_class: GPT or a subclass.
 
     Raises:
@@ -94,7 +94,9 @@ def load(
     """
     encoding, config = tokenizer.load(source.tokenizer), source.config
     if source.state and tokenizer.ranks_hash(encoding) != source.state["tokenizer"]["ranks_sha256"]:
-        raise UserError(f"{source.path}: tokenizer {encoding.name} does not have the vocabulary of the model")
+        raise UserError(
+            f"{source.path}: tokenizer {encoding.name} does not have the vocabulary that the model was trained with"
+        )
     if encoding.n_vocab > config.vocab_size:
         raise UserError(
             f"{source.path}: the model has {config.vocab_size:,} ids, tokenizer {encoding.name} {encoding.n_vocab:,}"
@@ -106,30 +108,33 @@ def load(
 
 
 def load_pretrained(model: GPT, path: str) -> None:
-    """Copy the weights that init_from names into a model of their shape; its context_length may be smaller.
+    """Copy pretrained weights into a model of the same shape; the model's context_length may be smaller.
 
-    n_head and activation are in no tensor's size: with other ones the weights would load, and compute nonsense.
+    n_head and activation are compared too: the weights would load with other values, but give wrong results.
+
+    Args:
+        path: value of init_from.
 
     Raises:
-        UserError: nothing usable there, damaged, or of another shape, of which every field is named.
+        UserError: the path has no weights, they are damaged, or the shapes differ; the message lists the fields.
     """
-    found, config = pretrained.find(path), pretrained.read_config(path)
-    wanted, actual = (
-        pretrained.shape(each) | {"attn_bias": each.bias if each.attn_bias is None else each.attn_bias}
-        for each in (model.config, config)
+    location, config = pretrained.find(path), pretrained.read_config(path)
+    expected, actual = (
+        pretrained.shape(c) | {"attn_bias": c.bias if c.attn_bias is None else c.attn_bias}
+        for c in (model.config, config)
     )
-    if keys := [key for key in wanted if key != "context_length" and wanted[key] != actual[key]]:
-        differing = ", ".join(f"{key} = {wanted[key]} (there {actual[key]})" for key in keys)
+    if keys := [key for key in expected if key != "context_length" and expected[key] != actual[key]]:
+        differing = ", ".join(f"{key} = {expected[key]} (weights: {actual[key]})" for key in keys)
         raise UserError(
-            f"init_from = {path} has a model of another shape than what is set: {differing}; "
+            f"init_from = {path}: the shape of these weights differs from the settings: {differing}; "
             "leave out these keys, on the command line and in the recipe"
         )
     try:
-        if is_flatgpt(found):
-            checkpoint.verify(found, (WEIGHTS,))
+        if is_flatgpt(location):
+            checkpoint.verify(location, (WEIGHTS,))
     except checkpoint.DamagedCheckpointError as error:
         raise UserError(f"init_from = {path}: {error}") from None
-    _load_weights(model, found, config, assign=False)
+    _load_weights(model, location, config, assign=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,16 +145,19 @@ def _load_weights(model: GPT, path: Path, trained: ModelConfig, assign: bool) ->
     length = model.config.context_length
     if length > trained.context_length and trained.position == "learned":
         raise UserError(
-            f"context_length = {length:,}: {path} was trained with {trained.context_length:,}; take at most that"
+            f"context_length = {length:,}: {path} was trained with {trained.context_length:,}, which is the maximum"
         )
     try:
         model.load_state_dict(read_weights(path, model.config), assign=assign)
-    except RuntimeError as error:  # names the tensors that are missing, unknown or of another size
+    except RuntimeError as error:  # lists missing and unknown tensors and wrong shapes
         raise UserError(f"{path} does not fit its config: {textwrap.shorten(str(error), 400)}") from None
 
 
 def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the weights at pretrained.find's answer as GPT(config)'s state dict; a longer position table is cropped.
+    """Return the weights as GPT(config)'s state dict. A longer position table is cropped.
+
+    Args:
+        path: result of pretrained.find.
 
     Raises:
         UserError: a damaged or missing file.
@@ -177,19 +185,19 @@ def _load_file(file: Path) -> dict[str, Tensor]:
 
 
 def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """Return another project's weights as GPT(config)'s state dict, in float32.
+    """Return weights of Hugging Face or nanoGPT as GPT(config)'s state dict, in float32.
 
     Linear weights become (out, in), and vocabulary rows are padded with zeros to a multiple of 64. load_state_dict
-    reports tensors that are missing, unknown or of another size.
+    reports missing and unknown tensors and wrong shapes.
 
     Raises:
-        UserError: a head is stored that differs from the embedding though the model is tied.
+        UserError: the config ties the head to the embedding, but the stored head differs from it.
     """
     weights = {}
     for name, tensor in tensors.items():
         while name.startswith(WRAPPER_PREFIXES):
             name = name.partition(".")[2]
-        # GPT2Model's names, as OpenAI's models on the hub have them, lack `transformer.`
+        # names of GPT2Model, which OpenAI's models on the hub use, lack `transformer.`
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if name.endswith(MASKS):
             continue
@@ -197,12 +205,12 @@ def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dic
             tensor = tensor.t()
         elif name in (EMBEDDING, HEAD):
             tensor = F.pad(tensor, (0, 0, 0, -config.vocab_size % 64))
-        # copied: a file that is mapped into memory may be rewritten while the model lives
+        # copy: a memory-mapped file may be rewritten while the model is in use
         weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     head = weights.pop(HEAD, None) if config.tie_weights else None
     if head is not None and not torch.equal(head, weights.get(EMBEDDING, head)):
-        raise UserError(  # transformers (5.23) unties such a pair, whatever config.json says
-            f"{path}: {HEAD} is not {EMBEDDING}, though its settings tie them; in a Hugging Face folder set "
+        raise UserError(  # transformers 5.23 unties them in this case, whatever config.json says
+            f"{path}: {HEAD} differs from {EMBEDDING}, but its config ties them; in a Hugging Face folder, set "
             "tie_word_embeddings = false in config.json"
         )
     return weights

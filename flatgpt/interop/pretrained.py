@@ -1,8 +1,8 @@
-"""Find pretrained weights by name, and read their model's config and tokenizer, without loading the weights.
+"""Find pretrained weights, and read their config and the name of their tokenizer, without loading the weights.
 
-Three formats: a checkpoint of flatGPT (state.json, model.safetensors), Hugging Face's GPT-2 (config.json,
-model.safetensors or its index), also on the hub, and nanoGPT's ckpt.pt. The command line calls this before torch is
-loaded: torch, tiktoken and huggingface_hub are imported only for the names that need them.
+Three formats are supported: flatGPT checkpoints (state.json, model.safetensors), Hugging Face GPT-2 folders and hub
+models (config.json, model.safetensors or its index), and nanoGPT's ckpt.pt. The command line uses this module before
+torch is imported: torch, tiktoken and huggingface_hub are imported only by the formats that need them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from flatgpt.runs.history import STATE, follow
 NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 EXPECTED = (
-    "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face folder of GPT-2's "
-    "kind (config.json and model.safetensors), a name on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
+    "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face GPT-2 folder "
+    "(config.json and model.safetensors), a model on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
-COUNTS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
-NOT_SHAPE = ("dropout", "attention", "activation_checkpointing")  # do not change what a model computes
-# transformers' name (ACT2FN in activations.py) -> model.py's; export writes the first one that fits
+INTEGER_FIELDS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+NOT_SHAPE = (
+    "dropout",
+    "attention",
+    "activation_checkpointing",
+)  # settings that do not affect the weights' shapes or meaning
+# name in transformers (ACT2FN in activations.py) -> name in model.py. An export writes the first matching name.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-# Settings of transformers that change the result -> the values that model.py computes, the default first.
+# transformers setting that changes the logits -> supported values, the default first
 SUPPORTED = {
     "model_type": ("gpt2",),
     "activation_function": tuple(ACTIVATIONS),
@@ -44,31 +48,30 @@ SUPPORTED = {
 
 
 def is_run(path: str) -> bool:
-    """Whether a run of flatGPT or one of its checkpoints has this name."""
+    """Whether the path is a flatGPT run or checkpoint."""
     folder = Path(path).parent if Path(path).name == WEIGHTS else follow(Path(path))
     return (folder / "ckpt").is_dir() or is_flatgpt(folder)
 
 
 def is_flatgpt(path: Path) -> bool:
-    """Whether find's answer is a checkpoint of flatGPT."""
+    """Whether a result of `find` is a flatGPT checkpoint."""
     return (path / STATE).exists()
 
 
 def is_nanogpt(path: Path) -> bool:
-    """Whether find's answer is nanoGPT's file; if it is not flatGPT's either, it is Hugging Face's folder."""
+    """Whether a result of `find` is a nanoGPT file. If it is not flatGPT's either, it is a Hugging Face folder."""
     return path.suffix == ".pt" and path.is_file()
 
 
 def find(path: str, key: str = "init_from") -> Path:
-    """Return the folder of the weights, or nanoGPT's file. A run means its ckpt/best, else its ckpt/last.
-
-    A model on the hub is downloaded first.
+    """Return the folder of the weights, or nanoGPT's file. Models on the hub are downloaded.
 
     Args:
-        key: the setting that names the path, for messages.
+        path: path or hub name; for a run's folder, its ckpt/best is used, else its ckpt/last.
+        key: name of the setting that contains the path, for messages.
 
     Raises:
-        UserError: nothing exists there, a file is missing, or the weights are a pickle.
+        UserError: the path does not exist, a file is missing, or the weights are a pickle.
     """
     location = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
     if is_nanogpt(location):
@@ -76,7 +79,7 @@ def find(path: str, key: str = "init_from") -> Path:
     folder = location.parent if location.is_file() else location
     checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
     if checkpoints:
-        folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which a run in training changes
+        folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which a running training changes
     files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
     if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder
@@ -84,19 +87,19 @@ def find(path: str, key: str = "init_from") -> Path:
         return folder / NANOGPT
     if files & {*PICKLES}:
         raise UserError(
-            f"{key} = {path}: pytorch_model.bin is a pickle, and reading one can run anybody's code; take the "
-            f"model.safetensors of the same model, or, if you trust it, write one with transformers: "
+            f"{key} = {path}: pytorch_model.bin is a pickle, which can run arbitrary code when it is loaded; use the "
+            f"model.safetensors of the same model, or, if you trust it, convert it with transformers: "
             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
-    problem = "no weights are there" if folder.exists() else "no such folder"
+    problem = "no weights in this folder" if folder.exists() else "no such folder"
     if files:
-        problem = f"only {' and '.join(sorted(files))} is there"
+        problem = f"this folder has only {' and '.join(sorted(files))}"
     raise UserError(f"{key} = {path}: {problem}; {EXPECTED}")
 
 
 @functools.cache
 def fetch_once(repo: str) -> Path:
-    """Download a model of the hub, once a process; under torchrun the first rank prints its commit."""
+    """Download a model from the hub, once per process. Under torchrun, only rank 0 prints its commit."""
     first = os.environ.get("RANK", "0") == "0"
     return fetch_model(repo, lambda line: print(line, file=sys.stderr) if first else None)
 
@@ -109,14 +112,14 @@ def read_config(path: str) -> ModelConfig:
     """Return the config of the model that `path` names.
 
     Raises:
-        UserError: as find; a damaged file, or a model that model.py does not compute.
+        UserError: as find; or the config is damaged, or model.py does not support it.
     """
     found = find(path)
-    renamed, inner = {}, None  # name of a count in the file, where it is another one; width of the MLP
+    renamed, inner = {}, None  # ModelConfig field -> key in the file, if they differ; width of the MLP
     if is_nanogpt(found):
         file, settings = found, read_nanogpt(found)["model_args"]
         renamed = {"context_length": "block_size"}
-        # The first versions had no setting `bias`. torch's nn.GELU() is the exact one.
+        # The first versions of nanoGPT had no setting `bias`. Its nn.GELU() is the exact GELU.
         other = {"bias": settings.get("bias", True), "activation": "gelu"}
     elif is_flatgpt(found):
         file, settings = found / STATE, _read_json(found / STATE).get("config", {})
@@ -126,49 +129,49 @@ def read_config(path: str) -> ModelConfig:
         for key, values in SUPPORTED.items():
             if settings.get(key, values[0]) not in values:
                 supported = " or ".join(map(str, values))
-                raise UserError(f"{file}: {key} = {settings[key]}: model.py computes {supported} only")
+                raise UserError(f"{file}: {key} = {settings[key]}: model.py supports only {supported}")
         renamed = {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
         other = {"tie_weights": settings.get("tie_word_embeddings", True)}
         other |= {"activation": ACTIVATIONS[settings.get("activation_function", "gelu_new")]}
         inner = settings.get("n_inner")
-    counts = {key: _count(file, renamed.get(key, key), settings, key) for key in COUNTS}
+    integers = {key: _read_integer(file, renamed.get(key, key), settings, key) for key in INTEGER_FIELDS}
     if inner is not None:
-        other["mlp_ratio"] = _count(file, "n_inner", settings, "n_embd") / counts["n_embd"]
-    config = ModelConfig(**other | counts)
+        other["mlp_ratio"] = _read_integer(file, "n_inner", settings, "n_embd") / integers["n_embd"]
+    config = ModelConfig(**other | integers)
     if problems := config.problems():
         raise UserError(f"{file} is damaged: {problems[0]}")
     return config
 
 
 def shape(config: ModelConfig) -> dict[str, object]:
-    """Return the fields of ModelConfig that belong to the weights."""
+    """Return the fields of ModelConfig that determine the weights' shapes and meaning."""
     return {key: value for key, value in dataclasses.asdict(config.model()).items() if key not in NOT_SHAPE}
 
 
 def initial_shape(config: TrainConfig) -> dict[str, object]:
-    """Return the shape of init_from's model, or of the run that is resumed; {} without init_from.
+    """Return the shape of the model at init_from, or of the run to resume; {} without init_from.
 
     Raises:
-        UserError: as read_config, but not for a run that is resumed, which no longer needs those weights.
+        UserError: as read_config; not raised with --resume, which does not need the weights of init_from.
     """
     if not config.init_from:
         return {}
     if not config.resume:
         return shape(read_config(config.init_from))
     resumed = str(run_dir(config)) if config.resume in ("latest", "auto") else config.resume
-    for path in (resumed, config.init_from):  # there may be no checkpoint to resume yet
+    for path in (resumed, config.init_from):  # the run may have no checkpoint yet
         with contextlib.suppress(UserError):
             return shape(read_config(path))
     return {}
 
 
 def read_tokenizer(path: str) -> str | None:
-    """Return the name of the tokenizer that a model was trained with, None if nothing says it.
+    """Return the name of the tokenizer that a model was trained with; None if unknown.
 
-    A vocabulary of GPT-2's size, nanoGPT's 50,304 too, is taken for GPT-2's.
+    Without tokenizer files, a vocabulary of 50,257 or 50,304 (nanoGPT's padding) ids is assumed to be GPT-2's.
 
     Raises:
-        UserError: as find; a Hugging Face folder with a vocabulary that flatGPT does not have.
+        UserError: as find; or the Hugging Face folder has an unsupported vocabulary.
     """
     found, name = find(path), None
     if is_flatgpt(found):
@@ -185,20 +188,20 @@ def read_tokenizer(path: str) -> str | None:
 
 
 def read_nanogpt(file: Path) -> dict:
-    """Load nanoGPT's checkpoint, which may hold tensors and plain types only. What is not used is not read."""
+    """Load nanoGPT's checkpoint: tensors, memory-mapped, and plain types only."""
     import torch
 
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged pickle raises whatever its first wrong instruction leads to
+    except Exception:  # a damaged pickle can raise any exception
         raise UserError(
-            f"{file} is refused: it is damaged, or no zip file of torch.save, or holds more than tensors and plain "
-            "types, and reading that could run anybody's code"
+            f"{file} is not loaded: it is damaged, no zip file of torch.save, or contains objects other than tensors "
+            "and plain types, which could run arbitrary code"
         ) from None
     match saved:
         case {"model": dict(), "model_args": dict()}:
             return saved
-    raise UserError(f"{file} is not a checkpoint of nanoGPT: model (tensors by name) and model_args are expected in it")
+    raise UserError(f"{file} is not a nanoGPT checkpoint: it must contain model (tensors by name) and model_args")
 
 
 def _read_json(file: Path) -> dict:
@@ -208,8 +211,8 @@ def _read_json(file: Path) -> dict:
         raise UserError(f"{file} is damaged: {error}; copy it again") from None
 
 
-def _count(file: Path, key: str, settings: dict, field: str) -> int:
-    """Return the value of `key` in a file's settings, checked against the limits of ModelConfig's field."""
+def _read_integer(file: Path, key: str, settings: dict, field: str) -> int:
+    """Return settings[key] after checking it against the limits of a ModelConfig field. `file` is for messages."""
     value, limits = settings.get(key), ModelConfig.__dataclass_fields__[field].metadata
     low, high = limits["low"], limits.get("high", sys.maxsize)
     if type(value) is not int or not low <= value <= high:

@@ -1,5 +1,5 @@
-"""Scaled dot-product attention, by the operators that are fastest for device, precision and shapes, and rotary
-position embedding (Su et al., "RoFormer", 2021).
+"""Scaled dot-product attention with the fastest operators for device, dtype and shapes, and rotary position embedding
+(Su et al., "RoFormer", 2021).
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ BF16_CPU_MAX_PLAIN_TOKENS = 512
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, manual: bool = False
 ) -> Tensor:
-    """Attention of T queries to S keys, where T = S, or T = 1 and the query is that of the newest key.
+    """Compute attention of T queries to S keys. Either T = S, or T = 1 and the query belongs to the last key.
 
     Args:
         q: queries, (B, H, T, D).
-        k, v: keys and values, (B, H, S, D). Their precision is that of the result.
+        k, v: keys and values, (B, H, S, D). The result has their dtype.
         mask: bool, broadcastable to (B, H, T, S), true where a key is visible to a query. None: causal, each query
             sees its own key and those before it.
         dropout: probability that an attention weight is dropped.
-        manual: compute it by manual_attention.
+        manual: use manual_attention.
 
     Returns:
         (B, H, T, D).
     """
     T, D, on_cpu = q.size(2), q.size(3), q.device.type == "cpu"
     q, causal = q.type_as(k), mask is None and T > 1
-    # For a single token on a GPU torch.compile makes faster kernels of plain operators.
+    # For a single token on a GPU, plain operators are faster with torch.compile.
     plain = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS if on_cpu else T == 1
     if manual or plain:
         if causal:
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
         return manual_attention(q, k, v, mask, dropout)
     if D % 8 and T > 1:
-        # Kernels of GPUs before Ampere need head sizes that are multiples of 8. Zeros do not change the scores.
+        # On GPUs before Ampere, kernels need a multiple of 8 as head size. Zeros do not change the scores.
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))  # (B, H, ..., D rounded up)
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1 / math.sqrt(D))
     return y[..., :D]
 
 
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention, written out; arguments as in `attention`, but without a mask every query sees all keys."""
+    """Compute attention with plain operators. Arguments as in `attention`, but without a mask all keys are visible."""
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, H, T, S): similarity of each query to each key
-    if mask is not None:  # on a CPU the sum takes a third less time than masked_fill on the scores
+    if mask is not None:  # on a CPU, adding takes a third less time than masked_fill on the scores
         scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
     weights = F.softmax(scores, dim=-1)  # each row sums to 1
     return F.dropout(weights, dropout) @ v
@@ -60,7 +60,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of positions: base 10,000, the first half of D paired with the second."""
+    """Cosines and sines of positions, with base 10,000. The first half of D is paired with the second."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -71,7 +71,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, positions: Tensor) -> Rope:
-        """Positions (T) or (B, T) -> cosines and sines of their angles, ([B,] 1, T, D/2): the same for all heads."""
+        """Return cosines and sines, each ([B,] 1, T, D/2), of positions, (T) or (B, T)."""
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
 
 

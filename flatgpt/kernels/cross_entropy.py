@@ -1,8 +1,8 @@
-"""The output head and its cross-entropy in one step, which never holds the logits of a whole batch.
+"""Fused output head and cross-entropy, which never stores the logits of a whole batch.
 
-The gradient of a row's logits is known as soon as the logits are: softmax minus one-hot. So the forward pass goes
-through the rows in chunks: it computes logits, replaces them by their gradient and multiplies that out at once. What is
-kept for the backward pass is as large as the hidden states and the matrix. N = B T rows in the comments.
+The gradient of a row's logits depends on that row alone: softmax minus one-hot. The forward pass processes the rows in
+chunks. For each chunk it computes the logits, overwrites them with their gradient, and from that computes the gradients
+of hidden states and weight, which are kept for the backward pass. N = B * T rows in the comments.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows whose logits are computed at once: enough to keep the matrix products busy.
+# Rows per chunk: enough for efficient matrix products.
 CHUNK_ROWS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
-# Bytes of float32 logits that the softmax takes at once: on a CPU they stay in its cache (docs/speed.md).
+# Bytes of float32 logits per softmax: on a CPU they fit into its cache (docs/speed.md).
 SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28, "mps": 2**27}
-MIN_FUSED_LOGITS = 2**21  # up to this many logits of a batch plain operators are as fast
+MIN_FUSED_LOGITS = 2**21  # up to this number of logits per batch, plain operators are as fast
 
 
 def use_fused_loss(rows: int, vocab_size: int) -> bool:
-    """Whether fused_loss is the faster way to train on so many rows of logits."""
+    """Return whether fused_loss is faster than plain operators for a training batch of this size."""
     return rows * vocab_size > MIN_FUSED_LOGITS and torch.is_grad_enabled()
 
 
@@ -35,21 +35,21 @@ def fused_loss(
     adjust_logits: Callable[[Tensor], Tensor] = lambda logits: logits,
     softmax_gradient: Callable | None = None,
 ) -> Tensor:
-    """The mean cross-entropy of adjust_logits(x @ weight.T + bias), in nats, a float32 scalar.
+    """Compute the mean cross-entropy of adjust_logits(x @ weight.T + bias), in nats, a float32 scalar.
 
     Args:
         x: (N, C) hidden states.
         weight: (V, C), V with the vocabulary's padding, which does not affect the loss.
         bias: (V) or None.
-        targets: (N) int64; -1 where there is none to score.
+        targets: (N) int64; -1 is ignored.
         vocab_size: V without the padding.
-        adjust_logits: differentiable function of logits (n, vocab_size), which it does not change in place. If it
-            returns its argument, it costs nothing.
-        softmax_gradient: computes losses and gradients of logits; by default gradient_in_place.
+        adjust_logits: differentiable function of logits (n, vocab_size), which must not modify them in place. It costs
+            nothing if it returns its argument.
+        softmax_gradient: function that computes losses and gradients of logits. Default: gradient_in_place.
     """
     probe = x.new_zeros(1, vocab_size)
     adjusted = adjust_logits(probe)
-    if adjusted.requires_grad:  # it has parameters, whose gradients only plain operators give
+    if adjusted.requires_grad:  # it has parameters; only plain operators compute their gradients
         logits = F.linear(x, weight, bias)[:, :vocab_size]
         return F.cross_entropy(adjust_logits(logits).float(), targets, ignore_index=-1)
     adjust = None if adjusted is probe else adjust_logits
@@ -57,7 +57,7 @@ def fused_loss(
 
 
 def fused_loss_outside_graph(device: torch.device) -> Callable:
-    """fused_loss for a forward that is compiled: left out of its graph, on CUDA with a compiled softmax."""
+    """Return fused_loss for a compiled model: excluded from the graph, and on CUDA with a compiled softmax."""
     kernel = torch.compile(gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
     return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
 
@@ -67,7 +67,7 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, x, weight, bias, targets, V, adjust, softmax_gradient):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        N, low_weight, scored = len(x), weight.to(dtype), (targets >= 0)[:, None]
+        N, cast_weight, scored = len(x), weight.to(dtype), (targets >= 0)[:, None]
         inputs, ids = (x * scored).to(dtype), targets.clamp(min=0)[:, None]  # (N, C), (N, 1)
         rows = -(-N // -(-N // CHUNK_ROWS[device]))  # chunks of equal size, except for the last
         buffer = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
@@ -77,7 +77,7 @@ class _FusedLoss(torch.autograd.Function):
         scaled_inputs = inputs / scale if scale > 1 else inputs
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
-            logits = torch.mm(inputs[chunk], low_weight.t(), out=buffer[: len(inputs[chunk])])  # (rows, V padded)
+            logits = torch.mm(inputs[chunk], cast_weight.t(), out=buffer[: len(inputs[chunk])])  # (rows, V padded)
             if bias is not None:
                 logits += bias
             if adjust is None:
@@ -90,7 +90,7 @@ class _FusedLoss(torch.autograd.Function):
                 logits[:, :V] = torch.autograd.grad(adjusted, raw, gradient)[0]
                 logits[:, V:] = 0
                 gradient = logits
-            dx[chunk] = gradient @ low_weight
+            dx[chunk] = gradient @ cast_weight
             dweight.add_(gradient.t() @ scaled_inputs[chunk], alpha=scale)
             if bias is not None:
                 dbias += (gradient.t() @ scored[chunk].to(dtype))[:, 0]
@@ -105,29 +105,29 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def gradient_in_place(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Losses (n, 1) of the target ids (n, 1), and the gradient of the logits (n, V padded), which it overwrites."""
+    """Return losses (n, 1) of target ids (n, 1), and the gradient of logits (n, V padded), which overwrites them."""
     n, padded = logits.shape
     rows = min(n, max(1, SOFTMAX_BYTES[logits.device.type] // (4 * padded)))
-    # Allocated once: memory of this size goes back to the system each time, and to get it again takes longest.
-    logits32, probs = torch.empty(2, rows, padded, device=logits.device)
+    # Allocate once: blocks of this size are returned to the system when freed, and allocating them is slow.
+    logits_buffer, probs_buffer = torch.empty(2, rows, padded, device=logits.device)
     losses = torch.empty(n, 1, device=logits.device)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         part_ids = ids[part]
-        f, p = logits32[: len(part_ids)], probs[: len(part_ids)]
-        f.copy_(logits[part])
-        f[:, V:] = -torch.inf
-        torch.softmax(f, -1, out=p)
-        # The largest p, at least 1 / V, gives the log of the sum of exponentials without another pass. It is added
-        # last: large logits would round it away.
-        losses[part] = f.amax(-1, keepdim=True) - f.gather(1, part_ids) - p.amax(-1, keepdim=True).log()
+        z, p = logits_buffer[: len(part_ids)], probs_buffer[: len(part_ids)]
+        z.copy_(logits[part])
+        z[:, V:] = -torch.inf
+        torch.softmax(z, -1, out=p)
+        # -log p[target] = max(z) - z[target] - log(max(p)): log-sum-exp without another pass. The last term, at most
+        # log(V), is added last, so that large logits do not round it away.
+        losses[part] = z.amax(-1, keepdim=True) - z.gather(1, part_ids) - p.amax(-1, keepdim=True).log()
         p.scatter_(1, part_ids, p.gather(1, part_ids) - 1)
         logits[part] = p
     return losses, logits
 
 
 def gradient_in_one_kernel(logits: Tensor, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """The same, but not in place, in operators that torch.compile fuses."""
+    """Like gradient_in_place, but not in place and with operators that torch.compile fuses."""
     column = torch.arange(logits.size(1), device=logits.device)
     log_p = F.log_softmax(torch.where(column < V, logits.float(), -torch.inf), -1)
     return -log_p.gather(1, ids), (log_p.exp() - (column == ids).float()).type_as(logits)

@@ -1,4 +1,4 @@
-"""Modules without initial values, and one parameter under two names."""
+"""Skip the initialisation of parameters, and tie two parameters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ INITIALIZERS = ("normal_", "uniform_", "kaiming_uniform_")
 
 
 class skip_init(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
-    """Context manager: modules that are built inside do not initialise their weights.
+    """Context manager in which new modules do not initialise their weights.
 
-    On the meta device this also saves a second: random numbers there import torch's compiler.
+    On the meta device this also saves a second, because random numbers import torch's compiler there.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -26,20 +26,20 @@ class skip_init(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
 def tie_parameters(module: nn.Module, name: str, tied: str) -> None:
     """Make the parameter `tied` of a module the same object as its parameter `name`.
 
-    It is then counted and updated once, and a state dict has it under `name` only. Loading one, with assign=True too,
-    leaves the two tied.
+    It is counted and updated once. State dicts contain it under `name` only. Loading a state dict, also with
+    assign=True, keeps the two tied.
     """
     owner, _, attribute = tied.rpartition(".")
     setattr(module.get_submodule(owner), attribute, module.get_parameter(name))
-    module.register_state_dict_post_hook(partial(_leave_out, tied))
-    module.register_load_state_dict_pre_hook(partial(_fill_in, name, tied))
+    module.register_state_dict_post_hook(partial(_remove_tied, tied))
+    module.register_load_state_dict_pre_hook(partial(_add_tied, name, tied))
 
 
-def _leave_out(tied: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+def _remove_tied(tied: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     state_dict.pop(prefix + tied, None)
 
 
-def _fill_in(name: str, tied: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    if prefix + name in state_dict:  # as a Parameter, which assign=True takes as it is: one object under both names
-        parameter = nn.Parameter(state_dict[prefix + name], requires_grad=False)  # until torch sets it to the old one's
+def _add_tied(name: str, tied: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    if prefix + name in state_dict:  # assign=True keeps a Parameter as it is: one object, two names
+        parameter = nn.Parameter(state_dict[prefix + name], requires_grad=False)  # torch sets it to the old one's
         state_dict[prefix + name] = state_dict[prefix + tied] = parameter

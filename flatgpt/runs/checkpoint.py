@@ -1,9 +1,9 @@
 """Save, find, verify and load checkpoints.
 
-out/<run>/ckpt/iter_000500/ has model.safetensors, train_state.pt and state.json. state.json is written last. It holds
-size and SHA-256 of the other files, and its own SHA-256; a folder without a valid state.json is not a checkpoint.
-`ckpt/last` and `ckpt/best` are relative symlinks, or files with the folder's name where none can be made. Nothing is
-unpickled: weights are safetensors, and train_state.pt is read with weights_only=True.
+A checkpoint out/<run>/ckpt/iter_000500/ has model.safetensors, train_state.pt and state.json. state.json is written
+last. It contains its own SHA-256, and the size and SHA-256 of the other files; a folder without a valid state.json is
+not a checkpoint. `ckpt/last` and `ckpt/best` are relative symlinks or, on file systems without symlinks, files that
+contain the folder's name. No arbitrary objects are unpickled: train_state.pt is read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.pt"
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint whose files are not as they were written. The message names the file."""
+    """A checkpoint file is missing or damaged. The message names the file."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,22 +43,22 @@ class DamagedCheckpointError(Exception):
 def save(
     run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: dict, keep: int, keep_every: int | None = None
 ) -> Path:
-    """Write a checkpoint, set `last` to it, and delete those that need not be kept.
+    """Write a checkpoint, point `last` to it, and delete old checkpoints.
 
     Args:
-        state: the content of state.json, with `iter`. Format and files are added.
-        weights: state dict of the raw model, not of a compiled or wrapped one.
+        state: content of state.json, including `iter`; `format` and `files` are added.
+        weights: state dict of the unwrapped, uncompiled model.
         train_state: tensors and plain types, for resuming.
-        keep: number of the newest checkpoints to keep, besides `best`.
-        keep_every: keep all checkpoints whose iteration is a multiple of it.
+        keep: number of newest checkpoints to keep, besides `best`.
+        keep_every: also keep all checkpoints whose iteration is a multiple of this.
 
     Returns:
         the checkpoint's folder.
 
     Raises:
-        UserError: it could not be written. Earlier checkpoints are untouched.
+        UserError: the checkpoint could not be written. Earlier checkpoints are unchanged.
     """
-    folder, file = run_dir / "ckpt" / _name(state["iter"]), WEIGHTS
+    folder, file = run_dir / "ckpt" / _folder_name(state["iter"]), WEIGHTS
     partial = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,32 +71,32 @@ def save(
         file = STATE
         atomic_write(partial / STATE, state_file({"format": FORMAT, **state, "files": files}))
         for file in (*files, "."):
-            _flush(partial / file)
-        if folder.exists():  # a damaged one: a valid one would have been resumed
-            move_aside(folder, "in the way of a new one")
+            _fsync(partial / file)
+        if folder.exists():  # it is damaged: the run would have resumed from a valid one
+            move_aside(folder, "which a new checkpoint replaces")
         os.rename(partial, folder)
-        _flush(folder.parent)
+        _fsync(folder.parent)
         set_link(run_dir, "last", state["iter"])
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
         if "inline_container" in reason:  # torch's "unexpected pos 64 vs 0"
-            reason = "only a part of it was taken: a full disk, a quota or a limit of file sizes"
+            reason = "incomplete write: the disk is full, or a quota or file size limit is reached"
         needed, free = _num_bytes([weights, train_state]), shutil.disk_usage(run_dir).free if run_dir.exists() else 0
         raise UserError(
             f"checkpoint {folder} could not be written: {file}: {reason}. {needed / 1e6:,.1f} MB are needed, "
-            f"{free / 1e6:,.1f} MB are free now. Still there: "
+            f"{free / 1e6:,.1f} MB are free now. Existing checkpoints: "
             f"{', '.join(path.name for path in checkpoints(run_dir)) or 'none'}. "
-            "Make room; a run that ended goes on with --resume"
+            "Free disk space; if the run has stopped, resume it with --resume"
         ) from None
     linked = {follow(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
     for old in checkpoints(run_dir)[keep:]:
         if old.resolve() in linked or (keep_every and read_state(old)["iter"] % keep_every == 0):
             continue
         try:
-            os.rename(old, partial)  # first, so that a half-deleted folder does not look like a checkpoint
+            os.rename(old, partial)  # so that a partly deleted folder is not taken for a checkpoint
             shutil.rmtree(partial)
-        except OSError as error:  # on a network disk, another process may be reading it
+        except OSError as error:  # on a network file system, another process may be reading it
             print(f"warning: {old} is no longer needed but cannot be deleted: {error.strerror}", file=sys.stderr)
     return folder
 
@@ -108,15 +108,19 @@ def _num_bytes(value) -> int:
 
 
 def move_aside(folder: Path, reason: str) -> None:
-    """Move a checkpoint to ckpt/lost-<time>/. Nothing is deleted."""
+    """Move a checkpoint to ckpt/lost-<time>/, without deleting anything.
+
+    Args:
+        reason: for the printed message, which begins with "<folder>, <reason>,".
+    """
     lost = folder.parent / f"lost-{time.strftime('%Y%m%d-%H%M%S')}"
     lost.mkdir(exist_ok=True)
     os.rename(folder, lost / folder.name)
-    print(f"{folder}, {reason}, is now in {lost}")
+    print(f"{folder}, {reason}, was moved to {lost}")
 
 
 def mark_finished(folder: Path) -> None:
-    """Record in a checkpoint's state.json that its run has ended, if that was decided after it was written."""
+    """Set `finished` in the state.json of a checkpoint that was saved before its run was known to be finished."""
     folder = follow(folder)
     if state := read_state(folder):
         atomic_write(folder / STATE, state_file({**state, "finished": True}))
@@ -132,35 +136,35 @@ def _hash(state: dict) -> str:
 
 
 def set_link(run_dir: Path, name: str, iteration: int) -> bool:
-    """Atomically point the symlink ckpt/<name> at the checkpoint of an iteration.
+    """Atomically point the symlink ckpt/<name> to the checkpoint of an iteration.
 
     Returns:
-        whether that checkpoint exists. If not, the link is removed.
+        whether this checkpoint exists. If not, the link is removed.
     """
     link, partial = run_dir / "ckpt" / name, run_dir / "ckpt" / f".{name}.tmp"
-    if read_state(run_dir / "ckpt" / _name(iteration)) is None:
+    if read_state(run_dir / "ckpt" / _folder_name(iteration)) is None:
         link.unlink(missing_ok=True)
         return False
     partial.unlink(missing_ok=True)
     try:
-        partial.symlink_to(_name(iteration))
+        partial.symlink_to(_folder_name(iteration))
     except OSError:  # a file system without symlinks; `follow` reads the file
-        partial.write_text(_name(iteration))
+        partial.write_text(_folder_name(iteration))
     os.replace(partial, link)
     return True
 
 
-def _name(iteration: int) -> str:
+def _folder_name(iteration: int) -> str:
     return f"iter_{iteration:06d}"
 
 
 def fingerprint(path: Path) -> dict:
-    """Return a file's size and SHA-256."""
+    """Return a file's size in bytes and its SHA-256."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -173,20 +177,20 @@ def _flush(path: Path) -> None:
 
 
 def read_state(folder: Path) -> dict | None:
-    """Return the content of a checkpoint's state.json, or None if it is missing or not valid."""
+    """Return the content of a checkpoint's state.json; None if it is missing or invalid."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        written = state.pop("sha256", None)  # earlier versions wrote none
+        saved_hash = state.pop("sha256", None)  # earlier versions did not write one
         valid = {"format", "iter", "config", "files"} <= set(state) and isinstance(state["files"], dict)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
-    return state if valid and written in (None, _hash(state)) else None
+    return state if valid and saved_hash in (None, _hash(state)) else None
 
 
 def folders(path: Path) -> list[Path]:
-    """Return a run's checkpoint folders, newest first, damaged ones too; or the checkpoint itself that has this path.
+    """Return a run's checkpoint folders, newest first, including damaged ones; for a checkpoint's path, only this one.
 
-    A copy, iter_000500.old, is ignored.
+    Other folders, such as iter_000500.old, are ignored.
     """
     if (path / STATE).exists():
         return [path.resolve()]
@@ -195,34 +199,34 @@ def folders(path: Path) -> list[Path]:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the run's folders with a valid state.json, newest first."""
+    """Return the run's checkpoint folders with a valid state.json, newest first."""
     return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
 def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dict:
-    """Check these files of a checkpoint and return its state.
+    """Verify the given files of a checkpoint and return its state.
 
     Raises:
-        DamagedCheckpointError: no valid state.json, or a file with another size or SHA-256.
-        UserError: the format of another version.
+        DamagedCheckpointError: state.json is not valid, or the size or SHA-256 of a file does not match.
+        UserError: the checkpoint has the format of another version.
     """
     state = read_state(folder)
     if state is None:
         raise DamagedCheckpointError(f"{folder / STATE} is missing or damaged")
     if state["format"] != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
+        raise UserError(f"{folder}: checkpoint format {state['format']} is not supported, only format {FORMAT}")
     for name in names:
         try:
             found = fingerprint(folder / name)
-        except OSError as error:  # a bad sector, for example
+        except OSError as error:  # for example a bad sector
             raise DamagedCheckpointError(f"{folder / name} cannot be read: {error.strerror}") from None
         if found != state["files"].get(name):
-            raise DamagedCheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in state.json")
+            raise DamagedCheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the one in state.json")
     return state
 
 
 def first_valid(folders: list[Path], names: tuple[str, ...], log: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """Return the first checkpoint whose files are valid, with its state. Warn about each damaged one before it."""
+    """Return the first valid checkpoint and its state; None if all are damaged. Log a warning for each damaged one."""
     for folder in folders:
         try:
             return folder, verify(folder, names)
@@ -232,13 +236,13 @@ def first_valid(folders: list[Path], names: tuple[str, ...], log: Callable[[str]
 
 
 def find(model_path: str | None, log: Callable[[str], None]) -> tuple[Path, dict]:
-    """Find and verify the checkpoint that --model_path names. Returns its folder and its state.
+    """Find and verify the checkpoint at `model_path`. Return its folder and its state.
 
     Args:
-        model_path: the folder of a run (its `best`, else its `last`) or of a checkpoint. None: the newest run.
+        model_path: folder of a checkpoint or of a run (its `best`, else its `last`); None: the newest run.
 
     Raises:
-        UserError: nothing there, or nothing undamaged.
+        UserError: the path has no undamaged checkpoint.
     """
     path = newest(file="ckpt/last") if model_path is None else Path(model_path)
     path = path.parent if path.name == WEIGHTS else follow(path)
@@ -246,7 +250,7 @@ def find(model_path: str | None, log: Callable[[str], None]) -> tuple[Path, dict
     candidates = [folder.resolve() for folder in (*linked, *folders(path)) if folder.exists()]
     found = first_valid(list(dict.fromkeys(candidates)), (WEIGHTS,), log)
     if found is None:
-        raise UserError(f"model_path {path}: there is no usable checkpoint")
+        raise UserError(f"model_path = {path}: no usable checkpoint")
     return path if (path / STATE).exists() else path / "ckpt" / found[0].name, found[1]
 
 
@@ -261,8 +265,8 @@ def load_weights(
 
     Args:
         assign: replace the model's tensors instead of copying into them.
-        convert: called with a whole tensor and the model's tensor of that name; returns what is loaded, a shard for
-            example.
+        convert: called with each full tensor and the model's tensor of the same name; returns the tensor to load, for
+            example a shard.
 
     Raises:
         UserError: the weights do not fit the model.
@@ -280,16 +284,16 @@ def load_train_state(folder: Path, mmap: bool = False) -> dict:
     """Load the train_state that `save` wrote. Only tensors and plain types are unpickled.
 
     Args:
-        mmap: read only the parts that are used.
+        mmap: memory-map the file, to read only the parts that are used.
 
     Raises:
-        UserError: the file holds something else, or is no such file.
+        UserError: the file is not a valid train state.
     """
     try:
         state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)
         valid = isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's text explains how to load it anyway
+    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's message advises weights_only=False
         valid = False
     if not valid:
-        raise UserError(f"{folder / TRAIN_STATE} is not loaded: it is no train state of tensors and plain types")
+        raise UserError(f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types")
     return state

@@ -1,7 +1,7 @@
-"""Write checkpoints in a background thread. Training only waits for a copy into buffers.
+"""Write checkpoints in a background thread. Training waits only for a copy into buffers.
 
-At most one save is in flight. Work that has to follow it, such as moving `best`, runs in the same thread, and only if
-the save succeeded: otherwise `best` would point to nothing, and its former checkpoint would be pruned.
+At most one save is in flight. Work that depends on it, such as updating `best`, runs in the same thread and only if the
+save succeeded. Otherwise `best` would be a dangling link, and its previous target would be deleted.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, full
 
 
 def lower_thread_priority() -> None:
-    """Lower the calling thread's priority: at equal priority torch's threads wait for it in turn (docs/speed.md)."""
-    if sys.platform == "linux":  # where each thread has its own niceness
+    """Lower the calling thread's priority, so that torch's threads do not wait for it (docs/speed.md)."""
+    if sys.platform == "linux":  # the only system with a niceness per thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one run. Rank 0 writes; the other ranks help to gather sharded tensors.
+    """Saves the checkpoints of a run. Rank 0 writes them; all ranks gather sharded tensors.
 
     Args:
-        config: resolved.
-        ranks: every rank calls `save`, `allocate_buffers` and `wait` at the same time.
-        metadata: what state.json of every checkpoint says.
-        still_locked: whether the folder is still the one that the run began in.
+        config: resolved config.
+        ranks: `save`, `allocate_buffers` and `wait` are collective calls.
+        metadata: keys that every checkpoint's state.json contains.
+        still_locked: returns whether the run's folder is still the locked one.
 
     Attributes:
-        failure: the newest save's error, where that save failed and training went on.
+        failure: error of the newest save if it failed and training continued, else None.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self._buffers: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
         self._tasks: list[Future] = []
-        self._succeeded = True  # the newest save that the thread has tried
+        self._succeeded = True  # whether the newest started save succeeded
 
     def timer_due(self) -> bool:
         """Whether save_minutes have passed since the newest save."""
@@ -65,29 +65,31 @@ class CheckpointWriter:
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
 
     def allocate_buffers(self, tensors: dict) -> None:
-        """Allocate buffers for these nested tensors, and check that the disk has room for a checkpoint.
+        """Allocate buffers for nested tensors, and check that a checkpoint fits on the disk.
 
-        Fresh memory takes several times as long as a copy.
+        Allocation takes several times as long as a copy, so it is done before the first save.
 
         Raises:
-            UserError: no checkpoint fits, and on_save_error is `stop`; or an earlier save failed, as in `save`.
+            UserError: with on_save_error = stop, a checkpoint does not fit, or an earlier save failed.
         """
-        self.wait()  # a save in flight reads the buffers
+        self.wait()  # the save in flight reads the buffers
         self._copy(tensors)
         size, free = sum(b.nbytes for b in self._buffers.values()), shutil.disk_usage(self.run_dir).free
         if self.ranks.first and free < size:
-            text = f"{self.run_dir} has {free / 1e6:,.0f} MB free, a checkpoint of this run takes {size / 1e6:,.0f} MB"
-            self._fail(UserError(f"{text}: make room, or take an --out_dir on another disk"))
+            text = (
+                f"{self.run_dir} has {free / 1e6:,.0f} MB free, and a checkpoint of this run needs {size / 1e6:,.0f} MB"
+            )
+            self._fail(UserError(f"{text}: free disk space, or choose an --out_dir on another disk"))
 
     def save(self, state: dict, tensors: dict) -> None:
-        """Start to write a checkpoint. Waits for the save before it and for the copy.
+        """Copy the tensors and start to write a checkpoint. Wait for the previous save first.
 
         Args:
-            state: what state.json says besides the metadata.
-            tensors: `weights` and `train_state`, copied as they are now.
+            state: content of state.json besides the metadata.
+            tensors: `weights` and `train_state`.
 
         Raises:
-            UserError: the save before it failed, and on_save_error is `stop`.
+            UserError: with on_save_error = stop, the previous save failed.
         """
         self.wait()
         state, copied, self._last_save = {**state, **self.metadata}, self._copy(tensors), time.monotonic()
@@ -95,14 +97,16 @@ class CheckpointWriter:
         def write() -> None:
             self._succeeded, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
             if not self.still_locked():
-                raise UserError(f"{self.run_dir} is no longer the folder that this run began in: nothing is saved")
+                raise UserError(
+                    f"{self.run_dir} is no longer the folder that this run started in: no checkpoint is saved"
+                )
             checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
             self._succeeded = True
 
         self._submit(write)
 
     def submit_after_save(self, work: Callable, *args) -> None:
-        """Do this work once everything submitted before is on the disk; skip it where the newest save failed."""
+        """Call work(*args) in the thread after all earlier saves; skip the call if the newest save failed."""
         self._submit(lambda: self._succeeded and work(*args))
 
     def _submit(self, work: Callable) -> None:
@@ -110,11 +114,11 @@ class CheckpointWriter:
             self._tasks.append(self._thread.submit(work))
 
     def idle(self) -> bool:
-        """Whether nothing is in flight."""
+        """Whether no task is in flight on this rank."""
         return all(task.done() for task in self._tasks)
 
     def check(self) -> None:
-        """Raise or print the error of a save that has failed, as on_save_error says. Does not wait."""
+        """Raise or print the errors of finished tasks, as set by on_save_error. Does not wait."""
         while self._tasks and self._tasks[0].done():
             try:
                 self._tasks.pop(0).result()
@@ -127,19 +131,19 @@ class CheckpointWriter:
         if self.config.on_save_error == "stop":
             raise error
         self.failure = error
-        print(f"warning: {error}. Training goes on (on_save_error = warn)", file=sys.stderr)
+        print(f"warning: {error}. Training continues (on_save_error = warn)", file=sys.stderr)
 
     def wait(self) -> None:
-        """Wait until nothing is in flight on any rank, then `check`."""
+        """Wait until no task is in flight on any rank, then call `check`."""
         self.ranks.poll_all(self.idle)
         self.check()
 
     def close(self) -> None:
-        """Wait until nothing is in flight on this rank, whatever the outcome."""
+        """Wait until no task is in flight on this rank. Does not report errors."""
         self._thread.shutdown()
 
     def _copy(self, value: Any, name: str = "") -> Any:
-        """Return nested dicts and lists with their tensors copied into the buffers; None for them on other ranks."""
+        """Copy the tensors of nested dicts and lists into the buffers. On ranks other than 0, tensors become None."""
         if isinstance(value, dict):
             return {key: self._copy(item, f"{name}/{key}") for key, item in value.items()}
         if isinstance(value, list):

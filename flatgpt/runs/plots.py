@@ -1,6 +1,6 @@
 """Plot the metrics of one or several runs: losses, learning rate, gradient norm, speed and memory.
 
-matplotlib simplifies paths itself, so long logs make no large files.
+matplotlib simplifies paths, so long logs do not result in large files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from flatgpt.runs.history import History, time_unit
 
-# Okabe and Ito's palette for all kinds of colour vision, its yellow darker.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#B3A500")
+# Okabe and Ito's palette for color-blind readers, with a darker yellow.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#B3A500")
 STYLE = {
-    "figure.dpi": 200,  # 8 inches are 1,600 pixels; shown at half that width, the smallest text is 10 pixels high
+    "figure.dpi": 200,  # a width of 8 inches is 1,600 pixels; at half that size, the smallest text is 10 pixels high
     "figure.constrained_layout.use": True,
     "font.size": 8,
     "axes.titlesize": "medium",
@@ -31,11 +31,11 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "text.parse_math": False,  # the name of a run may contain dollar signs
-    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a run's name may contain dollar signs
+    "svg.fonttype": "none",  # keep text as text
 }
 LOSSES = ("train_loss", "val_loss")
-PANELS = {  # the small panels by column of metrics.csv
+PANELS = {  # column of metrics.csv -> title of its small panel
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "step_ms": "time per update (ms)",
@@ -43,20 +43,21 @@ PANELS = {  # the small panels by column of metrics.csv
     "peak_mem_gb": "peak memory (GB)",
     "loss_scale": "loss scale",
 }
-NOISY = ("train_loss", "grad_norm", "step_ms", "tok_per_s")  # drawn smoothed, of one run also as they are
-LOG_SPANS = {"loss": 4, "lr": math.inf}  # an axis is logarithmic if its values span so much, else 10
-SMOOTHING, NEAR = 0.02, 0.15  # a mean is over this share of the rows on each side, and of those before it
-MAX_MARKERS, NAME_LENGTH = 40, 30  # on one line; characters of a run's name
+NOISY = ("train_loss", "grad_norm", "step_ms", "tok_per_s")  # plotted smoothed; for a single run, also unsmoothed
+LOG_SPANS = {"loss": 4, "lr": math.inf}  # minimum max/min of a logarithmic axis; default: 10
+# Half-width of the smoothing window: a share of all rows, and at most a share of the rows before its center.
+SMOOTHING, EARLY_SMOOTHING = 0.02, 0.15
+MAX_MARKERS, NAME_LENGTH = 40, 30  # per curve; characters of a run's name
 Curve = tuple[np.ndarray, np.ndarray]  # x and y
 
 
 def has_values(run: History, x: str) -> bool:
-    """Whether a run has values to draw along an x axis: iter, tokens or time."""
+    """Whether a run has values to plot over an x axis: iter, tokens or time."""
     return any(len(_read_curve(run, _x_values(run, x), key)[0]) for key in (*LOSSES, *PANELS))
 
 
 def _x_values(run: History, x: str) -> np.ndarray:
-    """Return the x value of each row. Time is that of all updates in seconds, without evaluations and saves."""
+    """Return the x value of each row. `time` is the total time of the updates in s, without evaluations and saves."""
     if x != "time":
         return np.array(run[x])
     iters, step_ms = np.array(run["iter"]), np.array(run["step_ms"])
@@ -67,23 +68,23 @@ def _x_values(run: History, x: str) -> np.ndarray:
 
 
 def _read_curve(run: History, xs: np.ndarray, key: str) -> Curve:
-    """Return the curve of a column. y is nan, a gap, where an update's value is not finite.
+    """Return the curve of a column. If the value of an update is not finite, y is nan, which plots a gap.
 
-    Rows without an x value, and rows of an evaluation only, are left out. A column without values gives no points.
+    Rows without an x value and rows without an update are skipped. A column without values has no points.
     """
-    ys, lr = np.array(run[key]), np.array(run["lr"])
-    shown = np.isfinite(xs) & (np.isfinite(ys) | (np.isfinite(lr) & (key != "val_loss")))
-    ys = np.where(np.isfinite(ys), ys, np.nan)[shown]
-    return (xs[shown], ys) if np.isfinite(ys).any() else (ys[:0], ys[:0])
+    ys, lr = np.array(run[key]), np.array(run["lr"])  # rows of an update have a learning rate
+    included = np.isfinite(xs) & (np.isfinite(ys) | (np.isfinite(lr) & (key != "val_loss")))
+    ys = np.where(np.isfinite(ys), ys, np.nan)[included]
+    return (xs[included], ys) if np.isfinite(ys).any() else (ys[:0], ys[:0])
 
 
 def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> bytes:
-    """Return a picture of one run, or of several in each panel. Panels without values are left out.
+    """Plot one or several runs and return the image. Panels without values are omitted.
 
     Args:
-        runs: each `has_values`.
+        runs: runs for which `has_values` is true.
         x: the x axis: iter, tokens or time.
-        format: png, 1,600 pixels wide, or svg.
+        format: png (1,600 pixels wide) or svg.
     """
     columns, unit = [_x_values(run, x) for run in runs], ""
     if x == "time":
@@ -94,10 +95,10 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> 
     curves = {key: list(map(_read_curve, runs, columns, [key] * len(runs))) for key in (*LOSSES, *PANELS)}
     curves = {key: found for key, found in curves.items() if any(len(xs) for xs, _ in found)}
     panels = [key for key in PANELS if key in curves]
-    panels += panels[-1:] * (-len(panels) % 3)  # the last one fills its row
+    panels += panels[-1:] * (-len(panels) % 3)  # the last panel fills its row
     mosaic = [["loss"] * 3] * 2 if any(key in curves for key in LOSSES) else []
     mosaic += [panels[n : n + 3] for n in range(0, len(panels), 3)]
-    # the user's matplotlibrc has no effect; boxes stand for letters that the font does not have
+    # ignore the user's matplotlibrc, and warnings about characters that the font does not have
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         figure, file = Figure(figsize=(8, 0.7 + 1.6 * len(mosaic))), io.BytesIO()
@@ -115,27 +116,27 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> 
 
 
 def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
-    """Draw the curves of one panel: `loss` or a key of PANELS."""
+    """Plot the curves of one panel: `loss` or a key of PANELS."""
     keys = [key for key in LOSSES if key in curves] if panel == "loss" else [panel]
     single = len(curves[keys[0]]) == 1
     values = np.concatenate([ys for key in keys for _, ys in curves[key]])
     log = np.nanmin(values) > 0 and np.nanmax(values) >= LOG_SPANS.get(panel, 10) * np.nanmin(values)
     for key in keys:
         for n, (xs, ys) in enumerate(curves[key]):
-            look = {"color": COLOURS[n % 8], "linewidth": 1.4, "marker": "." if len(xs) < MAX_MARKERS else ""}
+            style = {"color": COLORS[n % 8], "linewidth": 1.4, "marker": "." if len(xs) < MAX_MARKERS else ""}
             if key == "val_loss":
-                look |= {"linewidth": 1.8, "marker": "o", "markersize": 4, "label": "validation"}
-                look |= {"markevery": math.ceil(len(xs) / MAX_MARKERS)} | ({"color": COLOURS[1]} if single else {})
+                style |= {"linewidth": 1.8, "marker": "o", "markersize": 4, "label": "validation"}
+                style |= {"markevery": math.ceil(len(xs) / MAX_MARKERS)} | ({"color": COLORS[1]} if single else {})
             elif panel == "loss":
-                look |= {"label": "training (smoothed)"} if single else {"linewidth": 0.8}
+                style |= {"label": "training (smoothed)"} if single else {"linewidth": 0.8}
             if key in NOISY:
                 if single:
-                    axes.plot(xs, ys, color=look["color"], linewidth=0.7, alpha=0.35)
+                    axes.plot(xs, ys, color=style["color"], linewidth=0.7, alpha=0.35)
                 ys = smooth(ys, log)
-            axes.plot(xs, ys, **look)
+            axes.plot(xs, ys, **style)
             if key == "val_loss" and len(ys):
-                best, star = np.nanargmin(ys), {"markersize": 12, "markeredgecolor": "white", "zorder": 5}
-                axes.plot(xs[best], ys[best], "*", color=look["color"], label="best", **star)
+                best, star_style = np.nanargmin(ys), {"markersize": 12, "markeredgecolor": "white", "zorder": 5}
+                axes.plot(xs[best], ys[best], "*", color=style["color"], label="best", **star_style)
     axes.set_title(PANELS.get(panel, "loss (nats per token)" + ": validation bold, training thin" * (not single)))
     if panel == "loss" and single:
         axes.legend()
@@ -150,7 +151,7 @@ def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
 
 
 def _add_title(figure: Figure, runs: Sequence[History]) -> None:
-    """Add the name, the best loss and the size of one run, or the legend of several."""
+    """Add name, best loss and size of a single run, or a legend of several runs."""
     labels = []
     for run in runs:
         name = run.name if len(run.name) <= NAME_LENGTH else f"{run.name[:13]}…{run.name[-16:]}"
@@ -159,27 +160,29 @@ def _add_title(figure: Figure, runs: Sequence[History]) -> None:
         facts = [runs[0].parameters and f"{runs[0].parameters:,} parameters", runs[0].state.get("device")]
         figure.suptitle(f"{labels[0]}\n{', '.join(filter(None, facts))}".rstrip())
     else:
-        handles = [Line2D([], [], color=COLOURS[n % 8], linewidth=1.8) for n in range(len(runs))]
+        handles = [Line2D([], [], color=COLORS[n % 8], linewidth=1.8) for n in range(len(runs))]
         figure.legend(handles, labels, loc="outside upper center", ncols=2)
 
 
 def smooth(ys: np.ndarray, log: bool = False) -> np.ndarray:
-    """Return means over neighbouring rows on both sides, which do not lag behind. nan stays nan.
+    """Return centered moving averages, which do not lag. nan stays nan.
 
     Args:
-        log: of the logarithms, so that a spike does not become wide on a logarithmic axis.
+        log: average logarithms, so that a spike does not become wide on a logarithmic axis.
     """
     known, n = np.isfinite(ys), np.arange(len(ys))
-    width = np.minimum(SMOOTHING * len(ys), NEAR * n).astype(int)  # less at the beginning, where losses fall fast
+    width = np.minimum(SMOOTHING * len(ys), EARLY_SMOOTHING * n).astype(
+        int
+    )  # smaller at the start, where losses fall fast
     start, end = n - width, np.minimum(n + width + 1, len(ys))
     means = np.log(ys) if log else ys
-    for _ in range(2):  # with equal weights twice, a spike becomes a peak, not a block
-        sums, counts = (np.append(0, np.cumsum(each)) for each in (np.where(known, means, 0), known))
+    for _ in range(2):  # averaging twice turns a spike into a triangle, not a rectangle
+        sums, counts = (np.append(0, np.cumsum(a)) for a in (np.where(known, means, 0), known))
         means = (sums[end] - sums[start]) / np.maximum(counts[end] - counts[start], 1)
     return np.where(known, np.exp(means) if log else means, np.nan)
 
 
 def format_tick(value: float) -> str:
-    """Format a number on an axis: 0.0003, 1.5, 2,000, 1.5M."""
+    """Format a tick label: 0.0003, 1.5, 2,000, 1.5M."""
     unit, size = next((pair for pair in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if abs(value) >= pair[1]), ("", 1))
     return f"{value / size:,.6g}{unit}"

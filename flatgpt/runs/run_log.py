@@ -1,4 +1,4 @@
-"""Log a run: metrics.csv, samples.txt, lines on the terminal, a progress bar, and optionally Weights & Biases."""
+"""Log a run to metrics.csv, samples.txt, the terminal (with a progress bar) and, optionally, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEYS = (
-    "iter",  # updates done
+    "iter",  # number of updates so far
     "tokens",  # trained on so far
-    "epoch",  # passes over the training split so far, a fraction
+    "epoch",  # passes over the training split so far, fractional
     "train_loss",  # nats per token, of this update
     "val_loss",  # nats per token, if this iteration was evaluated
-    "lr",  # of this update
+    "lr",  # learning rate of this update
     "grad_norm",  # before clipping
     "loss_scale",  # float16 only
     "skipped",  # updates skipped so far
-    "step_ms",  # milliseconds per update since the row before, without evaluations and saves
+    "step_ms",  # milliseconds per update since the previous row, without evaluations and saves
     "tok_per_s",
-    "mfu",  # share of the device's peak, if that is known
+    "mfu",  # model FLOPs utilization, if the device's peak is known
     "peak_mem_gb",  # 10^9 bytes
 )
 
 ROWS, SAMPLES, PICTURE = "metrics.csv", "samples.txt", "metrics.png"
-# patterns of one entry, whose first group is the iteration
+# regular expressions of an entry; the first group is the iteration
 ROW, SAMPLE = rb"^(\d+),.*\n", rb"^=== iter (\d+) .*\n(?:(?!===).*\n)*"
 
 # Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
-# entry that fits is used.
+# match is used.
 PEAK_TFLOPS = {
     "H200 NVL": 835,
     "H200": 989,
@@ -60,8 +60,8 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the peak FLOP/s of a device, None if it is not in the table."""
-    if "Laptop" in device_name or "MIG" in device_name:  # a slower chip of the same name; a part of a GPU
+    """Return the peak FLOP/s of a device; None if unknown."""
+    if "Laptop" in device_name or "MIG" in device_name:  # slower than the GPU of this name
         return None
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
@@ -69,19 +69,18 @@ def peak_flops(device_name: str) -> float | None:
 class StepClock:
     """Measures the time of updates between two rows of the log.
 
-    Evaluations, saves and the first update, which may compile, are not included. It is read only where the host has
-    waited for the device anyway.
+    Evaluations, saves and the first update, which may compile, are not included. Read it only when the device is idle.
     """
 
     def __init__(self):
-        self.began, self.updates, self.warm = 0.0, 0, False
+        self.start_time, self.updates, self.warm = 0.0, 0, False
 
     def start(self) -> None:
         """Start measuring. The device must be idle."""
-        self.began, self.updates = time.perf_counter(), 0
+        self.start_time, self.updates = time.perf_counter(), 0
 
     def count(self, loss: Tensor) -> None:
-        """Count an update that was launched. The first one is waited for and not counted."""
+        """Count a launched update. The first one is not counted: wait for it, then start measuring."""
         if self.warm:
             self.updates += 1
         else:
@@ -91,44 +90,44 @@ class StepClock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time that passes inside."""
-        paused = time.perf_counter()
+        """Exclude the time inside the `with` block."""
+        pause_start = time.perf_counter()
         yield
-        self.began += time.perf_counter() - paused
+        self.start_time += time.perf_counter() - pause_start
 
     def ms_per_update(self) -> float | None:
         """Return milliseconds per update since `start`; None before the first counted update."""
-        return 1e3 * (time.perf_counter() - self.began) / self.updates if self.updates else None
+        return 1e3 * (time.perf_counter() - self.start_time) / self.updates if self.updates else None
 
 
 class AppendFile:
-    """A text file that entries are appended to. What cannot be written is kept, and written with a later entry.
+    """A text file to append entries to. If writing fails, entries are kept and written with a later one.
 
     Args:
-        entries: their name in messages.
+        entries: what to call the entries in messages.
     """
 
     def __init__(self, path: Path, entries: str):
-        self.path, self.entries, self._waiting, self._warned = path, entries, b"", False
+        self.path, self.entries, self._unwritten, self._warned = path, entries, b"", False
         self._file = None  # opened for the first entry
 
     def append(self, entry: str) -> None:
-        """Write what waits, and this entry."""
-        self._waiting += entry.encode()
+        """Write the unwritten entries and this one."""
+        self._unwritten += entry.encode()
         try:
             self._file = self._file or open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not self._warned:
-                text = f"warning: {self.path}: {error.strerror}; {self.entries} wait until there is room"
-                tqdm.write(text, file=sys.stderr)  # above the bar
+                text = f"warning: {self.path}: {error.strerror}; {self.entries} are kept until they can be written"
+                tqdm.write(text, file=sys.stderr)  # above the progress bar
             self._warned = True
 
     def close(self) -> None:
         """Close the file, with a warning if entries are lost."""
-        if self._waiting:
-            print(f"warning: {self.path}: the last {self.entries} found no room", file=sys.stderr)
+        if self._unwritten:
+            print(f"warning: {self.path}: the last {self.entries} could not be written", file=sys.stderr)
         if self._file:
             self._file.close()
 
@@ -138,9 +137,9 @@ class RunLog:
 
     Args:
         run_dir: folder of metrics.csv and samples.txt; None on ranks that write no files.
-        start_iter: 0, or the iteration that the run resumes from. Later rows move to metrics.lost.csv, and the row of
-            this iteration is removed, as it is written again; the same holds for samples.
-        max_iters: the end of the progress bar.
+        start_iter: 0, or the iteration that the run resumes from. Later rows are moved to metrics.lost.csv. The row of
+            this iteration is removed, because it is written again. The same applies to samples.
+        max_iters: total of the progress bar.
         wandb_run: result of `start_wandb`.
     """
 
@@ -151,8 +150,8 @@ class RunLog:
             _rewind(rows, start_iter, ROW, (",".join(KEYS) + "\n").encode())
             _rewind(samples, start_iter, SAMPLE)
         self._rows, self._samples = AppendFile(rows, "rows"), AppendFile(samples, "samples")
-        self._began: tuple[float, int] | None = None  # time and iteration from which the time left is estimated
-        # disable=None: no bar if stderr is no terminal
+        self._eta_start: tuple[float, int] | None = None  # start of the ETA estimate: time and iteration
+        # disable=None: no bar if stderr is not a terminal
         self.bar = tqdm(
             total=max_iters, initial=start_iter, unit="iter", disable=None if run_dir else True, dynamic_ncols=True
         )
@@ -163,14 +162,14 @@ class RunLog:
         sys.stdout.flush()
 
     def write(self, row: dict) -> None:
-        """Log one row of KEYS. Missing keys and None are empty cells."""
+        """Log a row with values for KEYS. Missing values and None become empty cells."""
         row = {key: row.get(key) for key in KEYS}
         cells = ("" if v is None else f"{v:.9g}" if isinstance(v, float) else str(v) for v in row.values())
         self._rows.append(",".join(cells) + "\n")
         i, now, seconds_left = row["iter"], time.perf_counter(), None
         if row["step_ms"]:
-            self._began = self._began or (now - row["step_ms"] / 1e3, i - 1)
-            seconds_left = (now - self._began[0]) / (i - self._began[1]) * max(0, self.max_iters - i)
+            self._eta_start = self._eta_start or (now - row["step_ms"] / 1e3, i - 1)
+            seconds_left = (now - self._eta_start[0]) / (i - self._eta_start[1]) * max(0, self.max_iters - i)
         text = format_row(row, len(str(self.max_iters)), seconds_left)
         if row["val_loss"] is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
             text = f"\033[1m{text}\033[0m"  # bold
@@ -181,8 +180,8 @@ class RunLog:
         """Print the samples of an evaluation and append them to samples.txt.
 
         Args:
-            row: of the evaluation.
-            texts: each begins with its prompt.
+            row: row of the evaluation.
+            texts: one per prompt, including the prompt.
         """
         i, table = row["iter"], [[row["iter"], *pair] for pair in zip(prompts, texts, strict=True)]
         self.print("\n---\n".join([f"--- sample after {i} updates\n{texts[0]}", *texts[1:]]) + "\n---")
@@ -194,13 +193,13 @@ class RunLog:
         self._call_wandb(lambda wandb, run: run.log({"iter": i, "samples": wandb.Table(columns, table)}))
 
     def write_picture(self, png: bytes) -> None:
-        """Write metrics.png, whole or not at all."""
+        """Write metrics.png atomically."""
         path = str(self.folder / PICTURE)
         write_output(png, path, "picture")
         self._call_wandb(lambda wandb, run: run.log({"metrics": wandb.Image(path)}))
 
     def _call_wandb(self, call: Callable) -> None:
-        """Run call(wandb, run) if there is a wandb run. A failure there (a full disk, no service) is a warning."""
+        """Run call(wandb, run) if a wandb run is active. Errors, such as a full disk, are printed as a warning."""
         if self.wandb_run is None:
             return
         import wandb
@@ -210,7 +209,7 @@ class RunLog:
         except Exception as error:
             if not self._warned:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                tqdm.write(f"warning: wandb: {reason}; what it misses is in {self.folder}", file=sys.stderr)
+                tqdm.write(f"warning: wandb: {reason}; the missing data is in {self.folder}", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
@@ -222,10 +221,10 @@ class RunLog:
 
 
 def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> str:
-    """Format one row for the terminal. Missing values leave their columns empty.
+    """Format a row for the terminal. Columns of missing values are empty.
 
     Args:
-        width: characters of the iteration.
+        width: width of the iteration in characters.
     """
     columns = (
         ("train_loss", "loss {:7.4f}"),
@@ -236,23 +235,23 @@ def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> 
         ("tok_per_s", "{:7,.0f} tok/s"),
     )
     texts = [f"iter {row['iter']:>{width}}"]
-    for key, form in columns:
+    for key, template in columns:
         value = row.get(key)
-        texts.append(" " * len(form.format(0)) if value is None else form.format(value))
+        texts.append(" " * len(template.format(0)) if value is None else template.format(value))
     texts += [f"mfu {row['mfu']:5.1%}"] if row.get("mfu") is not None else []
     texts += [f"eta {duration(seconds_left)}"] if seconds_left is not None else []
     return " | ".join(texts).rstrip(" |")
 
 
 def _rewind(path: Path, start_iter: int, entry: bytes, header: bytes = b"") -> None:
-    """Keep a file's entries before start_iter and move later ones to a second file, metrics.lost.csv for metrics.csv.
+    """Keep the entries before start_iter, and move those after it to another file, such as metrics.lost.csv.
 
     Args:
-        entry: pattern of an entry; its first group is the iteration.
+        entry: regular expression of an entry; the first group is the iteration.
         header: first line of both files.
     """
     content = path.read_bytes() if path.exists() else b""
-    # in bytes: a killed process can leave half an entry, a power cut anything
+    # bytes: the file may end with a partial entry or, after a power failure, with invalid UTF-8
     entries = [(int(found[1]), found[0]) for found in re.finditer(entry, content, re.M)]
     if lost := b"".join(text for i, text in entries if i > start_iter):
         lost_path = path.with_name(f"{path.stem}.lost{path.suffix}")
@@ -263,12 +262,12 @@ def _rewind(path: Path, start_iter: int, entry: bytes, header: bytes = b"") -> N
 
 
 def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None = None):
-    """Start a wandb run; None for mode `disabled` or if wandb fails. Asks no question.
+    """Start a wandb run without prompting; return None for mode `disabled` or if wandb fails.
 
-    `online` without a key or without a network becomes `offline`, with a warning: `wandb sync` uploads it later.
+    Without an API key or network, `online` becomes `offline` with a warning; `wandb sync` uploads the run later.
 
     Args:
-        run_id: of the run that is resumed, so that its curves continue.
+        run_id: wandb id of the run to resume, so that its curves continue.
     """
     if mode == "disabled":
         return None
@@ -287,10 +286,10 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
             run = wandb.init(mode=attempt, **settings)
             run.define_metric("*", step_metric="iter")  # not step=: wandb drops rows of a lower step after a resume
             return run
-        except Exception as error:  # UsageError, CommError, and errors of its service without a common class
-            instead = "logging offline, wandb sync uploads it" if attempt == "online" else "going on without it"
-            print(f"warning: wandb {attempt}: {str(error).splitlines()[0]}; {instead}", file=sys.stderr)
-            wandb.teardown()  # otherwise its service keeps the run's id
+        except Exception as error:  # UsageError, CommError, and other errors without a common base class
+            fallback = "logging offline, wandb sync uploads it" if attempt == "online" else "continuing without wandb"
+            print(f"warning: wandb {attempt}: {str(error).splitlines()[0]}; {fallback}", file=sys.stderr)
+            wandb.teardown()  # otherwise its service still holds the run's id
     return None
 
 

@@ -10,16 +10,16 @@ from torch import Tensor
 from config import TrainConfig
 from model import GPT
 
-# Coefficients of Jordan et al.; singular values end between 0.7 and 1.2.
+# Coefficients from Jordan et al.; they bring singular values to between 0.7 and 1.2.
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-MUON_RMS = 0.2  # root mean square of a step's entries, in learning rates
+MUON_RMS = 0.2  # root mean square of a step's entries, as a multiple of the learning rate
 ONECYCLE_START = 1 / 25  # of lr at update 0, as in torch's OneCycleLR
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
     """Return fused AdamW (Loshchilov and Hutter, 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
-    Matrices, embeddings included, have weight decay; vectors have none.
+    Weight decay applies to matrices, including embeddings, but not to vectors.
     """
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
     hidden_ids = {id(p) for p in hidden}
@@ -40,49 +40,49 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonA
 
 
 class MuonAndAdamW:
-    """Two optimizers with the interface of one, so that both skip an update with an overflow in either."""
+    """Muon and AdamW with the interface of one optimizer. Both skip an update if `found_inf` is 1."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
-        self.parts = {"muon": muon, "adamw": adamw}
+        self.optimizers = {"muon": muon, "adamw": adamw}
         self.found_inf: Tensor | None = None
 
     @property
     def param_groups(self) -> list[dict]:
-        """The groups of both."""
-        return [group for part in self.parts.values() for group in part.param_groups]
+        """Parameter groups of both optimizers."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def step(self) -> None:
         """Apply the gradients, unless `found_inf` is 1. Does not synchronise with the device."""
-        for part in self.parts.values():
-            part.found_inf = self.found_inf
-            part.step()
+        for optimizer in self.optimizers.values():
+            optimizer.found_inf = self.found_inf
+            optimizer.step()
 
     def state_dict(self) -> dict:
-        """Return both states by name."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        """Return the states of both optimizers, by name."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for two-dimensional parameters: steps along the orthogonal matrix nearest to the momentum of the gradients.
 
-    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. Matrices of one shape are iterated
-    as one batch, which is faster for small ones (docs/speed.md) than torch.optim.Muon's loop. Steps are scaled as in
-    "Muon is scalable for LLM training" (Liu et al., 2025) to the usual size of AdamW's, so that learning rate and
-    weight decay mean the same for both.
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. Matrices of one shape are processed
+    as one batch. For small matrices this is faster than torch.optim.Muon's loop (docs/speed.md). Steps are scaled to
+    the usual size of AdamW's, as in "Muon is scalable for LLM training" (Liu et al., 2025), so that both optimizers use
+    the same learning rate and weight decay.
 
     Args:
-        params: groups; `parts` is the number of matrices stacked in each parameter (3 for queries, keys and values),
-            which are orthogonalised one by one.
-        momentum: decay of the mean of the gradients (Nesterov).
+        params: parameter groups. `parts` is the number of matrices stacked in each parameter, such as 3 for queries,
+            keys and values. Each matrix is orthogonalised by itself.
+        momentum: decay of the running mean of gradients (Nesterov momentum).
     """
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
-        self.found_inf: Tensor | None = None  # where 1, a step changes nothing; read on the device
+        self.found_inf: Tensor | None = None  # 1: step() changes nothing; read on the device
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply the gradients."""
+        """Apply the gradients, unless `found_inf` is 1."""
         shapes: dict[tuple, list[Tensor]] = {}
         for group in self.param_groups:
             settings = group["lr"], group["weight_decay"], group["momentum"]
@@ -99,15 +99,15 @@ class Muon(torch.optim.Optimizer):
                 skip = self.found_inf > 0
                 mean, lookahead = torch.where(skip, old_mean, mean), torch.where(skip, 0, lookahead)
                 decay = torch.where(skip, 1, decay)
-            steps = orthogonalized(lookahead) * (-lr * MUON_RMS * math.sqrt(max(rows, columns)))
+            steps = orthogonalize(lookahead) * (-lr * MUON_RMS * math.sqrt(max(rows, columns)))
             sizes = [p.size(0) // rows for p in params]
             for p, buffer, new, step in zip(params, buffers, mean.split(sizes), steps.split(sizes), strict=True):
                 buffer.copy_(new.view_as(p))
                 p.mul_(decay).add_(step.reshape(p.shape))
 
 
-def orthogonalized(x: Tensor) -> Tensor:
-    """Return matrices (n, rows, columns) with singular values near 1, by Newton-Schulz iterations in bfloat16."""
+def orthogonalize(x: Tensor) -> Tensor:
+    """Bring the singular values of matrices (n, rows, columns) near 1, by Newton-Schulz iterations in bfloat16."""
     a, b, c = NEWTON_SCHULZ
     x = x.bfloat16()
     tall = x.size(1) > x.size(2)
@@ -123,23 +123,23 @@ def orthogonalized(x: Tensor) -> Tensor:
 def apply_gradients(
     optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, found_inf: Tensor
 ) -> None:
-    """Make a step. Where found_inf, shape (), is 1.0, weights, moments and counts stay unchanged."""
-    optimizer.found_inf = found_inf  # the fused kernels read it on the device,
-    # except on mps before torch's pull request 186360: there the host reads it
+    """Run an optimizer step. If found_inf, shape (), is 1.0, weights, moments and step counts stay unchanged."""
+    optimizer.found_inf = found_inf
+    # Fused kernels read found_inf on the device. On mps, before torch's pull request 186360, the host has to read it.
     if found_inf.device.type != "mps" or not found_inf.item():
         scaler.step(optimizer)
     scaler.update()
 
 
 def learning_rate(update: int, config: TrainConfig) -> float:
-    """Return the learning rate of an update (from 0). The config has to be resolved.
+    """Return the learning rate of an update (from 0). The config must be resolved.
 
-    A linear warm-up that starts above zero and meets lr at update warmup_iters; from there
-        cosine, linear: down to min_lr at update lr_decay_iters, and min_lr after it;
+    A linear warm-up starts above zero and reaches lr at update warmup_iters. Then, by schedule:
+        cosine, linear: decay to min_lr at update lr_decay_iters, then min_lr;
         constant: lr;
         wsd (warm-up, stable, decay: Hu et al., MiniCPM, 2024): lr, then linear to min_lr over the last decay_fraction.
-    onecycle is torch's OneCycleLR: from lr / 25 up to lr by a cosine, which update warmup_iters - 1 meets, and by
-    another one down to min_lr, which update lr_decay_iters - 1 meets.
+    onecycle is torch's OneCycleLR: a cosine from lr / 25 to lr at update warmup_iters - 1, and another one to min_lr at
+    update lr_decay_iters - 1.
     """
     warmup, end = config.warmup_iters, config.lr_decay_iters
     if config.schedule == "onecycle":
@@ -160,5 +160,5 @@ def learning_rate(update: int, config: TrainConfig) -> float:
 
 
 def _cosine(progress: float, first: float, last: float) -> float:
-    """Half a cosine wave from `first` (progress = 0) to `last` (progress = 1)."""
+    """Interpolate along half a cosine wave, from `first` (progress 0) to `last` (progress 1)."""
     return last + 0.5 * (1 + math.cos(math.pi * progress)) * (first - last)

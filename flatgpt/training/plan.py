@@ -1,6 +1,6 @@
 """Estimate size, memory and time of a run before it starts, for `train.py --plan`.
 
-Memory is summed term by term, for CUDA's kernels in eager mode; torch.compile needs less. Sizes are named as in
+Memory is a sum of terms for CUDA's kernels in eager mode; torch.compile needs less. Sizes are named as in
 model.py: B batch, T time, C channels, H heads, D = C / H, V vocabulary.
 """
 
@@ -20,31 +20,35 @@ from flatgpt.training.setup import choose_device, resolve_data_settings
 from model import GPT
 
 FLOAT32, INT64 = 4, 8  # bytes
-GPUS = ("T4", "A10G", "A100", "H100", "H200")  # rows of --plan; in the table of run_log
+GPUS = ("T4", "A10G", "A100", "H100", "H200")  # rows of --plan; run_log has their peak FLOP/s
 
 
 def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
-    """Print the size, memory and time of a run without training. Uses the dataset's counts where it is prepared."""
-    here, folder, windows = choose_device(config, ranks, {}), Path(config.data_dir) / config.dataset, None
+    """Print the size, memory and time of a run without training. Uses the dataset's counts if it is prepared."""
+    device_settings, folder, windows = choose_device(config, ranks, {}), Path(config.data_dir) / config.dataset, None
     if config.vocab_size is None or any(folder.glob("*.bin")):
         try:
             config, windows = resolve_data_settings(config, open_dataset(folder))
         except UserError as error:
-            raise UserError(f"{error}; or give --vocab_size, for the plan without it") from None
+            raise UserError(f"{error}; or add --vocab_size for a plan without the dataset") from None
     model, dtype = GPT.on_meta_device(config.model()), "bfloat16" if config.dtype == "auto" else config.dtype
-    pieces = memory(config, getattr(torch, dtype), config.gpus)
+    components = memory(config, getattr(torch, dtype), config.gpus)
     lines = [*size_lines(config, model, str(folder), windows), ""]
-    lines.append(f"memory   GB on each of {config.gpus} devices, save buffers in the host's; {dtype}")
-    lines += [f"         {piece:<24}{size / 1e9:>10,.3f}" for piece, size in pieces.items()]
+    lines.append(f"memory   GB on each of {config.gpus} devices with {dtype}; save buffers are in host memory")
+    lines += [f"         {name:<24}{size / 1e9:>10,.3f}" for name, size in components.items()]
     if config.max_iters:
-        lines += ["", f"time     of {config.gpus} such, at mfu = {config.mfu:g} of the peak (half precision)"]
+        lines += [
+            "",
+            f"time     on {config.gpus} of these devices, at mfu = {config.mfu:g} of their half-precision peak",
+        ]
         tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
         peaks = {name: peak_flops(f"NVIDIA {name}") for name in GPUS}
-        peaks[f"here: {here.name}"] = peak_flops(here.name) or matmul_flops(here.device, here.dtype)
+        local_peak = peak_flops(device_settings.name) or matmul_flops(device_settings.device, device_settings.dtype)
+        peaks[f"here: {device_settings.name}"] = local_peak
         for name, peak in peaks.items():
             seconds = tokens * model.flops_per_token() / (peak * config.mfu * config.gpus)
-            span = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
-            lines.append(f"         {name:<24}{peak / 1e12:>10,.4g} TFLOP/s{span:>14}")
+            estimate = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
+            lines.append(f"         {name:<24}{peak / 1e12:>10,.4g} TFLOP/s{estimate:>14}")
     print("\n".join(lines))
 
 
@@ -53,18 +57,18 @@ def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | No
 
     Args:
         config: vocab_size is set.
-        data: the name of the data.
-        windows: None where the data is not prepared.
+        data: name of the dataset.
+        windows: None if the dataset is not prepared.
     """
     T, params, flops = config.context_length, model.num_params(), model.flops_per_token()
     W, per_update = len(windows) if windows else 0, config.batch_size * config.grad_accum_steps
     tokens = (config.max_iters or 0) * per_update * T
     lines = [
-        f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
-        f"context {T}, {config.vocab_size:,} ids; {flops:,} FLOPs per token",
+        f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, n_embd {config.n_embd}, "
+        f"context {T}, vocabulary {config.vocab_size:,}; {flops:,} FLOPs per token",
         f"data     {data}" + (f": {len(windows.tokens):,} training tokens, {W:,} windows" if W else " is not prepared"),
         f"update   {config.batch_size} sequences x {config.grad_accum_steps} x {T} tokens = {per_update * T:,} tokens"
-        + (f"; {W / per_update:,.1f} updates an epoch" if W else ""),
+        + (f"; {W / per_update:,.1f} updates per epoch" if W else ""),
     ]
     if tokens:
         epochs = f"{config.max_iters * per_update / W:.2f} epochs, " if W else ""
@@ -74,36 +78,36 @@ def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | No
 
 
 def activation_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, sharded: bool = False) -> int:
-    """Return the most bytes in use at a time during a forward and backward pass, besides parameters and gradients.
+    """Return the peak memory of a forward and backward pass in bytes, without parameters and gradients.
 
     The residual stream, which LayerNorm reads, is float32; matrix products read and write `dtype`. With
-    activation_checkpointing only the input of each block is kept, and the last block is recomputed.
+    activation_checkpointing only the input of each block is kept, and one block at a time is recomputed.
 
     Args:
-        dtype: of autocast; float32 means no autocast.
-        sharded: by fully_shard, which gathers the blocks' matrices in `dtype`, so that autocast copies nothing.
+        dtype: the dtype of autocast; float32: no autocast.
+        sharded: with fully_shard, which gathers the blocks' matrices in `dtype`, so that autocast makes no copies.
     """
     T, C, H, L, V = config.context_length, config.n_embd, config.n_head, config.n_layer, config.vocab_size
     tokens, hidden, padded, size = batch_size * T, round(config.mlp_ratio * C), -(-V // 64) * 64, dtype.itemsize
     mixed, dropout, rope = dtype != torch.float32, bool(config.dropout), config.position == "rope"
     stream, in_dtype = FLOAT32 * tokens * C, size * tokens * C  # (B, T, C)
-    norm = stream + FLOAT32 * 2 * tokens  # a LayerNorm's input, mean and deviation
-    if config.attention == "manual":  # q, k and v; the softmax in float32 and `dtype`; dropout's mask
+    norm = stream + FLOAT32 * 2 * tokens  # input, mean and deviation of a LayerNorm
+    if config.attention == "manual":  # q, k, v; softmax in float32 and `dtype`; dropout mask
         attention = 3 * in_dtype + tokens * H * T * (FLOAT32 + size * (mixed or dropout) + dropout)
-    else:  # q, k, v and log-sum-exp; with RoPE copies of q, k and the result
+    else:  # q, k, v, log-sum-exp; with RoPE, copies of q, k and the result
         attention = (3 + 3 * rope) * in_dtype + FLOAT32 * tokens * H
-    mlp = size * tokens * hidden * (1 if config.activation == "relu" else 2)  # GELU keeps its input, too
-    masks = 2 * dropout * tokens * C  # after attention and MLP, a byte per element
+    mlp = size * tokens * hidden * (1 if config.activation == "relu" else 2)  # GELU also keeps its input
+    masks = 2 * dropout * tokens * C  # after attention and MLP; a byte per element
     matrices = size * C * (4 * C + 2 * hidden) * (mixed and not sharded)  # autocast's copies
     block = 2 * norm + 3 * in_dtype + attention + mlp + masks + matrices  # with the inputs of three matrix products
     embedding = INT64 * tokens + T * (FLOAT32 * (C // H) if rope else INT64) + dropout * tokens * C
     head_gradient = FLOAT32 * padded * (C + config.head_bias)
     if tokens * padded > cross_entropy.MIN_FUSED_LOGITS:  # the loss computes gradients in its forward pass
-        head = norm + stream + head_gradient  # the gradient of the LayerNorm's result replaces that result
+        head = norm + stream + head_gradient  # the gradient of the LayerNorm's output replaces the output
         rows, matrix = min(tokens, cross_entropy.CHUNK_ROWS["cuda"]), size * padded * C
-        softmax = 2 * min(FLOAT32 * rows * padded, cross_entropy.SOFTMAX_BYTES["cuda"])  # its input and result
-        # the head's input, with and without the rows that have no target, the matrix in `dtype`, and the logits of a
-        # chunk; and the softmax, or after it the chunk's gradient of the matrix
+        softmax = 2 * min(FLOAT32 * rows * padded, cross_entropy.SOFTMAX_BYTES["cuda"])  # its input and output
+        # the head's input, with and without rows that have no target; the matrix in `dtype`; the logits of a chunk;
+        # and the softmax or, after it, the chunk's gradient of the matrix
         workspace = stream + in_dtype + mixed * matrix + size * rows * padded + max(softmax, matrix)
         workspace += config.activation_checkpointing * L * matrices  # kept until the forward pass ends
     else:
@@ -111,51 +115,51 @@ def activation_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, s
         workspace = 2 * FLOAT32 * tokens * V  # the gradients of log-probabilities and logits, both float32
     if not config.activation_checkpointing:
         return embedding + L * block + head + workspace
-    # in the MLP's backward pass: the gradient of the stream in `dtype`, and the product of it
+    # backward pass of the MLP: the gradient of the stream in `dtype`, and its product with the matrix
     recomputed = block + head_gradient + size * tokens * (mixed * C + hidden)
     return embedding + L * stream + max(head + workspace, recomputed)
 
 
 def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, int]:
-    """Return bytes by piece on each of `gpus` devices, and of the `save buffers` in the host's memory.
+    """Return the bytes of each component on each of `gpus` devices, and of the `save buffers` in host memory.
 
-    `activations` include temporary memory. `peak` is the largest sum of pieces at one moment. vocab_size has to be set.
+    `activations` include temporary memory. `peak` is the largest sum at any time. vocab_size must be set.
     """
     model = GPT.on_meta_device(config.model())
     blocks = list(model.transformer.h.parameters())
-    in_blocks, matrices = sum(p.numel() for p in blocks), sum(p.numel() for p in blocks if p.dim() == 2)
-    tables = sum(p.numel() for p in model.parameters()) - in_blocks  # with the vocabulary's padding
+    block_params, matrices = sum(p.numel() for p in blocks), sum(p.numel() for p in blocks if p.dim() == 2)
+    other_params = sum(p.numel() for p in model.parameters()) - block_params  # with the vocabulary's padding
     sharded = config.fsdp and gpus > 1
-    part = gpus if sharded else 1
-    several = config.grad_accum_steps > gpus  # a device adds up the gradients of its passes
-    weights = FLOAT32 * (tables + in_blocks)
-    # AdamW keeps two moments, Muon one of each matrix of the blocks
+    shards = gpus if sharded else 1
+    accumulate = config.grad_accum_steps > gpus  # a device sums the gradients of several passes
+    weights = FLOAT32 * (other_params + block_params)
+    # AdamW has two moments per parameter; Muon has one for the blocks' matrices
     moments = 2 * weights - FLOAT32 * matrices * (config.optimizer == "muon")
-    pieces = {
-        "weights": weights // part,
-        "gradients": weights // (1 if several else part),
-        "optimizer": moments // part,
+    components = {
+        "weights": weights // shards,
+        "gradients": weights // (1 if accumulate else shards),
+        "optimizer": moments // shards,
         "activations": activation_bytes(config, config.batch_size, dtype, sharded),
     }
-    if sharded:  # at once: the float32 embeddings from forward to backward, and one block in `dtype`
-        pieces["weights"] += FLOAT32 * tables + dtype.itemsize * in_blocks // config.n_layer
-    # gradients of a single pass replace its activations; but DDP allocates buckets for them in advance
-    unused = min(pieces["gradients"], pieces["activations"]) if not several and (gpus == 1 or sharded) else 0
-    return pieces | {"peak": sum(pieces.values()) - unused, "save buffers": weights + moments}
+    if sharded:  # gathered: the float32 embeddings from forward to backward, and one block in `dtype`
+        components["weights"] += FLOAT32 * other_params + dtype.itemsize * block_params // config.n_layer
+    # gradients of a single pass reuse the memory of its activations, except with DDP, which allocates buckets first
+    unused = min(components["gradients"], components["activations"]) if not accumulate and (gpus == 1 or sharded) else 0
+    return components | {"peak": sum(components.values()) - unused, "save buffers": weights + moments}
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of the fastest square matrix product, measured in about a quarter of a second.
 
-    It stands in for the peak of devices that are not in the table of run_log, such as CPUs.
+    It replaces the peak FLOP/s of devices that run_log does not list, such as CPUs.
     """
     best, n, seconds = 0.0, 128, 0.0
     while seconds < 0.03 and n < 8192:  # the next size takes eight times as long
         n *= 2
         a = torch.randn(n, n, device=device).to(dtype)
-        for _ in range(2):  # the first may initialise a kernel
-            began = time.perf_counter()
+        for _ in range(2):  # the first run may initialise a kernel
+            start = time.perf_counter()
             (a @ a)[0, 0].item()  # item() waits for the device
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
             best = max(best, 2 * n**3 / seconds)
     return best

@@ -1,4 +1,4 @@
-"""What a run reports: its size, metrics, samples and picture, how it ended, and what to do when memory is full."""
+"""Reports of a run: summary, metrics rows, samples, plot and final message, and advice for lack of memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flatgpt.training.setup import TrainingRun
 
 
 def summary(run: TrainingRun) -> str:
-    """Return the sizes and settings of a run, to be printed before its first update."""
+    """Return the sizes and settings of a run, printed before its first update."""
     config, data = run.config, f"{run.dataset.notice or run.dataset.folder} ({run.dataset.meta['tokenizer']})"
     ranks = f"; {run.ranks.world} ranks, {'fully_shard' if config.fsdp else 'DDP'}" if run.ranks.world > 1 else ""
     return "\n".join(
@@ -39,7 +39,7 @@ def summary(run: TrainingRun) -> str:
 
 
 def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: float | None) -> dict:
-    """Return the metrics of the newest update, the i-th (from 1). Waits for the device."""
+    """Return the metrics of the newest update, i (from 1). Synchronises with the device."""
     tokens, peak = run.batches.per_update * run.config.context_length, peak_flops(run.device_settings.name)
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
     return {
@@ -58,11 +58,11 @@ def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: f
 
 
 def generate_samples(run: TrainingRun, seed: int) -> list[str]:
-    """Return a text for each sample_prompt, which it begins with. The random numbers depend on the seed alone."""
+    """Continue each sample_prompt; return texts with their prompts. Random numbers depend only on the seed."""
     config, encoding = run.config, run.encoding
     prompts = [encoding.encode_ordinary(prompt) or [encoding.eot_token] for prompt in config.sample_prompt]
 
-    def sample_ids() -> list[list[int]]:  # of a fixed length, as sharded models need all ranks at each token
+    def sample_ids() -> list[list[int]]:  # of a fixed length: a sharded model needs all ranks for each token
         options = SamplingConfig(temperature=0.8, seed=seed)
         steps = generate_batch(Decoder(run.model), prompts, config.sample_tokens, options, n_vocab=encoding.n_vocab)
         with run.device_settings.autocast(), uncompiled(run.model):
@@ -73,16 +73,16 @@ def generate_samples(run: TrainingRun, seed: int) -> list[str]:
     for prompt, ids in zip(config.sample_prompt, sampled, strict=True):
         ids = ids[: ids.index(encoding.eot_token)] if encoding.eot_token in ids else ids
         text = prompt + encoding.decode(ids)
-        # control characters could change the terminal's state
+        # control characters could change the state of the terminal
         texts.append("".join(c if category(c) != "Cc" or c in "\n\t" else "\ufffd" for c in text))
     return texts
 
 
 def draw_picture(log: RunLog, folder: Path) -> None:
-    """Draw the run so far as metrics.png. A failure is a warning."""
-    log.bar.close()  # so that matplotlib's messages come below it
+    """Plot the run so far to metrics.png. A failure is only a warning."""
+    log.bar.close()  # so that matplotlib's messages appear below it
     try:
-        from flatgpt.runs.plots import plot_runs  # here, as it imports matplotlib
+        from flatgpt.runs.plots import plot_runs  # imports matplotlib
 
         log.write_picture(plot_runs([history.read(folder)]))
         log.print(f"picture  {folder / PICTURE}")
@@ -91,19 +91,19 @@ def draw_picture(log: RunLog, folder: Path) -> None:
 
 
 def closing_message(run: TrainingRun, progress: Progress, reason: int, seconds: float) -> str:
-    """Return the last lines of a run: how it ended, and the commands that come next.
+    """Return the final message of a run: how it ended, and the next commands.
 
     Args:
-        reason: why it was stopped: a signal's number or StopRequest.TIME_IS_UP; 0 where it came to its end.
-        seconds: since the loop began.
+        reason: the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
+        seconds: time since the training loop started.
     """
     config, i, folder = run.config, progress.iter, shlex.quote(run.config.out_dir)
     if reason:
-        why = f": max_minutes = {config.max_minutes} are over" if reason == StopRequest.TIME_IS_UP else ""
-        kept = ", and saved; to go on:" if i else ", before there was anything to save; to start again:"
+        cause = f" (max_minutes = {config.max_minutes})" if reason == StopRequest.TIME_IS_UP else ""
+        next_step = "saved; to resume:" if i else "nothing to save; to start again:"
         recipe = shlex.quote(str(Path(config.out_dir) / "config.toml"))
         command = f"{run.ranks.launcher} train.py --config {recipe}{' --resume' * (i > 0)}"
-        return f"stopped at iter {i} of {config.max_iters}{why}{kept}\n  {command}"
+        return f"stopped at iter {i} of {config.max_iters}{cause}: {next_step}\n  {command}"
     early = f"stopped at iter {i}: no new best in {progress.since_best} evaluations (patience)\n"
     return (
         f"{early * (i < config.max_iters)}done: {i:,} updates, best validation loss {progress.best_loss:.4f} at iter "
@@ -120,12 +120,14 @@ def explain_out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        text = str(error).partition(" If reserved")[0].rstrip(".")  # without advice about the allocator
+        text = str(error).partition(" If reserved")[0].rstrip(".")  # without the advice about the allocator
         half = 1 if config.batch_size % 2 else config.batch_size // 2
         steps = config.grad_accum_steps * config.batch_size // half
-        same = f"--batch_size {half} --grad_accum_steps {steps} (the same updates); " if config.batch_size > 1 else ""
+        smaller_batch = (
+            f"--batch_size {half} --grad_accum_steps {steps} (the same updates); " if config.batch_size > 1 else ""
+        )
         raise UserError(
-            f"{text}. Take, in this order: {same}--activation_checkpointing (the same updates, "
-            "slower); --fsdp on several devices; a smaller --context_length or model (train.py --plan says what takes "
-            "how much)"
+            f"{text}. Try, in this order: {smaller_batch}--activation_checkpointing (the same updates, "
+            "slower); --fsdp on several devices; a smaller --context_length or model (train.py --plan estimates "
+            "memory)"
         ) from None

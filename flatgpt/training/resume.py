@@ -1,4 +1,4 @@
-"""Find, validate and restore the checkpoint that a run resumes from, and say what a checkpoint holds."""
+"""Find, validate and restore the checkpoint that a run resumes from; collect the contents of checkpoints."""
 
 from __future__ import annotations
 
@@ -29,43 +29,55 @@ from flatgpt.runtime.files import atomic_write
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun
 
-# Settings that identify a run, with those of the model; and settings of the call, which a resume may change silently.
+# Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
 FIXED = ("stride", "seed", "optimizer")
 BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
-CALL = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "list", "plan", "gpus", "mfu")
+UNREPORTED = (
+    "config",
+    "resume",
+    "overwrite",
+    "out_dir",
+    "data_dir",
+    "device",
+    "init_from",
+    "list",
+    "plan",
+    "gpus",
+    "mfu",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a checkpoint holds
+# contents of a checkpoint
 
 
 @dataclass
 class Progress:
-    """How far a run has come, and what its evaluations have found."""
+    """Progress of a run: iteration, newest log row, and results of evaluations."""
 
     iter: int = 0
-    row: dict = field(default_factory=lambda: {"iter": 0, "tokens": 0, "epoch": 0.0})  # of the newest logged iteration
-    eval_pending: bool = True  # `iter` is to be evaluated
-    val_loss: float | None = None  # of the newest evaluation
+    row: dict = field(default_factory=lambda: {"iter": 0, "tokens": 0, "epoch": 0.0})  # newest log row
+    eval_pending: bool = True  # `iter` has not been evaluated yet
+    val_loss: float | None = None  # from the newest evaluation
     best_loss: float | None = None
     best_iter: int | None = None
     since_best: int = 0  # evaluations since best_iter
-    forked: bool = False  # resumed from another run's checkpoint, and not saved in this run's folder yet
+    forked: bool = False  # resumed from another run's checkpoint; no checkpoint in this run's folder yet
     wandb_id: str | None = None
 
     def patience_exhausted(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations found no new best loss."""
+        """Return whether the last `patience` evaluations found no new best loss."""
         return patience is not None and self.best_iter is not None and self.since_best >= patience
 
     def state_dict(self) -> dict:
-        """Return what every checkpoint stores, in state.json and train_state.pt."""
+        """Return the fields that state.json and train_state.pt store."""
         keys = "val_loss", "best_loss", "best_iter", "since_best", "eval_pending"
         return {key: getattr(self, key) for key in keys}
 
     def load_state_dict(self, train_state: dict, state: dict) -> None:
-        """Continue from a checkpoint's train_state.pt and state.json."""
-        before = state["config"]
-        # checkpoints without that key were written ahead of each evaluation
-        self.eval_pending = self.iter % before["eval_interval"] == 0 or self.iter >= before["max_iters"]
+        """Restore the fields from a checkpoint's train_state.pt and state.json."""
+        saved = state["config"]
+        # old checkpoints have no eval_pending: they were saved before the evaluation of their iteration
+        self.eval_pending = self.iter % saved["eval_interval"] == 0 or self.iter >= saved["max_iters"]
         for key in self.state_dict().keys() & train_state.keys():
             setattr(self, key, train_state[key])
         self.wandb_id = state["wandb_id"]
@@ -79,7 +91,7 @@ def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:
 
 
 def run_metadata(run: TrainingRun) -> dict:
-    """Return what state.json says in every checkpoint of a run. Secrets of the environment are masked in `command`."""
+    """Return the constant part of a run's state.json. Secrets from environment variables are masked in `command`."""
 
     def git(*words: str) -> str | None:
         call = ["git", "-C", REPO_ROOT, *words]
@@ -112,33 +124,33 @@ def run_metadata(run: TrainingRun) -> dict:
 
 
 def bitwise_conditions(run: TrainingRun) -> dict:
-    """Return what has to stay the same for a resumed run to be bit-identical."""
+    """Return the values that must not change for a resumed run to be bit-identical."""
     machine = {"device": run.device_settings.name, "cpu": cpu_name(), "threads": torch.get_num_threads()}
     return machine | {"ranks": run.ranks.world, "torch": torch.__version__}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# which checkpoint, and whether it is of this run
+# choice and validation of a checkpoint
 
 
 def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
-    """Return the verified checkpoint to resume from, with its state; None to start from the beginning.
+    """Return the verified checkpoint to resume from, with its state; None to start from scratch.
 
     Args:
-        lock: of the run's folder; it is acquired here.
-        resume: None, `latest`, `auto` (start from the beginning where there is no run), or the folder of a run or a
-            checkpoint.
-        overwrite: an existing run is no error; RunLock.prepare_folder moves it away.
+        lock: the lock of the run's folder. This function acquires it.
+        resume: None, `latest`, `auto` (start from scratch if there is no run), or the folder of a run or checkpoint.
+        overwrite: allow an existing run, which RunLock.prepare_folder moves aside.
 
     Raises:
-        UserError: the folder is in use; it holds a run, and neither was asked for; or there is nothing to resume.
+        UserError: the folder is in use; it contains a run, and neither resume nor overwrite is set; or there is
+            nothing to resume.
     """
     lock.acquire()
     existing = checkpoint.folders(lock.run_dir)
     if existing and not resume and not overwrite:
         raise UserError(
-            f"{lock.run_dir} already holds a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
-            "add --resume to go on with it, or --overwrite to start again (the old run moves away, nothing is deleted)"
+            f"{lock.run_dir} already contains a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
+            "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
         )
     if not resume or (resume == "auto" and not existing):
         return None
@@ -146,92 +158,92 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
     folders = checkpoint.folders(source)
     found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
     if found is None:
-        damaged = "every checkpoint there is damaged; add --overwrite instead to start again"
+        damaged = "every checkpoint is damaged; to start again, use --overwrite instead"
         reason = damaged if folders else "there is no checkpoint; start without --resume"
         raise UserError(f"nothing to resume in {source}: {reason}")
     if existing and found[0].resolve().parent.parent != lock.run_dir.resolve():
         raise UserError(
-            f"resume = {resume} is of another run, and {lock.run_dir} holds checkpoints of its own; "
-            "give the new run an --out_dir of its own"
+            f"resume = {resume} belongs to another run, and {lock.run_dir} already contains a run; "
+            "choose another --out_dir"
         )
     return found
 
 
 def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
-    """Return the lines that describe a resume: the checkpoint, and which settings changed or stay.
+    """Check that a checkpoint belongs to this run. Return messages about changed settings.
 
     Raises:
-        UserError: lists all differences that would make it another run: model, batch, seed, data, tokenizer.
+        UserError: a setting that identifies a run differs: model, batch, seed, data or tokenizer. All are listed.
     """
     config, saved = run.config, state["config"]
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples, as in state.json
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
-    if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # the sequences of an update
+    if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # sequences per update
         fixed |= set(BATCH)
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
     differing = [changed[k] for k in sorted(fixed & changed.keys())]
-    if state["data"]["manifest_sha256"] != run.dataset.manifest_hash:  # the manifest names the tokenizer, too
-        differing.append(f"the data: {config.data_dir}/{config.dataset} is not the dataset it was trained on")
+    if state["data"]["manifest_sha256"] != run.dataset.manifest_hash:  # the manifest includes the tokenizer
+        differing.append(f"the data: {config.data_dir}/{config.dataset} is not the dataset that the run was trained on")
     if differing:
         raise UserError(
-            f"{folder} cannot go on with these settings: {'; '.join(differing)}. "
-            "Set them back, or start a run of its own with another --out_dir"
+            f"{folder} cannot be resumed with these settings: {'; '.join(differing)}. "
+            "Restore the old values, or start a new run with another --out_dir"
         )
-    allowed = [text for key, text in changed.items() if key not in {*fixed, *CALL}]
+    allowed = [text for key, text in changed.items() if key not in {*fixed, *UNREPORTED}]
     lines = [f"resuming from {folder}" + (f", with {'; '.join(allowed)}" if allowed else "")]
     if state["iter"] > config.max_iters:
-        lines.append(f"note: it is past max_iters = {config.max_iters} already: nothing is left to train")
+        lines.append(f"note: iter {state['iter']} is past max_iters = {config.max_iters}: nothing is left to train")
     if "max_iters" in changed and "lr_decay_iters" not in changed:
-        lines.append(f"note: the schedule stays: lr_decay_iters = {config.lr_decay_iters}, as the run began")
+        lines.append(f"note: the schedule is unchanged: lr_decay_iters = {config.lr_decay_iters}")
     conditions = bitwise_conditions(run).items()
     if inexact := [f"{key} = {now} (was {state.get(key)})" for key, now in conditions if state.get(key) != now]:
-        lines.append(f"note: equal to rounding, not to the bit: {'; '.join(inexact)}")
+        lines.append(f"note: not bit-identical, because of {'; '.join(inexact)}")
     return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# restoring it
+# restoring a checkpoint
 
 
 def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock, recipe: str) -> Progress:
-    """Prepare the run's folder, and load the checkpoint where there is one. Every rank calls it.
+    """Prepare the run's folder and load the checkpoint, if any. Every rank must call it.
 
-    Earlier runs, and checkpoints later than the one resumed, are moved aside.
+    An earlier run and checkpoints later than the resumed one are moved aside.
 
     Args:
-        start: what find_resume_checkpoint returned.
-        lock: of the run's folder, acquired.
-        recipe: run.config as TOML, to be written there.
+        start: the result of find_resume_checkpoint.
+        lock: the lock of the run's folder, acquired.
+        recipe: run.config as TOML, for config.toml.
 
     Raises:
-        UserError: the checkpoint is another run's, or is not the same on every machine.
+        UserError: the checkpoint belongs to another run, or differs between machines.
     """
     config, ranks, folder, progress = run.config, run.ranks, lock.run_dir, Progress()
     if start:
         path, state = start
         print("\n".join(require_same_run(path, state, run)))
-        ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # with the hashes of its files
+        ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # includes the hashes of its files
         train_state = restore(path, run)
         progress = Progress(train_state["row"]["iter"], train_state["row"], eval_pending=False)
         progress.forked = path.resolve().parent != (folder / "ckpt").resolve()
-        if not progress.forked:  # the best of another run is not this run's
+        if not progress.forked:  # the best loss of another run does not count
             progress.load_state_dict(train_state, state)
     progress.eval_pending |= progress.iter % config.eval_interval == 0 or progress.iter >= config.max_iters
 
     def prepare_folder() -> bool:
         lock.prepare_folder(config.overwrite)
         toml = folder / "config.toml"
-        if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # the user's file
+        if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         for half_written in folder.glob("ckpt/.iter_*.tmp"):
             shutil.rmtree(half_written)
         for later in checkpoint.folders(folder):
             if int(later.name.removeprefix("iter_")) > progress.iter:
-                checkpoint.move_aside(later, "later than what is resumed")
+                checkpoint.move_aside(later, "later than the resumed checkpoint")
         atomic_write(toml, recipe.encode())
         return progress.best_iter is None or checkpoint.set_link(folder, "best", progress.best_iter)
 
-    if not ranks.run_on_rank0(prepare_folder):  # the best checkpoint was moved aside too
+    if not ranks.run_on_rank0(prepare_folder):  # the best checkpoint no longer exists
         progress.best_loss = progress.best_iter = None
     return progress
 
@@ -242,21 +254,21 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     Model and optimizer may be sharded (fully_shard): every rank reads the files and keeps its shard.
 
     Raises:
-        UserError: a tensor is missing, or its shape or dtype is not the model's. Nothing has been loaded then.
+        UserError: a tensor is missing, or its shape or dtype is not the model's. Then nothing is loaded.
     """
     train_state = checkpoint.load_train_state(folder, mmap=is_sharded(next(run.model.parameters())))
     saved = train_state["optimizer"]
     pairs = [(saved, run.optimizer)]
     if isinstance(run.optimizer, MuonAndAdamW):
-        pairs = [(saved.get(name, {}), part) for name, part in run.optimizer.parts.items()]
+        pairs = [(saved.get(name, {}), optimizer) for name, optimizer in run.optimizer.optimizers.items()]
     if not all(fits_optimizer(*pair) for pair in pairs):
-        raise UserError(f"{folder / TRAIN_STATE} is of another model or optimizer")
+        raise UserError(f"{folder / TRAIN_STATE} belongs to another model or optimizer")
     checkpoint.load_weights(run.model, folder, convert=shard_like)
     for state, optimizer in pairs:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, moments in state["state"].items():  # all but the step counts, which have no dimension
+        for index, moments in state["state"].items():  # step counts have no dimension
             moments.update({k: shard_like(v, params[index]) for k, v in moments.items() if v.dim()})
-        # with the settings of this call, not the saved ones
+        # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if train_state["scaler"]:  # empty unless the dtype was float16
         run.scaler.load_state_dict(train_state["scaler"])
@@ -266,9 +278,9 @@ def restore(folder: Path, run: TrainingRun) -> dict:
 
 
 def fits_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a saved state is of an optimizer's parameters. load_state_dict accepts most differences."""
+    """Return whether a saved state fits an optimizer's parameters. load_state_dict does not check shapes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [[group["params"] for group in each.get("param_groups", [])] for each in (saved, optimizer.state_dict())]
+    groups = [[group["params"] for group in state.get("param_groups", [])] for state in (saved, optimizer.state_dict())]
     return groups[0] == groups[1] and all(
         moment.dim() == 0 or (moment.shape, moment.dtype) == (params[index].shape, params[index].dtype)
         for index, moments in saved["state"].items()

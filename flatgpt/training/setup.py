@@ -30,17 +30,17 @@ from model import GPT
 
 @dataclass
 class TrainingRun:
-    """Everything that an update needs."""
+    """The objects that a training update uses."""
 
-    config: TrainConfig  # resolved: no `auto` and no derived value is left open
+    config: TrainConfig  # resolved: `auto` and derived values are set
     device_settings: DeviceSettings
     ranks: DistributedContext
     dataset: Dataset
-    encoding: tiktoken.Encoding | None  # for samples; None where there are none
+    encoding: tiktoken.Encoding | None  # for samples; None: no samples
     batches: TrainingBatches
-    prefetcher: BatchPrefetcher  # of these batches, to the device
-    model: GPT  # the plain module: saved, evaluated and sampled
-    wrapped_model: nn.Module  # by DDP or fully_shard; the model itself on a single rank
+    prefetcher: BatchPrefetcher  # moves batches to the device
+    model: GPT  # the plain module, to save, evaluate and sample
+    wrapped_model: nn.Module  # wrapped by DDP or fully_shard; the plain model on a single rank
     forward: Callable[..., Tensor]  # inputs, targets -> loss: the wrapped model, or its compiled form
     optimizer: torch.optim.AdamW | MuonAndAdamW
     scaler: torch.amp.GradScaler
@@ -48,11 +48,11 @@ class TrainingRun:
 
 
 class BatchPrefetcher:
-    """Returns micro-batches in any order. A thread prepares the one that follows the newest.
+    """Return any micro-batch. A thread prepares the one that follows it.
 
     Args:
         batches: a pure, thread-safe function.
-        device: of the returned tensors.
+        device: the device of the returned tensors.
         micros: this rank's micro-batches of each update.
     """
 
@@ -74,15 +74,15 @@ class BatchPrefetcher:
         x, y = (torch.from_numpy(np.ascontiguousarray(array)) for array in self.batches(update, micro))
         if self.device.type != "cuda":
             return x, y
-        with torch.cuda.device(self.device):  # the current device is a thread's own setting
+        with torch.cuda.device(self.device):  # each thread has its own current device
             return x.pin_memory(), y.pin_memory()
 
 
 def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
-    """Open and check the dataset on every rank. The default dataset is prepared first where it is missing."""
+    """Open and check the dataset on every rank. If the default dataset is missing, it is prepared first."""
     folder = Path(config.data_dir) / config.dataset
     if ranks.first and config.dataset == "pydoc" and not (folder / "meta.json").exists():
-        print(f"{folder} is not there yet: preparing the reference that ships inside Python")
+        print(f"{folder} does not exist yet: preparing the reference that is part of Python")
         prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
     ranks.barrier()
     dataset = open_dataset(folder)
@@ -95,7 +95,7 @@ def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
 
 
 def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Windows]:
-    """Return the config with vocab_size and max_iters, by default the dataset's and those of `epochs`; and the windows.
+    """Return the config with vocab_size, max_iters and stride set from the dataset and `epochs`, and the windows.
 
     Raises:
         UserError: the dataset has more ids than vocab_size, or a split has no window.
@@ -105,14 +105,14 @@ def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainC
     if vocab_size < meta["vocab_size"]:
         raise UserError(
             f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
-            f"{meta['vocab_size']:,} ids; leave vocab_size out, or take at least that"
+            f"{meta['vocab_size']:,} ids; remove vocab_size, or set it to at least that number"
         )
     windows = Windows(dataset.tokens("train"), T, config.stride)
     for split, tokens in (("train", windows.tokens), ("val", dataset.tokens("val"))):
         if len(tokens) <= T:
             raise UserError(
-                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window takes "
-                f"context_length + 1 = {T + 1:,}; give more text, or a smaller --context_length"
+                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window needs "
+                f"context_length + 1 = {T + 1:,}; add text, or lower --context_length"
             )
     per_update = config.batch_size * config.grad_accum_steps
     max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
@@ -120,23 +120,23 @@ def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainC
 
 
 def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) -> DeviceSettings:
-    """Return the device, dtype and compile setting of a run. On CPUs rank 0 measures the dtype of `auto` for all ranks.
+    """Return the device, dtype and compile setting of a run. On CPUs, rank 0 measures which dtype is faster.
 
     Args:
-        chosen: what `auto` chose when the resumed run began, and why; empty for a new run.
+        chosen: the choices of `auto` at the start of a resumed run, with reasons; empty for a new run.
     """
-    settings, why = {"dtype": config.dtype, "compile": config.compile}, {}
+    settings, reasons = {"dtype": config.dtype, "compile": config.compile}, {}
     for key, setting in settings.items():
         if setting in ("auto", None) and chosen.get(key) is not None:
-            settings[key], why[key] = chosen[key], chosen.get("why", {}).get(key, "chosen when the run began")
+            settings[key], reasons[key] = chosen[key], chosen.get("why", {}).get(key, "chosen when the run started")
     local_rank = ranks.local_rank if ranks.world > 1 else None
     if settings["dtype"] == "auto" and find_device(config.device, local_rank).type == "cpu":
-        settings["dtype"], why["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))
-    return select_device(config.device, settings["dtype"], settings["compile"], local_rank, why)
+        settings["dtype"], reasons["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))
+    return select_device(config.device, settings["dtype"], settings["compile"], local_rank, reasons)
 
 
 def load_encoding(config: TrainConfig, ranks: DistributedContext, name: str) -> tiktoken.Encoding | None:
-    """Return the tokenizer for samples. Training needs none: where it cannot be loaded there are no samples."""
+    """Return the tokenizer for samples, or None if there are no samples or a rank cannot load it."""
     encoding = None
     if config.sample_tokens:
         try:
@@ -149,15 +149,15 @@ def load_encoding(config: TrainConfig, ranks: DistributedContext, name: str) -> 
 def build_run(
     config: TrainConfig, ranks: DistributedContext = SINGLE_PROCESS, resumed: dict | None = None
 ) -> TrainingRun:
-    """Build everything that an update needs, and resolve the config. Weights are those before update 0.
+    """Build a TrainingRun with initial weights, and resolve its config.
 
     Args:
-        resumed: state.json of the checkpoint that the run resumes from: its schedule and the choices of `auto` stay.
+        resumed: state.json of the checkpoint that the run resumes from. Its schedule and choices of `auto` are kept.
 
     Raises:
-        UserError: settings, data and initial weights do not fit each other, or ranks differ.
+        UserError: settings, data and initial weights are inconsistent, or ranks differ in them.
     """
-    paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # these may differ between machines
+    paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # may differ between machines
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
     config, windows = resolve_data_settings(config, dataset)
@@ -171,7 +171,7 @@ def build_run(
     encoding = load_encoding(config, ranks, name)
     device_settings = choose_device(config, ranks, resumed["chosen"] if resumed else {})
     device = device_settings.device
-    # a resumed run keeps its schedule, even where max_iters was raised
+    # a resumed run keeps its schedule, even if max_iters was raised
     decay_iters = config.lr_decay_iters or (resumed["config"]["lr_decay_iters"] if resumed else config.max_iters)
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
@@ -185,7 +185,7 @@ def build_run(
         compile=device_settings.compile,
         out_dir=str(run_dir(config)),
     )
-    # Eager CPU code is deterministic; compiled code adds up the embedding's gradient in the order of its threads.
+    # Eager CPU code is deterministic; compiled code sums the embedding's gradient in varying order.
     if config.deterministic or (device.type == "cpu" and config.compile):
         make_deterministic()
     if device.type == "cuda":

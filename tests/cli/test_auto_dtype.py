@@ -38,7 +38,7 @@ def test_a_run_prints_stores_and_keeps_its_choice(tiny_data, measured, capsys):
     del state["sha256"]
     (run / "ckpt/last/state.json").write_text(json.dumps(state))
     train_here(*AUTO, "--max_iters", 12, "--resume")
-    assert printed_dtypes(capsys.readouterr().out) == ["bfloat16 (chosen when the run began)"]
+    assert printed_dtypes(capsys.readouterr().out) == ["bfloat16 (chosen when the run started)"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -32,7 +32,7 @@ def test_figures_of_the_update(tiny_data, monkeypatch, capsys):
     monkeypatch.setattr(bench, "train_step", lambda run, i: iters.append(i) or real(run, i))
     monkeypatch.setattr(training, "peak_flops", lambda name: 1e12)
     figures = bench_here(*UPDATES, "--profile")
-    assert iters == list(range(5 + training.PROFILED))
+    assert iters == list(range(5 + training.PROFILED_UPDATES))
     assert figures["ms_p10"] <= figures["ms"] <= figures["ms_p90"]
     assert figures["tokens_per_s"] == pytest.approx(4 * 32 / figures["ms"] * 1e3)
     # 2 layers, 32 wide, context 32: 24,576 in the blocks' matrices, 8,224 in the head, and vectors
@@ -49,7 +49,7 @@ def test_figures_of_the_update(tiny_data, monkeypatch, capsys):
     assert 0.3 < sum(op["share"] for op in ops) <= 1
     events = [event["name"] for event in json.loads((tiny_data / "trace.json").read_text())["traceEvents"]]
     assert {op["name"] for op in ops} <= set(events)
-    assert events.count("Optimizer.step#AdamW.step") == training.PROFILED
+    assert events.count("Optimizer.step#AdamW.step") == training.PROFILED_UPDATES
     assert ops[9]["name"] in capsys.readouterr().out
     bench.main(cli.parse(BenchConfig, [*map(str, UPDATES), "--json", "-"]))
     assert json.loads(capsys.readouterr().out)["ms"] > 0, "figures alone on standard output"
@@ -82,7 +82,7 @@ def test_transformers_loop_scores_the_same_tokens(tiny_home, monkeypatch, tokens
 
 def test_missing_data_and_devices_are_errors_before_the_first_row(in_tmp, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for what, message in (("all", r"prepare_data\.py shakespeare$"), ("gpu", "needs a GPU")):
+    for what, message in (("all", r"prepare_data\.py shakespeare$"), ("gpu", "needs a CUDA GPU")):
         with pytest.raises(UserError, match=message):
             bench_here(what)
     assert not list(in_tmp.iterdir())
@@ -136,16 +136,16 @@ def test_bench_data_that_fails_gives_no_figures(texts, in_tmp, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("train --overwrite", r"^overwrite belongs to train\.py"),
+        ("train --overwrite", r"^overwrite applies to train\.py"),
         ("train --peer nanoGPT", "--peer nanoGPT PATH is expected"),
-        ("save --peer nanoGPT x", "peer belongs to .* not to save"),
-        ("all --json x --dry_run", "dry_run belongs to .* gpu, not to all"),
+        ("save --peer nanoGPT x", "peer applies to .* not to save"),
+        ("all --json x --dry_run", "dry_run applies to .* gpu, not to all"),
         ("resume --max_iters 1", "--max_iters N, 2 or more"),
         ("gpu --json -", "--json FILE"),
-        ("all --json x --timed_updates 3", "timed_updates: the rows"),
+        ("all --json x --timed_updates 3", "timed_updates: bench.py all has fixed settings"),
         ("train --profile no/file", "profile = no/file"),
         ("train --json no/file", "json = no/file"),
-        ("eval --model_path out/quickstart --dataset tiny --text_tokens 7", "one window has 32; take more"),
+        ("eval --model_path out/quickstart --dataset tiny --text_tokens 7", "a window has 32; choose more"),
         ("eval --model_path out/quickstart --dataset tiny --split test", "no split test"),
     ],
 )

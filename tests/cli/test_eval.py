@@ -152,7 +152,7 @@ def test_the_default_is_the_whole_validation_split_of_the_run(cli, tmp_path):
 
 def test_the_protocol_says_what_is_special(cli):
     """A part of the split; end-of-text in front, where the model's data never had it."""
-    got, never = report("--eval_batches", 2, "--batch_size", 4, "--split", "train"), "which the model's data never had"
+    got, never = report("--eval_batches", 2, "--batch_size", 4, "--split", "train"), "which is not in the model's"
     assert (got["tokens"], got["eval_batches"], got["text"]) == (2 * 4 * T, 2, "data/tiny train")
     assert got["protocol_means"].endswith("; first 2 batches")
     ids = np.fromfile("data/tiny/train_000000.bin", dtype="<u2")[: 2 * 4 * T + 1]
@@ -214,7 +214,7 @@ def test_text_equals_the_same_text_prepared(encoding, tmp_path, monkeypatch):
     os.dup2(read, 0)
     assert report("--text", "-", model=model) == one | {"text": "/dev/stdin"}
     for key, path in (("text", "-"), ("choices", "/dev/stdin")):
-        assert "a pipe is read once" in refusal(f"--{key}", path, model=[RUN, RUN])
+        assert "a pipe can be read once only" in refusal(f"--{key}", path, model=[RUN, RUN])
     os.dup2(standard_input, 0)
 
 
@@ -242,21 +242,21 @@ def test_figures_that_json_cannot_write(tmp_path, capsys):
             (f"--choices c.jsonl --{words}", f"{words.split()[0]} is for text")
             for words in ("protocol rolling", "generate 2", "format smol", "plot x.png", "eval_batches 2")
         ),
-        ("--protocol stride --stride 33", "stride = 33: a window has 32 tokens"),
-        ("--context_length 33", f"context_length = 33: {NAME} was trained with 32; take at most that"),
+        ("--protocol stride --stride 33", "stride = 33 is larger than the window of 32 tokens"),
+        ("--context_length 33", f"context_length = 33: {NAME} was trained with 32, which is the maximum"),
         ("--config sampled.toml", "sampled.toml: sampled: was removed"),
         ("--split test", "no split test; it has train, val"),
-        ("--test_data_path one.bin", "one.bin has 1 tokens: 2 are needed"),
+        ("--test_data_path one.bin", "one.bin has 1 tokens, protocol window needs at least 2"),
         ("--test_data_path pickled.bin", "pickled.bin is a Python pickle"),
         ("--test_data_path beyond.bin", "id 257 at byte 4"),
-        ("--test_data_path book.txt", "test_data_path = book.txt: uint16 ids are expected; a text is scored by --text"),
+        ("--test_data_path book.txt", "test_data_path = book.txt: expected uint16 ids; to evaluate a text, use --text"),
         pytest.param(
             "--generate 3 --prompt_tokens 1000000", "lower --prompt_tokens", marks=pytest.mark.extra("sacrebleu")
         ),
-        ("--text bom.txt --protocol rolling", "bom.txt has 0 tokens: 1 are needed"),
+        ("--text bom.txt --protocol rolling", "bom.txt has 0 tokens, protocol rolling needs at least 1"),
         ("--text bad.txt", "bad.txt line 1: byte 0xff is not UTF-8"),
         ("--dataset bpe", f"data/bpe val is tokenised with gpt2, the model {NAME} was trained with byte"),
-        ("--test_data_path data/bpe/val_000000.bin", "or give the text itself: --text FILE"),
+        ("--test_data_path data/bpe/val_000000.bin", "or evaluate the text itself: --text FILE"),
         ("--choices t.txt", "t.txt line 1: "),
     ],
 )
@@ -308,7 +308,7 @@ def test_a_hugging_face_folder_is_scored_as_transformers_does():
         assert (got["model"], got["iter"], got["window"]) == ("gpt2_tiny", None, width)
         assert got["bytes"] == len(TEXT[:400].encode()) - 2  # "99" is one token
     assert report(*words, "--context_length", 1, "--protocol", "stride", model="gpt2_tiny")["stride"] == 1
-    assert "gpt2_tiny names no dataset: give --dataset, --test_data_path or --text" in refusal(model="gpt2_tiny")
+    assert "gpt2_tiny does not name a dataset: add --dataset, --test_data_path or --text" in refusal(model="gpt2_tiny")
 
 
 def test_models_side_by_side(capsys):
@@ -367,8 +367,8 @@ def test_continuations():
     words = ["--generate", 5, "--prompt_tokens", 12, "--max_new_tokens", 20, "--eval_batches", 1]
     sampled, greedy = report(*words), report(*words, "--greedy", "--repetition_penalty", 1.2)
     assert (sampled["prompts"], sampled["bleu_signature"][:8]) == (5, "nrefs:1|")
-    assert sampled["prompts_mean"] == "20 tokens after 12, temperature 0.8, seed 1337"
-    assert greedy["prompts_mean"] == "20 tokens after 12, temperature 0, seed 1337, repetition_penalty 1.2"
+    assert sampled["prompts_mean"] == "20 tokens after prompts of 12, temperature 0.8, seed 1337"
+    assert greedy["prompts_mean"] == "20 tokens after prompts of 12, temperature 0, seed 1337, repetition_penalty 1.2"
     assert sampled["distinct_1"] != greedy["distinct_1"] > 0
     assert sampled["reference_repetition"] == greedy["reference_repetition"]
 

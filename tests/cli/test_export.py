@@ -128,10 +128,10 @@ def test_another_precision_and_a_shorter_context(in_tmp, dtype):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "full"], "full already exists.* move it away"),
+        (["--out", "full"], "full already exists.* move it, or"),
         (["--out", "file", "--dry_run"], "file already exists"),
         (["--out", "file/hf"], "file/hf cannot be written: Not a directory"),
-        (["--context_length", T + 1], "context_length = 33: .* take at most that"),
+        (["--context_length", T + 1], "context_length = 33: .* which is the maximum"),
         (["--push", "gpt2"], "push = gpt2: "),
         (["--private"], "private .*--push"),
         (["--model_path", "hf"], "hf is not in a run's folder, .*: give --out FOLDER"),
@@ -229,7 +229,7 @@ def test_printed_lines(in_tmp, capsys):
     assert sorted(in_tmp.rglob("*")) == before
     export_here("--out", out)
     real = capsys.readouterr().out
-    assert set(table_rows(dry)) == set(table_rows(real)) == HUGGING_FACE_FILES | {"together"}
+    assert set(table_rows(dry)) == set(table_rows(real)) == HUGGING_FACE_FILES | {"total"}
     assert table_rows(dry)["config.json"] == f"{(out / 'config.json').stat().st_size:,} bytes"
     lines = real.partition("Next, in Python:\n")[2].partition("or in a shell")[0].splitlines()
     exec("\n".join(line.strip() for line in lines).replace("max_new_tokens=100", "max_new_tokens=3"))

@@ -37,7 +37,12 @@ def make(folder: Path | str, text: str = HEADER + FIRST + ROWS) -> Path:
         ("out/a out/b", "metrics.png", "2 runs\n", ""),
         ("out/a out/b --out both.svg --x time", "both.svg", "2 runs\n", ""),
         ("out/a ./out/a/ link --out one.png", "one.png", "to iter 20\n", ""),
-        ("empty out/a foreign --x tokens", "metrics.png", "to iter 20\n", "warning: empty, foreign: left out, nothing"),
+        (
+            "empty out/a foreign --x tokens",
+            "metrics.png",
+            "to iter 20\n",
+            "warning: empty, foreign: skipped, metrics.csv has no",
+        ),
     ],
 )
 def test_files_and_what_is_printed(cli, in_tmp, words, file, out, err):
@@ -87,7 +92,7 @@ def test_watch_draws_each_change_once_and_survives_a_folder_that_moves_away(in_t
     printed = capsys.readouterr()
     assert printed.out == "a/metrics.png: to iter 0\na/metrics.png: to iter 20\n"
     assert [line[:30] for line in printed.err.splitlines()] == [
-        "waiting: a: nothing to draw al",
+        "waiting: a: metrics.csv has no",
         "waiting: a: no such folder; a ",
     ]
 

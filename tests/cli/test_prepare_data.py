@@ -23,7 +23,7 @@ from flatgpt.cli import cli as command_line
         ("text --input a.txt --tokenizer byte --encoder gigatoken", "--encoder gigatoken takes tokenizer gpt2"),
         ("shakespear", "did you mean shakespeare?"),
         ("text --input a.txt --tokenizer byte --splits eval", "splits = eval: one of train, val, test is expected"),
-        ("text --input a.txt --val_fraction 0.5 --test_fraction 0.5", "leave nothing to train on"),
+        ("text --input a.txt --val_fraction 0.5 --test_fraction 0.5", "no text is left for train"),
         ("text --input a.jsonl --tokenizer byte --column body", "a.jsonl line 1: no text 'body' in {'n': 'int'"),
         ("text", "source text needs --input"),
         ("", "source: missing"),
@@ -83,7 +83,7 @@ def test_verify_of_what_is_whole(cli):
     shards = len(list(Path("data/mine").glob("*.bin")))
     done = cli("prepare_data", "--verify", "data/mine")
     assert (done.code, done.err) == (0, "")
-    assert done.out == f"data/mine: {shards} shards, sizes, ids and SHA-256 as written\n"
+    assert done.out == f"data/mine: {shards} shards, all match meta.json\n"
 
 
 @pytest.mark.usefixtures("made")

@@ -57,21 +57,21 @@ REFUSALS = [
     ("infer", "--quantize int4", "--quantize = int4", "int8"),
     ("infer", "- --interactive", "- and --interactive exclude each other"),
     ("infer", "--prompt p --prompts_file x --json y", "--prompt and --prompts_file exclude each other"),
-    ("infer", "--interactive --json x", "--interactive writes one text at a time"),
+    ("infer", "--interactive --json x", "--interactive generates one text per prompt"),
     ("infer", "--interactive --num_samples 2", "leave out json and num_samples"),
     # bench.py
-    ("bench", "--list", "list belongs to train.py"),
+    ("bench", "--list", "list applies to train.py"),
     # plot.py
     ("plot", "none", "none: no such folder; a run's folder is expected, out/NAME"),
     ("plot", "none --watch", "none: no such folder"),
-    ("plot", "empty", "empty: nothing to draw along iter in metrics.csv; name another run, or wait"),
-    ("plot", "empty empty2", "empty, empty2: nothing to draw"),
-    ("plot", "a --x tokens", "a: nothing to draw along tokens in metrics.csv;"),
+    ("plot", "empty", "empty: metrics.csv has no values to plot over iter; choose another run, or wait"),
+    ("plot", "empty empty2", "empty, empty2: metrics.csv has no values"),
+    ("plot", "a --x tokens", "a: metrics.csv has no values to plot over tokens;"),
     ("plot", "a --out a.pdf", "out = a.pdf: a name that ends in .png or .svg is expected"),
     ("plot", "a --out a.png --svg", "out = a.png: a name that ends in .svg is expected"),
     ("plot", "a --out no/a.png", "out = no/a.png: cannot be written: no file can be created there"),
     ("plot", "a --x epoch", "--x = epoch: one of iter, tokens, time is expected"),
-    ("plot", "", "no run in out/ yet: train one (python train.py), or name the folder of one"),
+    ("plot", "", "no run in out/ yet: train one (python train.py), or give the folder of a run"),
 ]
 
 

@@ -41,7 +41,7 @@ def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> in
         (RUN / "ckpt/last", {}, 60),
         (RUN / "ckpt/iter_000030", {}, 30),
         (None, {"overwrite": True}, None),
-        (None, {}, r"already holds a run \(at iter 60\): add --resume .* or --overwrite"),
+        (None, {}, r"already contains a run \(at iter 60\): add --resume .* or --overwrite"),
         (None, {"run": NEW}, None),
         ("auto", {"run": NEW}, None),
         (RUN / "ckpt/iter_000030", {"run": NEW}, 30),
@@ -67,16 +67,16 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys
         assert f"warning: {newest}/state.json is missing or damaged" in capsys.readouterr().out
     for how in ("latest", "auto", newest):
         (before / "train_state.pt").write_bytes(b"")
-        with pytest.raises(UserError, match=r"every checkpoint there is damaged; add --overwrite instead"):
+        with pytest.raises(UserError, match=r"every checkpoint is damaged; to start again, use --overwrite instead"):
             find(how)
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         find(None)
 
 
 def test_checkpoint_of_another_run_needs_a_folder_of_its_own(run_copy):
     Path("out/other/ckpt").mkdir(parents=True)
     (RUN / "ckpt/iter_000030").rename("out/other/ckpt/iter_000030")
-    with pytest.raises(UserError, match=r"is of another run, and out/quickstart holds checkpoints of its own"):
+    with pytest.raises(UserError, match=r"belongs to another run, and out/quickstart already contains a run"):
         find("out/other/ckpt/iter_000030")
 
 
@@ -105,8 +105,8 @@ def test_differences_that_make_another_run_are_one_error(here):
     with pytest.raises(UserError) as caught:
         check(*words.split(), change=lambda state: state["data"].update(manifest_sha256="0" * 64))
     message = str(caught.value)
-    assert message.startswith(f"{RUN}/ckpt/last cannot go on with these settings: ")
-    assert message.split("settings: ")[1].split(". Set them back")[0].split("; ") == [
+    assert message.startswith(f"{RUN}/ckpt/last cannot be resumed with these settings: ")
+    assert message.split("settings: ")[1].split(". Restore the old values")[0].split("; ") == [
         "batch_size = 6 (was 4)",
         "bias = False (was True)",
         "context_length = 16 (was 32)",
@@ -118,7 +118,7 @@ def test_differences_that_make_another_run_are_one_error(here):
         "stride = 16 (was 32)",
         "tie_weights = False (was True)",
         "vocab_size = 300 (was 257)",
-        "the data: data/tiny is not the dataset it was trained on",
+        "the data: data/tiny is not the dataset that the run was trained on",
     ]
 
 
@@ -141,7 +141,7 @@ def test_another_machine_is_noted(here):
     before = {"device": "NVIDIA T4", "cpu": "Another", "threads": 64, "ranks": 8, "torch": "2.11.0"}
     _, line = check(change=lambda state: state.update(before))
     differing = "; ".join(f"{key} = {now[key]} (was {value})" for key, value in before.items())
-    assert line == f"note: equal to rounding, not to the bit: {differing}"
+    assert line == f"note: not bit-identical, because of {differing}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,10 +187,10 @@ def test_optimizer_state_of_another_model_is_refused(run_copy, tmp_path, part):
         train_state = checkpoint.load_train_state(folder)
         change(train_state["optimizer"].get(part, train_state["optimizer"]))
         changed = checkpoint.save(tmp_path / name, state, weights, train_state, 1)
-        with pytest.raises(UserError, match=r"train_state\.pt is of another model or optimizer"):
+        with pytest.raises(UserError, match=r"train_state\.pt belongs to another model or optimizer"):
             resume.restore(changed, run)
     del train_state["optimizer"]
-    with pytest.raises(UserError, match="it is no train state"):
+    with pytest.raises(UserError, match="it is not a train state"):
         resume.restore(checkpoint.save(tmp_path / "none", state, weights, train_state, 1), run)
     assert same((run.model.state_dict(), run.optimizer.state_dict()), before)
     resume.restore(folder, run)

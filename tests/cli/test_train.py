@@ -100,7 +100,7 @@ def test_plan_is_that_of_the_readme(cli, in_tmp):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (("--vocab_size", 100), "257 ids; leave vocab_size out"),
+        (("--vocab_size", 100), "257 ids; remove vocab_size"),
         (("--context_length", 2000), "too little text: the val split"),
         (("--dataset", "shakespeare"), "run python prepare_data.py shakespeare"),
         (("--dataset", "shakespeare_byte"), "run python prepare_data.py shakespeare --tokenizer byte"),
@@ -140,10 +140,10 @@ def test_plan_prints_sizes_and_trains_nothing(tiny_data, capsys):
     there = open_dataset(Path("data/tiny")).meta["splits"]["train"]["tokens"]
     windows, tokens = (there - 1) // T, 70 * 3 * 2 * T
     for line in (
-        f"{params:,} parameters: {L} layers, 2 heads, {C} wide, context {T}, {V} ids; ",
+        f"{params:,} parameters: {L} layers, 2 heads, n_embd {C}, context {T}, vocabulary {V}; ",
         f"; {flops:,} FLOPs per token\n",
         f"data/tiny: {there:,} training tokens, {windows:,} windows\n",
-        f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens; {windows / 6:,.1f} updates an epoch\n",
+        f"3 sequences x 2 x {T} tokens = {6 * T:,} tokens; {windows / 6:,.1f} updates per epoch\n",
         f"70 updates = {tokens:,} tokens = {70 * 6 / windows:.2f} epochs",
         f", {tokens * flops:.3g} FLOPs\n",
     ):
@@ -154,11 +154,11 @@ def test_plan_prints_sizes_and_trains_nothing(tiny_data, capsys):
 
 def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
     words = [*TINY, "--plan"]
-    with pytest.raises(UserError, match="or give --vocab_size, for the plan without it"):
+    with pytest.raises(UserError, match="or add --vocab_size for a plan without the dataset"):
         train.train(parse(TrainConfig, words))
     train.train(parse(TrainConfig, [*words, "--vocab_size", "300"]))
     text = capsys.readouterr().out
-    assert "300 ids" in text
+    assert "vocabulary 300" in text
     assert "data/tiny is not prepared\n" in text
     assert not list(in_tmp.iterdir())
 
@@ -282,8 +282,8 @@ def bad_step(run: train.TrainingRun, i: int, fault: str) -> None:
 
 def training_state(run: train.TrainingRun) -> dict:
     """Return a copy of weights and moments."""
-    parts = getattr(run.optimizer, "parts", {"adamw": run.optimizer})
-    return copy.deepcopy([run.model.state_dict(), *(part.state_dict()["state"] for part in parts.values())])
+    optimizers = getattr(run.optimizer, "optimizers", {"adamw": run.optimizer}).values()
+    return copy.deepcopy([run.model.state_dict(), *(optimizer.state_dict()["state"] for optimizer in optimizers)])
 
 
 FAULTS = ("nan loss", "inf loss", "nan added", "inf added", "nan gradient", "inf gradient")
@@ -536,7 +536,7 @@ def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
     state = checkpoint.verify(run / "ckpt/last")
     assert 0 < state["iter"] < 100_000
     assert not state["finished"]
-    assert "max_minutes = 0.02 are over, and saved; to go on" in capsys.readouterr().out
+    assert "(max_minutes = 0.02): saved; to resume:" in capsys.readouterr().out
     train_here("--max_iters", state["iter"] + 1, "--resume")
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
 

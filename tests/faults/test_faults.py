@@ -175,7 +175,7 @@ def test_resume_after_a_stop_at_any_moment_is_exact(start, uninterrupted, tmp_pa
     state = checkpoint.verify(run / "ckpt/last")
     assert not state["finished"]
     assert state["iter"] in {"step": (8,), "evaluation": (6,), "save": (9, 10, 11, 12)}[moment]
-    assert processes[0].output.count(f"stopped at iter {state['iter']} of 12, and saved; to go on:") == 1
+    assert processes[0].output.count(f"stopped at iter {state['iter']} of 12: saved; to resume:") == 1
     assert [row["val_loss"] != "" for row in rows(run)[6:7]] == [moment != "evaluation"]
     again = start(run, *SHORT, "--resume")
     assert_completes(again)
@@ -277,7 +277,7 @@ def test_nan_on_one_rank_is_skipped_on_all(start, home, tmp_path, kind):
     what = "the loss is nan" if kind == "loss" else "the norm of the gradient is nan"
     batches = TrainingBatches(Windows(open_dataset(home / "data/tiny").tokens("train"), 32), 4, 4, TrainConfig().seed)
     shown = ", ".join(str(window) for micro in (1, 3) for window in batches.indices(7, micro))
-    warning = f"warning: iter 8: {what} on rank 1; its batch there: training windows {shown} (window w begins at"
+    warning = f"warning: iter 8: {what} on rank 1; training windows of its batch: {shown} (window w starts at"
     assert processes[0].output.count("warning: ") == processes[0].output.count(warning) == 1
     assert [int(row["skipped"] or 0) for row in rows(run)] == [0] * 8 + [1] * 5
     for i in (4, 6, 8, 12):

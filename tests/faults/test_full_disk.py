@@ -40,9 +40,10 @@ def test_full_disk_ends_the_run_and_with_room_it_goes_on(tiny_data, small_disk):
         train_here(*larger, "--out_dir", run, "--resume", "auto")
     assert re.fullmatch(
         r"checkpoint disk/run/ckpt/iter_000009 could not be written: "
-        r"(model\.safetensors: .*No space left on device.*|train_state\.pt: only a part of it was taken: a full .*)\. "
+        r"(model\.safetensors: .*No space left on device.*|train_state\.pt: incomplete write: the disk is full.*)\. "
         r"1\.5 MB are needed, 0\.\d MB are free now\. "
-        r"Still there: iter_000006, iter_000003\. Make room; a run that ended goes on with --resume",
+        r"Existing checkpoints: iter_000006, iter_000003\. Free disk space; if the run has stopped, resume it with "
+        r"--resume",
         str(caught.value),
     ), caught.value
     assert [checkpoint.verify(folder)["iter"] for folder in checkpoint.checkpoints(run)] == [6, 3]

@@ -126,7 +126,9 @@ def test_nothing_is_written_into_a_folder_that_took_the_place_of_a_moved_run(tin
         return real(run, i)
 
     monkeypatch.setattr(train, "train_step", update)
-    with pytest.raises(UserError, match=f"^{RUN} is no longer the folder that this run began in: nothing is saved"):
+    with pytest.raises(
+        UserError, match=f"^{RUN} is no longer the folder that this run started in: no checkpoint is saved"
+    ):
         train_here("--max_iters", 20)
     assert [path.name for path in RUN.rglob("*")] == ["theirs.txt"]
     assert [folder.name for folder in checkpoint.checkpoints(moved)] == ["iter_000003"]
@@ -304,7 +306,7 @@ def test_nonfinite_loss_ends_the_run_at_the_next_row(tiny_data, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", train_step)
     words = ("--log_interval", 5, "--eval_interval", 100, "--save_interval", 5, "--max_iters", 30)
-    with pytest.raises(UserError, match=r"^iter 7: the loss is nan; its batch there: training windows "):
+    with pytest.raises(UserError, match=r"^iter 7: the loss is nan; training windows of its batch: "):
         train_here(*QUIET, *words)
     assert made == list(range(10)), "it ends with the row of iter 10"
     assert [row["iter"] for row in rows(RUN)] == ["0", "5"]
@@ -340,7 +342,7 @@ def test_run_whose_last_save_failed_ends_with_an_error(tiny_data, monkeypatch):
     words = (*QUIET, "--on_save_error", "warn", "--lr", "5e-3")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
-        with pytest.raises(UserError, match="the run ends at iter 6, and its last checkpoint is not there: no room"):
+        with pytest.raises(UserError, match="the run ended at iter 6, but its last checkpoint was not saved: no room"):
             train_here(*words)
     assert {name: os.readlink(RUN / "ckpt" / name) for name in ("best", "last")} == dict.fromkeys(
         ("best", "last"), "iter_000003"

@@ -97,9 +97,9 @@ def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, momen
     assert rows(RUN)[-1]["val_loss"] == ""
     *_, said, typed = capsys.readouterr().out.splitlines()
     if moment.startswith("before"):
-        assert said == "stopped at iter 0 of 5, before there was anything to save; to start again:"
+        assert said == "stopped at iter 0 of 5: nothing to save; to start again:"
     else:
-        assert said == "stopped at iter 4 of 5, and saved; to go on:"
+        assert said == "stopped at iter 4 of 5: saved; to resume:"
     assert typed.split()[:2] == ["python", "train.py"]
     monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
     train.train(cli.parse(TrainConfig, typed.split()[2:]))
@@ -118,7 +118,7 @@ def test_run_that_is_past_its_end_makes_no_update_and_says_so(tiny_data, capsys)
     before = rows(train_here(*QUIET, "--max_iters", 4))
     capsys.readouterr()
     train_here(*QUIET, "--max_iters", 3, "--resume")
-    assert "\nnote: it is past max_iters = 3 already: nothing is left to train\n" in capsys.readouterr().out
+    assert "past max_iters = 3: nothing is left to train\n" in capsys.readouterr().out
     assert rows(RUN) == before
 
 
@@ -163,7 +163,7 @@ def owner(tiny_data):
 
 def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner):
     before = snapshot(Path.cwd())
-    text = f"{RUN} is in use by process {owner.pid} on {socket.gethostname()}: wait for it, stop it, or take another"
+    text = f"{RUN} is in use by process {owner.pid} on {socket.gethostname()}: wait for it, stop it, or choose another"
     for words in ((), ("--resume",), ("--resume", "auto"), ("--resume", RUN / "ckpt/last"), ("--overwrite",)):
         with pytest.raises(UserError) as caught:
             train_here(*QUIET, *words)

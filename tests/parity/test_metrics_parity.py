@@ -8,7 +8,7 @@ import torch
 from random_models import random_model
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
 
-from flatgpt.evaluation.metrics import figures, mean_loss, measure
+from flatgpt.evaluation.metrics import compute_metrics, mean_loss, token_statistics
 
 
 def targets_and_inputs(T: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +56,7 @@ def test_figures_equal_a_plain_loop_and_scikit_learn(T, V, tie_weights):
     model, (x, y) = random_model(context_length=T, vocab_size=V, tie_weights=tie_weights), targets_and_inputs(T, V)
     targets, positions, losses, probabilities = plain_scores(model, x, y)
     greedy = [row.index(max(row)) for row in probabilities]
-    got = figures(measure(model, [(x, y)], torch.from_numpy), COUNTS)
+    got = compute_metrics(token_statistics(model, [(x, y)], torch.from_numpy), COUNTS)
     assert got["tokens"] == len(targets)
     assert got["loss"] == pytest.approx(np.mean(losses), **TOLERANCE)
     assert mean_loss(model, [(x, y)], torch.from_numpy) == pytest.approx(np.mean(losses), **TOLERANCE)

@@ -14,7 +14,7 @@ from in_process import TEXT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flatgpt.data import tokenizer
-from flatgpt.interop.tokenizer_files import END, tokenizer_files
+from flatgpt.interop.tokenizer_files import END_OF_TEXT, tokenizer_files
 
 # GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -93,10 +93,14 @@ def test_ids_are_tiktokens_and_text_comes_back(name, reader, read):
         ids = reference.encode(text)
         assert ids == encoding.encode_ordinary(text)
         assert reference.decode(ids) == text
-    for text in (END * 2, f" {END}\n{END} ", "the <|fim_prefix|>x<|fim_suffix|> y<|fim_middle|>"):
+    for text in (
+        END_OF_TEXT * 2,
+        f" {END_OF_TEXT}\n{END_OF_TEXT} ",
+        "the <|fim_prefix|>x<|fim_suffix|> y<|fim_middle|>",
+    ):
         assert reference.encode(text) == encoding.encode(text, allowed_special="all")
         assert reference.decode(reference.encode(text)) == text
-    assert reference.decode(reference.encode(f"a{END} b"), skip_special_tokens=True) == "a b"
+    assert reference.decode(reference.encode(f"a{END_OF_TEXT} b"), skip_special_tokens=True) == "a b"
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -104,7 +108,7 @@ def test_a_vocabulary_with_holes(reader, tmp_path):
     """GPT-2's pattern, tokens that several pairs could make, end-of-text in the middle."""
     tokens = [b"aa", b"aaa", b"ab", b"aab", b"bc", b"abc", b" a", b" aaa", b"  ", b"   ", b"\n\n", b"\xc3\xa9", b"aaaa"]
     ranks = {bytes([255 - n]): n for n in range(256)} | {token: 260 + 2 * n for n, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding("p50k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 263})
+    encoding = tiktoken.Encoding("p50k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 263})
     reference = READERS[reader](save(tmp_path, tokenizer_files(encoding, 64)))
     holes = {256, 257, 258, 259, 261, *range(265, encoding.n_vocab, 2)}
     assert {n for n in range(encoding.n_vocab) if reference.convert_ids_to_tokens(n) is None} == holes
@@ -112,9 +116,9 @@ def test_a_vocabulary_with_holes(reader, tmp_path):
     @settings(max_examples=100)
     @given(st.one_of(st.text("abc \né"), st.text(st.characters(exclude_categories=["Cs"]))))
     def check(text):
-        ids = reference.encode(text + END)
-        assert ids == encoding.encode(text + END, allowed_special="all")
-        assert reference.decode(ids) == text + END
+        ids = reference.encode(text + END_OF_TEXT)
+        assert ids == encoding.encode(text + END_OF_TEXT, allowed_special="all")
+        assert reference.decode(ids) == text + END_OF_TEXT
 
     check()
 

@@ -66,8 +66,8 @@ def test_rows_that_fail_do_not_end_the_others(scripts, tiny_data, monkeypatch, c
     monkeypatch.delitem(measure.USER_ENVIRONMENT, "THP_MEM_ALLOC_ENABLE", raising=False)
     for name in suites.DATASETS:
         make_dataset(tiny_data, name)
-    rows = [{"label": name, "words": f"train {name}", "peer": True} for name in ("ok", "fail", "die")]
-    rows += [{"label": name, "words": f"save {name}"} for name in ("alone", "stop")]
+    rows = [{"label": name, "args": f"train {name}", "peer": True} for name in ("ok", "fail", "die")]
+    rows += [{"label": name, "args": f"save {name}"} for name in ("alone", "stop")]
     monkeypatch.setattr(suites, "SUITES", {"all": rows})
     with pytest.raises(KeyboardInterrupt):
         bench_here("all", "--peer", "nanoGPT", nanogpt_checkout(tiny_data / "nanoGPT"))
@@ -78,7 +78,7 @@ def test_rows_that_fail_do_not_end_the_others(scripts, tiny_data, monkeypatch, c
     shared, peer = ["--data_dir", "data", "--device", "cpu"], ["--peer", "nanoGPT", str(tiny_data / "nanoGPT")]
     assert found["ok"] == {"words": ["train", "ok", *shared, *peer, "--json", "-"], "thp": None, "figure": 1.5}
     assert found["alone"]["words"] == ["save", "alone", *shared, "--json", "-"]
-    assert (found["fail"], found["die"]) == ({"error": "too large"}, {"error": "ended by signal 9 after: working"})
+    assert (found["fail"], found["die"]) == ({"error": "too large"}, {"error": "killed by signal 9 after: working"})
     assert "- fail: error too large, seconds" in Path("figures.md").read_text()
     assert "working" in capsys.readouterr().err
 
@@ -104,7 +104,7 @@ def test_a_row_that_is_interrupted_ends_with_its_children(scripts, monkeypatch, 
             suites.run_row(["hang", mode], 77)
     else:
         found = suites.run_row(["hang", mode], 77)
-        assert found.pop("error").startswith("ended after its limit of 77 s: ")
+        assert found.pop("error").startswith("timed out after 77 s: ")
         assert found == {"figure": 2.5} or mode == "for good"
 
 

@@ -12,7 +12,7 @@ from random_models import SMALL, T, V, random_ids, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ModelConfig, SamplingConfig
-from flatgpt.evaluation.metrics import mean_loss, measure
+from flatgpt.evaluation.metrics import mean_loss, token_statistics
 from flatgpt.inference.decoder import Decoder, KVCache
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
@@ -203,7 +203,7 @@ def test_soft_cap_changes_evaluation_and_sampling(head):
     torch.testing.assert_close(model(IDS, TARGETS, reduction="none"), losses)
     batches = [(IDS.numpy(), TARGETS.numpy())]
     assert mean_loss(model, batches, torch.from_numpy) == pytest.approx(losses.mean().item(), rel=1e-5)
-    sums = measure(model, batches, torch.from_numpy)
+    sums = token_statistics(model, batches, torch.from_numpy)
     assert sums["position_loss"].sum() == pytest.approx(losses.sum().item(), rel=1e-5)
     for quantize, tolerance in ((None, 1e-3), ("int8", 4.0)):
         decoder = Decoder(prepack(copy.deepcopy(model), torch.float32, quantize) if quantize else model)
@@ -272,7 +272,7 @@ def test_logits_with_a_cache_equal_those_without(prompt, attention, position):
             cache.position = positions(t)
             found.append(model(IDS[:, t : t + 1], cache=cache))
         torch.testing.assert_close(torch.cat(found, dim=1), expected[:, prompt - 1 :], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="17 tokens: context_length = 16"):
+    with pytest.raises(ValueError, match="17 tokens are more than context_length = 16"):
         model(random_ids(length=T + 1))
 
 

@@ -14,7 +14,7 @@ from flatgpt.runs.run_log import format_row
 def test_runners_take_turns_and_ratios_are_those_of_the_rounds(capsys):
     order = []
     runners = {name: lambda name=name: order.append(name) or len(order) for name in ("a", "b")}
-    assert measure.in_turn(runners, 2) == {"a": [1, 3], "b": [2, 4]}
+    assert measure.interleave(runners, 2) == {"a": [1, 3], "b": [2, 4]}
     assert order == ["a", "b", "a", "b"]
     assert capsys.readouterr().err.splitlines()[3].startswith("round 2 of 2, b: ")
     assert measure.speedup([2.0, 2.0, 1.0], [2.0, 6.0, 2.0]) == {"median": 2.0, "rounds": [1.0, 3.0, 2.0]}
@@ -50,7 +50,7 @@ def test_table_of_a_suite():
 
 @pytest.mark.parametrize("row", suites.SUITES["all"] + suites.SUITES["gpu"], ids=lambda row: row["label"])
 def test_rows_are_commands_that_bench_takes(row):
-    config = cli.parse(BenchConfig, [*shlex.split(row["words"]), *["--peer", "nanoGPT", "x"] * ("peer" in row)])
+    config = cli.parse(BenchConfig, [*shlex.split(row["args"]), *["--peer", "nanoGPT", "x"] * ("peer" in row)])
     if "peer" in row:
         nanogpt.require_same_shape(config, 1)
     for letter, value in (("B", config.batch_size), ("T", config.context_length)):
@@ -62,5 +62,5 @@ def test_rows_are_commands_that_bench_takes(row):
 
 def test_lines_of_our_log_are_understood():
     row = {"iter": 250, "train_loss": 1.5, "val_loss": 1.8858, "lr": 1e-3, "grad_norm": 0.5, "step_ms": 12.0}
-    assert training.re.match(training.OURS, format_row(row)).groups() == ("250", "1.8858")
-    assert not training.re.match(training.OURS, format_row({**row, "val_loss": None}))
+    assert training.re.match(training.EVAL_LINE, format_row(row)).groups() == ("250", "1.8858")
+    assert not training.re.match(training.EVAL_LINE, format_row({**row, "val_loss": None}))

@@ -67,7 +67,7 @@ def test_runners_return_the_arrival_of_each_token(monkeypatch):
     [
         ([*SMALL, "--context_length", "192"], "--vocab_size"),
         ([*SMALL, "--vocab_size", "300"], "prompt_tokens \\+ new_tokens = 192 do not fit context_length = 64"),
-        ([*SHORT, "--variants", "int8", "int4"], r"^variants = int4: there are float32, bfloat16, bfloat16_x3, int8"),
+        ([*SHORT, "--variants", "int8", "int4"], r"^variants = int4: choose from float32, bfloat16, bfloat16_x3, int8"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_line(in_tmp, words, message):

@@ -85,5 +85,5 @@ def test_on_cuda_it_runs_as_its_train_py(config):
     assert settings.compile
     assert settings.dtype != torch.float32
     with nanogpt.Peer(config, settings) as peer:
-        assert len(peer.answer() + peer.time_updates(3)) == config.warmup_updates + 3
+        assert len(peer.receive() + peer.time_updates(3)) == config.warmup_updates + 3
         assert peer.facts["peak_mem_gb"] > 0

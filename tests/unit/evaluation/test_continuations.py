@@ -35,7 +35,9 @@ def test_prompts_are_spread_over_the_split(length, n, prompt_tokens, new_tokens,
     if expected:
         assert select_prompts(*arguments) == expected
     else:
-        with pytest.raises(UserError, match=f"the {length} tokens of the split hold no {prompt_tokens} with a text"):
+        with pytest.raises(
+            UserError, match=f"found no prompt of {prompt_tokens} tokens .* in a split of {length}: lower"
+        ):
             select_prompts(*arguments)
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from flatgpt.data import tokenizer
 from flatgpt.evaluation import metrics
-from flatgpt.evaluation.metrics import count_text, eval_batches, figures, mean_loss, measure
+from flatgpt.evaluation.metrics import compute_metrics, count_text, eval_batches, mean_loss, token_statistics
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 V, T = 12, 8
@@ -54,7 +54,7 @@ def test_windows_equal_a_plain_loop(data):
 
 def scored(model, batches=None, ranks=SINGLE_PROCESS) -> dict:
     batches = eval_batches(IDS, T, 4) if batches is None else batches
-    return figures(measure(model, batches, torch.from_numpy, ranks), COUNTS)
+    return compute_metrics(token_statistics(model, batches, torch.from_numpy, ranks), COUNTS)
 
 
 def assert_same(one: dict, other: dict) -> None:
@@ -100,7 +100,7 @@ def test_mean_loss_is_a_float64_sum():
         assert mean_loss(model, batches, torch.from_numpy) * 51 == pytest.approx(2**26 + 50, abs=1e-3)
 
 
-@pytest.mark.parametrize("score", [mean_loss, measure])
+@pytest.mark.parametrize("score", [mean_loss, token_statistics])
 def test_scoring_does_not_disturb_training(score):
     """Dropout is off meanwhile, also if the device fails; no random number is drawn and no graph is kept."""
     model, graphs, state = random_model(dropout=0.5).train(), [], torch.get_rng_state()
@@ -108,7 +108,8 @@ def test_scoring_does_not_disturb_training(score):
     torch.set_rng_state(state)
     model.transformer.ln_f.register_forward_hook(lambda module, args, x: graphs.append(x.requires_grad))
     found = score(model, eval_batches(IDS, T, 4), torch.from_numpy)
-    assert (found if score is mean_loss else figures(found, COUNTS)["loss"]) == pytest.approx(expected, rel=1e-6)
+    loss = found if score is mean_loss else compute_metrics(found, COUNTS)["loss"]
+    assert loss == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ZeroDivisionError):
         score(model, eval_batches(IDS, T, 4), lambda array: 1 / 0)
     assert (model.training, torch.is_grad_enabled(), set(graphs)) == (True, True, {False})
@@ -130,7 +131,7 @@ def sums(losses: list[float]) -> dict[str, np.ndarray]:
 
 def test_figures_by_hand():
     """Two bits a token: 16 bits over 20 bytes and 4 words."""
-    found = figures(sums([2 * math.log(2)] * 8), COUNTS)
+    found = compute_metrics(sums([2 * math.log(2)] * 8), COUNTS)
     positions = found.pop("loss_by_position")
     assert [tuple(bucket.values())[:3] for bucket in positions] == [(n, n + 1, 2 * (n < 8)) for n in range(0, 16, 2)]
     assert [bucket["loss"] for bucket in positions] == [pytest.approx(2 * math.log(2))] * 4 + [None] * 4
@@ -138,7 +139,7 @@ def test_figures_by_hand():
     shares |= {"precision": 0.75 * 0.75, "f1": 0.75 * 2 * 6 / (8 + 6)}
     means = {"loss": 2 * math.log(2), "perplexity": 4, "word_perplexity": 2**4, "bits_per_byte": 16 / 20}
     assert found == pytest.approx(COUNTS | {"tokens": 8} | shares | means)
-    found = figures(sums([800.0] * 8), dict.fromkeys(COUNTS, 0))
+    found = compute_metrics(sums([800.0] * 8), dict.fromkeys(COUNTS, 0))
     assert (found["perplexity"], found["word_perplexity"], found["bits_per_byte"]) == (math.inf, None, None)
 
 

@@ -139,7 +139,7 @@ def test_answers_by_hand(endings, plain, norm):
 def test_what_cannot_be_scored():
     """An ending has to fit into the context; one of CONTEXT tokens, as in QUESTIONS, does."""
     too_long, diverged = [QUESTIONS[0], Question("x", ["y", "a" * CONTEXT], 0)], choice_model()
-    with pytest.raises(UserError, match=r"an ending has 25 tokens, of which the model sees 24 at once: ' aaa"):
+    with pytest.raises(UserError, match=r"an ending has 25 tokens, more than context_length = 24: ' aaa"):
         score_choices(uniform_model(), tokenizer.load("byte"), too_long, torch.from_numpy)
     torch.nn.init.constant_(diverged.transformer.ln_f.weight, math.nan)
     with pytest.raises(UserError, match="NaN: its training diverged"):

@@ -15,7 +15,7 @@ protocol           window
 window             16         16          tokens
 dtype              float32  of the matrix products
 tokens             1,234,567  1           scored
-loss               0.5000     12.0000     nats per token scored
+loss               0.5000     12.0000     nats per scored token
 token perplexity   1.6487     -           exp(loss)
 word perplexity    2.346e+09  inf         exp(sum of losses / words)
 BLEU               -          3.0000      0 to 100, of all continuations
@@ -40,7 +40,7 @@ def test_table():
     one, two = reports()
     assert table([one, two]) == TWO
     lines = table([one]).splitlines()
-    assert {"window             16  tokens", "loss               0.5000  nats per token scored"} < set(lines)
+    assert {"window             16  tokens", "loss               0.5000  nats per scored token"} < set(lines)
     lines = table([one, two | {"window": 8}]).splitlines()
     assert lines[-1] == "loss by position  the windows differ: see --json or --plot"
     assert "window            16         8           tokens" in lines

@@ -47,7 +47,7 @@ def test_a_smaller_context_and_a_text_of_that_model(in_tmp):
     ids = torch.tensor([encoding.encode("99 green")])
     assert torch.equal(model(ids), whole(ids))
     assert encoding.decode(model.generate(ids, max_new_tokens=5)[0].tolist()).startswith("99 green")
-    with pytest.raises(UserError, match=f"context_length = {T + 1}: .* trained with {T}; take at most that"):
+    with pytest.raises(UserError, match=f"context_length = {T + 1}: .* trained with {T}, which is the maximum"):
         flatgpt.load(context_length=T + 1)
 
 
@@ -86,7 +86,7 @@ def test_tokenizer_of_a_model_without_a_vocabulary(in_tmp):
         model, encoding = flatgpt.load("ckpt.pt", context_length=8)
         assert (encoding.name, model.config.vocab_size) == ("gpt2", size)
     random_gpt2(vocab_size=65).save_pretrained("characters")
-    with pytest.raises(UserError, match="model_path = characters: nothing there says which tokenizer"):
+    with pytest.raises(UserError, match="model_path = characters: the tokenizer of this model is unknown"):
         loading.find("characters")
 
 
@@ -94,12 +94,12 @@ def test_tokenizer_of_a_model_without_a_vocabulary(in_tmp):
     ("files", "name", "message"),
     [
         ("", "absent", "no such folder; a run's folder .* or nanoGPT's ckpt.pt is expected"),
-        ("", "a/b/c", "no such folder; .*a name on the hub"),
-        ("notes.txt", "x", "no weights are there"),
-        ("ckpt/lost/state.json", "x", "no weights are there"),
-        ("config.json", "x", "only config.json is there"),
-        ("model.safetensors", "x/model.safetensors", "only model.safetensors is there"),
-        ("config.json pytorch_model.bin", "x", r"pickle.*anybody's code.*GPT2LMHeadModel.*'\)$"),
+        ("", "a/b/c", "no such folder; .*a model on the hub"),
+        ("notes.txt", "x", "no weights in this folder"),
+        ("ckpt/lost/state.json", "x", "no weights in this folder"),
+        ("config.json", "x", "this folder has only config.json"),
+        ("model.safetensors", "x/model.safetensors", "this folder has only model.safetensors"),
+        ("config.json pytorch_model.bin", "x", r"pickle.*arbitrary code.*GPT2LMHeadModel.*'\)$"),
         ("config.json pytorch_model.bin.index.json", "x", "is a pickle"),
         ("config.json model.safetensors pytorch_model.bin", "x/pytorch_model.bin", "is a pickle"),
     ],
@@ -135,9 +135,9 @@ def test_initial_weights_of_a_run(in_tmp, position):
         ({"dropout": 0.1, "attention": "manual", "activation_checkpointing": True, "attn_bias": True}, None),
         ({"context_length": 48}, "context_length = 48: .* was trained with 32"),
         # their tensors would fit
-        ({"n_head": 4}, r"n_head = 4 \(there 2\); leave out"),
-        ({"activation": "gelu", "n_layer": 6}, r"n_layer = 6 \(there 2\), activation = gelu \(there gelu_tanh\)"),
-        ({"attn_bias": False}, r"attn_bias = False \(there True\)"),
+        ({"n_head": 4}, r"n_head = 4 \(weights: 2\); leave out"),
+        ({"activation": "gelu", "n_layer": 6}, r"n_layer = 6 \(weights: 2\), activation = gelu \(weights: gelu_tanh\)"),
+        ({"attn_bias": False}, r"attn_bias = False \(weights: True\)"),
     ],
     ids=str,
 )

@@ -119,7 +119,7 @@ def test_facts(write):
         *("- tokens, train: `1,234,567`\n", "document: `True`\n", "- updates: `1,200`\n", "- epoch: `2.5`\n"),
         *("- device: `NVIDIA H200`\n", "- ranks: `8`\n", f"- git_commit: `{'a' * 40}`\n", "- eval_batches: `20`\n"),
         *("python train.py --config shakespeare --lr 1e-3`\n", "```toml\nlr = 0.001\n", "--model_path FOLDER"),
-        *(f"{CONFIG.num_params():,} parameters", "Its context is 48 tokens."),
+        *(f"{CONFIG.num_params():,} parameters", "Its context length is 48 tokens."),
     ):
         assert part in text
     assert "- device: `AMD EPYC`\n" in write({**STATE, "device": "cpu"})
@@ -127,7 +127,7 @@ def test_facts(write):
     earlier = {key: STATE[key] for key in ("iter", "config", "tokenizer")} | {"data": {"end_of_text": False}}
     assert "document: `False`\n- updates: `1,200`\n" in write(earlier)
     text = write({})
-    assert "Its training and its data are not known here" in text
+    assert "The training settings and data are unknown" in text
     assert metadata(text) == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2"]}
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.interop import tokenizer_files as module
-from flatgpt.interop.tokenizer_files import END, identify_encoding, tokenizer_files
+from flatgpt.interop.tokenizer_files import END_OF_TEXT, identify_encoding, tokenizer_files
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def copy(written, tmp_path):
 
 def test_another_pattern_cannot_be_exported():
     letters = {bytes([byte]): byte for byte in range(256)}
-    other = tiktoken.Encoding("words", pat_str=r"\w+|\W+", mergeable_ranks=letters, special_tokens={END: 256})
+    other = tiktoken.Encoding("words", pat_str=r"\w+|\W+", mergeable_ranks=letters, special_tokens={END_OF_TEXT: 256})
     with pytest.raises(UserError, match=r"words.*GPT-2.*gpt2.*byte"):
         tokenizer_files(other, 64)
 
@@ -88,7 +88,7 @@ def transformers_own(*added: str):
 def with_pad(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     ids = json.loads((folder / "vocab.json").read_bytes())
-    (folder / "added_tokens.json").write_text(json.dumps({END: ids[END], "[PAD]": len(ids)}))
+    (folder / "added_tokens.json").write_text(json.dumps({END_OF_TEXT: ids[END_OF_TEXT], "[PAD]": len(ids)}))
 
 
 VOCAB, MERGES = ("model", "vocab"), ("model", "merges")
@@ -98,7 +98,7 @@ SAME = {
     "transformers' own": transformers_own(),
     "transformers' own, 24 more tokens": transformers_own("[PAD]", "word", *(f"<{n}>" for n in range(22))),
     "added_tokens.json": with_pad,
-    "end-of-text only added": edit(lambda ids: ids.pop(END), *VOCAB),
+    "end-of-text only added": edit(lambda ids: ids.pop(END_OF_TEXT), *VOCAB),
     "merges with CRLF": replace("merges.txt", "\n", "\r\n"),
     "merges without a version": replace("merges.txt", "#version: 0.2\n", ""),
 }

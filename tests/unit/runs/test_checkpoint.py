@@ -103,7 +103,7 @@ def test_model_path_is_a_run_or_a_checkpoint(in_tmp, model):
         assert checkpoint.find(path, print)[1]["iter"] == 1
     Path("begun/ckpt").mkdir(parents=True)
     for path, said in (("absent", "no usable"), ("out", "no usable"), ("begun", "no usable")):
-        with pytest.raises(UserError, match=f"model_path {path}.* {said}"):
+        with pytest.raises(UserError, match=f"model_path = {path}.* {said}"):
             checkpoint.find(path, print)
 
 
@@ -174,14 +174,16 @@ def test_damaged_checkpoint_of_the_same_iteration_is_moved_aside(tmp_path, model
     ("room", "file", "reason"),
     [
         (4_096, "model.safetensors", ".*File too large"),
-        (200_000, "train_state.pt", "only a part of it was taken: a full disk"),
+        (200_000, "train_state.pt", "incomplete write: the disk is full"),
         (1_500_000, "state.json", "File too large"),
     ],
 )
 def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path, model, room, file, reason):
     save(tmp_path, 1, model)
     state, train_state = {"iter": 2, "config": {}, "long": "x" * 2_000_000}, {"optimizer": [torch.zeros(300_000)]}
-    message = f"iter_000002 could not be written: {file}: {reason}.* 1.2 MB are needed, .* Still there: iter_000001"
+    message = (
+        f"iter_000002 could not be written: {file}: {reason}.* 1.2 MB are needed, .* Existing checkpoints: iter_000001"
+    )
     with full_disk(room), pytest.raises(UserError, match=message):
         checkpoint.save(tmp_path, state, {"w": torch.zeros(12_000)}, train_state, keep=1)
     assert checkpoint.verify(follow(tmp_path / "ckpt/last"))["iter"] == 1

@@ -149,7 +149,7 @@ def test_failed_save_can_be_a_warning(writer, fail_saves, monkeypatch, tmp_path,
     saver.save(make_state(1), make_tensors(1.0))
     saver.wait()
     assert saver.failure is error
-    assert capsys.readouterr().err == f"warning: {error}. Training goes on (on_save_error = warn)\n"
+    assert capsys.readouterr().err == f"warning: {error}. Training continues (on_save_error = warn)\n"
     monkeypatch.setattr(checkpoint, "save", real)
     saver.save(make_state(2), make_tensors(2.0))
     saver.wait()
@@ -188,7 +188,7 @@ def test_disk_without_room_for_a_checkpoint(writer, monkeypatch, capsys):
     saver = writer(on_save_error="warn")
     saver.allocate_buffers(make_tensors())
     assert saver.failure
-    assert "make room, or take an --out_dir on another disk. Training goes on" in capsys.readouterr().err
+    assert "free disk space, or choose an --out_dir on another disk. Training continues" in capsys.readouterr().err
     writer(OtherRank()).allocate_buffers(make_tensors())
 
 

@@ -123,7 +123,7 @@ def test_runs_and_what_is_said_of_them(shown):
     run("x" * 50, DATASET="two\nlines\x1b[2J" + "y" * 20, seconds=3600)
     lines = shown()
     expected = [
-        ("run", "parameters", "data", "iter", "best loss", "at", "age", "state"),
+        ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state"),
         ("recipe", "-", "mine", "0", "-", "-", "0 s", "stopped, 0%"),
         ("rows", "-", "-", "30", "3.2500", "20", "30 s", "stopped"),
         ("small", PARAMETERS, "mine", "30", "3.2500", "20", "5 min", "stopped, 75%"),
@@ -166,7 +166,7 @@ def test_what_cannot_be_read_comes_last_and_hides_nothing(shown):
     assert lines[1].startswith("good ")
     assert lines[2:4] == [
         "a_folder  cannot be read: [Errno 21] Is a directory: 'out/a_folder/metrics.csv'",
-        "empty  no run: neither metrics.csv nor config.toml nor ckpt/ is here",
+        "empty  not a run: it has no metrics.csv, config.toml or ckpt/",
     ]
     assert lines[4].startswith("wide  cannot be read: ")
 

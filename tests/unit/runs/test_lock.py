@@ -41,11 +41,11 @@ def test_lock_follows_a_folder_that_is_moved_and_made_again(tmp_path, locked):
     first.acquire()  # a second time changes nothing
     folder.rename(moved)
     assert not first.is_held()
-    with pytest.raises(UserError, match="was moved away by another process meanwhile"):
+    with pytest.raises(UserError, match="was moved by another process in the meantime"):
         first.prepare_folder(overwrite=False)
     folder.mkdir()
     first.acquire()
-    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: wait for it, stop it, or take"):
+    with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: wait for it, stop it, or choose"):
         locked(folder)
     locked(moved)
     first.__exit__()
@@ -58,7 +58,7 @@ def test_file_system_without_locks_is_a_warning(tmp_path, locked, monkeypatch, c
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     locked(tmp_path).prepare_folder(False)
-    text = f"warning: {tmp_path}/.lock cannot be locked (No locks available): no second process may train there\n"
+    text = f"warning: {tmp_path}/.lock cannot be locked (No locks available): do not train there in a second process\n"
     assert capsys.readouterr().err == text
 
 
@@ -71,7 +71,7 @@ def test_of_two_that_found_no_folder_one_gets_it(tmp_path, locked):
     assert first.is_held()
     make_run(tmp_path / "new")
     first.__exit__()
-    with pytest.raises(UserError, match="another process has trained there meanwhile"):
+    with pytest.raises(UserError, match="another process has trained there in the meantime"):
         late.prepare_folder(overwrite=True)
     assert (tmp_path / "new/ckpt/iter_000003").is_dir()
 
@@ -90,7 +90,7 @@ def test_overwrite_renames_runs_only_and_not_the_current_folder(in_tmp, locked):
     with pytest.raises(UserError, match="is in use by"):
         locked(run)
     os.chdir(shutil.copytree(old, in_tmp / "copy") / "below")
-    with pytest.raises(UserError, match="is where we are, and is not renamed"):
+    with pytest.raises(UserError, match="contains the current folder and is not renamed"):
         locked(Path("..")).prepare_folder(overwrite=True)
 
 

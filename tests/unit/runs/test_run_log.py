@@ -94,8 +94,8 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
     lines = path.read_text().splitlines()
     assert [line.split(",")[:2] for line in lines[1:]] == [*([str(i), str(10 * i)] for i in range(8)), ["8", ""]]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {path}: File too large; rows wait until there is room",
-        f"warning: {path}: the last rows found no room",
+        f"warning: {path}: File too large; rows are kept until they can be written",
+        f"warning: {path}: the last rows could not be written",
     ]
 
 
@@ -218,7 +218,7 @@ def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     run.write_picture(b"png")
     run.close()
     assert took == [{"iter": 0}, {"iter": 10}, {"iter": 20}, "end"]
-    assert capsys.readouterr().err == f"warning: wandb: ConnectionError; what it misses is in {tmp_path}\n"
+    assert capsys.readouterr().err == f"warning: wandb: ConnectionError; the missing data is in {tmp_path}\n"
     assert iters(tmp_path / "metrics.csv") == [0, 10, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.png", "samples.txt"]
 

@@ -39,9 +39,7 @@ def test_first_bad_update_is_named_with_its_windows(values, text):
     stop, skip = make_guard("stop"), make_guard("skip")
     for guard in (stop, skip):
         assert [observe(guard, 5), observe(guard, 6, *values), observe(guard, 7, NAN)] == [0.0, 1.0, 1.0]
-    said = (
-        f"iter 7: {text}; its batch there: training windows 60, 61, 62, 63 (window w begins at token 32 w). It was not"
-    )
+    said = f"iter 7: {text}; training windows of its batch: 60, 61, 62, 63 (window w starts at token 32 * w). The"
     warning, error, skipped = check(stop, 10)
     assert (warning, error[: len(said)], skipped) == ("", said, 2)
     assert "--on_nonfinite skip" in error
@@ -63,7 +61,7 @@ def test_first_bad_update_is_named_with_its_windows(values, text):
 def test_rank_at_fault_is_named_with_its_windows(finite, ranks, windows):
     observe(guard := make_guard("stop"), 11, NAN)
     _, error, _ = check(guard, 12, SimpleNamespace(world=2, all_gather=lambda value: finite))
-    assert error.startswith(f"iter 12: the loss is nan on {ranks}; its batch there: training windows {windows} (window")
+    assert error.startswith(f"iter 12: the loss is nan on {ranks}; training windows of its batch: {windows} (window")
 
 
 def test_overflow_of_float16_gradients_is_counted_and_no_error():
@@ -90,7 +88,7 @@ def test_twenty_in_a_row_end_the_run(scaled, last_row, bad):
         observe(guard, i, norm=INF if i < bad else 1.0)
     _, error, skipped = check(guard, last_row)
     assert skipped == bad
-    expected = f"20 updates in a row, up to iter {last_row}, had a loss or gradient" if bad == 20 else ""
+    expected = f"20 updates in a row, up to iter {last_row}, had a non-finite loss" if bad == 20 else ""
     assert error[: len(expected)] == expected
     assert bool(error) == (bad == 20)
 

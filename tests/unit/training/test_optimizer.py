@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import ModelConfig, TrainConfig
-from flatgpt.training.optimizer import Muon, learning_rate, make_optimizer, orthogonalized
+from flatgpt.training.optimizer import Muon, learning_rate, make_optimizer, orthogonalize
 from model import GPT
 
 
@@ -111,4 +111,4 @@ def test_steps_are_those_of_torchs_muon(momentum):
         theirs.step()
         found, expected = (torch.cat([p.detach().flatten() for p in each]) for each in (params, parts))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * lr)  # bfloat16
-    assert torch.equal(orthogonalized(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8, dtype=torch.bfloat16))
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 8)), torch.zeros(2, 4, 8, dtype=torch.bfloat16))

@@ -103,7 +103,7 @@ def test_weights_gradients_and_optimizer_are_those_of_an_update(optimizer):
     model(*torch.randint(50, (2, 2, 16))).backward()
     chosen = make_optimizer(model, config)
     chosen.step()
-    parts = [chosen] if optimizer == "adamw" else chosen.parts.values()
+    parts = [chosen] if optimizer == "adamw" else chosen.optimizers.values()
     state = [t for part in parts for moments in part.state.values() for t in moments.values() if t.dim()]
     pieces = memory(config, torch.float32)
     assert pieces["weights"] == sum(p.nbytes for p in model.parameters())
