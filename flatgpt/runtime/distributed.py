@@ -320,7 +320,7 @@ def _sum(local_grad_sum, bucket):  # DDP rejects annotations that are strings
     return summed.then(lambda done: done.value()[0])
 
 
-def gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+def grad_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Return a context for forward and backward of a micro-batch. Gradients are summed over ranks if it is the last."""
     if hasattr(model, "set_requires_gradient_sync"):  # fully_shard
         model.set_requires_gradient_sync(last)

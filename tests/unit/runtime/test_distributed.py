@@ -15,7 +15,7 @@ from flatgpt.runtime.distributed import (
     SINGLE_PROCESS,
     DistributedContext,
     full_tensor,
-    gradients,
+    grad_sync,
     is_sharded,
     join_process_group,
     local_grad_sum,
@@ -128,9 +128,9 @@ def test_gradients_are_summed_in_the_last_micro_batch_only(group):
     sharded = torch.nn.Linear(2, 2)
     sharded.set_requires_gradient_sync = seen.append
     for last in (False, True):
-        with gradients(model, last):
+        with grad_sync(model, last):
             assert model.require_backward_grad_sync == last
-        with gradients(sharded, last):
+        with grad_sync(sharded, last):
             assert seen.pop() is last
 
 
