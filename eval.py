@@ -104,10 +104,10 @@ def evaluate_text(
     counts = count_text(tokens, int(statistics["targets"].sum()) + (not rolling), encoding)
     if not rolling:  # the first token is not scored, but its word is counted: words do not depend on the protocol
         counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
-    means = report.PROTOCOLS[config.protocol]
-    means += ", which is not in the model's training data" if rolling and not source.end_of_text else ""
-    means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
-    result = {"text": name, "protocol": config.protocol, "protocol_means": means, "batch_size": batch_size}
+    protocol_means = report.PROTOCOLS[config.protocol]
+    protocol_means += ", which is not in the model's training data" if rolling and not source.end_of_text else ""
+    protocol_means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
+    result = {"text": name, "protocol": config.protocol, "protocol_means": protocol_means, "batch_size": batch_size}
     result |= {"stride": stride} if config.protocol == "stride" else {}
     result |= {"eval_batches": config.eval_batches or None} | compute_metrics(statistics, counts)
     if math.isnan(result["loss"]):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from flatgpt.interop import hub, loading
 from flatgpt.interop.export_folder import file_sizes, hugging_face_files, space_files, write_folder
-from flatgpt.interop.hub import LOCAL
+from flatgpt.interop.hub import LOCAL_SETTINGS
 from flatgpt.interop.loading import ModelSource
 from flatgpt.runtime.device import note
 
@@ -82,9 +82,9 @@ def model_name(config: ExportConfig, source: ModelSource) -> str:
 
 def run_recipe(state: dict) -> str:
     """Return a run's settings as TOML, without machine-specific ones."""
-    known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
+    known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL_SETTINGS)
     settings = TrainConfig(**{key: value for key, value in state["config"].items() if key in known})
-    return recipe_text(dataclasses.replace(settings, **dict.fromkeys(LOCAL)))
+    return recipe_text(dataclasses.replace(settings, **dict.fromkeys(LOCAL_SETTINGS)))
 
 
 def size_table(sizes: dict[str, int]) -> str:

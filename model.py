@@ -121,7 +121,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases zero."""
+        """Initialise as GPT-2: N(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases zero."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -143,9 +143,9 @@ class GPT(nn.Module):
             cache: keys and values of the tokens before idx. Those of idx are added to it.
 
         Returns:
-            With targets: cross-entropy in nats, float32; a scalar, or (B * T) with reduction "none".
-            With a cache: (B, 1, V) logits of the last position.
-            Otherwise: (B, T, V) logits.
+            with targets: cross-entropy in nats, float32; a scalar, or (B * T) with reduction "none".
+            with a cache: (B, 1, V) logits of the last position.
+            otherwise: (B, T, V) logits.
         """
         x = self.hidden_states(idx, cache)  # (B, T, C)
         if targets is None:
@@ -199,14 +199,14 @@ class GPT(nn.Module):
         return logits
 
     def adjust_logits(self, logits: Tensor) -> Tensor:
-        """Transform logits (..., V) in training, evaluation and sampling, e.g. to `15 * torch.tanh(logits / 15)`.
+        """Transform logits (..., V) in training, evaluation and sampling. Edit this method to change them.
 
-        By default they are unchanged. The argument must not be modified in place.
+        Example: `return 15 * torch.tanh(logits / 15)`. The argument must not be modified in place.
         """
         return logits
 
     def exclude_loss_from_compile(self) -> None:
-        """Keep the fused loss out of torch.compile, which would not reuse memory between chunks. Call it first."""
+        """Exclude the fused loss from a later torch.compile, which would not reuse memory between chunks."""
         self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device)
 
     @classmethod

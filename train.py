@@ -63,7 +63,7 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
     """Run optimizer update i (from 0). Does not synchronise with the device; non-finite updates are skipped.
 
     Returns:
-        loss and gradient norm, each of all ranks together, shape ().
+        loss and gradient norm over all ranks, shape () each.
     """
     config, micros = run.config, run.ranks.micro_batches(run.config.grad_accum_steps)
     for group in run.optimizer.param_groups:
@@ -76,7 +76,7 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
         with grad_sync(run.wrapped_model, last=micro == micros[-1]):
             with run.device_settings.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
-            # If the loss is not finite, its gradients may be finite. A factor of NaN makes the scaler skip the update.
+            # A non-finite loss can have finite gradients. The factor is then NaN, so that the scaler skips the update.
             run.scaler.scale(micro_loss).backward(1 + 0 * micro_loss.detach())
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
@@ -168,7 +168,7 @@ def train_loop(
         log.bar.update()
         if progress.iter == start + 1:  # the model is compiled and the optimizer's tensors exist
             shorten_timeout(config)
-            gc.freeze()  # a garbage collection of these lasting objects takes 0.16 s
+            gc.freeze()  # excludes lasting objects from garbage collections, which take 0.16 s otherwise
             checkpoints.allocate_buffers(checkpoint_state(run, progress))
         clock.count(loss)
         checkpoints.check()
@@ -181,20 +181,20 @@ def train_loop(
             if warning:
                 log.print(warning)
             if error:
-                checkpoints.wait()  # torchrun kills all ranks when the first one exits
+                checkpoints.wait()  # for the save: torchrun kills all ranks when one exits
                 raise UserError(error)
         if reason or timer_due or progress.eval_pending or progress.iter % config.save_interval == 0:
             with clock.paused():
-                save(run, progress, checkpoints)  # first, because evaluation and sampling may fail
+                save(run, progress, checkpoints)  # before evaluation and sampling, which may fail
 
 
 def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
     """Train on one rank. On return, DDP is freed before its process group is destroyed; otherwise it can hang."""
-    start = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
-    run = build_run(config, ranks, resumed=start[1] if start else None)
+    resume_from = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
+    run = build_run(config, ranks, resumed=resume_from[1] if resume_from else None)
     config, folder = run.config, Path(run.config.out_dir)
     print(reporting.summary(run))
-    progress = restore_run(start, run, lock, recipe_text(config))
+    progress = restore_run(resume_from, run, lock, recipe_text(config))
     mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
     wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)

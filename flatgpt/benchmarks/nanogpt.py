@@ -42,7 +42,9 @@ def require_checkout(config: BenchConfig) -> None:
     """Raise UserError if --peer does not name a checkout of nanoGPT."""
     for file in ("model.py", "train.py", "configurator.py", RECIPE):
         if not Path(config.peer[1], file).is_file():
-            raise UserError(f"peer = {' '.join(config.peer)}: it has no {file}; give the folder of a nanoGPT checkout")
+            raise UserError(
+                f"peer = {' '.join(config.peer)}: this folder has no {file}; give the folder of a nanoGPT checkout"
+            )
 
 
 def require_same_shape(config: BenchConfig, world: int) -> None:
@@ -53,9 +55,8 @@ def require_same_shape(config: BenchConfig, world: int) -> None:
     supported = {"activation": ("gelu", "gelu_tanh"), "tie_weights": (True,), "position": ("learned",)}
     supported |= {"mlp_ratio": (4,), "attn_bias": (None, config.bias)}
     settings = {key: getattr(config, key) for key in supported}
-    if unsupported := [
-        f"{key} = {str(value).lower()}" for key, value in settings.items() if value not in supported[key]
-    ]:
+    unsupported = [f"{key} = {str(value).lower()}" for key, value in settings.items() if value not in supported[key]]
+    if unsupported:
         raise UserError(f"peer = nanoGPT does not support {', '.join(unsupported)}: change it, or leave out --peer")
     if world > 1:
         raise UserError(
@@ -83,8 +84,8 @@ def train_command(config: BenchConfig, folder: Path) -> list[str]:
 def peer_settings(config: BenchConfig) -> dict[str, DeviceSettings]:
     """Return the device settings for nanoGPT by name of the result.
 
-    On a CPU there are two: its recommendation for CPUs (eager, float32), and the fastest for its model (compiled,
-    autocast in the faster dtype). On other devices: those of its train.py.
+    On a CPU there are two: those that nanoGPT's README recommends (eager, float32), and the fastest ones (compiled,
+    autocast in the faster dtype). On other devices: those of nanoGPT's train.py.
     """
     device = find_device(config.device)
     if device.type != "cpu":
@@ -116,7 +117,11 @@ class Peer(Process):
             os.write(self.stdin.fileno(), f"{message}\n".encode())
 
     def receive(self) -> list[float]:
-        """Return the milliseconds of each requested update, at first of the warm-up. Raise UserError if it failed."""
+        """Return the milliseconds of each requested update. The first call returns those of the warm-up.
+
+        Raises:
+            UserError: the process failed.
+        """
         line = self.stdout.readline()
         if not line:
             self.require_success()

@@ -29,7 +29,7 @@ from flatgpt.runtime.files import write_json, write_output
 
 SUITES = tomllib.loads((REPO_ROOT / "flatgpt/benchmarks/suites.toml").read_text())
 DATASETS = ("shakespeare", "shakespeare_byte")  # that the rows use
-GRACE = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 s for a hanging test
+GRACE_SECONDS = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 s for a hanging test
 # columns of the Markdown table
 COLUMNS = ("ms", "tokens_per_s", "tflop_per_s", "mfu", "mfu_measured", "peak_mem_gb", "start_s")
 
@@ -99,12 +99,12 @@ def run_row(args: list[str], limit: float) -> dict:
 
 
 def terminate_group(process: Process) -> None:
-    """Stop a process and its children: SIGINT, then SIGKILL once it has exited or after GRACE seconds."""
+    """Stop a process and its children: SIGINT, then SIGKILL once it has exited or after GRACE_SECONDS seconds."""
     try:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(GRACE_SECONDS)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

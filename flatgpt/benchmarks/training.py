@@ -55,9 +55,8 @@ def bench_train(
     if config.peer:
         nanogpt.require_same_shape(config, ranks.world)
         nanogpt.require_checkout(config)
-    with contextlib.redirect_stdout(
-        sys.stderr if ranks.first else sys.stdout
-    ):  # standard output is reserved for figures
+    # rank 0 reserves standard output for figures
+    with contextlib.redirect_stdout(sys.stderr if ranks.first else sys.stdout):
         run = build_run(config, ranks)
         print(summary(run))
     iters, device = itertools.count(), run.device_settings
@@ -65,7 +64,7 @@ def bench_train(
     def time_updates(count: int = config.timed_updates) -> list[float]:
         return [milliseconds(device, lambda: train_step(run, next(iters))) for _ in range(count)]
 
-    def start(name: str) -> nanogpt.Peer:
+    def start_peer(name: str) -> nanogpt.Peer:
         return nanogpt.Peer(run.config, settings[name])
 
     settings = nanogpt.peer_settings(run.config) if config.peer else {}
@@ -73,13 +72,13 @@ def bench_train(
     with contextlib.ExitStack() as stack:
         # On CUDA, the peer starts now and compiles in parallel, because GPU machines have enough cores.
         concurrent = settings if device.device.type == "cuda" else ()
-        started = {name: stack.enter_context(start(name)) for name in concurrent}
+        started = {name: stack.enter_context(start_peer(name)) for name in concurrent}
         warmup = {"ours": time_updates(1)}
         start_s = seconds_since_start()
         warmup["ours"] += time_updates(config.warmup_updates - 1)
         timed = {"ours": [] if settings else time_updates()}
         for name in settings:  # one at a time: three models may not fit in memory
-            with started.get(name) or start(name) as peer:
+            with started.get(name) or start_peer(name) as peer:
                 warmup[name] = peer.receive()
                 runners = {"ours": time_updates, name: functools.partial(peer.time_updates, config.timed_updates)}
                 rounds = interleave(runners, config.rounds)
@@ -147,13 +146,9 @@ def top_ops(work: Callable[[], object], device: torch.device, trace: str | None)
     kind, time = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
     times = {op: getattr(op, time) for op in profiler.key_averages() if op.device_type == kind}  # microseconds
     total = sum(times.values())
+    n = PROFILED_UPDATES
     return [
-        {
-            "name": op.key,
-            "calls": op.count / PROFILED_UPDATES,
-            "self_ms": us / 1e3 / PROFILED_UPDATES,
-            "share": us / total,
-        }
+        {"name": op.key, "calls": op.count / n, "self_ms": us / 1e3 / n, "share": us / total}
         for op, us in sorted(times.items(), key=lambda item: -item[1])[:10]
     ]
 

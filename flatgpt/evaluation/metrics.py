@@ -23,7 +23,7 @@ from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 IGNORE = -1  # a target that is not scored
 BUCKETS, BINS = 8, 15  # buckets of positions in the context; bins of confidence
 LOGITS_BYTES = {"cpu": 32e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once
-TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}  # on a CPU, more are not faster
+TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}  # on a CPU, larger batches are not faster
 CHUNK_TOKENS = 1 << 18  # decoded at once
 
 Batch = tuple[np.ndarray, np.ndarray]  # inputs and targets, (B, T) int64 each; IGNORE where no target is scored
@@ -83,7 +83,7 @@ def eval_batches(
     batch_numbers = range(ranks.rank, batches_per_rank * ranks.world, ranks.world)
     for n in progress_bar(batch_numbers, ranks) if progress else batch_numbers:
         rows = [window(start) for start in starts[n * batch_size : (n + 1) * batch_size]]
-        yield make_batch(rows or [(window(0)[0], 0)], T)  # no window left: repeat one, unscored
+        yield make_batch(rows or [(window(0)[0], 0)], T)  # no window left: no scored target
 
 
 def make_batch(rows: Sequence[tuple[Sequence[int], int]], T: int) -> Batch:
@@ -105,7 +105,7 @@ def make_batch(rows: Sequence[tuple[Sequence[int], int]], T: int) -> Batch:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients in this context. Uses no random numbers."""
+    """Context manager for evaluation mode without gradients. Uses no random numbers."""
     was_training = model.training
     model.eval()
     try:
@@ -161,7 +161,7 @@ def token_statistics(
 
     Returns:
         targets, predicted: number of tokens by target id, and by most likely id (V).
-        correct, in_top5: number of tokens by target id (V) whose target is the most likely id, or in the top 5.
+        correct, in_top5: number of tokens whose target is the most likely id, or in the top 5, by target id (V).
         position_tokens, position_loss: number of tokens, and sum of losses in nats, by position in the context (T).
         bin_correct, bin_confidence: number of correct tokens, and sum of the most likely id's probability, in BINS
             equal bins of this probability.

@@ -24,7 +24,7 @@ from config import ModelConfig, SamplingConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop import loading
-from flatgpt.interop.hub import LOCAL, card_body, hub_name, model_card
+from flatgpt.interop.hub import LOCAL_SETTINGS, card_body, hub_name, model_card
 from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
 from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
@@ -34,18 +34,18 @@ from model import GPT
 Content = bytes | Path | dict[str, Tensor]  # bytes, a file to copy, or tensors for safetensors
 LOG = "metrics.csv"
 SPACE_FILES = ("app.py", "model.py", "config.py", "LICENSE")  # and flatgpt/
-VOCABULARY = "tiktoken_cache"  # app.py sets TIKTOKEN_CACHE_DIR to this folder
+VOCABULARY_FOLDER = "tiktoken_cache"  # app.py sets TIKTOKEN_CACHE_DIR to this folder
 # Keys of state.json that a Space publishes. The others are for resuming or describe the machine.
-PUBLIC = (
+PUBLIC_STATE_KEYS = (
     *("format", "iter", "tokens", "epoch", "val_loss", "best_loss", "best_iter", "tokenizer"),
     *("git_commit", "git_dirty", "python", "torch", "device", "cpu", "ranks"),
 )
-CPU_ONLY = """\
+CPU_TORCH_INDEX = """\
 # torch without CUDA, a tenth of the size; remove this line for a Space with a GPU
 --extra-index-url https://download.pytorch.org/whl/cpu
 """
-IGNORED = b"__pycache__/\n.gradio/\n"  # created by app.py; compiled code contains local paths
-USE = """\
+GITIGNORE = b"__pycache__/\n.gradio/\n"  # created by app.py; compiled code contains local paths
+USAGE = """\
 ```sh
 pip install -r requirements.txt
 python app.py
@@ -192,12 +192,12 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         short_description=f"A language model of {source.config.num_params():,} parameters to try out",
         tags=["gpt2", "text-generation", "flatgpt"],
     )
-    body = card_body(source, name=name, use=USE, recipe=recipe)
+    body = card_body(source, name=name, use=USAGE, recipe=recipe)
     packages = (REPO_ROOT / "requirements.txt").read_text(encoding="utf-8")
     files: dict[str, bytes | Path] = {
         "README.md": f"---\n{metadata}\n---\n\n{body}".encode(),
-        "requirements.txt": f"{CPU_ONLY}{packages}gradio=={gradio}\n".encode(),
-        ".gitignore": IGNORED,  # `hf upload` applies it too
+        "requirements.txt": f"{CPU_TORCH_INDEX}{packages}gradio=={gradio}\n".encode(),
+        ".gitignore": GITIGNORE,  # `hf upload` applies it too
     }
     if source.state:
         run = source.path.parent.parent if source.path.parent.name == "ckpt" else source.path
@@ -205,7 +205,9 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         files |= {LOG: run / LOG} if (run / LOG).is_file() else {}
     for file in (*(REPO_ROOT / script for script in SPACE_FILES), *(REPO_ROOT / "flatgpt").rglob("*.py")):
         files[file.relative_to(REPO_ROOT).as_posix()] = file
-    return files | {f"{VOCABULARY}/{key}": data for key, data in tokenizer.vocabulary_files(source.tokenizer).items()}
+    return files | {
+        f"{VOCABULARY_FOLDER}/{key}": data for key, data in tokenizer.vocabulary_files(source.tokenizer).items()
+    }
 
 
 def public_state(state: dict, name: str) -> dict:
@@ -214,13 +216,13 @@ def public_state(state: dict, name: str) -> dict:
     Args:
         name: value for `out_dir`, instead of the run's folder.
     """
-    known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL)
+    known = TrainConfig.__dataclass_fields__.keys() - set(LOCAL_SETTINGS)
     config = {key: value for key, value in state["config"].items() if key in known} | {"out_dir": name}
     if init_from := state["config"].get("init_from"):
         config["init_from"] = init_from if hub_name(init_from) else f".../{Path(init_from).name}"
     data = {key: state["data"][key] for key in ("manifest_sha256", "end_of_text", "tokens") if key in state["data"]}
     data["folder"] = Path(state["data"]["folder"]).name
-    public = {key: state[key] for key in PUBLIC if key in state}
+    public = {key: state[key] for key in PUBLIC_STATE_KEYS if key in state}
     return public | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from flatgpt.interop.loading import ModelSource
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # repositories without a user name
-NAME = re.compile(r"(\w[\w.-]*)(?:/\w[\w.-]*)?", re.ASCII)
-REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
+NAME_PATTERN = re.compile(r"(\w[\w.-]*)(?:/\w[\w.-]*)?", re.ASCII)
+REVISION_PATTERN = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
 FILE_SUFFIXES = (".pt", ".bin", ".safetensors", ".json", ".git")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -32,8 +32,11 @@ TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.jso
 FILES = (CONFIG, *TOKENIZER, "special_tokens_map.json", INDEX, WEIGHTS, "model-*.safetensors")
 
 # Settings that describe the machine or the command, not the model.
-LOCAL = ("config", "data_dir", "out_dir", "init_from", "resume", "device", "wandb", "wandb_project", "rank_timeout")
-ENGLISH = ("pydoc", "shakespeare", "wikitext103", "fineweb")
+LOCAL_SETTINGS = (
+    *("config", "data_dir", "out_dir", "init_from", "resume", "device"),
+    *("wandb", "wandb_project", "rank_timeout"),
+)
+ENGLISH_SOURCES = ("pydoc", "shakespeare", "wikitext103", "fineweb")
 
 CARD = """\
 # {name}
@@ -59,7 +62,7 @@ trained to follow or refuse instructions. Its context length is {context_length:
 
 No license is set. The publisher must choose one that is compatible with the license of the data.
 """
-USE = """\
+USAGE = """\
 ```python
 from transformers import pipeline
 
@@ -94,8 +97,8 @@ def hub_name(path: str) -> str | None:
     A path is local if it exists or its first folder exists (out/typo).
     """
     name, separator, revision = path.partition("@")
-    match = NAME.fullmatch(name)
-    if not match or name.lower().endswith(FILE_SUFFIXES) or (separator and not REVISION.fullmatch(revision)):
+    match = NAME_PATTERN.fullmatch(name)
+    if not match or name.lower().endswith(FILE_SUFFIXES) or (separator and not REVISION_PATTERN.fullmatch(revision)):
         return None
     if "/" not in name and name not in OPENAI:
         return None
@@ -245,7 +248,7 @@ def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, 
         eval_results=results or None,
         model_name=" ".join(name.split()) if results else None,
     )
-    use = USE.format(model=repo or "FOLDER")
+    use = USAGE.format(model=repo or "FOLDER")
     return f"---\n{metadata}\n---\n\n{card_body(source, name=name, use=use, dtype=dtype, recipe=recipe)}"
 
 
@@ -264,7 +267,7 @@ def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32
     return CARD.format(
         name=_code(name),
         parameters=config.num_params(),
-        origin="trained with" if source.state else "written by",
+        origin="trained with" if source.state else "exported by",
         model=_list({**vars(config), "tokenizer": source.tokenizer, "weights": dtype}),
         use=use,
         training=training.rstrip(),
@@ -284,7 +287,7 @@ def _dataset(state: dict) -> dict:
 
     manifest = json.loads(content)
     source, language = manifest["source"], manifest.get("dump", DUMP).partition(".")[2]
-    if source not in (*ENGLISH, "wikipedia") or not re.fullmatch("[a-z]{2,3}", language):
+    if source not in (*ENGLISH_SOURCES, "wikipedia") or not re.fullmatch("[a-z]{2,3}", language):
         language = None  # 20231101.simple has no language code
     repository = REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
     return {**manifest, "language": language, "repository": repository}
@@ -312,13 +315,13 @@ def _evaluation(source: ModelSource) -> dict[str, float]:
 def _training_facts(source: ModelSource) -> dict[str, object]:
     state, config, dataset = source.state, source.state["config"], _dataset(source.state)
     data, losses = state["data"], _evaluation(source)
-    words = [re.sub(r"^(--\w+=)?[/~].*?([^/]*)$", r"\1.../\2", word) for word in state.get("command", [])]
+    args = [re.sub(r"^(--\w+=)?[/~].*?([^/]*)$", r"\1.../\2", arg) for arg in state.get("command", [])]
     return {
         "dataset": Path(data["folder"]).name if "folder" in data else None,
         **{key: dataset.get(key) for key in ("source", "repository", "revision", "dump", "sample_size")},
         **{f"tokens, {split}": f"{count:,}" for split, count in data.get("tokens", {}).items()},
         "end-of-text after each document": data["end_of_text"],
-        "SHA-256 of its manifest": data.get("manifest_sha256"),
+        "SHA-256 of the dataset's meta.json": data.get("manifest_sha256"),
         "started from the weights of": config.get("init_from") and (_initial_model(state) or "another model"),
         "updates": f"{state['iter']:,}",
         **{key: state.get(key) for key in ("tokens", "epoch")},
@@ -326,7 +329,7 @@ def _training_facts(source: ModelSource) -> dict[str, object]:
         "eval_batches": config.get("eval_batches") or None,
         "device": state.get("cpu") if state.get("device") == "cpu" else state.get("device"),
         **{key: state.get(key) for key in ("ranks", "python", "torch", "git_commit", "git_dirty")},
-        "command": shlex.join(["python", *words]) if words else None,
+        "command": shlex.join(["python", *args]) if args else None,
     }
 
 

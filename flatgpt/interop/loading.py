@@ -27,7 +27,7 @@ from model import GPT
 # transformers' GPT-2 stores these as Conv1D, (in, out); nn.Linear has (out, in). Shapes do not tell them apart: that of
 # attention's c_proj is square.
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers saved by older versions of transformers and nanoGPT
+MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # buffers saved by older versions of transformers and nanoGPT
 EMBEDDING, HEAD, POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
@@ -199,7 +199,7 @@ def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dic
             name = name.partition(".")[2]
         # names of GPT2Model, which OpenAI's models on the hub use, lack `transformer.`
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name.endswith(MASKS):
+        if name.endswith(MASK_BUFFERS):
             continue
         if name.endswith(CONV1D) and not is_nanogpt(path):
             tensor = tensor.t()

@@ -21,20 +21,17 @@ from flatgpt.runs.history import STATE, follow
 
 NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-EXPECTED = (
+EXPECTED_PATHS = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face GPT-2 folder "
     "(config.json and model.safetensors), a model on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
 INTEGER_FIELDS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
-NOT_SHAPE = (
-    "dropout",
-    "attention",
-    "activation_checkpointing",
-)  # settings that do not affect the weights' shapes or meaning
+# settings that do not affect the weights' shapes or meaning
+NOT_SHAPE = ("dropout", "attention", "activation_checkpointing")
 # name in transformers (ACT2FN in activations.py) -> name in model.py. An export writes the first matching name.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 # transformers setting that changes the logits -> supported values, the default first
-SUPPORTED = {
+SUPPORTED_SETTINGS = {
     "model_type": ("gpt2",),
     "activation_function": tuple(ACTIVATIONS),
     "scale_attn_weights": (True,),
@@ -79,7 +76,7 @@ def find(path: str, key: str = "init_from") -> Path:
     folder = location.parent if location.is_file() else location
     checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
     if checkpoints:
-        folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which a running training changes
+        folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which may change during training
     files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
     if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder
@@ -94,7 +91,7 @@ def find(path: str, key: str = "init_from") -> Path:
     problem = "no weights in this folder" if folder.exists() else "no such folder"
     if files:
         problem = f"this folder has only {' and '.join(sorted(files))}"
-    raise UserError(f"{key} = {path}: {problem}; {EXPECTED}")
+    raise UserError(f"{key} = {path}: {problem}; {EXPECTED_PATHS}")
 
 
 @functools.cache
@@ -109,35 +106,35 @@ def fetch_once(repo: str) -> Path:
 
 
 def read_config(path: str) -> ModelConfig:
-    """Return the config of the model that `path` names.
+    """Return the config of the model at `path`.
 
     Raises:
         UserError: as find; or the config is damaged, or model.py does not support it.
     """
-    found = find(path)
-    renamed, inner = {}, None  # ModelConfig field -> key in the file, if they differ; width of the MLP
-    if is_nanogpt(found):
-        file, settings = found, read_nanogpt(found)["model_args"]
-        renamed = {"context_length": "block_size"}
+    location = find(path)
+    file_keys, mlp_width = {}, None  # ModelConfig field -> key in the file, if they differ
+    if is_nanogpt(location):
+        file, settings = location, read_nanogpt(location)["model_args"]
+        file_keys = {"context_length": "block_size"}
         # The first versions of nanoGPT had no setting `bias`. Its nn.GELU() is the exact GELU.
-        other = {"bias": settings.get("bias", True), "activation": "gelu"}
-    elif is_flatgpt(found):
-        file, settings = found / STATE, _read_json(found / STATE).get("config", {})
-        other = {f.name: settings[f.name] for f in dataclasses.fields(ModelConfig) if f.name in settings}
+        fields = {"bias": settings.get("bias", True), "activation": "gelu"}
+    elif is_flatgpt(location):
+        file, settings = location / STATE, _read_json(location / STATE).get("config", {})
+        fields = {f.name: settings[f.name] for f in dataclasses.fields(ModelConfig) if f.name in settings}
     else:
-        file, settings = found / CONFIG, _read_json(found / CONFIG)
-        for key, values in SUPPORTED.items():
+        file, settings = location / CONFIG, _read_json(location / CONFIG)
+        for key, values in SUPPORTED_SETTINGS.items():
             if settings.get(key, values[0]) not in values:
                 supported = " or ".join(map(str, values))
                 raise UserError(f"{file}: {key} = {settings[key]}: model.py supports only {supported}")
-        renamed = {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
-        other = {"tie_weights": settings.get("tie_word_embeddings", True)}
-        other |= {"activation": ACTIVATIONS[settings.get("activation_function", "gelu_new")]}
-        inner = settings.get("n_inner")
-    integers = {key: _read_integer(file, renamed.get(key, key), settings, key) for key in INTEGER_FIELDS}
-    if inner is not None:
-        other["mlp_ratio"] = _read_integer(file, "n_inner", settings, "n_embd") / integers["n_embd"]
-    config = ModelConfig(**other | integers)
+        file_keys = {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
+        fields = {"tie_weights": settings.get("tie_word_embeddings", True)}
+        fields |= {"activation": ACTIVATIONS[settings.get("activation_function", "gelu_new")]}
+        mlp_width = settings.get("n_inner")
+    integers = {key: _read_integer(file, file_keys.get(key, key), settings, key) for key in INTEGER_FIELDS}
+    if mlp_width is not None:
+        fields["mlp_ratio"] = _read_integer(file, "n_inner", settings, "n_embd") / integers["n_embd"]
+    config = ModelConfig(**fields | integers)
     if problems := config.problems():
         raise UserError(f"{file} is damaged: {problems[0]}")
     return config
@@ -173,13 +170,13 @@ def read_tokenizer(path: str) -> str | None:
     Raises:
         UserError: as find; or the Hugging Face folder has an unsupported vocabulary.
     """
-    found, name = find(path), None
-    if is_flatgpt(found):
-        return _read_json(found / STATE).get("tokenizer", {}).get("name")
-    if not is_nanogpt(found):
+    location, name = find(path), None
+    if is_flatgpt(location):
+        return _read_json(location / STATE).get("tokenizer", {}).get("name")
+    if not is_nanogpt(location):
         from flatgpt.interop.tokenizer_files import identify_encoding
 
-        name = identify_encoding(found)
+        name = identify_encoding(location)
     return name or ("gpt2" if read_config(path).vocab_size in (50257, 50304) else None)
 
 
@@ -188,15 +185,15 @@ def read_tokenizer(path: str) -> str | None:
 
 
 def read_nanogpt(file: Path) -> dict:
-    """Load nanoGPT's checkpoint: tensors, memory-mapped, and plain types only."""
+    """Load nanoGPT's checkpoint with memory-mapped tensors. Only tensors and plain types are unpickled."""
     import torch
 
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a damaged pickle can raise any exception
         raise UserError(
-            f"{file} is not loaded: it is damaged, no zip file of torch.save, or contains objects other than tensors "
-            "and plain types, which could run arbitrary code"
+            f"{file} is not loaded: it is damaged, not a zip file of torch.save, or contains objects other than "
+            "tensors and plain types, which could run arbitrary code"
         ) from None
     match saved:
         case {"model": dict(), "model_args": dict()}:

@@ -28,7 +28,7 @@ UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(UNPRINTABLE)}
 # n_vocab, so that only an encoding of the right size is loaded; r50k_base has the same vocabulary as gpt2
 SIZES = {"byte": 257, "gpt2": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284}
-UNSUPPORTED = ("vocab.txt", "spiece.model", "tokenizer.model")  # BERT and SentencePiece
+UNSUPPORTED_FILES = ("vocab.txt", "spiece.model", "tokenizer.model")  # BERT and SentencePiece
 VERSION = "#version"  # prefix of the first line of merges.txt
 
 
@@ -107,7 +107,7 @@ def identify_encoding(folder: Path) -> str | None:
     Raises:
         UserError: the vocabulary is unknown, or a file is missing or damaged; as tokenizer.load.
     """
-    names = ("tokenizer.json", "vocab.json", "merges.txt", *UNSUPPORTED)
+    names = ("tokenizer.json", "vocab.json", "merges.txt", *UNSUPPORTED_FILES)
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
         return None

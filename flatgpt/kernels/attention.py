@@ -41,7 +41,7 @@ def attention(
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
         return manual_attention(q, k, v, mask, dropout)
     if D % 8 and T > 1:
-        # On GPUs before Ampere, kernels need a multiple of 8 as head size. Zeros do not change the scores.
+        # Fused kernels of GPUs before Ampere need head sizes that are multiples of 8. Zeros do not change the scores.
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))  # (B, H, ..., D rounded up)
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=1 / math.sqrt(D))
     return y[..., :D]
@@ -60,7 +60,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of positions, with base 10,000. The first half of D is paired with the second."""
+    """Cosines and sines of rotary position embedding: base 10,000, the first half of D paired with the second."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

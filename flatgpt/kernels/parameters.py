@@ -41,5 +41,5 @@ def _remove_tied(tied: str, module: nn.Module, state_dict: dict[str, Tensor], pr
 
 def _add_tied(name: str, tied: str, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     if prefix + name in state_dict:  # assign=True keeps a Parameter as it is: one object, two names
-        parameter = nn.Parameter(state_dict[prefix + name], requires_grad=False)  # torch sets it to the old one's
+        parameter = nn.Parameter(state_dict[prefix + name], requires_grad=False)  # torch sets it as it was
         state_dict[prefix + name] = state_dict[prefix + tied] = parameter

@@ -66,7 +66,7 @@ def save(
         save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
         file = TRAIN_STATE
         torch.save(train_state, partial / TRAIN_STATE)
-        (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors makes it readable for its owner
+        (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors makes it owner-only
         files = {name: fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
         file = STATE
         atomic_write(partial / STATE, state_file({"format": FORMAT, **state, "files": files}))

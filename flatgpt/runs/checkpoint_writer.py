@@ -76,9 +76,7 @@ class CheckpointWriter:
         self._copy(tensors)
         size, free = sum(b.nbytes for b in self._buffers.values()), shutil.disk_usage(self.run_dir).free
         if self.ranks.first and free < size:
-            text = (
-                f"{self.run_dir} has {free / 1e6:,.0f} MB free, and a checkpoint of this run needs {size / 1e6:,.0f} MB"
-            )
+            text = f"{self.run_dir} has {free / 1e6:,.0f} MB free, a checkpoint of this run needs {size / 1e6:,.0f} MB"
             self._fail(UserError(f"{text}: free disk space, or choose an --out_dir on another disk"))
 
     def save(self, state: dict, tensors: dict) -> None:
@@ -97,9 +95,7 @@ class CheckpointWriter:
         def write() -> None:
             self._succeeded, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
             if not self.still_locked():
-                raise UserError(
-                    f"{self.run_dir} is no longer the folder that this run started in: no checkpoint is saved"
-                )
+                raise UserError(f"{self.run_dir} is no longer the folder that this run started in: nothing is saved")
             checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
             self._succeeded = True
 
@@ -118,7 +114,7 @@ class CheckpointWriter:
         return all(task.done() for task in self._tasks)
 
     def check(self) -> None:
-        """Raise or print the errors of finished tasks, as set by on_save_error. Does not wait."""
+        """Raise or print the errors of finished tasks, depending on on_save_error. Does not wait."""
         while self._tasks and self._tasks[0].done():
             try:
                 self._tasks.pop(0).result()

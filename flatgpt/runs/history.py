@@ -192,14 +192,8 @@ def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
     if vocab_size and not config.init_from:  # init_from determines the shape
         parameters = dataclasses.replace(config, vocab_size=vocab_size).num_params()
     duration = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
-    return (
-        parameters or math.inf,
-        name,
-        _format_count(parameters),
-        _truncate(config.dataset, DATA_WIDTH),
-        tokens,
-        duration,
-    )
+    dataset = _truncate(config.dataset, DATA_WIDTH)
+    return parameters or math.inf, name, _format_count(parameters), dataset, tokens, duration
 
 
 def _dataset_facts(config: TrainConfig) -> tuple[int | None, str]:
@@ -223,29 +217,20 @@ def _run_row(name: str, folder: Path) -> tuple:
     run = read(folder)
     saved, max_iters = run.state.get("iter", 0), run.settings.get("max_iters")
     last = int(run["iter"][-1]) if len(run) else saved
-    best_iter, best_loss = (
-        (run.best or (None, None)) if len(run) else (run.state.get("best_iter"), run.state.get("best_loss"))
-    )
+    best_iter, best_loss = run.best or (None, None)
+    if not len(run):  # without a log
+        best_iter, best_loss = run.state.get("best_iter"), run.state.get("best_loss")
     percent = f", {min(100 * last // max_iters, 100)}%" if max_iters else ""
     finished = run.state.get("finished") and last <= saved
     state = f"running{percent}" if running else "finished" if finished else f"stopped{percent}"
     modified = max(modified, default=folder.stat().st_mtime)
     age = max(0, time.time() - modified)
     unit, size = time_unit(age)
+    dataset = _truncate(run.settings.get("dataset", "-"), DATA_WIDTH)
+    loss = "-" if best_loss is None else f"{best_loss:.4f}"
     return (
-        *(
-            -modified,
-            _truncate(name, NAME_WIDTH),
-            _format_count(run.parameters),
-            _truncate(run.settings.get("dataset", "-"), DATA_WIDTH),
-        ),
-        *(
-            _format_count(last),
-            "-" if best_loss is None else f"{best_loss:.4f}",
-            _format_count(best_iter),
-            f"{age // size:,.0f} {unit}",
-            state,
-        ),
+        *(-modified, _truncate(name, NAME_WIDTH), _format_count(run.parameters), dataset, _format_count(last)),
+        *(loss, _format_count(best_iter), f"{age // size:,.0f} {unit}", state),
     )
 
 

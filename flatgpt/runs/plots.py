@@ -93,7 +93,7 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> 
     first, last = min(map(np.nanmin, columns)), max(map(np.nanmax, columns))
     margin = 0.02 * (last - first) or 0.5
     curves = {key: list(map(_read_curve, runs, columns, [key] * len(runs))) for key in (*LOSSES, *PANELS)}
-    curves = {key: found for key, found in curves.items() if any(len(xs) for xs, _ in found)}
+    curves = {key: lines for key, lines in curves.items() if any(len(xs) for xs, _ in lines)}
     panels = [key for key in PANELS if key in curves]
     panels += panels[-1:] * (-len(panels) % 3)  # the last panel fills its row
     mosaic = [["loss"] * 3] * 2 if any(key in curves for key in LOSSES) else []

@@ -61,7 +61,7 @@ PEAK_TFLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Return the peak FLOP/s of a device; None if unknown."""
-    if "Laptop" in device_name or "MIG" in device_name:  # slower than the GPU of this name
+    if "Laptop" in device_name or "MIG" in device_name:  # slower than the full GPU of this name
         return None
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
@@ -104,7 +104,7 @@ class AppendFile:
     """A text file to append entries to. If writing fails, entries are kept and written with a later one.
 
     Args:
-        entries: what to call the entries in messages.
+        entries: name of the entries in messages.
     """
 
     def __init__(self, path: Path, entries: str):

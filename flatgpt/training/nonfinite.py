@@ -57,7 +57,7 @@ class NonfiniteGuard:
     def check(self, row: dict, batches: TrainingBatches, ranks: DistributedContext) -> tuple[str, str]:
         """Add `skipped` to the row. Return a warning and an error about the updates since the last check, or "".
 
-        It is an error, which ends the run, if an update was not finite and on_nonfinite is `stop`, or if too many
+        The error, which ends the run, is set if an update was not finite and on_nonfinite is `stop`, or if too many
         updates in a row were skipped. Synchronises with the device.
         """
         row["skipped"], longest, first = torch.stack((self.skipped, self.longest, self.first)).tolist()
@@ -105,9 +105,8 @@ class NonfiniteGuard:
 def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
     """Raise UserError if a weight or the validation loss at iteration i is NaN or infinite."""
     weights = [p.detach() for p in model.parameters()]
-    sums = torch.stack(
-        [(w.to_local() if hasattr(w, "to_local") else w).sum() for w in weights]
-    )  # fully_shard: local shards
+    # with fully_shard, of the local shards
+    sums = torch.stack([(w.to_local() if hasattr(w, "to_local") else w).sum() for w in weights])
     if not math.isfinite(loss) or not sums.isfinite().all():
         cause = f"the validation loss is {loss}" if not math.isfinite(loss) else "a weight is not finite"
         raise UserError(

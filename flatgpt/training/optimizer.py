@@ -13,7 +13,7 @@ from model import GPT
 # Coefficients from Jordan et al.; they bring singular values to between 0.7 and 1.2.
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 MUON_RMS = 0.2  # root mean square of a step's entries, as a multiple of the learning rate
-ONECYCLE_START = 1 / 25  # of lr at update 0, as in torch's OneCycleLR
+ONECYCLE_START = 1 / 25  # learning rate at update 0, as a multiple of lr: that of torch's OneCycleLR
 
 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
@@ -21,22 +21,22 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonA
 
     Weight decay applies to matrices, including embeddings, but not to vectors.
     """
-    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
-    hidden_ids = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in hidden_ids]
-    groups = [
+    muon_params = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
+    muon_ids = {id(p) for p in muon_params}
+    others = [p for p in model.parameters() if id(p) not in muon_ids]
+    adamw_groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=True)
+    adamw = torch.optim.AdamW(adamw_groups, config.lr, (config.beta1, config.beta2), config.eps, fused=True)
     if config.optimizer == "adamw":
         return adamw
     qkv_ids = {id(block.attn.c_attn.weight) for block in model.transformer.h}  # three stacked matrices each
-    matrices = [
-        {"params": [p for p in hidden if id(p) in qkv_ids], "parts": 3},
-        {"params": [p for p in hidden if id(p) not in qkv_ids]},
+    muon_groups = [
+        {"params": [p for p in muon_params if id(p) in qkv_ids], "parts": 3},
+        {"params": [p for p in muon_params if id(p) not in qkv_ids]},
     ]
-    return MuonAndAdamW(Muon(matrices, config.lr, config.weight_decay, momentum=config.beta1), adamw)
+    return MuonAndAdamW(Muon(muon_groups, config.lr, config.weight_decay, momentum=config.beta1), adamw)
 
 
 class MuonAndAdamW:
@@ -83,13 +83,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Apply the gradients, unless `found_inf` is 1."""
-        shapes: dict[tuple, list[Tensor]] = {}
+        groups: dict[tuple, list[Tensor]] = {}
         for group in self.param_groups:
             settings = group["lr"], group["weight_decay"], group["momentum"]
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault((p.size(0) // group["parts"], p.size(1), *settings), []).append(p)
-        for (rows, columns, lr, weight_decay, momentum), params in shapes.items():
+                    groups.setdefault((p.size(0) // group["parts"], p.size(1), *settings), []).append(p)
+        for (rows, columns, lr, weight_decay, momentum), params in groups.items():
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
             grads = torch.cat([p.grad.view(-1, rows, columns) for p in params])  # (n, rows, columns)
             old_mean = torch.cat([buffer.view(-1, rows, columns) for buffer in buffers])

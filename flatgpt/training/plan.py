@@ -1,7 +1,7 @@
 """Estimate size, memory and time of a run before it starts, for `train.py --plan`.
 
-Memory is a sum of terms for CUDA's kernels in eager mode; torch.compile needs less. Sizes are named as in
-model.py: B batch, T time, C channels, H heads, D = C / H, V vocabulary.
+Memory is estimated for CUDA kernels in eager mode; torch.compile needs less. Sizes are named as in model.py:
+B batch, T time, C channels, H heads, D = C / H, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
     lines.append(f"memory   GB on each of {config.gpus} devices with {dtype}; save buffers are in host memory")
     lines += [f"         {name:<24}{size / 1e9:>10,.3f}" for name, size in components.items()]
     if config.max_iters:
-        lines += [
-            "",
-            f"time     on {config.gpus} of these devices, at mfu = {config.mfu:g} of their half-precision peak",
-        ]
+        lines += ["", f"time     on {config.gpus} of these devices, at mfu = {config.mfu:g} (half precision)"]
         tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
         peaks = {name: peak_flops(f"NVIDIA {name}") for name in GPUS}
         local_peak = peak_flops(device_settings.name) or matmul_flops(device_settings.device, device_settings.dtype)
@@ -115,7 +112,7 @@ def activation_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, s
         workspace = 2 * FLOAT32 * tokens * V  # the gradients of log-probabilities and logits, both float32
     if not config.activation_checkpointing:
         return embedding + L * block + head + workspace
-    # backward pass of the MLP: the gradient of the stream in `dtype`, and its product with the matrix
+    # backward pass of the MLP: the gradient of the stream in `dtype`, and its product with c_proj's weight
     recomputed = block + head_gradient + size * tokens * (mixed * C + hidden)
     return embedding + L * stream + max(head + workspace, recomputed)
 
@@ -144,14 +141,14 @@ def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, 
     if sharded:  # gathered: the float32 embeddings from forward to backward, and one block in `dtype`
         components["weights"] += FLOAT32 * other_params + dtype.itemsize * block_params // config.n_layer
     # gradients of a single pass reuse the memory of its activations, except with DDP, which allocates buckets first
-    unused = min(components["gradients"], components["activations"]) if not accumulate and (gpus == 1 or sharded) else 0
-    return components | {"peak": sum(components.values()) - unused, "save buffers": weights + moments}
+    reused = min(components["gradients"], components["activations"]) if not accumulate and (gpus == 1 or sharded) else 0
+    return components | {"peak": sum(components.values()) - reused, "save buffers": weights + moments}
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of the fastest square matrix product, measured in about a quarter of a second.
 
-    It replaces the peak FLOP/s of devices that run_log does not list, such as CPUs.
+    Used as the peak FLOP/s of devices that run_log does not list, such as CPUs.
     """
     best, n, seconds = 0.0, 128, 0.0
     while seconds < 0.03 and n < 8192:  # the next size takes eight times as long

@@ -1,4 +1,4 @@
-"""Reports of a run: summary, metrics rows, samples, plot and final message, and advice for lack of memory."""
+"""Reports of a run: summary, metrics rows, samples, plot and final message, and advice when memory runs out."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def draw_picture(log: RunLog, folder: Path) -> None:
 
         log.write_picture(plot_runs([history.read(folder)]))
         log.print(f"picture  {folder / PICTURE}")
-    except Exception as error:  # a full disk, a font, a broken installation
+    except Exception as error:  # such as a full disk, a missing font or a broken installation
         print(f"warning: {folder / PICTURE} was not drawn: {error}", file=sys.stderr)
 
 
@@ -100,10 +100,10 @@ def closing_message(run: TrainingRun, progress: Progress, reason: int, seconds: 
     config, i, folder = run.config, progress.iter, shlex.quote(run.config.out_dir)
     if reason:
         cause = f" (max_minutes = {config.max_minutes})" if reason == StopRequest.TIME_IS_UP else ""
-        next_step = "saved; to resume:" if i else "nothing to save; to start again:"
+        next_step = "saved. To resume:" if i else "nothing to save. To start again:"
         recipe = shlex.quote(str(Path(config.out_dir) / "config.toml"))
         command = f"{run.ranks.launcher} train.py --config {recipe}{' --resume' * (i > 0)}"
-        return f"stopped at iter {i} of {config.max_iters}{cause}: {next_step}\n  {command}"
+        return f"stopped at iter {i} of {config.max_iters}{cause}; {next_step}\n  {command}"
     early = f"stopped at iter {i}: no new best in {progress.since_best} evaluations (patience)\n"
     return (
         f"{early * (i < config.max_iters)}done: {i:,} updates, best validation loss {progress.best_loss:.4f} at iter "

@@ -32,19 +32,7 @@ from flatgpt.training.setup import TrainingRun
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
 FIXED = ("stride", "seed", "optimizer")
 BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
-UNREPORTED = (
-    "config",
-    "resume",
-    "overwrite",
-    "out_dir",
-    "data_dir",
-    "device",
-    "init_from",
-    "list",
-    "plan",
-    "gpus",
-    "mfu",
-)
+SILENT = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "list", "plan", "gpus", "mfu")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # contents of a checkpoint
@@ -176,11 +164,11 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
         UserError: a setting that identifies a run differs: model, batch, seed, data or tokenizer. All are listed.
     """
     config, saved = run.config, state["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples, as in state.json
+    current = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples, as in state.json
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
-    if math.prod(saved[k] for k in BATCH) != math.prod(now[k] for k in BATCH):  # sequences per update
+    if math.prod(saved[k] for k in BATCH) != math.prod(current[k] for k in BATCH):  # sequences per update
         fixed |= set(BATCH)
-    changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in now.items() if k in saved and v != saved[k]}
+    changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in current.items() if k in saved and v != saved[k]}
     differing = [changed[k] for k in sorted(fixed & changed.keys())]
     if state["data"]["manifest_sha256"] != run.dataset.manifest_hash:  # the manifest includes the tokenizer
         differing.append(f"the data: {config.data_dir}/{config.dataset} is not the dataset that the run was trained on")
@@ -189,14 +177,14 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
             f"{folder} cannot be resumed with these settings: {'; '.join(differing)}. "
             "Restore the old values, or start a new run with another --out_dir"
         )
-    allowed = [text for key, text in changed.items() if key not in {*fixed, *UNREPORTED}]
+    allowed = [text for key, text in changed.items() if key not in {*fixed, *SILENT}]
     lines = [f"resuming from {folder}" + (f", with {'; '.join(allowed)}" if allowed else "")]
     if state["iter"] > config.max_iters:
         lines.append(f"note: iter {state['iter']} is past max_iters = {config.max_iters}: nothing is left to train")
     if "max_iters" in changed and "lr_decay_iters" not in changed:
         lines.append(f"note: the schedule is unchanged: lr_decay_iters = {config.lr_decay_iters}")
     conditions = bitwise_conditions(run).items()
-    if inexact := [f"{key} = {now} (was {state.get(key)})" for key, now in conditions if state.get(key) != now]:
+    if inexact := [f"{key} = {value} (was {state.get(key)})" for key, value in conditions if state.get(key) != value]:
         lines.append(f"note: not bit-identical, because of {'; '.join(inexact)}")
     return lines
 
@@ -205,13 +193,13 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
 # restoring a checkpoint
 
 
-def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock, recipe: str) -> Progress:
+def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock, recipe: str) -> Progress:
     """Prepare the run's folder and load the checkpoint, if any. Every rank must call it.
 
     An earlier run and checkpoints later than the resumed one are moved aside.
 
     Args:
-        start: the result of find_resume_checkpoint.
+        resume_from: the result of find_resume_checkpoint.
         lock: the lock of the run's folder, acquired.
         recipe: run.config as TOML, for config.toml.
 
@@ -219,8 +207,8 @@ def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock
         UserError: the checkpoint belongs to another run, or differs between machines.
     """
     config, ranks, folder, progress = run.config, run.ranks, lock.run_dir, Progress()
-    if start:
-        path, state = start
+    if resume_from:
+        path, state = resume_from
         print("\n".join(require_same_run(path, state, run)))
         ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # includes the hashes of its files
         train_state = restore(path, run)
@@ -233,7 +221,7 @@ def restore_run(start: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock
     def prepare_folder() -> bool:
         lock.prepare_folder(config.overwrite)
         toml = folder / "config.toml"
-        if not start and toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
+        if not resume_from and toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         for half_written in folder.glob("ckpt/.iter_*.tmp"):
             shutil.rmtree(half_written)
@@ -266,7 +254,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     checkpoint.load_weights(run.model, folder, convert=shard_like)
     for state, optimizer in pairs:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, moments in state["state"].items():  # step counts have no dimension
+        for index, moments in state["state"].items():  # moments only: step counts have no dimension
             moments.update({k: shard_like(v, params[index]) for k, v in moments.items() if v.dim()})
         # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})

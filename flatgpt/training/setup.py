@@ -48,12 +48,12 @@ class TrainingRun:
 
 
 class BatchPrefetcher:
-    """Return any micro-batch. A thread prepares the one that follows it.
+    """Callable that returns a micro-batch. A thread prepares the next one in advance.
 
     Args:
         batches: a pure, thread-safe function.
         device: the device of the returned tensors.
-        micros: this rank's micro-batches of each update.
+        micros: indices of this rank's micro-batches in each update.
     """
 
     def __init__(self, batches: TrainingBatches, device: torch.device, micros: range):
@@ -82,7 +82,7 @@ def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
     """Open and check the dataset on every rank. If the default dataset is missing, it is prepared first."""
     folder = Path(config.data_dir) / config.dataset
     if ranks.first and config.dataset == "pydoc" and not (folder / "meta.json").exists():
-        print(f"{folder} does not exist yet: preparing the reference that is part of Python")
+        print(f"{folder} does not exist yet: preparing it from Python's built-in reference (pydoc)")
         prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
     ranks.barrier()
     dataset = open_dataset(folder)
@@ -120,7 +120,7 @@ def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainC
 
 
 def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) -> DeviceSettings:
-    """Return the device, dtype and compile setting of a run. On CPUs, rank 0 measures which dtype is faster.
+    """Return the device, dtype and compile setting of a run. On CPUs, rank 0 measures the faster dtype for `auto`.
 
     Args:
         chosen: the choices of `auto` at the start of a resumed run, with reasons; empty for a new run.

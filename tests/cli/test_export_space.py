@@ -85,7 +85,7 @@ def test_nothing_identifies_the_machine(in_tmp):
     state = checkpoint.read_state(Path("s"))
     assert state["data"] == {"folder": "tiny", "manifest_sha256": "0", "end_of_text": True}
     assert [state["config"][key] for key in ("out_dir", "init_from", "lr")] == ["my run", ".../init_from", 0.5]
-    assert not set(state["config"]) & set(hub.LOCAL) - {"init_from", "out_dir"}
+    assert not set(state["config"]) & set(hub.LOCAL_SETTINGS) - {"init_from", "out_dir"}
     assert {key: state[key] for key in facts} == facts
     export_here("--model_path", "s", "--space", "again")  # a Space of a Space has the same files
     assert same_files("s", "again", files_in("s") - {"README.md"})

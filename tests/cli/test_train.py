@@ -536,7 +536,7 @@ def test_max_minutes_ends_a_run_in_peace(tiny_data, capsys):
     state = checkpoint.verify(run / "ckpt/last")
     assert 0 < state["iter"] < 100_000
     assert not state["finished"]
-    assert "(max_minutes = 0.02): saved; to resume:" in capsys.readouterr().out
+    assert "(max_minutes = 0.02); saved. To resume:" in capsys.readouterr().out
     train_here("--max_iters", state["iter"] + 1, "--resume")
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
 

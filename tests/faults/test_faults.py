@@ -175,7 +175,7 @@ def test_resume_after_a_stop_at_any_moment_is_exact(start, uninterrupted, tmp_pa
     state = checkpoint.verify(run / "ckpt/last")
     assert not state["finished"]
     assert state["iter"] in {"step": (8,), "evaluation": (6,), "save": (9, 10, 11, 12)}[moment]
-    assert processes[0].output.count(f"stopped at iter {state['iter']} of 12: saved; to resume:") == 1
+    assert processes[0].output.count(f"stopped at iter {state['iter']} of 12; saved. To resume:") == 1
     assert [row["val_loss"] != "" for row in rows(run)[6:7]] == [moment != "evaluation"]
     again = start(run, *SHORT, "--resume")
     assert_completes(again)

@@ -126,9 +126,7 @@ def test_nothing_is_written_into_a_folder_that_took_the_place_of_a_moved_run(tin
         return real(run, i)
 
     monkeypatch.setattr(train, "train_step", update)
-    with pytest.raises(
-        UserError, match=f"^{RUN} is no longer the folder that this run started in: no checkpoint is saved"
-    ):
+    with pytest.raises(UserError, match=f"^{RUN} is no longer the folder that this run started in: nothing is saved"):
         train_here("--max_iters", 20)
     assert [path.name for path in RUN.rglob("*")] == ["theirs.txt"]
     assert [folder.name for folder in checkpoint.checkpoints(moved)] == ["iter_000003"]
@@ -145,7 +143,7 @@ def test_space_for_a_checkpoint_is_checked_after_the_first_update(tiny_data, mon
     (made,) = updates
     # weights and AdamW's two moments in float32, with the vocabulary padded to a multiple of 64
     megabytes = 12 * (made.model.num_params() + (320 - 257) * 256) / 1e6
-    assert str(caught.value).startswith(f"{RUN} has 1 MB free, a checkpoint of this run takes {megabytes:.0f} MB")
+    assert str(caught.value).startswith(f"{RUN} has 1 MB free, a checkpoint of this run needs {megabytes:.0f} MB")
     assert not list(RUN.glob("ckpt/*"))
 
 

@@ -97,9 +97,9 @@ def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, momen
     assert rows(RUN)[-1]["val_loss"] == ""
     *_, said, typed = capsys.readouterr().out.splitlines()
     if moment.startswith("before"):
-        assert said == "stopped at iter 0 of 5: nothing to save; to start again:"
+        assert said == "stopped at iter 0 of 5; nothing to save. To start again:"
     else:
-        assert said == "stopped at iter 4 of 5: saved; to resume:"
+        assert said == "stopped at iter 4 of 5; saved. To resume:"
     assert typed.split()[:2] == ["python", "train.py"]
     monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
     train.train(cli.parse(TrainConfig, typed.split()[2:]))

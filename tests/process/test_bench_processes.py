@@ -97,7 +97,7 @@ def test_a_row_that_is_interrupted_ends_with_its_children(scripts, monkeypatch, 
         return 100 * (end == "limit" and Path("ready").exists())
 
     scripts("bench.py", ROW)
-    monkeypatch.setattr(suites, "GRACE", grace)
+    monkeypatch.setattr(suites, "GRACE_SECONDS", grace)
     monkeypatch.setattr(suites, "time", SimpleNamespace(monotonic=now, sleep=sleep))
     if end == "Ctrl-C":
         with pytest.raises(KeyboardInterrupt):
