@@ -67,7 +67,7 @@ def test_each_micro_batch_belongs_to_one_rank(steps, world):
 @pytest.mark.parametrize(
     ("values", "batch_size", "steps", "message"),
     [
-        ((0, 0, 2, 2), 3, 1, r"= 1 .* all devices .* by 2: take .* 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
+        ((0, 0, 2, 2), 3, 1, r"= 1 .* all devices .* by 2: use .* 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
         ((0, 0, 4, 4), 4, 6, r"by 4: use --batch_size 3 --grad_accum_steps 8 \(the same updates\)"),
         ((None, None, 2, None), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),  # some clusters set WORLD_SIZE alone
         (("x", 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),
