@@ -1,4 +1,4 @@
-"""A playground in the browser: prompt -> text as it is generated, with the probability of each token.
+"""A playground in the browser: streams generated text with the probability of each token.
 
 python app.py                                          # the newest run, at http://127.0.0.1:7860
 python app.py --model_path out/shakespeare --temperature 0.9 --top_p 0.95
@@ -33,14 +33,14 @@ from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
 
 HERE = Path(__file__).resolve().parent
-STOP_LIMIT = 200  # most characters of a visitor's stop strings
+STOP_LIMIT = 200  # maximum total length of a visitor's stop strings
 
 
 def main(config: AppConfig) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        UserError: gradio is not installed, or the address cannot be listened on.
+        UserError: gradio is not installed, or the address is not available.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("app.py needs gradio: pip install -r requirements-extra.txt, or pip install gradio")
@@ -48,16 +48,16 @@ def main(config: AppConfig) -> None:
 
 
 def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig], Writer], str]:
-    """Load the model that the command line names; in a folder that export.py --space wrote, its model.
+    """Load the model of the command line. The default in a folder of export.py --space is the folder's own model.
 
     Returns:
-        where it is, a function that makes a writer for a visitor's settings, and its size and the machine in words.
+        the model's source, a function that returns a Writer for a visitor's settings, and size and device as text.
     """
     if not model_path(config) and any((HERE / name).exists() for name in ("state.json", "config.json")):
         config = dataclasses.replace(config, model_path=str(HERE))
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
-    # A step compiles for half a minute, for one length of text: too long for visitors.
+    # Compilation takes half a minute for each length of text: too long for visitors.
     machine = prepare_for_decoding(config, model, compile=False).describe()
     described = f"{model.num_params():,} parameters, on {machine}"
     note(f"{found.describe()}: {described}")
@@ -65,19 +65,19 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
 
 
 def request(config: AppConfig, prompt: str, stop: str, **options: object) -> InferConfig:
-    """Return what a visitor asks for as settings of infer.py. Gradio has checked that sliders are within their limits.
+    """Return a visitor's input as settings of infer.py. Gradio has already checked the limits of the sliders.
 
     Args:
-        stop: a string per line, with \\n for a newline.
+        stop: one string per line, with \\n for a newline.
 
     Raises:
-        UserError: an option is out of its limits.
+        UserError: an option is outside its limits.
     """
     for name, text, limit in (("prompt", prompt, config.prompt_limit), ("stop", stop, STOP_LIMIT)):
         if len(text) > limit:
             raise UserError(f"{name}: {len(text):,} characters, at most {limit:,} here")
-    words = ["--stop=" + line.replace("\\n", "\n") for line in stop.splitlines() if line]
-    return parse(InferConfig, [f"--prompt={prompt}", *words, *(f"--{key}={value}" for key, value in options.items())])
+    stops = ["--stop=" + line.replace("\\n", "\n") for line in stop.splitlines() if line]
+    return parse(InferConfig, [f"--prompt={prompt}", *stops, *(f"--{key}={value}" for key, value in options.items())])
 
 
 def about(found: loading.ModelSource) -> tuple[str, str, str]:
@@ -98,13 +98,13 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
 
 
 def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[InferConfig], Writer], described: str):
-    """Return the page, a gradio.Blocks."""
+    """Build the page as a gradio.Blocks."""
     import gradio as gr
 
     name, card, plots = about(found)
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(InferConfig)}
     labels = {key: {"label": key.replace("_", " "), "info": text, "min_width": 300} for key, text in helps.items()}
-    sliders = (  # key, least, most, step, initial value, which may lie outside
+    sliders = (  # key, minimum, maximum, step, initial value (may be out of range)
         ("num_samples", 1, config.sample_limit, 1, 1),
         ("max_new_tokens", 1, config.token_limit, 1, min(config.max_new_tokens, config.token_limit)),
         ("temperature", 0, 2, 0.05, config.effective_temperature),
@@ -120,9 +120,9 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
         except UserError as error:
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
         unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
-        # Visitors share no writer: the texts of an earlier one may still be in progress.
-        for pages, line in stream_html(make_writer(settings)):
-            yield [line, *(gr.HTML(page, visible=True) for page in pages), *unused]
+        # A new Writer for each request: the texts of the previous visitor may still be in progress.
+        for views, summary in stream_html(make_writer(settings)):
+            yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
 
     with gr.Blocks(title=f"{name} · flatGPT", analytics_enabled=False) as blocks:
         updates = f"; trained for {found.state['iter']:,} updates" if found.state.get("iter") else ""
@@ -138,12 +138,12 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
                     options = {}
                     for key, low, high, step, value in sliders:
                         limits = min(low, value), max(high, value)
-                        whole = {"precision": 0} if step == 1 else {}
-                        options[key] = gr.Slider(*limits, value, step=step, **whole, **labels[key])
+                        integer = {"precision": 0} if step == 1 else {}
+                        options[key] = gr.Slider(*limits, value, step=step, **integer, **labels[key])
                     options["seed"] = gr.Number(config.seed, precision=0, **labels["seed"])
                 stop = gr.Textbox("", label="stop", info=f"{helps['stop']}; one per line, \\n for a newline", lines=2)
                 options["ignore_eot"] = gr.Checkbox(config.ignore_eot, **labels["ignore_eot"])
-            status = gr.Markdown("Shift+Enter writes, too.", elem_id="status")
+            status = gr.Markdown("Shift+Enter also starts.", elem_id="status")
             with gr.Row(elem_id="texts"):
                 texts = [gr.HTML(visible=False) for _ in range(config.sample_limit)]
         with gr.Tab("About"):
@@ -161,7 +161,7 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
             api_name="write",
         )
         end.click(None, cancels=[writing], api_visibility="private")
-    return blocks.queue(max_size=config.queue_limit, api_open=False)  # open: requests could go past the queue
+    return blocks.queue(max_size=config.queue_limit, api_open=False)  # an open API would bypass the queue
 
 
 if __name__ == "__main__":

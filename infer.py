@@ -25,7 +25,7 @@ from flatgpt.runtime.files import require_writable, write_json
 
 
 def main(config: InferConfig) -> None:
-    """Write num_samples texts from each prompt. Figures go to standard error: standard output is for text."""
+    """Generate num_samples texts per prompt. Texts go to standard output, everything else to standard error."""
     require_writable(config.json, "json")
     prompts = [] if config.interactive else read_prompts(config)
     device, found = find_device(config.device), loading.find(model_path(config), note)
@@ -34,17 +34,17 @@ def main(config: InferConfig) -> None:
     note(f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}")
     writer = Writer(config, model, encoding, found.end_of_text, settings.compile, note)
     if config.interactive:
-        return converse(writer)
+        return run_interactive(writer)
     facts = {"model": str(found.path), "iter": found.state.get("iter")}
     facts |= {"parameters": parameters, "machine": settings.describe()}
     write_texts(writer, prompts, facts)
 
 
 def read_prompts(config: InferConfig) -> list[str]:
-    """Return the prompts that the command line names.
+    """Return the prompts of the command line, a file or standard input.
 
     Raises:
-        UserError: a file that is not UTF-8 text, or that holds no prompt.
+        UserError: the input is not UTF-8 text, or prompts_file is empty.
     """
     name = config.prompts_file or config.prompt_file or config.standard_input
     if not name:
@@ -62,15 +62,15 @@ def read_prompts(config: InferConfig) -> list[str]:
 
 
 def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
-    """Return the error that names the byte at which a text stops being UTF-8."""
+    """Return a UserError with the position of the first invalid byte."""
     return UserError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}; convert it to UTF-8 first")
 
 
 def write_batch(writer: Writer, texts: list[Text], headers: list[str]) -> None:
-    """Write texts, and print them one after the other. The first one that has not ended is printed while it grows.
+    """Generate a batch of texts and print them in order. The first unfinished text is streamed.
 
     Args:
-        headers: a line above each text, or an empty string; shorter than texts: the others are not printed.
+        headers: the line above each text, or an empty string. Texts beyond len(headers) are not printed.
     """
     waiting, printed = list(zip(headers, texts, strict=False)), 0
     try:
@@ -85,16 +85,16 @@ def write_batch(writer: Writer, texts: list[Text], headers: list[str]) -> None:
                     break
                 waiting, printed = waiting[1:], 0
     except KeyboardInterrupt:
-        for header, text in waiting[:1]:  # the current text as far as it has been generated
+        for header, text in waiting[:1]:  # the current text, as far as it was generated
             print((header + text.prompt + text.written)[printed:], flush=True)
         raise
 
 
 def write_texts(writer: Writer, prompts: list[str], facts: dict) -> None:
-    """Write and print num_samples texts from each prompt, and the report that config.json names.
+    """Generate and print num_samples texts per prompt, and write the report to config.json.
 
     Args:
-        facts: about the model, for the report.
+        facts: entries of the report that describe the model.
     """
     config, texts, headers = writer.config, [], []
     for n, prompt in enumerate(prompts, 1):
@@ -109,7 +109,7 @@ def write_texts(writer: Writer, prompts: list[str], facts: dict) -> None:
         for start in range(0, len(texts), config.batch_size):
             batch = slice(start, start + config.batch_size)
             write_batch(writer, texts[batch], headers[batch])
-            if config.json not in (None, "-"):  # after each batch, in case a long run is killed
+            if config.json not in (None, "-"):  # after each batch, in case the process is killed
                 write_json({**facts, **writer.report(texts)}, config.json)
     finally:
         if writer.tokens:
@@ -118,8 +118,8 @@ def write_texts(writer: Writer, prompts: list[str], facts: dict) -> None:
             write_json({**facts, **writer.report(texts)}, config.json)
 
 
-def converse(writer: Writer) -> None:
-    """Continue each prompt that is typed. Ctrl-C ends the current text; between texts it ends the program."""
+def run_interactive(writer: Writer) -> None:
+    """Continue each line of standard input. Ctrl-C ends the current text, or the program between texts."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
     sys.stdin.reconfigure(encoding="utf-8", errors="strict")

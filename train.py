@@ -45,7 +45,7 @@ from flatgpt.runtime.device import reseed
 from flatgpt.runtime.distributed import (
     DistributedContext,
     full_tensor,
-    gradients,
+    grad_sync,
     join_process_group,
     local_grad_sum,
     shorten_timeout,
@@ -73,7 +73,7 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
         x, y = run.prefetcher(i, micro)  # (B, T) each
         if config.dropout:
             reseed(config.seed, i, micro)
-        with gradients(run.wrapped_model, last=micro == micros[-1]):
+        with grad_sync(run.wrapped_model, last=micro == micros[-1]):
             with run.device_settings.autocast():
                 micro_loss = run.forward(x, y) / config.grad_accum_steps
             # A non-finite loss can have finite gradients. The factor is then NaN, so that the scaler skips the update.

@@ -1,9 +1,9 @@
-"""Token ids -> logits of the next token, step by step, with cached keys and values.
+"""Compute next-token logits step by step, with cached keys and values.
 
 decoder = Decoder(model)
 decoder.reset(rows=2, capacity=300)
-logits = decoder.prefill([0, 1], prompt)             # (V): the same prompt into both rows
-logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V): one more token in each row
+logits = decoder.prefill([0, 1], prompt)             # (V); both rows have the same prompt
+logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V); appends one token to each row
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from model import GPT
 
 
 class KVCache:
-    """Keys and values of earlier tokens, (B, H, capacity, D) for each layer, allocated once. Decoder sets its state.
+    """Cached keys and values, (B, H, capacity, D) for each layer, allocated once. Decoder sets the attributes.
 
     Attributes:
-        position: where the next tokens go. An int is the same for all rows and counts for one forward pass. With a (B,)
-            int64 tensor rows can differ in length, and all steps have the same shapes, as compilers need.
-        key_length: with a tensor, attention reads so many keys of each row and masks those after its position.
-        rows: where the next tokens are stored, if position is an int.
+        position: position of the next token. An int applies to all rows and is valid for one forward pass. With a (B,)
+            int64 tensor, rows can differ in length, and all steps have the same shapes, as compilation needs.
+        key_length: number of keys that attention reads from each row if position is a tensor; a mask hides later ones.
+        rows: the rows that the next tokens belong to if position is an int.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -41,12 +41,12 @@ class KVCache:
         """Return the positions of the next tokens: (count,), or (B, 1) if each row has its own.
 
         Raises:
-            ValueError: the position was not set since the last forward pass, or several tokens follow cached ones.
+            ValueError: position was not set since the last forward pass, or several tokens follow cached tokens.
         """
         if self.position is None:
             raise ValueError("set cache.position before each forward pass: 0, or the number of tokens in the cache")
         if count > 1 and (isinstance(self.position, Tensor) or self.position):
-            raise ValueError(f"{count} tokens after cached ones: pass one at a time")
+            raise ValueError(f"{count} tokens after cached tokens: pass one at a time")
         if isinstance(self.position, Tensor):
             return self.position[:, None]
         self._start, self.position = self.position, None
@@ -56,9 +56,9 @@ class KVCache:
         """Store a layer's keys and values of the next tokens, (B, H, T, D).
 
         Returns:
-            keys, values and the mask to attend with. A prompt sees itself only, in the precision it was computed in: k
-            and v. A single token sees what is stored: (B, H, position + 1, D), or (B, H, key_length, D) with a mask,
-            (B, 1, 1, key_length) bool, true where a key is visible.
+            keys, values and mask for attention. For a prompt: k and v themselves, in the precision they were computed
+            in. For a single token: all cached, (B, H, position + 1, D), or if position is a tensor
+            (B, H, key_length, D) with a mask, (B, 1, 1, key_length) bool, true where a key is visible.
         """
         keys, values = self.k[layer], self.v[layer]
         if isinstance(self.position, Tensor):
@@ -74,21 +74,20 @@ class KVCache:
 
 
 class Decoder:
-    """Computes the next logits of a batch of texts, which may differ in length.
+    """Computes next-token logits for a batch of texts, which may differ in length.
 
     Args:
-        model: as trained, or prepacked. Where autocast is on, its precision is used.
-        compile: compile the decoding step; on CUDA also record its kernel launches and replay them as one. Every step
-            then attends to `capacity` keys, which is rounded up, so that texts of similar length share what was
-            compiled.
+        model: as trained, or prepacked. If autocast is enabled, its precision is used.
+        compile: compile the decoding step; on CUDA also capture it as a CUDA graph. Each step then attends to
+            `capacity` keys. `capacity` is rounded up, so that texts of similar length share a compiled step.
 
     Attributes:
-        capacity: tokens that a row can hold.
-        lengths: tokens that each row holds.
-        compile_seconds: time spent on compiling so far.
+        capacity: maximum number of tokens in a row.
+        lengths: number of tokens in each row.
+        compile_seconds: total compilation time.
     """
 
-    LENGTH_MULTIPLE = 128  # the capacity of a compiled cache is a multiple of it
+    LENGTH_MULTIPLE = 128  # with `compile`, capacity is a multiple of this
 
     def __init__(self, model: GPT, compile: bool = False):
         self.model, self.compile = model, compile
@@ -98,15 +97,15 @@ class Decoder:
         self._forward = torch.compile(self._eager_step, dynamic=False) if compile else self._eager_step
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
-        self._compiled_step: Callable[[Tensor], Tensor] | None = None  # for that shape
+        self._compiled_step: Callable[[Tensor], Tensor] | None = None  # for self._shape
 
     @torch.inference_mode()
     def reset(self, rows: int, capacity: int) -> None:
-        """Forget all tokens; afterwards there are `rows` rows of at most `capacity` tokens, up to context_length."""
+        """Clear the cache and resize it to `rows` rows of `capacity` tokens, at most context_length."""
         if self.compile:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
         self.capacity, self.lengths = min(capacity, self.model.config.context_length), [0] * rows
-        # On a CPU torch's attention of a single token is slower in bfloat16 (docs/speed.md).
+        # On a CPU, torch's attention for a single token is slower in bfloat16 (docs/speed.md).
         dtype = getattr(self.model.lm_head, "dtype", torch.float32) if self.device.type != "cpu" else torch.float32
         shape = (rows, self.capacity, dtype)
         if shape != self._shape:
@@ -118,7 +117,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """Replace the tokens of some rows by the same ids, at most `capacity`; return the next logits, (V)."""
+        """Set the tokens of each given row to `ids`, at most `capacity`. Return the next-token logits, (V)."""
         cache = self._cache
         cache.position, cache.rows = 0, rows
         logits = self.model(torch.tensor([ids], device=self.device), cache=cache)[0, -1]
@@ -130,7 +129,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:
-        """Append a token to every row: (B) int64 -> (B, V) logits. In a row that is full it replaces the last one."""
+        """Append a token to every row: (B) int64 -> (B, V) logits. In a full row, it replaces the last token."""
         cache, same_length = self._cache, len(set(self.lengths)) == 1
         if self.compile:
             cache.position = self._positions
@@ -148,26 +147,26 @@ class Decoder:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
     def _compile_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the step for the cache's shape, compiled by running it once, which repeating does not change.
+        """Compile the step for the cache's shape by running it once. Running it again gives the same result.
 
-        If the compiler fails, warn once and take the eager step.
+        If the compiler fails, warn once and return the eager step.
         """
         started = time.perf_counter()
-        # On a CPU weights become constants, which the compiler lays out.
+        # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
         settings = {"freezing": True} if self.device.type == "cpu" else {}
         with torch._inductor.config.patch(settings):
             if not compiles(lambda: self._forward(tokens)):
                 self._forward = self._eager_step
-        step = self._record() if self.device.type == "cuda" else self._forward
+        step = self._capture_graph() if self.device.type == "cuda" else self._forward
         self.compile_seconds += time.perf_counter() - started
         return step
 
-    def _record(self) -> Callable[[Tensor], Tensor]:
-        """Record the kernels that a step launches on CUDA; replayed as one, they cost the host no time."""
+    def _capture_graph(self) -> Callable[[Tensor], Tensor]:
+        """Capture a step as a CUDA graph, which the host launches with one call. Return a function that replays it."""
         static_tokens = torch.zeros_like(self._positions)  # a graph reads and writes the same memory each time
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what libraries set up at their first call cannot be recorded
+        with torch.cuda.stream(stream):  # warm-up: the initialization of libraries cannot be captured
             self._forward(static_tokens)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -177,6 +176,6 @@ class Decoder:
         def replay(tokens: Tensor) -> Tensor:
             static_tokens.copy_(tokens)
             graph.replay()
-            return logits.clone()  # the next step overwrites it
+            return logits.clone()  # the next replay overwrites logits
 
         return replay

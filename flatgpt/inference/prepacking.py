@@ -1,7 +1,7 @@
-"""Linear layers whose weights are laid out for decoding, where each token reads all of them once.
+"""Linear layers with a weight layout for decoding, which reads all weights once per token.
 
-Weights are cast, prepacked in oneDNN's blocks, or quantised to int8. What is between the Linear layers stays float32,
-as under autocast, so that a prepacked model computes what the trained one does.
+Weights are cast, prepacked in oneDNN's blocked format, or quantized to int8. Other operations stay in float32, as under
+autocast, so that a prepacked model gives the results of the trained one.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from flatgpt.runtime.device import DeviceSettings, cpu_name, select_device
 from flatgpt.runtime.precision import cached_choice, faster_dtype
 from model import GPT
 
-# Layers are timed until their weights have this many elements: in both precisions more than a CPU's cache holds.
+# Layers are timed until their weights have this many elements, which exceed a CPU's cache in either dtype.
 TIMED_ELEMENTS = 32_000_000
 
 
 class CastLinear(nn.Module):
-    """nn.Linear in `dtype`, whatever the precision of its input."""
+    """nn.Linear that computes in `dtype`, for inputs of any dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-        self.store(weight)
+        self.set_weight(weight)
 
-    def store(self, weight: Tensor) -> None:
-        """Set `weight` to its layout for decoding."""
-        self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)  # inductor freezes no buffers
+    def set_weight(self, weight: Tensor) -> None:
+        """Store a weight, (out, in), in the layout for decoding."""
+        self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)  # inductor does not freeze buffers
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
 
 class PrepackedLinear(CastLinear):
-    """CastLinear on a CPU, its weight in the blocks that oneDNN reads in sequence, at nearly the memory's bandwidth.
+    """CastLinear on a CPU with the weight in oneDNN's blocked format, which is read at nearly full memory bandwidth.
 
-    Plain rows reach half of that (docs/speed.md). torch.compile uses the same operators for frozen weights.
+    A row-major weight reaches half of that (docs/speed.md). torch.compile uses the same operators for frozen weights.
     """
 
-    PREFILL_TOKENS = 512  # blocks for products of so many tokens: as fast for one token, and faster for a prompt
+    PREFILL_TOKENS = 512  # the block size is chosen for this many tokens: faster for a prompt, as fast for one token
 
-    def store(self, weight: Tensor) -> None:
+    def set_weight(self, weight: Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ class PrepackedLinear(CastLinear):
 
 
 class Int8Linear(CastLinear):
-    """CastLinear with an int8 weight and a scale for each output row."""
+    """CastLinear with an int8 weight and one scale per output row."""
 
-    GEMV_MAX_TOKENS = 48  # up to so many tokens torch's CPU kernel for int8 is faster than a dequantised weight
+    GEMV_MAX_TOKENS = 48  # up to this many tokens, torch's int8 kernel for CPUs is faster than dequantizing the weight
 
-    def store(self, weight: Tensor) -> None:
-        scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # (out); not 0 for a row of zeros, in float16 either
-        scale = scale.to(self.dtype)  # before the weight is rounded, so that the rounding fits the stored scale
+    def set_weight(self, weight: Tensor) -> None:
+        scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # (out); nonzero for a row of zeros, also in float16
+        scale = scale.to(self.dtype)  # before rounding, so that the weight is rounded with the stored scale
         quantized = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         self.weight = nn.Parameter(quantized.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -69,33 +69,30 @@ class Int8Linear(CastLinear):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         few = x.numel() <= self.GEMV_MAX_TOKENS * x.size(-1)
-        if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # with other sizes it reads beyond the rows
+        if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # for other sizes it reads out of bounds
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:  # on a GPU the compiler makes one kernel of this, which reads int8
+        else:  # on a GPU, torch.compile fuses this into one kernel that reads int8
             y = F.linear(x, self.weight.to(self.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 
 def linear_class(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear]:
-    """Return the Linear layer that multiplies fastest in `dtype`. torch.compile does not accept oneDNN's blocks."""
+    """Return the fastest Linear class for `dtype`. torch.compile does not support oneDNN's blocked format."""
     if compile or device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return CastLinear
     onednn = torch.ops.mkldnn
-    needs = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
-    return PrepackedLinear if dtype == torch.float32 or needs[dtype]() else CastLinear
+    supported = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
+    return PrepackedLinear if dtype == torch.float32 or supported[dtype]() else CastLinear
 
 
 @torch.no_grad()
 def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False) -> GPT:
-    """Replace the model's Linear layers, in place. Afterwards it can only compute, not be trained or saved.
+    """Replace the model's Linear layers in place, and return the model. It can no longer be trained or saved.
 
     Args:
-        dtype: of the matrix products. On a CPU bfloat16 is fastest for int8.
-        quantize: "int8": weights of 8 bits, the head's too; None: none.
-        compile: the model will be compiled. The compiler lays out weights itself.
-
-    Returns:
-        the model.
+        dtype: dtype of the matrix products. On a CPU, bfloat16 is fastest for int8.
+        quantize: "int8": quantize the weights, including the output head's; None: no quantization.
+        compile: whether the model will be compiled. The compiler then chooses the layout of the weights.
     """
     device = model.transformer.wte.weight.device
     layout = Int8Linear if quantize == "int8" else linear_class(device, dtype, compile)
@@ -107,19 +104,19 @@ def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile
 
 
 def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None = None) -> DeviceSettings:
-    """Choose the precision, and prepack the model, in place.
+    """Choose the dtype and prepack the model in place.
 
     Args:
-        compile: whether to compile decoding steps. None: on CUDA only. On a CPU it is faster for long int8 texts only
-            (docs/speed.md).
+        compile: whether to compile the decoding step. None: on CUDA only. On a CPU, compilation is faster only for long
+            int8 texts (docs/speed.md).
 
     Raises:
-        UserError: int8 weights cannot be multiplied in config.dtype on this device.
+        UserError: int8 weights do not support config.dtype on this device.
     """
     dtype, why, on_cpu = config.dtype, {}, model.transformer.wte.weight.device.type == "cpu"
     if on_cpu and config.quantize:
         if dtype == "float16":
-            raise UserError("quantize = int8 multiplies in bfloat16 on a CPU: leave out dtype")
+            raise UserError("quantize = int8 computes in bfloat16 on a CPU: leave out dtype")
         dtype = "bfloat16"
     elif on_cpu and dtype == "auto":
         dtype, why["dtype"] = faster_decoding_dtype(model, bool(compile))
@@ -131,13 +128,12 @@ def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None 
 
 
 def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
-    """The precision in which a CPU decodes one token faster, and the measured speeds, as text.
+    """Return the dtype that decodes one token faster on a CPU, and the measured speeds as text.
 
-    It is measured once and cached, so that a seed gives the same text the next time. For the same reason it does not
-    depend on the batch size.
+    The result is cached and does not depend on the batch size, so that a seed always gives the same text.
 
     Args:
-        model: a model that is not prepacked yet.
+        model: a model that is not prepacked.
         compile: as in prepack.
     """
     config = model.config
@@ -160,6 +156,6 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
 
 
 def prepacked_bytes(model: GPT) -> int:
-    """Bytes of the weights that are read for each token."""
+    """Return the size of the weights that are read for each token, in bytes."""
     weights = [layer.weight for layer in model.modules() if isinstance(layer, CastLinear)]
     return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -1,4 +1,4 @@
-"""Logits -> the next token, and a decoder with sampling settings -> the ids of a batch of texts.
+"""Sample tokens from logits, and generate a batch of texts with a decoder.
 
 for (token,) in generate_batch(Decoder(model), [prompt_ids], 100, SamplingConfig(top_p=0.9)): ...
 """
@@ -16,22 +16,22 @@ from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.runtime.device import seed_of
 
-# On a CPU top_p first looks for its probability mass in so many top tokens: finding these is faster than sorting all.
-NUCLEUS = 2048
+# On a CPU, top_p first takes this many top tokens, which is faster than sorting all. If they do not reach it, it sorts.
+TOP_P_CANDIDATES = 2048
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one token
 
 
 def process_logits(logits: Tensor, seen: Tensor, options: SamplingConfig) -> Tensor:
-    """Apply the sampling settings to logits, (B, V), in transformers' order; ids as likely as the last kept one stay.
+    """Apply the sampling settings to logits, (B, V), in transformers' order. Ids tied with the last kept id stay.
 
     repetition_penalty: Keskar et al., "CTRL", 2019; negative logits as transformers treats them.
     top_p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
     min_p: Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
 
     Args:
-        seen: (B, V) bool, ids to which the penalty applies.
+        seen: (B, V) bool, true for ids to which the penalty applies.
     """
     if (penalty := options.repetition_penalty) != 1:
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -43,17 +43,17 @@ def process_logits(logits: Tensor, seen: Tensor, options: SamplingConfig) -> Ten
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if options.top_p < 1:
         probs = F.softmax(logits, dim=-1)
-        logits = logits.masked_fill(probs < least_in_nucleus(probs, options.top_p), -torch.inf)
+        logits = logits.masked_fill(probs < top_p_threshold(probs, options.top_p), -torch.inf)
     if options.min_p > 0:
-        least = logits.amax(-1, keepdim=True) + math.log(options.min_p)
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        min_logit = logits.amax(-1, keepdim=True) + math.log(options.min_p)
+        logits = logits.masked_fill(logits < min_logit, -torch.inf)
     return logits
 
 
-def least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Return the least of the largest probabilities (B, V) that together reach top_p, (B, 1)."""
+def top_p_threshold(probs: Tensor, top_p: float) -> Tensor:
+    """Return the smallest probability that top_p keeps in each row, (B, V) -> (B, 1)."""
     V = probs.size(-1)
-    count = min(NUCLEUS, V) if probs.device.type == "cpu" else V
+    count = min(TOP_P_CANDIDATES, V) if probs.device.type == "cpu" else V
     largest = probs.topk(count, dim=-1).values  # (B, count), descending
     if count < V and bool((largest.sum(-1) < top_p).any()):
         largest = probs.sort(dim=-1, descending=True).values
@@ -63,10 +63,10 @@ def least_in_nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Sample an id of each row by softmax of its logits, (B, V) -> (B), with noise of the row's generator.
+    """Sample one id per row from softmax(logits), (B, V) -> (B), with the row's generator.
 
-    Gumbel-max sampling in its exponential form: the largest probability / exponential noise wins. The rounding of
-    another batch size shifts probabilities slightly, and hardly ever changes the winner.
+    Gumbel-max sampling in its exponential form, the argmax of probability / exponential noise. Rounding differences
+    between batch sizes hardly ever change the result.
     """
     noise = torch.empty_like(logits)
     for row, generator in zip(noise, generators, strict=True):
@@ -76,7 +76,7 @@ def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """Probabilities of the sampled ids, (B), and of the k most likely ids of each row of logits, (B, V).
+    """Return the probabilities of the sampled ids, (B), and of the k most likely ids per row of logits, (B, V).
 
     Returns:
         a list for each row: pairs of id and probability, the sampled id first, then the k most likely, descending.
@@ -104,16 +104,16 @@ def generate_batch(
     first_row: int = 0,
     on_sample: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue each prompt; yield a list with one new id per row at a time, None where a row has ended.
+    """Continue each prompt. Yield a list per step: the new id of each row, or None if the row has ended.
 
-    A row's ids are those it would get alone, as far as float32's rounding allows. When a row's context is full, its
-    newer half is kept and computed again, from position 0.
+    Up to float32 rounding, a row's ids do not depend on the other rows. When a row's context is full, the newer half is
+    processed again from position 0, and the older half is dropped.
 
     Args:
-        prompts: at least one id each; the end of one that is longer than the context.
-        n_vocab: ids from here on are never sampled (the tokenizer's size, where the model's vocabulary is larger).
+        prompts: at least one id each; only the last context_length ids are used.
+        n_vocab: ids from n_vocab on are never sampled; the tokenizer's size if the model's vocabulary is larger.
         stop_ids: ids that end a row; they are not yielded.
-        first_row: number of the first row, which seeds its random numbers.
+        first_row: number of the first row. A row's random numbers depend on the seed and the row's number.
         on_sample: called in each step with the logits of the ids below n_vocab, (B, n_vocab), and the sampled ids (B).
     """
     model, device = decoder.model, decoder.device
@@ -132,7 +132,7 @@ def generate_batch(
     model.eval()
     try:
         decoder.reset(len(texts), min(context, max(map(len, texts)) + max_new_tokens))
-        logits_of = {start: decoder.prefill(rows, start) for start, rows in rows_of.items()}  # equal prompts at once
+        logits_of = {start: decoder.prefill(rows, start) for start, rows in rows_of.items()}  # shared by equal prompts
         logits = torch.stack([logits_of[start] for start in starts])  # (B, V)
         for n in range(1, max_new_tokens + 1):
             scores = process_logits(logits[:, :n_vocab].float(), seen, options)
@@ -140,12 +140,13 @@ def generate_batch(
             seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
-            host_tokens, ahead = tokens.to("cpu", non_blocking=on_cuda), False
+            host_tokens, step_queued = tokens.to("cpu", non_blocking=on_cuda), False
             if on_cuda:
                 copied = torch.cuda.current_stream().record_event()
-                # The GPU computes the next step while the host handles these ids, except the first: it may compile.
-                ahead = 1 < n < max_new_tokens and not _full_rows(decoder, live)
-                if ahead:
+                # The GPU computes the next step while the host handles these ids. The first ids are handled before:
+                # compilation would delay them.
+                step_queued = 1 < n < max_new_tokens and not _full_rows(decoder, live)
+                if step_queued:
                     logits = decoder.decode_step(tokens)
                 copied.synchronize()
             new_ids = host_tokens.tolist()
@@ -155,7 +156,7 @@ def generate_batch(
             for row in live:
                 texts[row].append(new_ids[row])
             yield [token if row in live else None for row, token in enumerate(new_ids)]
-            if not ahead and n < max_new_tokens:
+            if not step_queued and n < max_new_tokens:
                 full = _full_rows(decoder, live)
                 if full < live:
                     logits = decoder.decode_step(tokens)

@@ -1,4 +1,4 @@
-"""HTML of texts during generation, style sheet and server of app.py."""
+"""HTML of generated texts, style sheet and server for app.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import tiktoken
 from config import UserError
 from flatgpt.inference.writer import Text, Writer
 
-ALTERNATIVES = 5  # most likely tokens that are listed for each token
-HINT = " · point at a token to see what else might have been there"
+ALTERNATIVES = 5  # number of most likely tokens to list for each token
+HINT = " · point at a token to see the most likely tokens in its place"
 UPDATE_SECONDS = 0.1  # time between two updates of the page
-DARKEST = 8.0  # surprise in nats from which on a token has the darkest shade
+DARKEST = 8.0  # surprisal in nats at which the shade of a token is darkest
 STYLE = """
 .text { white-space: break-spaces; overflow-wrap: anywhere; unicode-bidi: plaintext; padding: 12px; line-height: 1.7;
   font-family: var(--font-mono); font-size: 0.9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
@@ -36,17 +36,17 @@ STYLE = """
 .curve img { width: 100%; min-width: 640px; }
 footer { display: none !important; }
 """
-# A model card may come from a stranger, and an image on another server would tell that server who opened the page.
-# The hub is allowed, as cards of Spaces keep their images there.
+# A model card may be untrusted: an image on another server would tell that server who opens the page.
+# The hub is allowed because cards of Spaces store their images there.
 POLICY = """<meta http-equiv="Content-Security-Policy" content="form-action 'none'; media-src 'self';
   img-src 'self' data: https://huggingface.co https://*.huggingface.co">"""
 
-# Nothing leaves this machine, and nothing but the page is served.
+# features of gradio that send data to other servers, or serve more than the page
 DISABLED = ("share", "show_error", "ssr_mode", "mcp_server", "enable_monitoring", "run_history")
 
 
 class HtmlView:
-    """The HTML of one text: the prompt, then a span for each token. It only grows.
+    """HTML of one text: the prompt, then a span for each token. Content is only appended.
 
     Attributes:
         html: the HTML so far. Its outermost element is left open, which browsers accept.
@@ -55,35 +55,35 @@ class HtmlView:
     def __init__(self, text: Text, encoding: tiktoken.Encoding):
         self.html = f'<div class="text"><span class="prompt">{html.escape(text.prompt)}</span>'
         self._text, self._encoding = text, encoding
-        self._characters = self._tokens = 0  # of the text, that have been seen
-        self._waiting: list[list[tuple[int, float]]] = []  # top_probs of tokens whose characters are not certain yet
+        self._characters = self._tokens = 0  # numbers of characters and tokens in the HTML
+        self._pending: list[list[tuple[int, float]]] = []  # top_probs of tokens whose characters are incomplete
 
     def update(self) -> None:
-        """Add what is new. Call it after each token."""
+        """Append new characters. Call this after each token."""
         text = self._text
         if text.tokens > self._tokens:
-            self._waiting.append(text.top_probs)
+            self._pending.append(text.top_probs)
             self._tokens = text.tokens
         if characters := text.written[self._characters :]:
-            surprise = -sum(math.log(max(probs[0][1], 1e-9)) for probs in self._waiting)
-            odds = html.escape("\n\n".join(map(self._table, self._waiting))).replace("\n", "&#10;")
-            self.html += f'<span class="token" style="--s:{min(surprise / DARKEST, 1):.2f}" data-odds="{odds}">'
+            surprisal = -sum(math.log(max(probs[0][1], 1e-9)) for probs in self._pending)
+            odds = html.escape("\n\n".join(map(self._table, self._pending))).replace("\n", "&#10;")
+            self.html += f'<span class="token" style="--s:{min(surprisal / DARKEST, 1):.2f}" data-odds="{odds}">'
             self.html += f"{html.escape(characters)}</span>"
-            self._waiting, self._characters = [], len(text.written)
+            self._pending, self._characters = [], len(text.written)
 
     def _table(self, top_probs: list[tuple[int, float]]) -> str:
-        """Return a line for each of the most likely tokens, the chosen one marked, and appended if it is not one."""
-        (chosen, _), *likely = top_probs
+        """Return a line per most likely token. The sampled token is marked, and appended if it is not among them."""
+        (sampled, _), *likely = top_probs
         lines = []
         for id, p in dict([*likely, top_probs[0]]).items():
             text = self._encoding.decode_single_token_bytes(id).decode("utf-8", "backslashreplace")
             printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-            lines.append(f"{'▸' if id == chosen else ' '} {p:6.1%}  “{printable}”")
+            lines.append(f"{'▸' if id == sampled else ' '} {p:6.1%}  “{printable}”")
         return "\n".join(lines)
 
 
 def stream_html(writer: Writer) -> Iterator[tuple[list[str], str]]:
-    """Write num_samples texts. Yields the HTML of each and a status line whenever the page should be updated."""
+    """Generate num_samples texts. Yield the HTML of each and a status line for each update of the page."""
     texts = [writer.text(writer.config.prompt) for _ in range(writer.config.num_samples)]
     views = [HtmlView(text, writer.encoding) for text in texts]
     updated = 0.0
@@ -100,7 +100,7 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
     """Serve a gradio.Blocks until Ctrl-C.
 
     Raises:
-        UserError: the address cannot be listened on.
+        UserError: the address is not available.
     """
     try:
         server, url, _ = blocks.launch(
@@ -116,12 +116,12 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
         )
     except OSError:
         raise UserError(
-            f"server_name = {server_name}, server_port = {server_port}: cannot listen there: the port is "
-            "in use, or the address does not belong to this machine; choose others, or leave them out"
+            f"server_name = {server_name}, server_port = {server_port}: cannot listen: the port is in use, "
+            "or the address does not belong to this machine; choose others, or leave them out"
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
     print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
     try:
         threading.Event().wait()
     finally:
-        blocks.close(verbose=False)  # waits for a text in progress: torch aborts a process that ends meanwhile
+        blocks.close(verbose=False)  # waits for texts in progress: exiting during a torch operation aborts

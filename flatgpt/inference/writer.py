@@ -1,4 +1,4 @@
-"""Continue prompts with a loaded model: the texts as they grow, speed figures and the report. For infer.py and app.py.
+"""Generate texts with a loaded model, and measure the speed. Used by infer.py and app.py.
 
 writer = Writer(config, model, encoding, end_of_text=True)
 texts = [writer.text(config.prompt)]
@@ -22,19 +22,19 @@ from model import GPT
 
 
 class Text:
-    """A text that grows token by token. Each character is added as soon as no later token can change it.
+    """A prompt and its continuation. Each character is added as soon as no later token can change it.
 
-    Bytes wait until their character is complete. Bytes that are not UTF-8 become U+FFFD, as in tiktoken's decode.
-    Characters that may begin a stop string wait until that is decided.
+    Bytes are held back until their character is complete. Invalid UTF-8 becomes U+FFFD, as in tiktoken's decode.
+    Characters that may be the start of a stop string are held back until later characters decide.
 
     Args:
-        stop: strings that end the text; neither they nor what follows them is part of it.
-        start_ids: stand for an empty prompt.
+        stop: strings that end the text. It is cut before the first stop string.
+        start_ids: ids that replace an empty prompt.
 
     Attributes:
         written: the characters so far, without the prompt.
         tokens: number of tokens after the prompt.
-        ended: `stop`, or the reason that `end` was given; None while the text grows.
+        ended: why the text ended: `stop`, or the reason passed to `end`; None if it has not ended.
         top_probs: ids and probabilities of the newest token and its alternatives, as top_token_probs returns them.
     """
 
@@ -54,7 +54,7 @@ class Text:
         self._add(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
 
     def end(self, reason: str = "length") -> None:
-        """Add the characters that waited for more tokens. Does nothing if the text has ended."""
+        """End the text and add the characters that were held back. Does nothing if the text has ended."""
         if not self.ended:
             self._add(self._decoder.decode(b"", final=True))
         if not self.ended:
@@ -65,7 +65,7 @@ class Text:
         found = [(start + len(stop), start) for stop in self._stop if (start := self._pending.find(stop)) >= 0]
         if found:
             split, self.ended = min(found)[1], "stop"  # the stop string that was complete first
-        else:  # where a stop string may have begun
+        else:  # hold back characters that may be the start of a stop string
             starts = range(len(self._pending))
             may_stop = (n for n in starts if any(stop.startswith(self._pending[n:]) for stop in self._stop))
             split = next(may_stop, len(self._pending))
@@ -74,14 +74,14 @@ class Text:
 
 
 class Writer:
-    """Writes texts as `config` asks, and counts tokens and time.
+    """Generates texts with the settings of `config`, and counts tokens and time.
 
     Args:
-        model: prepared for decoding. Several writers can share it.
-        end_of_text: whether the training data has an end-of-text token between documents; an empty prompt starts with
-            it, else with a newline.
-        compile: compile the decoding steps.
-        log: receives a note when a text outgrows the context, once.
+        model: a model that is prepared for decoding. Several Writers can share it.
+        end_of_text: whether the training data has an end-of-text token between documents. It then replaces an empty
+            prompt; otherwise a newline does.
+        compile: compile the decoding step.
+        log: called once with a note if a text can exceed the context.
     """
 
     def __init__(
@@ -96,29 +96,29 @@ class Writer:
         self.config, self.encoding = config, encoding
         self.start_ids = [encoding.eot_token] if end_of_text else encoding.encode_ordinary("\n")
         self.decoder = Decoder(model, compile)
-        self.rows = self.tokens = 0  # texts begun, tokens generated
+        self.rows = self.tokens = 0  # texts started, tokens generated
         self.first_seconds = 0.0  # from the start of the first batch to its first tokens
-        self.timed_tokens, self.timed_seconds = 0, 0.0  # after the first tokens of each batch
+        self.timed_tokens, self.timed_seconds = 0, 0.0  # without the first tokens of each batch
         self._log = log
 
     def text(self, prompt: str) -> Text:
-        """Return a new text that continues a prompt. Log once that a text can outgrow the context."""
+        """Return a new Text for a prompt. Log a note if it can exceed the context, once per Writer."""
         text = Text(self.encoding, prompt, self.config.stop, self.start_ids)
         tokens, context = len(text.ids) + self.config.max_new_tokens, self.decoder.model.config.context_length
         if self._log and tokens > context + 1:
             start = f", at first the prompt's last {context:,}" if len(text.ids) > context else ""
             self._log(
-                f"note: prompt and text can reach {tokens:,} tokens; the model sees {context:,} at once{start}, and "
-                f"continues from the newest {max(1, context // 2):,} when they are full"
+                f"note: prompt and text can reach {tokens:,} tokens; the context holds {context:,}{start}; when it is "
+                f"full, generation continues from the newest {max(1, context // 2):,}"
             )
             self._log = None
         return text
 
     def write(self, texts: list[Text], top_probs: int = 0) -> Iterator[None]:
-        """Continue texts in one batch to their ends. Yields after each token, and once all have ended.
+        """Continue texts in one batch until all have ended. Yield after each token, and once more at the end.
 
         Args:
-            top_probs: store the probabilities of each new token and of so many most likely ones in its text.
+            top_probs: number of most likely tokens whose probabilities are stored in Text.top_probs; 0: store none.
         """
 
         def store_probs(logits: Tensor, tokens: Tensor) -> None:
@@ -159,17 +159,17 @@ class Writer:
         yield
 
     def tokens_per_s(self) -> float | None:
-        """Return the speed after the first tokens, without the time to compile a step; None before."""
+        """Return the speed without first tokens and compilation; None if no other tokens were generated."""
         return self.timed_tokens / (self.timed_seconds - self.decoder.compile_seconds) if self.timed_tokens else None
 
     def summary(self) -> str:
-        """Return the number of tokens and the speed, in words."""
+        """Return the number of tokens and the speed as text."""
         line = f"{self.tokens:,} token{'s' * (self.tokens != 1)}, the first after {self.first_seconds:.2f} s"
         line += f", then {speed:,.1f} tokens/s" if (speed := self.tokens_per_s()) else ""
         return line + (f"; compiling took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")
 
     def report(self, texts: list[Text]) -> dict:
-        """Return settings, figures and the texts that have been begun, as infer.py --json writes them."""
+        """Return settings, measurements and the started texts, as infer.py --json writes them."""
         keys = [field.name for field in dataclasses.fields(SamplingConfig)] + ["max_new_tokens", "stop", "ignore_eot"]
         settings = {key: getattr(self.config, key) for key in keys}
         return {

@@ -1,4 +1,4 @@
-"""Device, dtype, compilation and random state of a run. States what `auto` selected, and why."""
+"""Select device, dtype and compilation, state the reasons for `auto`'s choices, and seed random generators."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """The device of a run, the dtype of its matrix products, and whether it is compiled.
+    """The device, the dtype of matrix products, and whether the model is compiled.
 
     Attributes:
-        why: the reason of each choice that `auto` made, by 'dtype' and 'compile'.
+        why: the reasons for the choices of `auto`, with keys 'dtype' and 'compile'.
     """
 
     device: torch.device
@@ -41,7 +41,7 @@ class DeviceSettings:
         return torch.autocast(self.device.type, self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return a gradient scaler, which is enabled for float16 only."""
+        """Return a gradient scaler, enabled for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def to_device(self, array: np.ndarray) -> Tensor:
@@ -52,12 +52,12 @@ class DeviceSettings:
         return tensor.to(self.device)
 
     def synchronize(self) -> None:
-        """Wait until the device has completed its queued work."""
+        """Wait until the device has completed all queued work."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
     def peak_memory_gb(self) -> float:
-        """Return the peak of memory in use, in 10^9 bytes: of the device on CUDA, else of the process."""
+        """Return the peak memory in 10^9 bytes: allocated GPU memory on CUDA, else resident memory of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,7 +65,7 @@ class DeviceSettings:
 
     @property
     def name(self) -> str:
-        """The name of a GPU, `NVIDIA H200` for example, else the type of the device."""
+        """The name of the GPU, such as `NVIDIA H200`, or the type of another device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def describe(self) -> str:
@@ -78,7 +78,7 @@ class DeviceSettings:
 
 
 def note(text: str) -> None:
-    """Print a line to standard error, on the first rank only."""
+    """Print a line to standard error, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
@@ -87,10 +87,10 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     """Return the device for a name or `auto`, and prepare this process for it.
 
     Args:
-        local_rank: the GPU to take, by torchrun's LOCAL_RANK; None: the script uses a single device.
+        local_rank: torchrun's LOCAL_RANK, the index of the GPU to use; None: the script supports one device only.
 
     Raises:
-        UserError: the device does not exist, or torch is too old to read files safely.
+        UserError: the device is not available, or torch is too old to read files safely.
     """
     if local_rank is None and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(
@@ -99,27 +99,27 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     release = torch.__version__.split("+")[0]
     if tuple(map(int, release.split(".")[:2])) < (2, 10):
         raise UserError(
-            f"torch {release} can be made to run code by a file that it only reads (weights_only=True: CVE-2025-32434 "
-            "before 2.6, CVE-2026-24747 before 2.10): pip install -r requirements.txt"
+            f"torch {release} can execute code of a file that it loads with weights_only=True (CVE-2025-32434 before "
+            "2.6, CVE-2026-24747 before 2.10): pip install -r requirements.txt"
         )
-    # Huge pages for large CPU tensors (Linux): with 50,257 ids, page faults on the logits took over half of an update
-    # (docs/speed.md). torch reads the variable once, when it first allocates.
+    # Use huge pages for large CPU tensors (Linux): with 50,257 ids, page faults on the logits took over half of an
+    # update's time (docs/speed.md). torch reads the variable once, at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _keep_freed_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    names = [name for name, found in available.items() if found]
+    names = [name for name, is_available in available.items() if is_available]
     if device == "auto":
         device = names[0]
     elif device not in names:
         raise UserError(
-            f"device = {device}: torch {torch.__version__} sees none here; take --device {' or '.join(names)}"
+            f"device = {device}: torch {torch.__version__} does not find it; use --device {' or '.join(names)}"
         )
     if device != "cuda":
         return torch.device(device)
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if local_rank is not None and processes > gpus:
         raise UserError(
-            f"nproc_per_node = {processes}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process takes one; "
+            f"nproc_per_node = {processes}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one; "
             f"start torchrun with --nproc_per_node={gpus}"
         )
     if local_rank:
@@ -128,22 +128,22 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Make glibc keep freed memory for later tensors. Returning it to the system took a fifth of an update on a CPU.
+    """Make glibc reuse freed memory. Returning it to the OS took a fifth of the time of an update on a CPU.
 
-    Blocks over 256 MB are still returned: keeping them would leave large holes (docs/speed.md).
+    Blocks over 256 MB are still returned: keeping them would fragment the heap (docs/speed.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing on macOS and musl
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h's numbers
+        trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**28)
 
 
 def make_deterministic() -> None:
-    """Make torch use deterministic algorithms: equal results for an equal number of threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses CUDA's matrix products without it
+    """Make torch use deterministic algorithms. Results are then the same for the same number of threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would take time for memory that is never read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would take time; such memory is never read
 
 
 def cpu_name() -> str:
@@ -162,40 +162,40 @@ def select_device(
     local_rank: int | None = None,
     why: dict[str, str] | None = None,
 ) -> DeviceSettings:
-    """Resolve `auto` (for compile: None). The dtype for a CPU is float32 here; precision.py measures.
+    """Resolve `auto` (None for compile). On a CPU, `auto` is float32 here; precision.py can measure a faster dtype.
 
     Args:
-        local_rank: as for find_device.
-        why: reasons for choices that the caller has made, by 'dtype' and 'compile'.
+        local_rank: as in find_device.
+        why: the reasons for choices of the caller, with keys 'dtype' and 'compile'.
 
     Raises:
-        UserError: as find_device.
+        UserError: as in find_device.
     """
-    found, why = find_device(device, local_rank), dict(why or {})
-    if found.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(found)
-        name, units = ("bfloat16", "it") if major >= 8 else ("float16", "no bfloat16 units")
-        auto_dtype = name, f"capability {major}.{minor} has {units}"
-        auto_compile = True, "pays on CUDA"
-    elif found.type == "mps":
-        auto_dtype, auto_compile = ("float32", "this device has no fast bfloat16"), (False, "mps runs eager")
+    selected, why = find_device(device, local_rank), dict(why or {})
+    if selected.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(selected)
+        name, support = ("bfloat16", "supports it") if major >= 8 else ("float16", "does not support bfloat16")
+        auto_dtype = name, f"capability {major}.{minor} {support}"
+        auto_compile = True, "faster on CUDA"
+    elif selected.type == "mps":
+        auto_dtype, auto_compile = ("float32", "mps has no fast bfloat16"), (False, "not used on mps")
     else:
-        auto_dtype = "float32", "no other was measured"
-        auto_compile = False, "on a CPU it saves little and takes half a minute"  # docs/speed.md
+        auto_dtype = "float32", "bfloat16 was not measured"
+        auto_compile = False, "compilation saves little on a CPU and takes half a minute"  # docs/speed.md
     if dtype == "auto":
         dtype, why["dtype"] = auto_dtype
-    elif dtype == "float16" and found.type == "cpu":
+    elif dtype == "float16" and selected.type == "cpu":
         note("note: float16 is slow on a CPU; bfloat16 or float32 is faster")
     if compile is None:
         compile, why["compile"] = auto_compile
-    return DeviceSettings(found, DTYPES[dtype], compile, why)
+    return DeviceSettings(selected, DTYPES[dtype], compile, why)
 
 
 def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> Callable[..., Tensor]:
     """Compile the model's forward. If the compiler fails, warn once and use the eager forward.
 
     Args:
-        model: as wrap_model returns it. With fully_shard, each sharded module is compiled by itself.
+        model: a model from wrap_model. With fully_shard, each sharded module is compiled separately.
         agree: returns whether its argument is true on every rank.
     """
     if hasattr(model, "unshard"):
@@ -207,7 +207,7 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
     compiled = torch.compile(model, dynamic=False)
     chosen = None
 
-    def first_step(x: Tensor, y: Tensor) -> None:  # the backward is compiled when it is first run
+    def first_step(x: Tensor, y: Tensor) -> None:  # compiles forward and backward
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             loss = compiled(x, y)
             with torch.autocast(x.device.type, enabled=False):  # as in training
@@ -216,7 +216,7 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
     def forward(x: Tensor, y: Tensor) -> Tensor:
         nonlocal chosen
         if chosen is None:
-            with getattr(model, "no_sync", contextlib.nullcontext)():  # no rank waits for one whose compiler fails
+            with getattr(model, "no_sync", contextlib.nullcontext)():  # no collective: a rank's compiler may fail
                 succeeded = compiles(lambda: first_step(x, y))
             chosen = compiled if agree(succeeded) else model
             model.zero_grad(set_to_none=True)
@@ -226,7 +226,7 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
 
 
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Return a context for generation: sharded modules that are compiled would compile anew for each length."""
+    """Return a context for generation. Compiled sharded modules run eagerly: each new length would recompile them."""
     return torch.compiler.set_stance("force_eager") if hasattr(model, "unshard") else contextlib.nullcontext()
 
 
@@ -237,13 +237,13 @@ def compiles(step: Callable[[], object]) -> bool:
     try:
         step()
     except TorchDynamoException as error:
-        note(f"warning: torch.compile failed, going on without it: {str(error).strip().splitlines()[0]}")
+        note(f"warning: torch.compile failed, continuing without it: {str(error).strip().splitlines()[0]}")
         return False
     return True
 
 
 def seed_of(*key: int) -> int:
-    """Return a seed for a generator that depends on all numbers of the key."""
+    """Return a seed for a generator, derived from all numbers of the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -251,6 +251,6 @@ def seed_of(*key: int) -> int:
 def reseed(*key: int) -> None:
     """Seed torch's generators from a key (seed, update, micro-batch).
 
-    Dropout masks are then a function of the key, and no random state is stored to resume.
+    Dropout masks are then a function of the key, so that checkpoints need no random state.
     """
     torch.manual_seed(seed_of(*key))

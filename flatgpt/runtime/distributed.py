@@ -1,7 +1,7 @@
-"""Ranks: the processes that train or score one model, on one machine or several, with DDP or fully_shard.
+"""Distributed training and evaluation with DDP or fully_shard, on one machine or several.
 
-Each rank has its own device and takes every world-th micro-batch of an update. Gradients and losses travel over NCCL
-between GPUs. Everything else travels over Gloo on the CPU, so that it never waits for a GPU.
+Each rank has its own device and computes every world-th micro-batch of an update. NCCL reduces tensors on GPUs. All
+other communication uses Gloo on the CPU, so that it never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError
 from flatgpt.runtime.device import find_device
 
-# in the messages of Gloo, of the store and of NCCL
-PEER_IS_GONE = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")
-PEER_IS_GONE += ("ncclRemoteError", "remote process exited")
+# parts of the error messages of Gloo, the store and NCCL
+PEER_EXITED = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")
+PEER_EXITED += ("ncclRemoteError", "remote process exited")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The rank of this process among `world` ranks, and their collectives, which are no-ops for a single process."""
+    """Rank of this process, number of ranks (`world`), and collectives, which are no-ops for a single process."""
 
     rank: int = 0
     world: int = 1
@@ -43,19 +43,19 @@ class DistributedContext:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the only one that writes files and prints."""
+        """Whether this is rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
     @property
     def launcher(self) -> str:
-        """The command that starts a script with as many ranks."""
+        """The command that starts a script with this number of ranks."""
         if self.world == 1:
             return "python"
         command = f"torchrun --standalone --nproc_per_node={self.world}"
         return command if self.world == self.local_world else "torchrun ..."
 
     def micro_batches(self, grad_accum_steps: int) -> range:
-        """Return the indices of this rank's micro-batches among those of an update."""
+        """Return the indices of the update's micro-batches that belong to this rank."""
         return range(self.rank, grad_accum_steps, self.world)
 
     def sum(self, value: Tensor) -> Tensor:
@@ -82,39 +82,39 @@ class DistributedContext:
         self.all_reduce_max(0)
 
     def poll_all(self, done: Callable[[], bool]) -> None:
-        """Poll until done() holds on every rank. A single collective that took as long would reach its timeout."""
+        """Poll until done() is true on every rank. Waiting in a single collective would reach its timeout."""
         while not self.all(done()):
             time.sleep(0.02)
 
     def all_gather(self, value: Any) -> list:
-        """Return the values of all ranks, by rank; plain types."""
+        """Return a list of the values of all ranks. Values have plain types."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def run_on_rank0(self, work: Callable[[], Any]) -> Any:
-        """Call work() on rank 0 and return its result on every rank. Its UserError or OSError is raised on all."""
+        """Call work() on rank 0 and return its result on every rank. UserError and OSError are raised on every rank."""
         if self.world == 1:
             return work()
-        message = [None, None]  # result, error
+        outcome = [None, None]  # result, error
         if self.first:
             try:
-                message[0] = work()
+                outcome[0] = work()
             except (UserError, OSError) as error:
-                message[1] = str(error)
-        dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
-        if message[1] is not None:
-            raise UserError(message[1])
-        return message[0]
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
 
     def require_equal(self, facts: dict[str, Any]) -> None:
-        """Raise UserError with the keys whose values differ from those of rank 0, on another machine for example."""
+        """Raise UserError if a rank's values differ from those of rank 0. The message names the keys."""
         gathered = self.all_gather(facts)
         for rank, values in enumerate(gathered):
             if differing := [key for key, value in gathered[0].items() if values[key] != value]:
                 raise UserError(
-                    f"{', '.join(differing)} of rank {rank} is not that of rank 0: every machine has to have the same "
+                    f"{', '.join(differing)} of rank {rank} is not that of rank 0: every machine must have the same "
                     "files and settings"
                 )
 
@@ -123,26 +123,26 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def require_equal_shares(config: TrainConfig, world: int) -> None:
-    """Raise UserError if `world` ranks cannot share an update, with the nearest settings that they can share.
+    """Raise UserError if `world` does not divide grad_accum_steps.
 
-    The sequences per update stay the same if `world` divides them, else become the next multiple of it.
+    The message suggests settings with as many sequences per update, rounded up to a multiple of `world`.
     """
     if config.grad_accum_steps % world == 0:
         return
-    asked = config.batch_size * config.grad_accum_steps
-    total = -(-asked // world) * world
+    sequences = config.batch_size * config.grad_accum_steps
+    total = -(-sequences // world) * world
     steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= config.batch_size)
-    same = "the same updates" if total == asked else f"{total} sequences, not {asked}"
+    difference = "the same updates" if total == sequences else f"{total} sequences, not {sequences}"
     raise UserError(
-        f"grad_accum_steps = {config.grad_accum_steps} counts the passes of all devices together and cannot be "
-        f"shared by {world}: take --batch_size {total // steps} --grad_accum_steps {steps} ({same})"
+        f"grad_accum_steps = {config.grad_accum_steps} is the number of passes of all devices together and cannot be "
+        f"divided by {world}: use --batch_size {total // steps} --grad_accum_steps {steps} ({difference})"
     )
 
 
 def shorten_timeout(config: TrainConfig) -> None:
-    """Set Gloo's timeout to config.rank_timeout; called after the first update, in which ranks may still compile.
+    """Set Gloo's timeout to config.rank_timeout. Called after the first update, in which ranks may still compile.
 
-    NCCL keeps the longer timeout, so that Gloo's is reached first: only there the missing rank is known.
+    NCCL keeps the longer timeout, so that Gloo's is reached first: after NCCL's, the unresponsive rank is unknown.
     """
     if dist.is_initialized():
         gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
@@ -151,7 +151,7 @@ def shorten_timeout(config: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[DistributedContext]:
-    """Join the ranks that torchrun started. An error on any of them is reported once and ends all.
+    """Join the process group of torchrun's ranks. An error on any rank is reported once and ends all ranks.
 
     Raises:
         UserError: there is no device for this rank, or the ranks cannot share an update equally.
@@ -164,8 +164,8 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
     ranks = DistributedContext(*map(int, values)) if all(map(str.isdecimal, values)) else SINGLE_PROCESS
     if not (ranks.rank < ranks.world and ranks.local_rank < ranks.local_world <= ranks.world != 1):
         raise UserError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and {', '.join(names)} do not fit each other: start several "
-            "ranks with torchrun, which sets them, and a single one with WORLD_SIZE unset"
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: {', '.join(names)} are inconsistent: start several ranks with "
+            "torchrun, which sets them; for a single process, unset WORLD_SIZE"
         )
     if not ranks.first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
@@ -178,39 +178,39 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
             torch.set_num_threads(max(1, cores // ranks.local_world))
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=2 * config.rank_timeout))  # until shorten_timeout
-        atexit.register(_leave, codes := [])
+        atexit.register(_exit_without_finalizing, codes := [])
         try:
             yield ranks
-        except SystemExit as stop:  # which all ranks raise
+        except SystemExit as stop:  # raised by all ranks
             dist.destroy_process_group()
-            # Exit here, not at the end of Python: DDP, which the frames of this exception hold, would destroy Gloo with
-            # the GIL held, and wait for a thread of Gloo that waits for the GIL (one process in 10 did).
-            _leave([stop.code])
+            # Exit here instead of finalizing Python. The frames of this exception keep DDP alive. DDP would destroy
+            # Gloo with the GIL held, and wait for a thread of Gloo that waits for the GIL (1 process in 10 hung).
+            _exit_without_finalizing([stop.code])
         dist.destroy_process_group()
         codes.append(0)
     except UserError as error:
         if not _first_to_report(ranks, str(error)):
             raise ReportedByOtherRank from None
-        time.sleep(1)  # rank 0 holds the store that the others ask
+        time.sleep(1)  # rank 0 holds the store that the other ranks still need
         raise
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
         if re.search("timed? ?out", first_line, re.IGNORECASE):
-            advice = ", and goes on from its last checkpoint with --resume" * isinstance(config, TrainConfig)
+            advice = "; --resume continues from the last checkpoint" * isinstance(config, TrainConfig)
             _report_unresponsive_ranks(ranks, config.rank_timeout, advice)
-        elif not any(word in str(error) for word in PEER_IS_GONE):
+        elif not any(part in str(error) for part in PEER_EXITED):
             raise
         else:
-            print(f"rank {ranks.rank}: another rank is gone, leaving ({first_line})", file=sys.stderr)
+            print(f"rank {ranks.rank}: another rank has exited, so this one exits ({first_line})", file=sys.stderr)
         time.sleep(3)  # torchrun reports the first process that exits as the cause, and ends the others
-        os._exit(1)  # destroying a process group whose peers are gone can hang
+        os._exit(1)  # destroying a process group whose peers have exited can hang
 
 
-def _leave(codes: list[int]) -> None:
-    """Exit with a code, if there is one, without finalizing Python.
+def _exit_without_finalizing(codes: list[int]) -> None:
+    """Flush the output, then exit with codes[0] if there is a code.
 
-    DDP keeps Gloo's threads alive, and one that frees a tensor during finalization aborts the process (pytorch issue
-    190489).
+    DDP keeps Gloo's threads alive. A thread that frees a tensor while Python finalizes aborts the process (pytorch
+    issue 190489).
     """
     with contextlib.suppress(OSError):  # a closed pipe
         sys.stdout.flush()
@@ -225,29 +225,29 @@ def _first_to_report(ranks: DistributedContext, text: str) -> bool:
         return ranks.local_rank == 0
     try:
         return dist.distributed_c10d._get_default_store().add(f"reported: {text}", 1) == 1
-    except RuntimeError:  # rank 0 has ended, and the store with it
+    except RuntimeError:  # rank 0 has exited, and the store with it
         return True
 
 
 def _report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice: str) -> None:
-    """Print which ranks the others waited for in vain. All ranks but those call this, after their timeout."""
+    """Print the ranks that did not respond. The other ranks call this after their timeout."""
     store, missing = dist.distributed_c10d._get_default_store(), [0]  # rank 0 holds the store
 
-    def ask_store() -> None:
+    def query_store() -> None:
         store.set(f"waits {ranks.rank}", "")
-        time.sleep(2)  # the timeouts of other ranks may end later
+        time.sleep(2)  # the timeouts of other ranks may expire later
         absent = [rank for rank in range(ranks.world) if not store.check([f"waits {rank}"])]
         missing[:] = absent if _first_to_report(ranks, "unresponsive") else []
 
-    thread = threading.Thread(target=ask_store, daemon=True)
+    thread = threading.Thread(target=query_store, daemon=True)
     thread.start()
     thread.join(5)
     if missing:
-        # Without the store, it is unknown who has reported: rank 1 prints the error, others a line with their rank.
+        # Without the store, a rank cannot know who has reported: rank 1 prints the error, others print their rank.
         prefix = "error" if not thread.is_alive() or ranks.rank == 1 else f"rank {ranks.rank}"
         print(
-            f"{prefix}: rank {', '.join(map(str, missing))} has not answered for {seconds:g} s (--rank_timeout): it "
-            f"hangs, or its machine does; the run ends{advice}",
+            f"{prefix}: rank {', '.join(map(str, missing))} has not responded for {seconds:g} s (--rank_timeout): the "
+            f"process or its machine hangs; the run ends{advice}",
             file=sys.stderr,
             flush=True,
         )
@@ -256,9 +256,9 @@ def _report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice
 def wrap_model(
     model: nn.Module, ranks: DistributedContext, device: torch.device, dtype: torch.dtype, fsdp: bool
 ) -> nn.Module:
-    """Wrap a model with DDP, or shard it in place with fully_shard. A single rank gets the model itself.
+    """Wrap a model with DDP, or shard it in place with fully_shard. For a single rank, return the model unchanged.
 
-    With fully_shard each rank keeps a shard of weights, optimizer state and reduced gradients. Weights are gathered for
+    With fully_shard, each rank keeps a shard of weights, optimizer state and summed gradients. Weights are gathered for
     computation: those of attention and MLP modules in `dtype`, others in float32. Gradients are summed in float32.
     """
     if ranks.world == 1:
@@ -271,8 +271,8 @@ def wrap_model(
         model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     model.local_grad_sum = torch.zeros((), device=device)
     model.register_comm_hook(model.local_grad_sum, _sum)
-    # After its first backward pass DDP rebuilds its buckets in the order of the gradients. Do that before any update:
-    # otherwise a resumed run sums its first gradients in another order, which changes the result from three ranks up.
+    # After its first backward pass, DDP rebuilds its buckets in the order of the gradients. Do that before any update:
+    # otherwise a resumed run sums its first gradients in another order, which changes results with three or more ranks.
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
     model(ids, ids).backward()
     model.zero_grad(set_to_none=True)
@@ -293,14 +293,14 @@ def _shard(model: nn.Module, ranks: DistributedContext, device: torch.device, dt
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, as with DDP
-            module.set_force_sum_reduction_for_comms(True)  # Gloo has no other reduction
+            module.set_force_sum_reduction_for_comms(True)  # Gloo supports no other reduction
     return model
 
 
 def local_grad_sum(model: nn.Module) -> Tensor | float:
     """Return the sum of this rank's gradients before their reduction, and reset it; 0 without DDP.
 
-    It is not finite if any of these gradients is not.
+    The sum is not finite if any of these gradients is not finite.
     """
     if not isinstance(model, DistributedDataParallel):
         return 0.0
@@ -310,30 +310,30 @@ def local_grad_sum(model: nn.Module) -> Tensor | float:
 
 
 def _sum(local_grad_sum, bucket):  # DDP rejects annotations that are strings
-    """A communication hook that sums gradients over ranks, where DDP would average them.
+    """Sum gradients over ranks, as a communication hook. By default, DDP averages them.
 
-    Multiplying the losses by the number of ranks instead would make float16 overflow sooner: the scaler would then skip
-    more updates on more devices.
+    Multiplying the losses by the number of ranks instead would make float16 overflow sooner, so that the scaler would
+    skip more updates.
     """
     local_grad_sum += bucket.buffer().sum()
     summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return summed.then(lambda done: done.value()[0])
 
 
-def gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Return a context for forward and backward of a micro-batch: the last one sums the gradients over ranks."""
+def grad_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Return a context for forward and backward of a micro-batch. Gradients are summed over ranks if it is the last."""
     if hasattr(model, "set_requires_gradient_sync"):  # fully_shard
         model.set_requires_gradient_sync(last)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, without importing that class, which takes 0.8 s."""
+    """Return whether a tensor is a DTensor. Importing that class would take 0.8 s."""
     return hasattr(tensor, "device_mesh")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor; every rank has to call it. Other tensors are returned unchanged."""
+    """Gather a sharded tensor; every rank must call this. Other tensors are returned unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

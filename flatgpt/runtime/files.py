@@ -27,14 +27,14 @@ def write_json(figures: dict, target: str) -> None:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it: no reader sees a part of it."""
+    """Write a file under a temporary name, flush it to disk and rename it, so that no reader sees a partial file."""
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "wb") as file:
         file.write(content)
@@ -44,7 +44,11 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_output(content: bytes, target: str, key: str) -> None:
-    """Write the file that a setting names. Pipes and devices are written to directly. Raises as write_json."""
+    """Write `content` to the file of the setting `key`, atomically unless it is a pipe or device.
+
+    Raises:
+        UserError: as in write_json.
+    """
     path = Path(target).resolve()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # train.py and plot.py --watch share a file
     try:
@@ -60,12 +64,12 @@ def write_output(content: bytes, target: str, key: str) -> None:
 
 
 def require_writable(target: str | None, key: str) -> None:
-    """Raise UserError if write_output could not write there: before hours of work instead of after."""
+    """Raise UserError if write_output could not write to `target`. Called before long work."""
     if target in (None, "-") or _is_device(target):
         return
     folder = Path(target).resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target).is_dir():
-        raise UserError(f"{key} = {target}: cannot be written: no file can be made there")
+        raise UserError(f"{key} = {target}: cannot be written: no file can be created there")
 
 
 def _is_device(target: str) -> bool:

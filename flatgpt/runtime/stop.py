@@ -1,4 +1,4 @@
-"""Requests to stop a run: signals, and the end of its time. Standard library only."""
+"""Requests to stop a run: signals and the time limit. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import time
 
 
 class StopRequest:
-    """Records SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and the end of a run's time, for the training loop to read.
+    """Records SIGINT, SIGTERM, SIGUSR1 (Slurm's warning) and the time limit. The training loop calls `reason`.
 
-    A second SIGINT ends the process at once. So does a SIGTERM after a SIGINT with several ranks: torchrun forwards its
-    second Ctrl-C as SIGTERM.
+    A second SIGINT ends the process immediately. With several ranks, a SIGTERM after a SIGINT does the same: torchrun
+    forwards its second Ctrl-C as SIGTERM.
 
     Args:
-        max_minutes: from now on; None: no end.
-        among_ranks: whether torchrun started this process with others. A SIGTERM that Python's handler cannot record
-            then ends the process before torchrun would kill it: the main thread may wait in a collective for a rank
-            that has ended, where handlers do not run.
+        max_minutes: time limit, counted from now; None: no limit.
+        among_ranks: whether torchrun started several ranks. The process then exits GRACE seconds after a SIGTERM that
+            Python's handler has not recorded, before torchrun kills it. Handlers do not run while the main thread waits
+            in a collective for a rank that has exited.
     """
 
-    TIME_IS_UP = 1  # smaller than the number of each recorded signal
-    GRACE = 25.0  # seconds; torchrun kills after 30, or after this variable's value
+    TIME_IS_UP = 1  # smaller than all signal numbers: the maximum over ranks prefers a signal
+    GRACE = 25.0  # seconds; torchrun kills after 30 s, or after the seconds in this environment variable
     if (_seconds := os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")).isdecimal():
         GRACE = max(0.0, float(_seconds) - 5)
 
@@ -42,14 +42,14 @@ class StopRequest:
         self.signal = number
 
     def _watch(self) -> None:
-        """Read signal numbers from the wakeup socket. They arrive there even while the main thread waits in C."""
+        """Read signal numbers from the wakeup socket, which gets them even while the main thread is blocked in C."""
         interrupts = 0
         with self._reader:
             while number := self._reader.recv(1):
                 terminated = number[0] == signal.SIGTERM and self._among_ranks
                 interrupts += number[0] == signal.SIGINT or (terminated and interrupts > 0)
                 if interrupts == 2:
-                    os.write(2, b"interrupted twice: leaving at once; earlier checkpoints stay\n")
+                    os.write(2, b"interrupted twice: exiting now; earlier checkpoints are kept\n")
                     os._exit(128 + signal.SIGINT)
                 if terminated:
                     grace = threading.Timer(self.GRACE, self._exit_unless_recorded)
@@ -61,7 +61,7 @@ class StopRequest:
             os._exit(128 + signal.SIGTERM)
 
     def reason(self) -> int:
-        """Return why the loop should end: a signal's number or TIME_IS_UP; 0 if it should not."""
+        """Return the reason to stop: a signal number or TIME_IS_UP; 0 if there is none."""
         if self._among_ranks and os.getppid() != self._parent:  # torchrun has ended and can no longer stop this process
             return signal.SIGTERM
         return self.signal or (self.TIME_IS_UP if time.monotonic() >= self.end else 0)

@@ -154,7 +154,7 @@ def test_prompt_longer_than_the_context(run):
     words = ["--model_path", random_model(), "--greedy", "--max_new_tokens", 30]
     done = run("--prompt_file", write("a.txt", long), *words, "--num_samples", 3, "--batch_size", 1)
     assert done.err.count("note: ") == 1
-    assert "5,040 tokens; the model sees 40 at once, at first the prompt's last 40, and" in done.err
+    assert "5,040 tokens; the context holds 40, at first the prompt's last 40; when" in done.err
     assert done.out.count(long + run("--prompt", end, *words).out.removeprefix(end)) == 3
     assert [run("--prompt", "abc", "--max_new_tokens", n).err.count("note: ") for n in (38, 39)] == [0, 1]
 

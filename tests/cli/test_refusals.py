@@ -69,7 +69,7 @@ REFUSALS = [
     ("plot", "a --x tokens", "a: metrics.csv has no values to plot over tokens;"),
     ("plot", "a --out a.pdf", "out = a.pdf: a name that ends in .png or .svg is expected"),
     ("plot", "a --out a.png --svg", "out = a.png: a name that ends in .svg is expected"),
-    ("plot", "a --out no/a.png", "out = no/a.png: cannot be written: no file can be made there"),
+    ("plot", "a --out no/a.png", "out = no/a.png: cannot be written: no file can be created there"),
     ("plot", "a --x epoch", "--x = epoch: one of iter, tokens, time is expected"),
     ("plot", "", "no run in out/ yet: train one (python train.py), or give the folder of a run"),
 ]

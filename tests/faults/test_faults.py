@@ -31,7 +31,7 @@ RUN = [*TINY, "--dropout", "0.1", "--grad_accum_steps", "4", "--sample_tokens", 
 LONG = ("--max_iters", "100", "--eval_interval", "20", "--save_interval", "10")
 TRAIN = str(ROOT / "train.py")
 RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else a third of them failed
-GONE = "another rank is gone"
+GONE = "another rank has exited"
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
@@ -224,7 +224,7 @@ def test_second_interrupt_exits_at_once_and_keeps_checkpoints(start, uninterrupt
         for process in processes:
             process.send(signal.SIGINT)
     assert [process.wait() for process in processes] == [130] * 2, "each process exits although it is blocked"
-    assert "interrupted twice: leaving at once" in processes[0].output  # other ranks may have handled the first already
+    assert "interrupted twice: exiting now" in processes[0].output  # other ranks may have handled the first already
     # the save before an evaluation may not be complete
     assert checkpoint.verify(run / "ckpt/last")["iter"] in {"evaluation": (4, 6), "save": (6,)}[moment]
     assert_completes(start(run, *SHORT, "--resume"))
@@ -311,7 +311,7 @@ def test_stalled_rank_is_named(start, tmp_path):
         silent.send(signal.SIGKILL)
         said = [line for process in others for line in process.output.splitlines() if line.startswith("error: ")]
         assert len(said) == 1, case
-        assert said[0].startswith(f"error: rank {rank} has not answered for 10 s (--rank_timeout)")
+        assert said[0].startswith(f"error: rank {rank} has not responded for 10 s (--rank_timeout)")
         assert checkpoint.verify(tmp_path / case / "ckpt/last")["iter"] in (4, 6)  # its rank 0 may not have come to 6
 
 
@@ -559,7 +559,7 @@ def test_second_interrupt_ends_a_process_that_is_busy_in_c(among_ranks, numbers)
         for number in numbers:
             deliver(process.pid, number)
         assert process.wait(90) == 128 + signal.SIGINT
-        assert process.stderr.read() == "interrupted twice: leaving at once; earlier checkpoints stay\n"
+        assert process.stderr.read() == "interrupted twice: exiting now; earlier checkpoints are kept\n"
 
 
 NOTES = """

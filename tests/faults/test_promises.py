@@ -235,7 +235,7 @@ run.select_device = select_device
 )
 def test_ranks_with_other_weights_or_settings_are_refused(start_ranks, tiny_data, code, words, what):
     processes = start_ranks(*TWO, *words, cwd=tiny_data, world=2, code=code)
-    said = f"error: {what} of rank 1 is not that of rank 0: every machine has to have the same files and settings"
+    said = f"error: {what} of rank 1 is not that of rank 0: every machine must have the same files and settings"
     processes[0].wait_until(lambda: any(said in process.output or process.code == 0 for process in processes))
     assert any(said in process.output for process in processes), processes[0].output
     for process in processes:  # the rank that does not report waits

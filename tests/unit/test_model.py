@@ -285,7 +285,7 @@ def test_forgotten_position_of_a_cache_is_an_error():
         model(IDS[:, 5:6], cache=cache)
     for position in (5, torch.full((B,), 5)):
         cache.position = position
-        with pytest.raises(ValueError, match="2 tokens after cached ones"):
+        with pytest.raises(ValueError, match="2 tokens after cached tokens"):
             model(IDS[:, 5:7], cache=cache)
 
 

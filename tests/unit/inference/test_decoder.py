@@ -102,7 +102,7 @@ def test_compiler_that_fails_is_one_warning(monkeypatch, capsys):
     for prompts in (PROMPTS, PROMPTS[:2]):
         found = list(generate_batch(decoder, prompts, 20, GREEDY))
         assert found == [step[: len(prompts)] for step in expected]
-    assert capsys.readouterr().err == "warning: torch.compile failed, going on without it: no compiler\n"
+    assert capsys.readouterr().err == "warning: torch.compile failed, continuing without it: no compiler\n"
     monkeypatch.setattr(torch, "compile", compiler_that_raises(torch.OutOfMemoryError("too large")))
     with pytest.raises(torch.OutOfMemoryError):
         list(generate_batch(Decoder(lively(), compile=True), PROMPTS, 3, GREEDY))
@@ -142,7 +142,7 @@ def test_broken_compiler_is_one_warning(tmp_path):
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests/support", ROOT / "tests", Path(__file__).parent)))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("warning: torch.compile failed, going on without it: ")
+    assert done.stderr.startswith("warning: torch.compile failed, continuing without it: ")
     assert done.stderr.count("warning:") == 1
 
 

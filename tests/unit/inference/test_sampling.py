@@ -13,7 +13,7 @@ from random_models import generate, random_model
 from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
-from flatgpt.inference.sampling import NUCLEUS, generate_batch, process_logits, top_token_probs
+from flatgpt.inference.sampling import TOP_P_CANDIDATES, generate_batch, process_logits, top_token_probs
 from model import GPT
 
 GREEDY = SamplingConfig(temperature=0)
@@ -151,11 +151,11 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("vocab_size", [30, 3 * NUCLEUS])
+@pytest.mark.parametrize("vocab_size", [30, 3 * TOP_P_CANDIDATES])
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 @pytest.mark.parametrize("names", [*([name] for name in PROCESSORS), [*PROCESSORS]], ids=" ".join)
 def test_settings_as_transformers_processors(names, scale, vocab_size):
-    """Each alone and all together. The top NUCLEUS ids hold the mass of top_p in steep logits, not in flat ones."""
+    """Each setting alone, and all together. TOP_P_CANDIDATES ids reach top_p for steep logits, not for flat ones."""
     logits = scale * torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, 2], [3, 4], [5, 5], [0, 29]])
     seen = torch.zeros(4, vocab_size, dtype=torch.bool).scatter_(1, ids, True)

@@ -39,10 +39,10 @@ def hardware(monkeypatch):
 @pytest.mark.parametrize(
     ("there", "device", "dtype", "compiles", "why"),
     [
-        ({"cuda": (8, 0)}, "cuda", torch.bfloat16, True, "capability 8.0 has it"),
-        ({"cuda": (7, 5)}, "cuda", torch.float16, True, "capability 7.5 has no bfloat16 units"),
+        ({"cuda": (8, 0)}, "cuda", torch.bfloat16, True, "capability 8.0 supports it"),
+        ({"cuda": (7, 5)}, "cuda", torch.float16, True, "capability 7.5 does not support bfloat16"),
         ({"mps": True}, "mps", torch.float32, False, "no fast bfloat16"),
-        ({}, "cpu", torch.float32, False, "no other was measured"),
+        ({}, "cpu", torch.float32, False, "bfloat16 was not measured"),
     ],
 )
 def test_auto(hardware, there, device, dtype, compiles, why):
@@ -68,9 +68,9 @@ def test_settings_are_described_with_the_reasons_of_auto(hardware, capsys):
 @pytest.mark.parametrize(
     ("world", "device", "torch_version", "message"),
     [
-        ("1", "mps", None, r"^device = mps: .*take --device cpu$"),
+        ("1", "mps", None, r"^device = mps: .*use --device cpu$"),
         ("2", "cpu", None, r"^WORLD_SIZE = 2: .* without torchrun$"),
-        ("1", "cpu", "2.9.1+cpu", r"^torch 2.9.1 can be made to run code by a file .* CVE-2026"),
+        ("1", "cpu", "2.9.1+cpu", r"^torch 2.9.1 can execute code of a file .* CVE-2026"),
         ("1", "cpu", "2.10.0", None),
     ],
 )
@@ -192,7 +192,7 @@ def test_broken_compiler_is_one_warning(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "True True\n"
-    assert done.stderr.startswith("warning: torch.compile failed, going on without it: ")
+    assert done.stderr.startswith("warning: torch.compile failed, continuing without it: ")
     assert done.stderr.count("warning:") == 1
 
 

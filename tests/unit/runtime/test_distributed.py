@@ -15,7 +15,7 @@ from flatgpt.runtime.distributed import (
     SINGLE_PROCESS,
     DistributedContext,
     full_tensor,
-    gradients,
+    grad_sync,
     is_sharded,
     join_process_group,
     local_grad_sum,
@@ -67,11 +67,11 @@ def test_each_micro_batch_belongs_to_one_rank(steps, world):
 @pytest.mark.parametrize(
     ("values", "batch_size", "steps", "message"),
     [
-        ((0, 0, 2, 2), 3, 1, r"= 1 .* all devices .* by 2: take .* 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
-        ((0, 0, 4, 4), 4, 6, r"by 4: take --batch_size 3 --grad_accum_steps 8 \(the same updates\)"),
-        ((None, None, 2, None), 4, 2, "WORLD_SIZE = 2, .* do not fit"),  # some clusters set WORLD_SIZE alone
-        (("x", 0, 2, 1), 4, 2, "WORLD_SIZE = 2, .* do not fit"),
-        ((2, 0, 2, 1), 4, 2, "WORLD_SIZE = 2, .* do not fit"),
+        ((0, 0, 2, 2), 3, 1, r"= 1 .* all devices .* by 2: use .* 2 --grad_accum_steps 2 \(4 sequences, not 3\)"),
+        ((0, 0, 4, 4), 4, 6, r"by 4: use --batch_size 3 --grad_accum_steps 8 \(the same updates\)"),
+        ((None, None, 2, None), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),  # some clusters set WORLD_SIZE alone
+        (("x", 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),
+        ((2, 0, 2, 1), 4, 2, "WORLD_SIZE = 2: .* are inconsistent"),
     ],
 )
 def test_ranks_that_cannot_train_together_are_refused_before_any_work(set_ranks, values, batch_size, steps, message):
@@ -128,9 +128,9 @@ def test_gradients_are_summed_in_the_last_micro_batch_only(group):
     sharded = torch.nn.Linear(2, 2)
     sharded.set_requires_gradient_sync = seen.append
     for last in (False, True):
-        with gradients(model, last):
+        with grad_sync(model, last):
             assert model.require_backward_grad_sync == last
-        with gradients(sharded, last):
+        with grad_sync(sharded, last):
             assert seen.pop() is last
 
 

@@ -32,7 +32,7 @@ def test_devices_are_written_to_and_need_no_writable_folder(tmp_path, monkeypatc
     monkeypatch.setattr(os, "access", lambda *words: False)  # a folder that is read-only
     files.require_writable(None, "json")
     files.require_writable("-", "json")
-    with pytest.raises(UserError, match=r"plot = .*a\.png: .*no file can be made there"):
+    with pytest.raises(UserError, match=r"plot = .*a\.png: .*no file can be created there"):
         files.require_writable(str(tmp_path / "a.png"), "plot")
 
 

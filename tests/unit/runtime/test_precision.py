@@ -232,7 +232,7 @@ def test_without_a_cache_it_is_measured_each_time(cache, monkeypatch, capsys, ho
         assert precision.cached_choice("key", lambda choice=choice: choice) == choice
         out, err = capsys.readouterr()
         assert out == ""
-        assert re.fullmatch(rf"note: .* cannot be kept .*--dtype {choice[0]} .*\n", err)
+        assert re.fullmatch(rf"note: .* cannot be cached .*--dtype {choice[0]} .*\n", err)
     assert not Path("~").exists()
 
 
