@@ -222,6 +222,8 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
     raw, command = hashlib.sha256(files.encode()).hexdigest(), shlex.join(["python", *sys.argv])
     initial = {"tasks": tasks, "command": command, "settings": settings, "raw": raw, "passes": {}, "splits": {}}
     if not (folder / PROGRESS).exists():
+        if others := sorted(path.name for path in folder.glob("*.bin") if not OUR_FILES.fullmatch(path.name)):
+            raise UserError(f"{folder} contains other shards ({', '.join(others[:3])}): choose another --name")
         return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
@@ -250,4 +252,7 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder} could not be written: {error.strerror}; {RESUMABLE}") from None
+        raise UserError(
+            f"{error.filename or folder} could not be written: {error.strerror}; {RESUMABLE}, or choose another "
+            "folder: --data_dir"
+        ) from None

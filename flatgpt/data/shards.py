@@ -150,9 +150,10 @@ def read_meta(folder: Path) -> dict | None:
     path = folder / "meta.json"
     if not path.is_file():
         return None
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT and set(REQUIRED) <= set(meta):
+        files = [file["tokens"] for split in meta["splits"].values() for file in split["files"]]
+        if meta["format"] == FORMAT and set(REQUIRED) <= set(meta) and files:
             return meta
     raise UserError(
         f"{path} is damaged, or its format is not {FORMAT}, which this version reads: move {folder} away and run "

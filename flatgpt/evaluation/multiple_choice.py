@@ -66,7 +66,7 @@ def _parse_question(row: object) -> Question:
         raise ValueError(f"ctx = {ctx!r}")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
         raise ValueError(f"endings = {endings!r}")
-    if label not in range(len(endings)):
+    if type(label) is not int or label not in range(len(endings)):
         raise ValueError(f"label = {label!r}")
     return Question(ctx, endings, label)
 

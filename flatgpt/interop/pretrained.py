@@ -196,8 +196,9 @@ def read_nanogpt(file: Path) -> dict:
             "tensors and plain types, which could run arbitrary code"
         ) from None
     match saved:
-        case {"model": dict(), "model_args": dict()}:
-            return saved
+        case {"model": dict() as weights, "model_args": dict()}:
+            if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+                return saved
     raise UserError(f"{file} is not a nanoGPT checkpoint: it must contain model (tensors by name) and model_args")
 
 

@@ -181,7 +181,8 @@ def read_state(folder: Path) -> dict | None:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         saved_hash = state.pop("sha256", None)  # earlier versions did not write one
-        valid = {"format", "iter", "config", "files"} <= set(state) and isinstance(state["files"], dict)
+        valid = {"format", "iter", "config", "files"} <= set(state) and type(state["iter"]) is int
+        valid = valid and all(isinstance(state[key], dict) for key in ("config", "files"))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
     return state if valid and saved_hash in (None, _hash(state)) else None

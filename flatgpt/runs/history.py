@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 import tomllib
 from collections.abc import Callable
@@ -62,8 +63,9 @@ class History:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Iteration and value (nats per token) of the lowest validation loss; None without one."""
-        losses = [(loss, i) for i, loss in zip(self["iter"], self["val_loss"], strict=True) if math.isfinite(loss)]
+        """Iteration and value (nats per token) of the lowest validation loss after iteration 0; None without one."""
+        rows = zip(self["iter"], self["val_loss"], strict=True)
+        losses = [(loss, i) for i, loss in rows if i > 0 and math.isfinite(loss)]
         return (int(min(losses)[1]), min(losses)[0]) if losses else None
 
     @property
@@ -75,8 +77,10 @@ class History:
 
 def follow(link: Path) -> Path:
     """Resolve ckpt/last or ckpt/best if it is a file instead of a symlink; return other paths unchanged."""
-    is_file = link.name in ("last", "best") and link.is_file()
-    return link.with_name(link.read_text(encoding="utf-8")) if is_file else link
+    if link.name not in ("last", "best") or not link.is_file():
+        return link
+    name = link.read_text(encoding="utf-8", errors="replace")
+    return link.with_name(name) if re.fullmatch(r"iter_\d+", name) else link
 
 
 def newest(runs: Path = Path("out"), file: str = LOG) -> Path:
@@ -109,9 +113,10 @@ def read(folder: Path) -> History:
 def _read_table(file: Path, loads: Callable[[str], dict]) -> dict:
     """Return the content of a JSON or TOML file; {} if it cannot be read."""
     try:
-        return loads(file.read_text(encoding="utf-8"))
+        content = loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_columns(file: Path) -> dict[str, list[float]]:

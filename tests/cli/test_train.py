@@ -489,7 +489,7 @@ def test_going_back_to_before_the_best_takes_the_best_of_then(tiny_data, monkeyp
 def test_overwrite_deletes_nothing(tiny_data):
     run = train_here()
     (run / "note.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         train_here("--overwrite", "--dataset", "absent")
     assert (run / "note.txt").exists(), "a call that fails moves nothing"
     train_here("--overwrite")

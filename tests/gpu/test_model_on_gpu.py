@@ -24,7 +24,7 @@ def test_every_head_size_has_a_fused_kernel_in_float16(head_size):
     torch.testing.assert_close(y, attention(q, k, v, manual=True), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize(("position", "kind"), itertools.product(("learned", "rope"), ("flash", "manual")))
+@pytest.mark.parametrize(("position", "kind"), list(itertools.product(("learned", "rope"), ("flash", "manual"))))
 def test_logits_equal_those_of_the_cpu(position, kind):
     model, ids = small_model(position=position, attention=kind), random_ids()
     with torch.no_grad():

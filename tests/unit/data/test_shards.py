@@ -190,6 +190,9 @@ def test_ids_that_look_like_other_formats(tmp_path):
         assert Tokens([(path, None)])[:].tolist() == ids
 
 
+SPLITS_KEY = {"splits": {"train": {"tokens": 3, "files": [{"name": "train_000000.bin", "tokens": 3}]}}}
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -202,7 +205,8 @@ def test_ids_that_look_like_other_formats(tmp_path):
             b'{"format": 99}',
             pickle.dumps(Trap(), 0),
         ),
-        *(json.dumps({key: 1 for key in ("format", *FACTS, "splits") if key != lost}).encode() for lost in FACTS),
+        *(json.dumps({k: 1 for k in ("format", *FACTS) if k != lost} | SPLITS_KEY).encode() for lost in FACTS),
+        *(json.dumps(dict.fromkeys(("format", *FACTS), 1) | {"splits": bad}).encode() for bad in (3, [], {}, {"a": 3})),
     ],
 )
 def test_damaged_manifest(in_tmp, body):

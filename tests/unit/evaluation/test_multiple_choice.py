@@ -68,7 +68,7 @@ def test_questions_are_read(tmp_path):
         *((line(endings=bad, label=0), f"endings = {bad!r}") for bad in ("ab", ["a"], ["a", ""], ["a", 5])),
         (line(label=None), "label = None"),
         # '' is HellaSwag's test split
-        *((line(label=bad), f"label = {bad!r}") for bad in (2, -1, "", "-1", "²")),
+        *((line(label=bad), f"label = {bad!r}") for bad in (2, -1, "", "-1", "²", True, 1.0)),
     ],
     ids=lambda value: value[:40],
 )

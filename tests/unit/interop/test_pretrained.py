@@ -169,7 +169,7 @@ def test_no_code_of_a_malicious_pickle_runs(tmp_path, form, key):
 def test_damaged_nanogpt_files(tmp_path):
     """Cut, of another kind, or changed somewhere in its pickle, which raises errors of all kinds."""
     file, contents = tmp_path / "ckpt.pt", nanogpt_checkpoint(random_gpt2())
-    for content in ([1], {"a": 1}, torch.zeros(3), contents | {"model": [1]}):
+    for content in ([1], {"a": 1}, torch.zeros(3), contents | {"model": [1]}, contents | {"model": {"w": 3}}):
         torch.save(content, file)
         refused(file, r"is not a nanoGPT checkpoint: it must contain model \(tensors by name\) and model_args")
     torch.save(nanogpt_checkpoint(random_gpt2(), block_size=24.0), file)

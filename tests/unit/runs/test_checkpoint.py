@@ -286,3 +286,15 @@ def test_checkpoint_is_renamed_after_it_was_flushed(tmp_path, model, monkeypatch
     folder = save(tmp_path, 5, model)
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "train_state.pt", "state.json"}
     assert folder.parent.stat().st_ino in on_disk[names["iter_000005"] :]
+
+
+def test_state_and_links_of_another_kind_are_passed_over(tmp_path, model):
+    """With a valid hash: a config that is not a table. A file in place of a symlink that names no checkpoint."""
+    save(tmp_path, 1, model)
+    newest = save(tmp_path, 2, model)
+    state = checkpoint.read_state(newest) | {"config": 3}
+    (newest / "state.json").write_bytes(checkpoint.state_file(state))
+    for name, content in (("last", b"../../x\n"), ("best", b"\xff")):
+        (tmp_path / "ckpt" / name).unlink(missing_ok=True)
+        (tmp_path / "ckpt" / name).write_bytes(content)
+    assert checkpoint.find(str(tmp_path), lambda line: None)[1]["iter"] == 1
