@@ -70,13 +70,15 @@ def find(path: str, key: str = "init_from") -> Path:
     Raises:
         UserError: the path does not exist, a file is missing, or the weights are a pickle.
     """
-    location = fetch_once(repo) if (repo := hub_name(path)) else Path(path)
+    location = fetch_once(repo) if (repo := hub_name(path)) else follow(Path(path))
     if is_nanogpt(location):
         return location
     folder = location.parent if location.is_file() else location
     checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
     if checkpoints:
-        folder = folder / "ckpt" / checkpoints[0].resolve().name  # not the link, which may change during training
+        folder = (
+            folder / "ckpt" / follow(checkpoints[0]).resolve().name
+        )  # not the link, which may change during training
     files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
     if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder

@@ -157,6 +157,10 @@ def test_a_run_means_its_best_else_its_last(in_tmp):
         assert pretrained.find("out/r") == ckpt / found
     shutil.copytree(ckpt / "iter_000007", "copy/ckpt/best")
     assert pretrained.find("copy") == Path("copy/ckpt/best")
+    shutil.copytree(ckpt / "iter_000007", "no_links/ckpt/iter_000007")
+    Path("no_links/ckpt/last").write_text("iter_000007")  # where symlinks are refused
+    for name in ("no_links", "no_links/ckpt/last"):
+        assert pretrained.find(name) == Path("no_links/ckpt/iter_000007")
     file = ckpt / "iter_000007/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"init_from = out/r: .*model.safetensors is damaged"):
