@@ -124,4 +124,5 @@ def dask_cluster(address: str) -> Iterator[Callable]:
         try:
             yield functools.partial(in_order, submit, 2 * threads + 2)
         except (KilledWorker, CancelledError, OSError) as error:
-            raise WorkersLostError(f"the cluster at {address} lost a task ({error})") from None
+            reason = str(error).partition("\n")[0]
+            raise WorkersLostError(f"the cluster at {address} lost a task ({reason})") from None

@@ -42,6 +42,8 @@ REFUSALS = [
     ("train", "--lr 1e-4", "min_lr = 0.0002", "lr = 0.0001"),
     ("train", "--resume --overwrite", "resume", "overwrite"),
     ("train", "--max_iters none", "max_iters", "epochs"),
+    ("train", "--warmup_iters none", "warmup_iters", "warmup_fraction"),
+    ("train", "--optimizer muon --fsdp", "muon", "fsdp"),
     ("train", "--mlp_ratio 0.001", "mlp_ratio = 0.001", "n_embd = 192"),
     ("train", "--n_embd 190 --head_bias --lr 1e-4", "3 problems", "n_embd", "head_bias", "min_lr"),
     # eval.py

@@ -289,7 +289,7 @@ def test_dask_cluster_of_which_a_part_is_killed(cluster, work, big, part, code):
     if part == "worker":
         assert content(Path("data/mine")) == content(big / "whole/data/mine")
         return
-    assert re.match(r"error: the cluster at tcp://.*; what is done is kept", err.splitlines()[-1])
+    assert re.match(r"error: the cluster at tcp://.*; run the same command again", err.splitlines()[-1])
     finish(big)
 
 
