@@ -20,6 +20,10 @@ REFUSALS = [
     ("prepare_data", "pydoc --input a.txt", "--input", "pydoc"),
     ("prepare_data", "shakespeare --val_fraction 0.2", "--val_fraction", "shakespeare"),
     ("prepare_data", "pydoc --name a/b", "'a/b'", "folder name"),
+    ("prepare_data", "pydoc --info data/x", "--info", "leave out pydoc"),
+    ("prepare_data", "hub", "--repo USER/NAME"),
+    ("prepare_data", "hub --repo a", "repo = a", "user/name"),
+    ("prepare_data", "pydoc --column body", "--column", "pydoc"),
     # train.py
     ("train", "stray", "stray: not expected"),
     ("train", "--n_layer", "--n_layer: a value is missing"),
