@@ -96,6 +96,8 @@ class GPT(nn.Module):
     not affect loss, probabilities or samples: logits are cut to vocab_size.
     """
 
+    name = "the model"  # in messages; loading.load sets it to the path
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         assert config.vocab_size, config
