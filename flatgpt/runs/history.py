@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError
-from flatgpt.runs.lock import in_use
+from flatgpt.runtime.files import in_use
 
 LOG, STATE, RECIPE = "metrics.csv", "state.json", "config.toml"
 RECIPES = ("recipe", "parameters", "data", "train tokens", "iters")
