@@ -103,15 +103,6 @@ class ModelConfig:
             found.append(f"mlp_ratio = {self.mlp_ratio} leaves no hidden unit at n_embd = {self.n_embd}")
         return found
 
-    def num_params(self) -> int:
-        """Return the number of parameters, equal to GPT.num_params(). Needs vocab_size."""
-        C, V, hidden = self.n_embd, self.vocab_size, round(self.mlp_ratio * self.n_embd)
-        biased = self.bias if self.attn_bias is None else self.attn_bias
-        norm = C + C * self.bias
-        block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * self.bias
-        embeddings = V * C + self.context_length * C * (self.position == "learned")
-        return embeddings + self.n_layer * block + norm + V * C * (not self.tie_weights) + V * self.head_bias
-
     def model(self) -> ModelConfig:
         """Return the ModelConfig with the same values."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
@@ -451,6 +442,7 @@ class ExportConfig(ModelPathConfig):
         none="no",
     )
     dry_run: bool = opt(False, "list the files, without writing or uploading them")
+    verify: bool = opt(True, "load the written files, and compare their logits with the model's")
 
     def problems(self) -> list[str]:
         """Return a message for each conflict between fields."""

@@ -31,7 +31,8 @@ def main(config: InferConfig) -> None:
     prompts = [] if config.interactive else read_prompts(config)
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
-    settings, parameters = prepare_for_decoding(config, model, config.compile), model.num_params()
+    parameters = model.num_params()  # before weights are quantized
+    settings = prepare_for_decoding(config, model, config.compile)
     note(f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}")
     writer = Writer(config, model, encoding, found.end_of_text, settings.compile, note)
     if config.interactive:

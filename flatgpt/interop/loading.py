@@ -53,6 +53,10 @@ class ModelSource:
         """Whether the training data has end-of-text tokens between documents; true if unknown."""
         return self.state["data"]["end_of_text"] if self.state else True
 
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return GPT.on_meta_device(self.config).num_params()
+
     def describe(self) -> str:
         """Return the path and, if known, the iteration."""
         return f"{self.path}, iter {self.state['iter']:,}" if self.state else str(self.path)

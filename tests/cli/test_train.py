@@ -18,6 +18,7 @@ from run_files import links, logged_iters, rows, same, val_losses, weights
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 import train
 from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.cli.cli import parse, run_script
@@ -73,6 +74,25 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == picture
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
+
+
+class BlockWithGain(model.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gain = torch.nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x, *rest):
+        return super().forward(self.gain * x, *rest)
+
+
+def test_parameters_of_an_edited_model_are_counted(cli, tiny_data, monkeypatch):
+    """In state.json, and from there in the list, which does not import torch; also by --plan."""
+    monkeypatch.setattr(model, "Block", BlockWithGain)
+    state = checkpoint.read_state(train_here("--sample_tokens", 0) / "ckpt/last")
+    expected = 257 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32 + 2 * 32  # the last are the gains
+    assert state["parameters"] == expected
+    assert f"quickstart  {expected:>10,}  tiny" in cli("train", "--list").out
+    assert f"model    {expected:,} parameters" in cli("train", *TINY, "--plan").out
 
 
 def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
