@@ -81,7 +81,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
-    plan = make_plan(config, corpus)
+    plan = make_plan(config, corpus, folder.name)
     with _locked(folder):
         if read_meta(folder) is not None:  # another call has just finished it
             return prepare(config, log)

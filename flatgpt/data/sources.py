@@ -179,8 +179,8 @@ class Plan(NamedTuple):
     version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
-    """Return the splits and tasks of a dataset, and download missing files.
+def make_plan(config: PrepareConfig, corpus: Corpus, name: str = "the dataset") -> Plan:
+    """Return the splits and tasks of the dataset of this name, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
 
@@ -206,12 +206,12 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     borders, changed, tasks = {}, False, {}
     for split, group in files.items():
         if split == "train" and held_out:
-            borders, changed = divide(config, group, held_out, splits)
+            borders, changed = divide(config, group, held_out, splits, name)
         else:
             first = next((chunk.text[:1000] for task in split_tasks(config, group) for chunk in task.read()), "")
             tokens = len(tokenizer.load(config.tokenizer or source.tokenizer).encode_ordinary(first))
             if tokens + (source.end_of_text and tokens > 0) < 2:
-                reason = f"the {split} split has {tokens} tokens, and scoring needs 2; leave it out with --splits"
+                reason = f"the {split} split of {name} has {tokens} tokens, and scoring needs 2; omit it with --splits"
                 raise UserError(f"too little text: {reason}")
         tasks[split] = split_tasks(config, group, borders if split == "train" else None)
     size, version = sum(file.size for group in files.values() for file in group), 1 + bool(config.sample_size)
@@ -234,7 +234,7 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
 
 
 def divide(
-    config: PrepareConfig, files: list[RawFile], held_out: dict[str, float], splits: list[str]
+    config: PrepareConfig, files: list[RawFile], held_out: dict[str, float], splits: list[str], name: str
 ) -> tuple[Borders, bool]:
     """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
 
@@ -280,8 +280,8 @@ def divide(
     for split in splits:
         if split in ("train", *held_out) and split not in found:
             raise UserError(
-                f"too little text: the {split} split would have 0 tokens: {count:,} documents, {characters:,} "
-                f"characters, val_fraction = {val}, test_fraction = {test}; add text, or change --val_fraction or "
+                f"too little text: the {split} split of {name} would have 0 tokens: {count:,} documents, "
+                f"{characters:,} characters, val_fraction = {val}, test_fraction = {test}; add text, or change --val_fraction or "
                 "--test_fraction"
             )
     return borders, borders != given

@@ -115,13 +115,16 @@ def test_input_files(in_tmp, inputs, found):
             {f"f{n}": str(n) for n in range(100)},
             ["*.txt"],
             {"val_fraction": 0.999999, "test_fraction": 1e-9},
-            ["train split would have 0 tokens: 100 documents, 190 characters, val_fraction = 0.999999", "--val_f"],
+            [
+                "train split of text_byte would have 0 tokens: 100 documents, 190 characters, val_fraction = 0.999999",
+                "--val_f",
+            ],
         ),
         (
             {f"f{n}": "the same" for n in range(100)},
             ["*.txt"],
             {"test_fraction": 0.01},
-            ["split would have 0 tokens: 100 documents", "val_fraction = 0.1, test_fraction = 0.01"],
+            ["split of text_byte would have 0 tokens: 100 documents", "val_fraction = 0.1, test_fraction = 0.01"],
         ),
         ({"a": "a"}, ["a.txt"], {}, ["too little text", "train split", "1 documents, 1 characters"]),
         ({"a": "a", "b": "b"}, ["."], {"test_fraction": 0.1}, ["too little text", "train split", "2 characters"]),
@@ -213,11 +216,13 @@ def test_few_characters_leave_no_split_empty(in_tmp, characters, test):
 @pytest.mark.parametrize("end", ["", None])
 def test_split_of_the_source_without_text_is_refused_before_encoding(in_tmp, monkeypatch, end):
     monkeypatch.setattr(preparation, "encode_task", lambda *_: pytest.fail("encoding has begun"))
-    with pytest.raises(UserError, match=r"the val split has 0 tokens, and scoring needs 2; leave it out with --splits"):
+    with pytest.raises(
+        UserError, match=r"the val split of data_byte has 0 tokens, and scoring needs 2; omit it with --splits"
+    ):
         hub_data({"train.jsonl": WRITTEN, "dev.jsonl": ["", end]}, val_fraction=None)
     for split, rows in {"train": ["", "x"], "validation": ["a"], "test": ["a"]}.items():
         write(Path(f"raw/wikitext103/{split}-00000-of-00001.parquet"), rows)
-    with pytest.raises(UserError, match=r"too little text: the \w+ split has 1 tokens"):
+    with pytest.raises(UserError, match=r"too little text: the \w+ split of wikitext103_byte has 1 tokens"):
         prepare("wikitext103", raw_dir="raw", tokenizer="byte")
     assert not Path("data").exists()
 
