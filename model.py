@@ -96,9 +96,12 @@ class GPT(nn.Module):
     not affect loss, probabilities or samples: logits are cut to vocab_size.
     """
 
+    name = "the model"  # in messages; loading.load sets it to the path
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.vocab_size, config
+        if not config.vocab_size:
+            raise ValueError(f"vocab_size = {config.vocab_size}: the number of token ids is expected")
         self.config = config
         C, padded = config.n_embd, -(-config.vocab_size // 64) * 64
         self.transformer = nn.ModuleDict(
@@ -245,7 +248,9 @@ class GPT(nn.Module):
 
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for GPT-2 124M."""
-        return self.config.num_params()
+        padded = {*self.transformer.wte.parameters(), *self.lm_head.parameters()}  # a set: they may be tied
+        padding = sum(p[self.config.vocab_size :].numel() for p in padded)
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of training on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, 2022, appendix B).
@@ -254,4 +259,4 @@ class GPT(nn.Module):
         """
         c = self.config
         lookups = c.context_length * (c.position == "learned") + c.vocab_size * (not c.tie_weights)  # rows
-        return 6 * (c.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length
+        return 6 * (self.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length

@@ -24,10 +24,11 @@ from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
 from flatgpt.runs.history import follow, iteration_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
-from flatgpt.runtime.distributed import is_sharded, shard_like
+from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun
+from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
 FIXED = ("stride", "seed", "optimizer")
@@ -80,21 +81,19 @@ def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:
 
 def run_metadata(run: TrainingRun) -> dict:
     """Return the constant part of a run's state.json. Secrets from environment variables are masked in `command`."""
-
-    def git(*words: str) -> str | None:
-        call = ["git", "-C", REPO_ROOT, *words]
-        try:
-            return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    config, meta = run.config, run.dataset.meta
-    status, command = git("status", "--porcelain"), "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    config, meta, command = run.config, run.dataset.meta, "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    try:
+        call = ["git", "-C", REPO_ROOT, "status", "--porcelain=v2", "--branch"]
+        status = subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        status = []
+    commit = next((line.split()[-1] for line in status if re.match("# branch.oid [0-9a-f]", line)), None)
     for name, value in os.environ.items():
         if re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name, re.IGNORECASE) and len(value) >= 8:
             command = command.replace(value, f"${name}")
     return {
         "config": dataclasses.asdict(config),
+        "parameters": GPT.on_meta_device(config.model()).num_params(),  # run.model may be sharded
         "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.device_settings.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
         "data": {
@@ -104,8 +103,8 @@ def run_metadata(run: TrainingRun) -> dict:
             "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
         },
         "command": command.split("\0"),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
+        "git_commit": commit,
+        "git_dirty": any(not line.startswith("#") for line in status) if status else None,
         "python": platform.python_version(),
         **bitwise_conditions(run),
     }
@@ -134,24 +133,24 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
             nothing to resume.
     """
     lock.acquire()
-    existing = checkpoint.folders(lock.run_dir)
+    existing = checkpoint.folders(lock.folder)
     if existing and not resume and not overwrite:
         raise UserError(
-            f"{lock.run_dir} already contains a run (at iter {iteration_of(existing[0])}): "
+            f"{lock.folder} already contains a run (at iter {iteration_of(existing[0])}): "
             "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
         )
     if not resume or (resume == "auto" and not existing):
         return None
-    source = lock.run_dir if resume in ("latest", "auto") else follow(Path(resume))
+    source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
     folders = checkpoint.folders(source)
     found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
     if found is None:
         damaged = "every checkpoint is damaged; to start again, use --overwrite instead"
         reason = damaged if folders else "there is no checkpoint; start without --resume"
         raise UserError(f"nothing to resume in {source}: {reason}")
-    if existing and found[0].resolve().parent.parent != lock.run_dir.resolve():
+    if existing and found[0].resolve().parent.parent != lock.folder.resolve():
         raise UserError(
-            f"resume = {resume} belongs to another run, and {lock.run_dir} already contains a run; "
+            f"resume = {resume} belongs to another run, and {lock.folder} already contains a run; "
             "choose another --out_dir"
         )
     return found
@@ -206,7 +205,7 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
     Raises:
         UserError: the checkpoint belongs to another run, or differs between machines.
     """
-    config, ranks, folder, progress = run.config, run.ranks, lock.run_dir, Progress()
+    config, ranks, folder, progress = run.config, run.ranks, lock.folder, Progress()
     if resume_from:
         path, state = resume_from
         print("\n".join(require_same_run(path, state, run)))
@@ -246,7 +245,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     Raises:
         UserError: a tensor is missing, or its shape or dtype is not the model's. Then nothing is loaded.
     """
-    train_state = checkpoint.load_train_state(folder, mmap=is_sharded(next(run.model.parameters())))
+    train_state = checkpoint.load_train_state(folder)
     saved = train_state["optimizer"]
     pairs = [(saved, run.optimizer)]
     if isinstance(run.optimizer, MuonAndAdamW):
@@ -256,8 +255,10 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     checkpoint.load_weights(run.model, folder, convert=shard_like)
     for state, optimizer in pairs:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, moments in state["state"].items():  # moments only: step counts have no dimension
-            moments.update({k: shard_like(v, params[index]) for k, v in moments.items() if v.dim()})
+        for index, moments in state["state"].items():  # copied one by one: they lie in the file, which may be deleted
+            for key, value in moments.items():
+                value = shard_like(value, params[index]) if value.dim() else value  # step counts have no dimension
+                moments[key] = value.to(params[index].device, copy=True)
         # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if train_state["scaler"]:  # empty unless the dtype was float16
