@@ -21,13 +21,14 @@ from config import UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
-from flatgpt.runs.history import follow
+from flatgpt.runs.history import follow, iteration_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun
+from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
 FIXED = ("stride", "seed", "optimizer")
@@ -92,6 +93,7 @@ def run_metadata(run: TrainingRun) -> dict:
             command = command.replace(value, f"${name}")
     return {
         "config": dataclasses.asdict(config),
+        "parameters": GPT.on_meta_device(config.model()).num_params(),  # run.model may be sharded
         "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.device_settings.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
         "data": {
@@ -131,24 +133,24 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
             nothing to resume.
     """
     lock.acquire()
-    existing = checkpoint.folders(lock.run_dir)
+    existing = checkpoint.folders(lock.folder)
     if existing and not resume and not overwrite:
         raise UserError(
-            f"{lock.run_dir} already contains a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
+            f"{lock.folder} already contains a run (at iter {iteration_of(existing[0])}): "
             "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
         )
     if not resume or (resume == "auto" and not existing):
         return None
-    source = lock.run_dir if resume in ("latest", "auto") else follow(Path(resume))
+    source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
     folders = checkpoint.folders(source)
     found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
     if found is None:
         damaged = "every checkpoint is damaged; to start again, use --overwrite instead"
         reason = damaged if folders else "there is no checkpoint; start without --resume"
         raise UserError(f"nothing to resume in {source}: {reason}")
-    if existing and found[0].resolve().parent.parent != lock.run_dir.resolve():
+    if existing and found[0].resolve().parent.parent != lock.folder.resolve():
         raise UserError(
-            f"resume = {resume} belongs to another run, and {lock.run_dir} already contains a run; "
+            f"resume = {resume} belongs to another run, and {lock.folder} already contains a run; "
             "choose another --out_dir"
         )
     return found
@@ -203,7 +205,7 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
     Raises:
         UserError: the checkpoint belongs to another run, or differs between machines.
     """
-    config, ranks, folder, progress = run.config, run.ranks, lock.run_dir, Progress()
+    config, ranks, folder, progress = run.config, run.ranks, lock.folder, Progress()
     if resume_from:
         path, state = resume_from
         print("\n".join(require_same_run(path, state, run)))
@@ -221,12 +223,14 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
         if not resume_from and toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         for half_written in folder.glob("ckpt/.iter_*.tmp"):
-            shutil.rmtree(half_written)
+            shutil.rmtree(half_written, ignore_errors=True)  # a save of its iteration names the cause
+        checkpoint.set_link(folder, "last", progress.iter)  # first, so that it always names a checkpoint
+        best_exists = checkpoint.set_link(folder, "best", progress.best_iter)
         for later in checkpoint.folders(folder):
-            if int(later.name.removeprefix("iter_")) > progress.iter:
+            if iteration_of(later) > progress.iter:
                 checkpoint.move_aside(later, "later than the resumed checkpoint")
         atomic_write(toml, recipe.encode())
-        return progress.best_iter is None or checkpoint.set_link(folder, "best", progress.best_iter)
+        return best_exists
 
     if not ranks.run_on_rank0(prepare_folder):  # the best checkpoint no longer exists
         progress.best_loss = progress.best_iter = None
