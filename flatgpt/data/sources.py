@@ -281,8 +281,8 @@ def divide(
         if split in ("train", *held_out) and split not in found:
             raise UserError(
                 f"too little text: the {split} split of {name} would have 0 tokens: {count:,} documents, "
-                f"{characters:,} characters, val_fraction = {val}, test_fraction = {test}; add text, or change --val_fraction or "
-                "--test_fraction"
+                f"{characters:,} characters, val_fraction = {val}, test_fraction = {test}; add text, or "
+                "change --val_fraction or --test_fraction"
             )
     return borders, borders != given
 
