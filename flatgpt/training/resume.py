@@ -134,6 +134,10 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         UserError: the folder is in use; it contains a run, and neither resume nor overwrite is set; or there is
             nothing to resume.
     """
+    parent = next(path for path in (lock.folder.absolute(), *lock.folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        problem = "cannot be written to" if parent.is_dir() else "is a file"
+        raise UserError(f"out_dir = {lock.folder}: {parent} {problem}; choose another --out_dir")
     lock.acquire()
     existing = checkpoint.folders(lock.folder)
     if existing and not resume and not overwrite:

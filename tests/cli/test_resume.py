@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, whether its settings fit, and what is restored."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_forms_of_resume(here, how, settings, found):
     else:
         assert find(how, **settings) == found
     assert not NEW.exists()
+
+
+def test_folder_that_cannot_be_written_to_is_refused(in_tmp, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"out_dir = {NEW}: {in_tmp} cannot be written to; choose another --out_dir"):
+        find(None, run=NEW)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
