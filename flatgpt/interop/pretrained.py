@@ -7,7 +7,6 @@ torch is imported: torch, tiktoken and huggingface_hub are imported only by the 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -15,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import ModelConfig, TrainConfig, UserError, run_dir
+from config import ModelConfig, TrainConfig, UserError
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import STATE, follow
 
@@ -148,20 +147,12 @@ def shape(config: ModelConfig) -> dict[str, object]:
 
 
 def initial_shape(config: TrainConfig) -> dict[str, object]:
-    """Return the shape of the model at init_from, or of the run to resume; {} without init_from.
+    """Return the shape of the model at init_from; {} without init_from.
 
     Raises:
-        UserError: as read_config; not raised with --resume, which does not need the weights of init_from.
+        UserError: as read_config.
     """
-    if not config.init_from:
-        return {}
-    if not config.resume:
-        return shape(read_config(config.init_from))
-    resumed = str(run_dir(config)) if config.resume in ("latest", "auto") else config.resume
-    for path in (resumed, config.init_from):  # the run may have no checkpoint yet
-        with contextlib.suppress(UserError):
-            return shape(read_config(path))
-    return {}
+    return shape(read_config(config.init_from)) if config.init_from else {}
 
 
 def read_tokenizer(path: str) -> str | None:

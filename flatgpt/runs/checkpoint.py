@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError
-from flatgpt.runs.history import STATE, follow, newest
+from flatgpt.runs.history import STATE, folders, follow, newest
 from flatgpt.runtime.files import atomic_write
 from model import GPT
 
@@ -186,17 +186,6 @@ def read_state(folder: Path) -> dict | None:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
     return state if valid and saved_hash in (None, _hash(state)) else None
-
-
-def folders(path: Path) -> list[Path]:
-    """Return a run's checkpoint folders, newest first, including damaged ones; for a checkpoint's path, only this one.
-
-    Other folders, such as iter_000500.old, are ignored.
-    """
-    if (path / STATE).exists():
-        return [path.resolve()]
-    found = [folder for folder in path.glob("ckpt/iter_*") if folder.name.removeprefix("iter_").isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("iter_")), reverse=True)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import ModelConfig, TrainConfig, UserError
+from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, run_dir
 from flatgpt.runs.lock import in_use
 
 LOG, STATE, RECIPE = "metrics.csv", "state.json", "config.toml"
@@ -81,6 +81,60 @@ def follow(link: Path) -> Path:
         return link
     name = link.read_text(encoding="utf-8", errors="replace")
     return link.with_name(name) if re.fullmatch(r"iter_\d+", name) else link
+
+
+def folders(path: Path) -> list[Path]:
+    """Return a run's checkpoint folders, newest first, including damaged ones; for a checkpoint's path, only this one.
+
+    Other folders, such as iter_000500.old, are ignored.
+    """
+    if (path / STATE).exists():
+        return [path.resolve()]
+    found = [folder for folder in path.glob("ckpt/iter_*") if folder.name.removeprefix("iter_").isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("iter_")), reverse=True)
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the folder of the run at a path, which may be a checkpoint; None for a checkpoint outside of a run."""
+    for place in (path, path.resolve()):
+        if place.parent.name == "ckpt" and re.fullmatch(r"iter_\d+|best|last", place.name):
+            return place.parent.parent
+    return None if (path / STATE).exists() else path
+
+
+def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
+    """Return the settings of the run that config.resume names, for cli.parse; None if a new run starts.
+
+    Without out_dir and recipe, a run that is named by a path continues in its folder, wherever that lies now.
+
+    Returns:
+        tables of settings by file, config.toml before state.json; and what the run's recipe said.
+
+    Raises:
+        UserError: there is nothing to resume.
+    """
+    if not config.resume or config.overwrite:  # the two are an error
+        return None
+    named = config.resume not in ("latest", "auto")
+    path = follow(Path(config.resume)) if named else run_dir(config)
+    found, run = folders(path), run_of(path)
+    if not found and config.resume == "auto":
+        return None
+    if not found:
+        raise UserError(f"nothing to resume in {path}: there is no checkpoint; start without --resume")
+    states = {folder / STATE: _read_table(folder / STATE, json.loads) for folder in found}
+    file, state = next((item for item in states.items() if item[1].get("config")), (found[0] / STATE, {}))
+    saved = {key: value for key, value in state.get("config", {}).items() if value is not None}
+    superseded = {one for one, other in EXCLUSIVE if other in saved}  # such as epochs: state.json has max_iters too
+    saved = {key: saved[key] for key in saved.keys() & TrainConfig.__dataclass_fields__.keys() - superseded}
+    tables = {run / RECIPE: _read_table(run / RECIPE, tomllib.loads)} if run else {}
+    own_folder = {"out_dir": str(run)} if named and run and not (config.out_dir or config.config) else {}
+
+    def inherited(table: dict) -> dict:
+        return {key: value for key, value in table.items() if key not in (*START_ONLY, "out_dir")}
+
+    tables = {name: table and inherited(table) | own_folder for name, table in (tables | {file: saved}).items()}
+    return tables, inherited(state.get("recipe", {}))
 
 
 def newest(runs: Path = Path("out"), file: str = LOG) -> Path:
