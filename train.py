@@ -14,8 +14,8 @@ import sys
 
 from config import TrainConfig, run_dir
 from flatgpt.cli.cli import from_command_line, read_recipe, recipe_text, recipes, run_script
-from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs.history import print_list, run_settings
+from flatgpt.interop.pretrained import initial_shape, run_settings
+from flatgpt.runs.history import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape, run_settings)

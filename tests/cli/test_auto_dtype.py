@@ -12,8 +12,8 @@ import train
 from config import BenchConfig, InferConfig, TrainConfig
 from flatgpt.benchmarks.nanogpt import peer_settings
 from flatgpt.cli import cli
+from flatgpt.interop.pretrained import run_settings
 from flatgpt.runs import checkpoint
-from flatgpt.runs.history import run_settings
 
 FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as measured: 9 GFLOP/s")
 AUTO = ("--dtype", "auto", "--sample_tokens", 0)

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 import train
 from config import TrainConfig, UserError, run_dir
 from flatgpt.cli import cli
-from flatgpt.interop.pretrained import initial_shape
+from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs import checkpoint
-from flatgpt.runs.history import run_settings
 from flatgpt.training import resume
 
 RUN, NEW = Path("out/quickstart"), Path("out/new")
