@@ -119,7 +119,7 @@ def test_loss_is_exact_where_the_target_is_unlikely_or_logits_are_large(below, b
 def test_second_derivatives_are_refused(twice):
     """The gradients that the forward pass saved would count as constants."""
     (x, *others), targets = tensors()
-    with pytest.raises(RuntimeError, match="no second derivative|functorch transforms"):
+    with pytest.raises(RuntimeError, match=r"no second derivative|functorch transforms"):
         twice(lambda x: fused()(x, *others, targets), x)
 
 
