@@ -52,7 +52,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Set the path of an OSError that is raised inside. Those of write, flush and fsync have none."""
     try:
         yield
@@ -248,10 +248,9 @@ def _read_lock(path: Path) -> tuple[str, float, bool | None]:
         content, beat = file.read(), os.fstat(file.fileno()).st_mtime  # of an open file, it is current also on NFS
         try:
             flock(file, LOCK_SH | LOCK_NB)
-        except BlockingIOError:
-            return content, beat, True
-        except OSError:  # a file system without flock
-            pass
+        except OSError as error:  # any other: a file system without flock
+            if isinstance(error, BlockingIOError):
+                return content, beat, True
     _, machine, pid, started, *_ = content.split("\n") + [""] * 3
     if not pid.isdecimal():  # no owner, or one of an earlier version, which used flock only
         return content, beat, False
