@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,8 @@ class GPT(nn.Module):
     The embedding and the head are padded to a multiple of 64 rows, which makes matrix products faster. The padding does
     not affect loss, probabilities or samples: logits are cut to vocab_size.
     """
+
+    name = "the model"  # in messages; loading.load sets it to the path
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -206,9 +209,13 @@ class GPT(nn.Module):
         """
         return logits
 
-    def exclude_loss_from_compile(self) -> None:
-        """Exclude the fused loss from a later torch.compile, which would not reuse memory between chunks."""
-        self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device)
+    def exclude_loss_from_compile(self, compile: Callable) -> None:
+        """Exclude the fused loss from a later torch.compile, which would not reuse memory between chunks.
+
+        Args:
+            compile: as in fused_loss_outside_graph.
+        """
+        self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device, compile)
 
     @classmethod
     def on_meta_device(cls, config: ModelConfig) -> GPT:
@@ -246,7 +253,9 @@ class GPT(nn.Module):
 
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for GPT-2 124M."""
-        return self.config.num_params()
+        padded = {*self.transformer.wte.parameters(), *self.lm_head.parameters()}  # a set: they may be tied
+        padding = sum(p[self.config.vocab_size :].numel() for p in padded)
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of training on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, 2022, appendix B).
@@ -255,4 +264,4 @@ class GPT(nn.Module):
         """
         c = self.config
         lookups = c.context_length * (c.position == "learned") + c.vocab_size * (not c.tie_weights)  # rows
-        return 6 * (c.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length
+        return 6 * (self.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length

@@ -14,10 +14,11 @@ import pytest
 import torch
 from in_process import TINY, make_dataset, train_here
 from processes import ROOT, command
-from run_files import links, rows, same, val_losses, weights
+from run_files import links, logged_iters, rows, same, val_losses, weights
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 import train
 from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.cli.cli import parse, run_script
@@ -73,6 +74,25 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == picture
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
+
+
+class BlockWithGain(model.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gain = torch.nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x, *rest):
+        return super().forward(self.gain * x, *rest)
+
+
+def test_parameters_of_an_edited_model_are_counted(cli, tiny_data, monkeypatch):
+    """In state.json, and from there in the list, which does not import torch; also by --plan."""
+    monkeypatch.setattr(model, "Block", BlockWithGain)
+    state = checkpoint.read_state(train_here("--sample_tokens", 0) / "ckpt/last")
+    expected = 257 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32 + 2 * 32  # the last are the gains
+    assert state["parameters"] == expected
+    assert f"quickstart  {expected:>10,}  tiny" in cli("train", "--list").out
+    assert f"model    {expected:,} parameters" in cli("train", *TINY, "--plan").out
 
 
 def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
@@ -167,7 +187,7 @@ def test_lengths_that_the_config_leaves_open(tiny_data):
     run = build("--max_iters", "none", "--epochs", 1.5, "--grad_accum_steps", 2)
     assert run.config.max_iters == run.config.lr_decay_iters == math.ceil(1.5 * len(run.batches.windows) / 8)
     run = build("--warmup_iters", "none", "--warmup_fraction", 0.5)
-    assert (run.config.lr_decay_iters, run.config.warmup_iters, run.config.save_interval) == (6, 3, 3)
+    assert (run.config.lr_decay_iters, run.config.warmup_iters) == (6, 3)
 
 
 def test_split_has_to_have_a_window_and_its_last_target(tiny_data):
@@ -435,6 +455,15 @@ def test_sample_ends_at_end_of_text_and_has_no_control_characters(tiny_data, mon
     assert reporting.generate_samples(run, seed=1) == ["ab\ufffd\t"]
 
 
+def test_sample_that_cannot_be_drawn_is_a_warning(tiny_data, monkeypatch, capsys):
+    """The loss is finite, the logits of the decoder are not: float16 can overflow for one text and not for another."""
+    real = Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda *words: real(*words) * math.nan)
+    run = train_here("--sample_tokens", 3, "--max_iters", 4, "--eval_interval", 2)
+    assert capsys.readouterr().out.count("warning: no sample at iter ") == 3
+    assert logged_iters(run)[-1] == 4
+
+
 def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch, capsys):
     def out_of_reach(name):
         raise UserError(f"tokenizer {name}: could not be fetched")
@@ -460,17 +489,17 @@ def test_rows_after_the_checkpoint_are_kept_aside(tiny_data):
     assert {p.name for p in run.glob("ckpt/lost-*/*")} == {"iter_000006", "iter_000007"}
 
 
-def test_resume_keeps_the_schedule_and_what_auto_chose(tiny_data):
-    words = [w for w in TINY if w not in ("--dtype", "float32")]
-    train.train(parse(TrainConfig, [*words, "--max_iters", "4"]))
-    state = json.loads(Path("out/quickstart/ckpt/last/state.json").read_text())
-    state["chosen"]["dtype"] = "float16"  # as if the run had begun on a T4
-    del state["sha256"]  # its own
-    Path("out/quickstart/ckpt/last/state.json").write_text(json.dumps(state))
-    train.train(parse(TrainConfig, [*words, "--max_iters", "6", "--resume"]))
-    after = checkpoint.read_state(Path("out/quickstart/ckpt/last"))
-    assert (after["chosen"]["dtype"], after["config"]["lr_decay_iters"]) == ("float16", 4)
-    assert float(rows(Path("out/quickstart"))[-1]["lr"]) == pytest.approx(2e-4)
+@pytest.mark.parametrize(
+    ("words", "lr"), [("", 2e-4), ("--lr_decay_iters 6", 4.636e-4), ("--lr_decay_iters none", 4.636e-4)]
+)
+def test_resume_keeps_the_schedule_unless_another_is_named(tiny_data, cli, words, lr):
+    """The note names the setting that extends it."""
+    train_here("--max_iters", 4, "--sample_tokens", 0)
+    done = cli("train", "--resume", "--max_iters", 6, *words.split())
+    assert float(rows(Path("out/quickstart"))[-1]["lr"]) == pytest.approx(lr, rel=0.01)
+    note = "note: the schedule is unchanged: lr_decay_iters = 4; to end it with the run, add --lr_decay_iters 6\n"
+    assert (note in done.out) == (not words)
+    assert "\n  max_iters = 6 (was 4)\n" in done.out
 
 
 @pytest.mark.parametrize(("kept", "best"), [(9, 1), (2, 2)], ids=["there", "deleted"])
