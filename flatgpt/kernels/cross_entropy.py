@@ -56,9 +56,13 @@ def fused_loss(
     return _FusedLoss.apply(x, weight, bias, targets, vocab_size, adjust, softmax_gradient or gradient_in_place)
 
 
-def fused_loss_outside_graph(device: torch.device) -> Callable:
-    """Return fused_loss for a compiled model: excluded from the graph, and on CUDA with a compiled softmax."""
-    kernel = torch.compile(gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
+def fused_loss_outside_graph(device: torch.device, compile: Callable[[Callable, Callable], Callable]) -> Callable:
+    """Return fused_loss for a compiled model: excluded from the graph, and on CUDA with a compiled softmax.
+
+    Args:
+        compile: compiles its first argument, and calls its second one if the compiler fails.
+    """
+    kernel = compile(gradient_in_one_kernel, gradient_in_place) if device.type == "cuda" else None
     return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
 
 
@@ -100,6 +104,8 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable would give zeros in some cases
+            raise RuntimeError("the fused loss has no second derivative: use F.cross_entropy of the model's logits")
         scale = gradient / ctx.count
         return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
