@@ -279,7 +279,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,
-        "resume from a checkpoint: latest, auto (latest, or a new run without one) or a path",
+        "continue a run with its settings: latest, auto (latest, or a new run without one) or a path",
         bare="latest",
         alias=("load_checkpoint_path",),
     )
