@@ -174,8 +174,10 @@ def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
         return None
     if not found:
         raise UserError(f"nothing to resume in {path}: there is no checkpoint; start without --resume")
-    folder, state = next(((each, state) for each in found if (state := read_state(each))), (found[0], {}))
-    saved = {key: value for key, value in state.get("config", {}).items() if value is not None}
+    folder, state = next(((each, state) for each in found if (state := read_state(each))), (None, None))
+    if state is None:  # the error of a resume names what is damaged
+        return None
+    saved = {key: value for key, value in state["config"].items() if value is not None}
     superseded = {one for one, other in EXCLUSIVE if other in saved}  # such as epochs: state.json has max_iters too
     saved = {key: saved[key] for key in saved.keys() & TrainConfig.__dataclass_fields__.keys() - superseded}
     tables = {run / RECIPE: read_table(run / RECIPE, tomllib.loads)} if run else {}
