@@ -158,6 +158,39 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / file).exists() for file in (CONFIG, *files))
 
 
+def read_json(file: Path, remedy: str = "copy it again") -> dict:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is damaged, is not an object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(content := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has two values of {max(names, key=names.count)}")
+        return content
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is {wrong_kind(file) or 'damaged'}: {error}; {remedy}") from None
+    return content
+
+
+def wrong_kind(file: Path) -> str | None:
+    """Return what a failed download left in place of a file; None if unknown."""
+    with suppress(OSError), open(file, "rb") as content:
+        start = content.read(100).lstrip()
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, not the file itself (git lfs pull)"
+        if start.startswith(b"<"):
+            return "a web page, not the file itself"
+    return None
+
+
 def indexed_files(index: Path, remedy: str = "") -> list[str]:
     """Return the names of the weight files that an index lists.
 
@@ -167,16 +200,13 @@ def indexed_files(index: Path, remedy: str = "") -> list[str]:
     Raises:
         UserError: the index is damaged, or lists a file that is not a safetensors file in the same folder.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names:
-            raise ValueError("it lists no file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = remedy or f"remove {index.parents[2]} and run again, or choose another model"
-        raise UserError(f"{index} is damaged: {error}; {remedy}") from None
-    if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
+    remedy = remedy or f"remove {index.parents[2]} and run again, or choose another model"
+    names = read_json(index, remedy).get("weight_map")
+    if not names or not isinstance(names, dict):
+        raise UserError(f"{index} is damaged: it lists no file in weight_map; {remedy}")
+    if wrong := [name for name in names.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
         raise UserError(f"{index}: {wrong[0]} is not a safetensors file in the same folder; choose another model")
-    return names
+    return sorted(set(names.values()))
 
 
 def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Callable[[str], None]) -> str:
