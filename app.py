@@ -118,12 +118,12 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
     def write(prompt: str, stop: str, *values: object) -> Iterator[list]:
         try:
             settings = request(config, prompt, stop, **dict(zip(options, values, strict=True)))
+            unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
+            # A new Writer for each request: the texts of the previous visitor may still be in progress.
+            for views, summary in stream_html(make_writer(settings)):
+                yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
         except UserError as error:
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
-        unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
-        # A new Writer for each request: the texts of the previous visitor may still be in progress.
-        for views, summary in stream_html(make_writer(settings)):
-            yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
 
     with gr.Blocks(title=f"{name} · flatGPT", analytics_enabled=False) as blocks:
         updates = f"; trained for {found.state['iter']:,} updates" if found.state.get("iter") else ""

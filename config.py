@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import operator
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,35 +34,6 @@ class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
     """A UserError that another rank reports; this rank exits silently."""
 
 
-def checked(value, kind: type, limits: Mapping):
-    """Return the value of a field after checks; an int for a float is converted.
-
-    Args:
-        kind: int, float, bool or str.
-        limits: metadata of the field.
-
-    Raises:
-        ValueError: the value has another type, is not finite, is not among the choices, or exceeds the limits.
-    """
-    if kind is float and type(value) is int:
-        with contextlib.suppress(OverflowError):
-            value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
-        raise ValueError(f"{name} is expected")
-    if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"one of {', '.join(limits['choices'])} is expected")
-    for limit, is_violated, word in (
-        ("low", operator.lt, "at least"),
-        ("high", operator.gt, "at most"),
-        ("above", operator.le, "more than"),
-        ("below", operator.ge, "less than"),
-    ):
-        if limit in limits and is_violated(value, limits[limit]):
-            raise ValueError(f"{word} {limits[limit]} is expected")
-    return value
-
-
 def opt(default, help: str, **meta):
     """Return a dataclass field with its help and limits.
 
@@ -77,6 +47,44 @@ def opt(default, help: str, **meta):
             `recipe` (False: the key in a recipe is for train.py; ignore it).
     """
     return dataclasses.field(default=default, metadata={"help": help, **meta})
+
+
+def limit_problem(meta, value) -> str | None:
+    """Return what is expected instead of `value` if it is outside a field's limits. None: it is within them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number is expected"
+    for limit, is_violated, word in (
+        ("low", lambda v, b: v < b, "at least"),
+        ("high", lambda v, b: v > b, "at most"),
+        ("above", lambda v, b: v <= b, "more than"),
+        ("below", lambda v, b: v >= b, "less than"),
+    ):
+        if value is not None and limit in meta and is_violated(value, meta[limit]):
+            return f"{word} {meta[limit]} is expected"
+    return None
+
+
+def checked(value, kind: type, limits: Mapping):
+    """Return the value of a field after checks; an int for a float is converted.
+
+    Args:
+        kind: int, float, bool or str.
+        limits: metadata of the field.
+
+    Raises:
+        ValueError: the value has another type, is not among the choices, or is outside the limits.
+    """
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if type(value) is not kind:
+        name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+        raise ValueError(f"{name} is expected")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"one of {', '.join(limits['choices'])} is expected")
+    if problem := limit_problem(limits, value):
+        raise ValueError(problem)
+    return value
 
 
 @dataclass(frozen=True)
@@ -378,7 +386,11 @@ class SamplingConfig:
         return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
 
     def problems(self) -> list[str]:
-        """Return a message for each setting that greedy decoding does not use."""
+        """Return a message for each setting that is outside its limits, or that greedy decoding does not use."""
+        settings = {field: getattr(self, field.name) for field in dataclasses.fields(SamplingConfig)}
+        problems = {field: limit_problem(field.metadata, value) for field, value in settings.items()}
+        if found := [f"{field.name} = {settings[field]}: {text}" for field, text in problems.items() if text]:
+            return found
         if self.effective_temperature:
             return []
         reason = "greedy" if self.greedy else "temperature = 0"

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from flatgpt.inference.prepacking import prepare_for_decoding
+from flatgpt.inference.sampling import NonFiniteLogitsError
 from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
 from flatgpt.runtime.device import find_device, note
@@ -85,7 +86,7 @@ def write_batch(writer: Writer, texts: list[Text], headers: list[str]) -> None:
                 if not text.ended:
                     break
                 waiting, printed = waiting[1:], 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NonFiniteLogitsError):
         for header, text in waiting[:1]:  # the current text, as far as it was generated
             print((header + text.prompt + text.written)[printed:], flush=True)
         raise

@@ -96,6 +96,8 @@ class GPT(nn.Module):
     not affect loss, probabilities or samples: logits are cut to vocab_size.
     """
 
+    name = "the model"  # in messages; loading.load sets it to the path
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         if not config.vocab_size:
@@ -247,7 +249,8 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for GPT-2 124M."""
         padded = {*self.transformer.wte.parameters(), *self.lm_head.parameters()}  # a set: they may be tied
-        padding = sum(p[self.config.vocab_size :].numel() for p in padded)
+        # no slices: of a sharded tensor they would need all ranks
+        padding = sum((len(p) - self.config.vocab_size) * math.prod(p.shape[1:]) for p in padded)
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:

@@ -115,6 +115,7 @@ def load(
     config = dataclasses.replace(config, context_length=context_length or config.context_length)
     model = model_class.on_meta_device(config)
     _load_weights(model, source.path, source.config, assign=True)
+    model.name = str(source.path)
     return model.to(device).eval(), encoding
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from in_process import TINY, make_dataset, train_here
 from processes import ROOT, command
-from run_files import links, rows, same, val_losses, weights
+from run_files import links, logged_iters, rows, same, val_losses, weights
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -453,6 +453,15 @@ def test_sample_ends_at_end_of_text_and_has_no_control_characters(tiny_data, mon
     ids = [98, 27, 9, run.encoding.eot_token, 99]
     monkeypatch.setattr(reporting, "generate_batch", lambda *_, **__: iter([[each] for each in ids]))
     assert reporting.generate_samples(run, seed=1) == ["ab\ufffd\t"]
+
+
+def test_sample_that_cannot_be_drawn_is_a_warning(tiny_data, monkeypatch, capsys):
+    """The loss is finite, the logits of the decoder are not: float16 can overflow for one text and not for another."""
+    real = Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda *words: real(*words) * math.nan)
+    run = train_here("--sample_tokens", 3, "--max_iters", 4, "--eval_interval", 2)
+    assert capsys.readouterr().out.count("warning: no sample at iter ") == 3
+    assert logged_iters(run)[-1] == 4
 
 
 def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch, capsys):

@@ -304,6 +304,9 @@ def test_generate_is_what_the_scripts_sample():
     assert all(texts.count(text) == 1 for text in texts)
     assert model.training
     assert torch.equal(model.generate(prompt, 0), prompt)
+    for settings in ({"temperature": math.nan}, {"temperature": -1.0}, {"top_k": -2}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} = .* is expected"):
+            model.generate(prompt, 1, **settings)
     with pytest.raises(TypeError, match="temprature"):
         model.generate(prompt, 1, temprature=1.0)
     with pytest.raises(ValueError, match="leave out top_k"):
