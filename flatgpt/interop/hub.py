@@ -205,7 +205,7 @@ def indexed_files(index: Path, remedy: str = "") -> list[str]:
     if not names or not isinstance(names, dict):
         raise UserError(f"{index} is damaged: it lists no file in weight_map; {remedy}")
     if wrong := [name for name in names.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
-        raise UserError(f"{index}: {wrong[0]} is not a safetensors file in the same folder; choose another model")
+        raise UserError(f"{index}: {wrong[0]!r:.60} is not a safetensors file in the same folder; choose another model")
     return sorted(set(names.values()))
 
 

@@ -136,7 +136,7 @@ def read_config(path: str) -> ModelConfig:
         for key, values in SUPPORTED_SETTINGS.items():
             if settings.get(key, values[0]) not in values:
                 supported = " or ".join(map(str, values))
-                raise UserError(f"{file}: {key} = {settings[key]}: model.py supports only {supported}")
+                raise UserError(f"{file}: {key} = {settings[key]!r:.60}: model.py supports only {supported}")
         settings = {"tie_word_embeddings": True, "activation_function": "gelu_new", **settings}
         settings["activation_function"] = ACTIVATIONS[settings["activation_function"]]
         names |= {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
@@ -219,10 +219,9 @@ def read_nanogpt(file: Path) -> dict:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a damaged pickle can raise any exception
-        raise UserError(
-            f"{file} is not loaded: it is {wrong_kind(file) or 'damaged'}, not a zip file of torch.save, or contains "
-            "objects other than tensors and plain types, which could run arbitrary code"
-        ) from None
+        other = "damaged, not a zip file of torch.save, or contains objects other than tensors and plain types, which "
+        kind = wrong_kind(file) or other + "could run arbitrary code"
+        raise UserError(f"{file} is not loaded: it is {kind}") from None
     match saved:
         case {"model": dict() as weights, "model_args": dict()}:
             if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):

@@ -63,8 +63,8 @@ def test_fields_younger_than_the_checkpoint_have_their_defaults(write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type = llama: .* only gpt2"),
-        ({"activation_function": "silu"}, "activation_function = silu: .* only gelu_new or"),
+        ({"model_type": "llama"}, "model_type = 'llama': .* only gpt2"),
+        ({"activation_function": "silu"}, "activation_function = 'silu': .* only gelu_new or"),
         ({"scale_attn_weights": False}, "scale_attn_weights = False: .* only True"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"add_cross_attention": True}, "add_cross_attention = True"),
@@ -233,6 +233,8 @@ def test_damaged_nanogpt_files(tmp_path):
     for damaged in (b"", whole[:-10], b"First Citizen:\n"):
         file.write_bytes(damaged)
         refused(file, "is not loaded: it is damaged")
+    file.write_bytes(b"<html>Log in</html>")
+    refused(file, "is not loaded: it is a web page, not the file itself$")
     for k in range(start, start + 1200, 25):
         file.write_bytes(whole[:k] + bytes([whole[k] ^ 0x55]) + whole[k + 1 :])
         with contextlib.suppress(UserError):
