@@ -52,7 +52,7 @@ def is_run(path: str) -> bool:
 
 def folder_of(path: str) -> Path:
     """Return the folder of a path: itself, or that of a file such as model.safetensors."""
-    location = follow(Path(path))
+    location = follow(follow(Path(path).parent) / Path(path).name)
     return location.parent if location.is_file() else location
 
 
@@ -79,12 +79,10 @@ def find(path: str, key: str = "init_from") -> Path:
     location = fetch_once(repo) if (repo := hub_name(path)) else follow(Path(path))
     if is_nanogpt(location):
         return location
-    folder = location.parent if location.is_file() else location
-    checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
-    if checkpoints:
-        folder = (
-            folder / "ckpt" / follow(checkpoints[0]).resolve().name
-        )  # not the link, which may change during training
+    folder = follow(location.parent) if location.is_file() or location.name == WEIGHTS else location
+    linked = (follow(folder / "ckpt" / name) for name in ("best", "last"))
+    if checkpoint := next(filter(Path.is_dir, linked), None):
+        folder = folder / "ckpt" / checkpoint.resolve().name  # not the link, which may change during training
     files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
     if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder
