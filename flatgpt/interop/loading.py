@@ -71,12 +71,13 @@ def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSour
     """
     if model_path is None or pretrained.is_run(model_path):
         path, state = checkpoint.find(model_path and str(pretrained.folder_of(model_path)), log)
+        whole = False
         match state:
-            case {"tokenizer": {"ranks_sha256": str()}, "data": {"end_of_text": bool(), "folder": str()}}:
-                pass
-            case _:
-                facts = "tokenizer.ranks_sha256, data.end_of_text or data.folder"
-                raise UserError(f"{path / STATE} is damaged: {facts} is missing or has another type; copy it again")
+            case {"tokenizer": {"ranks_sha256": str()}, "data": {"end_of_text": bool()} as data}:
+                whole = isinstance(data.get("folder", ""), str)  # earlier versions did not write the folder
+        if not whole:
+            facts = "tokenizer.ranks_sha256, data.end_of_text or data.folder"
+            raise UserError(f"{path / STATE} is damaged: {facts} is missing or has another type; copy it again")
     else:
         path, state = pretrained.find(model_path, "model_path"), {}
     name = pretrained.read_tokenizer(str(path))
