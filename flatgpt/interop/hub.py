@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from config import UserError
 from flatgpt.runs import history
+from flatgpt.runtime.files import read_json
 
 if TYPE_CHECKING:
     from flatgpt.interop.loading import ModelSource
@@ -156,39 +157,6 @@ def _has_weights(folder: Path) -> bool:
     index = folder / INDEX
     files = indexed_files(index) if index.exists() and not (folder / WEIGHTS).exists() else [WEIGHTS]
     return all((folder / file).exists() for file in (CONFIG, *files))
-
-
-def read_json(file: Path, remedy: str = "copy it again") -> dict:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: the file is damaged, is not an object, or has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        if len(content := dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"it has two values of {max(names, key=names.count)}")
-        return content
-
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is {wrong_kind(file) or 'damaged'}: {error}; {remedy}") from None
-    return content
-
-
-def wrong_kind(file: Path) -> str | None:
-    """Return what a failed download left in place of a file; None if unknown."""
-    with suppress(OSError), open(file, "rb") as content:
-        start = content.read(100).lstrip()
-        if start.startswith(b"version https://git-lfs"):
-            return "a pointer of Git LFS, not the file itself (git lfs pull)"
-        if start.startswith(b"<"):
-            return "a web page, not the file itself"
-    return None
 
 
 def indexed_files(index: Path, remedy: str = "") -> list[str]:

@@ -18,11 +18,12 @@ from torch import Tensor
 from config import ModelConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.interop import pretrained
-from flatgpt.interop.hub import INDEX, WEIGHTS, indexed_files, wrong_kind
+from flatgpt.interop.hub import INDEX, WEIGHTS, indexed_files
 from flatgpt.interop.pretrained import is_flatgpt, is_nanogpt
 from flatgpt.runs import checkpoint
 from flatgpt.runs.history import STATE
 from flatgpt.runtime.device import note
+from flatgpt.runtime.files import wrong_kind
 from model import GPT
 
 # transformers' GPT-2 stores these as Conv1D, (in, out); nn.Linear has (out, in). Shapes do not tell them apart: that of
