@@ -85,7 +85,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Set the path of an OSError that is raised inside. Those of write, flush and fsync have none."""
     try:
         yield
@@ -245,7 +245,8 @@ class FolderLock(contextlib.AbstractContextManager):
             now, latest, _ = _read_lock(self._path)
             if now != content:  # released, or taken over
                 return self._wait_until_free()
-            running = running or latest != beat
+            if running := latest != beat:
+                break
         if running:
             text = f"{self.folder} is in use by {owner}: wait for it, stop it, or choose another {self.setting}"
             raise UserError(text)
@@ -281,17 +282,19 @@ def _read_lock(path: Path) -> tuple[str, float, bool | None]:
         content, beat = file.read(), os.fstat(file.fileno()).st_mtime  # of an open file, it is current also on NFS
         try:
             flock(file, LOCK_SH | LOCK_NB)
-        except BlockingIOError:
-            return content, beat, True
-        except OSError:  # a file system without flock
-            pass
+            not_locked = True
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                return content, beat, True
+            not_locked = False  # a file system without flock
     _, machine, pid, started, *_ = content.split("\n") + [""] * 3
     if not pid.isdecimal():  # no owner, or one of an earlier version, which used flock only
         return content, beat, False
     here, _, now = _identify(int(pid))
-    if machine != here or not now:
+    running = now == started and int(pid) != os.getpid()
+    if machine != here or not now or (running and not_locked):  # a copy of a folder in use contains its lock file
         return content, beat, None
-    return content, beat, now == started and int(pid) != os.getpid()
+    return content, beat, running
 
 
 def _identify(pid: int) -> tuple[str, str, str]:
