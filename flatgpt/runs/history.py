@@ -84,15 +84,11 @@ def gpt2_parameters(config: ModelConfig) -> int | None:
     C, V, hidden = config.n_embd, config.vocab_size, round(config.mlp_ratio * config.n_embd)
     if not V:
         return None
-    biased = config.bias if config.attn_bias is None else config.attn_bias
-    norm = C + C * config.bias
-    block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * config.bias
-    tables = (
-        V * C * (2 - config.tie_weights)
-        + V * config.head_bias
-        + config.context_length * C * (config.position == "learned")
-    )
-    return tables + config.n_layer * block + norm
+    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
+    block = 4 * C * (C + attn_bias) + 2 * C * (hidden + 1) + (hidden + 3 * C) * config.bias
+    learned = config.context_length * C * (config.position == "learned")
+    head = V * C * (not config.tie_weights) + V * config.head_bias
+    return V * C + learned + config.n_layer * block + C * (1 + config.bias) + head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +109,7 @@ def follow(link: Path) -> Path:
 
 def read_state(folder: Path) -> dict | None:
     """Return the content of a checkpoint's state.json; None if it is missing or invalid."""
-    state = _read_table(folder / STATE, json.loads)
+    state = read_table(folder / STATE, json.loads)
     saved_hash = state.pop("sha256", None)  # earlier versions did not write one
     valid = {"format", "iter", "config", "files"} <= set(state) and type(state["iter"]) is int
     valid = valid and all(isinstance(state[key], dict) for key in ("config", "files"))
@@ -154,6 +150,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
+def run_of(path: Path) -> Path | None:
+    """Return the folder of the run at a path, which may be a checkpoint; None for a checkpoint outside of a run."""
+    for place in (path, path.resolve()):
+        if place.parent.name == "ckpt" and re.fullmatch(r"iter_\d+|best|last", place.name):
+            return place.parent.parent
+    return None if (path / STATE).exists() else path
+
+
 def newest(runs: Path = Path("out"), file: str = LOG) -> Path:
     """Return the folder of the run with the most recently modified `file`, which may be a pattern.
 
@@ -181,12 +185,12 @@ def read(folder: Path) -> History:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
     candidates = (folder, follow(folder / "ckpt/last"), *folders(folder))
-    state = next(filter(None, (_read_table(path / STATE, json.loads) for path in candidates)), {})
-    settings = state.get("config") or _read_table(folder / RECIPE, tomllib.loads)
+    state = next(filter(None, (read_table(path / STATE, json.loads) for path in candidates)), {})
+    settings = state.get("config") or read_table(folder / RECIPE, tomllib.loads)
     return History(Path(os.path.abspath(folder)).name, _read_columns(folder / LOG), state, settings)
 
 
-def _read_table(file: Path, loads: Callable[[str], dict]) -> dict:
+def read_table(file: Path, loads: Callable[[str], dict]) -> dict:
     """Return the content of a JSON or TOML file; {} if it cannot be read."""
     try:
         content = loads(file.read_text(encoding="utf-8"))

@@ -1,16 +1,23 @@
 """Which checkpoint a run resumes from, whether its settings fit, and what is restored."""
 
 import copy
+import dataclasses
+import json
+import os
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from in_process import TINY, train_here
 from run_files import same, saved_iters
 from safetensors.torch import load_file
 
 import train
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, run_dir
 from flatgpt.cli import cli
+from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs import checkpoint
 from flatgpt.training import resume
 
@@ -58,6 +65,12 @@ def test_forms_of_resume(here, how, settings, found):
     assert not NEW.exists()
 
 
+def test_folder_that_cannot_be_written_to_is_refused(in_tmp, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"out_dir = {NEW}: {in_tmp} cannot be written to; choose another --out_dir"):
+        find(None, run=NEW)
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
     """Unless the damaged one was asked for. Nothing starts from the beginning over a damaged run."""
     newest, before = RUN / "ckpt/iter_000060", RUN / "ckpt/iter_000030"
@@ -73,6 +86,63 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys
         find(None)
 
 
+def put(mapping: dict, key: str, value) -> None:
+    """Set the value at a dotted key; None removes it."""
+    *path, last = key.split(".")
+    for part in path:
+        mapping = mapping[int(part) if part.isdecimal() else part]
+    mapping.pop(last) if value is None else mapping.update({last: value})
+
+
+WRONG = [  # file, key, value, and what is said of it
+    ("model.safetensors", "transformer.ln_f.weight", torch.full((32,), torch.nan), " has values nan to nan"),
+    ("train_state.pt", "optimizer.state.1.exp_avg", torch.full((32, 32), torch.inf), " has values inf to inf"),
+    ("train_state.pt", "optimizer.state.1.exp_avg_sq", torch.full((32, 32), -1.0), " has values -1.0 to -1.0"),
+    ("train_state.pt", "row", [1], ".iter = None"),
+    ("train_state.pt", "row.iter", 59, "it is not of iter 60"),
+    ("train_state.pt", "row.tokens", "many", " = 'many'"),
+    ("train_state.pt", "scaler", {"scale": "x"}, ".scale = 'x'"),
+    ("train_state.pt", "health.skipped", None, " = None"),
+    ("train_state.pt", "best_loss", "low", " = 'low'"),
+    ("train_state.pt", "optimizer", "adamw", " = 'adamw'"),
+    ("state.json", "chosen", None, " = None"),
+    ("state.json", "chosen.why", 3, " = 3"),
+    ("state.json", "data", [], ".manifest_sha256 = None"),
+    ("state.json", "config.max_iters", "x", " = 'x'"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value", "said"), WRONG, ids=[f"{row[1]} {row[3]}" for row in WRONG])
+def test_checkpoint_with_wrong_values_is_skipped_and_named(run_copy, capsys, file, key, value, said):
+    """Its hashes are valid. Asked for by its path, it is an error that names a checkpoint that can be resumed."""
+    newest = RUN / "ckpt/iter_000060"
+    content = {"state.json": checkpoint.read_state(newest), "train_state.pt": checkpoint.load_train_state(newest)}
+    content["model.safetensors"] = {"transformer.ln_f.weight": torch.ones(32)}
+    if file == "model.safetensors":
+        content[file][key] = value
+    else:
+        put(content[file], key, value)
+    state, train_state, weights = content.values()
+    checkpoint.save(RUN, state, weights, train_state, keep=9)
+    capsys.readouterr()
+    assert find("latest") == 30
+    key = "" if key == "row.iter" else key.removeprefix("optimizer.")
+    assert f"warning: {newest}/{file} cannot be resumed: {key}{said}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"{newest}: it is damaged; .* --resume .*{RUN}/ckpt/iter_000030$"):
+        find(newest)
+
+
+@pytest.mark.parametrize("name", ["train_state.pt", "model.safetensors"])
+def test_checkpoint_with_a_file_of_another_kind_is_skipped(run_copy, capsys, name):
+    newest = RUN / "ckpt/iter_000060"
+    (newest / name).write_text("a text")
+    state = checkpoint.read_state(newest)
+    state["files"][name] = checkpoint.fingerprint(newest / name)
+    (newest / "state.json").write_bytes(checkpoint.state_file(state))
+    assert find("auto") == 30
+    assert f"warning: {newest}/{name} " in capsys.readouterr().out
+
+
 def test_checkpoint_of_another_run_needs_a_folder_of_its_own(run_copy):
     Path("out/other/ckpt").mkdir(parents=True)
     (RUN / "ckpt/iter_000030").rename("out/other/ckpt/iter_000030")
@@ -86,7 +156,117 @@ def test_fork_of_a_run_begins_with_a_checkpoint_of_its_own(run_copy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings
+# settings that a resume leaves out
+
+
+def settings(words: str = "--resume") -> dict:
+    """Return the settings of a start of train.py, with the run's folder as out_dir."""
+    config = cli.parse(TrainConfig, shlex.split(words), initial_shape, run_settings)
+    return dataclasses.asdict(config) | {"out_dir": str(run_dir(config))}
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("--resume", {}),
+        ("--resume auto", {}),
+        ("--resume --out_dir out/quickstart", {}),
+        ("--resume out/quickstart", {}),
+        ("--resume out/quickstart/ckpt/iter_000030", {}),
+        ("--resume out/quickstart/ckpt/best", {}),
+        ("--resume link", {}),
+        ("--resume out/quickstart/ckpt/last --out_dir out/new", {"out_dir": "out/new"}),
+        ("--resume backup/iter_000030 --out_dir out/new", {"out_dir": "out/new"}),
+        ("--resume out/moved", {"out_dir": "out/moved"}),
+        ("--resume out/moved/ckpt/last", {"out_dir": "out/moved"}),
+        ("--resume out/moved --config mine.toml", {"out_dir": "out/mine"}),
+        ("--resume --plan --gpus 8", {"plan": True, "gpus": 8}),
+        ("--resume --lr 1e-3 --eval_interval 5", {"lr": 1e-3, "eval_interval": 5}),
+        ("--resume --epochs 4", {"epochs": 4.0, "max_iters": None}),
+        ("--resume --warmup_fraction 0.5", {"warmup_fraction": 0.5, "warmup_iters": None}),
+        ("--resume --max_iters 90 --lr_decay_iters none", {"max_iters": 90, "lr_decay_iters": None}),
+    ],
+)
+def test_what_a_resume_leaves_out_is_the_runs_own(run_copy, words, changed):
+    """Wherever the run lies now, also where links are files."""
+    shutil.copytree(RUN, "out/moved", symlinks=True)
+    Path("out/moved/ckpt/last").unlink()
+    Path("out/moved/ckpt/last").write_text("iter_000060")
+    shutil.copytree(RUN / "ckpt/iter_000030", "backup/iter_000030")
+    Path("link").symlink_to(RUN / "ckpt/iter_000030")
+    Path("mine.toml").touch()
+    own = {"max_iters": 60, "eval_interval": 30, "lr": 5e-3, "lr_decay_iters": 60, "n_embd": 32, "warmup_iters": 2}
+    own |= {"dataset": "tiny", "device": "cpu", "vocab_size": 257, "sample_prompt": ("\n",), "epochs": None}
+    expected = own | {"out_dir": "out/quickstart", "resume": words.split()[1] if " " in words else "latest"} | changed
+    expected["resume"] = "latest" if expected["resume"].startswith("--") else expected["resume"]
+    expected["out_dir"] = str(Path.cwd() / RUN) if "link" in words else expected["out_dir"]
+    assert settings(words) | expected == settings(words)
+
+
+def test_a_new_run_inherits_nothing(run_copy):
+    for words in ("--resume auto --out_dir out/none", "--resume auto --config quickstart --out_dir out/none"):
+        assert (settings(words)["lr"], settings(words)["max_iters"]) == (TrainConfig.lr, TrainConfig.max_iters)
+    for words in ("--resume --out_dir out/none", "--resume out/none --plan"):
+        with pytest.raises(UserError, match="nothing to resume in out/none: there is no checkpoint"):
+            settings(words)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "missing or damaged"),
+        (b"", "missing or damaged"),
+        (b"lr = [[", "missing or damaged"),
+        (b"lr = 1e-3\xff", "missing or damaged"),
+        (b"lr = -1.0", "lr = -1.0: more than 0 is expected"),
+        (b"larning_rate = 1.0", "no such key"),
+        (b"lr = 1e-6", "min_lr = 0.0002 is larger than lr = 1e-06"),
+        (b"max_iters = 3\nepochs = 2", "epochs and max_iters exclude each other"),
+    ],
+)
+def test_settings_of_a_run_without_a_valid_config_toml_are_those_of_its_checkpoint(run_copy, capsys, content, problem):
+    """Nothing is lost: what the user has written is kept when the run goes on."""
+    expected, file = settings(), RUN / "config.toml"
+    file.unlink() if content is None else file.write_bytes(content)
+    assert settings() == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: the settings in {file} are not used: ")
+    assert problem in line
+
+
+def test_edited_config_toml_counts_and_is_kept(run_copy, cli):
+    file = RUN / "config.toml"
+    file.write_text("# mine\n" + file.read_text().replace("lr = 0.005", "lr = 0.001").replace("= 60", "= 61"))
+    text = file.read_text()
+    done = cli("train", "--resume")
+    assert "  lr = 0.001 (was 0.005)\n" in done.out
+    assert saved_iters(RUN)[0] == 61
+    assert [path.read_text() for path in RUN.glob("config.toml.old-*")] == [text]
+
+
+def test_recipe_does_not_undo_what_was_typed_when_the_run_started(tiny_data):
+    """Only what was edited in it since then counts, once; for a run of an earlier version all of it does."""
+    recipe, base = Path("mine.toml"), 'base = "quickstart"\nsample_prompt = ["a", "b"]\npatience = 7\n'
+    recipe.write_text(base + "lr = 3e-3\nepochs = 2\n")
+    words = ("--config", recipe, "--lr", "1e-3", "--max_iters", 2, "--patience", "none", "--sample_tokens", 0)
+    run, again = train_here(*words), "--config mine.toml --resume"
+    found = settings(again)
+    assert [found[key] for key in ("lr", "max_iters", "epochs", "patience", "n_embd")] == [1e-3, 2, None, None, 32]
+    assert settings(f"{again} --lr 4e-3")["lr"] == 4e-3
+    recipe.write_text(base + "lr = 3e-3\nmax_iters = 3\n")
+    assert (settings(again)["lr"], settings(again)["max_iters"]) == (1e-3, 3)
+    train.train(cli.parse(TrainConfig, f"{again} --max_iters 4".split(), initial_shape, run_settings))
+    assert settings(again)["max_iters"] == settings(f"--resume {run}")["max_iters"] == 4
+    train.train(cli.parse(TrainConfig, ["--max_iters", "5", "--resume", str(run)], initial_shape, run_settings))
+    assert (settings(again)["lr"], settings(again)["max_iters"]) == (1e-3, 5)
+    state = json.loads((run / "ckpt/last/state.json").read_text())
+    del state["recipe"], state["sha256"]
+    (run / "ckpt/last/state.json").write_text(json.dumps(state))
+    assert (settings(again)["lr"], settings(again)["max_iters"], settings(again)["patience"]) == (3e-3, 3, 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings that a resume names
 
 
 def make_run(*words) -> train.TrainingRun:
@@ -126,10 +306,9 @@ def test_differences_that_are_allowed_are_printed(here):
     words = "--min_lr 1e-4 --dropout 0.1 --batch_size 1 --grad_accum_steps 4 --weight_decay 0"
     words += " --out_dir out/elsewhere --attention manual --activation_checkpointing"
     assert check() == [f"resuming from {RUN}/ckpt/last"]
-    (line,) = check(*words.split())
-    start, _, allowed = line.partition(", with ")
-    assert start == f"resuming from {RUN}/ckpt/last"
-    assert set(allowed.split("; ")) == {
+    start, *allowed = check(*words.split())
+    assert start == f"resuming from {RUN}/ckpt/last with"
+    assert {line.removeprefix("  ") for line in allowed} == {
         *("min_lr = 0.0001 (was 0.0002)", "dropout = 0.1 (was 0.0)", "weight_decay = 0.0 (was 0.1)"),
         *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)"),
         *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
@@ -195,6 +374,33 @@ def test_optimizer_state_of_another_model_is_refused(run_copy, tmp_path, part):
     assert same((run.model.state_dict(), run.optimizer.state_dict()), before)
     resume.restore(folder, run)
     assert same(run.model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_named_setting_of_the_update_acts(tiny_data, optimizer):
+    """The next update is another one, in every tensor that the setting concerns."""
+    folder = train_here("--optimizer", optimizer, "--max_iters", 3, "--lr_decay_iters", 6, "--sample_tokens", 0)
+    state = checkpoint.read_state(folder / "ckpt/last")
+
+    def updated(words: str) -> dict:
+        config = cli.parse(TrainConfig, ["--resume", *words.split()], initial_shape, run_settings)
+        run = train.build_run(config, resumed=state)
+        resume.restore(folder / "ckpt/last", run)
+        train.train_step(run, 3)
+        return {name: weight for name, weight in run.model.state_dict().items() if weight.dim() == 2}
+
+    same_update, step = updated(""), updated("--max_iters 9 --eval_interval 2")
+    assert same(same_update, step)
+    adamw_only = {"--beta2 0.5", "--eps 1e-2"}
+    for words in (
+        *("--lr 1e-2", "--min_lr 1e-3", "--schedule linear", "--schedule wsd --decay_fraction 0.9"),
+        *("--lr_decay_iters 9", "--warmup_iters 5", "--warmup_fraction 0.9", "--weight_decay 5", "--beta1 0.5"),
+        *("--grad_clip 1e-5", "--dropout 0.5", "--dtype bfloat16", *adamw_only),
+    ):
+        found = updated(words)
+        equal = {name for name, weight in found.items() if same(weight, same_update[name])}
+        blocks = {name for name in found if ".h." in name} if optimizer == "muon" and words in adamw_only else set()
+        assert equal <= blocks, words
 
 
 def test_settings_of_the_call_replace_saved_ones(here):
