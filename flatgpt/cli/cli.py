@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, limit_problem
+from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, checked
 from flatgpt import REPO_ROOT
 from flatgpt.cli.streams import Stream
 
@@ -55,21 +55,15 @@ def _convert(cls, field, value, from_words: bool):
         if not all(isinstance(item, str) for item in value):
             raise ValueError("a list of strings is expected")
         return tuple(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[value_type]
     if from_words and value_type is bool:
         value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower())
-    elif value_type in (int, float) and (from_words or (value_type is float and type(value) is int)):
-        try:
+    elif value_type in (int, float) and from_words:
+        with contextlib.suppress(ValueError):  # `checked` refuses what is not a number
             value = value_type(value)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{expected} is expected") from None
-    if type(value) is not value_type:
-        raise ValueError(f"{expected} is expected")
-    if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_suggestion(value, meta['choices'])}")
-    if problem := limit_problem(meta, value):
-        raise ValueError(problem)
-    return value
+    try:
+        return checked(value, value_type, meta)
+    except ValueError as error:
+        raise ValueError(f"{error}{_suggestion(value, meta.get('choices', ()))}") from None
 
 
 def _suggestion(word: str, known) -> str:

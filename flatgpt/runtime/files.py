@@ -1,4 +1,4 @@
-"""Write files atomically, and lock folders. Standard library only."""
+"""Read JSON, write files atomically, and lock folders. Standard library only."""
 
 from __future__ import annotations
 
@@ -28,6 +28,39 @@ except ImportError:  # Windows
 
 
 CANNOT_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def read_json(file: Path, remedy: str = "copy it again") -> dict:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is damaged, is not an object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(content := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has two values of {max(names, key=names.count)}")
+        return content
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is {wrong_kind(file) or 'damaged'}: {error}; {remedy}") from None
+    return content
+
+
+def wrong_kind(file: Path) -> str | None:
+    """Return what a failed download left in place of a file; None if unknown."""
+    with contextlib.suppress(OSError), open(file, "rb") as content:
+        start = content.read(100).lstrip()
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, not the file itself (git lfs pull)"
+        if start.startswith(b"<"):
+            return "a web page, not the file itself"
+    return None
 
 
 def write_json(figures: dict, target: str) -> None:
