@@ -212,6 +212,19 @@ def test_of_processes_that_start_at_once_one_gets_the_lock(tmp_path, before):
     assert (done.stdout, done.stderr.count("Traceback")) == ("1 []\n" * 10, 0)
 
 
+def test_process_that_locks_the_folder_between_a_look_and_a_write_keeps_it(tmp_path, monkeypatch):
+    with contextlib.ExitStack() as stack:
+
+        def open_late(path, mode="r", **keys):
+            if mode == "x":
+                monkeypatch.undo()
+                stack.enter_context(other_process(tmp_path))
+            return open(path, mode, **keys)
+
+        monkeypatch.setattr(files, "open", open_late, raising=False)
+        assert "is in use by" in refused(tmp_path)
+
+
 def test_child_of_a_killed_owner_does_not_hold_the_lock(tmp_path, waits):
     """For example the worker of a data loader. Nor does it release the lock of its parent."""
     fork = "read, write = os.pipe()\n if not os.fork():\n  "
