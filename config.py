@@ -24,6 +24,11 @@ REMOVED = {
 }
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """An error that the user can correct. The message says what was wrong, with which value, and what to do."""
 

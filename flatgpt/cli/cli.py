@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import errno
 import functools
 import gc
 import io
@@ -312,5 +313,7 @@ def run_script(main: Callable, config, every_rank: bool = False):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # missing or read-only file, or full disk
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise  # not of a file
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from config import UserError, first_line
 from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
 CHUNK_BYTES = 4 << 20  # approximate size of a chunk and of a task
@@ -136,7 +136,7 @@ def read_errors(path: Path):
     try:
         yield
     except (OSError, ValueError) as error:  # includes those of pyarrow
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 

@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
-from config import ModelConfig, TrainConfig, UserError, run_dir
+from config import ModelConfig, TrainConfig, UserError, first_line, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import STATE, follow
 
@@ -190,10 +191,14 @@ def read_nanogpt(file: Path) -> dict:
 
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged pickle can raise any exception
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise any exception
+        # torch's message about a pickle advises weights_only=False
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         raise UserError(
             f"{file} is not loaded: it is damaged, not a zip file of torch.save, or contains objects other than "
-            "tensors and plain types, which could run arbitrary code"
+            f"tensors and plain types, which could run arbitrary code{reason}"
         ) from None
     match saved:
         case {"model": dict() as weights, "model_args": dict()}:

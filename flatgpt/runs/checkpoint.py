@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import UserError
+from config import UserError, first_line
 from flatgpt.runs.history import STATE, checkpoints, folders, follow, hash_state, iteration_of, newest, read_state
 from flatgpt.runtime.files import atomic_write, fsync
 from model import GPT
@@ -325,11 +325,13 @@ def load_train_state(folder: Path) -> dict:
     Raises:
         UserError: the file is not a valid train state.
     """
+    text = f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types"
     try:
         state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
-        valid = isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's message advises weights_only=False
-        valid = False
-    if not valid:
-        raise UserError(f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types")
+    except pickle.UnpicklingError:  # torch's message advises weights_only=False
+        raise UserError(text) from None
+    except (RuntimeError, EOFError) as error:
+        raise UserError(f"{text} ({first_line(error)})") from None
+    if not isinstance(state, dict) or not {"optimizer", "scaler", "row"} <= set(state):
+        raise UserError(text)
     return state

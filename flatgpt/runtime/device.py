@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError
+from config import UserError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -207,8 +207,7 @@ def _compiling(warn: Callable[[str], None]) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # missing compilers, libraries and folders raise errors of many types
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        warn(f"warning: torch.compile failed, continuing without it: {lines[0]}")
+        warn(f"warning: torch.compile failed, continuing without it: {first_line(error)}")
         compiler.failed = True
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 from processes import ROOT
@@ -321,6 +322,8 @@ def test_run_script_returns_the_result_and_raises_bugs():
     assert cli.run_script(lambda config: config + 1, 1) == 2
     with pytest.raises(ZeroDivisionError):
         cli.run_script(lambda config: 1 / config, 0)
+    with pytest.raises(OSError, match="Cannot allocate"):  # of no file
+        cli.run_script(unittest.mock.Mock(side_effect=OSError(12, "Cannot allocate memory")), None)
 
 
 def test_closed_pipe_is_silent():
