@@ -15,6 +15,8 @@ from pathlib import Path
 # Keys that exclude each other. In one layer both are an error; otherwise the key of the later layer is used.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
+# Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
+START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
 # Removed settings, and what to use instead: {config class: {key: message}}.
 REMOVED = {
     "EvalConfig": {
