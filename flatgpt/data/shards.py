@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -222,17 +223,22 @@ class _OpenFile:
 
     def __init__(self, path: str):
         try:
-            self.number = os.open(path, os.O_RDONLY)  # close-on-exec is Python's default
+            self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # close-on-exec is Python's default
             weakref.finalize(self, os.close, self.number)
             status = os.fstat(self.number)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        self.lock = threading.Lock()
         self.path, self.identity = path, (status.st_ino, status.st_mtime_ns, status.st_size)
 
     def read(self, size: int, offset: int) -> bytes:
         """Return up to `size` bytes. pread has no position, so that several threads can read."""
         try:
-            return os.pread(self.number, size, offset)
+            if hasattr(os, "pread"):
+                return os.pread(self.number, size, offset)
+            with self.lock:  # Windows
+                os.lseek(self.number, offset, os.SEEK_SET)
+                return os.read(self.number, size)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}") from None
 

@@ -197,6 +197,8 @@ def set_link(run_dir: Path, name: str, iteration: int | None) -> bool:
         fsync(link.parent)  # the checkpoint's name
         partial.unlink(missing_ok=True)
         try:
+            if os.name == "nt":  # Windows does not replace a link to a folder
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             partial.symlink_to(target)
             os.replace(partial, link)
         except OSError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError, first_line
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,9 +64,14 @@ class DeviceSettings:
             getattr(torch, self.device.type).synchronize()
 
     def peak_memory_gb(self) -> float:
-        """Return the peak memory in 10^9 bytes: allocated GPU memory on CUDA, else resident memory of the process."""
+        """Return the peak memory in 10^9 bytes: allocated GPU memory on CUDA, else resident memory of the process.
+
+        On Windows, the latter is NaN.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
+        if resource is None:
+            return math.nan
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux KiB
 
@@ -137,8 +147,8 @@ def _keep_freed_memory() -> None:
 
     Blocks over 256 MB are still returned: keeping them would fragment the heap (docs/speed.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing on macOS and musl
-    if mallopt is not None:
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # missing on macOS, musl and Windows
+        mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**28)
