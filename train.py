@@ -3,7 +3,7 @@
 python train.py                                   # a small byte-level model: minutes on two CPU cores
 python train.py --config shakespeare              # a recipe from configs/
 python train.py --config mine.toml --lr 1e-3      # your own recipe, with one change
-python train.py --config shakespeare --resume     # resume a stopped run
+python train.py --resume out/shakespeare          # resume a stopped run, with its settings
 python train.py --list                            # list recipes and runs
 python train.py --config gpt2_124m --plan         # estimate size, memory and time without training
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices

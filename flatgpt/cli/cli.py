@@ -8,9 +8,9 @@ Standard library only, so that `--help` and errors do not wait for torch to be i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import difflib
-import errno
 import functools
 import gc
 import io
@@ -26,7 +26,7 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, limit_problem
+from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, checked
 from flatgpt import REPO_ROOT
 
 RECIPES = REPO_ROOT / "configs"
@@ -54,21 +54,15 @@ def _convert(cls, field, value, from_words: bool):
         if not all(isinstance(item, str) for item in value):
             raise ValueError("a list of strings is expected")
         return tuple(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[value_type]
     if from_words and value_type is bool:
         value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower())
-    elif value_type in (int, float) and (from_words or (value_type is float and type(value) is int)):
-        try:
+    elif value_type in (int, float) and from_words:
+        with contextlib.suppress(ValueError):  # `checked` refuses what is not a number
             value = value_type(value)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{expected} is expected") from None
-    if type(value) is not value_type:
-        raise ValueError(f"{expected} is expected")
-    if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_suggestion(value, meta['choices'])}")
-    if problem := limit_problem(meta, value):
-        raise ValueError(problem)
-    return value
+    try:
+        return checked(value, value_type, meta)
+    except ValueError as error:
+        raise ValueError(f"{error}{_suggestion(value, meta.get('choices', ()))}") from None
 
 
 def _suggestion(word: str, known) -> str:
@@ -109,8 +103,9 @@ def read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: not valid TOML: {error}")
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = "cannot be read" if isinstance(error, OSError) else "not valid TOML"
+        problems.append(f"{path}: {problem}: {error}")
         return {}
     below = {}
     if "base" in table:
@@ -313,6 +308,25 @@ def from_command_line(cls, usage: str, *functions: Callable):
     return run_script(lambda words: parse(cls, words, *functions), sys.argv[1:])
 
 
+class _StandardOutput:
+    """A stream whose OSErrors name standard output."""
+
+    def __init__(self, stream: typing.TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        attribute = getattr(self._stream, name)
+
+        def call(*args):
+            try:
+                return attribute(*args)
+            except OSError as error:
+                error.filename = "standard output"
+                raise
+
+        return call if name in ("write", "flush") else attribute
+
+
 def run_script(main: Callable, config, every_rank: bool = False):
     """Return main(config). A UserError becomes one `error:` line and exit code 2, Ctrl-C exit code 130.
 
@@ -323,8 +337,9 @@ def run_script(main: Callable, config, every_rank: bool = False):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
     try:
-        result = main(config)
-        sys.stdout.flush()  # inside `try`, which handles a closed pipe
+        with contextlib.redirect_stdout(_StandardOutput(sys.stdout)):
+            result = main(config)
+            sys.stdout.flush()  # inside `try`, which handles a closed pipe
         return result
     except UserError as error:
         not_first = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
@@ -336,10 +351,13 @@ def run_script(main: Callable, config, every_rank: bool = False):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `| head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # missing or read-only file, or full disk
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise  # not of a file
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        file = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {file}{error.strerror or error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what is buffered would fail again at exit, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

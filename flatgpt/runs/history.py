@@ -84,15 +84,11 @@ def gpt2_parameters(config: ModelConfig) -> int | None:
     C, V, hidden = config.n_embd, config.vocab_size, round(config.mlp_ratio * config.n_embd)
     if not V:
         return None
-    biased = config.bias if config.attn_bias is None else config.attn_bias
-    norm = C + C * config.bias
-    block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * config.bias
-    tables = (
-        V * C * (2 - config.tie_weights)
-        + V * config.head_bias
-        + config.context_length * C * (config.position == "learned")
-    )
-    return tables + config.n_layer * block + norm
+    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
+    block = 4 * C * (C + attn_bias) + 2 * C * (hidden + 1) + (hidden + 3 * C) * config.bias
+    learned = config.context_length * C * (config.position == "learned")
+    head = V * C * (not config.tie_weights) + V * config.head_bias
+    return V * C + learned + config.n_layer * block + C * (1 + config.bias) + head
 
 
 # ---------------------------------------------------------------------------------------------------------------------

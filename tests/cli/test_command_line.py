@@ -2,9 +2,9 @@
 
 import dataclasses
 import io
+import os
 import subprocess
 import sys
-import unittest.mock
 
 import pytest
 from processes import ROOT
@@ -322,8 +322,6 @@ def test_run_script_returns_the_result_and_raises_bugs():
     assert cli.run_script(lambda config: config + 1, 1) == 2
     with pytest.raises(ZeroDivisionError):
         cli.run_script(lambda config: 1 / config, 0)
-    with pytest.raises(OSError, match="Cannot allocate"):  # of no file
-        cli.run_script(unittest.mock.Mock(side_effect=OSError(12, "Cannot allocate memory")), None)
 
 
 def test_closed_pipe_is_silent():
@@ -335,6 +333,26 @@ def test_closed_pipe_is_silent():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize(
+    ("options", "then", "error"),
+    [
+        ([], "pass", "standard output: No space left on device"),
+        (["-u"], "pass", "standard output: No space left on device"),
+        ([], "raise UserError('mine')", "mine"),
+        ([], "open('/none/mine')", "/none/mine: No such file or directory"),
+        ([], "raise OSError(12, 'Cannot allocate memory')", "Cannot allocate memory"),
+    ],
+)
+def test_full_standard_output_is_named_and_changes_no_other_error(options, then, error):
+    """`train.py > log.txt` on a full disk ended with `error: a file: ...`, or with two errors and exit code 120."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatgpt.cli.cli import UserError, run_script\n"
+    code += f"def main(config):\n print('x')\n {then}\nrun_script(main, None)"
+    with open("/dev/full", "wb") as full:
+        words, env = [sys.executable, *options, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=env, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
 
 
 def test_closed_standard_output_is_no_traceback():

@@ -25,6 +25,7 @@ REFUSALS = [
     ("prepare_data", "hub --repo a", "repo = a", "user/name"),
     ("prepare_data", "pydoc --column body", "--column", "pydoc"),
     # train.py
+    ("train", "--config /proc/self/mem", "/proc/self/mem: cannot be read", "Input/output error"),
     ("train", "stray", "stray: not expected"),
     ("train", "--n_layer", "--n_layer: a value is missing"),
     ("train", "--no-n_layer", "--no-n_layer", "no such key"),

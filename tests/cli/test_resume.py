@@ -311,6 +311,33 @@ def test_optimizer_state_of_another_model_is_refused(run_copy, tmp_path, part):
     assert same(run.model.state_dict(), weights)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_named_setting_of_the_update_acts(tiny_data, optimizer):
+    """The next update is another one, in every tensor that the setting concerns."""
+    folder = train_here("--optimizer", optimizer, "--max_iters", 3, "--lr_decay_iters", 6, "--sample_tokens", 0)
+    state = checkpoint.read_state(folder / "ckpt/last")
+
+    def updated(words: str) -> dict:
+        config = cli.parse(TrainConfig, ["--resume", *words.split()], initial_shape, run_settings)
+        run = train.build_run(config, resumed=state)
+        resume.restore(folder / "ckpt/last", run)
+        train.train_step(run, 3)
+        return {name: weight for name, weight in run.model.state_dict().items() if weight.dim() == 2}
+
+    same_update, step = updated(""), updated("--max_iters 9 --eval_interval 2")
+    assert same(same_update, step)
+    adamw_only = {"--beta2 0.5", "--eps 1e-2"}
+    for words in (
+        *("--lr 1e-2", "--min_lr 1e-3", "--schedule linear", "--schedule wsd --decay_fraction 0.9"),
+        *("--lr_decay_iters 9", "--warmup_iters 5", "--warmup_fraction 0.9", "--weight_decay 5", "--beta1 0.5"),
+        *("--grad_clip 1e-5", "--dropout 0.5", "--dtype bfloat16", *adamw_only),
+    ):
+        found = updated(words)
+        equal = {name for name, weight in found.items() if same(weight, same_update[name])}
+        blocks = {name for name in found if ".h." in name} if optimizer == "muon" and words in adamw_only else set()
+        assert equal <= blocks, words
+
+
 def test_settings_of_the_call_replace_saved_ones(here):
     """torch's load_state_dict restores the old ones."""
     run = make_run("--weight_decay", "0.5", "--beta2", "0.9")
