@@ -217,7 +217,7 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
             checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
         checkpoints.wait()
         if error := checkpoints.failure:
-            raise UserError(f"the run ended at iter {progress.iter}, but its last checkpoint was not saved: {error}")
+            raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
     finally:

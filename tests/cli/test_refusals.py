@@ -51,6 +51,8 @@ REFUSALS = [
     ("train", "--optimizer muon --fsdp", "muon", "fsdp"),
     ("train", "--mlp_ratio 0.001", "mlp_ratio = 0.001", "n_embd = 192"),
     ("train", "--n_embd 190 --head_bias --lr 1e-4", "3 problems", "n_embd", "head_bias", "min_lr"),
+    ("train", "--out_dir a/metrics.csv", "out_dir = a/metrics.csv", "is a file; choose another --out_dir"),
+    ("train", "--out_dir a/metrics.csv/b --resume auto", "a/metrics.csv is a file; choose another --out_dir"),
     # eval.py
     ("eval", "--dataset pydoc --test_data_path x.bin", "dataset", "test_data_path"),
     # infer.py
