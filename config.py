@@ -433,6 +433,7 @@ class ExportConfig(ModelPathConfig):
         none="no",
     )
     dry_run: bool = opt(False, "list the files, without writing or uploading them")
+    verify: bool = opt(True, "load the written files, and compare their logits with the model's")
 
     def problems(self) -> list[str]:
         """Return a message for each conflict between fields."""

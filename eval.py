@@ -144,7 +144,9 @@ def open_tokens(
         if path.suffix in (".txt", ".md", ".json", ".jsonl"):
             raise UserError(f"test_data_path = {path}: expected uint16 ids; to evaluate a text, use --text {path}")
         meta = read_meta(path.parent)
-        tokens, data_tokenizer = Tokens([(path, None)], source.config.vocab_size), (meta or {}).get("tokenizer")
+        splits, data_tokenizer = (meta or {"splits": {}})["splits"].values(), (meta or {}).get("tokenizer")
+        counts = {file["name"]: file["tokens"] for split in splits for file in split["files"]}
+        tokens = Tokens([(path, counts.get(path.name))], source.config.vocab_size)
         if not meta:
             note(f"{path} is not part of a dataset: assuming ids of the model's tokenizer, {encoding.name}")
     else:

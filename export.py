@@ -18,12 +18,16 @@ import dataclasses
 import os
 import shlex
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from flatgpt.interop import hub, loading
-from flatgpt.interop.export_folder import file_sizes, hugging_face_files, space_files, write_folder
+from flatgpt.interop.export_folder import export_problems, file_sizes, hugging_face_files, space_files, write_folder
 from flatgpt.interop.hub import LOCAL_SETTINGS
 from flatgpt.interop.loading import ModelSource
+from flatgpt.interop.verification import model_outputs, verify
 from flatgpt.runtime.device import note
 
 
@@ -33,9 +37,17 @@ def main(config: ExportConfig) -> None:
     out, name = output_folder(config, source), model_name(config, source)
     recipe = run_recipe(source.state) if source.state else ""
     note(f"{source.describe()}, tokenizer {source.tokenizer}; exported as {config.dtype}")
-    files = {}
-    if not (config.space and source.state):  # a Space loads a flatGPT checkpoint without conversion
-        files |= hugging_face_files(source, config.dtype, config.context_length, name, config.push, recipe)
+    model, encoding = loading.load(source, "cpu", config.context_length)
+    files, convert = {}, not (config.space and source.state)  # a Space loads a flatGPT checkpoint without conversion
+    if convert and (problems := export_problems(model, config.verify)):
+        raise UserError(f"{source.path} cannot be exported: {'; '.join(problems)}")
+    check = None
+    if config.verify and not config.dry_run:
+        # float32: rounded weights, but no rounded arithmetic, so that one tolerance is right for each dtype
+        expected = model_outputs(model.to(getattr(torch, config.dtype)).float())
+        check = partial(verify, source.path, expected, bool(config.space))
+    if convert:
+        files |= hugging_face_files(source, model, encoding, config.dtype, name, config.push, recipe)
     if config.space:
         files |= space_files(source, name, recipe)
     table = size_table(file_sizes(files))
@@ -45,7 +57,7 @@ def main(config: ExportConfig) -> None:
         print(f"would be written to {' and '.join(targets)}:\n{table}")
         return
     with tempfile.TemporaryDirectory(prefix="flatgpt_") as temporary:
-        folder = write_folder(out or Path(temporary, "model"), files)
+        folder = write_folder(out or Path(temporary, "model"), files, check)
         if out:
             print(f"{out}:\n{table}")
         if config.push:

@@ -98,7 +98,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.vocab_size, config
+        if not config.vocab_size:
+            raise ValueError(f"vocab_size = {config.vocab_size}: the number of token ids is expected")
         self.config = config
         C, padded = config.n_embd, -(-config.vocab_size // 64) * 64
         self.transformer = nn.ModuleDict(

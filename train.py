@@ -198,8 +198,8 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
     wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
-    ranks.barrier()  # start_wandb on rank 0 may take long
-    metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id}
+    metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id} if ranks.first else {}
+    ranks.barrier()  # wandb and git may take long
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
     stop, started = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
     try:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from config import PrepareConfig, UserError
-from flatgpt.data.readers import Corpus, RawFile
+from flatgpt.data.readers import Corpus, RawFile, files_below
 from flatgpt.data.shards import SPLITS
 from flatgpt.runtime.files import atomic_write
 
@@ -68,7 +69,7 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     """
     notice, listing = "", cached_listing(files)
     if listing is None:
-        found = _find_local(files)
+        found = _find_local(files, flat=files.flat and not config.files)
         names = group_by_split(_choose_files(config, found))
         required = [split for split in files.splits if split in (config.splits or files.splits)] or list(names)
         if required and all(split in names and is_complete(names[split]) for split in required):
@@ -78,7 +79,8 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     elif listing["commit"] != files.revision:
         notice = f"{files.repo} {files.revision}: commit {listing['commit']}, cached in {files.listing_file}"
     names = group_by_split(_choose_files(config, listing["files"]))
-    raw = {split: [_raw_file(files, listing, name) for name in group] for split, group in names.items()}
+    counts = Counter(PurePosixPath(name).name.lower() for name in (*listing["files"], *listing.get("root", ())))
+    raw = {split: [_raw_file(files, listing, name, counts) for name in group] for split, group in names.items()}
     return Corpus(raw, listing["commit"], notice)
 
 
@@ -88,17 +90,20 @@ def known_commit(files: HubFiles) -> str | None:
     return listing["commit"] if listing else files.revision if COMMIT.fullmatch(files.revision) else None
 
 
-def _find_local(files: HubFiles) -> dict[str, Path]:
-    """Return the matching files that the user put into the folder: {path relative to root: path}, sorted."""
-    found = {}
-    for path in sorted(path for path in files.root.rglob("*") if path.is_file()):
-        name = path.relative_to(files.root).as_posix()
-        if name.startswith(".") or _downloaded_commit(files, name):
-            continue
-        flat = [p.rsplit("/", 1)[-1] for p in files.patterns] if files.flat and "/" not in name else []
-        if any(fnmatch(name, pattern) for pattern in (*files.patterns, *flat)):
-            found[name] = path
-    return found
+def _find_local(files: HubFiles, flat: bool) -> dict[str, Path]:
+    """Return the matching files that the user put into the folder: {path relative to root: path}, sorted.
+
+    Args:
+        flat: also return files directly in the folder, unless one with that name is where the repository has it.
+    """
+    paths = {path.relative_to(files.root).as_posix(): path for path in files_below(files.root)}
+    paths = {name: path for name, path in paths.items() if name[0] != "." and not _downloaded_commit(files, name)}
+    found = {name for name in paths if any(fnmatch(name, pattern) for pattern in files.patterns)}
+    if flat:
+        taken = {PurePosixPath(name).name.lower() for name in found}
+        patterns = [pattern.rsplit("/", 1)[-1] for pattern in files.patterns]
+        found |= {n for n in paths if "/" not in n and n.lower() not in taken and any(fnmatch(n, p) for p in patterns)}
+    return {name: paths[name] for name in sorted(found)}
 
 
 def _choose_files(config: PrepareConfig, names: Iterable[str]) -> list[str]:
@@ -115,16 +120,24 @@ def _choose_files(config: PrepareConfig, names: Iterable[str]) -> list[str]:
     return chosen
 
 
-def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
-    """Return a local file, or a file to be downloaded; update a file that was downloaded at another commit."""
-    flat = files.root / PurePosixPath(name).name
-    path, size = flat if files.flat and flat.exists() else files.root / name, listing["files"][name]
+def _raw_file(files: HubFiles, listing: dict, name: str, counts: Counter) -> RawFile:
+    """Return a local file, or a file to be downloaded; update a file that was downloaded at another commit.
+
+    A file directly in `root` is used if it can only be this one: it has its size, and no other file its name.
+
+    Args:
+        counts: number of listed files of each name, in lower case and without folders.
+    """
+    path, flat, size = files.root / name, files.root / PurePosixPath(name).name, listing["files"][name]
+    if files.flat and counts[flat.name.lower()] == 1 and not path.exists() and not _downloaded_commit(files, flat.name):
+        path = flat if flat.is_file() and flat.stat().st_size == size else path
     if _downloaded_commit(files, name) not in (None, listing["commit"]):
         _download(files, listing["commit"], name)  # replaces the file if this commit changed it
-    if path.exists() and path.stat().st_size != size:
+    if path.exists() and not (path.is_file() and path.stat().st_size == size):
+        found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is a folder"
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, but {size:,} on the hub: it is truncated or of another "
-            "revision; move it away to download it again"
+            f"{path} {found}, but {size:,} on the hub: it is truncated or of another revision; move it away to "
+            "download it again"
         )
     return RawFile(name, size, path, fetch=lambda: _download(files, listing["commit"], name))
 
@@ -153,18 +166,19 @@ def is_complete(names: list[str]) -> bool:
 
 
 def cached_listing(files: HubFiles) -> dict | None:
-    """Return the last result of `list_remote` for these files, or None."""
-    try:
-        return json.loads(files.listing_file.read_text())
-    except (OSError, ValueError):
-        return None
+    """Return the last result of `list_remote` for these files, or None if there is none or it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        listing = json.loads(files.listing_file.read_text(encoding="utf-8"))
+        if isinstance(listing["commit"], str) and {type(size) for size in listing["files"].values()} == {int}:
+            return listing
+    return None
 
 
 def list_remote(files: HubFiles) -> dict:
     """List the matching files on the hub, and cache the result.
 
     Returns:
-        `commit`, and `files`: {path: size in bytes}.
+        `commit`; `files`: {path: size in bytes}; and `root`: other files of the same names in no folder.
 
     Raises:
         UserError: the repository, revision or files do not exist, or access or network is missing.
@@ -183,7 +197,8 @@ def list_remote(files: HubFiles) -> dict:
             f"dataset {files.repo} has no file {' '.join(files.patterns)} at revision {files.revision}: check --files, "
             "--dump and --revision; for other formats try --revision refs/convert/parquet"
         )
-    listing = {"commit": commit, "files": found}
+    names = {PurePosixPath(path).name for path in found}
+    listing = {"commit": commit, "files": found, "root": sorted(names & sizes.keys() - found.keys())}
     files.root.mkdir(parents=True, exist_ok=True)
     atomic_write(files.listing_file, json.dumps(listing, indent=1).encode())
     return listing
@@ -192,7 +207,7 @@ def list_remote(files: HubFiles) -> dict:
 def _downloaded_commit(files: HubFiles, name: str) -> str | None:
     """Return the commit at which huggingface_hub downloaded the file; None if the user put the file there."""
     metadata = files.root / ".cache" / "huggingface" / "download" / f"{name}.metadata"
-    return metadata.read_text().partition("\n")[0] if metadata.exists() else None
+    return metadata.read_text(errors="replace").partition("\n")[0] if metadata.is_file() else None
 
 
 def _download(files: HubFiles, commit: str, name: str) -> Path:

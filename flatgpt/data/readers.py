@@ -10,6 +10,7 @@ import codecs
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,16 @@ class Task(NamedTuple):
     size: int
     read: Callable[[], Iterable[Chunk]]
     split: str = "train"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, sorted. Links to folders are followed, except in a circle."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        above = {path.resolve() for path in (Path(root), *Path(root).parents)}
+        folders[:] = [name for name in folders if Path(root, name).resolve() not in above]
+        found += [Path(root, name) for name in names]
+    return sorted(path for path in found if path.is_file())
 
 
 def file_format(name: str | Path) -> str:

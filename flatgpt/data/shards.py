@@ -6,11 +6,13 @@ it a dataset is not finished. Shards of llm.c, which have a header of 256 int32 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +28,7 @@ SPLITS = ("train", "val", "test")
 OUR_FILES = re.compile(rf"({'|'.join(SPLITS)})_(\d{{6}})\.bin(\.tmp)?")
 # Header of llm.c: magic, version, number of ids; https://github.com/karpathy/llm.c, dev/data/data_common.py
 LLMC_MAGIC, LLMC_LLAMA_MAGIC, LLMC_HEADER = 20240520, 20240801, 1024
-PICKLE = re.compile(rb"\x80[\x04\x05]\x95.{4}\0{4}", re.DOTALL)  # protocols 4 and 5; 8 bytes for the frame length
+PICKLE = re.compile(rb"\x80[\x04\x05]\x95(.{8})", re.DOTALL)  # protocols 4 and 5; length of the first frame
 HEADER_BYTES = 4096  # read at the start of a file to recognise its format
 CHUNK_BYTES = 1 << 23  # read at once when whole files are checked
 
@@ -162,7 +164,7 @@ def read_meta(folder: Path) -> dict | None:
 
 
 class Tokens:
-    """The shards of a split as one sequence of ids, read on demand. The files stay open.
+    """The shards of a split as one sequence of ids, read on demand, indexed like a numpy array. Any thread may read.
 
     Args:
         files: (path, expected number of ids, or None for any) of each shard, in order.
@@ -175,19 +177,28 @@ class Tokens:
 
     def __init__(self, files: list[tuple[Path, int | None]], n_vocab: int | None = None):
         self.n_vocab = n_vocab
-        self.shards = [_Shard(path, count) for path, count in files]
+        limit = os.sysconf("SC_OPEN_MAX") // 4 if hasattr(os, "sysconf") else 128  # a run can read three splits
+        open_file = functools.lru_cache(limit)(_OpenFile)
+        self.shards = [_Shard(path, count, open_file) for path, count in files]
         self.starts = np.cumsum([0, *(shard.count for shard in self.shards)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, span: slice) -> np.ndarray:
-        """Return ids [start, stop): (stop - start,) uint16, read-only if they are all in one file.
+    def __getitem__(self, key: int | slice) -> np.ndarray | np.uint16:
+        """Return an id, or the ids of a slice: (n,) uint16, read-only if they are all in one file.
 
         Raises:
-            UserError: an id is outside the vocabulary, or a file was truncated after it was opened.
+            IndexError: the position is not in the sequence.
+            UserError: an id is outside the vocabulary, or a file was truncated or replaced after it was first opened.
         """
-        start, stop, _ = span.indices(len(self))
+        span = range(len(self))[key]
+        if isinstance(span, int):
+            return self[span : span + 1][0]
+        if span.step != 1:
+            first, last = sorted((span[0], span[-1])) if span else (0, -1)
+            return self[first : last + 1][:: span.step]
+        start, stop = span.start, span.stop
         n = int(np.searchsorted(self.starts, start, side="right")) - 1  # index of the shard
         parts = []
         while start < stop:
@@ -204,33 +215,46 @@ class Tokens:
                 shard.read(start, min(start + CHUNK_BYTES // 2, shard.count), n_vocab)
 
 
+class _OpenFile:
+    """An open file. It is closed when the object is freed, which is after the last read that uses it."""
+
+    def __init__(self, path: str):
+        try:
+            self.number = os.open(path, os.O_RDONLY)  # close-on-exec is Python's default
+            weakref.finalize(self, os.close, self.number)
+            status = os.fstat(self.number)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        self.path, self.identity = path, (status.st_ino, status.st_mtime_ns, status.st_size)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Return up to `size` bytes. pread has no position, so that several threads can read."""
+        try:
+            return os.pread(self.number, size, offset)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}") from None
+
+
 class _Shard:
-    """One shard file, which is open as long as this object exists.
+    """One shard file. `open_file` returns its _OpenFile, which may have been closed since the last read.
 
     Reads with pread: if a memory-mapped file is truncated, SIGBUS kills the process. Reading 1,025 ids takes 4.9 us,
     with a memory map 4.7 us; checking them against the vocabulary takes another 1.1 us.
     """
 
-    def __init__(self, path: Path, count: int | None):
-        self.path = path
-        try:
-            self.file = os.open(path, os.O_RDONLY)  # close-on-exec is Python's default
-            weakref.finalize(self, os.close, self.file)
-            size = os.fstat(self.file).st_size
-            header = os.pread(self.file, HEADER_BYTES, 0)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        self.offset = _id_offset(path, count, size, header)
+    def __init__(self, path: Path, count: int | None, open_file: Callable[[str], _OpenFile]):
+        self.path, self.open_file = str(path), open_file  # a str is hashed once
+        file = open_file(self.path)
+        self.identity, size = file.identity, file.identity[-1]
+        self.offset = _id_offset(path, count, size, file.read(HEADER_BYTES, 0), file.read(1, max(0, size - 1)))
         self.count = (size - self.offset) // 2
 
     def read(self, start: int, stop: int, n_vocab: int | None = None) -> np.ndarray:
         """Return ids [start, stop), read-only. Raise UserError if one is not below n_vocab or the file is truncated."""
         offset, size = self.offset + 2 * start, 2 * (stop - start)
-        try:
-            content = os.pread(self.file, size, offset)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}") from None
-        if len(content) < size:
+        file = self.open_file(self.path)
+        content = file.read(size, offset)
+        if len(content) < size or file.identity != self.identity:
             raise UserError(
                 f"{self.path}: truncated or replaced while it was in use: restore the file, or prepare the dataset "
                 "again, then run again (train.py: with --resume)"
@@ -245,12 +269,13 @@ class _Shard:
         return ids
 
 
-def _id_offset(path: Path, count: int | None, size: int, header: bytes) -> int:
+def _id_offset(path: Path, count: int | None, size: int, header: bytes, last: bytes) -> int:
     """Return the offset of the first id in bytes. Raise UserError if the file is not a valid shard.
 
     Args:
         count: expected number of ids, or None for any.
         header: the first HEADER_BYTES bytes of the file, or all of a shorter one.
+        last: its last byte.
     """
     magic, tokens = (int.from_bytes(header[n : n + 4], "little") for n in (0, 8))
     offset, expected, source = 0, size, ""  # `source` of the expected size
@@ -258,8 +283,9 @@ def _id_offset(path: Path, count: int | None, size: int, header: bytes) -> int:
         expected, source = 2 * count, "meta.json"
     elif magic == LLMC_MAGIC:  # not two ids: its lower half, 55,432, is not a GPT-2 id
         offset, expected, source = LLMC_HEADER, LLMC_HEADER + 2 * tokens, "its llm.c header"
-    ids = np.frombuffer(header[: len(header) // 2 * 2], dtype="<u2")
-    if PICKLE.match(header):
+    ids, pickle = np.frombuffer(header[: len(header) // 2 * 2], dtype="<u2"), PICKLE.match(header)
+    # ids of another program can begin like a pickle, which also has its frame's length and ends with a STOP opcode
+    if count is None and pickle and last == b"." and 11 + int.from_bytes(pickle[1], "little") <= size:
         problem = "is a Python pickle, and unpickling can run arbitrary code: make shards from the text"
     elif magic == LLMC_LLAMA_MAGIC and count is None:
         problem = "has llm.c's uint32 ids of Llama 3's vocabulary, not uint16 ids"

@@ -129,7 +129,7 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
         path = Path(pattern)
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.name.endswith(tuple(readers.FORMATS)) and p.is_file())
+            found = [p for p in readers.files_below(path) if p.name.endswith(tuple(readers.FORMATS))]
         elif not path.exists():
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
         if not found:

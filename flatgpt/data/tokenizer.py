@@ -119,7 +119,7 @@ def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:
 
 
 def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:
-    """Convert ids to little-endian uint16. Assert that all are in 0 .. n_vocab - 1."""
-    # astype would wrap 70000 to 4464
-    assert ids.size == 0 or (ids.min() >= 0 and ids.max() < n_vocab), (ids.min(), ids.max(), n_vocab)
+    """Convert ids to little-endian uint16. Raise ValueError unless all are in 0 .. n_vocab - 1."""
+    if ids.size and not (ids.min() >= 0 and ids.max() < n_vocab):  # astype would wrap 70000 to 4464
+        raise ValueError(f"ids {ids.min()} to {ids.max()} are not all in a vocabulary of {n_vocab:,} ids")
     return ids.astype("<u2")

@@ -133,7 +133,7 @@ def mean_loss(
     with evaluating(model):
         for x, y in batches:
             tokens += int((y >= 0).sum())
-            loss_sum += model(to_device(x), to_device(y), reduction="none").double().sum().cpu()
+            loss_sum += model(to_device(x), to_device(y), reduction="none").cpu().double().sum()  # mps has no float64
     sums = ranks.sum(torch.tensor([loss_sum, tokens], dtype=torch.float64))  # counts are exact up to 2^53
     return float(sums[0] / sums[1])
 

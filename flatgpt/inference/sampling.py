@@ -119,7 +119,8 @@ def generate_batch(
     model, device = decoder.model, decoder.device
     context, on_cuda = model.config.context_length, device.type == "cuda"
     n_vocab = min(n_vocab or model.config.vocab_size, model.config.vocab_size)
-    assert all(prompts), "each prompt needs at least one id"
+    if not all(prompts):
+        raise ValueError("each prompt needs at least one id")
     texts, live = [list(ids) for ids in prompts], set(range(len(prompts)))
     generators = [torch.Generator(device).manual_seed(seed_of(options.seed, first_row + row)) for row in sorted(live)]
     seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)

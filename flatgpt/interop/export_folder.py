@@ -13,21 +13,23 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tiktoken import Encoding
 from torch import Tensor
 
 from config import ModelConfig, SamplingConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
-from flatgpt.interop import loading
-from flatgpt.interop.hub import LOCAL_SETTINGS, card_body, hub_name, model_card
+from flatgpt.interop.hub import CONFIG, LOCAL_SETTINGS, card_body, hub_name, model_card
 from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
 from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
+from flatgpt.interop.verification import tensor_shapes
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 from model import GPT
 
@@ -59,21 +61,17 @@ Open the printed address in a browser. The weights and the tokenizer are in this
 
 
 def hugging_face_files(
-    source: ModelSource, dtype: str, context_length: int | None, name: str, repo: str | None, recipe: str
+    source: ModelSource, model: GPT, encoding: Encoding, dtype: str, name: str, repo: str | None, recipe: str
 ) -> dict[str, Content]:
-    """Return the files of a Hugging Face GPT-2 folder.
+    """Return the files of a Hugging Face GPT-2 folder. The model is converted to `dtype`.
 
     Args:
         name, repo, recipe: as in model_card.
 
     Raises:
-        UserError: as loading.load; NaN or infinite weights; a model or a tokenizer that Hugging Face's GPT-2 does not
-            support.
+        UserError: NaN or infinite weights, or a tokenizer that Hugging Face's GPT-2 does not support.
     """
-    model, encoding = loading.load(source, "cpu", context_length)
-    if problems := export_problems(model):
-        raise UserError(f"{source.path} cannot be exported: {'; '.join(problems)}")
-    model = model.to(getattr(torch, dtype))
+    model.to(getattr(torch, dtype))
     if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
         remedy = "choose another checkpoint" + ", or --dtype bfloat16, which has a wider range" * (dtype == "float16")
         raise UserError(f"{source.path}: {broken[0]} has NaN or infinite values in {dtype}: {remedy}")
@@ -83,7 +81,7 @@ def hugging_face_files(
     generation |= {"do_sample": True, "temperature": sampling.effective_temperature, "top_k": sampling.top_k}
     if config.vocab_size > encoding.n_vocab:  # ids that the tokenizer does not have
         generation["suppress_tokens"] = list(range(encoding.n_vocab, config.vocab_size))
-    settings = {"config.json": hugging_face_config(config, eot_id, dtype), "generation_config.json": generation}
+    settings = {CONFIG: hugging_face_config(config, eot_id, dtype), "generation_config.json": generation}
     exported = dataclasses.replace(source, config=config)
     return {
         WEIGHTS: to_hugging_face(model),
@@ -93,15 +91,19 @@ def hugging_face_files(
     }
 
 
-def export_problems(model: GPT) -> list[str]:
-    """Return why Hugging Face's GPT-2 cannot compute the model, one sentence per reason."""
+def export_problems(model: GPT, edits: bool = True) -> list[str]:
+    """Return why Hugging Face's GPT-2 cannot compute the model, one sentence per reason.
+
+    Args:
+        edits: report an edited adjust_logits.
+    """
     config, problems = model.config, []
     logits = torch.zeros(1, config.vocab_size, device=model.lm_head.weight.device)
     if config.position != "learned":
         problems.append(f"position = {config.position}: Hugging Face's GPT-2 supports learned positions only")
     if config.head_bias:
         problems.append("head_bias = true: Hugging Face's GPT-2 has no bias on its output head")
-    if model.adjust_logits(logits) is not logits:
+    if edits and model.adjust_logits(logits) is not logits:
         problems.append("adjust_logits in model.py changes the logits, which Hugging Face's GPT-2 does not")
     return problems
 
@@ -111,16 +113,18 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
 
     Returns:
         contiguous tensors, dtype unchanged: Conv1D matrices as (in, out), (vocab_size, n_embd) tables without padding,
-        zeros for absent biases. A tied head is stored only as the embedding.
+        zeros for biases that the config turns off. A tied head is stored only as the embedding. Tensors that an edited
+        model.py adds are unchanged.
     """
-    weights, config = model.state_dict(), model.config
-    reference = GPT.on_meta_device(dataclasses.replace(config, bias=True, attn_bias=None)).state_dict()
-    converted = {}
-    for name, like in reference.items():
-        tensor = weights[name] if name in weights else torch.zeros(like.shape, dtype=weights[EMBEDDING].dtype)
+    weights, config, converted = model.state_dict(), model.config, {}
+    for name, tensor in weights.items():
         if name in (EMBEDDING, HEAD):
             tensor = tensor[: config.vocab_size]
         converted[name] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous()
+    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
+    for name, shape in tensor_shapes(hugging_face_config(config, 0, "")).items():
+        if name.endswith("bias") and not (attn_bias if ".attn." in name else config.bias):
+            converted.setdefault(name, torch.zeros(shape, dtype=weights[EMBEDDING].dtype))
     return converted
 
 
@@ -241,13 +245,14 @@ def file_sizes(files: dict[str, Content]) -> dict[str, int]:
     return {name: size(content) for name, content in files.items()}
 
 
-def write_folder(out: Path, files: dict[str, Content]) -> Path:
+def write_folder(out: Path, files: dict[str, Content], verify: Callable[[Path], None] | None = None) -> Path:
     """Write all files to a new folder, or nothing. Return the folder with symlinks resolved.
 
-    The folder is renamed to its final name after all files are flushed to disk.
+    The folder is renamed to its final name after it is verified and all files are flushed to disk.
 
     Args:
         out: a folder that is empty or does not exist, or a symlink to an empty folder.
+        verify: called with the folder before it is renamed; it may raise a UserError.
 
     Raises:
         UserError: no permission or no disk space.
@@ -267,6 +272,8 @@ def write_folder(out: Path, files: dict[str, Content]) -> Path:
         (partial / WEIGHTS).chmod(
             (partial / "README.md").stat().st_mode
         )  # safetensors makes it readable for its owner only
+        if verify:
+            verify(partial)
         for name in files:
             with open(partial / name, "rb") as file:
                 os.fsync(file.fileno())

@@ -281,17 +281,17 @@ def load_weights(
         raise UserError(f"{folder / WEIGHTS} does not fit its config: {str(error).splitlines()[-1].strip()}") from None
 
 
-def load_train_state(folder: Path, mmap: bool = False) -> dict:
+def load_train_state(folder: Path) -> dict:
     """Load the train_state that `save` wrote. Only tensors and plain types are unpickled.
 
-    Args:
-        mmap: memory-map the file, to read only the parts that are used.
+    The tensors are mapped from the file: the ranks of a machine share one copy in memory, and read only what they use.
+    Copy a tensor to keep it.
 
     Raises:
         UserError: the file is not a valid train state.
     """
     try:
-        state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
         valid = isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state)
     except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's message advises weights_only=False
         valid = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
+
+CANNOT_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_json(figures: dict, target: str) -> None:
@@ -38,9 +41,26 @@ def atomic_write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    fsync(partial)
     os.replace(partial, path)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to disk. Does nothing where the file system has no such call, for example for folders.
+
+    Raises:
+        OSError: the flush failed; the error names the path.
+    """
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
 
 
 def write_output(content: bytes, target: str, key: str) -> None:

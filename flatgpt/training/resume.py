@@ -24,7 +24,7 @@ from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
 from flatgpt.runs.history import follow
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
-from flatgpt.runtime.distributed import is_sharded, shard_like
+from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun, count_eval_tokens
@@ -81,16 +81,13 @@ def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:
 
 def run_metadata(run: TrainingRun) -> dict:
     """Return the constant part of a run's state.json. Secrets from environment variables are masked in `command`."""
-
-    def git(*words: str) -> str | None:
-        call = ["git", "-C", REPO_ROOT, *words]
-        try:
-            return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    config, meta = run.config, run.dataset.meta
-    status, command = git("status", "--porcelain"), "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    config, meta, command = run.config, run.dataset.meta, "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    try:
+        call = ["git", "-C", REPO_ROOT, "status", "--porcelain=v2", "--branch"]
+        status = subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        status = []
+    commit = next((line.split()[-1] for line in status if re.match("# branch.oid [0-9a-f]", line)), None)
     for name, value in os.environ.items():
         if re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name, re.IGNORECASE) and len(value) >= 8:
             command = command.replace(value, f"${name}")
@@ -105,8 +102,8 @@ def run_metadata(run: TrainingRun) -> dict:
             "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
         },
         "command": command.split("\0"),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
+        "git_commit": commit,
+        "git_dirty": any(not line.startswith("#") for line in status) if status else None,
         "python": platform.python_version(),
         **bitwise_conditions(run),
     }
@@ -246,7 +243,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     Raises:
         UserError: a tensor is missing, or its shape or dtype is not the model's. Then nothing is loaded.
     """
-    train_state = checkpoint.load_train_state(folder, mmap=is_sharded(next(run.model.parameters())))
+    train_state = checkpoint.load_train_state(folder)
     saved = train_state["optimizer"]
     pairs = [(saved, run.optimizer)]
     if isinstance(run.optimizer, MuonAndAdamW):
@@ -256,8 +253,10 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     checkpoint.load_weights(run.model, folder, convert=shard_like)
     for state, optimizer in pairs:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, moments in state["state"].items():  # moments only: step counts have no dimension
-            moments.update({k: shard_like(v, params[index]) for k, v in moments.items() if v.dim()})
+        for index, moments in state["state"].items():  # copied one by one: they lie in the file, which may be deleted
+            for key, value in moments.items():
+                value = shard_like(value, params[index]) if value.dim() else value  # step counts have no dimension
+                moments[key] = value.to(params[index].device, copy=True)
         # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if train_state["scaler"]:  # empty unless the dtype was float16

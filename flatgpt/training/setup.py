@@ -68,7 +68,8 @@ class BatchPrefetcher:
         following = micro + self.micros.step
         self._next = (update, following) if following in self.micros else (update + 1, self.micros.start)
         self._prepared = self._thread.submit(self._prepare, *self._next)
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        pinned = self.device.type == "cuda"  # other memory may be freed before an asynchronous copy reads it
+        return x.to(self.device, non_blocking=pinned), y.to(self.device, non_blocking=pinned)
 
     def _prepare(self, update: int, micro: int) -> tuple[Tensor, Tensor]:
         x, y = (torch.from_numpy(np.ascontiguousarray(array)) for array in self.batches(update, micro))

@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import torch
 import transformers
-from dataset_files import nanogpt
+from dataset_files import finished, nanogpt
 from gpt2_reference import random_gpt2
 from in_process import TEXT, make_dataset, train_here
 from processes import ROOT
@@ -186,6 +186,8 @@ def test_files_of_ids(capsys, tmp_path):
     assert "the model's tokenizer, byte" in capsys.readouterr().err
     assert report("--test_data_path", "data/tiny/val_000000.bin")["loss"] == report()["loss"]
     assert "read as" not in capsys.readouterr().err
+    folder = finished(tmp_path / "zeros", {"val": [[5, 0] * 20]})  # without the manifest they look like uint32
+    assert report("--test_data_path", folder / "val_000000.bin")["tokens"] == 39
     folder = nanogpt(tmp_path / "owt", train=range(99), val=range(50))
     assert report("--dataset", "owt", "--data_dir", tmp_path, model="gpt2_tiny")["tokens"] == 49
     assert open_dataset(folder).notice in capsys.readouterr().err

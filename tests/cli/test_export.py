@@ -7,17 +7,20 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from exported import HUGGING_FACE_FILES, T, export_here, files_in, refused, save_run, table_rows
 from hub_host import WRITER
 from random_models import generate
 
 import export
+import model
 from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.cli.cli import parse
 from flatgpt.data import tokenizer
 from flatgpt.inference.decoder import Decoder
-from flatgpt.interop import loading
+from flatgpt.interop import loading, verification
+from flatgpt.kernels.attention import attention
 from model import GPT
 
 EXPORTED = Path("out/r/hugging_face")
@@ -56,6 +59,9 @@ def test_logits_equal_ours(in_tmp, changes):
     export_here()  # the newest run
     other = transformers_model(EXPORTED)
     assert difference(model, other) < 1e-4
+    ids = verification.random_ids(model.config.vocab_size, T)
+    read, theirs = verification.gpt2_outputs(EXPORTED)["logits"], other(ids).logits[:, 3::7]
+    torch.testing.assert_close(read, theirs, rtol=1e-5, atol=1e-5)
     assert other.dtype == torch.float32
     assert other.config.resid_pdrop == other.config.embd_pdrop == other.config.attn_pdrop == model.config.dropout
     assert (other.lm_head.weight is other.transformer.wte.weight) == model.config.tie_weights
@@ -150,10 +156,74 @@ def test_refusals(in_tmp, words, message):
     refused(message, *words)
 
 
-def test_an_edited_adjust_logits_is_refused(in_tmp, monkeypatch):
+class ScaledResidual(model.Block):
+    def forward(self, x, rope=None, cache=None):
+        x = x + 0.5 * self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class WithoutMean(torch.nn.LayerNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps) + self.bias
+
+
+class WithGain(model.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gain = torch.nn.Parameter(torch.ones(config.n_embd))
+
+
+class ScaledEmbedding(torch.nn.Embedding):
+    def forward(self, ids):
+        return 4 * super().forward(ids)
+
+
+class GatedMLP(model.MLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.c_fc = torch.nn.Linear(config.n_embd, 8 * config.n_embd)
+
+    def forward(self, x):
+        gate, y = self.c_fc(x).chunk(2, -1)
+        return self.c_proj(self.activation(gate) * y)
+
+
+def scaled_attention(q, *rest):
+    return attention(q / q.size(-1) ** 0.5, *rest)
+
+
+def window_attention(q, k, v, *_):
+    """The last position but one sees all tokens, the last one only itself."""
+    y = attention(q, k, v)
+    y[:, :, -1] = v[:, :, -1]
+    return y
+
+
+EDITS = {  # the changed name in model.py, its new value, and the difference that is named
+    "RMSNorm": ("nn.LayerNorm", lambda C, bias: torch.nn.RMSNorm(C), r"ln_1.bias is missing, in GPT-2 \(16,\)"),
+    "no mean": ("nn.LayerNorm", WithoutMean, "the output of transformer.h.0.ln_1"),
+    "residual": ("Block", ScaledResidual, "the input of transformer.h.0.ln_2"),
+    "parameter": ("Block", WithGain, r"transformer.h.0.gain is \(16,\), in GPT-2 unknown"),
+    "gate": ("MLP", GatedMLP, r"mlp.c_fc.weight is \(16, 128\), in GPT-2 \(16, 64\)"),
+    "embedding": ("nn.Embedding", ScaledEmbedding, "the input of transformer.h.0.ln_1"),
+    "attention": ("attention", scaled_attention, "the output of transformer.h.0.attn"),
+    "window": ("attention", window_attention, "the output of transformer.h.0.attn"),
+    "activation": ("ACTIVATIONS", {"gelu_tanh": torch.nn.SiLU}, "the output of transformer.h.0.mlp"),
+    "soft-cap": ("GPT.adjust_logits", lambda self, logits: 15 * torch.tanh(logits / 15), "adjust_logits in model.py"),
+    "logits": ("GPT.compute_logits", lambda self, x: self.lm_head(x)[..., :257] / 2, "logits differs from GPT-2"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_model_is_refused_by_what_differs(in_tmp, monkeypatch, edit):
+    """Its weights would load as GPT-2 and give other logits. --no-verify exports them."""
+    name, value, message = EDITS[edit]
+    monkeypatch.setattr(f"model.{name}", value)
     save_run()
-    monkeypatch.setattr(GPT, "adjust_logits", lambda self, logits: 15 * torch.tanh(logits / 15))
-    refused("cannot be exported: adjust_logits in model.py", "--out", "hf")
+    refused(f"^out/r/ckpt/iter_000007 .*{message}", "--out", "hf")
+    refused(message, "--push", "me/thing", "--dtype", "bfloat16")
+    export_here("--out", "hf", "--no-verify")
+    assert files_in("hf") == HUGGING_FACE_FILES
 
 
 def test_output_folders(in_tmp, monkeypatch):

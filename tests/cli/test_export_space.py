@@ -68,6 +68,20 @@ def test_the_folder_has_the_code_the_run_and_its_log(in_tmp, capsys):
     assert (log["val_loss"], log.best, log.parameters) == ([5.5, 5.125], (7, 5.125), model.num_params())
 
 
+@pytest.mark.parametrize(
+    ("edit", "value", "message"),
+    [
+        ("model.GPT.compute_logits", lambda self, x: self.lm_head(x)[..., :257] / 2, "logits differs from .* Space"),
+        ("flatgpt.interop.export_folder.SPACE_FILES", ("app.py", "config.py"), "cannot load it: .* named 'model'"),
+    ],
+)
+def test_a_space_without_the_code_of_the_model_is_refused(in_tmp, monkeypatch, edit, value, message):
+    """The files are loaded in a new process, with no other code."""
+    save_run()
+    monkeypatch.setattr(edit, value)
+    refused(f"^out/r/ckpt/iter_000007 was not exported.*{message}", "--space", "s")
+
+
 def test_nothing_identifies_the_machine(in_tmp):
     """Paths, wandb's names and ids, and keys that this version does not know. Facts about the model are kept."""
     home = in_tmp / SECRET
@@ -78,7 +92,7 @@ def test_nothing_identifies_the_machine(in_tmp):
     hidden = {"chosen": {"why": SECRET}, "wandb_id": SECRET, "hostname": SECRET}
     settings = {**paths, "wandb_project": SECRET, "lr": 0.5}
     save_run(str(home / "out/my run"), **settings, state={"data": data, "command": command, **hidden, **facts})
-    export_here("--model_path", home / "out/my run", "--space", "s")
+    export_here("--model_path", home / "out/my run", "--space", "s", "--no-verify")
     for name in files_in("s"):
         for word in (SECRET, str(in_tmp)):
             assert word.encode() not in Path("s", name).read_bytes(), name
@@ -87,7 +101,7 @@ def test_nothing_identifies_the_machine(in_tmp):
     assert [state["config"][key] for key in ("out_dir", "init_from", "lr")] == ["my run", ".../init_from", 0.5]
     assert not set(state["config"]) & set(hub.LOCAL_SETTINGS) - {"init_from", "out_dir"}
     assert {key: state[key] for key in facts} == facts
-    export_here("--model_path", "s", "--space", "again")  # a Space of a Space has the same files
+    export_here("--model_path", "s", "--space", "again", "--no-verify")  # a Space of a Space has the same files
     assert same_files("s", "again", files_in("s") - {"README.md"})
     assert "# `my run`" in Path("again/README.md").read_text()
 
@@ -96,13 +110,13 @@ def test_a_checkpoint_without_a_log_and_another_projects_model(in_tmp):
     """The folder has GPT-2's vocabulary as tiktoken's cache has it."""
     model = save_run(encoding="gpt2", vocab_size=50257, bias=False, init_from="user/model")
     shutil.copytree("out/r/ckpt/iter_000007", "copied")
-    export_here("--model_path", "copied", "--space", "copied_space")
+    export_here("--model_path", "copied", "--space", "copied_space", "--no-verify")
     vocabulary = set(tokenizer.vocabulary_files("gpt2"))
     assert no_code("copied_space") == OURS - {"metrics.csv"} | {f"tiktoken_cache/{name}" for name in vocabulary}
     assert len(vocabulary) == 2
     assert checkpoint.read_state(Path("copied_space"))["config"]["init_from"] == "user/model"
     export_here("--out", "hf")
-    export_here("--model_path", "hf", "--space", "s")
+    export_here("--model_path", "hf", "--space", "s", "--no-verify")
     assert no_code() > HUGGING_FACE_FILES | DESCRIPTION
     assert same_files("s", "hf", HUGGING_FACE_FILES - {"README.md"})
     same_logits(model)
@@ -112,7 +126,7 @@ def test_a_checkpoint_without_a_log_and_another_projects_model(in_tmp):
 def test_readme_and_requirements(in_tmp):
     """Metadata as the documentation of Spaces requires it, and the model card with the weights as they are."""
     save_run('out/"my: run" 🎈', n_embd=8, bias=False, position="rope", head_bias=True, tie_weights=False)
-    export_here("--model_path", 'out/"my: run" 🎈', "--space", "s")
+    export_here("--model_path", 'out/"my: run" 🎈', "--space", "s", "--no-verify")
     data, text = huggingface_hub.SpaceCard.load("s/README.md").data, Path("s/README.md").read_text()
     assert (data.sdk, data.sdk_version, data.app_file, data.title) == ("gradio", GRADIO, "app.py", '"my: run" 🎈')
     assert data.python_version == ".".join(map(str, sys.version_info[:2]))  # a string: 3.10 is not 3.1
@@ -128,7 +142,7 @@ def test_readme_and_requirements(in_tmp):
 def test_app_starts_in_the_folder(in_tmp):
     """It needs nothing else but the packages that it requires."""
     save_run(encoding="gpt2", n_embd=4, vocab_size=50257)
-    export_here("--space", "s")
+    export_here("--space", "s", "--no-verify")
     shutil.rmtree("out")
     env = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR" and not k.startswith("GRADIO_SERVER_")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -206,6 +206,20 @@ def test_timeout_is_doubled_in_the_first_update(start_ranks, tiny_data):
         assert seen == {"0": "200", "1": "100", "2": "100"}
 
 
+def test_only_rank_0_asks_git(start_ranks, tiny_data):
+    """The repository may be on a slow file system. state.json has the commit, and whether files differ from it."""
+    git = tiny_data / "git"
+    git.write_text("#!/bin/sh\necho $RANK $* >> asked.txt\necho '# branch.oid 0832fec'\necho '? new.py'\n")
+    git.chmod(0o755)
+    code = f"os.environ['PATH'] = {str(tiny_data)!r} + ':' + os.environ['PATH']"
+    processes = start_ranks(*TWO, "--max_iters", 1, cwd=tiny_data, world=2, code=code)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].output
+    (line,) = Path("asked.txt").read_text().splitlines()
+    assert line.startswith("0 ")
+    state = checkpoint.read_state(RUN / "ckpt/last")
+    assert (state["git_commit"], state["git_dirty"]) == ("0832fec", True)
+
+
 OTHER_WEIGHTS = """
 def init_weights(self, real=model.GPT.init_weights):
     real(self)

@@ -152,12 +152,17 @@ def wrong_id(path: Path) -> None:
 
 
 @contextmanager
-def full_disk(room: int):
-    """No file can grow past `room` bytes: a real write error in the middle of a file."""
+def limit(name: str, value: int):
+    """Set a soft limit of this process, a name in `resource`."""
     resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    before = resource.getrlimit(getattr(resource, name))
+    resource.setrlimit(getattr(resource, name), (value, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(getattr(resource, name), before)
+
+
+def full_disk(room: int):
+    """No file can grow past `room` bytes: a real write error in the middle of a file."""
+    return limit("RLIMIT_FSIZE", room)

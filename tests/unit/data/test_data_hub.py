@@ -13,9 +13,9 @@ from dataset_files import texts_by_split
 from huggingface_hub import constants
 from prepared import content, prepare, texts
 
-from config import UserError
+from config import PrepareConfig, UserError
 from flatgpt.data import hub
-from flatgpt.data.sources import REPOSITORIES
+from flatgpt.data.sources import REPOSITORIES, hub_files
 
 WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
 
@@ -133,6 +133,74 @@ def test_files_of_the_user(in_tmp, host, where):
     assert texts_by_split(from_hub(name="completed")) == TEXTS
     assert sorted(host.fetched()) == [name for name in DATA if name not in (names[0], names[2])]
     assert [path.relative_to(RAW).as_posix() for path in RAW.rglob("train-00000*.parquet")] == paths[:1]
+
+
+def lines(text: str) -> bytes:
+    return b'{"text": "%s"}\n' % text.encode()
+
+
+ALIKE = {"train.jsonl": lines("root"), "d/train.jsonl": lines("in d"), "e/train.jsonl": lines("in e")}
+ALIKE |= {"d/Dev.jsonl": lines("Dev!"), "e/dev.jsonl": lines("dev!"), "d/test.jsonl": lines("test")}
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "files", "train", "fetched"),
+    [
+        # two of the same name and size; the one in the root is none of d/
+        (
+            {"train.jsonl": ALIKE["train.jsonl"]},
+            ("*.jsonl",),
+            ["in d", "in e", "root"],
+            sorted({*ALIKE} - {"train.jsonl"}),
+        ),
+        ({"train.jsonl": ALIKE["train.jsonl"]}, ("d/*",), ["in d"], ["d/Dev.jsonl", "d/test.jsonl", "d/train.jsonl"]),
+        # names that differ only in case, which some file systems do not tell apart; a name that only one file has
+        (
+            {"dev.jsonl": lines("mine"), "test.jsonl": ALIKE["d/test.jsonl"]},
+            ("[de]/*",),
+            ["in d", "in e"],
+            sorted({*ALIKE} - {"train.jsonl", "d/test.jsonl"}),
+        ),
+        # another size, a folder of that name, a file where the repository has it
+        ({"test.jsonl": lines("another")}, ("d/test.jsonl",), ["test"], ["d/test.jsonl"]),
+        ({"test.jsonl/train.jsonl": b""}, ("d/test.jsonl",), ["test"], ["d/test.jsonl"]),
+        ({"test.jsonl": lines("mine"), "d/test.jsonl": lines("tost")}, ("d/te*", "e/dev*"), ["tost"], ["e/dev.jsonl"]),
+    ],
+)
+def test_file_in_the_root_is_used_where_it_can_only_be_one(in_tmp, host, by_hand, files, train, fetched):
+    host.publish("user/name", ALIKE)
+    put(RAW, by_hand)
+    hub.list_remote(hub_files(PrepareConfig(source="hub", repo="user/name", files=files)))
+    data = from_hub(files=files)
+    assert texts(data, "test" if files[0][2:] in ("test.jsonl", "te*") else "train") == train
+    assert sorted(host.fetched()) == fetched
+    assert all((RAW / name).read_bytes() == content for name, content in by_hand.items())
+
+
+def test_local_files_without_a_list(in_tmp, host):
+    """A file is not read twice; a link to a folder is followed; --files names a folder, so the root is not enough."""
+    put(Path("elsewhere"), {f"train-0000{n}-of-00002.parquet": parquet(f"{n}") for n in (0, 1)})
+    root = Path("data/raw/fineweb")
+    put(root, {"train-00000-of-00002.parquet": parquet("0"), "sample/x.parquet": b""})
+    (root / "sample/10BT").symlink_to(Path("elsewhere").absolute())
+    (root / "sample/up").symlink_to("..")
+    data = prepare("fineweb", tokenizer="byte", data_dir="out")
+    assert sorted(texts(data, "train") + texts(data, "val")) == ["0", "1"]
+    assert host.asked == []
+    put(RAW, {"test.jsonl": lines("mine")})
+    refused(["user/name", "does not exist on the hub"], files=("d/*",))
+
+
+def test_folder_in_place_of_a_file_and_damaged_lists(in_tmp, host):
+    host.publish("user/name", ALIKE)
+    put(RAW, {"d/test.jsonl/x": b"mine"})
+    refused([f"{RAW}/d/test.jsonl is a folder", "move it away"], files=("d/test.jsonl",))
+    list_file = next(RAW.glob(".listing-*"))
+    (RAW / "d").rename("moved")
+    for damaged in (b"", b"\xff", b"[]", b"3", b'{"commit": 3, "files": {}}', b'{"commit": "a", "files": {"a": "b"}}'):
+        list_file.write_bytes(damaged)
+        data = from_hub(files=("d/test.jsonl",), data_dir=f"data{len(damaged)}")
+        assert texts(data, "test") == ["test"]
 
 
 def test_several_folders(in_tmp, host):

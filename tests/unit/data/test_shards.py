@@ -7,11 +7,12 @@ import os
 import pickle
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_files import FACTS, cut, llmc, shard, tokens
+from dataset_files import FACTS, cut, limit, llmc, shard, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import content
@@ -52,17 +53,29 @@ def test_what_is_written_is_read(tmp_path, shard_tokens):
 
 @quick
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
-def test_slices_are_those_of_the_concatenation(sizes, data):
+def test_indexing_is_that_of_the_concatenation(sizes, data):
+    """With any slice, an int or numpy's; and a position outside is an error."""
     plain = np.arange(sum(sizes), dtype="<u2")
-    edge = st.none() | st.integers(-2 * len(plain), 2 * len(plain))
+    position = st.integers(-2 * len(plain), 2 * len(plain))
+    edge = st.none() | position | position.map(np.int64)
+    step = st.none() | st.integers(-3, 3).filter(bool) | position.filter(bool)
     with tempfile.TemporaryDirectory() as folder:
         found = tokens(Path(folder), *np.split(plain, np.cumsum(sizes)[:-1]))
         assert len(found) == len(plain)
         for _ in range(5):
-            start, stop = data.draw(edge), data.draw(edge)
-            got = found[start:stop]
-            assert got.dtype == plain.dtype
-            assert got.tolist() == plain[start:stop].tolist()
+            key = data.draw(st.builds(slice, edge, edge, step) | position | position.map(np.int32))
+            try:
+                expected = plain[key]
+            except IndexError:
+                with pytest.raises(IndexError):
+                    found[key]
+            else:
+                assert found[key].dtype == plain.dtype
+                assert found[key].tolist() == expected.tolist()
+        assert list(found) == plain.tolist()
+        for wrong in (1.5, "1", [0], None):
+            with pytest.raises(TypeError):
+                found[wrong]
 
 
 def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
@@ -167,7 +180,9 @@ class Trap:
         ({"count": 11}, None, "has 1,044 bytes, but its llm.c header says 1,046: truncated"),
         ({"magic": 20240801, "dtype": "<u4"}, None, "has llm.c's uint32 ids of Llama 3"),
         (pickle.dumps(Trap(), 4), None, "is a Python pickle"),
-        (pickle.dumps([5] * 3000, 5), 3010, "is a Python pickle"),
+        (pickle.dumps([f"{n}" * 40_000 for n in range(5)], 4), None, "is a Python pickle"),  # of several frames
+        (pickle.dumps([5] * 3000, 5), None, "is a Python pickle"),
+        (pickle.dumps(Trap(), 4), 10, "has .* bytes, but meta.json says 20"),
     ],
 )
 def test_files_that_are_no_shards(in_tmp, body, count, said):
@@ -182,12 +197,19 @@ def test_files_that_are_no_shards(in_tmp, body, count, said):
 
 
 def test_ids_that_look_like_other_formats(tmp_path):
-    """Zeros that are too few or not at every second place; and the first bytes of a pickle without its frame."""
+    """Zeros that are too few or not at every second place; and the first bytes of a pickle without its rest.
+
+    With a manifest, only the size decides, and with --verify the hash.
+    """
     zeros = [[0] * 100, [5, 0] * 7, [5, 0] * 8 + [5], [*[5, 0] * 1000, 7, 7], [0, 5] * 50]
     pickles = [[first, *second, *range(20)] for first in (0x0280, 0x0480) for second in ([0x0195], [0x4E4E] * 4)]
+    pickles += [[0x0480, 0x1495, 0, 0, 0, 0, *range(20)], [0x0480, 0xFF95, 0, 0, 0, 0, *range(20), ord(".") << 8]]
     for ids in (*zeros, *pickles):
         path, _ = shard(tmp_path / "x.bin", ids)
         assert Tokens([(path, None)])[:].tolist() == ids
+    for raw in (pickle.dumps([5] * 3000, 4), np.arange(40, dtype="<u4").tobytes()):
+        path, count = shard(tmp_path / "x.bin", np.frombuffer(raw, "<u2"))
+        assert Tokens([(path, count)])[:].tobytes() == raw
 
 
 SPLITS_KEY = {"splits": {"train": {"tokens": 3, "files": [{"name": "train_000000.bin", "tokens": 3}]}}}
@@ -250,6 +272,24 @@ def test_disk_that_cannot_be_read_is_said_with_the_place(tmp_path, monkeypatch):
 
 def open_files() -> set[int]:
     return {int(name) for name in os.listdir("/dev/fd") if os.path.exists(f"/dev/fd/{name}")}
+
+
+def test_many_shards_are_read_by_threads_with_few_open_files(tmp_path):
+    """A shard that was replaced or removed while it was closed is an error; it has another size or is another file."""
+    before, plain = open_files(), np.arange(1200, dtype="<u2")
+    with limit("RLIMIT_NOFILE", 120), ThreadPoolExecutor(4) as threads:
+        found = tokens(tmp_path, *plain.reshape(300, 4))
+        spans = [slice(start, start + 9) for start in np.random.default_rng(0).permutation(1192).tolist()]
+        for span, ids in zip(spans, threads.map(found.__getitem__, spans), strict=True):
+            assert ids.tolist() == plain[span].tolist()
+        assert len(open_files() - before) <= 30
+        for n, damage in enumerate([lambda path: atomic_write(path, bytes(8)), lambda path: os.truncate(path, 6)]):
+            damage(tmp_path / f"train_{n:06d}.bin")
+            with pytest.raises(UserError, match=rf"train_00000{n}\.bin: truncated or replaced while it was in use"):
+                found[4 * n : 4 * n + 2]
+        (tmp_path / "train_000002.bin").unlink()
+        with pytest.raises(UserError, match=r"train_000002\.bin: cannot be read: No such file"):
+            found[8:10]
 
 
 @pytest.mark.filterwarnings("error")

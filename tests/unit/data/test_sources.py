@@ -79,10 +79,14 @@ def test_shakespeare_is_downloaded_once_and_checked(in_tmp, monkeypatch):
         (["in/**/*.md"], "de"),
         (["odd.html", "a.txt"], "ha"),
         (["link.txt", "a.txt", "./a.txt", "*.txt", "in/../a.txt"], "ab"),
+        (["in/deep/e.md", "in/e.md", "linked"], "eEcdj"),
     ],
 )
 def test_input_files(in_tmp, inputs, found):
-    """Files, patterns, and folders with the known suffixes; each file once, in the given order, then sorted."""
+    """Files, patterns, and folders with the known suffixes; each file once, in the given order, then sorted.
+
+    Links to files and folders are followed, one to a folder above is not; files of the same name are several.
+    """
     (in_tmp / "in" / "deep").mkdir(parents=True)
     for name in ("a.txt", "b.txt", "in/c.py", "in/d.md", "in/deep/e.md", "odd.html", "in/x.html"):
         letter = "h" if name == "odd.html" else Path(name).stem
@@ -90,6 +94,11 @@ def test_input_files(in_tmp, inputs, found):
     (in_tmp / "in" / "j.jsonl").write_text('{"text": "jjjjjjjjjj"}\n')
     if "link.txt" in inputs:
         (in_tmp / "link.txt").symlink_to("a.txt")
+    if "linked" in inputs:
+        (in_tmp / "in" / "e.md").write_text("E" * 10)
+        (in_tmp / "in" / "deep" / "up").symlink_to("..")
+        (in_tmp / "linked").mkdir()
+        (in_tmp / "linked" / "folder").symlink_to("../in")
     data = from_text(*inputs, val_fraction=0.5)
     assert "".join(texts(data, "train") + texts(data, "val")) == "".join(letter * 10 for letter in found)
 

@@ -254,7 +254,6 @@ def test_planted_pickle_does_not_run(in_tmp, model, trap):
         path.write_bytes(TRAPS[trap])
     calls = [
         (lambda: checkpoint.load_train_state(folder), "train_state.pt is not loaded"),
-        (lambda: checkpoint.load_train_state(folder, mmap=True), "train_state.pt is not loaded"),
         (lambda: checkpoint.load_weights(model, folder), "does not fit"),
         (lambda: parse(TrainConfig, ["--config", "mine.toml"]), "mine.toml: not valid TOML"),
         (lambda: parse(TrainConfig, ["--init_from", str(elsewhere)], initial_shape), "pytorch_model.bin is a pickle"),

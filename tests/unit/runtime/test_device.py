@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import TINY, train_here
+from mps import mps_machine
 from processes import ROOT
+from run_files import rows, weights
 
 from config import ModelConfig, UserError
 from flatgpt.runtime.device import compile_forward, find_device, reseed, select_device
@@ -140,6 +143,20 @@ def test_random_numbers_are_a_function_of_the_key():
     first = [draws(key) for key in keys]
     assert [draws(key) for key in reversed(keys)] == first[::-1]
     assert len(set(first)) == len(keys)
+
+
+def test_runs_on_mps_are_those_of_a_cpu(tiny_data, cli):
+    """mps has no float64, and a copy that nothing waits for reads memory that may already be freed."""
+    words = (*TINY, "--optimizer", "muon", "--vocab_size", 20_000)  # so many ids that the loss is fused
+    cpu, mps = train_here(*words, "--out_dir", "out/cpu"), Path("out/mps")
+    words = ("train", *words, "--device", "auto", "--dtype", "auto", "--out_dir", mps, "--lr_decay_iters", 6)
+    with mps_machine():
+        done = [cli(*words, "--max_iters", 3), cli(*words, "--resume")]
+        done += [cli("infer", "--device", "mps", "--max_new_tokens", 4), cli("eval", "--device", "mps")]
+    assert [each.code for each in done] == [0] * 4, [each.err for each in done]
+    assert "machine  mps, " in done[1].out
+    assert rows(mps) == rows(cpu)
+    torch.testing.assert_close(weights(mps), weights(cpu), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

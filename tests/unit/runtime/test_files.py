@@ -1,5 +1,6 @@
 """files.py: files are replaced as a whole; pipes and devices are written to directly."""
 
+import errno
 import json
 import math
 import os
@@ -65,3 +66,17 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"plot = .*a\.png: cannot be written: No space left on device"):
         files.write_output(b"newer", str(tmp_path / "a.png"), "plot")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO, errno.ENOSPC])
+def test_flush_that_the_file_system_does_not_have_is_no_error(tmp_path, monkeypatch, code):
+    """Some network file systems flush no folders. A disk that is full or broken is an error, which names the file."""
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    for path in (tmp_path, tmp_path / "a"):
+        path.exists() or path.write_bytes(b"")
+        if code in (errno.EIO, errno.ENOSPC):
+            with pytest.raises(OSError, match=os.strerror(code)) as caught:
+                files.fsync(path)
+            assert caught.value.filename == str(path)
+        else:
+            files.fsync(path)
