@@ -57,9 +57,10 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
         config = dataclasses.replace(config, model_path=str(HERE))
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
+    parameters = model.num_params()  # before weights are quantized
     # Compilation takes half a minute for each length of text: too long for visitors.
     machine = prepare_for_decoding(config, model, compile=False).describe()
-    described = f"{model.num_params():,} parameters, on {machine}"
+    described = f"{parameters:,} parameters, on {machine}"
     note(f"{found.describe()}: {described}")
     return found, partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text), described
 
@@ -117,12 +118,12 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
     def write(prompt: str, stop: str, *values: object) -> Iterator[list]:
         try:
             settings = request(config, prompt, stop, **dict(zip(options, values, strict=True)))
+            unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
+            # A new Writer for each request: the texts of the previous visitor may still be in progress.
+            for views, summary in stream_html(make_writer(settings)):
+                yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
         except UserError as error:
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
-        unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
-        # A new Writer for each request: the texts of the previous visitor may still be in progress.
-        for views, summary in stream_html(make_writer(settings)):
-            yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
 
     with gr.Blocks(title=f"{name} · flatGPT", analytics_enabled=False) as blocks:
         updates = f"; trained for {found.state['iter']:,} updates" if found.state.get("iter") else ""

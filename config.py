@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,21 @@ def opt(default, help: str, **meta):
     return dataclasses.field(default=default, metadata={"help": help, **meta})
 
 
+def limit_problem(meta, value) -> str | None:
+    """Return what is expected instead of `value` if it is outside a field's limits. None: it is within them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number is expected"
+    for limit, is_violated, word in (
+        ("low", lambda v, b: v < b, "at least"),
+        ("high", lambda v, b: v > b, "at most"),
+        ("above", lambda v, b: v <= b, "more than"),
+        ("below", lambda v, b: v >= b, "less than"),
+    ):
+        if value is not None and limit in meta and is_violated(value, meta[limit]):
+            return f"{word} {meta[limit]} is expected"
+    return None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model's architecture; the only settings that model.py reads."""
@@ -90,15 +106,6 @@ class ModelConfig:
         if round(self.mlp_ratio * self.n_embd) < 1:
             found.append(f"mlp_ratio = {self.mlp_ratio} leaves no hidden unit at n_embd = {self.n_embd}")
         return found
-
-    def num_params(self) -> int:
-        """Return the number of parameters, equal to GPT.num_params(). Needs vocab_size."""
-        C, V, hidden = self.n_embd, self.vocab_size, round(self.mlp_ratio * self.n_embd)
-        biased = self.bias if self.attn_bias is None else self.attn_bias
-        norm = C + C * self.bias
-        block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * self.bias
-        embeddings = V * C + self.context_length * C * (self.position == "learned")
-        return embeddings + self.n_layer * block + norm + V * C * (not self.tie_weights) + V * self.head_bias
 
     def model(self) -> ModelConfig:
         """Return the ModelConfig with the same values."""
@@ -357,7 +364,11 @@ class SamplingConfig:
         return 0.0 if self.greedy else 0.8 if self.temperature is None else self.temperature
 
     def problems(self) -> list[str]:
-        """Return a message for each setting that greedy decoding does not use."""
+        """Return a message for each setting that is outside its limits, or that greedy decoding does not use."""
+        settings = {field: getattr(self, field.name) for field in dataclasses.fields(SamplingConfig)}
+        problems = {field: limit_problem(field.metadata, value) for field, value in settings.items()}
+        if found := [f"{field.name} = {settings[field]}: {text}" for field, text in problems.items() if text]:
+            return found
         if self.effective_temperature:
             return []
         reason = "greedy" if self.greedy else "temperature = 0"

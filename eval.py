@@ -32,6 +32,7 @@ from flatgpt.evaluation.metrics import compute_metrics, count_text, default_batc
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
+from flatgpt.inference.sampling import nonfinite_cause
 from flatgpt.interop import loading
 from flatgpt.interop.loading import ModelSource
 from flatgpt.runtime.device import DeviceSettings, note, select_device
@@ -75,6 +76,8 @@ def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedCon
         result |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
     else:
         result = evaluate_text(config, settings, ranks, source, model, encoding)
+    if nan := [key for key in ("loss", "choice_accuracy", "bleu") if math.isnan(result.get(key) or 0)]:
+        note(f"warning: {source.path}: the {nan[0]} is NaN: {nonfinite_cause(settings.dtype)}")
     result["window"] = model.config.context_length
     about = {"model": str(source.path), "iter": source.state.get("iter")}
     about["dtype"] = str(settings.dtype).removeprefix("torch.")
@@ -112,13 +115,14 @@ def evaluate_text(
     result |= {"stride": stride} if config.protocol == "stride" else {}
     result |= {"eval_tokens": limit or None, "eval_batches": config.eval_batches or None}
     result |= compute_metrics(statistics, counts)
-    if math.isnan(result["loss"]):
-        note(f"warning: {source.path}: the loss is NaN: the weights are damaged, or the run diverged")
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
         generated = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, ranks=ranks)
-        result |= continuations.score_continuations(encoding, prompts, generated)
+        if generated is None:
+            result |= dict.fromkeys(("bleu", "rouge_l", "distinct_1", "distinct_2", "repetition"), math.nan)
+        else:
+            result |= continuations.score_continuations(encoding, prompts, generated)
         sampling = continuations.describe_sampling(config)
         result["prompts_mean"] = f"{length} tokens after prompts of {config.prompt_tokens}, {sampling}"
     return result

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from flatgpt.inference.prepacking import prepare_for_decoding
+from flatgpt.inference.sampling import NonFiniteLogitsError
 from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
 from flatgpt.runtime.device import find_device, note
@@ -30,7 +31,8 @@ def main(config: InferConfig) -> None:
     prompts = [] if config.interactive else read_prompts(config)
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
-    settings, parameters = prepare_for_decoding(config, model, config.compile), model.num_params()
+    parameters = model.num_params()  # before weights are quantized
+    settings = prepare_for_decoding(config, model, config.compile)
     note(f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}")
     writer = Writer(config, model, encoding, found.end_of_text, settings.compile, note)
     if config.interactive:
@@ -84,7 +86,7 @@ def write_batch(writer: Writer, texts: list[Text], headers: list[str]) -> None:
                 if not text.ended:
                     break
                 waiting, printed = waiting[1:], 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, NonFiniteLogitsError):
         for header, text in waiting[:1]:  # the current text, as far as it was generated
             print((header + text.prompt + text.written)[printed:], flush=True)
         raise

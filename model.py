@@ -96,6 +96,8 @@ class GPT(nn.Module):
     not affect loss, probabilities or samples: logits are cut to vocab_size.
     """
 
+    name = "the model"  # in messages; loading.load sets it to the path
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         if not config.vocab_size:
@@ -246,7 +248,9 @@ class GPT(nn.Module):
 
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for GPT-2 124M."""
-        return self.config.num_params()
+        padded = {*self.transformer.wte.parameters(), *self.lm_head.parameters()}  # a set: they may be tied
+        padding = sum(p[self.config.vocab_size :].numel() for p in padded)
+        return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of training on one token: 6 N + 12 L C T (Chowdhery et al., PaLM, 2022, appendix B).
@@ -255,4 +259,4 @@ class GPT(nn.Module):
         """
         c = self.config
         lookups = c.context_length * (c.position == "learned") + c.vocab_size * (not c.tie_weights)  # rows
-        return 6 * (c.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length
+        return 6 * (self.num_params() - lookups * c.n_embd) + 12 * c.n_layer * c.n_embd * c.context_length

@@ -133,8 +133,11 @@ def write_row(run: TrainingRun, progress: Progress, log: RunLog) -> None:
     """Write the newest row to the log and, after an evaluation, samples."""
     log.write(progress.row)
     if "val_loss" in progress.row and run.encoding:
-        texts = reporting.generate_samples(run, run.config.seed)
-        log.write_samples(progress.row, run.config.sample_prompt, texts)
+        try:
+            texts = reporting.generate_samples(run, run.config.seed)
+            log.write_samples(progress.row, run.config.sample_prompt, texts)
+        except UserError as error:  # logits that are not finite, although the loss is
+            log.print(f"warning: no sample at iter {progress.iter}: {error}")
 
 
 def train_loop(

@@ -13,7 +13,6 @@ import functools
 import gc
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -25,7 +24,7 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, ReportedByOtherRank, UserError
+from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, ReportedByOtherRank, UserError, limit_problem
 from flatgpt import REPO_ROOT
 
 RECIPES = REPO_ROOT / "configs"
@@ -63,18 +62,12 @@ def _convert(cls, field, value, from_words: bool):
             value = value_type(value)
         except (ValueError, OverflowError):
             raise ValueError(f"{expected} is expected") from None
-    if type(value) is not value_type or (value_type is float and not math.isfinite(value)):
+    if type(value) is not value_type:
         raise ValueError(f"{expected} is expected")
     if "choices" in meta and value not in meta["choices"]:
         raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_suggestion(value, meta['choices'])}")
-    for limit, is_violated, word in (
-        ("low", lambda v, b: v < b, "at least"),
-        ("high", lambda v, b: v > b, "at most"),
-        ("above", lambda v, b: v <= b, "more than"),
-        ("below", lambda v, b: v >= b, "less than"),
-    ):
-        if limit in meta and is_violated(value, meta[limit]):
-            raise ValueError(f"{word} {meta[limit]} is expected")
+    if problem := limit_problem(meta, value):
+        raise ValueError(problem)
     return value
 
 

@@ -6,12 +6,10 @@ dataset is finished, meta.json, the manifest, replaces progress.json.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
-import os
 import shlex
 import sys
 import time
@@ -26,7 +24,7 @@ from flatgpt.data.encode import load_encoder
 from flatgpt.data.readers import Corpus, Task
 from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, read_meta, write_meta
 from flatgpt.data.sources import DUMP, SOURCES, Plan, encode_task, make_plan
-from flatgpt.runtime.files import atomic_write
+from flatgpt.runtime.files import FolderLock, atomic_write
 
 MIN_POOL_BYTES = 8 << 20  # encoding less text is faster than starting processes
 SAVE_SECONDS = 10  # between two saves of progress.json
@@ -96,8 +94,6 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         for split, entry in entries.items():
             if entry["tokens"] < 2:
                 remove_unfinished(folder)
-                with suppress(OSError):  # it has other files
-                    folder.rmdir()
                 reason = f"the {split} split of {folder.name} would have {entry['tokens']} tokens, and scoring needs 2"
                 raise UserError(f"too little text: {reason}; add text, or change --val_fraction or --test_fraction")
         meta = {key: value for key, value in settings.items() if value is not None}
@@ -193,20 +189,18 @@ def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Create the folder and lock it against other calls. The OS releases the lock when the process exits."""
-    with _write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+    """Create the folder and lock it against other calls. Remove it if it is empty afterwards."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another prepare_data.py uses this folder; wait until it is finished") from None
-        except OSError as error:  # the file system does not support locks
-            print(f"warning: {folder} cannot be locked ({error.strerror})", file=sys.stderr)
-        yield
+        with FolderLock(folder, "--data_dir") as lock:
+            with _write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                for left in folder.glob(".*.json.*.tmp"):  # by a call that was killed
+                    left.unlink()
+            yield
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> dict:

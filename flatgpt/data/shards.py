@@ -20,7 +20,7 @@ import numpy as np
 
 from config import UserError
 from flatgpt.data.tokenizer import to_uint16
-from flatgpt.runtime.files import atomic_write
+from flatgpt.runtime.files import atomic_write, fsync, naming
 
 FORMAT = 1
 REQUIRED = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text", "splits")  # keys of meta.json
@@ -89,9 +89,10 @@ class ShardWriter:
         self.counts["documents"] += documents
         self.counts["bytes"] += text_bytes
         while ids.size:
-            self._file = self._file or open(self._path(), "wb")  # noqa: SIM115, _finish closes it
             part, ids = np.split(ids, [self.shard_tokens - self.waiting])
-            self._file.write(part.data)
+            with naming(self._path()):
+                self._file = self._file or open(self._path(), "wb")  # noqa: SIM115, _finish closes it
+                self._file.write(part.data)
             self.waiting += part.size
             if self.waiting == self.shard_tokens:
                 self._finish()
@@ -109,8 +110,9 @@ class ShardWriter:
     def flush(self) -> None:
         """Write buffered ids to the disk (fsync)."""
         if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming(self._path()):
+                self._file.flush()
+            fsync(self._path())
 
     def position(self) -> dict:
         """Return the state from which another writer can continue. Call `flush` before saving it."""

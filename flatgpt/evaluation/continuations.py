@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ from config import SamplingConfig, UserError
 from flatgpt.data.shards import Tokens
 from flatgpt.evaluation.metrics import progress_bar
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import generate_batch
+from flatgpt.inference.sampling import NonFiniteLogitsError, generate_batch
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 Prompt = tuple[list[int], list[int]]  # token ids of a prompt, and of its reference: the text that follows it
@@ -70,8 +69,8 @@ def generate_continuations(
     options: SamplingConfig,
     batch_size: int = 32,
     ranks: DistributedContext = SINGLE_PROCESS,
-) -> list[list[int]]:
-    """Return the ids that the model generates after each prompt, up to end-of-text.
+) -> list[list[int]] | None:
+    """Return the ids that the model generates after each prompt, up to end-of-text. None if its logits are not finite.
 
     The result does not depend on batch_size or on the number of ranks.
 
@@ -82,10 +81,17 @@ def generate_continuations(
     for first in progress_bar(range(0, len(prompts), batch_size)[ranks.rank :: ranks.world], ranks):
         batch = [ids for ids, _ in prompts[first : first + batch_size]]
         settings = {"n_vocab": encoding.n_vocab, "stop_ids": (encoding.eot_token,), "first_row": first}
-        steps = [*generate_batch(decoder, batch, max_new_tokens, options, **settings)]
+        try:
+            steps = [*generate_batch(decoder, batch, max_new_tokens, options, **settings)]
+        except NonFiniteLogitsError:
+            generated = None
+            break
         for row in range(len(batch)):
             generated[first + row] = [step[row] for step in steps if step[row] is not None]
-    merged = {row: ids for part in ranks.all_gather(generated) for row, ids in part.items()}
+    parts = ranks.all_gather(generated)
+    if None in parts:
+        return None
+    merged = {row: ids for part in parts for row, ids in part.items()}
     return [ids for _, ids in sorted(merged.items())]
 
 
@@ -125,16 +131,16 @@ def text_after(encoding: tiktoken.Encoding, prompt: Sequence[int], ids: Sequence
     return decoder.decode(encoding.decode_bytes(ids), final=True)
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Return the share of distinct n-grams of words (split at white space) in all texts; NaN without n-grams."""
+def distinct(texts: Sequence[str], n: int) -> float | None:
+    """Return the share of distinct n-grams of words (split at white space) in all texts; None without n-grams."""
     ngrams = [ngram for text in texts for ngram in _ngrams(text.split(), n)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
-def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
-    """Return the share of repeated n-grams of ids, averaged over sequences that have n-grams; NaN without n-grams."""
+def repetition(sequences: Sequence[Sequence[int]], n: int = 4) -> float | None:
+    """Return the share of repeated n-grams of ids, averaged over sequences that have n-grams; None without n-grams."""
     shares = [1 - len(set(ngrams)) / len(ngrams) for ids in sequences if (ngrams := _ngrams(ids, n))]
-    return sum(shares) / len(shares) if shares else math.nan
+    return sum(shares) / len(shares) if shares else None
 
 
 def _ngrams(items: Sequence, n: int) -> list[tuple]:

@@ -209,6 +209,7 @@ def compute_metrics(sums: dict[str, np.ndarray], counts: dict[str, int]) -> dict
     """
     support, predicted, correct = sums["targets"], sums["predicted"], sums["correct"]
     n, nats, T = int(support.sum()), float(sums["position_loss"].sum()), len(sums["position_loss"])
+    total = math.nan if math.isnan(nats) else n  # NaN logits have no ranks: their shares are NaN too
     by_position = []
     for bucket in np.split(np.arange(T), np.flatnonzero(np.diff(np.arange(T) * BUCKETS // T)) + 1):
         tokens, loss = int(sums["position_tokens"][bucket].sum()), float(sums["position_loss"][bucket].sum())
@@ -220,11 +221,11 @@ def compute_metrics(sums: dict[str, np.ndarray], counts: dict[str, int]) -> dict
         "perplexity": _exp(nats / n),
         "word_perplexity": _exp(nats / counts["words"]) if counts["words"] else None,
         "bits_per_byte": nats / math.log(2) / counts["bytes"] if counts["bytes"] else None,
-        "accuracy": float(correct.sum() / n),
-        "top5_accuracy": float(sums["in_top5"].sum() / n),
-        "precision": float((support * correct / np.maximum(predicted, 1)).sum() / n),
-        "recall": float(correct.sum() / n),
-        "f1": float((support * 2 * correct / np.maximum(predicted + support, 1)).sum() / n),
+        "accuracy": float(correct.sum() / total),
+        "top5_accuracy": float(sums["in_top5"].sum() / total),
+        "precision": float((support * correct / np.maximum(predicted, 1)).sum() / total),
+        "recall": float(correct.sum() / total),
+        "f1": float((support * 2 * correct / np.maximum(predicted + support, 1)).sum() / total),
         "calibration_error": float(np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / n),
         "loss_by_position": by_position,
     }

@@ -129,10 +129,11 @@ def score_choices(
     """Answer each question with its most likely ending. Return metrics with the keys of report.ROWS.
 
     These are lm-evaluation-harness's acc, acc_norm (log-likelihood per character of the ending) and their standard
-    errors (NaN for a single question). Among equal scores the first ending is chosen.
+    errors (None for a single question). Among equal scores the first ending is chosen. All are NaN if a log-likelihood
+    is NaN.
 
     Raises:
-        UserError: an ending is longer than the model's context, or log-likelihoods are NaN.
+        UserError: an ending is longer than the model's context.
     """
     T, n = model.config.context_length, len(questions)
     pairs = [pair for question in questions for pair in encode_pairs(encoding, question)]
@@ -141,9 +142,8 @@ def score_choices(
         text = encoding.decode(longest)[:40]
         raise UserError(f"an ending has {len(longest):,} tokens, more than context_length = {T:,}: {text!r}...")
     remaining = log_likelihoods(model, pairs, to_device, ranks)
-    if np.isnan(remaining).any():
-        raise UserError("the model's log-likelihoods are NaN: its training diverged; use an earlier checkpoint")
-    correct = np.zeros(2)  # by log-likelihood, and by log-likelihood per character
+    # by log-likelihood, and by log-likelihood per character
+    correct = np.full(2, math.nan if np.isnan(remaining).any() else 0.0)
     for question in questions:
         scores, remaining = np.split(remaining, [len(question.endings)])
         characters = [len(ending) for ending in question.endings]
@@ -151,5 +151,5 @@ def score_choices(
     metrics = {"questions": n}
     for key, share in zip(("choice_accuracy", "choice_accuracy_norm"), (correct / n).tolist(), strict=True):
         # n - 1: unbiased sample variance, as in lm-evaluation-harness
-        metrics |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan}
+        metrics |= {key: share, f"{key}_stderr": math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None}
     return metrics

@@ -12,12 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import SamplingConfig
+from config import SamplingConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.runtime.device import seed_of
 
 # On a CPU, top_p first takes this many top tokens, which is faster than sorting all. If they do not reach it, it sorts.
 TOP_P_CANDIDATES = 2048
+
+
+class NonFiniteLogitsError(UserError):
+    """A model computed NaN or infinite logits, so that no token can be chosen."""
+
+
+def nonfinite_cause(dtype: torch.dtype) -> str:
+    """Return why logits that were computed in `dtype` may be NaN, and what to do, for messages."""
+    if dtype == torch.float16:
+        return "float16 overflowed, the weights are damaged, or the run diverged; use --dtype float32"
+    return "the weights are damaged, or the run diverged; use an earlier checkpoint"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one token
@@ -33,11 +45,12 @@ def process_logits(logits: Tensor, seen: Tensor, options: SamplingConfig) -> Ten
     Args:
         seen: (B, V) bool, true for ids to which the penalty applies.
     """
-    if (penalty := options.repetition_penalty) != 1:
+    if options.repetition_penalty != 1:
+        penalty = _limit_factor(options.repetition_penalty)
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalized, logits)
     if options.effective_temperature:
-        logits = logits / options.effective_temperature
+        logits = logits / _limit_factor(options.effective_temperature)
     if options.top_k:
         kth = logits.topk(min(options.top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -48,6 +61,11 @@ def process_logits(logits: Tensor, seen: Tensor, options: SamplingConfig) -> Ten
         min_logit = logits.amax(-1, keepdim=True) + math.log(options.min_p)
         logits = logits.masked_fill(logits < min_logit, -torch.inf)
     return logits
+
+
+def _limit_factor(factor: float) -> float:
+    """Return the closest factor that does not overflow float32 logits. Beyond, probabilities are 0 and 1, or equal."""
+    return min(max(factor, 1e-15), 1e30)
 
 
 def top_p_threshold(probs: Tensor, top_p: float) -> Tensor:
@@ -115,6 +133,9 @@ def generate_batch(
         stop_ids: ids that end a row; they are not yielded.
         first_row: number of the first row. A row's random numbers depend on the seed and the row's number.
         on_sample: called in each step with the logits of the ids below n_vocab, (B, n_vocab), and the sampled ids (B).
+
+    Raises:
+        NonFiniteLogitsError: the logits of a row that has not ended are NaN or infinite.
     """
     model, device = decoder.model, decoder.device
     context, on_cuda = model.config.context_length, device.type == "cuda"
@@ -141,7 +162,9 @@ def generate_batch(
             seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
-            host_tokens, step_queued = tokens.to("cpu", non_blocking=on_cuda), False
+            # -1: not finite. Copied with the ids, because each copy would be a synchronisation on CUDA.
+            checked = tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
+            host_tokens, step_queued = checked.to("cpu", non_blocking=on_cuda), False
             if on_cuda:
                 copied = torch.cuda.current_stream().record_event()
                 # The GPU computes the next step while the host handles these ids. The first ids are handled before:
@@ -151,6 +174,9 @@ def generate_batch(
                     logits = decoder.decode_step(tokens)
                 copied.synchronize()
             new_ids = host_tokens.tolist()
+            if any(new_ids[row] < 0 for row in live):
+                cause = nonfinite_cause(logits.dtype)
+                raise NonFiniteLogitsError(f"{model.name}: its logits are NaN or infinite: {cause}")
             live -= {row for row in live if new_ids[row] in stop_ids}
             if not live:
                 return

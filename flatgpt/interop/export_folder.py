@@ -39,7 +39,7 @@ SPACE_FILES = ("app.py", "model.py", "config.py", "LICENSE")  # and flatgpt/
 VOCABULARY_FOLDER = "tiktoken_cache"  # app.py sets TIKTOKEN_CACHE_DIR to this folder
 # Keys of state.json that a Space publishes. The others are for resuming or describe the machine.
 PUBLIC_STATE_KEYS = (
-    *("format", "iter", "tokens", "epoch", "val_loss", "best_loss", "best_iter", "tokenizer"),
+    *("format", "iter", "tokens", "epoch", "val_loss", "best_loss", "best_iter", "tokenizer", "parameters"),
     *("git_commit", "git_dirty", "python", "torch", "device", "cpu", "ranks"),
 )
 CPU_TORCH_INDEX = """\
@@ -193,7 +193,7 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
         # at most 60 characters
-        short_description=f"A language model of {source.config.num_params():,} parameters to try out",
+        short_description=f"A language model of {source.parameters():,} parameters to try out",
         tags=["gpt2", "text-generation", "flatgpt"],
     )
     body = card_body(source, name=name, use=USAGE, recipe=recipe)

@@ -266,7 +266,7 @@ def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32
         training += RECIPE.format(recipe=recipe.rstrip()) if recipe else ""
     return CARD.format(
         name=_code(name),
-        parameters=config.num_params(),
+        parameters=source.parameters(),
         origin="trained with" if source.state else "exported by",
         model=_list({**vars(config), "tokenizer": source.tokenizer, "weights": dtype}),
         use=use,

@@ -53,6 +53,10 @@ class ModelSource:
         """Whether the training data has end-of-text tokens between documents; true if unknown."""
         return self.state["data"]["end_of_text"] if self.state else True
 
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return GPT.on_meta_device(self.config).num_params()
+
     def describe(self) -> str:
         """Return the path and, if known, the iteration."""
         return f"{self.path}, iter {self.state['iter']:,}" if self.state else str(self.path)
@@ -104,6 +108,7 @@ def load(
     config = dataclasses.replace(config, context_length=context_length or config.context_length)
     model = model_class.on_meta_device(config)
     _load_weights(model, source.path, source.config, assign=True)
+    model.name = str(source.path)
     return model.to(device).eval(), encoding
 
 

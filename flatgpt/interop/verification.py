@@ -6,7 +6,6 @@ model.py, and its own code loads it in another process.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -23,14 +22,13 @@ from config import UserError
 from flatgpt.interop.hub import CONFIG, WEIGHTS
 from model import GPT
 
-MAX_TOKENS, STEP = 1024, 7  # of each STEP positions one is compared: all logits would need gigabytes
-TOLERANCE = 1e-4  # of the largest value, in float32; other orders of summation change some 1e-6 of it
+MAX_TOKENS, COMPARED = 1024, 64  # length of the input; number of logits at its end, as all would need much memory
+TOLERANCE = 1e-4  # of the largest value; float32 sums in another order differ by some 1e-6
 ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 SPACE_LOGITS = """\
 import sys, flatgpt
 from flatgpt.interop.verification import model_outputs
-model, _ = flatgpt.load(".")
-sys.stdout.buffer.write(model_outputs(model)["logits"].numpy().tobytes())
+sys.stdout.buffer.write(model_outputs(flatgpt.load(".")[0])["logits"].numpy().tobytes())
 """
 
 
@@ -38,11 +36,11 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of GPT2LMHeadModel's tensors for a config.json of hugging_face_config."""
     C, V = config["n_embd"], config["vocab_size"]
     hidden = config["n_inner"] or 4 * C
-    layers = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C)}
-    layers |= {"ln_2": (C,), "mlp.c_fc": (C, hidden), "mlp.c_proj": (hidden, C)}
-    layers = {f"h.{n}.{name}": shape for n in range(config["n_layer"]) for name, shape in layers.items()}
+    block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,)}
+    block |= {"mlp.c_fc": (C, hidden), "mlp.c_proj": (hidden, C)}
+    modules = {f"h.{n}.{name}": shape for n in range(config["n_layer"]) for name, shape in block.items()}
     shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (config["n_positions"], C)}
-    for name, shape in {**layers, "ln_f": (C,)}.items():
+    for name, shape in {**modules, "ln_f": (C,)}.items():
         shapes |= {f"transformer.{name}.weight": shape, f"transformer.{name}.bias": shape[-1:]}
     return shapes | ({} if config["tie_word_embeddings"] else {"lm_head.weight": (V, C)})
 
@@ -53,25 +51,20 @@ def random_ids(vocab_size: int, context_length: int) -> Tensor:
     return torch.randint(vocab_size, shape, generator=generator)
 
 
-def every_step(x: Tensor) -> Tensor:
-    """Return the last of T positions, and those STEP, 2 STEP, ... before it. (1, T, C) -> (1, T / STEP, C)"""
-    return x[:, (x.size(1) - 1) % STEP :: STEP].clone()
-
-
 @torch.no_grad()
 def model_outputs(model: GPT) -> dict[str, Tensor]:
-    """Return the modules' inputs and outputs at the last position, (1, C), by name, and `logits` of every_step."""
+    """Return the output of each module at the last position, (1, C), and `logits` at the last positions."""
     outputs: dict[str, Tensor] = {}
 
     def record(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        values = {f"the input of {name}": inputs[0] if inputs else None, f"the output of {name}": output}
-        outputs.update({k: v[:, -1].clone() for k, v in values.items() if isinstance(v, Tensor) and v.dim() == 3})
+        if isinstance(output, Tensor) and output.dim() == 3:
+            outputs[name] = output[:, -1].clone()
 
     hooks = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
     logits = model(random_ids(model.config.vocab_size, model.config.context_length))
     for hook in hooks:
         hook.remove()
-    return {**outputs, "logits": every_step(logits)}
+    return {**outputs, "logits": logits[:, -COMPARED:].clone()}
 
 
 @torch.no_grad()
@@ -84,41 +77,36 @@ def gpt2_outputs(folder: Path) -> dict[str, Tensor]:
     config, weights = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
     shapes, found = tensor_shapes(config), {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if wrong := [name for name in {**shapes, **found} if found.get(name) != shapes.get(name)]:
-        details = (f"{name} is {found.get(name, 'missing')}, in GPT-2 {shapes.get(name, 'unknown')}" for name in wrong)
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{', '.join(itertools.islice(details, 3))}{more}")
+        details = [f"{name} is {found.get(name, 'missing')}, in GPT-2 {shapes.get(name, 'unknown')}" for name in wrong]
+        raise UserError("; ".join(details[:3]) + f"; and {len(wrong) - 3} more" * (len(wrong) > 3))
     outputs: dict[str, Tensor] = {}
 
-    def record(x: Tensor, name: str) -> Tensor:
-        outputs[name] = x[:, -1].clone()
+    def record(name: str, x: Tensor) -> Tensor:
+        outputs[f"transformer.{name}"] = x[:, -1].clone()
         return x
 
     def tensor(name: str) -> Tensor:
         return weights[f"transformer.{name}"].float()
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        record(x, f"the input of transformer.{name}")
-        y = F.layer_norm(
-            x, x.shape[-1:], tensor(f"{name}.weight"), tensor(f"{name}.bias"), config["layer_norm_epsilon"]
-        )
-        return record(y, f"the output of transformer.{name}")
+    def norm(name: str, x: Tensor) -> Tensor:
+        weight, bias = tensor(f"{name}.weight"), tensor(f"{name}.bias")
+        return record(name, F.layer_norm(x, x.shape[-1:], weight, bias, config["layer_norm_epsilon"]))
 
-    def linear(x: Tensor, name: str) -> Tensor:
+    def linear(name: str, x: Tensor) -> Tensor:
         return x @ tensor(f"{name}.weight") + tensor(f"{name}.bias")
 
     ids = random_ids(config["vocab_size"], config["n_positions"])
     embedding, activation = tensor("wte.weight"), ACTIVATIONS[config["activation_function"]]
-    x = embedding[ids] + tensor("wpe.weight")[: ids.size(1)]  # (1, T, C)
+    x = record("drop", embedding[ids] + tensor("wpe.weight")[: ids.size(1)])  # (1, T, C)
     for block in (f"h.{n}" for n in range(config["n_layer"])):
-        y = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").unflatten(2, (3, config["n_head"], -1))
+        y = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x)).unflatten(2, (3, config["n_head"], -1))
         q, k, v = y.permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # (1, T, C)
-        x = x + record(linear(y, f"{block}.attn.c_proj"), f"the output of transformer.{block}.attn")
-        y = activation(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
-        x = x + record(linear(y, f"{block}.mlp.c_proj"), f"the output of transformer.{block}.mlp")
-        record(x, f"the output of transformer.{block}")
+        x = x + record(f"{block}.attn", linear(f"{block}.attn.c_proj", y))
+        y = activation(linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x)))
+        x = record(block, x + record(f"{block}.mlp", linear(f"{block}.mlp.c_proj", y)))
     head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"].float()
-    return outputs | {"logits": every_step(norm(x, "ln_f")) @ head.T}
+    return outputs | {"logits": norm("ln_f", x)[:, -COMPARED:] @ head.T}
 
 
 def space_outputs(folder: Path) -> dict[str, Tensor]:
@@ -129,11 +117,11 @@ def space_outputs(folder: Path) -> dict[str, Tensor]:
     """
     vocabulary = folder / "tiktoken_cache"
     environment = os.environ | ({"TIKTOKEN_CACHE_DIR": str(vocabulary)} if vocabulary.exists() else {})
-    # -B: without __pycache__, which would contain local paths
+    # -B: no __pycache__, which would contain local paths
     done = subprocess.run([sys.executable, "-B", "-c", SPACE_LOGITS], cwd=folder, env=environment, capture_output=True)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(f"the Space cannot load it: {lines[-1]}")
+        raise UserError(f"the Space cannot load its model: {lines[-1]}")
     return {"logits": torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)}
 
 
@@ -146,25 +134,21 @@ def verify(source: Path, expected: dict[str, Tensor], space: bool, folder: Path)
         space: whether the folder is a Space.
 
     Raises:
-        UserError: the folder does not give the model's logits. The first module that differs is named.
+        UserError: the folder does not give the model's logits. The first module whose output differs is named.
     """
-    outputs, problem = {}, ""
-    try:
-        outputs = space_outputs(folder) if space else gpt2_outputs(folder)
-    except UserError as error:
-        problem = str(error)
 
     def differs(name: str) -> bool:
         theirs = outputs[name].flatten()
         ours = expected.get(name, theirs).flatten()  # an edited model may have no module of this name
         return ours.shape != theirs.shape or not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
-    if outputs and differs("logits"):
-        first = next(filter(differs, outputs))
-        problem = f"{first} differs from {'that of the Space' if space else 'GPT-2'}"
-    if problem:
-        remedy = "keep its code in model.py or flatgpt/" if space else "undo the change of model.py"
+    try:
+        outputs = space_outputs(folder) if space else gpt2_outputs(folder)
+        if differs("logits"):
+            raise UserError(f"the first output that differs is {next(filter(differs, outputs))}")
+    except UserError as error:
+        cause = "its code is not in model.py or flatgpt/" if space else "model.py is no longer GPT-2"
         raise UserError(
-            f"{source} was not exported, because the written model is another one: {problem}; "
-            f"{remedy}, or export without this comparison (--no-verify)"
-        )
+            f"{source} was not exported, because the written model is not the same: {error}; {cause}: undo the change, "
+            "or export without this comparison (--no-verify)"
+        ) from None

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError
-from flatgpt.runs.lock import in_use
+from flatgpt.runtime.files import in_use
 
 LOG, STATE, RECIPE = "metrics.csv", "state.json", "config.toml"
 RECIPES = ("recipe", "parameters", "data", "train tokens", "iters")
@@ -70,9 +70,28 @@ class History:
 
     @property
     def parameters(self) -> int | None:
-        """Number of parameters of the model; None if unknown."""
+        """Number of parameters of the model; None if unknown. Checkpoints of earlier versions do not store it."""
         known = {key: self.settings[key] for key in ModelConfig.__dataclass_fields__ if key in self.settings}
-        return ModelConfig(**known).num_params() if known.get("vocab_size") else None
+        return self.state.get("parameters") or gpt2_parameters(ModelConfig(**known))
+
+
+def gpt2_parameters(config: ModelConfig) -> int | None:
+    """Return the number of parameters of a config in an unedited model.py; None without vocab_size.
+
+    `--list` does not import torch, which would count the parameters of the model itself (GPT.num_params).
+    """
+    C, V, hidden = config.n_embd, config.vocab_size, round(config.mlp_ratio * config.n_embd)
+    if not V:
+        return None
+    biased = config.bias if config.attn_bias is None else config.attn_bias
+    norm = C + C * config.bias
+    block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * config.bias
+    tables = (
+        V * C * (2 - config.tie_weights)
+        + V * config.head_bias
+        + config.context_length * C * (config.position == "learned")
+    )
+    return tables + config.n_layer * block + norm
 
 
 def follow(link: Path) -> Path:
@@ -193,9 +212,9 @@ def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
     if isinstance(config, UserError):
         raise config
     vocab_size, tokens = _dataset_facts(config)
-    parameters, vocab_size = None, config.vocab_size or vocab_size
-    if vocab_size and not config.init_from:  # init_from determines the shape
-        parameters = dataclasses.replace(config, vocab_size=vocab_size).num_params()
+    parameters = None
+    if not config.init_from:  # init_from determines the shape
+        parameters = gpt2_parameters(dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size))
     duration = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
     dataset = _truncate(config.dataset, DATA_WIDTH)
     return parameters or math.inf, name, _format_count(parameters), dataset, tokens, duration

@@ -28,6 +28,7 @@ from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun, count_eval_tokens
+from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
 FIXED = ("stride", "seed", "optimizer", "eval_tokens")
@@ -93,6 +94,7 @@ def run_metadata(run: TrainingRun) -> dict:
             command = command.replace(value, f"${name}")
     return {
         "config": dataclasses.asdict(config),
+        "parameters": GPT.on_meta_device(config.model()).num_params(),  # run.model may be sharded
         "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.device_settings.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
         "data": {
@@ -132,24 +134,24 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
             nothing to resume.
     """
     lock.acquire()
-    existing = checkpoint.folders(lock.run_dir)
+    existing = checkpoint.folders(lock.folder)
     if existing and not resume and not overwrite:
         raise UserError(
-            f"{lock.run_dir} already contains a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
+            f"{lock.folder} already contains a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
             "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
         )
     if not resume or (resume == "auto" and not existing):
         return None
-    source = lock.run_dir if resume in ("latest", "auto") else follow(Path(resume))
+    source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
     folders = checkpoint.folders(source)
     found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
     if found is None:
         damaged = "every checkpoint is damaged; to start again, use --overwrite instead"
         reason = damaged if folders else "there is no checkpoint; start without --resume"
         raise UserError(f"nothing to resume in {source}: {reason}")
-    if existing and found[0].resolve().parent.parent != lock.run_dir.resolve():
+    if existing and found[0].resolve().parent.parent != lock.folder.resolve():
         raise UserError(
-            f"resume = {resume} belongs to another run, and {lock.run_dir} already contains a run; "
+            f"resume = {resume} belongs to another run, and {lock.folder} already contains a run; "
             "choose another --out_dir"
         )
     return found
@@ -205,7 +207,7 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
     Raises:
         UserError: the checkpoint belongs to another run, or differs between machines.
     """
-    config, ranks, folder, progress = run.config, run.ranks, lock.run_dir, Progress()
+    config, ranks, folder, progress = run.config, run.ranks, lock.folder, Progress()
     if resume_from:
         path, state = resume_from
         print("\n".join(require_same_run(path, state, run)))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, command, free_port, running
+from scripted import save_model, scripted_model
 
 import app
 from config import AppConfig, UserError
@@ -144,6 +145,22 @@ def test_page_starts_with_the_settings_of_the_command_line(tiny_run):
             slider = sliders[key]
             assert slider["minimum"] <= slider["value"] == value <= slider["maximum"], key
         assert not blocks.analytics_enabled
+
+
+@pytest.mark.extra("gradio")
+def test_diverged_model_is_an_error_on_the_page(tmp_path):
+    """Without a traceback in the terminal, and the next visitor is served."""
+    import gradio
+
+    model = scripted_model("abcdefgh")
+    model.transformer.wpe.weight.data[3] = float("nan")
+    config = AppConfig(model_path=save_model(model, tmp_path), device="cpu")
+    write = next(event for event in app.build(config, *app.load(config)).fns.values() if event.api_name == "write").fn
+    prompt, stop, *options = values(prompt="p").values()
+    for _ in range(2):
+        with pytest.raises(gradio.Error, match="its logits are NaN or infinite") as caught:
+            list(write(prompt, stop, *options))
+        assert not caught.value.print_exception
 
 
 def test_without_gradio_it_says_what_to_install(cli, monkeypatch):

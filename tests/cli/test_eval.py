@@ -220,16 +220,40 @@ def test_text_equals_the_same_text_prepared(encoding, tmp_path, monkeypatch):
     os.dup2(standard_input, 0)
 
 
-def test_figures_that_json_cannot_write(tmp_path, capsys):
-    """A language without spaces, whose text is one word; and a diverged model, whose figures are NaN."""
+def test_word_perplexity_beyond_the_range_of_floats():
+    """A language without spaces, whose text is one word."""
     got = report("--text", write("cn.txt", "東京都は日本の首都である。" * 40))
     assert (got["words"], got["word_perplexity"], got["loss"] * got["tokens"] > 710) == (1, None, True)
-    model = random_gpt2(n_positions=8, vocab_size=50257)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--text t.txt",
+        "--text t.txt --protocol stride --plot nan.png",
+        "--text t.txt --protocol rolling --dtype float16",
+        "--choices c.jsonl",
+        pytest.param(
+            "--text t.txt --generate 2 --prompt_tokens 4 --max_new_tokens 6",
+            marks=pytest.mark.extra("sacrebleu", "rouge_score"),
+        ),
+    ],
+)
+def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
+    """Every number that is measured, none of which would mean anything; and one warning."""
+    model = random_gpt2(n_positions=16, vocab_size=50257)
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     model.save_pretrained(tmp_path)
-    got = report("--text", "t.txt", model=tmp_path)
-    assert (got["loss"], got["perplexity"], got["bits_per_byte"]) == (None, None, None)
-    assert f"warning: {tmp_path}: the loss is NaN" in capsys.readouterr().err
+    figures = {key for key, value in report(*words.split()).items() if isinstance(value, float)}
+    assert "warning" not in capsys.readouterr().err
+    got = report(*words.split(), model=tmp_path)
+    assert {key for key in figures if got.get(key) is not None} == set()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(
+        f"warning: {tmp_path}: the {'choice_accuracy' if 'c.jsonl' in words else 'loss'} is NaN"
+    )
+    assert ("float16 overflowed" in warnings[0]) == ("float16" in words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -326,6 +326,33 @@ def test_interrupted_texts_are_printed_and_reported(run, ctrl_c, live):
             assert done.out == "".join(f"--- sample {n} of 5\npabc{'defgh' * (n < 3)}\n" for n in (1, 2, 3))
 
 
+@pytest.mark.parametrize("words", ["--greedy", "", "--dtype bfloat16 --quantize int8", "--dtype float16"])
+@LIVE
+def test_logits_that_are_not_finite_are_an_error(cli, in_tmp, live, words):
+    """The embedding of position 3 is damaged. What was written before is printed and reported."""
+    model = scripted_model("abcdefgh")
+    model.transformer.wpe.weight.data[3] = float("nan")
+    words = [
+        "--model_path",
+        save_model(model, "out/diverged"),
+        "--device",
+        "cpu",
+        "--num_samples",
+        2,
+        live,
+        *words.split(),
+    ]
+    for file in ("a.json", "-"):
+        done = cli("infer", *words, "--prompt", "p", "--json", file)
+        assert done.code == 2
+        error = done.err.splitlines()[-1]
+        assert error.startswith("error: out/diverged/ckpt/iter_000007: its logits are NaN or infinite: ")
+        assert ("--dtype float32" in error) == ("float16" in words)
+        found = json.loads(done.out if file == "-" else Path(file).read_text())
+        assert ends(found) == [("abc", "interrupted", 3)] * 2
+    assert cli("infer", *words, "--prompt", "p").out == "--- sample 1 of 2\npabc\n"
+
+
 def test_each_line_is_continued(run):
     """Its texts are those that --num_samples gives."""
     words = ["--model_path", random_model(), "--max_new_tokens", 12]

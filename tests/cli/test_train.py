@@ -14,10 +14,11 @@ import pytest
 import torch
 from in_process import TINY, make_dataset, train_here
 from processes import ROOT, command
-from run_files import links, rows, same, val_losses, weights
+from run_files import links, logged_iters, rows, same, val_losses, weights
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 import train
 from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.cli.cli import parse, run_script
@@ -73,6 +74,25 @@ def test_a_run_ends_with_its_picture(tiny_data, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("warning: out/quickstart/metrics.png was not drawn: division by zero\n")
     assert (run / "metrics.png").read_bytes() == picture
     assert checkpoint.read_state(run / "ckpt/last")["finished"]
+
+
+class BlockWithGain(model.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.gain = torch.nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x, *rest):
+        return super().forward(self.gain * x, *rest)
+
+
+def test_parameters_of_an_edited_model_are_counted(cli, tiny_data, monkeypatch):
+    """In state.json, and from there in the list, which does not import torch; also by --plan."""
+    monkeypatch.setattr(model, "Block", BlockWithGain)
+    state = checkpoint.read_state(train_here("--sample_tokens", 0) / "ckpt/last")
+    expected = 257 * 32 + 32 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32 + 2 * 32  # the last are the gains
+    assert state["parameters"] == expected
+    assert f"quickstart  {expected:>10,}  tiny" in cli("train", "--list").out
+    assert f"model    {expected:,} parameters" in cli("train", *TINY, "--plan").out
 
 
 def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
@@ -443,6 +463,15 @@ def test_sample_ends_at_end_of_text_and_has_no_control_characters(tiny_data, mon
     ids = [98, 27, 9, run.encoding.eot_token, 99]
     monkeypatch.setattr(reporting, "generate_batch", lambda *_, **__: iter([[each] for each in ids]))
     assert reporting.generate_samples(run, seed=1) == ["ab\ufffd\t"]
+
+
+def test_sample_that_cannot_be_drawn_is_a_warning(tiny_data, monkeypatch, capsys):
+    """The loss is finite, the logits of the decoder are not: float16 can overflow for one text and not for another."""
+    real = Decoder.prefill
+    monkeypatch.setattr(Decoder, "prefill", lambda *words: real(*words) * math.nan)
+    run = train_here("--sample_tokens", 3, "--max_iters", 4, "--eval_interval", 2)
+    assert capsys.readouterr().out.count("warning: no sample at iter ") == 3
+    assert logged_iters(run)[-1] == 4
 
 
 def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from flatgpt.inference.decoder import Decoder, KVCache
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.kernels import cross_entropy
+from flatgpt.runs.history import gpt2_parameters
 from model import GPT
 
 B = 3
@@ -60,7 +61,7 @@ def test_number_of_parameters(changes, parameters):
     assert {p.device.type for p in tensors} == {"meta"}
     rows = [V if p.size(0) == 50304 else p.size(0) for p in tensors]
     assert sum(n * p[0].numel() for n, p in zip(rows, tensors, strict=True)) == parameters
-    assert model.num_params() == parameters
+    assert model.num_params() == gpt2_parameters(model.config) == parameters
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
@@ -303,6 +304,9 @@ def test_generate_is_what_the_scripts_sample():
     assert all(texts.count(text) == 1 for text in texts)
     assert model.training
     assert torch.equal(model.generate(prompt, 0), prompt)
+    for settings in ({"temperature": math.nan}, {"temperature": -1.0}, {"top_k": -2}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} = .* is expected"):
+            model.generate(prompt, 1, **settings)
     with pytest.raises(TypeError, match="temprature"):
         model.generate(prompt, 1, temprature=1.0)
     with pytest.raises(ValueError, match="leave out top_k"):

@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -341,14 +341,14 @@ def test_folder_at_work_is_locked(make, monkeypatch):
 
     monkeypatch.setattr(preparation, "encode_task", during)
     assert content(make().folder) == whole
-    assert answers == [f"{FOLDER}: another prepare_data.py uses this folder; wait until it is finished"] * 3
+    name = f"process {os.getpid()} on {socket.gethostname()}"
+    assert answers == [f"{FOLDER} is in use by {name}: wait for it, stop it, or choose another --data_dir"] * 3
 
 
-def test_file_system_without_locks_is_a_warning(in_tmp, monkeypatch, capsys):
-    files(in_tmp, a=TEXT)
-    with failing(fcntl, "flock", 0, lambda: OSError(errno.ENOSYS, "Function not implemented")):
-        from_text("a.txt")
-    assert capsys.readouterr().err == "warning: data/text_byte cannot be locked (Function not implemented)\n"
+def test_error_inside_the_locked_work_is_no_lock(make, monkeypatch):
+    """For example of a pipe that does not block."""
+    with failing(preparation, "encode_task", 0, BlockingIOError), pytest.raises(BlockingIOError):
+        make()
 
 
 def test_dataset_that_another_call_has_just_finished_is_left_alone(make, monkeypatch):
@@ -365,14 +365,23 @@ def test_dataset_that_another_call_has_just_finished_is_left_alone(make, monkeyp
     assert lines == [f"{FOLDER} already exists, with the same settings; nothing to do"]
 
 
-@pytest.mark.parametrize(("shard_tokens", "room"), [(1100, 2000), (900, 2000), (10**6, 350)])
-def test_full_disk_leaves_an_unfinished_dataset_that_the_next_call_finishes(in_tmp, shard_tokens, room):
-    """A shard has 2,200 bytes, and does not fit; or 1,800, and progress.json does not."""
+@pytest.mark.parametrize(
+    ("shard_tokens", "room", "file"),
+    [
+        (1100, 2000, "train_000000.bin.tmp"),
+        (900, 2000, "meta.json"),
+        (10**6, 350, "progress.json"),
+        (9, 9, ".lock"),
+    ],
+)
+def test_full_disk_leaves_an_unfinished_dataset_that_the_next_call_finishes(in_tmp, shard_tokens, room, file):
+    """The file that does not fit is named."""
     files(in_tmp, a=TEXT)
     with full_disk(room=room):
         answer = refusal("a.txt", shard_tokens=shard_tokens)
     assert (
-        answer == f"data/text_byte could not be written: File too large; {KEPT}, or choose another folder: --data_dir"
+        answer
+        == f"data/text_byte/{file} could not be written: File too large; {KEPT}, or choose another folder: --data_dir"
     )
     data = from_text("a.txt", shard_tokens=shard_tokens)
     assert sum(entry["bytes"] for entry in data.meta["splits"].values()) == len(TEXT.encode())

@@ -10,7 +10,7 @@ import torch
 import transformers
 from random_models import generate, random_model
 
-from config import SamplingConfig
+from config import SamplingConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import TOP_P_CANDIDATES, generate_batch, process_logits, top_token_probs
@@ -162,6 +162,43 @@ def test_settings_as_transformers_processors(names, scale, vocab_size):
     options = SamplingConfig(**{"temperature": 1.0, **{name: PROCESSORS[name][0] for name in names}})
     reference = transformers.LogitsProcessorList(PROCESSORS[name][1](PROCESSORS[name][0]) for name in names)
     assert torch.equal(process_logits(logits, seen, options), reference(ids, logits))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [1e-320, 1e-46, 1e-39, 1e-30, 1e-8, 1e30, 1e39, 1e300])
+def test_extreme_settings_give_the_probabilities_of_float64(name, value):
+    """Greedy or uniform in the limit. The numbers exceed float32's range, in which logits are divided."""
+    if name in ("top_p", "min_p") and value > 1:
+        pytest.skip("a probability")
+    logits = torch.tensor([[2.0, 1.5, -3.0, 0.0, -0.25], [-1.0, -2.0, -30.0, -4.0, -4.5]])
+    seen = torch.tensor([[False, True, True, True, False], [True, True, False, False, True]])
+    options = SamplingConfig(**{"temperature": 1.0, name: value})
+    found = process_logits(logits, seen, options).softmax(-1)
+    p, expected = options.repetition_penalty, logits.double().numpy()
+    with np.errstate(over="ignore"):  # 1 / 1e-320 is infinite
+        expected = np.where(seen, np.where(expected > 0, expected / p, expected * p), expected)
+        expected = np.minimum(expected, 1e308)
+        expected = np.exp((expected - expected.max(-1, keepdims=True)) / options.temperature)
+    expected[expected < (1 if name == "top_p" else options.min_p)] = 0
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [GREEDY, FREE, ALL], ids=["greedy", "free", "all"])
+def test_logits_that_are_not_finite_choose_no_token(options, bad, prepare):
+    """A position's embedding is damaged: texts end before it with an error, and those that have ended do not count."""
+    model = varied_model()
+    model.transformer.wpe.weight.data[6, 0] = bad
+    decoder, steps = prepare(model), []
+    with pytest.raises(UserError, match=r"^the model: its logits are NaN or infinite: the weights are damaged"):
+        steps.extend(generate_batch(decoder, PROMPTS[:3], 9, options))
+    assert len(steps) == 4, "the third token after three"
+    assert model.training is False
+    last = steps[3]
+    assert len(together(decoder, PROMPTS[:1], 6, options)[0]) == 6
+    with pytest.raises(UserError):
+        together(decoder, PROMPTS[:3], 9, options, stop_ids=[last[0]])
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}], ids=str)

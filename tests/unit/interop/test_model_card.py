@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from config import ModelConfig, TrainConfig
 from flatgpt.interop.hub import model_card
 from flatgpt.interop.loading import ModelSource
+from model import GPT
 
 CONFIG = ModelConfig(n_layer=3, n_head=2, n_embd=32, context_length=48, vocab_size=50304, mlp_ratio=2.0)
 TRAINED = {**vars(TrainConfig()), **vars(CONFIG), "eval_batches": 20}
@@ -119,7 +120,7 @@ def test_facts(write):
         *("- tokens, train: `1,234,567`\n", "document: `True`\n", "- updates: `1,200`\n", "- epoch: `2.5`\n"),
         *("- device: `NVIDIA H200`\n", "- ranks: `8`\n", f"- git_commit: `{'a' * 40}`\n", "- eval_batches: `20`\n"),
         *("python train.py --config shakespeare --lr 1e-3`\n", "```toml\nlr = 0.001\n", "--model_path FOLDER"),
-        *(f"{CONFIG.num_params():,} parameters", "Its context length is 48 tokens."),
+        *(f"{GPT.on_meta_device(CONFIG).num_params():,} parameters", "Its context length is 48 tokens."),
     ):
         assert part in text
     assert "- device: `AMD EPYC`\n" in write({**STATE, "device": "cpu"})

@@ -15,11 +15,11 @@ from flatgpt.cli import cli
 from flatgpt.data.sources import SOURCES
 from flatgpt.interop import tokenizer_files
 from flatgpt.runs import history
-from flatgpt.runs.history import print_list
+from flatgpt.runs.history import gpt2_parameters, print_list
 from flatgpt.runs.run_log import RunLog
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 4, "vocab_size": 300}
-PARAMETERS = f"{ModelConfig(**SHAPE).num_params():,}"
+PARAMETERS = f"{gpt2_parameters(ModelConfig(**SHAPE)):,}"
 ROWS = "iter,val_loss\n0,5.5\n10,\n20,3.25\n30,3.5\n"
 DAY = 86400
 
@@ -59,12 +59,14 @@ def test_what_a_writer_or_a_crash_leaves(tmp_path, content, iters):
 
 def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
     (tmp_path / "config.toml").write_text("n_layer = 1\nn_embd = 8\nvocab_size = 10\n")
-    assert history.read(tmp_path).parameters == ModelConfig(n_layer=1, n_embd=8, vocab_size=10).num_params()
+    assert history.read(tmp_path).parameters == gpt2_parameters(ModelConfig(n_layer=1, n_embd=8, vocab_size=10))
     (tmp_path / "ckpt/iter_000001").mkdir(parents=True)
     (tmp_path / "ckpt/last").write_text("iter_000001")  # in place of a symlink
     state = tmp_path / "ckpt/iter_000001/state.json"
     state.write_text('{"config": {"n_embd": 16, "vocab_size": 10}}')
-    assert history.read(tmp_path).parameters == ModelConfig(n_embd=16, vocab_size=10).num_params()
+    assert history.read(tmp_path).parameters == gpt2_parameters(ModelConfig(n_embd=16, vocab_size=10))
+    state.write_text('{"config": {"n_embd": 16, "vocab_size": 10}, "parameters": 7}')
+    assert history.read(tmp_path).parameters == 7
     for broken in ("[", 100_000 * "["):
         state.write_text(broken)
         assert history.read(tmp_path).settings["n_embd"] == 8
@@ -215,7 +217,7 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
         Path("data", name).mkdir(parents=True)
     Path("data/prepared/meta.json").write_text('{"vocab_size": 99, "splits": {"train": {"tokens": 12345}}}')
     Path("data/nanogpt/train.bin").write_bytes(bytes(2000))
-    parameters = f"{recipe('--vocab_size', ids).num_params():,}" if ids else "-"
+    parameters = f"{gpt2_parameters(recipe('--vocab_size', ids)):,}" if ids else "-"
     cells = {"recipe": "it", "parameters": parameters, "data": dataset, "train tokens": tokens, "iters": "2,000"}
     assert row(shown(it=recipe("--dataset", dataset, *words)), "it") == cells
 

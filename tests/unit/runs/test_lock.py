@@ -1,18 +1,15 @@
 """RunLock: one process at a time trains in a folder, and no other process's folder is taken or overwritten."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
 from config import UserError
-from flatgpt.runs import lock
 from flatgpt.runs.lock import RunLock
+from flatgpt.runtime.files import in_use
 
 
 @pytest.fixture
@@ -52,16 +49,6 @@ def test_lock_follows_a_folder_that_is_moved_and_made_again(tmp_path, locked):
     locked(folder)
 
 
-def test_file_system_without_locks_is_a_warning(tmp_path, locked, monkeypatch, capsys):
-    def flock(*words):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
-    locked(tmp_path).prepare_folder(False)
-    text = f"warning: {tmp_path}/.lock cannot be locked (No locks available): do not train there in a second process\n"
-    assert capsys.readouterr().err == text
-
-
 def test_of_two_that_found_no_folder_one_gets_it(tmp_path, locked):
     """Minutes may pass between the look and the first file: both trained, into each other's checkpoints."""
     first, second, late = (locked(tmp_path / "new") for _ in range(3))
@@ -86,6 +73,7 @@ def test_overwrite_renames_runs_only_and_not_the_current_folder(in_tmp, locked):
     assert (plain / "other").is_dir()
     assert [path.name for path in run.iterdir()] == [".lock"]
     (old,) = in_tmp.glob("run.old-*")
+    assert [path.name for path in old.iterdir()] == ["ckpt", "below"], "the old run is not in use"
     assert (old / "ckpt/iter_000003").is_dir()
     with pytest.raises(UserError, match="is in use by"):
         locked(run)
@@ -94,17 +82,12 @@ def test_overwrite_renames_runs_only_and_not_the_current_folder(in_tmp, locked):
         locked(Path("..")).prepare_folder(overwrite=True)
 
 
-def test_in_use_sees_a_lock_writes_nothing_and_keeps_nobody_out(tmp_path, locked, monkeypatch):
-    """A run that began while `train.py --list` looked at its folder would have been refused."""
-    assert not lock.in_use(tmp_path)
+def test_in_use_sees_a_lock_and_writes_nothing(tmp_path, locked):
+    assert not in_use(tmp_path)
     assert not list(tmp_path.iterdir())
-    with open(tmp_path / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # as in_use does
-        assert not lock.in_use(tmp_path)
-        monkeypatch.setattr(time, "sleep", lambda seconds: file.close())
-        first = locked(tmp_path)
+    first = locked(tmp_path)
     before = (tmp_path / ".lock").read_text()
-    assert lock.in_use(tmp_path)
+    assert in_use(tmp_path)
     assert (tmp_path / ".lock").read_text() == before
     first.__exit__()
-    assert not lock.in_use(tmp_path)
+    assert not in_use(tmp_path)
