@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -208,9 +209,13 @@ class GPT(nn.Module):
         """
         return logits
 
-    def exclude_loss_from_compile(self) -> None:
-        """Exclude the fused loss from a later torch.compile, which would not reuse memory between chunks."""
-        self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device)
+    def exclude_loss_from_compile(self, compile: Callable) -> None:
+        """Exclude the fused loss from a later torch.compile, which would not reuse memory between chunks.
+
+        Args:
+            compile: as in fused_loss_outside_graph.
+        """
+        self.fused_loss = fused_loss_outside_graph(self.transformer.wte.weight.device, compile)
 
     @classmethod
     def on_meta_device(cls, config: ModelConfig) -> GPT:

@@ -29,8 +29,8 @@ from flatgpt.cli import cli
 cli.run_script(lambda words: print(config.run_dir(cli.parse(config.TrainConfig, words))), sys.argv[1:])' "$@") || exit
 
 progress() { # "True 500" if the run is finished, else "False 300"; nothing before the first checkpoint
-    python -c 'import json, sys; state = json.load(open(sys.argv[1])); print(state["finished"], state["iter"])' \
-        "$run/ckpt/last/state.json" 2>/dev/null
+    python -c 'import pathlib, sys; from flatgpt.runs.history import read
+state = read(pathlib.Path(sys.argv[1])).state; print(state["finished"], state["iter"])' "$run" 2>/dev/null
 }
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

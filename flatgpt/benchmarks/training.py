@@ -27,6 +27,7 @@ from flatgpt.benchmarks import nanogpt
 from flatgpt.benchmarks.measure import Process, interleave, log, milliseconds, script, seconds_since_start, speedup
 from flatgpt.cli.cli import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
+from flatgpt.runs.history import follow
 from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime.device import cpu_name, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
@@ -186,7 +187,7 @@ def bench_save(
                 writing = not writer.idle()
             seconds.append(time.perf_counter() - start)
             writer.check()  # raises if the save failed
-        size = sum(path.stat().st_size for path in (Path(folder) / "ckpt" / "last").iterdir())
+        size = sum(path.stat().st_size for path in follow(Path(folder) / "ckpt" / "last").iterdir())
         writer.close()
     return {
         "ms_outside": statistics.median(outside),
@@ -316,5 +317,5 @@ def first_difference(run: Path, other: Path) -> str | None:
         for key in a | b:
             if a.get(key) != b.get(key) and key not in TIMING_COLUMNS:
                 return f"metrics.csv has {key} = {a.get(key)} and {b.get(key)} at iter {a.get('iter', b.get('iter'))}"
-    same = filecmp.cmp(*(folder / "ckpt" / "last" / "model.safetensors" for folder in (run, other)), shallow=False)
+    same = filecmp.cmp(*(follow(folder / "ckpt/last") / "model.safetensors" for folder in (run, other)), shallow=False)
     return None if same else "the weights of the last checkpoint"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from flatgpt.runtime.device import compiles
+from flatgpt.runtime.device import compile_or_run
 from model import GPT
 
 
@@ -94,7 +94,9 @@ class Decoder:
         self.device = model.transformer.wte.weight.device
         self.capacity, self.compile_seconds = 0, 0.0
         self.lengths: list[int] = []
-        self._forward = torch.compile(self._eager_step, dynamic=False) if compile else self._eager_step
+        # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
+        options = {"freezing": True} if self.device.type == "cpu" else {}
+        self._forward = compile_or_run(self._eager_step, **options) if compile else self._eager_step
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
         self._compiled_step: Callable[[Tensor], Tensor] | None = None  # for self._shape
@@ -147,16 +149,9 @@ class Decoder:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
     def _compile_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Compile the step for the cache's shape by running it once. Running it again gives the same result.
-
-        If the compiler fails, warn once and return the eager step.
-        """
+        """Compile the step for the cache's shape by running it once. Running it again gives the same result."""
         started = time.perf_counter()
-        # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
-        settings = {"freezing": True} if self.device.type == "cpu" else {}
-        with torch._inductor.config.patch(settings):
-            if not compiles(lambda: self._forward(tokens)):
-                self._forward = self._eager_step
+        self._forward(tokens)
         step = self._capture_graph() if self.device.type == "cuda" else self._forward
         self.compile_seconds += time.perf_counter() - started
         return step

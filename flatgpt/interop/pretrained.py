@@ -46,7 +46,7 @@ SUPPORTED_SETTINGS = {
 
 def is_run(path: str) -> bool:
     """Whether the path is a flatGPT run or checkpoint."""
-    folder = Path(path).parent if Path(path).name == WEIGHTS else follow(Path(path))
+    folder = follow(Path(path).parent if Path(path).name == WEIGHTS else Path(path))
     return (folder / "ckpt").is_dir() or is_flatgpt(folder)
 
 
@@ -73,12 +73,10 @@ def find(path: str, key: str = "init_from") -> Path:
     location = fetch_once(repo) if (repo := hub_name(path)) else follow(Path(path))
     if is_nanogpt(location):
         return location
-    folder = location.parent if location.is_file() else location
-    checkpoints = [link for name in ("best", "last") if (link := folder / "ckpt" / name).exists()]
-    if checkpoints:
-        folder = (
-            folder / "ckpt" / follow(checkpoints[0]).resolve().name
-        )  # not the link, which may change during training
+    folder = follow(location.parent) if location.is_file() or location.name == WEIGHTS else location
+    linked = (follow(folder / "ckpt" / name) for name in ("best", "last"))
+    if checkpoint := next(filter(Path.is_dir, linked), None):
+        folder = folder / "ckpt" / checkpoint.resolve().name  # not the link, which may change during training
     files = {name for name in (STATE, CONFIG, WEIGHTS, INDEX, NANOGPT, *PICKLES) if (folder / name).is_file()}
     if files & {STATE, CONFIG} and files & {WEIGHTS, INDEX} and location.name not in PICKLES:
         return folder

@@ -56,9 +56,13 @@ def fused_loss(
     return _FusedLoss.apply(x, weight, bias, targets, vocab_size, adjust, softmax_gradient or gradient_in_place)
 
 
-def fused_loss_outside_graph(device: torch.device) -> Callable:
-    """Return fused_loss for a compiled model: excluded from the graph, and on CUDA with a compiled softmax."""
-    kernel = torch.compile(gradient_in_one_kernel, dynamic=False) if device.type == "cuda" else None
+def fused_loss_outside_graph(device: torch.device, compile: Callable[[Callable, Callable], Callable]) -> Callable:
+    """Return fused_loss for a compiled model: excluded from the graph, and on CUDA with a compiled softmax.
+
+    Args:
+        compile: compiles its first argument, and calls its second one if the compiler fails.
+    """
+    kernel = compile(gradient_in_one_kernel, gradient_in_place) if device.type == "cuda" else None
     return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
 
 

@@ -8,10 +8,13 @@ contain the folder's name. No arbitrary objects are unpickled: train_state.pt is
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -24,11 +27,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import UserError
-from flatgpt.runs.history import STATE, follow, newest
-from flatgpt.runtime.files import atomic_write
+from flatgpt.runs.history import STATE, checkpoints, folders, follow, hash_state, iteration_of, newest, read_state
+from flatgpt.runtime.files import atomic_write, fsync
 from model import GPT
 
 FORMAT = 1
+NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+REMEDIES = {
+    **dict.fromkeys(NO_SPACE, "Free disk space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make the folder writable"),
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f), or use a file system without such a limit",
+    errno.ENAMETOOLONG: "Choose a shorter --out_dir",
+}
 WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.pt"
 
 
@@ -58,47 +69,82 @@ def save(
     Raises:
         UserError: the checkpoint could not be written. Earlier checkpoints are unchanged.
     """
-    folder, file = run_dir / "ckpt" / _folder_name(state["iter"]), WEIGHTS
+    folder = run_dir / "ckpt" / _folder_name(state["iter"])
     partial = folder.with_name(f".{folder.name}.tmp")
+    file = partial.name
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in weights.items()}, partial / WEIGHTS)
+        file = WEIGHTS
+        save_file({k: v.contiguous() for k, v in weights.items()}, partial / file)
         file = TRAIN_STATE
-        torch.save(train_state, partial / TRAIN_STATE)
-        (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)  # safetensors makes it owner-only
-        files = {name: fingerprint(partial / name) for name in (WEIGHTS, TRAIN_STATE)}
+        with open(partial / file, "wb") as opened:  # of a path, torch does not report why a write failed
+            torch.save(train_state, opened)
+        with contextlib.suppress(OSError):  # safetensors makes it owner-only; not every file system has modes
+            (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)
+        files = {}
+        for file in (WEIGHTS, TRAIN_STATE):
+            files[file] = fingerprint(partial / file)
+            fsync(partial / file)
         file = STATE
         atomic_write(partial / STATE, state_file({"format": FORMAT, **state, "files": files}))
-        for file in (*files, "."):
-            _fsync(partial / file)
+        file = partial.name
+        fsync(partial)
         if folder.exists():  # it is damaged: the run would have resumed from a valid one
             move_aside(folder, "which a new checkpoint replaces")
         os.rename(partial, folder)
-        _fsync(folder.parent)
-        set_link(run_dir, "last", state["iter"])
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _explain(error, run_dir, _num_bytes([weights, train_state]))
         shutil.rmtree(partial, ignore_errors=True)
-        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
-        if "inline_container" in reason:  # torch's "unexpected pos 64 vs 0"
-            reason = "incomplete write: the disk is full, or a quota or file size limit is reached"
-        needed, free = _num_bytes([weights, train_state]), shutil.disk_usage(run_dir).free if run_dir.exists() else 0
+        existing = ", ".join(path.name for path in checkpoints(run_dir)) or "none"
         raise UserError(
-            f"checkpoint {folder} could not be written: {file}: {reason}. {needed / 1e6:,.1f} MB are needed, "
-            f"{free / 1e6:,.1f} MB are free now. Existing checkpoints: "
-            f"{', '.join(path.name for path in checkpoints(run_dir)) or 'none'}. "
-            "Free disk space; if the run has stopped, resume it with --resume"
+            f"checkpoint {folder} could not be written: {file}: {reason}. Existing checkpoints: {existing}"
         ) from None
-    linked = {follow(run_dir / "ckpt" / name).resolve() for name in ("last", "best")}
-    for old in checkpoints(run_dir)[keep:]:
-        if old.resolve() in linked or (keep_every and read_state(old)["iter"] % keep_every == 0):
-            continue
-        try:
-            os.rename(old, partial)  # so that a partly deleted folder is not taken for a checkpoint
-            shutil.rmtree(partial)
-        except OSError as error:  # on a network file system, another process may be reading it
-            print(f"warning: {old} is no longer needed but cannot be deleted: {error.strerror}", file=sys.stderr)
+    set_link(run_dir, "last", state["iter"])
+    _delete_old(run_dir, partial, keep, keep_every)
     return folder
+
+
+def _delete_old(run_dir: Path, unused: Path, keep: int, keep_every: int | None) -> None:
+    """Delete the checkpoints that `save` does not keep. What cannot be deleted is a warning.
+
+    Args:
+        unused: a name for a folder that is being deleted, so that it is not taken for a checkpoint.
+    """
+    old = "an old checkpoint"
+    try:
+        links = [follow(run_dir / "ckpt" / name) for name in ("last", "best")]
+        linked = {link.resolve(strict=True) for link in links if link.exists()}  # strict: raises if it cannot be read
+        unneeded = [
+            path
+            for path in checkpoints(run_dir)[keep:]
+            if path.resolve(strict=True) not in linked and not (keep_every and iteration_of(path) % keep_every == 0)
+        ]
+        for old in unneeded:
+            os.rename(old, unused)
+            shutil.rmtree(unused)
+    except OSError as error:  # on a network file system, another process may be reading it
+        print(f"warning: {old} is no longer needed but cannot be deleted: {error.strerror}", file=sys.stderr)
+
+
+def _explain(error: Exception, run_dir: Path | None = None, needed: int = 0) -> str:
+    """Return why a write failed, and what to do about it.
+
+    Args:
+        run_dir: for a lack of space: the folder on the disk, and the bytes that are needed.
+    """
+    cause = error
+    while cause.__context__ and not isinstance(cause, OSError):  # torch raises another error when it closes the file
+        cause = cause.__context__
+    reason = (getattr(cause, "strerror", None) or str(cause)).partition("\n")[0]
+    in_text = re.search(r"os error (\d+)", reason)  # safetensors'
+    code = int(in_text[1]) if in_text else getattr(cause, "errno", None)
+    if needed and code in NO_SPACE:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(run_dir).free
+            reason += f". {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free now"
+    return f"{reason}. {REMEDIES.get(code, 'Check the disk')}; if the run has stopped, resume it with --resume"
 
 
 def _num_bytes(value) -> int:
@@ -128,30 +174,55 @@ def mark_finished(folder: Path) -> None:
 
 def state_file(state: dict) -> bytes:
     """Return the content of state.json: the state and its SHA-256."""
-    return json.dumps({**state, "sha256": _hash(state)}, indent=1).encode()
+    return json.dumps({**state, "sha256": hash_state(state)}, indent=1).encode()
 
 
-def _hash(state: dict) -> str:
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
-
-
-def set_link(run_dir: Path, name: str, iteration: int) -> bool:
-    """Atomically point the symlink ckpt/<name> to the checkpoint of an iteration.
+def set_link(run_dir: Path, name: str, iteration: int | None) -> bool:
+    """Atomically point ckpt/<name> to the checkpoint of an iteration: a symlink, or a file where links are refused.
 
     Returns:
         whether this checkpoint exists. If not, the link is removed.
+
+    Raises:
+        UserError: the link could not be written. It is unchanged.
     """
     link, partial = run_dir / "ckpt" / name, run_dir / "ckpt" / f".{name}.tmp"
-    if read_state(run_dir / "ckpt" / _folder_name(iteration)) is None:
-        link.unlink(missing_ok=True)
-        return False
-    partial.unlink(missing_ok=True)
+    target = None if iteration is None else _folder_name(iteration)
     try:
-        partial.symlink_to(_folder_name(iteration))
-    except OSError:  # a file system without symlinks; `follow` reads the file
-        partial.write_text(_folder_name(iteration))
-    os.replace(partial, link)
+        if link.is_dir() and not link.is_symlink():
+            _restore_copy(link)
+        if target is None or not (link.with_name(target) / STATE).exists():
+            link.unlink(missing_ok=True)
+            return False
+        fsync(link.parent)  # the checkpoint's name
+        partial.unlink(missing_ok=True)
+        try:
+            partial.symlink_to(target)
+            os.replace(partial, link)
+        except OSError as error:
+            if error.errno not in NO_SYMLINKS:
+                raise
+            atomic_write(link, target.encode())
+    except OSError as error:
+        raise UserError(f"{link} could not be set to {target}, which is complete: {_explain(error)}") from None
     return True
+
+
+def _restore_copy(link: Path) -> None:
+    """Give a checkpoint at `last` or `best`, as in a copy that followed links, the name of its iteration again.
+
+    If a valid checkpoint has this name, the copy of it is removed.
+    """
+    state = read_state(link)
+    folder = link.with_name(_folder_name(state["iter"])) if state else link
+    if state and not (folder.exists() and first_valid([folder], (WEIGHTS, TRAIN_STATE), print)):
+        if folder.exists():
+            move_aside(folder, f"which {link.name} replaces")
+        os.rename(link, folder)
+    elif state and state == read_state(folder):
+        shutil.rmtree(link)
+    else:
+        move_aside(link, "which is a folder instead of a link")
 
 
 def _folder_name(iteration: int) -> str:
@@ -164,44 +235,8 @@ def fingerprint(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # finding
-
-
-def read_state(folder: Path) -> dict | None:
-    """Return the content of a checkpoint's state.json; None if it is missing or invalid."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        saved_hash = state.pop("sha256", None)  # earlier versions did not write one
-        valid = {"format", "iter", "config", "files"} <= set(state) and type(state["iter"]) is int
-        valid = valid and all(isinstance(state[key], dict) for key in ("config", "files"))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return None
-    return state if valid and saved_hash in (None, _hash(state)) else None
-
-
-def folders(path: Path) -> list[Path]:
-    """Return a run's checkpoint folders, newest first, including damaged ones; for a checkpoint's path, only this one.
-
-    Other folders, such as iter_000500.old, are ignored.
-    """
-    if (path / STATE).exists():
-        return [path.resolve()]
-    found = [folder for folder in path.glob("ckpt/iter_*") if folder.name.removeprefix("iter_").isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("iter_")), reverse=True)
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the run's checkpoint folders with a valid state.json, newest first."""
-    return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
 def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dict:
@@ -245,8 +280,8 @@ def find(model_path: str | None, log: Callable[[str], None]) -> tuple[Path, dict
     Raises:
         UserError: the path has no undamaged checkpoint.
     """
-    path = newest(file="ckpt/last") if model_path is None else Path(model_path)
-    path = path.parent if path.name == WEIGHTS else follow(path)
+    path = newest(file=f"ckpt/*/{STATE}") if model_path is None else Path(model_path)
+    path = follow(path.parent if path.name == WEIGHTS else path)
     linked = [follow(path / "ckpt" / name) for name in ("best", "last")]
     candidates = [folder.resolve() for folder in (*linked, *folders(path)) if folder.exists()]
     found = first_valid(list(dict.fromkeys(candidates)), (WEIGHTS,), log)

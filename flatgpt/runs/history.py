@@ -1,4 +1,4 @@
-"""Read logs and settings of runs, and print the tables of `train.py --list`. Does not import torch or numpy.
+"""Read logs and settings of runs, find checkpoints, and print `train.py --list`. Does not import torch or numpy.
 
 history = read(Path("out/shakespeare"))
 history["train_loss"]   # one number per row, nan for empty cells
@@ -14,6 +14,7 @@ quickstart   1,853,760  pydoc  2,000     1.2552      2,000  40 min  finished
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -94,16 +95,67 @@ def gpt2_parameters(config: ModelConfig) -> int | None:
     return tables + config.n_layer * block + norm
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# finding runs and checkpoints
+
+
 def follow(link: Path) -> Path:
-    """Resolve ckpt/last or ckpt/best if it is a file instead of a symlink; return other paths unchanged."""
-    if link.name not in ("last", "best") or not link.is_file():
+    """Return the checkpoint that ckpt/last or ckpt/best names: a symlink, a file with its name, or a copy of it.
+
+    `last` that names nothing, as in a copy without links, is the newest checkpoint. Other paths are returned unchanged.
+    """
+    if link.name not in ("last", "best") or link.is_dir() or not link.parent.is_dir():
         return link
-    name = link.read_text(encoding="utf-8", errors="replace")
-    return link.with_name(name) if re.fullmatch(r"iter_\d+", name) else link
+    name = link.read_text(encoding="utf-8", errors="replace").strip() if link.is_file() else ""
+    named = link.with_name(name) if re.fullmatch(r"iter_\d+", name) else link
+    return named if named.is_dir() or link.name == "best" else next(iter(checkpoints(link.parent.parent)), named)
+
+
+def read_state(folder: Path) -> dict | None:
+    """Return the content of a checkpoint's state.json; None if it is missing or invalid."""
+    state = _read_table(folder / STATE, json.loads)
+    saved_hash = state.pop("sha256", None)  # earlier versions did not write one
+    valid = {"format", "iter", "config", "files"} <= set(state) and type(state["iter"]) is int
+    valid = valid and all(isinstance(state[key], dict) for key in ("config", "files"))
+    return state if valid and saved_hash in (None, hash_state(state)) else None
+
+
+def hash_state(state: dict) -> str:
+    """Return the SHA-256 that a checkpoint's state.json contains."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def iteration_of(folder: Path) -> int | None:
+    """Return the iteration of a checkpoint's folder, also of a damaged one; None for other paths.
+
+    In a copy that followed links, `last` and `best` are folders, too.
+    """
+    if folder.name in ("last", "best"):
+        state = None if folder.is_symlink() else read_state(folder)
+        return state and state["iter"]
+    number = folder.name.removeprefix("iter_")
+    return int(number) if number != folder.name and number.isdecimal() else None
+
+
+def folders(path: Path) -> list[Path]:
+    """Return a run's checkpoint folders, newest first, including damaged ones; for a checkpoint's path, only this one.
+
+    Other folders, such as iter_000500.old, are ignored.
+    """
+    if (path / STATE).exists():
+        return [path.resolve()]
+    paths = *path.glob("ckpt/iter_*"), path / "ckpt/last", path / "ckpt/best"
+    found = {folder: i for folder in paths if (i := iteration_of(folder)) is not None}
+    return sorted(found, key=found.get, reverse=True)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the run's checkpoint folders with a valid state.json, newest first."""
+    return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
 def newest(runs: Path = Path("out"), file: str = LOG) -> Path:
-    """Return the folder of the run with the most recently modified `file`.
+    """Return the folder of the run with the most recently modified `file`, which may be a pattern.
 
     Raises:
         UserError: no run has this file.
@@ -112,6 +164,10 @@ def newest(runs: Path = Path("out"), file: str = LOG) -> Path:
     if not (found := max(files, key=lambda path: path.lstat().st_mtime, default=None)):
         raise UserError(f"no run in {runs}/ yet: train one (python train.py), or give the folder of a run")
     return runs / found.relative_to(runs).parts[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading logs and settings
 
 
 def read(folder: Path) -> History:
@@ -124,7 +180,8 @@ def read(folder: Path) -> History:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
-    state = _read_table(folder / STATE, json.loads) or _read_table(follow(folder / "ckpt/last") / STATE, json.loads)
+    candidates = (folder, follow(folder / "ckpt/last"), *folders(folder))
+    state = next(filter(None, (_read_table(path / STATE, json.loads) for path in candidates)), {})
     settings = state.get("config") or _read_table(folder / RECIPE, tomllib.loads)
     return History(Path(os.path.abspath(folder)).name, _read_columns(folder / LOG), state, settings)
 

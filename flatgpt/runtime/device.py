@@ -9,8 +9,10 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -73,7 +75,10 @@ class DeviceSettings:
         count = torch.get_num_threads()
         threads = f" ({count} thread{'s' * (count > 1)})" if self.device.type == "cpu" else ""
         reasons = {key: f" ({self.why[key]})" if key in self.why else "" for key in ("dtype", "compile")}
-        dtype, mode = str(self.dtype).removeprefix("torch."), "compiled" if self.compile else "eager"
+        dtype, mode = (
+            str(self.dtype).removeprefix("torch."),
+            "compiled" if self.compile and not compiler.failed else "eager",
+        )
         return f"{self.name}{threads}, {dtype}{reasons['dtype']}, {mode}{reasons['compile']}"
 
 
@@ -191,21 +196,66 @@ def select_device(
     return DeviceSettings(selected, DTYPES[dtype], compile, why)
 
 
-def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> Callable[..., Tensor]:
-    """Compile the model's forward. If the compiler fails, warn once and use the eager forward.
+compiler = SimpleNamespace(failed=False)  # once it has failed, compiled functions of this process run eagerly
+
+
+@contextlib.contextmanager
+def _compiling(warn: Callable[[str], None]) -> Iterator[None]:
+    """End the block at an error, and set compiler.failed. If the error is not the compiler's, eager code repeats it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # missing compilers, libraries and folders raise errors of many types
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        warn(f"warning: torch.compile failed, continuing without it: {lines[0]}")
+        compiler.failed = True
+
+
+def compile_or_run(
+    function: Callable, eager: Callable | None = None, warn: Callable[[str], None] = note, **options
+) -> Callable:
+    """Compile a function. If the compiler fails, at the first call or at a later one, warn once and run it eagerly.
+
+    Args:
+        eager: called in place of `function` when the compiler has failed.
+        warn: prints a line.
+        options: of the compiler.
+    """
+    compiled = None
+
+    def call(*args):
+        nonlocal compiled
+        if not compiler.failed:
+            with _compiling(warn):
+                if compiled is None:
+                    compiled = torch.compile(function, dynamic=False, options=options)
+                return compiled(*args)
+        return (eager or function)(*args)
+
+    return call
+
+
+def compile_forward(
+    model: nn.Module, agree: Callable[[bool], bool] = bool, warn: Callable[[str], None] = note
+) -> Callable[..., Tensor]:
+    """Compile the model's forward. If the compiler fails on a rank, all use the eager forward.
 
     Args:
         model: a model from wrap_model. With fully_shard, each sharded module is compiled separately.
         agree: returns whether its argument is true on every rank.
+        warn: as in compile_or_run.
     """
     if hasattr(model, "unshard"):
+        # compile the backward with the forward, where an error can be caught
+        torch._functorch.config.force_non_lazy_backward_lowering = True
         for block in model.transformer.h:
             for module in (block.attn, block.mlp):
-                module.compile(dynamic=False)
+                module.forward = compile_or_run(module.forward, warn=warn)
         return model
-    getattr(model, "module", model).exclude_loss_from_compile()  # DDP's module is the model
-    compiled = torch.compile(model, dynamic=False)
-    chosen = None
+    # DDP's module is the model
+    getattr(model, "module", model).exclude_loss_from_compile(partial(compile_or_run, warn=warn))
+    compiled, checked = compile_or_run(model, warn=warn), False
 
     def first_step(x: Tensor, y: Tensor) -> None:  # compiles forward and backward
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
@@ -214,13 +264,14 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
                 loss.backward()
 
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        nonlocal chosen
-        if chosen is None:
-            with getattr(model, "no_sync", contextlib.nullcontext)():  # no collective: a rank's compiler may fail
-                succeeded = compiles(lambda: first_step(x, y))
-            chosen = compiled if agree(succeeded) else model
+        nonlocal checked
+        if not checked:
+            # no collective: a rank's compiler may fail
+            with getattr(model, "no_sync", contextlib.nullcontext)(), _compiling(warn):
+                first_step(x, y)
+            compiler.failed, checked = not agree(not compiler.failed), True
             model.zero_grad(set_to_none=True)
-        return chosen(x, y)
+        return compiled(x, y)
 
     return forward
 
@@ -228,18 +279,6 @@ def compile_forward(model: nn.Module, agree: Callable[[bool], bool] = bool) -> C
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:
     """Return a context for generation. Compiled sharded modules run eagerly: each new length would recompile them."""
     return torch.compiler.set_stance("force_eager") if hasattr(model, "unshard") else contextlib.nullcontext()
-
-
-def compiles(step: Callable[[], object]) -> bool:
-    """Run a compiled step for the first time. If the compiler fails, warn and return False."""
-    from torch._dynamo.exc import TorchDynamoException  # slow to import
-
-    try:
-        step()
-    except TorchDynamoException as error:
-        note(f"warning: torch.compile failed, continuing without it: {str(error).strip().splitlines()[0]}")
-        return False
-    return True
 
 
 def seed_of(*key: int) -> int:

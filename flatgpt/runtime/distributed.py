@@ -86,6 +86,11 @@ class DistributedContext:
         while not self.all(done()):
             time.sleep(0.02)
 
+    def warn_once(self, text: str) -> None:
+        """Print a line to standard error, on the first of the ranks that call this."""
+        if _first_to_report(self, "warning"):
+            print(text, file=sys.stderr)
+
     def all_gather(self, value: Any) -> list:
         """Return a list of the values of all ranks. Values have plain types."""
         values = [value] * self.world

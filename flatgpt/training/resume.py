@@ -21,7 +21,7 @@ from config import UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
-from flatgpt.runs.history import follow
+from flatgpt.runs.history import follow, iteration_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
@@ -137,7 +137,7 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
     existing = checkpoint.folders(lock.folder)
     if existing and not resume and not overwrite:
         raise UserError(
-            f"{lock.folder} already contains a run (at iter {int(existing[0].name.removeprefix('iter_'))}): "
+            f"{lock.folder} already contains a run (at iter {iteration_of(existing[0])}): "
             "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
         )
     if not resume or (resume == "auto" and not existing):
@@ -225,12 +225,14 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
         if not resume_from and toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         for half_written in folder.glob("ckpt/.iter_*.tmp"):
-            shutil.rmtree(half_written)
+            shutil.rmtree(half_written, ignore_errors=True)  # a save of its iteration names the cause
+        checkpoint.set_link(folder, "last", progress.iter)  # first, so that it always names a checkpoint
+        best_exists = checkpoint.set_link(folder, "best", progress.best_iter)
         for later in checkpoint.folders(folder):
-            if int(later.name.removeprefix("iter_")) > progress.iter:
+            if iteration_of(later) > progress.iter:
                 checkpoint.move_aside(later, "later than the resumed checkpoint")
         atomic_write(toml, recipe.encode())
-        return progress.best_iter is None or checkpoint.set_link(folder, "best", progress.best_iter)
+        return best_exists
 
     if not ranks.run_on_rank0(prepare_folder):  # the best checkpoint no longer exists
         progress.best_loss = progress.best_iter = None

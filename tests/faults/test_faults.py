@@ -640,8 +640,9 @@ def test_slurm_requeues_a_stopped_run_until_it_is_finished(slurm, reference, tmp
     ],
 )
 def test_slurm_tells_finished_from_paused_and_failed(slurm, tmp_path, saved, status, code, asked):
-    state = tmp_path / "run/ckpt/last/state.json"
+    state = tmp_path / "run/ckpt/iter_000003/state.json"
     state.parent.mkdir(parents=True)
+    (tmp_path / "run/ckpt/last").write_text("iter_000003")  # a file system without symlinks
     state.write_text(json.dumps({"finished": False, "iter": 3}))
     job = slurm(f"echo '{json.dumps(saved)}' > {shlex.quote(str(state))}; exit {status}")
     assert job.wait() == code, job.output

@@ -1,7 +1,10 @@
 """Runs that stop anywhere and are resumed: to the bit, in their folder, and with what the user changes."""
 
+import errno
 import itertools
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -17,7 +20,7 @@ import train
 from config import TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs import checkpoint
+from flatgpt.runs import checkpoint, history
 from flatgpt.runtime.stop import StopRequest
 
 RUN = Path("out/quickstart")
@@ -104,6 +107,89 @@ def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, momen
     monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
     train.train(cli.parse(TrainConfig, typed.split()[2:]))
     assert_same_run(RUN, whole)
+
+
+def to_pointers(ckpt: Path) -> None:
+    """As on a file system that refuses symlinks."""
+    for name in ("last", "best"):
+        target = os.readlink(ckpt / name)
+        (ckpt / name).unlink()
+        (ckpt / name).write_text(target)
+
+
+def to_folders(ckpt: Path) -> None:
+    """As `cp -rL`, S3 and zip leave it."""
+    for name in ("last", "best"):
+        target = os.readlink(ckpt / name)
+        (ckpt / name).unlink()
+        shutil.copytree(ckpt / target, ckpt / name)
+
+
+def to_nothing(ckpt: Path, target: str = "") -> None:
+    for name in ("last", "best"):
+        (ckpt / name).unlink()
+        if target:
+            (ckpt / name).symlink_to(target)
+
+
+def to_best_alone(ckpt: Path) -> None:
+    to_folders(ckpt)
+    for name in ("last", "iter_000030", "iter_000060"):
+        shutil.rmtree(ckpt / name)
+
+
+COPIES = {
+    "pointers": (to_pointers, 30, 60),
+    "folders": (to_folders, 30, 60),
+    "no links": (to_nothing, 60, 60),
+    "dangling": (lambda ckpt: to_nothing(ckpt, "iter_000099"), 60, 60),
+    "best alone": (to_best_alone, 30, 30),
+}
+
+
+@pytest.mark.parametrize(("change", "best", "last"), COPIES.values(), ids=COPIES)
+def test_run_is_read_and_resumed_whatever_a_copy_made_of_its_links(run_copy, cli, monkeypatch, change, best, last):
+    """Each reader finds the best or newest checkpoint; a resumed run ends as the original and keeps its checkpoints."""
+    ckpt, words = (
+        RUN / "ckpt",
+        ("--eval_interval", 30, "--lr", "5e-3", "--max_iters", 61, *QUIET, "--keep_checkpoints", 9),
+    )
+    (ckpt / "best").unlink()
+    (ckpt / "best").symlink_to("iter_000030")
+    whole = Path(shutil.copytree(RUN, "out/whole", symlinks=True))
+    change(ckpt)
+    losses = val_losses(RUN)
+    for script in ("eval", "infer"):
+        done = cli(script, "--model_path", RUN, "--device", "cpu", *["--prompt", "a"] * (script == "infer"))
+        assert (done.code, re.search(r"iter +(\d+)", done.out + done.err)[1]) == (0, str(best))
+    for name, found in ((RUN, best), (ckpt / "last", last)):
+        train_here("--init_from", name, "--max_iters", 1, "--out_dir", "out/new", *QUIET, "--overwrite")
+        assert val_losses(Path("out/new"))[0] == pytest.approx(losses[found], abs=1e-5)
+    assert history.read(RUN).state["iter"] == last
+    if change is to_pointers:
+        monkeypatch.setattr(os, "symlink", refuse_symlink)
+    train_here(*words, "--resume")
+    train_here(*words, "--resume", whole / f"ckpt/iter_{last:06d}", "--out_dir", whole)
+    assert_same_run(RUN, whole)
+    assert saved_iters(RUN) == [61, 60, 30]
+    assert not list(ckpt.glob("lost-*"))
+
+
+def refuse_symlink(*words, **settings) -> None:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+def test_last_names_the_resumed_checkpoint_while_later_ones_are_moved_aside(run_copy, monkeypatch):
+    """And `best` that of then: they lead nowhere at no moment, not even if the process is killed."""
+    real, seen = checkpoint.move_aside, []
+
+    def move_aside(*words):
+        seen.append(links(RUN))
+        real(*words)
+
+    monkeypatch.setattr(checkpoint, "move_aside", move_aside)
+    train_here(*QUIET, "--lr", "5e-3", "--eval_interval", 40, "--max_iters", 31, "--resume", RUN / "ckpt/iter_000030")
+    assert seen == [{"last": "iter_000030"}], "iter 30 was saved before it was evaluated"
 
 
 def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):

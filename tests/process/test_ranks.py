@@ -299,6 +299,24 @@ def test_compiled_ranks_make_nearly_the_updates_of_eager_ones(home):
         assert_same_run(home / "out" / name, home / "out/eager", loss=1e-3, val=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "failing", "tolerances"), [("", "1", {}), ("--fsdp", "1", SHARDED), ("--fsdp", "01", SHARDED)]
+)
+def test_ranks_go_on_if_a_compiler_fails(ranks, home, job_of_two, words, failing, tolerances):
+    """The others neither wait nor end. The compiler is a stand-in, which compiles nothing."""
+    code = (
+        "import torch\ndef missing(*args): raise RuntimeError('no compiler')\n"
+        f"fails = os.environ['RANK'] in '{failing}'\n"
+        "torch.compile = lambda function, **options: missing if fails else function"
+    )
+    out = home / f"out/failing{words}{failing}"
+    done = ranks(2, *BASE, *words.split(), "--compile", "--out_dir", out, script=wrapped(home, code), cwd=home)
+    assert done.code == 0, done.output
+    assert done.output.count("warning: torch.compile failed, continuing without it: no compiler\n") == 1
+    assert_same_run(out, home / "out/one", **tolerances)
+
+
 @pytest.mark.gpu
 def test_gpus_make_nearly_the_updates_of_one(home):
     if torch.cuda.device_count() < 2:

@@ -68,10 +68,12 @@ def run_script(script: str, *words, stdin: str | bytes = "", encoding: str = "ut
 
 
 def reset_torch() -> None:
-    """Reset the global settings of torch that a run changes."""
+    """Reset the global settings that a run changes: those of torch, and whether its compiler has failed."""
     if torch := sys.modules.get("torch"):
         torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision("highest")
+    if device := sys.modules.get("flatgpt.runtime.device"):
+        device.compiler.failed = False
 
 
 def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte"):

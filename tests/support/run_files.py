@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from flatgpt.runs import checkpoint
+from flatgpt.runs.history import follow
 
 TIMES = ("step_ms", "tok_per_s", "mfu", "peak_mem_gb")  # columns that differ between equal runs
 
@@ -30,7 +31,7 @@ def val_losses(run_dir: Path) -> dict[int, float]:
 
 def weights(run_dir: Path) -> dict:
     """Return the weights of the newest checkpoint."""
-    return load_file(run_dir / "ckpt" / "last" / "model.safetensors")
+    return load_file(follow(run_dir / "ckpt" / "last") / "model.safetensors")
 
 
 def saved_iters(run_dir: Path) -> list[int]:
@@ -39,8 +40,9 @@ def saved_iters(run_dir: Path) -> list[int]:
 
 
 def links(run_dir: Path) -> dict[str, str]:
-    """Return the checkpoints that `best` and `last` lead to."""
-    return {path.name: os.readlink(path) for path in (run_dir / "ckpt").iterdir() if path.is_symlink()}
+    """Return the names of the checkpoints that `best` and `last` lead to, by symlinks or files."""
+    paths = [run_dir / "ckpt" / name for name in ("last", "best")]
+    return {path.name: follow(path).resolve().name for path in paths if os.path.lexists(path)}
 
 
 def same(a, b) -> bool:
@@ -56,14 +58,14 @@ def same(a, b) -> bool:
 
 def final_state(run_dir: Path) -> dict:
     """Return everything that a run ended with, times left out: rows, weights, optimizer, progress, links."""
-    state = checkpoint.load_train_state(run_dir / "ckpt" / "last")
+    state = checkpoint.load_train_state(follow(run_dir / "ckpt" / "last"))
     state["row"] = {key: value for key, value in state["row"].items() if key not in TIMES}
     return {"rows": rows(run_dir), "weights": weights(run_dir), "links": links(run_dir), **state}
 
 
 def assert_same_run(run_dir: Path, whole: Path) -> None:
     """Assert that a run is finished and ended as the other one, to the bit."""
-    assert checkpoint.verify(run_dir / "ckpt" / "last")["finished"]
+    assert checkpoint.verify(follow(run_dir / "ckpt" / "last"))["finished"]
     found, expected = final_state(run_dir), final_state(whole)
     assert found["rows"] == expected["rows"]
     assert found.keys() == expected.keys()

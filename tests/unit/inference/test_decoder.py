@@ -15,6 +15,7 @@ from config import SamplingConfig
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
+from flatgpt.runtime.device import compiler
 from model import GPT
 
 GREEDY = SamplingConfig(temperature=0)
@@ -103,6 +104,7 @@ def test_compiler_that_fails_is_one_warning(monkeypatch, capsys):
         found = list(generate_batch(decoder, prompts, 20, GREEDY))
         assert found == [step[: len(prompts)] for step in expected]
     assert capsys.readouterr().err == "warning: torch.compile failed, continuing without it: no compiler\n"
+    monkeypatch.setattr(compiler, "failed", False)
     monkeypatch.setattr(torch, "compile", compiler_that_raises(torch.OutOfMemoryError("too large")))
     with pytest.raises(torch.OutOfMemoryError):
         list(generate_batch(Decoder(lively(), compile=True), PROMPTS, 3, GREEDY))

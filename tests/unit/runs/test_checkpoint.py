@@ -1,8 +1,13 @@
 """checkpoint.py: a checkpoint on the disk is whole, found by its names, verified, and never unpickled."""
 
+import builtins
+import errno
+import functools
 import io
+import itertools
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -96,8 +101,10 @@ def test_model_path_is_a_run_or_a_checkpoint(in_tmp, model):
     with pytest.raises(UserError, match="train one"):
         checkpoint.find(None, print)
     for seconds, name in enumerate(("a", "c", "b")):
-        (save(Path("out") / name, 1, model) / "train_state.pt").unlink()  # only training needs it
-        os.utime(Path("out") / name / "ckpt/last", (0, 1000 + seconds), follow_symlinks=False)
+        folder = save(Path("out") / name, 1, model)
+        (folder / "train_state.pt").unlink()  # only training needs it
+        os.utime(folder / "state.json", (0, 1000 + seconds))
+        (folder.parent / "last").unlink()  # a copy of a run may have lost its links
     assert checkpoint.find(None, print)[0] == Path("out/b/ckpt/iter_000001")
     for path in ("out/a", "out/a/ckpt/iter_000001", "out/a/ckpt/last", "out/a/ckpt/last/model.safetensors"):
         assert checkpoint.find(path, print)[1]["iter"] == 1
@@ -174,20 +181,84 @@ def test_damaged_checkpoint_of_the_same_iteration_is_moved_aside(tmp_path, model
     ("room", "file", "reason"),
     [
         (4_096, "model.safetensors", ".*File too large"),
-        (200_000, "train_state.pt", "incomplete write: the disk is full"),
+        (200_000, "train_state.pt", "File too large"),
         (1_500_000, "state.json", "File too large"),
     ],
 )
 def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path, model, room, file, reason):
     save(tmp_path, 1, model)
     state, train_state = {"iter": 2, "config": {}, "long": "x" * 2_000_000}, {"optimizer": [torch.zeros(300_000)]}
-    message = (
-        f"iter_000002 could not be written: {file}: {reason}.* 1.2 MB are needed, .* Existing checkpoints: iter_000001"
-    )
+    message = f"iter_000002 could not be written: {file}: {reason}.*ulimit -f.* Existing checkpoints: iter_000001"
     with full_disk(room), pytest.raises(UserError, match=message):
         checkpoint.save(tmp_path, state, {"w": torch.zeros(12_000)}, train_state, keep=1)
     assert checkpoint.verify(follow(tmp_path / "ckpt/last"))["iter"] == 1
     assert sorted(path.name for path in tmp_path.glob("ckpt/*")) == ["iter_000001", "last"]
+
+
+CALLS = [(os, name) for name in ("chmod", "fsync", "lstat", "mkdir", "open", "rename", "replace", "rmdir", "scandir")]
+CALLS += [(os, name) for name in ("stat", "symlink", "unlink")]
+CALLS += [(builtins, "open"), (io, "open"), (checkpoint, "save_file"), (torch, "save")]
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, r"0\.0 MB are needed, .* MB are free now\. Free disk space"),
+        (errno.EACCES, "Make the folder writable"),
+        (errno.EROFS, "Make the folder writable"),
+        (errno.EIO, "Check the disk"),
+        (errno.ENAMETOOLONG, "Choose a shorter --out_dir"),
+    ],
+    ids=lambda value: errno.errorcode.get(value, ""),
+)
+def test_failed_save_says_why_and_what_to_do(tmp_path, model, monkeypatch, code, remedy):
+    def fail(*args, **settings):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(
+        UserError, match=rf"iter_000001 could not be written: train_state.pt: {os.strerror(code)}\. {remedy};"
+    ):
+        save(tmp_path, 1, model)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EINVAL], ids=errno.errorcode.get)
+def test_any_call_of_a_save_can_fail(tmp_path, model, monkeypatch, capsys, code):
+    """The message names file and cause. What was saved is valid, `last` names one of it, and the next save works."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # a slow disk shall not make slow tests
+    for number in itertools.count():
+        run, calls = tmp_path / str(number), []
+        for iteration in (1, 2):
+            save(run, iteration, model)
+        checkpoint.set_link(run, "best", 1)
+
+        def failing(*args, real, calls=calls, number=number, **settings):
+            calls.append(real)
+            if len(calls) == number + 1:
+                raise OSError(code, os.strerror(code), "a path")
+            return real(*args, **settings)
+
+        with monkeypatch.context() as patch:
+            for owner, name in CALLS:
+                patch.setattr(owner, name, functools.partial(failing, real=getattr(owner, name)))
+            try:
+                said = save(run, 3, model, keep=1) and capsys.readouterr().err
+            except UserError as error:
+                said = str(error)
+        if len(calls) <= number:
+            break
+        if said:
+            what = r"iter_000003 could|ckpt/last could|(an old checkpoint|iter_000002) is no longer"
+            assert re.search(rf"({what}).*{os.strerror(code)}", said), calls[number]
+        for folder in checkpoint.checkpoints(run):
+            checkpoint.verify(folder)
+        kept, last = saved_iters(run), checkpoint.verify(follow(run / "ckpt/last"))["iter"]
+        assert kept[-1] == 1, "the best"
+        assert said or (kept[0], last) == (3, 3), calls[number]
+        save(run, 4, model, keep=1)
+        assert saved_iters(run) == [4, 1]
+        assert os.readlink(run / "ckpt/last") == "iter_000004"
+    assert number > 20
 
 
 def test_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, model, monkeypatch, capsys):

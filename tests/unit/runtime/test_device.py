@@ -1,6 +1,7 @@
 """device.py: what `auto` selects on which hardware, precision, random state, the compiler and its failure."""
 
 import contextlib
+import itertools
 import os
 import platform
 import re
@@ -16,7 +17,9 @@ from mps import mps_machine
 from processes import ROOT
 from run_files import rows, weights
 
+import model
 from config import ModelConfig, UserError
+from flatgpt.kernels.cross_entropy import CHUNK_ROWS
 from flatgpt.runtime.device import compile_forward, find_device, reseed, select_device
 from model import GPT
 
@@ -193,6 +196,45 @@ def test_compiled_loss_and_gradients_equal_eager_ones(device, dtype, tolerance):
     assert list(model.state_dict()) == names  # the raw module is not touched
     for name in ("first", "second"):
         torch.testing.assert_close(answers[name], answers["eager"], rtol=tolerance, atol=tolerance)
+
+
+def fails_in(name: str, after: int):
+    """A torch.compile that fails for functions of this name, after so many calls; -1: before the first one."""
+
+    def compile(function, **options):
+        calls = itertools.count()
+        if name != getattr(function, "__name__", "GPT"):
+            return function
+
+        def call(*args):
+            if next(calls) >= after:
+                raise RuntimeError("Failed to find C compiler. Please specify via CC\nor set triton.knobs")
+            return function(*args)
+
+        return call if after >= 0 else call()
+
+    return compile
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("GPT", -1), ("GPT", 0), ("GPT", 3), ("gradient_in_one_kernel", 0), ("gradient_in_one_kernel", 2)],
+)
+def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, monkeypatch, name, after):
+    """The loss has its own kernel on CUDA, which is compiled for the last, smaller chunk of rows too."""
+    words = ("train", *TINY, "--vocab_size", 20_000, "--max_iters", 3, "--sample_tokens", 0)
+    assert cli(*words, "--out_dir", "out/eager", "--deterministic").code == 0
+    real = model.fused_loss_outside_graph
+    monkeypatch.setattr(model, "fused_loss_outside_graph", lambda device, compile: real(torch.device("cuda"), compile))
+    monkeypatch.setitem(CHUNK_ROWS, "cpu", 50)
+    monkeypatch.setattr(torch, "compile", fails_in(name, after))
+    done = cli(*words, "--out_dir", "out/compiled", "--compile")
+    assert done.code == 0
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: torch.compile failed, continuing without it: Failed to find C compiler. " + "Please specify via CC"
+    ]
+    torch.testing.assert_close(weights(Path("out/compiled")), weights(Path("out/eager")), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
