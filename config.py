@@ -16,6 +16,8 @@ from pathlib import Path
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("eval_batches", "eval_tokens"))
 EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
+# Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
+START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
 # Help of settings that train.py and eval.py share.
 EVAL_TOKENS = "tokens to score, from the start of the split, rounded up to whole windows; 0: all"
 EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windows; 0: all"

@@ -13,12 +13,12 @@ python train.py --help                            # every key
 import sys
 
 from config import TrainConfig, run_dir
-from flatgpt.cli.cli import from_command_line, recipe_text, recipes, run_script
-from flatgpt.interop.pretrained import initial_shape
+from flatgpt.cli.cli import from_command_line, read_recipe, recipe_text, recipes, run_script
+from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs.history import print_list
 
 if __name__ == "__main__":
-    CONFIG = from_command_line(TrainConfig, __doc__, initial_shape)
+    CONFIG = from_command_line(TrainConfig, __doc__, initial_shape, run_settings)
     if CONFIG.list:
         run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
@@ -149,7 +149,8 @@ def train_loop(
         the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
     """
     config, ranks, start, clock, reason = run.config, run.ranks, progress.iter, StepClock(), 0
-    intervals = config.log_interval, config.eval_interval, config.save_interval, config.max_iters
+    save_interval = config.save_interval or config.eval_interval
+    intervals = config.log_interval, config.eval_interval, save_interval, config.max_iters
     if progress.forked:
         save(run, progress, checkpoints)
     while True:
@@ -186,7 +187,7 @@ def train_loop(
             if error:
                 checkpoints.wait()  # for the save: torchrun kills all ranks when one exits
                 raise UserError(error)
-        if reason or timer_due or progress.eval_pending or progress.iter % config.save_interval == 0:
+        if reason or timer_due or progress.eval_pending or progress.iter % save_interval == 0:
             with clock.paused():
                 save(run, progress, checkpoints)  # before evaluation and sampling, which may fail
 
@@ -198,10 +199,15 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     config, folder = run.config, Path(run.config.out_dir)
     print(reporting.summary(run))
     progress = restore_run(resume_from, run, lock, recipe_text(config))
+    if progress is None:
+        return
     mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
     wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
-    metadata = run_metadata(run) | {"wandb_id": wandb_run.id if wandb_run else progress.wandb_id} if ranks.first else {}
+    metadata, recipe = {}, read_recipe(TrainConfig, config.config, []) if config.config else {}
+    if ranks.first:
+        metadata = run_metadata(run, recipe, resume_from)
+        metadata["wandb_id"] = wandb_run.id if wandb_run else progress.wandb_id
     ranks.barrier()  # wandb and git may take long
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
     stop, started = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()

@@ -25,8 +25,10 @@ set -- "$@" --resume auto
 
 # the run's folder, computed as train.py does; an error in the settings ends the job here
 run=$(python -c 'import sys, config
-from flatgpt.cli import cli
-cli.run_script(lambda words: print(config.run_dir(cli.parse(config.TrainConfig, words))), sys.argv[1:])' "$@") || exit
+from flatgpt.cli.cli import parse, run_script
+from flatgpt.interop.pretrained import run_settings
+run_script(lambda words: print(config.run_dir(parse(config.TrainConfig, words, None, run_settings))), sys.argv[1:])' \
+    "$@") || exit
 
 progress() { # "True 500" if the run is finished, else "False 300"; nothing before the first checkpoint
     python -c 'import pathlib, sys; from flatgpt.runs.history import read

@@ -1,6 +1,7 @@
 """Command lines and TOML recipes for the dataclasses of config.py, `--help`, and `error:` lines.
 
 Precedence, from low to high: field defaults, initial_shape, the recipe's `base`, `--config recipe.toml`, `--key value`.
+On a resume, the run's own settings replace the first two, and a recipe only counts where it was edited since.
 Standard library only, so that `--help` and errors do not wait for torch to be imported.
 """
 
@@ -24,12 +25,10 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, ReportedByOtherRank, UserError, limit_problem
+from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, limit_problem
 from flatgpt import REPO_ROOT
 
 RECIPES = REPO_ROOT / "configs"
-
-
 _types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
 
 
@@ -82,28 +81,46 @@ def _fields(cls) -> dict[str, dataclasses.Field]:
     return {name: f for f in dataclasses.fields(cls) for name in (f.name, *f.metadata.get("alias", ()))}
 
 
-def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()) -> list[dict]:
-    """Return the layers of a recipe, each {key: value}, with its `base` first. Errors are appended to problems."""
+def _merge(cls, layers: list[dict], problems: list[str]) -> dict:
+    """Return the settings of all layers; later ones rank higher. A value also replaces the keys that it excludes."""
+    settings: dict = {}
+    for layer in layers:
+        for pair in EXCLUSIVE:
+            given = [key for key in pair if layer.get(key) is not None]
+            if len(given) == 2:
+                problems.append(f"{' and '.join(pair)} exclude each other: give one of them")
+            settings |= {key: None for key in pair if given and key in _fields(cls)}
+        settings |= layer
+    return settings
+
+
+def read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()) -> dict:
+    """Return {key: value} of a recipe and its `base`. Errors are appended to problems."""
     path = Path(name)
     if path.suffix != ".toml" and not path.is_file():
         path = RECIPES / f"{name}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.toml"))
         problems.append(f"config = {name}: no such file; recipes: {', '.join(known)}{_suggestion(name, known)}")
-        return []
+        return {}
     if path.resolve() in seen:
         problems.append(f"{path}: `base` refers to this recipe again")
-        return []
+        return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         problems.append(f"{path}: not valid TOML: {error}")
-        return []
-    layers = []
+        return {}
+    below = {}
     if "base" in table:
         base = str(table.pop("base"))
         beside = path.parent / f"{base}.toml"
-        layers = _read_recipe(cls, str(beside) if beside.is_file() else base, problems, (*seen, path.resolve()))
+        below = read_recipe(cls, str(beside) if beside.is_file() else base, problems, (*seen, path.resolve()))
+    return _merge(cls, [below, _convert_table(cls, path, table, problems)], problems)
+
+
+def _convert_table(cls, path: Path, table: dict, problems: list[str]) -> dict:
+    """Return the table of a TOML file as {key: value}. Errors are appended to problems."""
     fields = {name: f for name, f in _fields(cls).items() if f.metadata.get("recipe", True) and name != "config"}
     # Keys of other scripts are ignored, so that all scripts can read the same recipe.
     of_other_scripts = {n for other in SCRIPT_CONFIGS for n in (*_fields(other), *REMOVED.get(other.__name__, ()))}
@@ -120,7 +137,7 @@ def _read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = (
             layer[fields[key].name] = _convert(cls, fields[key], value, from_words=False)
         except ValueError as error:
             problems.append(f"{path}: {key} = {value!r}: {error}")
-    return [*layers, layer]
+    return layer
 
 
 def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
@@ -177,39 +194,49 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
     return layer
 
 
-def parse(cls, words: Sequence[str], initial_shape: Callable[[typing.Any], dict] | None = None):
+def _first_valid(cls, tables: dict[Path, dict], problems: list[str]) -> dict:
+    """Return the first table without a problem as {key: value}. Print a warning about those before it."""
+    for path, table in tables.items():
+        found = [] if table else ["missing or damaged"]
+        layer = _merge(cls, [_convert_table(cls, path, table, found)], found)
+        if not (found := found or cls(**layer).problems()):
+            return layer
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: the settings in {path} are not used: {found[0]}", file=sys.stderr)
+    problems.append(f"the run has no settings that can be used; the last were those in {path}: {found[0]}")
+    return {}
+
+
+def parse(cls, words: Sequence[str], initial_shape: Callable | None = None, run_settings: Callable | None = None):
     """Return the config of a script from command-line words.
 
     Args:
-        initial_shape: called with the config; returns settings that replace defaults but not given values. Its
-            UserError is reported with the other problems.
+        initial_shape: called with the config; returns settings that replace defaults but not given values.
+        run_settings: called with the config; returns None, or what replaces the defaults on a resume: tables by file,
+            of which the first valid one is used; and the recipe as it was, whose unchanged keys do not count.
 
     Raises:
-        UserError: lists all problems of the recipe, the command line and their combination.
+        UserError: lists all problems of the recipe, the command line and their combination, and those of the functions.
     """
     # Python decodes invalid bytes as surrogates, which cannot be written to config.toml
     undecoded = [word for word in words if any("\ud800" <= c <= "\udfff" for c in word)]
     problems = [f"{word!r} cannot be decoded: set LC_ALL=C.UTF-8, or use another name" for word in undecoded]
     typed = _read_words(cls, words, problems)
-    layers = _read_recipe(cls, typed["config"], problems) if typed.get("config") else []
-    settings: dict = {}
-    for layer in [*layers, typed]:
-        for one, other in EXCLUSIVE:
-            if layer.get(one) is not None and layer.get(other) is not None:
-                problems.append(f"{one} and {other} exclude each other: give one of them")
-            for name, rival in ((one, other), (other, one)):
-                if layer.get(name) is not None and rival in _fields(cls):
-                    settings[rival] = None
-        settings.update(layer)
-    if initial_shape:
-        try:
+    recipe = read_recipe(cls, typed["config"], problems) if typed.get("config") else {}
+    settings = _merge(cls, [recipe, typed], problems)
+    try:
+        if run := run_settings and run_settings(cls(**settings)):
+            tables, said = run
+            edited = {k: v for k, v in recipe.items() if k not in said or json.dumps(v) != json.dumps(said[k])}
+            settings = _merge(cls, [_first_valid(cls, tables, problems), edited, typed], problems)
+        elif initial_shape:
             settings = initial_shape(cls(**settings)) | settings
-        except UserError as error:
-            problems.append(str(error))
+    except UserError as error:
+        problems.append(str(error))
     if not problems:
         config = cls(**settings)
         problems = config.problems()
-    if problems:
+    if problems := list(dict.fromkeys(problems)):  # a recipe is merged twice
         numbered = "".join(f"\n  {n}. {p}" for n, p in enumerate(problems, 1))
         raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{numbered}")
     return config
@@ -231,8 +258,7 @@ def recipes(cls, words: Sequence[str]) -> dict:
 
 def recipe_text(config) -> str:
     """Return the text of a recipe with which `--config` gives this config."""
-    left_out = {"config", "resume", "overwrite", "list", "plan", "gpus", "mfu"}  # they do not describe the run
-    left_out |= {one for one, other in EXCLUSIVE if getattr(config, other, None) is not None}
+    left_out = {*START_ONLY, *(one for one, other in EXCLUSIVE if getattr(config, other, None) is not None)}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
     # strings, numbers and booleans in JSON are valid TOML
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items() if v is not None]
@@ -272,8 +298,8 @@ def help_text(cls, usage: str) -> str:
     return "\n".join(lines)
 
 
-def from_command_line(cls, usage: str, initial_shape: Callable[[typing.Any], dict] | None = None):
-    """Return the script's config from sys.argv. Prints and exits on `--help` (0) and on errors (2)."""
+def from_command_line(cls, usage: str, *functions: Callable):
+    """Return parse(cls, sys.argv, *functions). Prints and exits on `--help` (0) and on errors (2)."""
     atexit.register(gc.freeze)  # avoids garbage collection at exit, which takes 0.5 s
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
         if getattr(sys, name) is None:
@@ -283,7 +309,7 @@ def from_command_line(cls, usage: str, initial_shape: Callable[[typing.Any], dic
         sys.exit(0)
     # no traceback for Ctrl-C during imports; later run_script handles it
     sys.excepthook = lambda cls, *args: None if cls is KeyboardInterrupt else sys.__excepthook__(cls, *args)
-    return run_script(lambda words: parse(cls, words, initial_shape), sys.argv[1:])
+    return run_script(lambda words: parse(cls, words, *functions), sys.argv[1:])
 
 
 def run_script(main: Callable, config, every_rank: bool = False):

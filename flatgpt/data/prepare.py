@@ -81,21 +81,16 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
-    plan = make_plan(config, corpus)
+    plan = make_plan(config, corpus, folder.name)
     with _locked(folder):
         if read_meta(folder) is not None:  # another call has just finished it
             return prepare(config, log)
-        progress = read_progress(folder, settings, corpus, 2 if config.sample_size else 1)
+        progress = read_progress(folder, settings, corpus, plan.version)
         if progress["passes"]:
             log(f"{folder}: resuming")
         else:
             remove_unfinished(folder)
         entries = write_shards(config, folder, plan, encoding.n_vocab, progress)
-        for split, entry in entries.items():
-            if entry["tokens"] < 2:
-                remove_unfinished(folder)
-                reason = f"the {split} split of {folder.name} would have {entry['tokens']} tokens, and scoring needs 2"
-                raise UserError(f"too little text: {reason}; add text, or change --val_fraction or --test_fraction")
         meta = {key: value for key, value in settings.items() if value is not None}
         meta |= {"vocab_size": encoding.n_vocab, "ranks_sha256": tokenizer.ranks_hash(encoding)}
         meta |= {"eot_id": encoding.eot_token, "end_of_text": source.end_of_text, "dtype": "uint16", "splits": entries}
@@ -149,7 +144,7 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
     try:
         saved = save()  # progress.json has the command that resumes
         with bar, pool as run_tasks:
-            for task, encoded in run_tasks(functools.partial(encode_task, config, plan.splits, plan.held_out), tasks()):
+            for task, encoded in run_tasks(functools.partial(encode_task, config, plan.splits, plan.borders), tasks()):
                 with _write_errors(folder):
                     for split, part in encoded.items():
                         writers[split].add(*part)
@@ -207,7 +202,7 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
     """Return the state in the folder's progress.json, or an initial state.
 
     Args:
-        tasks: version of the division of files into tasks; only work with the same version is resumed.
+        tasks: the plan's version.
 
     Raises:
         UserError: settings, raw files or `tasks` differ from those of the unfinished dataset.

@@ -130,6 +130,36 @@ def chunk_tasks(chunks: Iterable[Chunk], size: int | None = None) -> Iterator[Ta
         yield Task(characters, functools.partial(iter, waiting))
 
 
+def documents(
+    files: Iterable[RawFile], column: str, limit: int | None, choose_split: Callable | None = None
+) -> Iterator[Chunk]:
+    """Yield the chunks of the first `limit` documents of the files, in order. The others are not read or downloaded."""
+    count = 0
+    for task in file_tasks(files, column, choose_split):
+        for chunk in task.read():
+            yield chunk
+            count += chunk.documents
+            if count == limit:
+                return
+
+
+def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
+    """Join at most `limit` rows of the files to one text, and yield it in chunks; each row counts as a document."""
+    read = counted = 0
+    found = (chunk for file in files for chunk in rows(file.local_path(), column, empty=True))
+
+    def blocks() -> Iterator[str]:
+        nonlocal read
+        for task in chunk_tasks(itertools.islice(found, limit)):
+            block = list(task.read())
+            read += len(block)
+            yield "".join(chunk.text for chunk in block)
+
+    for chunk in split_document(blocks()):
+        yield chunk._replace(documents=read - counted)
+        counted = read
+
+
 @contextmanager
 def read_errors(path: Path):
     """Convert errors of reading a file to a UserError."""

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import http.client
 import itertools
+import math
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ REPOSITORIES = {
     "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
     "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
 }
+Borders = dict[str, float] | tuple[int, int, int] | None  # of choose_split, or of split_by_characters
 FEW_DOCUMENTS = 100  # with fewer, splits are made by characters, as whole documents are too coarse
 
 
@@ -164,24 +166,27 @@ class Plan(NamedTuple):
 
     Attributes:
         splits: splits of the dataset.
-        held_out: {split: share of the source's train documents that it gets}.
+        borders: the result of `divide`; empty if no split is held out of the source's train documents.
         tasks: {split of the source: its tasks}.
         size: size of the files in bytes.
+        version: of the division into tasks and splits; only work of the same version can be resumed.
     """
 
     splits: list[str]
-    held_out: dict[str, float]
+    borders: Borders
     tasks: dict[str, Iterator[Task]]
     size: int
+    version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
-    """Return the splits and tasks of a dataset, and download missing files.
+def make_plan(config: PrepareConfig, corpus: Corpus, name: str = "the dataset") -> Plan:
+    """Return the splits and tasks of the dataset of this name, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
 
     Raises:
-        UserError: a split does not exist, a fraction is for a split that the source has, or a file cannot be read.
+        UserError: a split does not exist or has too little text, a fraction is for a split that the source has, or a
+            file cannot be read.
     """
     source = SOURCES[config.source]
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
@@ -194,45 +199,92 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
         hint = "; --test_fraction makes one" if unknown == ["test"] and held_out else ""
         raise UserError(f"splits = {', '.join(unknown)}: {config.source} has {', '.join(available)}{hint}")
     splits = [split for split in available if split in (config.splits or available)]
-    shares = {split: held_out if split == "train" else {} for split in corpus.files}
-    files = {split: group for split, group in corpus.files.items() if {split, *shares[split]} & {*splits}}
+    files = {s: g for s, g in corpus.files.items() if {s, *(held_out if s == "train" else ())} & {*splits}}
     if not config.sample_size:  # a sample downloads files only until it has enough documents
         for file in itertools.chain(*files.values()):
             file.local_path()
-    tasks = {split: split_tasks(config, group, shares[split]) for split, group in files.items()}
-    return Plan(splits, held_out, tasks, sum(file.size for group in files.values() for file in group))
+    borders, changed, tasks = {}, False, {}
+    for split, group in files.items():
+        if split == "train" and held_out:
+            borders, changed = divide(config, group, held_out, splits, name)
+        else:
+            first = next((chunk.text[:1000] for task in split_tasks(config, group) for chunk in task.read()), "")
+            tokens = len(tokenizer.load(config.tokenizer or source.tokenizer).encode_ordinary(first))
+            if tokens + (source.end_of_text and tokens > 0) < 2:
+                reason = f"the {split} split of {name} has {tokens} tokens, and scoring needs 2; omit it with --splits"
+                raise UserError(f"too little text: {reason}")
+        tasks[split] = split_tasks(config, group, borders if split == "train" else None)
+    size, version = sum(file.size for group in files.values() for file in group), 1 + bool(config.sample_size)
+    return Plan(splits, borders, tasks, size, version + 2 * changed)
 
 
-def split_tasks(config: PrepareConfig, files: list[RawFile], held_out: dict[str, float]) -> Iterator[Task]:
+def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = None) -> Iterator[Task]:
     """Return the tasks of one split of the source, the same in each call.
 
     Args:
-        held_out: shares of the documents for other splits, chosen by a hash of each document. With fewer than
-            FEW_DOCUMENTS documents, they are shares of the characters, from the end.
+        borders: the result of `divide`, if other splits are held out of this one.
     """
     limit, column = config.sample_size, config.column
     if SOURCES[config.source].joined:
-        return chunk_tasks(joined_rows(files, column, limit), 0)
-    choose = functools.partial(choose_split, held_out) if held_out else None
+        return chunk_tasks(readers.joined_rows(files, column, limit), 0)
+    if isinstance(borders, tuple):
+        return chunk_tasks(split_by_characters(readers.documents(files, column, limit), borders), 0)
+    choose = functools.partial(choose_split, borders) if borders else None
+    return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)
 
-    def documents(limit: int | None, choose: Callable | None = None) -> Iterator[Chunk]:
-        count = 0
-        for task in file_tasks(files, column, choose):
-            for chunk in task.read():
-                yield chunk
-                count += chunk.documents
-                if count == limit:
-                    return
 
-    if held_out:
-        count = characters = 0
-        for chunk in documents(min(limit or FEW_DOCUMENTS, FEW_DOCUMENTS)):
-            count, characters = count + chunk.documents, characters + len(chunk.text)
-        if count < FEW_DOCUMENTS:
-            val, test = held_out.get("val", 0), held_out.get("test", 0)
-            borders = int(characters * (1 - val - test)), int(characters * (1 - test)), characters
-            return chunk_tasks(split_by_characters(documents(limit), borders), 0)
-    return chunk_tasks(documents(limit, choose)) if limit else file_tasks(files, column, choose)
+def divide(
+    config: PrepareConfig, files: list[RawFile], held_out: dict[str, float], splits: list[str], name: str
+) -> tuple[Borders, bool]:
+    """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
+
+    A document's split follows from its hash, and does not depend on `splits`. If `test` would be empty, it gets the
+    document with the smallest hash; if `val` would be empty, it gets the one with the smallest hash outside of `test`.
+    Fewer than FEW_DOCUMENTS documents are split by characters, from the end, with at least one character each.
+
+    Args:
+        held_out: {split: its share}.
+        splits: those that are made.
+
+    Returns:
+        The borders for choose_split, or a tuple of those for split_by_characters; and whether the shares alone would
+        have left a split empty.
+    """
+    val, test = held_out.get("val", 0), held_out.get("test", 0)
+    shares = {"test": test, "val": test + val}
+    count = characters = largest = 0
+    smallest, following, found, digest = math.inf, [], set(), SPLIT_HASH.copy()  # following: two smallest, not in test
+    for chunk in readers.documents(files, config.column, config.sample_size):
+        characters += len(chunk.text)
+        digest.update(chunk.text.encode())
+        if chunk.documents:
+            count, position, digest = count + 1, _position(digest), SPLIT_HASH.copy()
+            smallest, largest = min(smallest, position), max(largest, position)
+            following = sorted({*following, position})[:2] if position >= test else following
+            found.add(_split_at(shares, position))
+            if count >= FEW_DOCUMENTS and found >= {"train", *held_out}:
+                return shares, False
+    if count < FEW_DOCUMENTS:
+        given = (int(characters * (1 - val - test)), int(characters * (1 - test)), characters)
+        second = max(0, min(given[1], characters - ("test" in held_out)))
+        borders = (max(0, min(given[0], second - ("val" in held_out))), second, characters)
+        found = {s for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True) if end > start}
+    else:
+        given, borders = shares, dict(shares)
+        if "test" in held_out and smallest >= test:
+            borders["test"] = math.nextafter(smallest, 2)
+        following = [position for position in following if position >= borders["test"]]
+        if "val" in held_out and following and following[0] >= borders["val"]:
+            borders["val"] = math.nextafter(following[0], 2)
+        found = {_split_at(borders, position) for position in (smallest, *following, largest)}
+    for split in splits:
+        if split in ("train", *held_out) and split not in found:
+            raise UserError(
+                f"too little text: the {split} split of {name} would have 0 tokens: {count:,} documents, "
+                f"{characters:,} characters, val_fraction = {val}, test_fraction = {test}; add text, or "
+                "change --val_fraction or --test_fraction"
+            )
+    return borders, borders != given
 
 
 def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) -> Iterator[Chunk]:
@@ -248,34 +300,17 @@ def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) 
         start += len(chunk.text)
 
 
-def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
-    """Join at most `limit` rows of the files to one text, and yield it in chunks; each row counts as a document."""
-    read = counted = 0
-    rows = (chunk for file in files for chunk in readers.rows(file.local_path(), column, empty=True))
-
-    def blocks() -> Iterator[str]:
-        nonlocal read
-        for task in chunk_tasks(itertools.islice(rows, limit)):
-            block = list(task.read())
-            read += len(block)
-            yield "".join(chunk.text for chunk in block)
-
-    for chunk in readers.split_document(blocks()):
-        yield chunk._replace(documents=read - counted)
-        counted = read
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # run in workers
 
 
-def encode_task(config: PrepareConfig, splits: list[str], held_out: dict[str, float], task: Task) -> dict[str, Encoded]:
+def encode_task(config: PrepareConfig, splits: list[str], borders: Borders, task: Task) -> dict[str, Encoded]:
     """Encode the documents of a task, in order.
 
     The result depends only on the arguments, so that the shards do not depend on the number or kind of workers.
 
     Args:
-        splits, held_out: as in Plan.
+        splits, borders: as in Plan.
 
     Returns:
         {split: result of encode_chunks}.
@@ -286,23 +321,29 @@ def encode_task(config: PrepareConfig, splits: list[str], held_out: dict[str, fl
     by_split: dict[str, list[Chunk]] = {}
     for chunk in task.read():
         split = chunk.split or task.split
-        if held_out and split == "train" and not chunk.split:
-            split = choose_split(held_out, [chunk.text])
+        if borders and split == "train" and not chunk.split:
+            split = choose_split(borders, [chunk.text])
         if split in splits:
             by_split.setdefault(split, []).append(chunk)
     return {split: encode_chunks(encoding, encode, chunks, source.end_of_text) for split, chunks in by_split.items()}
 
 
-def choose_split(held_out: dict[str, float], chunks: Iterable[str]) -> str:
+def choose_split(borders: Borders, chunks: Iterable[str]) -> str:
     """Return the split of a document by a keyed hash of its text. Equal texts get the same split, in every dataset.
 
     Args:
-        held_out: shares of the documents for val and test.
+        borders: {`test`, `val`: upper border of the hashes of its documents, from 0 to 1}. Those of train are above.
         chunks: the text of the document, in chunks of any size.
     """
     digest = SPLIT_HASH.copy()  # a keyed hash takes several times as long to create
     for text in chunks:
         digest.update(text.encode())
-    position = int.from_bytes(digest.digest(), "big") / 2**64
-    test = held_out.get("test", 0)
-    return "test" if position < test else "val" if position < test + held_out.get("val", 0) else "train"
+    return _split_at(borders, _position(digest))
+
+
+def _position(digest: hashlib.blake2b) -> float:
+    return int.from_bytes(digest.digest(), "big") / 2**64
+
+
+def _split_at(borders: Borders, position: float) -> str:
+    return next((split for split in ("test", "val") if position < borders.get(split, 0)), "train")

@@ -1,4 +1,4 @@
-"""Find pretrained weights, and read their config and the name of their tokenizer, without loading the weights.
+"""Find pretrained weights and runs to resume, and read their settings and tokenizer, without loading the weights.
 
 Three formats are supported: flatGPT checkpoints (state.json, model.safetensors), Hugging Face GPT-2 folders and hub
 models (config.json, model.safetensors or its index), and nanoGPT's ckpt.pt. The command line uses this module before
@@ -7,17 +7,17 @@ torch is imported: torch, tiktoken and huggingface_hub are imported only by the 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
-from config import ModelConfig, TrainConfig, UserError, run_dir
+from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
-from flatgpt.runs.history import STATE, follow
+from flatgpt.runs.history import RECIPE, STATE, folders, follow, read_state, read_table, run_of
 
 NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -146,20 +146,48 @@ def shape(config: ModelConfig) -> dict[str, object]:
 
 
 def initial_shape(config: TrainConfig) -> dict[str, object]:
-    """Return the shape of the model at init_from, or of the run to resume; {} without init_from.
+    """Return the shape of the model at init_from; {} without init_from.
 
     Raises:
-        UserError: as read_config; not raised with --resume, which does not need the weights of init_from.
+        UserError: as read_config.
     """
-    if not config.init_from:
-        return {}
-    if not config.resume:
-        return shape(read_config(config.init_from))
-    resumed = str(run_dir(config)) if config.resume in ("latest", "auto") else config.resume
-    for path in (resumed, config.init_from):  # the run may have no checkpoint yet
-        with contextlib.suppress(UserError):
-            return shape(read_config(path))
-    return {}
+    return shape(read_config(config.init_from)) if config.init_from else {}
+
+
+def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
+    """Return the settings of the run that config.resume names, for cli.parse; None if a new run starts.
+
+    Without out_dir and recipe, a run that is named by a path continues in its folder, wherever that lies now.
+
+    Returns:
+        tables of settings by file, config.toml before state.json; and what the run's recipe said.
+
+    Raises:
+        UserError: there is nothing to resume.
+    """
+    if not config.resume or config.overwrite:  # the two are an error
+        return None
+    named = config.resume not in ("latest", "auto")
+    path = follow(Path(config.resume)) if named else run_dir(config)
+    found, run = folders(path), run_of(path)
+    if not found and config.resume == "auto":
+        return None
+    if not found:
+        raise UserError(f"nothing to resume in {path}: there is no checkpoint; start without --resume")
+    folder, state = next(((each, state) for each in found if (state := read_state(each))), (found[0], {}))
+    saved = {key: value for key, value in state.get("config", {}).items() if value is not None}
+    superseded = {one for one, other in EXCLUSIVE if other in saved}  # such as epochs: state.json has max_iters too
+    saved = {key: saved[key] for key in saved.keys() & TrainConfig.__dataclass_fields__.keys() - superseded}
+    tables = {run / RECIPE: read_table(run / RECIPE, tomllib.loads)} if run else {}
+    own_folder = {"out_dir": str(run)} if named and run and not (config.out_dir or config.config) else {}
+
+    def inherited(table: dict) -> dict:
+        return {key: value for key, value in table.items() if key not in (*START_ONLY, "out_dir")}
+
+    tables = {
+        file: table and inherited(table) | own_folder for file, table in (tables | {folder / STATE: saved}).items()
+    }
+    return tables, inherited(state.get("recipe", {}))
 
 
 def read_tokenizer(path: str) -> str | None:

@@ -113,7 +113,7 @@ def follow(link: Path) -> Path:
 
 def read_state(folder: Path) -> dict | None:
     """Return the content of a checkpoint's state.json; None if it is missing or invalid."""
-    state = _read_table(folder / STATE, json.loads)
+    state = read_table(folder / STATE, json.loads)
     saved_hash = state.pop("sha256", None)  # earlier versions did not write one
     valid = {"format", "iter", "config", "files"} <= set(state) and type(state["iter"]) is int
     valid = valid and all(isinstance(state[key], dict) for key in ("config", "files"))
@@ -154,6 +154,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [folder for folder in folders(run_dir) if read_state(folder)]
 
 
+def run_of(path: Path) -> Path | None:
+    """Return the folder of the run at a path, which may be a checkpoint; None for a checkpoint outside of a run."""
+    for place in (path, path.resolve()):
+        if place.parent.name == "ckpt" and re.fullmatch(r"iter_\d+|best|last", place.name):
+            return place.parent.parent
+    return None if (path / STATE).exists() else path
+
+
 def newest(runs: Path = Path("out"), file: str = LOG) -> Path:
     """Return the folder of the run with the most recently modified `file`, which may be a pattern.
 
@@ -181,12 +189,12 @@ def read(folder: Path) -> History:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
     candidates = (folder, follow(folder / "ckpt/last"), *folders(folder))
-    state = next(filter(None, (_read_table(path / STATE, json.loads) for path in candidates)), {})
-    settings = state.get("config") or _read_table(folder / RECIPE, tomllib.loads)
+    state = next(filter(None, (read_table(path / STATE, json.loads) for path in candidates)), {})
+    settings = state.get("config") or read_table(folder / RECIPE, tomllib.loads)
     return History(Path(os.path.abspath(folder)).name, _read_columns(folder / LOG), state, settings)
 
 
-def _read_table(file: Path, loads: Callable[[str], dict]) -> dict:
+def read_table(file: Path, loads: Callable[[str], dict]) -> dict:
     """Return the content of a JSON or TOML file; {} if it cannot be read."""
     try:
         content = loads(file.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from unicodedata import category
 import torch
 from torch import Tensor
 
-from config import SamplingConfig, TrainConfig, UserError
+from config import SamplingConfig, TrainConfig, UserError, run_dir
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
@@ -101,9 +101,12 @@ def closing_message(run: TrainingRun, progress: Progress, reason: int, seconds: 
     if reason:
         cause = f" (max_minutes = {config.max_minutes})" if reason == StopRequest.TIME_IS_UP else ""
         next_step = "saved. To resume:" if i else "nothing to save. To start again:"
-        recipe = shlex.quote(str(Path(config.out_dir) / "config.toml"))
-        command = f"{run.ranks.launcher} train.py --config {recipe}{' --resume' * (i > 0)}"
-        return f"stopped at iter {i} of {config.max_iters}{cause}; {next_step}\n  {command}"
+        # `--resume auto` and `--resume --name` do not name a folder
+        path = config.out_dir if "/" in config.out_dir and config.out_dir[0] != "-" else f"./{config.out_dir}"
+        words = f"--resume {shlex.quote(path)}" if i else f"--config {shlex.quote(path + '/config.toml')}"
+        if i and Path(path) == run_dir(TrainConfig()):
+            words = "--resume"
+        return f"stopped at iter {i} of {config.max_iters}{cause}; {next_step}\n  {run.ranks.launcher} train.py {words}"
     early = f"stopped at iter {i}: no new best in {progress.since_best} evaluations (patience)\n"
     return (
         f"{early * (i < config.max_iters)}done: {i:,} updates, best validation loss {progress.best_loss:.4f} at iter "

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import START_ONLY, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
-from flatgpt.runs.history import follow, iteration_of
+from flatgpt.runs.history import follow, iteration_of, run_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
@@ -31,10 +31,9 @@ from flatgpt.training.setup import TrainingRun, count_eval_tokens
 from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
-FIXED = ("stride", "seed", "optimizer", "eval_tokens")
+FIXED = ("stride", "seed", "optimizer", "init_from", "eval_tokens")
 BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
-SILENT = ("config", "resume", "overwrite", "out_dir", "data_dir", "device", "init_from", "list", "plan", "gpus", "mfu")
-SILENT += ("eval_batches",)  # converted to eval_tokens
+SILENT = (*START_ONLY, "out_dir", "epochs", "warmup_fraction", "eval_batches")  # the last three are resolved
 
 # ---------------------------------------------------------------------------------------------------------------------
 # contents of a checkpoint
@@ -80,8 +79,13 @@ def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:
     return {"weights": run.model.state_dict(), "train_state": train_state}
 
 
-def run_metadata(run: TrainingRun) -> dict:
-    """Return the constant part of a run's state.json. Secrets from environment variables are masked in `command`."""
+def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] | None) -> dict:
+    """Return the constant part of a run's state.json. Secrets from environment variables are masked in `command`.
+
+    Args:
+        recipe: what the recipe of this start says, if there is one. A later resume compares it with what it says then.
+        resume_from: the result of find_resume_checkpoint.
+    """
     config, meta, command = run.config, run.dataset.meta, "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     try:
         call = ["git", "-C", REPO_ROOT, "status", "--porcelain=v2", "--branch"]
@@ -92,8 +96,11 @@ def run_metadata(run: TrainingRun) -> dict:
     for name, value in os.environ.items():
         if re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name, re.IGNORECASE) and len(value) >= 8:
             command = command.replace(value, f"${name}")
+    if Path(config.config or "").resolve() == Path(config.out_dir, "config.toml").resolve():
+        recipe = {}  # the run's own settings
     return {
         "config": dataclasses.asdict(config),
+        "recipe": (resume_from[1].get("recipe", {}) if resume_from else {}) | recipe,
         "parameters": GPT.on_meta_device(config.model()).num_params(),  # run.model may be sharded
         "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.device_settings.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
@@ -179,11 +186,11 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
             "Restore the old values, or start a new run with another --out_dir"
         )
     allowed = [text for key, text in changed.items() if key not in {*fixed, *SILENT}]
-    lines = [f"resuming from {folder}" + (f", with {'; '.join(allowed)}" if allowed else "")]
-    if state["iter"] > config.max_iters:
-        lines.append(f"note: iter {state['iter']} is past max_iters = {config.max_iters}: nothing is left to train")
-    if "max_iters" in changed and "lr_decay_iters" not in changed:
-        lines.append(f"note: the schedule is unchanged: lr_decay_iters = {config.lr_decay_iters}")
+    lines = [f"resuming from {folder}" + " with" * bool(allowed), *(f"  {text}" for text in allowed)]
+    decay_iters, length = config.lr_decay_iters, config.max_iters
+    if "max_iters" in changed and "lr_decay_iters" not in changed and decay_iters != length:
+        remedy = f"to end it with the run, add --lr_decay_iters {length}"
+        lines.append(f"note: the schedule is unchanged: lr_decay_iters = {decay_iters}; {remedy}")
     conditions = bitwise_conditions(run).items()
     if inexact := [f"{key} = {value} (was {state.get(key)})" for key, value in conditions if state.get(key) != value]:
         lines.append(f"note: not bit-identical, because of {'; '.join(inexact)}")
@@ -194,7 +201,25 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
 # restoring a checkpoint
 
 
-def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock, recipe: str) -> Progress:
+def finished_message(folder: Path, state: dict, config: TrainConfig) -> str | None:
+    """Return how the run of a checkpoint has ended and how to extend it; None if there is something left to do."""
+    i, run = state["iter"], run_of(folder) or folder
+    if i > config.max_iters:
+        return f"{run} is at iter {i}, past max_iters = {config.max_iters}: to train on, add --max_iters N"
+    if not state["finished"]:
+        return None
+    if i == config.max_iters:
+        return f"{run} is finished (iter {i} of {i}): to train on, add --max_iters N"
+    # the checkpoint was saved before its evaluation, which was no new best unless `best` leads to the checkpoint
+    since_best = state["since_best"] + state.get("eval_pending", True)
+    is_best = follow(folder.with_name("best")).resolve() == folder.resolve()
+    if is_best or not Progress(best_iter=state["best_iter"], since_best=since_best).patience_exhausted(config.patience):
+        return None
+    reason = f"iter {i} of {config.max_iters}, no new best in {since_best} evaluations"
+    return f"{run} is finished ({reason}): to train on, add --patience with a larger number, or none"
+
+
+def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: RunLock, recipe: str) -> Progress | None:
     """Prepare the run's folder and load the checkpoint, if any. Every rank must call it.
 
     An earlier run and checkpoints later than the resumed one are moved aside.
@@ -204,6 +229,9 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
         lock: the lock of the run's folder, acquired.
         recipe: run.config as TOML, for config.toml.
 
+    Returns:
+        where training starts; None if the run is finished. Then this is printed, and nothing is changed.
+
     Raises:
         UserError: the checkpoint belongs to another run, or differs between machines.
     """
@@ -211,6 +239,9 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
     if resume_from:
         path, state = resume_from
         print("\n".join(require_same_run(path, state, run)))
+        if message := finished_message(path, state, config):
+            print(message)
+            return None
         ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # includes the hashes of its files
         train_state = restore(path, run)
         progress = Progress(train_state["row"]["iter"], train_state["row"], eval_pending=False)
@@ -222,7 +253,7 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
     def prepare_folder() -> bool:
         lock.prepare_folder(config.overwrite)
         toml = folder / "config.toml"
-        if not resume_from and toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
+        if toml.exists() and toml.read_bytes() != recipe.encode():  # keep the user's file
             os.replace(toml, toml.with_name(f"config.toml.old-{time.strftime('%Y%m%d-%H%M%S')}"))
         for half_written in folder.glob("ckpt/.iter_*.tmp"):
             shutil.rmtree(half_written, ignore_errors=True)  # a save of its iteration names the cause

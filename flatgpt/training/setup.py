@@ -134,8 +134,9 @@ def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) 
     """
     settings, reasons = {"dtype": config.dtype, "compile": config.compile}, {}
     for key, setting in settings.items():
-        if setting in ("auto", None) and chosen.get(key) is not None:
-            settings[key], reasons[key] = chosen[key], chosen.get("why", {}).get(key, "chosen when the run started")
+        why = chosen.get("why", {})
+        if chosen.get(key) is not None and (setting in ("auto", None) or (setting == chosen[key] and key in why)):
+            settings[key], reasons[key] = chosen[key], why.get(key, "chosen when the run started")
     local_rank = ranks.local_rank if ranks.world > 1 else None
     if settings["dtype"] == "auto" and find_device(config.device, local_rank).type == "cpu":
         settings["dtype"], reasons["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))
@@ -159,7 +160,7 @@ def build_run(
     """Build a TrainingRun with initial weights, and resolve its config.
 
     Args:
-        resumed: state.json of the checkpoint that the run resumes from. Its schedule and choices of `auto` are kept.
+        resumed: state.json of the checkpoint that the run resumes from. Its choices of `auto` are kept.
 
     Raises:
         UserError: settings, data and initial weights are inconsistent, or ranks differ in them.
@@ -178,8 +179,7 @@ def build_run(
     encoding = load_encoding(config, ranks, name)
     device_settings = choose_device(config, ranks, resumed["chosen"] if resumed else {})
     device = device_settings.device
-    # a resumed run keeps its schedule, even if max_iters was raised
-    decay_iters = config.lr_decay_iters or (resumed["config"]["lr_decay_iters"] if resumed else config.max_iters)
+    decay_iters = config.lr_decay_iters or config.max_iters
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
         warmup_iters = round(config.warmup_fraction * decay_iters)
@@ -190,7 +190,6 @@ def build_run(
         eval_tokens=count_eval_tokens(resumed["config"] if same_batches else vars(config)) or None,
         lr_decay_iters=decay_iters,
         warmup_iters=warmup_iters,
-        save_interval=config.save_interval or config.eval_interval,
         dtype=str(device_settings.dtype).removeprefix("torch."),
         compile=device_settings.compile,
         out_dir=str(run_dir(config)),

@@ -12,6 +12,7 @@ import train
 from config import BenchConfig, InferConfig, TrainConfig
 from flatgpt.benchmarks.nanogpt import peer_settings
 from flatgpt.cli import cli
+from flatgpt.interop.pretrained import run_settings
 from flatgpt.runs import checkpoint
 
 FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as measured: 9 GFLOP/s")
@@ -32,7 +33,8 @@ def test_a_run_prints_stores_and_keeps_its_choice(tiny_data, measured, capsys):
         assert chosen["dtype"] == "bfloat16"
         assert chosen["why"]["dtype"].endswith("as measured: 9 GFLOP/s")
         train_here(*AUTO, "--max_iters", iters, "--resume")
-    assert printed_dtypes(capsys.readouterr().out) == ["bfloat16 (as measured: 9 GFLOP/s)"] * 3
+    train.train(cli.parse(TrainConfig, ["--resume", "--max_iters", "10"], None, run_settings))
+    assert printed_dtypes(capsys.readouterr().out) == ["bfloat16 (as measured: 9 GFLOP/s)"] * 4
     state = json.loads((run / "ckpt/last/state.json").read_text())
     state["chosen"]["why"] = {}
     del state["sha256"]

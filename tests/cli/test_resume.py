@@ -1,7 +1,11 @@
 """Which checkpoint a run resumes from, whether its settings fit, and what is restored."""
 
 import copy
+import dataclasses
+import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,9 @@ from run_files import same, saved_iters
 from safetensors.torch import load_file
 
 import train
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, run_dir
 from flatgpt.cli import cli
+from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs import checkpoint
 from flatgpt.training import resume
 
@@ -87,7 +92,117 @@ def test_fork_of_a_run_begins_with_a_checkpoint_of_its_own(run_copy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# settings
+# settings that a resume leaves out
+
+
+def settings(words: str = "--resume") -> dict:
+    """Return the settings of a start of train.py, with the run's folder as out_dir."""
+    config = cli.parse(TrainConfig, shlex.split(words), initial_shape, run_settings)
+    return dataclasses.asdict(config) | {"out_dir": str(run_dir(config))}
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("--resume", {}),
+        ("--resume auto", {}),
+        ("--resume --out_dir out/quickstart", {}),
+        ("--resume out/quickstart", {}),
+        ("--resume out/quickstart/ckpt/iter_000030", {}),
+        ("--resume out/quickstart/ckpt/best", {}),
+        ("--resume link", {}),
+        ("--resume out/quickstart/ckpt/last --out_dir out/new", {"out_dir": "out/new"}),
+        ("--resume backup/iter_000030 --out_dir out/new", {"out_dir": "out/new"}),
+        ("--resume out/moved", {"out_dir": "out/moved"}),
+        ("--resume out/moved/ckpt/last", {"out_dir": "out/moved"}),
+        ("--resume out/moved --config mine.toml", {"out_dir": "out/mine"}),
+        ("--resume --plan --gpus 8", {"plan": True, "gpus": 8}),
+        ("--resume --lr 1e-3 --eval_interval 5", {"lr": 1e-3, "eval_interval": 5}),
+        ("--resume --epochs 4", {"epochs": 4.0, "max_iters": None}),
+        ("--resume --warmup_fraction 0.5", {"warmup_fraction": 0.5, "warmup_iters": None}),
+        ("--resume --max_iters 90 --lr_decay_iters none", {"max_iters": 90, "lr_decay_iters": None}),
+    ],
+)
+def test_what_a_resume_leaves_out_is_the_runs_own(run_copy, words, changed):
+    """Wherever the run lies now, also where links are files."""
+    shutil.copytree(RUN, "out/moved", symlinks=True)
+    Path("out/moved/ckpt/last").unlink()
+    Path("out/moved/ckpt/last").write_text("iter_000060")
+    shutil.copytree(RUN / "ckpt/iter_000030", "backup/iter_000030")
+    Path("link").symlink_to(RUN / "ckpt/iter_000030")
+    Path("mine.toml").touch()
+    own = {"max_iters": 60, "eval_interval": 30, "lr": 5e-3, "lr_decay_iters": 60, "n_embd": 32, "warmup_iters": 2}
+    own |= {"dataset": "tiny", "device": "cpu", "vocab_size": 257, "sample_prompt": ("\n",), "epochs": None}
+    expected = own | {"out_dir": "out/quickstart", "resume": words.split()[1] if " " in words else "latest"} | changed
+    expected["resume"] = "latest" if expected["resume"].startswith("--") else expected["resume"]
+    expected["out_dir"] = str(Path.cwd() / RUN) if "link" in words else expected["out_dir"]
+    assert settings(words) | expected == settings(words)
+
+
+def test_a_new_run_inherits_nothing(run_copy):
+    for words in ("--resume auto --out_dir out/none", "--resume auto --config quickstart --out_dir out/none"):
+        assert (settings(words)["lr"], settings(words)["max_iters"]) == (TrainConfig.lr, TrainConfig.max_iters)
+    for words in ("--resume --out_dir out/none", "--resume out/none --plan"):
+        with pytest.raises(UserError, match="nothing to resume in out/none: there is no checkpoint"):
+            settings(words)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "missing or damaged"),
+        (b"", "missing or damaged"),
+        (b"lr = [[", "missing or damaged"),
+        (b"lr = 1e-3\xff", "missing or damaged"),
+        (b"lr = -1.0", "lr = -1.0: more than 0 is expected"),
+        (b"larning_rate = 1.0", "no such key"),
+        (b"lr = 1e-6", "min_lr = 0.0002 is larger than lr = 1e-06"),
+        (b"max_iters = 3\nepochs = 2", "epochs and max_iters exclude each other"),
+    ],
+)
+def test_settings_of_a_run_without_a_valid_config_toml_are_those_of_its_checkpoint(run_copy, capsys, content, problem):
+    """Nothing is lost: what the user has written is kept when the run goes on."""
+    expected, file = settings(), RUN / "config.toml"
+    file.unlink() if content is None else file.write_bytes(content)
+    assert settings() == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: the settings in {file} are not used: ")
+    assert problem in line
+
+
+def test_edited_config_toml_counts_and_is_kept(run_copy, cli):
+    file = RUN / "config.toml"
+    file.write_text("# mine\n" + file.read_text().replace("lr = 0.005", "lr = 0.001").replace("= 60", "= 61"))
+    text = file.read_text()
+    done = cli("train", "--resume")
+    assert "  lr = 0.001 (was 0.005)\n" in done.out
+    assert saved_iters(RUN)[0] == 61
+    assert [path.read_text() for path in RUN.glob("config.toml.old-*")] == [text]
+
+
+def test_recipe_does_not_undo_what_was_typed_when_the_run_started(tiny_data):
+    """Only what was edited in it since then counts, once; for a run of an earlier version all of it does."""
+    recipe, base = Path("mine.toml"), 'base = "quickstart"\nsample_prompt = ["a", "b"]\npatience = 7\n'
+    recipe.write_text(base + "lr = 3e-3\nepochs = 2\n")
+    words = ("--config", recipe, "--lr", "1e-3", "--max_iters", 2, "--patience", "none", "--sample_tokens", 0)
+    run, again = train_here(*words), "--config mine.toml --resume"
+    found = settings(again)
+    assert [found[key] for key in ("lr", "max_iters", "epochs", "patience", "n_embd")] == [1e-3, 2, None, None, 32]
+    assert settings(f"{again} --lr 4e-3")["lr"] == 4e-3
+    recipe.write_text(base + "lr = 3e-3\nmax_iters = 3\n")
+    assert (settings(again)["lr"], settings(again)["max_iters"]) == (1e-3, 3)
+    train.train(cli.parse(TrainConfig, f"{again} --max_iters 4".split(), initial_shape, run_settings))
+    assert settings(again)["max_iters"] == settings(f"--resume {run}")["max_iters"] == 4
+    train.train(cli.parse(TrainConfig, ["--max_iters", "5", "--resume", str(run)], initial_shape, run_settings))
+    assert (settings(again)["lr"], settings(again)["max_iters"]) == (1e-3, 5)
+    state = json.loads((run / "ckpt/last/state.json").read_text())
+    del state["recipe"], state["sha256"]
+    (run / "ckpt/last/state.json").write_text(json.dumps(state))
+    assert (settings(again)["lr"], settings(again)["max_iters"], settings(again)["patience"]) == (3e-3, 3, 7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings that a resume names
 
 
 def make_run(*words) -> train.TrainingRun:
@@ -127,10 +242,9 @@ def test_differences_that_are_allowed_are_printed(here):
     words = "--min_lr 1e-4 --dropout 0.1 --batch_size 1 --grad_accum_steps 4 --weight_decay 0"
     words += " --out_dir out/elsewhere --attention manual --activation_checkpointing"
     assert check() == [f"resuming from {RUN}/ckpt/last"]
-    (line,) = check(*words.split())
-    start, _, allowed = line.partition(", with ")
-    assert start == f"resuming from {RUN}/ckpt/last"
-    assert set(allowed.split("; ")) == {
+    start, *allowed = check(*words.split())
+    assert start == f"resuming from {RUN}/ckpt/last with"
+    assert {line.removeprefix("  ") for line in allowed} == {
         *("min_lr = 0.0001 (was 0.0002)", "dropout = 0.1 (was 0.0)", "weight_decay = 0.0 (was 0.1)"),
         *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)"),
         *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
@@ -163,8 +277,7 @@ def test_resumed_run_keeps_its_validation_windows(here, tmp_path, saved, words, 
             resume.require_same_run(RUN / "ckpt/last", state, run)
         return
     assert run.config.eval_tokens == tokens
-    (line,) = resume.require_same_run(RUN / "ckpt/last", state, run)
-    assert "eval" not in line
+    assert not any("eval" in line for line in resume.require_same_run(RUN / "ckpt/last", state, run))
     (tmp_path / "config.toml").write_text(cli.recipe_text(run.config))
     assert cli.parse(TrainConfig, ["--config", str(tmp_path / "config.toml")]).eval_tokens == tokens
 

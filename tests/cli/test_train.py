@@ -187,7 +187,7 @@ def test_lengths_that_the_config_leaves_open(tiny_data):
     run = build("--max_iters", "none", "--epochs", 1.5, "--grad_accum_steps", 2)
     assert run.config.max_iters == run.config.lr_decay_iters == math.ceil(1.5 * len(run.batches.windows) / 8)
     run = build("--warmup_iters", "none", "--warmup_fraction", 0.5)
-    assert (run.config.lr_decay_iters, run.config.warmup_iters, run.config.save_interval) == (6, 3, 3)
+    assert (run.config.lr_decay_iters, run.config.warmup_iters) == (6, 3)
 
 
 def test_split_has_to_have_a_window_and_its_last_target(tiny_data):
@@ -499,17 +499,17 @@ def test_rows_after_the_checkpoint_are_kept_aside(tiny_data):
     assert {p.name for p in run.glob("ckpt/lost-*/*")} == {"iter_000006", "iter_000007"}
 
 
-def test_resume_keeps_the_schedule_and_what_auto_chose(tiny_data):
-    words = [w for w in TINY if w not in ("--dtype", "float32")]
-    train.train(parse(TrainConfig, [*words, "--max_iters", "4"]))
-    state = json.loads(Path("out/quickstart/ckpt/last/state.json").read_text())
-    state["chosen"]["dtype"] = "float16"  # as if the run had begun on a T4
-    del state["sha256"]  # its own
-    Path("out/quickstart/ckpt/last/state.json").write_text(json.dumps(state))
-    train.train(parse(TrainConfig, [*words, "--max_iters", "6", "--resume"]))
-    after = checkpoint.read_state(Path("out/quickstart/ckpt/last"))
-    assert (after["chosen"]["dtype"], after["config"]["lr_decay_iters"]) == ("float16", 4)
-    assert float(rows(Path("out/quickstart"))[-1]["lr"]) == pytest.approx(2e-4)
+@pytest.mark.parametrize(
+    ("words", "lr"), [("", 2e-4), ("--lr_decay_iters 6", 4.636e-4), ("--lr_decay_iters none", 4.636e-4)]
+)
+def test_resume_keeps_the_schedule_unless_another_is_named(tiny_data, cli, words, lr):
+    """The note names the setting that extends it."""
+    train_here("--max_iters", 4, "--sample_tokens", 0)
+    done = cli("train", "--resume", "--max_iters", 6, *words.split())
+    assert float(rows(Path("out/quickstart"))[-1]["lr"]) == pytest.approx(lr, rel=0.01)
+    note = "note: the schedule is unchanged: lr_decay_iters = 4; to end it with the run, add --lr_decay_iters 6\n"
+    assert (note in done.out) == (not words)
+    assert "\n  max_iters = 6 (was 4)\n" in done.out
 
 
 @pytest.mark.parametrize(("kept", "best"), [(9, 1), (2, 2)], ids=["there", "deleted"])

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from run_files import assert_same_run, links, logged_iters, rows, saved_iters, s
 import train
 from config import TrainConfig, UserError
 from flatgpt.cli import cli
-from flatgpt.interop.pretrained import initial_shape
+from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs import checkpoint, history
 from flatgpt.runtime.stop import StopRequest
 
@@ -79,10 +80,19 @@ def test_run_that_was_stopped_anywhere_ends_as_the_undisturbed_one(tiny_data, mo
     assert stops == {"in an evaluation", "between rows", "at a row"}
 
 
-@pytest.mark.parametrize("moment", ["before the first update", "at an evaluation"])
-def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, moment):
+@pytest.mark.parametrize(
+    ("moment", "folder", "command"),
+    [
+        ("before the first update", "a $b", "python train.py --config './a $b/config.toml'"),
+        ("at an evaluation", "a $b", "python train.py --resume './a $b'"),
+        ("at an evaluation", "auto", "python train.py --resume ./auto"),
+        ("at an evaluation", "--x/y", "python train.py --resume ./--x/y"),
+        ("at an evaluation", "out/quickstart", "python train.py --resume"),
+    ],
+)
+def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, moment, folder, command):
     """Before the first update there is nothing to resume; an evaluation that is due is left to the resumed run."""
-    words = ("--max_iters", 5, "--eval_interval", 2)
+    words = ("--max_iters", 5, "--eval_interval", 2, "--sample_tokens", 0)
     whole = train_here(*words, "--out_dir", "out/whole")
     name, count = ("evaluate", 1) if moment.startswith("before") else ("train_step", 4)
     real, calls = getattr(train, name), itertools.count(1)
@@ -95,18 +105,18 @@ def test_printed_command_continues_the_run(tiny_data, monkeypatch, capsys, momen
     with monkeypatch.context() as patch:
         patch.setattr(train, name, interrupted)
         with pytest.raises(SystemExit) as ended:
-            train_here(*words)
+            train_here(*words, f"--out_dir={folder}")
     assert ended.value.code == 128 + signal.SIGTERM
-    assert rows(RUN)[-1]["val_loss"] == ""
+    assert rows(Path(folder))[-1]["val_loss"] == ""
     *_, said, typed = capsys.readouterr().out.splitlines()
     if moment.startswith("before"):
         assert said == "stopped at iter 0 of 5; nothing to save. To start again:"
     else:
         assert said == "stopped at iter 4 of 5; saved. To resume:"
-    assert typed.split()[:2] == ["python", "train.py"]
+    assert typed.strip() == command
     monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
-    train.train(cli.parse(TrainConfig, typed.split()[2:]))
-    assert_same_run(RUN, whole)
+    train.train(cli.parse(TrainConfig, shlex.split(command)[2:], initial_shape, run_settings))
+    assert_same_run(Path(folder), whole)
 
 
 def to_pointers(ckpt: Path) -> None:
@@ -200,12 +210,31 @@ def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):
     assert sorted(path.name for path in (RUN / "ckpt").iterdir()) == ["best", "iter_000003", "iter_000004", "last"]
 
 
-def test_run_that_is_past_its_end_makes_no_update_and_says_so(tiny_data, capsys):
-    before = rows(train_here(*QUIET, "--max_iters", 4))
-    capsys.readouterr()
-    train_here(*QUIET, "--max_iters", 3, "--resume")
-    assert "past max_iters = 3: nothing is left to train\n" in capsys.readouterr().out
-    assert rows(RUN) == before
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--resume", "is finished (iter 4 of 4): to train on, add --max_iters N"),
+        ("--resume auto", "is finished (iter 4 of 4): to train on, add --max_iters N"),
+        ("--resume out/quickstart/ckpt/last --out_dir out/new", "is finished (iter 4 of 4): to train on"),
+        ("--resume --max_iters 3", "is at iter 4, past max_iters = 3: to train on, add --max_iters N"),
+        ("--resume --max_iters 9 --patience 2", "(iter 4 of 9, no new best in 2 evaluations): to train on, add --pati"),
+        ("--resume --max_iters 5", ""),
+        ("--resume --max_iters 9 --patience 3", ""),
+        ("--resume out/quickstart/ckpt/iter_000003", ""),
+    ],
+)
+def test_run_that_is_finished_says_how_to_train_on_and_changes_nothing(tiny_data, monkeypatch, capsys, words, said):
+    """The exit code is 0: a job that was requeued has nothing to do."""
+    losses = iter((9.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0))  # the best is that of iteration 2
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    train_here(*QUIET, "--max_iters", 4, "--eval_interval", 1, "--keep_checkpoints", 9)
+    before, _ = snapshot(Path("out")), capsys.readouterr()
+    monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
+    train.train(cli.parse(TrainConfig, words.split(), initial_shape, run_settings))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert said in last
+    lock = str(RUN / ".lock")
+    assert (snapshot(Path("out")) | {lock: None} == before | {lock: None}) == bool(said)
 
 
 def test_resumed_run_keeps_its_shape_whatever_becomes_of_init_from(tiny_data):
@@ -214,7 +243,7 @@ def test_resumed_run_keeps_its_shape_whatever_becomes_of_init_from(tiny_data):
     def again(*more) -> list[int]:
         shape = "--n_layer 2 --n_head 2 --n_embd 32 --context_length 32 "
         words = [*" ".join(TINY).replace(shape, "").split(), "--init_from", "out/first", "--max_iters"]
-        train.train(cli.parse(TrainConfig, [*words, *map(str, more)], initial_shape))
+        train.train(cli.parse(TrainConfig, [*words, *map(str, more)], initial_shape, run_settings))
         return logged_iters(RUN)
 
     source = train_here("--out_dir", "out/first")

@@ -69,7 +69,7 @@ def by_hash(written, val=0.1, test=0.0) -> dict[str, list[str]]:
     """What each split holds of 100 documents or more."""
     found = {"train": [], "val": [], "test": []}
     for text in filter(None, written):
-        found[choose_split({"val": val, "test": test}, [text])].append(text)
+        found[choose_split({"test": test, "val": test + val}, [text])].append(text)
     return found
 
 

@@ -98,9 +98,9 @@ def train_here(*words, picture: bool = False) -> Path:
     import train
     from config import TrainConfig, run_dir
     from flatgpt.cli import cli
-    from flatgpt.interop.pretrained import initial_shape
+    from flatgpt.interop.pretrained import initial_shape, run_settings
 
-    config = cli.parse(TrainConfig, [*TINY, *map(str, words)], initial_shape)
+    config = cli.parse(TrainConfig, [*TINY, *map(str, words)], initial_shape, run_settings)
     with contextlib.nullcontext() if picture else unittest.mock.patch("flatgpt.training.reporting.draw_picture"):
         train.train(config)
     return run_dir(config)

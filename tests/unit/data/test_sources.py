@@ -12,6 +12,7 @@ from in_process import TEXT
 from prepared import content, files, from_text, prepare, refusal, texts
 
 from config import PrepareConfig, UserError
+from flatgpt.data import prepare as preparation
 from flatgpt.data import sources, tokenizer
 from flatgpt.data.readers import Chunk, Corpus, RawFile, Task
 from flatgpt.data.sources import choose_split, encode_task, make_plan
@@ -113,10 +114,20 @@ def test_input_files(in_tmp, inputs, found):
         (
             {f"f{n}": str(n) for n in range(100)},
             ["*.txt"],
-            {"val_fraction": 1e-9},
-            ["val split", "0 tokens", "--val_f"],
+            {"val_fraction": 0.999999, "test_fraction": 1e-9},
+            [
+                "train split of text_byte would have 0 tokens: 100 documents, 190 characters, val_fraction = 0.999999",
+                "--val_f",
+            ],
         ),
-        ({"a": "a"}, ["a.txt"], {}, ["too little text", "train split"]),
+        (
+            {f"f{n}": "the same" for n in range(100)},
+            ["*.txt"],
+            {"test_fraction": 0.01},
+            ["split of text_byte would have 0 tokens: 100 documents", "val_fraction = 0.1, test_fraction = 0.01"],
+        ),
+        ({"a": "a"}, ["a.txt"], {}, ["too little text", "train split", "1 documents, 1 characters"]),
+        ({"a": "a", "b": "b"}, ["."], {"test_fraction": 0.1}, ["too little text", "train split", "2 characters"]),
         ({"a": "caf"}, ["a.txt", "odd.latin1"], {}, ["odd.latin1 line 2: byte 0xe9 is not UTF-8"]),
         (
             {"a": TEXT},
@@ -164,6 +175,58 @@ def test_documents_are_split_by_their_hash_and_fewer_than_100_by_characters(in_t
     assert made.meta["splits"] == {split: data.meta["splits"][split] for split in ("val", "test")}
 
 
+def place(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"flatgpt split").digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+@pytest.mark.parametrize(("val", "test"), [(1e-9, None), (1e-9, 1e-9), (0.02, 1e-9), (1e-9, 0.05)])
+@pytest.mark.parametrize(("n", "limit"), [(130, None), (300, 150)])
+def test_no_split_is_empty(in_tmp, val, test, n, limit):
+    """A split that no document's hash chooses gets the document with the smallest one, whatever the order of all."""
+    written = [text for text in [*WRITTEN, *LONG] if text][-n:]
+    rest, expected, border = sorted(set(written[:limit]), key=place), {}, 0
+    for split, share in (("test", test), ("val", val)):
+        border += share or 0
+        chosen = [text for text in rest if place(text) < border] or rest[: 1 if share else 0]
+        expected[split], rest = chosen, rest[len(chosen) :]
+    expected = {split: set(texts) for split, texts in some({"train": rest, **expected}).items()}
+    for order, part in (("in", written[:limit]), ("reversed", written[:limit][::-1])):
+        write(in_tmp / order / "a.jsonl", [*part, "", *(written[limit:] if limit else [])])
+        keys = {"val_fraction": val, "test_fraction": test, "sample_size": limit}
+        data = from_text(order, name=order, **keys)
+        assert {split: set(texts) for split, texts in texts_by_split(data).items()} == expected
+        for split in data.meta["splits"]:
+            alone = from_text(order, name=f"{order} {split}", splits=(split,), **keys)
+            assert texts(alone, split) == texts(data, split)
+
+
+@pytest.mark.parametrize("test", [None, 0.02, 0.3])
+@pytest.mark.parametrize("characters", range(3, 12))
+def test_few_characters_leave_no_split_empty(in_tmp, characters, test):
+    """Of the end, test and val have their share or one character; before, that was only so where shares are large."""
+    files(in_tmp, a="0123456789ab"[:characters])
+    data = from_text("a.txt", val_fraction=0.05, test_fraction=test)
+    found = {split: "".join(parts) for split, parts in texts_by_split(data).items()}
+    assert "".join(found.values()) == "0123456789ab"[:characters]
+    assert found.keys() == {"train", "val", *(["test"] if test else [])}
+    assert all(found.values())
+
+
+@pytest.mark.parametrize("end", ["", None])
+def test_split_of_the_source_without_text_is_refused_before_encoding(in_tmp, monkeypatch, end):
+    monkeypatch.setattr(preparation, "encode_task", lambda *_: pytest.fail("encoding has begun"))
+    with pytest.raises(
+        UserError, match=r"the val split of data_byte has 0 tokens, and scoring needs 2; omit it with --splits"
+    ):
+        hub_data({"train.jsonl": WRITTEN, "dev.jsonl": ["", end]}, val_fraction=None)
+    for split, rows in {"train": ["", "x"], "validation": ["a"], "test": ["a"]}.items():
+        write(Path(f"raw/wikitext103/{split}-00000-of-00001.parquet"), rows)
+    with pytest.raises(UserError, match=r"too little text: the \w+ split of wikitext103_byte has 1 tokens"):
+        prepare("wikitext103", raw_dir="raw", tokenizer="byte")
+    assert not Path("data").exists()
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("n", [None, 1, 20, 130])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -179,7 +242,7 @@ def test_splits_that_the_source_lacks_are_held_out_of_train(in_tmp):
     assert texts_by_split(data) == {**by_hash(WRITTEN), "test": ["a test"]}
     Path("raw/hub/user/data/test.jsonl").rename("raw/hub/user/data/validation.jsonl")
     # one that the hub's own fraction would make a validation document, if there were none
-    few = next(f"{n}" for n in itertools.count() if choose_split({"val": 0.0005, "test": 0.2}, [f"{n}"]) == "val")
+    few = next(f"{n}" for n in itertools.count() if choose_split({"test": 0.2, "val": 0.2005}, [f"{n}"]) == "val")
     data = hub_data({"train.jsonl": [*WRITTEN, few]}, test_fraction=0.2, val_fraction=None, name="other")
     assert texts_by_split(data) == {**by_hash([*WRITTEN, few], 0, 0.2), "val": ["a test"]}
     with pytest.raises(UserError, match="hub has its own val split: leave out --val_fraction"):
@@ -229,13 +292,13 @@ def test_sample_downloads_files_until_it_has_enough(in_tmp, limit):
 @pytest.mark.parametrize("splits", [["train", "val", "test"], ["val"], ["test", "train"]])
 def test_task_gives_each_split_its_documents(splits):
     """The hash decides, or the chunk, or the split of the source."""
-    documents, held_out = [f"document {n}" for n in range(200)], {"val": 0.25, "test": 0.15}
-    call = functools.partial(encode_task, PrepareConfig(source="text", tokenizer="byte"), splits, held_out)
+    documents, borders = [f"document {n}" for n in range(200)], {"test": 0.15, "val": 0.4}
+    call = functools.partial(encode_task, PrepareConfig(source="text", tokenizer="byte"), splits, borders)
 
     def counts(task: Task) -> dict[str, int]:
         return {split: count for split, (_, count, _) in pickle.loads(pickle.dumps(call))(task).items()}
 
-    chosen = [choose_split(held_out, [text]) for text in documents]
+    chosen = [choose_split(borders, [text]) for text in documents]
     assert counts(Task(0, functools.partial(map, Chunk, documents))) == {s: chosen.count(s) for s in splits}
     decided = [Chunk(text, split=splits[0]) for text in documents]
     assert counts(Task(0, functools.partial(iter, decided))) == {splits[0]: 200}
@@ -245,6 +308,6 @@ def test_task_gives_each_split_its_documents(splits):
 
 def test_choice_of_a_split_never_changes():
     """Pinned: a dataset that is made again has the same splits."""
-    chosen = [choose_split({"val": 0.2, "test": 0.1}, [f"document {n}"]) for n in range(60)]
+    chosen = [choose_split({"test": 0.1, "val": 0.1 + 0.2}, [f"document {n}"]) for n in range(60)]
     letters = {"train": "r", "val": "a", "test": "e"}
     assert "".join(letters[split] for split in chosen) == "rrerrrrerararrraaerearrrrrrrerrrrrraarearrrrrrrrrrrrararrrar"
