@@ -100,9 +100,8 @@ def evaluate_text(
     tokens, name = open_tokens(config, encoding, source)
     batch_size = config.batch_size or default_batch_size(T, settings.device)
     first_id = encoding.eot_token if rolling else None
-    limit, windows = config.eval_tokens or 0, (config.eval_batches or 0) * batch_size
-    if windows:
-        limit = T + (windows - 1) * stride  # the tokens that these windows score
+    windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
+    limit = T + (windows - 1) * stride if windows else config.eval_tokens or 0
     batches = eval_batches(tokens, T, batch_size, limit, ranks, stride=stride, first_id=first_id, progress=True)
     statistics = token_statistics(model, batches, settings.to_device, ranks)
     counts = count_text(tokens, int(statistics["targets"].sum()) + (not rolling), encoding)

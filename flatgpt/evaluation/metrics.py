@@ -71,8 +71,7 @@ def eval_batches(
     prefix = np.array([] if first_id is None else [first_id], dtype=np.int64)
     n_targets = len(prefix) + len(tokens) - 1
     starts = range(0, max(0, n_targets - T) + stride, stride)
-    if limit:
-        starts = starts[: 1 + max(0, -(-(limit - T) // stride))]  # the first window scores T tokens, others `stride`
+    starts = starts[: 1 + max(0, -(-(limit - T) // stride))] if limit else starts  # the first window scores T tokens
 
     def window(start: int) -> tuple[np.ndarray, int]:
         stop = min(start + T, n_targets)

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError
-from flatgpt.runs.run_log import ROWS as LOG
-from flatgpt.runs.run_log import parse_rows
+from flatgpt.runs.run_log import ROWS, parse_rows
 from flatgpt.runtime.files import in_use
 
-STATE, RECIPE = "state.json", "config.toml"
+LOG, STATE, RECIPE = ROWS, "state.json", "config.toml"
 RECIPES = ("recipe", "parameters", "data", "train tokens", "iters")
 RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state")
 LEFT_ALIGNED = {"recipe", "run", "data", "state"}
@@ -213,8 +212,9 @@ def _read_columns(file: Path) -> dict[str, list[float]]:
     columns, _ = next(found, ([], []))
     rows = [values for _, values in found]
     if skipped:
-        text = f"warning: {file}: {len(skipped)} lines or cells are skipped, which are not rows or numbers"
-        print(f"{text}; the first is {skipped[0][:40]!r}", file=sys.stderr)
+        print(
+            f"warning: {file}: {len(skipped)} lines or cells are skipped, such as {skipped[0][:40]!r}", file=sys.stderr
+        )
     return {key: [row[n] for row in rows] for n, key in enumerate(columns)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
 import itertools
@@ -276,8 +275,8 @@ def parse_rows(content: bytes, skipped: list[str]) -> Iterator[tuple[list[str], 
     Args:
         skipped: lines that are not rows, and cells that are not numbers, are appended to it.
     """
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").replace("\0", "")
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = content.decode(encoding, errors="replace").replace("\0", "")
     whole, _, last = text.rpartition("\n")
     columns, separator, at = [], ",", 0
     for line in (whole if re.fullmatch(PARTIAL.decode(), last) else text).splitlines():
@@ -290,18 +289,17 @@ def parse_rows(content: bytes, skipped: list[str]) -> Iterator[tuple[list[str], 
         if not columns and "iter" in cells:
             columns, at = cells, cells.index("iter")
             yield columns, []
-            continue
-        if len(cells) != len(columns) or not re.fullmatch(r"-?\d{1,18}(\.0)?", cells[at]):
-            skipped += [line] if line.strip() else []
-            continue
-        cells[at] = cells[at].removesuffix(".0")
-        try:
-            values = [float(cell or "nan") for cell in cells]
-        except ValueError:
-            skipped += (bad := [cell for cell in cells if not re.fullmatch(NUMBER, cell)])
-            cells = ["" if cell in bad else cell for cell in cells]
-            values = [float(cell or "nan") for cell in cells]
-        yield cells, values
+        elif len(cells) == len(columns) and re.fullmatch(r"-?\d{1,18}(\.0)?", cells[at]):
+            cells[at] = cells[at].removesuffix(".0")
+            try:
+                values = [float(cell or "nan") for cell in cells]
+            except ValueError:
+                skipped += (bad := [cell for cell in cells if not re.fullmatch(NUMBER, cell)])
+                cells = ["" if cell in bad else cell for cell in cells]
+                values = [float(cell or "nan") for cell in cells]
+            yield cells, values
+        elif line.strip():
+            skipped.append(line)
 
 
 def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None = None):
