@@ -5,10 +5,12 @@ flatgpt/cli fills these from TOML recipes and the command line. Standard library
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,29 @@ def limit_problem(meta, value) -> str | None:
     return None
 
 
+def checked(value, kind: type, limits: Mapping):
+    """Return the value of a field after checks; an int for a float is converted.
+
+    Args:
+        kind: int, float, bool or str.
+        limits: metadata of the field.
+
+    Raises:
+        ValueError: the value has another type, is not among the choices, or is outside the limits.
+    """
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if type(value) is not kind:
+        name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+        raise ValueError(f"{name} is expected")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"one of {', '.join(limits['choices'])} is expected")
+    if problem := limit_problem(limits, value):
+        raise ValueError(problem)
+    return value
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model's architecture; the only settings that model.py reads."""
@@ -75,14 +100,14 @@ class ModelConfig:
     n_layer: int = opt(4, "transformer blocks", low=1, high=10_000, section="Model")
     n_head: int = opt(4, "attention heads per block; divides n_embd", low=1)
     n_embd: int = opt(192, "width of the residual stream (C)", low=1, high=1_000_000)
-    context_length: int = opt(128, "maximum sequence length in tokens (T)", low=1)
+    context_length: int = opt(128, "maximum sequence length in tokens (T)", low=1, high=10_000_000)
     vocab_size: int | None = opt(None, "number of token ids (V)", low=1, high=65536, none="the tokenizer's")
     dropout: float = opt(0.0, "dropout probability in training", low=0, below=1)
     bias: bool = opt(True, "biases in Linear and LayerNorm, as in GPT-2")
     attn_bias: bool | None = opt(None, "biases in the two Linear layers of attention", none="as bias")
     head_bias: bool = opt(False, "bias of the output head; needs an untied head")
     tie_weights: bool = opt(True, "use the token embedding matrix as output head")
-    mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, as a multiple of n_embd", above=0)
+    mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, as a multiple of n_embd", above=0, high=1000)
     activation: str = opt("gelu_tanh", "activation function of the MLP", choices=("gelu_tanh", "gelu", "relu"))
     position: str = opt("learned", "position embedding: learned, or rotary", choices=("learned", "rope"))
     attention: str = opt(
@@ -282,7 +307,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
     resume: str | None = opt(
         None,
-        "resume from a checkpoint: latest, auto (latest, or a new run without one) or a path",
+        "continue a run with its settings: latest, auto (latest, or a new run without one) or a path",
         bare="latest",
         alias=("load_checkpoint_path",),
     )

@@ -22,7 +22,7 @@ from flatgpt.inference.sampling import NonFiniteLogitsError
 from flatgpt.inference.writer import Text, Writer
 from flatgpt.interop import loading
 from flatgpt.runtime.device import find_device, note
-from flatgpt.runtime.files import require_writable, write_json
+from flatgpt.runtime.files import naming, require_writable, write_json
 
 
 def main(config: InferConfig) -> None:
@@ -51,7 +51,8 @@ def read_prompts(config: InferConfig) -> list[str]:
     name = config.prompts_file or config.prompt_file or config.standard_input
     if not name:
         return [config.prompt]
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    with naming("standard input" if name == "-" else name):
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -254,7 +254,8 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         """Return the number of parameters without the padding of the vocabulary: 124,439,808 for GPT-2 124M."""
         padded = {*self.transformer.wte.parameters(), *self.lm_head.parameters()}  # a set: they may be tied
-        padding = sum(p[self.config.vocab_size :].numel() for p in padded)
+        # no slices: of a sharded tensor they would need all ranks
+        padding = sum((len(p) - self.config.vocab_size) * math.prod(p.shape[1:]) for p in padded)
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:

@@ -15,6 +15,7 @@ from flatgpt.cli.cli import RECIPES, from_command_line, run_script
 if __name__ == "__main__":
     CONFIG = from_command_line(PrepareConfig, __doc__)
 
+import re
 import shlex
 import time
 import tomllib
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from config import UserError
 from flatgpt.data import tokenizer
-from flatgpt.data.dataset import Dataset, open_dataset
+from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.prepare import prepare
 
 
@@ -59,16 +60,19 @@ def info(dataset: Dataset) -> None:
 def verify(dataset: Dataset) -> None:
     """Read and hash every shard. Raise UserError if any of them differs from the manifest."""
     results = list(dataset.verify_shards())
-    if errors := [error for _, error in results if error]:
-        raise UserError("; ".join(errors) + ". Move the folder away and run prepare_data.py again")
+    if errors := [re.split("[:;] move ", error)[0] for _, error in results if error]:  # without their advice
+        raise UserError("; ".join(errors) + f". Move {dataset.folder} away and run prepare_data.py, or copy it again")
     verified = "all ids are in the vocabulary; no hashes to compare" if dataset.notice else "all match meta.json"
     print(f"{dataset.folder}: {len(results)} shard{'s' * (len(results) != 1)}, {verified}")
 
 
 def main(config: PrepareConfig) -> None:
     """Prepare a dataset and print its counts, or verify or describe an existing one."""
-    for folder, action in ((config.verify, verify), (config.info, info)):
+    for key, folder, action in (("verify", config.verify, verify), ("info", config.info, info)):
         if folder:
+            names = {path.name for path in Path(folder).glob("*")}
+            if not (names & {"meta.json", PROGRESS} or any(name.endswith(".bin") for name in names)):
+                raise UserError(f"{key} = {folder}: no dataset in this folder; one with shards is expected, data/NAME")
             dataset = open_dataset(Path(folder))
             if dataset.notice:
                 print(dataset.notice)

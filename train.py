@@ -3,7 +3,7 @@
 python train.py                                   # a small byte-level model: minutes on two CPU cores
 python train.py --config shakespeare              # a recipe from configs/
 python train.py --config mine.toml --lr 1e-3      # your own recipe, with one change
-python train.py --config shakespeare --resume     # resume a stopped run
+python train.py --resume out/shakespeare          # resume a stopped run, with its settings
 python train.py --list                            # list recipes and runs
 python train.py --config gpt2_124m --plan         # estimate size, memory and time without training
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
@@ -217,7 +217,7 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
             checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
         checkpoints.wait()
         if error := checkpoints.failure:
-            raise UserError(f"the run ended at iter {progress.iter}, but its last checkpoint was not saved: {error}")
+            raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
     finally:

@@ -8,6 +8,7 @@ Standard library only, so that `--help` and errors do not wait for torch to be i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -25,8 +26,9 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, limit_problem
+from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, checked
 from flatgpt import REPO_ROOT
+from flatgpt.cli.streams import Stream
 
 RECIPES = REPO_ROOT / "configs"
 _types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
@@ -53,21 +55,15 @@ def _convert(cls, field, value, from_words: bool):
         if not all(isinstance(item, str) for item in value):
             raise ValueError("a list of strings is expected")
         return tuple(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[value_type]
     if from_words and value_type is bool:
         value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(value.lower())
-    elif value_type in (int, float) and (from_words or (value_type is float and type(value) is int)):
-        try:
+    elif value_type in (int, float) and from_words:
+        with contextlib.suppress(ValueError):  # `checked` refuses what is not a number
             value = value_type(value)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{expected} is expected") from None
-    if type(value) is not value_type:
-        raise ValueError(f"{expected} is expected")
-    if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"one of {', '.join(meta['choices'])} is expected{_suggestion(value, meta['choices'])}")
-    if problem := limit_problem(meta, value):
-        raise ValueError(problem)
-    return value
+    try:
+        return checked(value, value_type, meta)
+    except ValueError as error:
+        raise ValueError(f"{error}{_suggestion(value, meta.get('choices', ()))}") from None
 
 
 def _suggestion(word: str, known) -> str:
@@ -108,8 +104,9 @@ def read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: not valid TOML: {error}")
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = "cannot be read" if isinstance(error, OSError) else "not valid TOML"
+        problems.append(f"{path}: {problem}: {error}")
         return {}
     below = {}
     if "base" in table:
@@ -321,22 +318,29 @@ def run_script(main: Callable, config, every_rank: bool = False):
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
+    stdout, stderr = Stream(sys.stdout, "standard output"), Stream(sys.stderr, "standard error")
     try:
-        result = main(config)
-        sys.stdout.flush()  # inside `try`, which handles a closed pipe
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            result = main(config)
+            sys.stdout.flush()  # inside `try`, which handles a closed pipe
         return result
     except UserError as error:
         not_first = not every_rank and "WORLD_SIZE" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
         if not_first or isinstance(error, ReportedByOtherRank):
             time.sleep(20)  # torchrun ends all ranks when one exits; let the printing rank exit first
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `| head` closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # missing or read-only file, or full disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        file = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {file}{error.strerror or error}", file=stderr, flush=True)
         sys.exit(2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what is buffered would fail again at exit, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

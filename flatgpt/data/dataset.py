@@ -102,7 +102,9 @@ def open_dataset(folder: Path) -> Dataset:
 def _prepare_command(folder: Path) -> str:
     """Return the command that started the dataset in this folder, else guess it from the folder's name."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]
+        command = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]
+        if isinstance(command, str):
+            return command
     source, _, name = folder.name.partition("_")
     args = f"{source} --tokenizer {name}" if name else source
     sources = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]

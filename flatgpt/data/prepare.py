@@ -22,7 +22,7 @@ from flatgpt.data import tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.readers import Corpus, Task
-from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, read_meta, write_meta
+from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, are_counts, count_tokens, read_meta, write_meta
 from flatgpt.data.sources import DUMP, SOURCES, Plan, encode_task, make_plan
 from flatgpt.runtime.files import FolderLock, atomic_write
 
@@ -205,32 +205,42 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
         tasks: the plan's version.
 
     Raises:
-        UserError: settings, raw files or `tasks` differ from those of the unfinished dataset.
+        UserError: settings, raw files or `tasks` differ from those of the unfinished dataset, or there are shards of
+            other programs, or of a dataset without meta.json.
     """
     files = json.dumps([[file.name, file.size] for group in corpus.files.values() for file in group])
     raw, command = hashlib.sha256(files.encode()).hexdigest(), shlex.join(["python", *sys.argv])
     initial = {"tasks": tasks, "command": command, "settings": settings, "raw": raw, "passes": {}, "splits": {}}
     if not (folder / PROGRESS).exists():
-        if others := sorted(path.name for path in folder.glob("*.bin") if not OUR_FILES.fullmatch(path.name)):
-            raise UserError(f"{folder} contains other shards ({', '.join(others[:3])}): choose another --name")
+        if others := sorted(path.name for path in folder.glob("*.bin")):
+            raise UserError(
+                f"{folder} contains other shards ({', '.join(others[:3])}), without meta.json and {PROGRESS}: choose "
+                f"another --name, or move {folder} away"
+            )
         return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         compared = [
             {**state["settings"], "raw files": state["raw"], "tasks": state["tasks"]} for state in (found, initial)
         ]
-        if any(split["files"] for split in found["splits"].values()):
+        passes, splits = found["passes"].values(), found["splits"].values()
+        counts = [split[key] for split in splits for key in ("waiting", "documents", "bytes")]
+        if not (
+            are_counts(*counts, *(state["tasks"] for state in passes)) and all(state["size"] >= 0 for state in passes)
+        ):
+            raise ValueError("not the progress of a dataset")
+        if sum(count_tokens(split["files"]) for split in splits):
             check_settings(folder, "an unfinished dataset", *compared)
         elif compared[0] != compared[1]:
             return initial  # no shard is finished: little is lost
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / PROGRESS} is damaged: move {folder} away and run again") from None
     return {**found, "command": command}
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the files of an unfinished dataset."""
-    for path in folder.iterdir():
+    """Remove the files of an unfinished dataset, first those that are of none without progress.json."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == PROGRESS):
         if OUR_FILES.fullmatch(path.name) or path.name.startswith(PROGRESS):
             path.unlink()
 

@@ -165,8 +165,11 @@ def read_errors(path: Path):
     """Convert errors of reading a file to a UserError."""
     try:
         yield
-    except (OSError, ValueError) as error:  # includes those of pyarrow
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, ValueError, NotImplementedError) as error:  # includes those of pyarrow
+        reason = getattr(error, "strerror", None)
+        if reason is None:
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            reason += "; if it is damaged or incomplete, move it away and download or copy it again"
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 

@@ -156,13 +156,34 @@ def read_meta(folder: Path) -> dict | None:
         return None
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        files = [file["tokens"] for split in meta["splits"].values() for file in split["files"]]
-        if meta["format"] == FORMAT and set(REQUIRED) <= set(meta) and files:
+        entries = meta["splits"].values()
+        counts = [entry.get(key, 0) for entry in entries for key in ("tokens", "documents", "bytes")]
+        types = [type(meta[key]) for key in REQUIRED]
+        if (
+            (meta["format"], types) == (FORMAT, [str, int, str, int, bool, dict])
+            and 1 <= meta["vocab_size"] <= 65536
+            and are_counts(*counts, meta["eot_id"])
+            and all(entry["tokens"] == count_tokens(entry["files"]) for entry in entries)
+            and any(entry["files"] for entry in entries)
+        ):
             return meta
     raise UserError(
         f"{path} is damaged, or its format is not {FORMAT}, which this version reads: move {folder} away and run "
         "prepare_data.py again"
     )
+
+
+def are_counts(*values: object) -> bool:
+    """Return whether all values are integers of at least 0."""
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def count_tokens(files: list[dict]) -> int:
+    """Return the number of ids of a manifest's files. Raise ValueError if a count or name cannot be one."""
+    for file in files:
+        if not are_counts(file["tokens"]) or os.path.basename(file["name"]) != file["name"]:
+            raise ValueError(f"not a shard: {file}")
+    return sum(file["tokens"] for file in files)
 
 
 class Tokens:

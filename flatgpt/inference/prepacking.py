@@ -71,6 +71,8 @@ class Int8Linear(CastLinear):
         few = x.numel() <= self.GEMV_MAX_TOKENS * x.size(-1)
         if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # for other sizes it reads out of bounds
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
+        elif self.dtype == torch.float16:  # sums of integers times x would exceed its range
+            y = F.linear(x, self.weight * self.scale[:, None])
         else:  # on a GPU, torch.compile fuses this into one kernel that reads int8
             y = F.linear(x, self.weight.to(self.dtype)) * self.scale
         return y if self.bias is None else y + self.bias

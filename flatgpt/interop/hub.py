@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from config import UserError
 from flatgpt.runs import history
+from flatgpt.runtime.files import read_json
 
 if TYPE_CHECKING:
     from flatgpt.interop.loading import ModelSource
@@ -167,16 +168,13 @@ def indexed_files(index: Path, remedy: str = "") -> list[str]:
     Raises:
         UserError: the index is damaged, or lists a file that is not a safetensors file in the same folder.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names:
-            raise ValueError("it lists no file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = remedy or f"remove {index.parents[2]} and run again, or choose another model"
-        raise UserError(f"{index} is damaged: {error}; {remedy}") from None
-    if wrong := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
-        raise UserError(f"{index}: {wrong[0]} is not a safetensors file in the same folder; choose another model")
-    return names
+    remedy = remedy or f"remove {index.parents[2]} and run again, or choose another model"
+    names = read_json(index, remedy).get("weight_map")
+    if not names or not isinstance(names, dict):
+        raise UserError(f"{index} is damaged: it lists no file in weight_map; {remedy}")
+    if wrong := [name for name in names.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
+        raise UserError(f"{index}: {wrong[0]!r:.60} is not a safetensors file in the same folder; choose another model")
+    return sorted(set(names.values()))
 
 
 def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Callable[[str], None]) -> str:

@@ -21,7 +21,9 @@ from flatgpt.interop import pretrained
 from flatgpt.interop.hub import INDEX, WEIGHTS, indexed_files
 from flatgpt.interop.pretrained import is_flatgpt, is_nanogpt
 from flatgpt.runs import checkpoint
+from flatgpt.runs.history import STATE
 from flatgpt.runtime.device import note
+from flatgpt.runtime.files import wrong_kind
 from model import GPT
 
 # transformers' GPT-2 stores these as Conv1D, (in, out); nn.Linear has (out, in). Shapes do not tell them apart: that of
@@ -69,7 +71,14 @@ def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSour
         UserError: no undamaged model exists at this path, or its tokenizer is unknown.
     """
     if model_path is None or pretrained.is_run(model_path):
-        path, state = checkpoint.find(model_path, log)
+        path, state = checkpoint.find(model_path and str(pretrained.folder_of(model_path)), log)
+        whole = False
+        match state:
+            case {"tokenizer": {"ranks_sha256": str()}, "data": {"end_of_text": bool()} as data}:
+                whole = isinstance(data.get("folder", ""), str)  # earlier versions did not write the folder
+        if not whole:
+            facts = "tokenizer.ranks_sha256, data.end_of_text or data.folder"
+            raise UserError(f"{path / STATE} is damaged: {facts} is missing or has another type; copy it again")
     else:
         path, state = pretrained.find(model_path, "model_path"), {}
     name = pretrained.read_tokenizer(str(path))
@@ -154,7 +163,7 @@ def _load_weights(model: GPT, path: Path, trained: ModelConfig, assign: bool) ->
         )
     try:
         model.load_state_dict(read_weights(path, model.config), assign=assign)
-    except RuntimeError as error:  # lists missing and unknown tensors and wrong shapes
+    except (RuntimeError, IndexError) as error:  # lists missing and unknown tensors and wrong shapes
         raise UserError(f"{path} does not fit its config: {textwrap.shorten(str(error), 400)}") from None
 
 
@@ -184,9 +193,7 @@ def _load_file(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file} is missing or damaged: {error}; copy it again (after a git clone: git lfs pull)"
-        ) from None
+        raise UserError(f"{file} is {wrong_kind(file) or 'missing or damaged'}: {error}; copy it again") from None
 
 
 def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
@@ -200,6 +207,8 @@ def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dic
     """
     weights = {}
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is {tensor.dtype}: quantized weights are not supported, choose others")
         while name.startswith(WRAPPER_PREFIXES):
             name = name.partition(".")[2]
         # names of GPT2Model, which OpenAI's models on the hub use, lack `transformer.`

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 import tomllib
 from pathlib import Path
 
-from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, run_dir
+from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import RECIPE, STATE, folders, follow, read_state, read_table, run_of
+from flatgpt.runtime.files import read_json, wrong_kind
 
 NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -25,7 +25,7 @@ EXPECTED_PATHS = (
     "a run's folder (out/NAME), a checkpoint (state.json and model.safetensors), a Hugging Face GPT-2 folder "
     "(config.json and model.safetensors), a model on the hub (gpt2, user/model) or nanoGPT's ckpt.pt is expected"
 )
-INTEGER_FIELDS = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
+REQUIRED = ("n_layer", "n_head", "n_embd", "context_length", "vocab_size")
 # settings that do not affect the weights' shapes or meaning
 NOT_SHAPE = ("dropout", "attention", "activation_checkpointing")
 # name in transformers (ACT2FN in activations.py) -> name in model.py. An export writes the first matching name.
@@ -33,6 +33,7 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 # transformers setting that changes the logits -> supported values, the default first
 SUPPORTED_SETTINGS = {
     "model_type": ("gpt2",),
+    "auto_map": (None,),  # the repository's own code
     "activation_function": tuple(ACTIVATIONS),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -46,8 +47,14 @@ SUPPORTED_SETTINGS = {
 
 def is_run(path: str) -> bool:
     """Whether the path is a flatGPT run or checkpoint."""
-    folder = follow(Path(path).parent if Path(path).name == WEIGHTS else Path(path))
+    folder = folder_of(path)
     return (folder / "ckpt").is_dir() or is_flatgpt(folder)
+
+
+def folder_of(path: str) -> Path:
+    """Return the folder of a path: itself, or that of a file such as model.safetensors."""
+    location = follow(follow(Path(path).parent) / Path(path).name)
+    return location.parent if location.is_file() else location
 
 
 def is_flatgpt(path: Path) -> bool:
@@ -112,32 +119,48 @@ def read_config(path: str) -> ModelConfig:
         UserError: as find; or the config is damaged, or model.py does not support it.
     """
     location = find(path)
-    file_keys, mlp_width = {}, None  # ModelConfig field -> key in the file, if they differ
+    names = {key: key for key in REQUIRED}  # ModelConfig field -> key in the file
     if is_nanogpt(location):
         file, settings = location, read_nanogpt(location)["model_args"]
-        file_keys = {"context_length": "block_size"}
         # The first versions of nanoGPT had no setting `bias`. Its nn.GELU() is the exact GELU.
-        fields = {"bias": settings.get("bias", True), "activation": "gelu"}
+        settings = {"bias": True, **settings, "activation": "gelu"}
+        names |= {"context_length": "block_size", "bias": "bias", "activation": "activation"}
     elif is_flatgpt(location):
-        file, settings = location / STATE, _read_json(location / STATE).get("config", {})
-        fields = {f.name: settings[f.name] for f in dataclasses.fields(ModelConfig) if f.name in settings}
+        file, settings = location / STATE, read_json(location / STATE).get("config")
+        if not isinstance(settings, dict):
+            raise UserError(f"{file} is damaged: config = {settings!r:.60} is not an object; copy it again")
+        names |= {f.name: f.name for f in dataclasses.fields(ModelConfig) if f.name in settings}
     else:
-        file, settings = location / CONFIG, _read_json(location / CONFIG)
+        file, settings = location / CONFIG, read_json(location / CONFIG)
         for key, values in SUPPORTED_SETTINGS.items():
             if settings.get(key, values[0]) not in values:
                 supported = " or ".join(map(str, values))
-                raise UserError(f"{file}: {key} = {settings[key]}: model.py supports only {supported}")
-        file_keys = {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
-        fields = {"tie_weights": settings.get("tie_word_embeddings", True)}
-        fields |= {"activation": ACTIVATIONS[settings.get("activation_function", "gelu_new")]}
-        mlp_width = settings.get("n_inner")
-    integers = {key: _read_integer(file, file_keys.get(key, key), settings, key) for key in INTEGER_FIELDS}
-    if mlp_width is not None:
-        fields["mlp_ratio"] = _read_integer(file, "n_inner", settings, "n_embd") / integers["n_embd"]
-    config = ModelConfig(**fields | integers)
+                raise UserError(f"{file}: {key} = {settings[key]!r:.60}: model.py supports only {supported}")
+        settings = {"tie_word_embeddings": True, "activation_function": "gelu_new", **settings}
+        settings["activation_function"] = ACTIVATIONS[settings["activation_function"]]
+        names |= {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}
+        names |= {"tie_weights": "tie_word_embeddings", "activation": "activation_function"}
+    fields = {}
+    for name, key in names.items():
+        fields[name] = _checked(file, key, settings.get(key), ModelConfig.__dataclass_fields__[name])
+    if not is_flatgpt(location) and settings.get("n_inner") is not None:
+        width = _checked(file, "n_inner", settings["n_inner"], ModelConfig.__dataclass_fields__["n_embd"])
+        fields["mlp_ratio"] = width / fields["n_embd"]
+    config = ModelConfig(**fields)
     if problems := config.problems():
         raise UserError(f"{file} is damaged: {problems[0]}")
     return config
+
+
+def _checked(file: Path, key: str, value, field: dataclasses.Field):
+    """Return a value of the file after the checks of a ModelConfig field."""
+    kind, _, optional = field.type.partition(" | ")
+    if value is None and optional and field.name not in REQUIRED:
+        return None
+    try:
+        return checked(value, {"int": int, "float": float, "bool": bool, "str": str}[kind], field.metadata)
+    except ValueError as error:
+        raise UserError(f"{file}: {key} = {value!r:.60}: {error}; choose another model, or copy it again") from None
 
 
 def shape(config: ModelConfig) -> dict[str, object]:
@@ -170,23 +193,22 @@ def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
     named = config.resume not in ("latest", "auto")
     path = follow(Path(config.resume)) if named else run_dir(config)
     found, run = folders(path), run_of(path)
-    if not found and config.resume == "auto":
-        return None
-    if not found:
+    if not found and config.resume != "auto":
         raise UserError(f"nothing to resume in {path}: there is no checkpoint; start without --resume")
-    folder, state = next(((each, state) for each in found if (state := read_state(each))), (found[0], {}))
-    saved = {key: value for key, value in state.get("config", {}).items() if value is not None}
+    folder, state = next(((each, state) for each in found if (state := read_state(each))), (None, None))
+    if state is None:  # a new run; or all checkpoints are damaged, which train.py reports
+        return None
+    saved = {key: value for key, value in state["config"].items() if value is not None}
     superseded = {one for one, other in EXCLUSIVE if other in saved}  # such as epochs: state.json has max_iters too
     saved = {key: saved[key] for key in saved.keys() & TrainConfig.__dataclass_fields__.keys() - superseded}
     tables = {run / RECIPE: read_table(run / RECIPE, tomllib.loads)} if run else {}
+    tables[folder / STATE] = saved
     own_folder = {"out_dir": str(run)} if named and run and not (config.out_dir or config.config) else {}
 
     def inherited(table: dict) -> dict:
         return {key: value for key, value in table.items() if key not in (*START_ONLY, "out_dir")}
 
-    tables = {
-        file: table and inherited(table) | own_folder for file, table in (tables | {folder / STATE: saved}).items()
-    }
+    tables = {file: table and inherited(table) | own_folder for file, table in tables.items()}
     return tables, inherited(state.get("recipe", {}))
 
 
@@ -200,7 +222,11 @@ def read_tokenizer(path: str) -> str | None:
     """
     location, name = find(path), None
     if is_flatgpt(location):
-        return _read_json(location / STATE).get("tokenizer", {}).get("name")
+        match read_json(location / STATE).get("tokenizer"):
+            case {"name": str(name)} | (None as name):
+                return name
+            case value:
+                raise UserError(f"{location / STATE} is damaged: tokenizer = {value!r:.60} has no name; copy it again")
     if not is_nanogpt(location):
         from flatgpt.interop.tokenizer_files import identify_encoding
 
@@ -219,29 +245,11 @@ def read_nanogpt(file: Path) -> dict:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a damaged pickle can raise any exception
-        raise UserError(
-            f"{file} is not loaded: it is damaged, not a zip file of torch.save, or contains objects other than "
-            "tensors and plain types, which could run arbitrary code"
-        ) from None
+        other = "damaged, not a zip file of torch.save, or contains objects other than tensors and plain types, which "
+        kind = wrong_kind(file) or other + "could run arbitrary code"
+        raise UserError(f"{file} is not loaded: it is {kind}") from None
     match saved:
         case {"model": dict() as weights, "model_args": dict()}:
             if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
                 return saved
     raise UserError(f"{file} is not a nanoGPT checkpoint: it must contain model (tensors by name) and model_args")
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}; copy it again") from None
-
-
-def _read_integer(file: Path, key: str, settings: dict, field: str) -> int:
-    """Return settings[key] after checking it against the limits of a ModelConfig field. `file` is for messages."""
-    value, limits = settings.get(key), ModelConfig.__dataclass_fields__[field].metadata
-    low, high = limits["low"], limits.get("high", sys.maxsize)
-    if type(value) is not int or not low <= value <= high:
-        most = f" and at most {high:,}" if "high" in limits else ""
-        raise UserError(f"{file}: {key} = {value!r}: a whole number of at least {low}{most} is expected")
-    return value

@@ -124,7 +124,7 @@ def identify_encoding(folder: Path) -> str | None:
             merges = [line for line in lines if not line.startswith(VERSION)]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         tokens = {token: int(n) for token, n in (vocab | added).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UserError(f"{file} is damaged or not a byte-pair vocabulary: {type(error).__name__} {error}") from None
     for name, size in SIZES.items():
         ids = {token: n for token, n in tokens.items() if n < size}

@@ -35,11 +35,15 @@ def attention(
     T, D, on_cpu = q.size(2), q.size(3), q.device.type == "cpu"
     q, causal = q.type_as(k), mask is None and T > 1
     # For a single token on a GPU, plain operators are faster with torch.compile.
-    plain = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS if on_cpu else T == 1
+    small = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS
+    plain = small if on_cpu else T == 1 and torch.compiler.is_compiling()
     if manual or plain:
         if causal:
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
-        return manual_attention(q, k, v, mask, dropout)
+        # In training on a CPU, float32 scores of bfloat16 queries would make updates 14% slower (docs/speed.md).
+        fast = on_cpu and not manual and torch.is_grad_enabled()
+        dtype = k.dtype if fast else torch.promote_types(k.dtype, torch.float32)
+        return manual_attention(q, k, v, mask, dropout, dtype)
     if D % 8 and T > 1:
         # Fused kernels of GPUs before Ampere need head sizes that are multiples of 8. Zeros do not change the scores.
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))  # (B, H, ..., D rounded up)
@@ -47,13 +51,21 @@ def attention(
     return y[..., :D]
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Compute attention with plain operators. Arguments as in `attention`, but without a mask all keys are visible."""
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, H, T, S): similarity of each query to each key
-    if mask is not None:  # on a CPU, adding takes a third less time than masked_fill on the scores
-        scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
-    weights = F.softmax(scores, dim=-1)  # each row sums to 1
-    return F.dropout(weights, dropout) @ v
+def manual_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Compute attention with plain operators. Arguments as in `attention`, but without a mask all keys are visible.
+
+    Args:
+        dtype: dtype of the scores and their softmax. Rounding a score of 10 to bfloat16 changes its weight by up to 3%.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = q.to(dtype), k.to(dtype)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, H, T, S): similarity of each query to each key
+        if mask is not None:  # on a CPU, adding takes a third less time than masked_fill on the scores
+            scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
+        weights = F.softmax(scores, dim=-1)  # each row sums to 1
+        return F.dropout(weights, dropout).type_as(v) @ v
 
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines

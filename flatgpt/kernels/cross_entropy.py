@@ -104,6 +104,8 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # create_graph=True; once_differentiable would give zeros in some cases
+            raise RuntimeError("the fused loss has no second derivative: use F.cross_entropy of the model's logits")
         scale = gradient / ctx.count
         return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 

@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -43,7 +42,7 @@ REMEDIES = {
 WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.pt"
 
 
-class DamagedCheckpointError(Exception):
+class DamagedCheckpointError(UserError):
     """A checkpoint file is missing or damaged. The message names the file."""
 
 
@@ -261,11 +260,23 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
     return state
 
 
-def first_valid(folders: list[Path], names: tuple[str, ...], log: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """Return the first valid checkpoint and its state; None if all are damaged. Log a warning for each damaged one."""
+def first_valid(
+    folders: list[Path],
+    names: tuple[str, ...],
+    log: Callable[[str], None],
+    check: Callable[[Path, dict], None] = lambda folder, state: None,
+) -> tuple[Path, dict] | None:
+    """Return the first valid checkpoint and its state; None if all are damaged. Log a warning for each damaged one.
+
+    Args:
+        names: the files to verify.
+        check: called with a verified checkpoint and its state; raises DamagedCheckpointError if its content is wrong.
+    """
     for folder in folders:
         try:
-            return folder, verify(folder, names)
+            state = verify(folder, names)
+            check(folder, state)
+            return folder, state
         except DamagedCheckpointError as error:
             log(f"warning: {error}; it is skipped")
     return None
@@ -323,13 +334,13 @@ def load_train_state(folder: Path) -> dict:
     Copy a tensor to keep it.
 
     Raises:
-        UserError: the file is not a valid train state.
+        DamagedCheckpointError: the file is not a train state.
     """
-    try:
+    state = None
+    with contextlib.suppress(Exception):  # a wrong file can raise any; torch's message advises weights_only=False
         state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
-        valid = isinstance(state, dict) and {"optimizer", "scaler", "row"} <= set(state)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's message advises weights_only=False
-        valid = False
-    if not valid:
-        raise UserError(f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types")
+    if not isinstance(state, dict) or not {"optimizer", "scaler", "row"} <= set(state):
+        raise DamagedCheckpointError(
+            f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types"
+        )
     return state

@@ -6,6 +6,7 @@ save succeeded. Otherwise `best` would be a dangling link, and its previous targ
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -27,7 +28,8 @@ from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, full
 def lower_thread_priority() -> None:
     """Lower the calling thread's priority, so that torch's threads do not wait for it (docs/speed.md)."""
     if sys.platform == "linux":  # the only system with a niceness per thread
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
+        with contextlib.suppress(OSError):  # some containers refuse it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
 
 
 class CheckpointWriter:
@@ -55,6 +57,7 @@ class CheckpointWriter:
         self.failure: Exception | None = None
         self._last_save = time.monotonic()
         self._buffers: dict[str, Tensor] = {}
+        self._pin = True
         self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
         self._tasks: list[Future] = []
         self._succeeded = True  # whether the newest started save succeeded
@@ -150,5 +153,16 @@ class CheckpointWriter:
         if not self.ranks.first:
             return None
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[name] = self._allocate(value)
         return self._buffers[name].copy_(value)
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        """Return a buffer in host memory; pinned for a CUDA tensor, unless the system refuses it."""
+        if like.is_cuda and self._pin:
+            try:
+                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pin = False
+                text = str(error).partition("\n")[0]
+                print(f"note: saves wait longer, because host memory cannot be pinned: {text}", file=sys.stderr)
+        return torch.empty(like.shape, dtype=like.dtype)

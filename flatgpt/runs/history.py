@@ -86,15 +86,11 @@ def gpt2_parameters(config: ModelConfig) -> int | None:
     C, V, hidden = config.n_embd, config.vocab_size, round(config.mlp_ratio * config.n_embd)
     if not V:
         return None
-    biased = config.bias if config.attn_bias is None else config.attn_bias
-    norm = C + C * config.bias
-    block = 2 * norm + 4 * C * C + 4 * C * biased + 2 * hidden * C + (hidden + C) * config.bias
-    tables = (
-        V * C * (2 - config.tie_weights)
-        + V * config.head_bias
-        + config.context_length * C * (config.position == "learned")
-    )
-    return tables + config.n_layer * block + norm
+    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
+    block = 4 * C * (C + attn_bias) + 2 * C * (hidden + 1) + (hidden + 3 * C) * config.bias
+    learned = config.context_length * C * (config.position == "learned")
+    head = V * C * (not config.tie_weights) + V * config.head_bias
+    return V * C + learned + config.n_layer * block + C * (1 + config.bias) + head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,9 +208,7 @@ def _read_columns(file: Path) -> dict[str, list[float]]:
     columns, _ = next(found, ([], []))
     rows = [values for _, values in found]
     if skipped:
-        print(
-            f"warning: {file}: {len(skipped)} lines or cells are skipped, such as {skipped[0][:40]!r}", file=sys.stderr
-        )
+        print(f"warning: {file}: {len(skipped)} lines or cells are skipped: {skipped[0][:40]!r} ...", file=sys.stderr)
     return {key: [row[n] for row in rows] for n, key in enumerate(columns)}
 
 

@@ -1,4 +1,4 @@
-"""Write files atomically, and lock folders. Standard library only."""
+"""Read JSON, write files atomically, and lock folders. Standard library only."""
 
 from __future__ import annotations
 
@@ -30,6 +30,39 @@ except ImportError:  # Windows
 CANNOT_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+def read_json(file: Path, remedy: str = "copy it again") -> dict:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is damaged, is not an object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(content := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has two values of {max(names, key=names.count)}")
+        return content
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is {wrong_kind(file) or 'damaged'}: {error}; {remedy}") from None
+    return content
+
+
+def wrong_kind(file: Path) -> str | None:
+    """Return what a failed download left in place of a file; None if unknown."""
+    with contextlib.suppress(OSError), open(file, "rb") as content:
+        start = content.read(100).lstrip()
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, not the file itself (git lfs pull)"
+        if start.startswith(b"<"):
+            return "a web page, not the file itself"
+    return None
+
+
 def write_json(figures: dict, target: str) -> None:
     """Write figures as JSON to a file, or to standard output for `-`. NaN and infinity become null.
 
@@ -52,7 +85,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Set the path of an OSError that is raised inside. Those of write, flush and fsync have none."""
     try:
         yield
@@ -212,7 +245,8 @@ class FolderLock(contextlib.AbstractContextManager):
             now, latest, _ = _read_lock(self._path)
             if now != content:  # released, or taken over
                 return self._wait_until_free()
-            running = running or latest != beat
+            if running := latest != beat:
+                break
         if running:
             text = f"{self.folder} is in use by {owner}: wait for it, stop it, or choose another {self.setting}"
             raise UserError(text)
@@ -248,17 +282,19 @@ def _read_lock(path: Path) -> tuple[str, float, bool | None]:
         content, beat = file.read(), os.fstat(file.fileno()).st_mtime  # of an open file, it is current also on NFS
         try:
             flock(file, LOCK_SH | LOCK_NB)
-        except BlockingIOError:
-            return content, beat, True
-        except OSError:  # a file system without flock
-            pass
+            not_locked = True
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                return content, beat, True
+            not_locked = False  # a file system without flock
     _, machine, pid, started, *_ = content.split("\n") + [""] * 3
     if not pid.isdecimal():  # no owner, or one of an earlier version, which used flock only
         return content, beat, False
     here, _, now = _identify(int(pid))
-    if machine != here or not now:
+    running = now == started and int(pid) != os.getpid()
+    if machine != here or not now or (running and not_locked):  # a copy of a folder in use contains its lock file
         return content, beat, None
-    return content, beat, now == started and int(pid) != os.getpid()
+    return content, beat, running
 
 
 def _identify(pid: int) -> tuple[str, str, str]:

@@ -1,19 +1,38 @@
-"""Detect updates with a non-finite loss or gradient on the device; skip them or end the run."""
+"""Detect non-finite values: in updates, on the device; in weights; and in a checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import UserError
 from flatgpt.data.dataset import TrainingBatches
+from flatgpt.runs import checkpoint
+from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS, DamagedCheckpointError
+from flatgpt.runs.history import STATE
 from flatgpt.runtime.distributed import DistributedContext
 
 MAX_CONSECUTIVE_SKIPS = 20  # more than the 16 halvings of float16's loss scale from 2^16 to 1
 NO_ITER = 2**62
 COUNTS = "skipped", "in_a_row", "longest"
+SCALER = "scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"
+# Types of the values that a resume reads from a checkpoint's files, by dotted key. None: the value may be missing.
+SETTINGS = "eval_interval", "max_iters", "lr_decay_iters", "batch_size", "grad_accum_steps"
+TYPES = {
+    STATE: {"chosen": dict, "chosen.why": dict | None, "data.manifest_sha256": str, "wandb_id": str | None}
+    | {f"config.{key}": int for key in SETTINGS},
+    TRAIN_STATE: {"optimizer": dict, "scaler": dict, "row.iter": int, "row.tokens": int, "row.epoch": int | float}
+    | {f"health.{key}": int for key in COUNTS}
+    | {f"scaler.{key}": int | float for key in SCALER}
+    | {"val_loss": int | float | None, "best_loss": int | float | None, "best_iter": int | None}
+    | {"since_best": int | None, "eval_pending": bool | None},
+}
 REMEDY = "with a smaller --lr, more --warmup_iters or --dtype float32"
 
 
@@ -113,3 +132,41 @@ def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
             f"{cause} at iter {i}: the run has diverged. Resume from an earlier checkpoint, such as FOLDER/ckpt/best, "
             f"or start again, {REMEDY}"
         )
+
+
+def require_resumable(folder: Path, state: dict) -> None:
+    """Check the types of the values in a verified checkpoint, and that its weights and moments are finite.
+
+    Raises:
+        DamagedCheckpointError: names the file, and the value or the tensor.
+    """
+    train_state = checkpoint.load_train_state(folder)
+    defaults = {"health": dict.fromkeys(COUNTS, 0)}  # earlier versions did not save it
+    scaler = train_state["scaler"] or dict.fromkeys(SCALER, 0)  # empty unless the dtype was float16
+    for file, values in ((STATE, state), (TRAIN_STATE, defaults | train_state | {"scaler": scaler})):
+        for key, expected in TYPES[file].items():
+            value = values
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if not isinstance(value, expected):
+                raise DamagedCheckpointError(f"{folder / file} cannot be resumed: {key} = {value!r:.50}")
+    if train_state["row"]["iter"] != state["iter"]:
+        raise DamagedCheckpointError(f"{folder / TRAIN_STATE} cannot be resumed: it is not of iter {state['iter']}")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f"{folder / WEIGHTS} cannot be loaded: {error}") from None
+    for file, tensors in ((WEIGHTS, weights), (TRAIN_STATE, train_state["optimizer"])):
+        for name, tensor in _tensors(tensors):
+            low, high = map(float, tensor.aminmax())
+            if not math.isfinite(low + high) or (name.endswith("exp_avg_sq") and low < 0):
+                raise DamagedCheckpointError(f"{folder / file} cannot be resumed: {name} has values {low} to {high}")
+
+
+def _tensors(values: dict | list, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested dicts and lists with their dotted keys."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            yield from _tensors(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            yield f"{prefix}{key}", value

@@ -7,9 +7,11 @@ B batch, T time, C channels, H heads, D = C / H, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from config import ModelConfig, TrainConfig, UserError
 from flatgpt.data.dataset import Windows, open_dataset
@@ -34,7 +36,7 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
     model, dtype = GPT.on_meta_device(config.model()), "bfloat16" if config.dtype == "auto" else config.dtype
     components = memory(config, getattr(torch, dtype), config.gpus)
     lines = [*size_lines(config, model, str(folder), windows), ""]
-    lines.append(f"memory   GB on each of {config.gpus} devices with {dtype}; save buffers are in host memory")
+    lines.append(f"memory   GB on each of {config.gpus} devices with {dtype}; save buffers are in pinned host memory")
     lines += [f"         {name:<24}{size / 1e9:>10,.3f}" for name, size in components.items()]
     if config.max_iters:
         lines += ["", f"time     on {config.gpus} of these devices, at mfu = {config.mfu:g} (half precision)"]
@@ -142,7 +144,15 @@ def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, 
         components["weights"] += FLOAT32 * other_params + dtype.itemsize * block_params // config.n_layer
     # gradients of a single pass reuse the memory of its activations, except with DDP, which allocates buckets first
     reused = min(components["gradients"], components["activations"]) if not accumulate and (gpus == 1 or sharded) else 0
-    return components | {"peak": sum(components.values()) - reused, "save buffers": weights + moments}
+    buffers = 3 * pinned_bytes(model.parameters())
+    if config.optimizer == "muon":
+        buffers -= pinned_bytes(p for p in blocks if p.dim() == 2)
+    return components | {"peak": sum(components.values()) - reused, "save buffers": buffers}
+
+
+def pinned_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the host memory of pinned copies. torch rounds each allocation up to a power of two."""
+    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

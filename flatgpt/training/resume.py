@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
+from flatgpt.training.nonfinite import require_resumable
 from flatgpt.training.optimizer import MuonAndAdamW
 from flatgpt.training.setup import TrainingRun, count_eval_tokens
 from model import GPT
@@ -140,6 +142,10 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         UserError: the folder is in use; it contains a run, and neither resume nor overwrite is set; or there is
             nothing to resume.
     """
+    parent = next(path for path in (lock.folder.absolute(), *lock.folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        problem = "cannot be written to" if parent.is_dir() else "is a file"
+        raise UserError(f"out_dir = {lock.folder}: {parent} {problem}; choose another --out_dir")
     lock.acquire()
     existing = checkpoint.folders(lock.folder)
     if existing and not resume and not overwrite:
@@ -151,10 +157,15 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         return None
     source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
     folders = checkpoint.folders(source)
-    found = checkpoint.first_valid(folders, (WEIGHTS, TRAIN_STATE), print)
+    files = (WEIGHTS, TRAIN_STATE)
+    found = checkpoint.first_valid(folders, files, print, require_resumable)
     if found is None:
-        damaged = "every checkpoint is damaged; to start again, use --overwrite instead"
-        reason = damaged if folders else "there is no checkpoint; start without --resume"
+        reason = "there is no checkpoint; start without --resume"
+        if folders:
+            reason = "every checkpoint is damaged; to start again, use --overwrite instead"
+            others = [path for path in checkpoint.folders(folders[0].parent.parent) if path.resolve() not in folders]
+            if other := checkpoint.first_valid(others, files, lambda warning: None, require_resumable):
+                reason = f"it is damaged; to resume from another checkpoint: --resume {shlex.quote(str(other[0]))}"
         raise UserError(f"nothing to resume in {source}: {reason}")
     if existing and found[0].resolve().parent.parent != lock.folder.resolve():
         raise UserError(
@@ -304,9 +315,12 @@ def restore(folder: Path, run: TrainingRun) -> dict:
 def fits_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a saved state fits an optimizer's parameters. load_state_dict does not check shapes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    groups = [[group["params"] for group in state.get("param_groups", [])] for state in (saved, optimizer.state_dict())]
-    return groups[0] == groups[1] and all(
-        moment.dim() == 0 or (moment.shape, moment.dtype) == (params[index].shape, params[index].dtype)
-        for index, moments in saved["state"].items()
-        for moment in moments.values()
-    )
+    try:
+        groups = [[group["params"] for group in state["param_groups"]] for state in (saved, optimizer.state_dict())]
+        return groups[0] == groups[1] and all(
+            moment.dim() == 0 or (moment.shape, moment.dtype) == (params[index].shape, params[index].dtype)
+            for index, moments in saved["state"].items()
+            for moment in moments.values()
+        )
+    except (AttributeError, IndexError, KeyError, TypeError):  # values of other types
+        return False

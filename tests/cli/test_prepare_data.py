@@ -27,7 +27,8 @@ from flatgpt.cli import cli as command_line
         ("text --input a.jsonl --tokenizer byte --column body", "a.jsonl line 1: no text 'body' in {'n': 'int'"),
         ("text", "source text needs --input"),
         ("", "source: missing"),
-        ("--info mine", "dataset mine does not exist: run python prepare_data.py text --input FILES --name mine"),
+        ("--info mine", "info = mine: no dataset in this folder; one with shards is expected, data/NAME"),
+        ("--verify .", "verify = .: no dataset in this folder"),
     ],
 )
 def test_mistake_is_one_error_line(in_tmp, cli, words, said):
@@ -97,7 +98,7 @@ def test_verify_and_info_name_what_is_damaged(cli, damage, said):
     error = cli("prepare_data", "--verify", "data/mine").error
     assert error.startswith("error: data/mine/train_000001.bin")
     assert "; data/mine/test_000000.bin" in error
-    assert error.count(said) == 2
+    assert (error.count(said), error.lower().count("move ")) == (2, 1)
     assert "val_0" not in error
     if damage in (cut, Path.unlink):
         assert cli("prepare_data", "--info", "data/mine").error.startswith("error: data/mine/")

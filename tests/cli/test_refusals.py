@@ -25,6 +25,7 @@ REFUSALS = [
     ("prepare_data", "hub --repo a", "repo = a", "user/name"),
     ("prepare_data", "pydoc --column body", "--column", "pydoc"),
     # train.py
+    ("train", "--config /proc/self/mem", "/proc/self/mem: cannot be read", "Input/output error"),
     ("train", "stray", "stray: not expected"),
     ("train", "--n_layer", "--n_layer: a value is missing"),
     ("train", "--no-n_layer", "--no-n_layer", "no such key"),
@@ -50,6 +51,8 @@ REFUSALS = [
     ("train", "--optimizer muon --fsdp", "muon", "fsdp"),
     ("train", "--mlp_ratio 0.001", "mlp_ratio = 0.001", "n_embd = 192"),
     ("train", "--n_embd 190 --head_bias --lr 1e-4", "3 problems", "n_embd", "head_bias", "min_lr"),
+    ("train", "--out_dir a/metrics.csv", "out_dir = a/metrics.csv", "is a file; choose another --out_dir"),
+    ("train", "--out_dir a/metrics.csv/b --resume auto", "a/metrics.csv is a file; choose another --out_dir"),
     # eval.py
     ("eval", "--dataset pydoc --test_data_path x.bin", "dataset", "test_data_path"),
     # infer.py

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from in_process import TINY, train_here
 from run_files import same, saved_iters
 from safetensors.torch import load_file
@@ -64,6 +66,12 @@ def test_forms_of_resume(here, how, settings, found):
     assert not NEW.exists()
 
 
+def test_folder_that_cannot_be_written_to_is_refused(in_tmp, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"out_dir = {NEW}: {in_tmp} cannot be written to; choose another --out_dir"):
+        find(None, run=NEW)
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
     """Unless the damaged one was asked for. Nothing starts from the beginning over a damaged run."""
     newest, before = RUN / "ckpt/iter_000060", RUN / "ckpt/iter_000030"
@@ -77,6 +85,63 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys
             find(how)
     with pytest.raises(UserError, match="already contains a run"):
         find(None)
+
+
+def put(mapping: dict, key: str, value) -> None:
+    """Set the value at a dotted key; None removes it."""
+    *path, last = key.split(".")
+    for part in path:
+        mapping = mapping[int(part) if part.isdecimal() else part]
+    mapping.pop(last) if value is None else mapping.update({last: value})
+
+
+WRONG = [  # file, key, value, and what is said of it
+    ("model.safetensors", "transformer.ln_f.weight", torch.full((32,), torch.nan), " has values nan to nan"),
+    ("train_state.pt", "optimizer.state.1.exp_avg", torch.full((32, 32), torch.inf), " has values inf to inf"),
+    ("train_state.pt", "optimizer.state.1.exp_avg_sq", torch.full((32, 32), -1.0), " has values -1.0 to -1.0"),
+    ("train_state.pt", "row", [1], ".iter = None"),
+    ("train_state.pt", "row.iter", 59, "it is not of iter 60"),
+    ("train_state.pt", "row.tokens", "many", " = 'many'"),
+    ("train_state.pt", "scaler", {"scale": "x"}, ".scale = 'x'"),
+    ("train_state.pt", "health.skipped", None, " = None"),
+    ("train_state.pt", "best_loss", "low", " = 'low'"),
+    ("train_state.pt", "optimizer", "adamw", " = 'adamw'"),
+    ("state.json", "chosen", None, " = None"),
+    ("state.json", "chosen.why", 3, " = 3"),
+    ("state.json", "data", [], ".manifest_sha256 = None"),
+    ("state.json", "config.max_iters", "x", " = 'x'"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value", "said"), WRONG, ids=[f"{row[1]} {row[3]}" for row in WRONG])
+def test_checkpoint_with_wrong_values_is_skipped_and_named(run_copy, capsys, file, key, value, said):
+    """Its hashes are valid. Asked for by its path, it is an error that names a checkpoint that can be resumed."""
+    newest = RUN / "ckpt/iter_000060"
+    content = {"state.json": checkpoint.read_state(newest), "train_state.pt": checkpoint.load_train_state(newest)}
+    content["model.safetensors"] = {"transformer.ln_f.weight": torch.ones(32)}
+    if file == "model.safetensors":
+        content[file][key] = value
+    else:
+        put(content[file], key, value)
+    state, train_state, weights = content.values()
+    checkpoint.save(RUN, state, weights, train_state, keep=9)
+    capsys.readouterr()
+    assert find("latest") == 30
+    key = "" if key == "row.iter" else key.removeprefix("optimizer.")
+    assert f"warning: {newest}/{file} cannot be resumed: {key}{said}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"{newest}: it is damaged; .* --resume .*{RUN}/ckpt/iter_000030$"):
+        find(newest)
+
+
+@pytest.mark.parametrize("name", ["train_state.pt", "model.safetensors"])
+def test_checkpoint_with_a_file_of_another_kind_is_skipped(run_copy, capsys, name):
+    newest = RUN / "ckpt/iter_000060"
+    (newest / name).write_text("a text")
+    state = checkpoint.read_state(newest)
+    state["files"][name] = checkpoint.fingerprint(newest / name)
+    (newest / "state.json").write_bytes(checkpoint.state_file(state))
+    assert find("auto") == 30
+    assert f"warning: {newest}/{name} " in capsys.readouterr().out
 
 
 def test_checkpoint_of_another_run_needs_a_folder_of_its_own(run_copy):
@@ -341,6 +406,33 @@ def test_optimizer_state_of_another_model_is_refused(run_copy, tmp_path, part):
     assert same((run.model.state_dict(), run.optimizer.state_dict()), before)
     resume.restore(folder, run)
     assert same(run.model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_named_setting_of_the_update_acts(tiny_data, optimizer):
+    """The next update is another one, in every tensor that the setting concerns."""
+    folder = train_here("--optimizer", optimizer, "--max_iters", 3, "--lr_decay_iters", 6, "--sample_tokens", 0)
+    state = checkpoint.read_state(folder / "ckpt/last")
+
+    def updated(words: str) -> dict:
+        config = cli.parse(TrainConfig, ["--resume", *words.split()], initial_shape, run_settings)
+        run = train.build_run(config, resumed=state)
+        resume.restore(folder / "ckpt/last", run)
+        train.train_step(run, 3)
+        return {name: weight for name, weight in run.model.state_dict().items() if weight.dim() == 2}
+
+    same_update, step = updated(""), updated("--max_iters 9 --eval_interval 2")
+    assert same(same_update, step)
+    adamw_only = {"--beta2 0.5", "--eps 1e-2"}
+    for words in (
+        *("--lr 1e-2", "--min_lr 1e-3", "--schedule linear", "--schedule wsd --decay_fraction 0.9"),
+        *("--lr_decay_iters 9", "--warmup_iters 5", "--warmup_fraction 0.9", "--weight_decay 5", "--beta1 0.5"),
+        *("--grad_clip 1e-5", "--dropout 0.5", "--dtype bfloat16", *adamw_only),
+    ):
+        found = updated(words)
+        equal = {name for name, weight in found.items() if same(weight, same_update[name])}
+        blocks = {name for name in found if ".h." in name} if optimizer == "muon" and words in adamw_only else set()
+        assert equal <= blocks, words
 
 
 def test_settings_of_the_call_replace_saved_ones(here):

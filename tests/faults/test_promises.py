@@ -354,7 +354,7 @@ def test_run_whose_last_save_failed_ends_with_an_error(tiny_data, monkeypatch):
     words = (*QUIET, "--on_save_error", "warn", "--lr", "5e-3")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", full)
-        with pytest.raises(UserError, match="the run ended at iter 6, but its last checkpoint was not saved: no room"):
+        with pytest.raises(UserError, match="the run ended at iter 6, but its last save failed: no room"):
             train_here(*words)
     assert {name: os.readlink(RUN / "ckpt" / name) for name in ("best", "last")} == dict.fromkeys(
         ("best", "last"), "iter_000003"

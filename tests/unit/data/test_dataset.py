@@ -43,6 +43,7 @@ def test_finished_dataset(tmp_path):
         ("mine", {"val.bin": ""}, "is not finished: run python prepare_data.py text --input FILES --name mine"),
         ("mine", {"progress.json": '{"command": "cmd --a b"}', "train.bin": ""}, "is not finished: run cmd --a b"),
         ("pydoc", {"progress.json": '{"comm', "train.bin": ""}, "is not finished: run python prepare_data.py pydoc"),
+        ("pydoc", {"progress.json": '{"command": 3}'}, "is not finished: run python prepare_data.py pydoc"),
         ("mine", {"meta.json": "", "train.bin": ""}, "meta.json is damaged"),
     ],
 )

@@ -288,6 +288,28 @@ def edit_progress(**changes) -> None:
             )
             for raw in (b"", b"{}", b"null", b'{"command": "x", "settings"', b"\xff\0")
         ),
+        *(
+            (
+                lambda change=change: edit_progress(**change),
+                {},
+                "progress.json is damaged: move data/mine away",
+            )
+            for change in (
+                *(
+                    {key: wrong}
+                    for key in ("passes", "splits", "settings")
+                    for wrong in (3, [3], "train", {"train": 3})
+                ),
+                *({"passes": {"train": {"tasks": 5, "size": 1} | wrong}} for wrong in ({"tasks": -1}, {"size": "1"})),
+                {"splits": {"train": {"files": [], "waiting": "1", "documents": 1, "bytes": 1}}},
+                {
+                    "splits": {
+                        "train": {"files": [{"name": "../a", "tokens": 1}], "waiting": 0, "documents": 1, "bytes": 1}
+                    }
+                },
+            )
+            if change != {"settings": {"train": 3}}
+        ),
     ],
 )
 def test_unfinished_dataset_that_cannot_go_on_is_refused_and_kept(make, monkeypatch, change, keys, message):
@@ -299,6 +321,19 @@ def test_unfinished_dataset_that_cannot_go_on_is_refused_and_kept(make, monkeypa
     before = content(FOLDER)
     with pytest.raises(UserError, match=message):
         make(**keys)
+    assert content(FOLDER) == before
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "train.bin"])
+def test_shards_without_a_manifest_are_refused_and_kept(make, name):
+    """meta.json was deleted, or the shards are another program's."""
+    make()
+    for path in FOLDER.iterdir():
+        path.unlink() if name == "train.bin" or path.name == "meta.json" else None
+    (FOLDER / name).write_bytes(b"12")
+    before = content(FOLDER)
+    with pytest.raises(UserError, match=rf"{FOLDER} contains other shards \(t.*choose another --name, or move"):
+        make(tokenizer="gpt2")
     assert content(FOLDER) == before
 
 

@@ -165,6 +165,7 @@ def damaged_page(codec: str) -> bytes:
     return bytes(raw)
 
 
+REMEDY = "if it is damaged or incomplete, move it away and download or copy it again"
 WHOLE = parquet(pa.table({"text": ["one", "two"] * 1000}))
 
 
@@ -174,19 +175,23 @@ WHOLE = parquet(pa.table({"text": ["one", "two"] * 1000}))
         *((f"a{suffix}", None, "text", ["cannot be read", "No such file"]) for suffix in readers.FORMATS),
         *(("a.jsonl", n * GOOD + raw, "text", [f"line {3 * n + 1:,}", *p]) for n in (0, 400) for raw, p in WRONG_LINES),
         ("a.jsonl", b'{"text": "a"}', "other", ["line 1", "'other'", "text"]),
-        *((f"a{suffix}", b"no gzip, no zstd" * 9, "text", []) for suffix in COMPRESSED),
-        *((f"a{s}", raw[:n], "text", ["runcated"]) for s, raw in COMPRESSED.items() for n in (12, -9, len(raw) // 2)),
-        *((f"a{s}", raw[:99] + bytes(99) + raw[198:], "text", []) for s, raw in COMPRESSED.items()),
+        *((f"a{suffix}", b"no gzip, no zstd" * 9, "text", [REMEDY]) for suffix in COMPRESSED),
+        *(
+            (f"a{s}", raw[:n], "text", ["runcated", REMEDY])
+            for s, raw in COMPRESSED.items()
+            for n in (12, -9, len(raw) // 2)
+        ),
+        *((f"a{s}", raw[:99] + bytes(99) + raw[198:], "text", [REMEDY]) for s, raw in COMPRESSED.items()),
         *(
             ("a.parquet", parquet(COLUMNS), column, [repr(column), "text (string)"])
             for column in ("body", "both.a", "id")
         ),
         *(("a.parquet", parquet(COLUMNS), column, [repr(column), "--column"]) for column in ("list", "both", "raw")),
         *(
-            ("a.parquet", raw, "text", ["cannot be read"])
+            ("a.parquet", raw, "text", ["cannot be read", REMEDY])
             for raw in (b"", WHOLE[:100], WHOLE[:-1], b"this is text\n" * 99)
         ),
-        *(("a.parquet", damaged_page(codec), "text", []) for codec in ("snappy", "zstd")),
+        *(("a.parquet", damaged_page(codec), "text", [REMEDY]) for codec in ("snappy", "zstd")),
         ("a.parquet", parquet(pa.table({"text": NOT_UTF8})), "text", []),
     ],
 )

@@ -215,9 +215,25 @@ def test_ids_that_look_like_other_formats(tmp_path):
 SPLITS_KEY = {"splits": {"train": {"tokens": 3, "files": [{"name": "train_000000.bin", "tokens": 3}]}}}
 
 
+FILE = SPLITS_KEY["splits"]["train"]["files"][0]
+WRONG_KEYS = [{"vocab_size": wrong} for wrong in (0, -1, 70_000, "257", 257.0, None, True)]
+WRONG_KEYS += [{"tokenizer": 3}, {"eot_id": "256"}, {"eot_id": -1}, {"end_of_text": "no"}, {"ranks_sha256": None}]
+WRONG_KEYS += [
+    {"splits": {"train": {"tokens": 3, "files": [FILE], **entry}}}
+    for entry in (
+        *({"tokens": wrong} for wrong in (-3, 4, "3", None)),
+        *({"documents": wrong} for wrong in (-1, "1", [])),
+        *({"files": wrong} for wrong in (3, [3], ["a.bin"], [], [{"tokens": 3}], [{**FILE, "tokens": "3"}])),
+        *({"files": [{**FILE, "name": wrong}]} for wrong in ("../train_000000.bin", "/a.bin", "a/b.bin", 3)),
+        {"files": [{**FILE, "tokens": -1}, {**FILE, "tokens": 4}]},
+    )
+]
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        *(json.dumps({"format": 1, **FACTS, **SPLITS_KEY, **wrong}).encode() for wrong in WRONG_KEYS),
         *(
             b"",
             b'{"format": 1, "sou',
@@ -232,6 +248,8 @@ SPLITS_KEY = {"splits": {"train": {"tokens": 3, "files": [{"name": "train_000000
     ],
 )
 def test_damaged_manifest(in_tmp, body):
+    Path("meta.json").write_text(json.dumps({"format": 1, **FACTS, **SPLITS_KEY}))
+    assert read_meta(Path())["splits"] == SPLITS_KEY["splits"]
     Path("meta.json").write_bytes(body)
     with pytest.raises(UserError, match=r"meta\.json is damaged, or its format is not 1.*prepare_data\.py"):
         read_meta(Path())
@@ -282,6 +300,7 @@ def test_many_shards_are_read_by_threads_with_few_open_files(tmp_path):
         spans = [slice(start, start + 9) for start in np.random.default_rng(0).permutation(1192).tolist()]
         for span, ids in zip(spans, threads.map(found.__getitem__, spans), strict=True):
             assert ids.tolist() == plain[span].tolist()
+        assert found[100:].tolist() == plain[100:].tolist()  # the first shards are closed now
         assert len(open_files() - before) <= 30
         for n, damage in enumerate([lambda path: atomic_write(path, bytes(8)), lambda path: os.truncate(path, 6)]):
             damage(tmp_path / f"train_{n:06d}.bin")

@@ -134,7 +134,7 @@ def test_an_interrupted_download_is_continued(in_tmp, host, monkeypatch, waits, 
         ({"model.safetensors.index.json": None}, "has no config.json and model.safetensors"),
         ({"model.safetensors.index.json": b"{"}, "is damaged"),
         ({"model.safetensors.index.json": b'{"weight_map": {}}'}, "is damaged: it lists no file"),
-        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../x"}}'}, "../../x is not a safetensors file"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../../x"}}'}, "'../../x' is not a safetensors file"),
         ({PARTS[1]: None}, "has no config.json and model.safetensors"),
     ],
 )

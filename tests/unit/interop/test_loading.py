@@ -16,7 +16,7 @@ from flatgpt.cli.cli import parse
 from flatgpt.interop import loading, pretrained
 from model import GPT
 
-IDS = torch.arange(T)[None]
+IDS, FILES = torch.arange(T)[None], ("model.safetensors", "state.json")
 
 
 def test_every_name_of_a_model(in_tmp, capsys):
@@ -30,13 +30,38 @@ def test_every_name_of_a_model(in_tmp, capsys):
     capsys.readouterr()
     exported = loading.find("hf")
     assert (exported.state, exported.tokenizer, exported.end_of_text, exported.describe()) == ({}, "byte", True, "hf")
-    for name in (None, "out/r", checkpoint, checkpoint / "model.safetensors", "hf", "hf/model.safetensors"):
+    files = [checkpoint / "model.safetensors", checkpoint / "state.json", "out/r/metrics.csv"]
+    for name in (None, "out/r", checkpoint, *files, "hf", "hf/model.safetensors", "hf/config.json"):
         again, encoding = flatgpt.load(name and str(name))
         assert torch.equal(again(IDS), model(IDS))
         assert (encoding.name, again.training) == ("byte", False)
         if name:
             assert torch.equal(GPT.from_pretrained(str(name))(IDS), model(IDS))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["out/r", "out/r/metrics.csv", *(f"out/r/ckpt/best/{n}" for n in ("", *FILES))])
+def test_every_name_of_a_checkpoint_verifies_it(in_tmp, name):
+    save_run()
+    weights = Path("out/r/ckpt/best/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    warnings = []
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        loading.find(name, warnings.append)
+    assert "model.safetensors is damaged: its SHA-256 differs" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tokenizer", 3), ("tokenizer", {"name": ["byte"], "ranks_sha256": "0"}), ("tokenizer", {"name": "byte"})]
+    + [("data", value) for value in ([], {"folder": "x", "end_of_text": "no"}, {"folder": 3, "end_of_text": True})],
+)
+def test_facts_of_a_checkpoint_that_have_another_type(in_tmp, key, value):
+    """A run, a script or another program wrote state.json with its hash."""
+    save_run(state={key: value})
+    with pytest.raises(UserError, match=f"state.json is damaged: .*{key}") as caught:
+        loading.load(loading.find("out/r"), "cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_smaller_context_and_a_text_of_that_model(in_tmp):

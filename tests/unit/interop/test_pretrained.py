@@ -63,16 +63,21 @@ def test_fields_younger_than_the_checkpoint_have_their_defaults(write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type = llama: .* only gpt2"),
-        ({"activation_function": "silu"}, "activation_function = silu: .* only gelu_new or"),
+        ({"model_type": "llama"}, "model_type = 'llama': .* only gpt2"),
+        ({"activation_function": "silu"}, "activation_function = 'silu': .* only gelu_new or"),
         ({"scale_attn_weights": False}, "scale_attn_weights = False: .* only True"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"add_cross_attention": True}, "add_cross_attention = True"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06"),
-        ({"n_layer": "12"}, "n_layer = '12': a whole number of at least 1 and at most 10,000 is expected"),
-        ({"n_positions": True}, "n_positions = True: a whole number of at least 1 is"),
-        ({"n_inner": 0}, "n_inner = 0"),
-        ({"vocab_size": 65537}, "vocab_size = 65537: a whole number of at least 1 and at most 65,536 is expected"),
+        ({"n_layer": "12"}, "n_layer = '12': a whole number is expected"),
+        ({"n_positions": True}, "n_positions = True: a whole number is expected"),
+        ({"n_positions": 10**30}, "n_positions = 1000.*at most 10000000 is expected"),
+        ({"n_inner": 0}, "n_inner = 0: at least 1"),
+        ({"n_inner": [64]}, r"n_inner = \[64\]: a whole number"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings = None: true or false"),
+        ({"activation_function": ["relu"]}, r"activation_function = \['relu'\]: .* only gelu_new or"),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map = .*: model.py supports only None"),
+        ({"vocab_size": 65537}, "vocab_size = 65537: at most 65536 is expected"),
         ({"n_embd": 48, "n_head": 5}, "n_embd = 48 is not a multiple of n_head = 5"),
     ],
     ids=str,
@@ -82,9 +87,43 @@ def test_models_of_another_kind_are_refused_by_name(write, changes, message):
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.json"])
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"{}"])
-def test_damaged_settings(write, name, content):
-    refused(write(name, content), f"{name}(: n_layer = None| is damaged: .*copy it again)")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((content, "damaged: .*") for content in (b"{", b"[1]", b"[]", b"3", b"null", b"\xff", b"[" * 100_000)),
+        (b"{}", "(n_layer = None: a whole number is expected|config = None is not an object).*"),
+        (b'{"n_layer": 1, "config": {}, "n_layer": 2}', "damaged: it has two values of n_layer; "),
+        (b"\n<!DOCTYPE html><html>Log in</html>", "a web page, not the file itself: .*"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS.*git lfs pull.*"),
+    ],
+)
+def test_damaged_settings(write, name, content, message):
+    refused(write(name, content), f"{name}(:| is).* {message}copy it again")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("n_layer", "12", "a whole number"),
+        ("n_embd", -4, "at least 1"),
+        ("vocab_size", None, "a whole number"),
+        ("context_length", 2**62, "at most 10000000"),
+        ("bias", "x", "true or false"),
+        ("tie_weights", 0, "true or false"),
+        ("activation", "zz", "one of gelu_tanh, gelu, relu"),
+        ("activation", {}, "a string"),
+        ("position", ["rope"], "a string"),
+        ("dropout", -1, "at least 0"),
+        ("mlp_ratio", float("nan"), "a number"),
+        ("mlp_ratio", 1e30, "at most 1000"),
+        ("mlp_ratio", 10**400, "a number"),
+        ("head_bias", True, None),  # needs an untied head
+    ],
+)
+def test_values_of_a_checkpoint_that_no_setting_can_have(write, key, value, message):
+    counts = {"n_layer": 3, "n_head": 2, "n_embd": 32, "context_length": 16, "vocab_size": 257}
+    said = f"state.json: {key} = .*: {message} is expected" if message else "is damaged: head_bias needs"
+    refused(write("state.json", {"config": counts | {key: value}}), said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,6 +144,8 @@ def test_damaged_settings(write, name, content):
             "(mismatch for|lm_head.weight differs from) transformer.wte",
         ),
         ("transformer.wpe.weight", lambda table: table[1:], "mismatch for transformer.wpe.weight"),
+        ("transformer.wpe.weight", lambda table: table[0, 0], "does not fit its config"),
+        ("transformer.ln_f.weight", lambda vector: vector.to(torch.int8), "ln_f.weight is torch.int8: quantized"),
         ("lm_head.weight", lambda _: torch.zeros(301, 32), "lm_head.weight differs from transformer.wte.weight"),
     ],
 )
@@ -127,13 +168,24 @@ def test_missing_and_damaged_safetensors_are_named(tmp_path):
     shard, index = sorted(tmp_path.glob("model-*.safetensors"))[1], tmp_path / "model.safetensors.index.json"
     content = shard.read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"0" + b"\nsize 548105171\n"
-    for damaged in (b"", content[:-1], b"\xff" * 16 + content[16:], pointer):
-        shard.write_bytes(damaged)
-        refused(tmp_path, f"{shard.name} is missing or damaged: .*copy it again")
+    damaged = "missing or damaged"
+    for body, kind in {
+        b"": damaged,
+        content[:-1]: damaged,
+        b"\xff" * 16 + content[16:]: damaged,
+        pointer: r"a pointer of Git LFS, not the file itself \(git lfs pull\)",
+        b"<html>Log in</html>": "a web page, not the file itself",
+    }.items():
+        shard.write_bytes(body)
+        refused(tmp_path, f"{shard.name} is {kind}: .*copy it again")
     shard.unlink()
     refused(tmp_path, f"{shard.name} is missing or damaged")
-    index.write_text("{}")
-    refused(tmp_path, f"{index.name} is damaged: .*; copy it again")
+    for text in ("{}", '{"weight_map": 3}', "[" * 100_000):
+        index.write_text(text)
+        refused(tmp_path, f"{index.name} is damaged: .*; copy it again")
+    for name in ('["a"]', "3", '"../a.safetensors"'):
+        index.write_text(f'{{"weight_map": {{"a": {name}, "b": "b.safetensors"}}}}')
+        refused(tmp_path, f"{index.name}: .* is not a safetensors file in the same folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,13 +226,15 @@ def test_damaged_nanogpt_files(tmp_path):
         refused(file, r"is not a nanoGPT checkpoint: it must contain model \(tensors by name\) and model_args")
     torch.save(nanogpt_checkpoint(random_gpt2(), block_size=24.0), file)
     assert find(str(tmp_path)) == file
-    refused(file, "block_size = 24.0: a whole number of at least 1")
+    refused(file, "block_size = 24.0: a whole number is expected")
     torch.save(contents, file)
     whole = file.read_bytes()
     start = whole.index(b"data.pkl") + 8
     for damaged in (b"", whole[:-10], b"First Citizen:\n"):
         file.write_bytes(damaged)
         refused(file, "is not loaded: it is damaged")
+    file.write_bytes(b"<html>Log in</html>")
+    refused(file, "is not loaded: it is a web page, not the file itself$")
     for k in range(start, start + 1200, 25):
         file.write_bytes(whole[:k] + bytes([whole[k] ^ 0x55]) + whole[k + 1 :])
         with contextlib.suppress(UserError):

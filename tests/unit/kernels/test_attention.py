@@ -40,6 +40,25 @@ def test_attention_equals_a_loop(case, D, manual):
     assert attention(q.bfloat16(), k.float(), v.float(), mask, manual=manual).dtype == torch.float32  # the cache's
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("queries", [1, 64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_plain_operators_are_as_exact_as_the_fused_kernel(queries, dtype, autocast):
+    """Against float64, with scores of 30, which bfloat16 would round to eighths; and of 1e6, beyond float16."""
+    q, k, v = qkv(2, 2, 64, 16).to(dtype)
+    q, k = q[:, :, -queries:] * 3, k * 3
+    expected = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=queries > 1)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        fused = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
+        plain = [attention(q, k, v, manual=True)]
+        with torch.no_grad():
+            plain.append(attention(q, k, v))
+    for found in plain:
+        assert found.dtype == dtype
+        assert (found - expected).norm() < 1.5 * (fused - expected).norm()
+    assert attention(q * 200, k * 200, v, manual=True).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_kernel_equals_plain_operators(dtype, monkeypatch):
     """Gradients too. The kernel sees 64 channels for a head of 57; short bf16 texts on a CPU do not use it."""

@@ -107,6 +107,22 @@ def test_loss_is_exact_where_the_target_is_unlikely_or_logits_are_large(below, b
     torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "twice",
+    [
+        lambda loss, x: torch.autograd.grad(*torch.autograd.grad(loss(x), x, create_graph=True), torch.ones_like(x)),
+        lambda loss, x: torch.autograd.functional.hessian(loss, x),
+        lambda loss, x: torch.func.hessian(loss)(x),
+        lambda loss, x: torch.func.jvp(loss, (x,), (x,)),
+    ],
+)
+def test_second_derivatives_are_refused(twice):
+    """The gradients that the forward pass saved would count as constants."""
+    (x, *others), targets = tensors()
+    with pytest.raises(RuntimeError, match=r"no second derivative|functorch transforms"):
+        twice(lambda x: fused()(x, *others, targets), x)
+
+
 def test_a_chunks_sums_fit_float16(monkeypatch):
     """No loss scale would help: these gradients are not scaled yet."""
     monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 1024)

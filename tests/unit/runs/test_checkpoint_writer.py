@@ -192,6 +192,43 @@ def test_disk_without_room_for_a_checkpoint(writer, monkeypatch, capsys):
     writer(OtherRank()).allocate_buffers(make_tensors())
 
 
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on CUDA."""
+
+    is_cuda = True
+
+
+def test_host_memory_that_cannot_be_pinned_is_a_note(writer, monkeypatch, tmp_path, capsys):
+    """And from then on it is not tried again. Saves hold the same values."""
+    real, asked = torch.empty, []
+
+    def empty(*args, pin_memory=False, **settings):
+        if pin_memory:
+            asked.append(args)
+            raise RuntimeError("CUDA error: out of memory\nmore lines")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    saver, tensors = writer(), make_tensors(1.0)
+    saver.allocate_buffers({"weights": {name: t.as_subclass(OnCuda) for name, t in tensors["weights"].items()}})
+    said = "note: saves wait longer, because host memory cannot be pinned: CUDA error: out of memory\n"
+    assert (capsys.readouterr().err, len(asked)) == (said, 1)
+    saver.save(make_state(1), tensors)
+    saver.wait()
+    assert_saved(tmp_path, 1.0)
+
+
+def test_a_refused_priority_fails_no_save(writer, monkeypatch, tmp_path):
+    def refused(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setpriority", refused)
+    saver = writer()
+    saver.save(make_state(1), make_tensors(1.0))
+    saver.wait()
+    assert_saved(tmp_path, 1.0)
+
+
 @pytest.mark.gpu
 def test_buffers_of_cuda_tensors_are_pinned(writer, gate, tmp_path):
     held, saver, tensors, pinned = gate(checkpoint, "save"), writer(), make_tensors(1.0, "cuda"), []

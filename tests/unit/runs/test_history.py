@@ -63,7 +63,7 @@ def test_what_is_skipped_is_said(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("iter;val_loss;note\n0;5,5;\n10;4,5;good\n\n# the\x1b end\n20;3,5\n")
     found = history.read(tmp_path)
     assert (found["iter"], found["val_loss"], found.best) == ([0, 10], [5.5, 4.5], (10, 4.5))
-    text = f"warning: {tmp_path}/metrics.csv: 3 lines or cells are skipped, such as 'good'\n"
+    text = f"warning: {tmp_path}/metrics.csv: 3 lines or cells are skipped: 'good' ...\n"
     assert capsys.readouterr().err == text
 
 

@@ -43,18 +43,17 @@ def test_nan_and_infinity_become_null(capsys):
 
 
 def test_of_two_processes_that_write_one_file_the_last_wins(tmp_path, monkeypatch):
-    """For example train.py at its end, and plot.py --watch."""
-    path, replace = str(tmp_path / "a.png"), os.replace
+    """For example train.py at its end, and plot.py --watch; or two prepare_data.py that download one file."""
+    path, replace = tmp_path / "a.png", os.replace
 
     def meanwhile(*names):
         monkeypatch.setattr(os, "replace", replace)
-        monkeypatch.setattr(os, "getpid", lambda: -1)
-        files.write_output(b"theirs", path, "out")
-        assert (tmp_path / "a.png").read_bytes() == b"theirs"
+        files.atomic_write(path, b"theirs")
+        assert path.read_bytes() == b"theirs"
         replace(*names)
 
     monkeypatch.setattr(os, "replace", meanwhile)
-    files.write_output(b"ours", path, "out")
+    files.write_output(b"ours", str(path), "out")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"ours"]
 
 

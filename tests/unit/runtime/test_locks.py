@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,10 @@ FLOCK = {
     "flock that excludes nothing": "import fcntl\nfcntl.flock = lambda *a: None\n",
 }
 IMPORTS = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
-IMPORTS += "from config import UserError\nfrom flatgpt.runtime.files import FolderLock\n"
+IMPORTS += (
+    "from config import UserError\nfrom flatgpt.runtime import files\nfiles.HEARTBEAT, files.BEATS = 0.01, 10**6\n"
+)
+IMPORTS += "from flatgpt.runtime.files import FolderLock\n"
 
 
 @pytest.fixture(params=list(FLOCK))
@@ -60,8 +64,17 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_lock_excludes_processes_until_they_end(tmp_path, file_system, waits):
+def test_lock_excludes_processes_until_they_end(tmp_path, file_system, monkeypatch):
     """One that was killed, and one whose parent has not noticed yet, block nobody. Nor does a clean exit."""
+
+    def wait_for_heartbeat(seconds):
+        assert "lambda" in file_system, "only where flock grants a lock that another process has"
+        assert owner.poll() is None
+        before, deadline = (tmp_path / ".lock").stat().st_mtime, time.monotonic() + 60
+        while (tmp_path / ".lock").stat().st_mtime == before:
+            assert time.monotonic() < deadline
+
+    monkeypatch.setattr(time, "sleep", wait_for_heartbeat)
     with other_process(tmp_path, file_system) as owner:
         before = (tmp_path / ".lock").read_bytes()
         text = f"{tmp_path} is in use by process {owner.pid} on .*: wait for it, stop it, or choose another --out_dir"
@@ -77,7 +90,16 @@ def test_lock_excludes_processes_until_they_end(tmp_path, file_system, waits):
         owner.communicate("")
         assert owner.returncode == 0
         assert not list(tmp_path.iterdir())
-    assert waits == []
+
+
+def test_copy_of_a_folder_in_use_is_free(tmp_path, waits):
+    """It has the lock file of a process that runs, but no heartbeat."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with other_process(folder):
+        take(Path(shutil.copytree(folder, tmp_path / "copy")))
+        assert waits == [5] * 4
+        assert "is in use by" in refused(folder)
 
 
 def test_process_id_that_was_used_again_blocks_nobody(tmp_path, file_system, waits):
@@ -107,13 +129,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_owner_on_another_machine_whose_heart_beats_is_respected(elsewhere, monkeypatch, capsys):
     """flock excludes nothing there. The clocks of the machines may differ."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(elsewhere, (2, 2)))
+    sleeps = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleeps.append(seconds) or os.utime(elsewhere, (2, 2)))
     text = f"{elsewhere.parent} is in use by process 7 on node1: wait for it, stop it, or choose another --out_dir"
     assert refused(elsewhere.parent) == text
     assert (
         capsys.readouterr().err
         == f"{elsewhere.parent} is locked by process 7 on node1: waiting 20 s for its heartbeat\n"
     )
+    assert sleeps == [5]
     os.utime(elsewhere)
     assert files.in_use(elsewhere.parent)
 
@@ -185,7 +209,20 @@ def test_of_processes_that_start_at_once_one_gets_the_lock(tmp_path, before):
     done = subprocess.run(
         [sys.executable, "-c", before + IMPORTS + RACE], cwd=tmp_path, capture_output=True, text=True, timeout=100
     )
-    assert (done.stdout, done.stderr) == ("1 []\n" * 10, "")
+    assert (done.stdout, done.stderr.count("Traceback")) == ("1 []\n" * 10, 0)
+
+
+def test_process_that_locks_the_folder_between_a_look_and_a_write_keeps_it(tmp_path, monkeypatch):
+    with contextlib.ExitStack() as stack:
+
+        def open_late(path, mode="r", **keys):
+            if mode == "x":
+                monkeypatch.undo()
+                stack.enter_context(other_process(tmp_path))
+            return open(path, mode, **keys)
+
+        monkeypatch.setattr(files, "open", open_late, raising=False)
+        assert "is in use by" in refused(tmp_path)
 
 
 def test_child_of_a_killed_owner_does_not_hold_the_lock(tmp_path, waits):
