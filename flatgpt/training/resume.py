@@ -21,7 +21,7 @@ import torch
 from config import START_ONLY, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
+from flatgpt.runs.checkpoint import TRAIN_STATE
 from flatgpt.runs.history import follow, iteration_of, run_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
@@ -157,14 +157,13 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         return None
     source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
     folders = checkpoint.folders(source)
-    files = (WEIGHTS, TRAIN_STATE)
-    found = checkpoint.first_valid(folders, files, print, require_resumable)
+    found = checkpoint.first_valid(folders, require_resumable, print)
     if found is None:
         reason = "there is no checkpoint; start without --resume"
         if folders:
             reason = "every checkpoint is damaged; to start again, use --overwrite instead"
             others = [path for path in checkpoint.folders(folders[0].parent.parent) if path.resolve() not in folders]
-            if other := checkpoint.first_valid(others, files, lambda warning: None, require_resumable):
+            if other := checkpoint.first_valid(others, require_resumable, log=lambda warning: None):
                 reason = f"it is damaged; to resume from another checkpoint: --resume {shlex.quote(str(other[0]))}"
         raise UserError(f"nothing to resume in {source}: {reason}")
     if existing and found[0].resolve().parent.parent != lock.folder.resolve():
