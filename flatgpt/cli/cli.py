@@ -28,6 +28,7 @@ from pathlib import Path
 
 from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, checked
 from flatgpt import REPO_ROOT
+from flatgpt.cli.streams import Stream
 
 RECIPES = REPO_ROOT / "configs"
 _types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
@@ -308,25 +309,6 @@ def from_command_line(cls, usage: str, *functions: Callable):
     return run_script(lambda words: parse(cls, words, *functions), sys.argv[1:])
 
 
-class _StandardOutput:
-    """A stream whose OSErrors name standard output."""
-
-    def __init__(self, stream: typing.TextIO):
-        self._stream = stream
-
-    def __getattr__(self, name: str):
-        attribute = getattr(self._stream, name)
-
-        def call(*args):
-            try:
-                return attribute(*args)
-            except OSError as error:
-                error.filename = "standard output"
-                raise
-
-        return call if name in ("write", "flush") else attribute
-
-
 def run_script(main: Callable, config, every_rank: bool = False):
     """Return main(config). A UserError becomes one `error:` line and exit code 2, Ctrl-C exit code 130.
 
@@ -336,8 +318,9 @@ def run_script(main: Callable, config, every_rank: bool = False):
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
+    stdout, stderr = Stream(sys.stdout, "standard output"), Stream(sys.stderr, "standard error")
     try:
-        with contextlib.redirect_stdout(_StandardOutput(sys.stdout)):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             result = main(config)
             sys.stdout.flush()  # inside `try`, which handles a closed pipe
         return result
@@ -346,7 +329,7 @@ def run_script(main: Callable, config, every_rank: bool = False):
         if not_first or isinstance(error, ReportedByOtherRank):
             time.sleep(20)  # torchrun ends all ranks when one exits; let the printing rank exit first
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -354,7 +337,7 @@ def run_script(main: Callable, config, every_rank: bool = False):
         sys.exit(141)
     except OSError as error:  # missing or read-only file, or full disk
         file = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {file}{error.strerror or error}", file=sys.stderr, flush=True)
+        print(f"error: {file}{error.strerror or error}", file=stderr, flush=True)
         sys.exit(2)
     finally:
         try:

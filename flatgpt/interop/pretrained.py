@@ -193,25 +193,22 @@ def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
     named = config.resume not in ("latest", "auto")
     path = follow(Path(config.resume)) if named else run_dir(config)
     found, run = folders(path), run_of(path)
-    if not found and config.resume == "auto":
-        return None
-    if not found:
+    if not found and config.resume != "auto":
         raise UserError(f"nothing to resume in {path}: there is no checkpoint; start without --resume")
     folder, state = next(((each, state) for each in found if (state := read_state(each))), (None, None))
-    if state is None:  # the error of a resume names what is damaged
+    if state is None:  # a new run; or all checkpoints are damaged, which train.py reports
         return None
     saved = {key: value for key, value in state["config"].items() if value is not None}
     superseded = {one for one, other in EXCLUSIVE if other in saved}  # such as epochs: state.json has max_iters too
     saved = {key: saved[key] for key in saved.keys() & TrainConfig.__dataclass_fields__.keys() - superseded}
     tables = {run / RECIPE: read_table(run / RECIPE, tomllib.loads)} if run else {}
+    tables[folder / STATE] = saved
     own_folder = {"out_dir": str(run)} if named and run and not (config.out_dir or config.config) else {}
 
     def inherited(table: dict) -> dict:
         return {key: value for key, value in table.items() if key not in (*START_ONLY, "out_dir")}
 
-    tables = {
-        file: table and inherited(table) | own_folder for file, table in (tables | {folder / STATE: saved}).items()
-    }
+    tables = {file: table and inherited(table) | own_folder for file, table in tables.items()}
     return tables, inherited(state.get("recipe", {}))
 
 

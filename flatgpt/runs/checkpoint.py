@@ -214,7 +214,7 @@ def _restore_copy(link: Path) -> None:
     """
     state = read_state(link)
     folder = link.with_name(_folder_name(state["iter"])) if state else link
-    if state and not (folder.exists() and first_valid([folder], (WEIGHTS, TRAIN_STATE), print)):
+    if state and not (folder.exists() and first_valid([folder], verify, print)):
         if folder.exists():
             move_aside(folder, f"which {link.name} replaces")
         os.rename(link, folder)
@@ -261,22 +261,16 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
 
 
 def first_valid(
-    folders: list[Path],
-    names: tuple[str, ...],
-    log: Callable[[str], None],
-    check: Callable[[Path, dict], None] = lambda folder, state: None,
+    folders: list[Path], check: Callable[[Path], dict], log: Callable[[str], None]
 ) -> tuple[Path, dict] | None:
     """Return the first valid checkpoint and its state; None if all are damaged. Log a warning for each damaged one.
 
     Args:
-        names: the files to verify.
-        check: called with a verified checkpoint and its state; raises DamagedCheckpointError if its content is wrong.
+        check: `verify`, or another function that returns the state or raises DamagedCheckpointError.
     """
     for folder in folders:
         try:
-            state = verify(folder, names)
-            check(folder, state)
-            return folder, state
+            return folder, check(folder)
         except DamagedCheckpointError as error:
             log(f"warning: {error}; it is skipped")
     return None
@@ -295,7 +289,7 @@ def find(model_path: str | None, log: Callable[[str], None]) -> tuple[Path, dict
     path = follow(path.parent if path.name == WEIGHTS else path)
     linked = [follow(path / "ckpt" / name) for name in ("best", "last")]
     candidates = [folder.resolve() for folder in (*linked, *folders(path)) if folder.exists()]
-    found = first_valid(list(dict.fromkeys(candidates)), (WEIGHTS,), log)
+    found = first_valid(list(dict.fromkeys(candidates)), lambda folder: verify(folder, (WEIGHTS,)), log)
     if found is None:
         raise UserError(f"model_path = {path}: no usable checkpoint")
     return path if (path / STATE).exists() else path / "ckpt" / found[0].name, found[1]

@@ -134,13 +134,13 @@ def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
         )
 
 
-def require_resumable(folder: Path, state: dict) -> None:
-    """Check the types of the values in a verified checkpoint, and that its weights and moments are finite.
+def require_resumable(folder: Path) -> dict:
+    """Verify a checkpoint, the types of its values, and that its weights and moments are finite. Return its state.
 
     Raises:
         DamagedCheckpointError: names the file, and the value or the tensor.
     """
-    train_state = checkpoint.load_train_state(folder)
+    state, train_state = checkpoint.verify(folder), checkpoint.load_train_state(folder)
     defaults = {"health": dict.fromkeys(COUNTS, 0)}  # earlier versions did not save it
     scaler = train_state["scaler"] or dict.fromkeys(SCALER, 0)  # empty unless the dtype was float16
     for file, values in ((STATE, state), (TRAIN_STATE, defaults | train_state | {"scaler": scaler})):
@@ -161,6 +161,7 @@ def require_resumable(folder: Path, state: dict) -> None:
             low, high = map(float, tensor.aminmax())
             if not math.isfinite(low + high) or (name.endswith("exp_avg_sq") and low < 0):
                 raise DamagedCheckpointError(f"{folder / file} cannot be resumed: {name} has values {low} to {high}")
+    return state
 
 
 def _tensors(values: dict | list, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,7 @@ import torch
 from config import START_ONLY, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs import checkpoint
-from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS
+from flatgpt.runs.checkpoint import TRAIN_STATE
 from flatgpt.runs.history import follow, iteration_of, run_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
@@ -29,13 +29,13 @@ from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.nonfinite import require_resumable
 from flatgpt.training.optimizer import MuonAndAdamW
-from flatgpt.training.setup import TrainingRun
+from flatgpt.training.setup import TrainingRun, count_eval_tokens
 from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
-FIXED = ("stride", "seed", "optimizer", "init_from")
+FIXED = ("stride", "seed", "optimizer", "init_from", "eval_tokens")
 BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
-SILENT = (*START_ONLY, "out_dir", "epochs", "warmup_fraction")  # the last two are resolved
+SILENT = (*START_ONLY, "out_dir", "epochs", "warmup_fraction", "eval_batches")  # the last three are resolved
 
 # ---------------------------------------------------------------------------------------------------------------------
 # contents of a checkpoint
@@ -157,14 +157,13 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         return None
     source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
     folders = checkpoint.folders(source)
-    files = (WEIGHTS, TRAIN_STATE)
-    found = checkpoint.first_valid(folders, files, print, require_resumable)
+    found = checkpoint.first_valid(folders, require_resumable, print)
     if found is None:
         reason = "there is no checkpoint; start without --resume"
         if folders:
             reason = "every checkpoint is damaged; to start again, use --overwrite instead"
             others = [path for path in checkpoint.folders(folders[0].parent.parent) if path.resolve() not in folders]
-            if other := checkpoint.first_valid(others, files, lambda warning: None, require_resumable):
+            if other := checkpoint.first_valid(others, require_resumable, log=lambda warning: None):
                 reason = f"it is damaged; to resume from another checkpoint: --resume {shlex.quote(str(other[0]))}"
         raise UserError(f"nothing to resume in {source}: {reason}")
     if existing and found[0].resolve().parent.parent != lock.folder.resolve():
@@ -182,6 +181,7 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
         UserError: a setting that identifies a run differs: model, batch, seed, data or tokenizer. All are listed.
     """
     config, saved = run.config, state["config"]
+    saved = {**saved, "eval_tokens": count_eval_tokens(saved) or None}
     current = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples, as in state.json
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
     if math.prod(saved[k] for k in BATCH) != math.prod(current[k] for k in BATCH):  # sequences per update

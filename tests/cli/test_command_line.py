@@ -5,9 +5,11 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from processes import ROOT
+from tqdm import tqdm
 
 from config import BenchConfig, EvalConfig, InferConfig, PlotConfig, PrepareConfig, TrainConfig, UserError
 from flatgpt.cli import cli
@@ -369,6 +371,66 @@ def test_terminal_that_is_not_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's knows no encoding
     cli.run_script(print, "東 é")
     assert sys.stdout.getvalue() == "東 é\n"
+
+
+class FakeTerminal(io.StringIO):
+    """A terminal, as far as a stream knows."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+FOREIGN = "\x1b]0;title\x07 \x1b[31m \x0e \x7f \x9b \r \u202e \u2067 \udc80"
+ESCAPED = r"\x1b]0;title\x07 \x1b[31m \x0e \x7f \x9b \x0d \u202e \u2067 " + "\udc80"
+ORDINARY = "two\n\tlines 東京 👩\u200d🚀 e\u0301 שלום \u200f مرحبا"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_terminal_shows_control_characters_as_escapes(terminal, monkeypatch):
+    """Of generated text, messages, and names in errors. tqdm and rows in bold work as before; pipes get every byte."""
+    streams = [(FakeTerminal if terminal else io.StringIO)() for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    shown, bar = ESCAPED if terminal else FOREIGN, "\r 50%\n\x1b[A\r      \r"
+
+    def main(config):
+        print(ORDINARY, end="")
+        for character in FOREIGN:
+            print(character, end="", flush=True)
+        tqdm.write(f"\x1b[1m{ORDINARY}\x1b[0m", file=sys.stdout)
+        for text in ("\r 50%", "\n\x1b[A", "\r      \r"):
+            sys.stderr.write(text)
+        sys.stderr.write(warnings.formatwarning(FOREIGN, UserWarning, "a.py", 1, line=""))
+        raise UserError(f"{FOREIGN}: no such file")
+
+    with pytest.raises(SystemExit):
+        cli.run_script(main, None)
+    assert streams[0].getvalue() == f"{ORDINARY}{shown}\x1b[1m{ORDINARY}\x1b[0m\n"
+    assert streams[1].getvalue() == f"{bar}a.py:1: UserWarning: {shown}\nerror: {shown}: no such file\n"
+    assert (sys.stdout, sys.stderr) == tuple(streams)
+
+
+def test_terminal_shows_a_progress_bar(monkeypatch):
+    """The bytes are those of tqdm without flatGPT."""
+    bars = []
+    for run in (lambda main: cli.run_script(main, None), lambda main: main(None)):
+        monkeypatch.setattr(sys, "stderr", FakeTerminal())
+
+        def main(config):
+            with (
+                tqdm(total=3, bar_format="{n} of {total}") as bar,
+                tqdm(total=2, bar_format="{n}", leave=False) as inner,
+            ):
+                tqdm.write("above", file=sys.stderr)
+                bar.update(2)
+                inner.update()
+
+        run(main)
+        bars.append(sys.stderr.getvalue())
+    assert bars[0] == bars[1]
+    assert "\x1b[A" in bars[0]
 
 
 def test_bytes_that_are_not_text_are_refused():

@@ -159,7 +159,7 @@ def test_damage_is_noticed_and_the_one_before_it_is_used(tmp_path, model, name, 
     elif content is not None:
         path.write_bytes(content)
     printed = []
-    assert checkpoint.first_valid(checkpoint.folders(tmp_path), FILES, printed.append)[1]["iter"] == 1
+    assert checkpoint.first_valid(checkpoint.folders(tmp_path), checkpoint.verify, printed.append)[1]["iter"] == 1
     (warning,) = printed
     assert f"warning: {path} " in warning
 
