@@ -130,17 +130,14 @@ def chunk_tasks(chunks: Iterable[Chunk], size: int | None = None) -> Iterator[Ta
         yield Task(characters, functools.partial(iter, waiting))
 
 
-def documents(
-    files: Iterable[RawFile], column: str, limit: int | None, choose_split: Callable | None = None
-) -> Iterator[Chunk]:
+def documents(files: Iterable[RawFile], column: str, limit: int | None, choose: Callable | None = None):
     """Yield the chunks of the first `limit` documents of the files, in order. The others are not read or downloaded."""
     count = 0
-    for task in file_tasks(files, column, choose_split):
-        for chunk in task.read():
-            yield chunk
-            count += chunk.documents
-            if count == limit:
-                return
+    for chunk in itertools.chain.from_iterable(task.read() for task in file_tasks(files, column, choose)):
+        yield chunk
+        count += chunk.documents
+        if count == limit:
+            return
 
 
 def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:

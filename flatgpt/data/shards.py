@@ -157,16 +157,10 @@ def read_meta(folder: Path) -> dict | None:
         return None
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        entries = meta["splits"].values()
-        counts = [entry.get(key, 0) for entry in entries for key in ("tokens", "documents", "bytes")]
-        types = [type(meta[key]) for key in REQUIRED]
-        if (
-            (meta["format"], types) == (FORMAT, [str, int, str, int, bool, dict])
-            and 1 <= meta["vocab_size"] <= 65536
-            and are_counts(*counts, meta["eot_id"])
-            and all(entry["tokens"] == count_tokens(entry["files"]) for entry in entries)
-            and any(entry["files"] for entry in entries)
-        ):
+        known = meta["format"] == FORMAT and [type(meta[key]) for key in REQUIRED] == [str, int, str, int, bool, dict]
+        counts = {split: count_tokens(entry) for split, entry in meta["splits"].items()}
+        whole = any(counts.values()) and counts == {split: entry["tokens"] for split, entry in meta["splits"].items()}
+        if known and whole and 0 <= meta["eot_id"] < meta["vocab_size"] <= 65536:
             return meta
     raise UserError(
         f"{path} is damaged, or its format is not {FORMAT}, which this version reads: move {folder} away and run "
@@ -174,17 +168,14 @@ def read_meta(folder: Path) -> dict | None:
     )
 
 
-def are_counts(*values: object) -> bool:
-    """Return whether all values are integers of at least 0."""
-    return all(type(value) is int and value >= 0 for value in values)
-
-
-def count_tokens(files: list[dict]) -> int:
-    """Return the number of ids of a manifest's files. Raise ValueError if a count or name cannot be one."""
-    for file in files:
-        if not are_counts(file["tokens"]) or os.path.basename(file["name"]) != file["name"]:
-            raise ValueError(f"not a shard: {file}")
-    return sum(file["tokens"] for file in files)
+def count_tokens(entry: dict) -> int:
+    """Return the number of ids in the files of a split's entry. Raise ValueError if a count or name cannot be one."""
+    counts = [file["tokens"] for file in entry["files"]]
+    others = [entry.get(key, 0) for key in ("tokens", "documents", "bytes", "waiting")]
+    names_differ = [os.path.basename(file["name"]) != file["name"] for file in entry["files"]]
+    if any(names_differ) or not all(type(value) is int and value >= 0 for value in (*counts, *others)):
+        raise ValueError(f"not the entry of a split: {entry}")
+    return sum(counts)
 
 
 class Tokens:
@@ -268,7 +259,7 @@ class _Shard:
     """One shard file. `open_file` returns its _OpenFile, which may have been closed since the last read.
 
     Reads with pread: if a memory-mapped file is truncated, SIGBUS kills the process. Reading 1,025 ids takes 4.9 us,
-    with a memory map 4.7 us; checking them against the vocabulary takes another 1.1 us.
+    with a memory map 4.7 us; checking them against the vocabulary takes another 1.1 us, opening a closed file 16 us.
     """
 
     def __init__(self, path: Path, count: int | None, open_file: Callable[[str], _OpenFile]):
