@@ -266,18 +266,15 @@ def compile_forward(
     getattr(model, "module", model).exclude_loss_from_compile(partial(compile_or_run, warn=warn))
     compiled, checked = compile_or_run(model, warn=warn), False
 
-    def first_step(x: Tensor, y: Tensor) -> None:  # compiles forward and backward
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            loss = compiled(x, y)
-            with torch.autocast(x.device.type, enabled=False):  # as in training
-                loss.backward()
-
     def forward(x: Tensor, y: Tensor) -> Tensor:
         nonlocal checked
         if not checked:
-            # no collective: a rank's compiler may fail
-            with getattr(model, "no_sync", contextlib.nullcontext)(), _compiling(warn):
-                first_step(x, y)
+            # Compile forward and backward without a collective, as a rank's compiler may fail.
+            fork_rng = torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else [])
+            with getattr(model, "no_sync", contextlib.nullcontext)(), _compiling(warn), fork_rng:
+                loss = compiled(x, y)
+                with torch.autocast(x.device.type, enabled=False):  # as in training
+                    loss.backward()
             compiler.failed, checked = not agree(not compiler.failed), True
             model.zero_grad(set_to_none=True)
         return compiled(x, y)
