@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -35,7 +36,8 @@ def here(tiny_home, monkeypatch) -> Path:
 def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> int | None:
     """Return the iteration that a run would resume from."""
     with resume.RunLock(run) as lock:
-        found = resume.find_resume_checkpoint(lock, how and str(how), overwrite)
+        config = TrainConfig(resume=how and str(how), overwrite=overwrite, out_dir=str(run))
+        found = resume.find_resume_checkpoint(lock, config)
     return found and found[1]["iter"]
 
 
@@ -47,13 +49,16 @@ def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> in
         (RUN, {}, 60),
         (RUN / "ckpt/last", {}, 60),
         (RUN / "ckpt/iter_000030", {}, 30),
+        (RUN / "config.toml", {}, 60),
+        (RUN / "ckpt/iter_000030/state.json", {}, 30),
+        (RUN / "ckpt", {}, "there is no checkpoint; give a run's folder .* or a checkpoint"),
         (None, {"overwrite": True}, None),
         (None, {}, r"already contains a run \(at iter 60\): add --resume .* or --overwrite"),
         (None, {"run": NEW}, None),
         ("auto", {"run": NEW}, None),
         (RUN / "ckpt/iter_000030", {"run": NEW}, 30),
-        ("latest", {"run": NEW}, "nothing to resume in out/new: there is no checkpoint; start without --resume"),
-        ("out/none", {"run": NEW}, "nothing to resume in out/none: there is no checkpoint"),
+        ("latest", {"run": NEW}, "nothing to resume in out/new: no such folder; start without --resume"),
+        ("out/none", {"run": NEW}, "nothing to resume in out/none: no such folder; give a run's folder"),
     ],
 )
 def test_forms_of_resume(here, how, settings, found):
@@ -71,10 +76,13 @@ def test_folder_that_cannot_be_written_to_is_refused(in_tmp, monkeypatch):
         find(None, run=NEW)
 
 
+NO_RECIPE = b'{"format": 1, "iter": 60, "config": {}, "files": {}, "recipe": [1]}'
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
     """Unless the damaged one was asked for. Nothing starts from the beginning over a damaged run."""
     newest, before = RUN / "ckpt/iter_000060", RUN / "ckpt/iter_000030"
-    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}'):
+    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}', NO_RECIPE):
         (newest / "state.json").write_bytes(content)
         assert [find(how) for how in ("latest", "auto", RUN)] == [30, 30, 30]
         assert f"warning: {newest}/state.json is missing or damaged" in capsys.readouterr().out
@@ -175,6 +183,7 @@ def settings(words: str = "--resume") -> dict:
         ("--resume out/quickstart", {}),
         ("--resume out/quickstart/ckpt/iter_000030", {}),
         ("--resume out/quickstart/ckpt/best", {}),
+        ("--resume out/quickstart/metrics.csv", {}),
         ("--resume link", {}),
         ("--resume out/quickstart/ckpt/last --out_dir out/new", {"out_dir": "out/new"}),
         ("--resume backup/iter_000030 --out_dir out/new", {"out_dir": "out/new"}),
@@ -208,7 +217,7 @@ def test_a_new_run_inherits_nothing(run_copy):
     for words in ("--resume auto --out_dir out/none", "--resume auto --config quickstart --out_dir out/none"):
         assert (settings(words)["lr"], settings(words)["max_iters"]) == (TrainConfig.lr, TrainConfig.max_iters)
     for words in ("--resume --out_dir out/none", "--resume out/none --plan"):
-        with pytest.raises(UserError, match="nothing to resume in out/none: there is no checkpoint"):
+        with pytest.raises(UserError, match="nothing to resume in out/none: no such folder"):
             settings(words)
 
 
@@ -314,6 +323,37 @@ def test_differences_that_are_allowed_are_printed(here):
         *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)"),
         *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
     }
+
+
+@pytest.mark.parametrize(
+    ("saved", "words", "tokens"),
+    [
+        ({"eval_batches": 3}, "--eval_batches 3", 3 * 4 * 32),  # by a version without eval_tokens
+        ({"eval_batches": 3}, "--eval_tokens 384", 3 * 4 * 32),
+        ({"eval_batches": 3}, "--eval_batches 4", "eval_tokens = 256 (was 384)"),  # 4 batches of 2 windows
+        ({"eval_batches": 3}, "", "eval_tokens = None (was 384)"),
+        ({"eval_batches": 3, "eval_tokens": 500}, "--eval_batches 3", 500),
+        ({"eval_batches": 0, "eval_tokens": 500}, "--eval_tokens 500", 500),
+        ({"eval_batches": 0, "eval_tokens": 500}, "--eval_tokens 501", "eval_tokens = 501 (was 500)"),
+        ({"eval_batches": None, "eval_tokens": None}, "--eval_tokens 0", None),
+        ({"eval_batches": 0}, "", None),
+    ],
+)
+def test_resumed_run_keeps_its_validation_windows(here, tmp_path, saved, words, tokens):
+    """Losses of other text are not comparable: best could move to a worse checkpoint."""
+    state = copy.deepcopy(checkpoint.read_state(RUN / "ckpt/last"))
+    del state["config"]["eval_tokens"]
+    state["config"].update(saved)
+    words = [*TINY, *map(str, SAME), "--batch_size", "2", "--grad_accum_steps", "2", *words.split()]
+    run = train.build_run(cli.parse(TrainConfig, words), resumed=state)
+    if isinstance(tokens, str):
+        with pytest.raises(UserError, match=re.escape(f"settings: {tokens}. ")):
+            resume.require_same_run(RUN / "ckpt/last", state, run)
+        return
+    assert run.config.eval_tokens == tokens
+    assert not any("eval" in line for line in resume.require_same_run(RUN / "ckpt/last", state, run))
+    (tmp_path / "config.toml").write_text(cli.recipe_text(run.config))
+    assert cli.parse(TrainConfig, ["--config", str(tmp_path / "config.toml")]).eval_tokens == tokens
 
 
 def test_another_machine_is_noted(here):
