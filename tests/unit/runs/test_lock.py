@@ -30,13 +30,13 @@ def make_run(folder: Path) -> None:
 
 
 def test_lock_follows_a_folder_that_is_moved_and_made_again(tmp_path, locked):
-    folder, moved = tmp_path / "run", tmp_path / "moved"
+    folder = tmp_path / "run"
     first = locked(folder)
     assert not folder.exists(), "no folder is made"
     folder.mkdir()
     first.acquire()
     first.acquire()  # a second time changes nothing
-    folder.rename(moved)
+    folder.rename(tmp_path / "moved")
     assert not first.is_held()
     with pytest.raises(UserError, match="was moved by another process in the meantime"):
         first.prepare_folder(overwrite=False)
@@ -44,7 +44,6 @@ def test_lock_follows_a_folder_that_is_moved_and_made_again(tmp_path, locked):
     first.acquire()
     with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: wait for it, stop it, or choose"):
         locked(folder)
-    locked(moved)
     first.__exit__()
     locked(folder)
 
