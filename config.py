@@ -16,9 +16,13 @@ from pathlib import Path
 
 # Keys that exclude each other. In one layer both are an error; otherwise the key of the later layer is used.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
-EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), *itertools.combinations(TEXTS, 2))
+EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("eval_batches", "eval_tokens"))
+EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
 # Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
 START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
+# Help of settings that train.py and eval.py share.
+EVAL_TOKENS = "tokens to score, from the start of the split, rounded up to whole windows; 0: all"
+EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windows; 0: all"
 # Removed settings, and what to use instead: {config class: {key: message}}.
 REMOVED = {
     "EvalConfig": {
@@ -26,6 +30,11 @@ REMOVED = {
         "--generate scores sampled text; leave it out"
     }
 }
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class UserError(Exception):
@@ -282,9 +291,8 @@ class TrainConfig(ModelConfig, MachineConfig):
     eval_interval: int = opt(
         200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
     )
-    eval_batches: int = opt(
-        0, "validation batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",)
-    )
+    eval_tokens: int | None = opt(None, EVAL_TOKENS, low=0, none="all")
+    eval_batches: int | None = opt(0, EVAL_BATCHES, low=0, alias=("eval_epochs",))
     sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
     sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples")
     log_interval: int = opt(10, "updates between two rows of the log", low=1)
@@ -420,9 +428,8 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     stride: int | None = opt(
         None, "protocol stride: tokens scored per window", low=1, none="half the context", recipe=False
     )
-    eval_batches: int = opt(
-        0, "number of batches, from the start of the split; 0: all of it", low=0, alias=("eval_epochs",), recipe=False
-    )
+    eval_tokens: int | None = opt(None, EVAL_TOKENS, low=0, none="all", recipe=False)
+    eval_batches: int | None = opt(0, EVAL_BATCHES, low=0, alias=("eval_epochs",), recipe=False)
     batch_size: int | None = opt(None, "windows per pass", low=1, none="by size", recipe=False)
     rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other", low=1)
     generate: int = opt(
@@ -439,8 +446,8 @@ class EvalConfig(SamplingConfig, ReaderConfig):
         found = super().problems()
         if self.stride and self.protocol != "stride":
             found.append(f"stride = {self.stride} applies to --protocol stride, not to {self.protocol}: leave it out")
-        text_only = {"protocol": self.protocol != "window", "eval_batches": self.eval_batches}
-        text_only |= {"generate": self.generate, "plot": self.plot, "format": self.format != "table"}
+        text_only = {"protocol": self.protocol != "window", "format": self.format != "table"}
+        text_only |= {key: getattr(self, key) for key in ("eval_tokens", "eval_batches", "generate", "plot")}
         if self.choices:
             found += [f"{key} is for text, not for --choices: leave it out" for key in text_only if text_only[key]]
         if self.plot and not self.plot.endswith(".png"):

@@ -76,8 +76,10 @@ def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedCon
         result |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
     else:
         result = evaluate_text(config, settings, ranks, source, model, encoding)
-    if nan := [key for key in ("loss", "choice_accuracy", "bleu") if math.isnan(result.get(key) or 0)]:
-        note(f"warning: {source.path}: the {nan[0]} is NaN: {nonfinite_cause(settings.dtype)}")
+    figures = {key: result.get(key) or 0 for key in ("loss", "choice_accuracy", "bleu")}
+    if bad := [key for key, value in figures.items() if not math.isfinite(value)]:
+        value = "NaN" if math.isnan(figures[bad[0]]) else "infinite"
+        note(f"warning: {source.path}: the {bad[0]} is {value}: {nonfinite_cause(settings.dtype)}")
     result["window"] = model.config.context_length
     about = {"model": str(source.path), "iter": source.state.get("iter")}
     about["dtype"] = str(settings.dtype).removeprefix("torch.")
@@ -100,19 +102,20 @@ def evaluate_text(
     tokens, name = open_tokens(config, encoding, source)
     batch_size = config.batch_size or default_batch_size(T, settings.device)
     first_id = encoding.eot_token if rolling else None
-    batches = eval_batches(
-        tokens, T, batch_size, config.eval_batches, ranks, stride=stride, first_id=first_id, progress=True
-    )
+    windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
+    limit = T + (windows - 1) * stride if windows else config.eval_tokens or 0
+    batches = eval_batches(tokens, T, batch_size, limit, ranks, stride=stride, first_id=first_id, progress=True)
     statistics = token_statistics(model, batches, settings.to_device, ranks)
     counts = count_text(tokens, int(statistics["targets"].sum()) + (not rolling), encoding)
     if not rolling:  # the first token is not scored, but its word is counted: words do not depend on the protocol
         counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
     protocol_means = report.PROTOCOLS[config.protocol]
     protocol_means += ", which is not in the model's training data" if rolling and not source.end_of_text else ""
-    protocol_means += f"; first {config.eval_batches} batches" if config.eval_batches else ""
+    protocol_means += f"; first {int(statistics['targets'].sum()):,} tokens" if limit else ""
     result = {"text": name, "protocol": config.protocol, "protocol_means": protocol_means, "batch_size": batch_size}
     result |= {"stride": stride} if config.protocol == "stride" else {}
-    result |= {"eval_batches": config.eval_batches or None} | compute_metrics(statistics, counts)
+    result |= {"eval_tokens": limit or None, "eval_batches": config.eval_batches or None}
+    result |= compute_metrics(statistics, counts)
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)

@@ -88,7 +88,7 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> float | None:
-    """Return the validation loss in nats per token, over eval_batches batches (0: all), or None if interrupted.
+    """Return the validation loss in nats per token, over eval_tokens tokens, or None if interrupted.
 
     Args:
         stop_reason: called before each batch. If the result is nonzero, the evaluation is interrupted on all ranks.
@@ -99,8 +99,8 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
         stop_flags.append(bool(ranks.all_reduce_max(stop_reason())[0]))
         return not stop_flags[-1]
 
-    batch_size = config.batch_size if config.eval_batches else default_batch_size(T, run.device_settings.device)
-    batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_batches, ranks)
+    batch_size = min(config.batch_size, default_batch_size(T, run.device_settings.device))  # memory as in training
+    batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_tokens or 0, ranks)
     with run.device_settings.autocast():
         loss = mean_loss(run.model, itertools.takewhile(not_stopped, batches), run.device_settings.to_device, ranks)
     return None if any(stop_flags) else loss

@@ -22,7 +22,7 @@ from flatgpt.data import tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.readers import Corpus, Task
-from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, are_counts, count_tokens, read_meta, write_meta
+from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, count_tokens, read_meta, write_meta
 from flatgpt.data.sources import DUMP, SOURCES, Plan, encode_task, make_plan
 from flatgpt.runtime.files import FolderLock, atomic_write
 
@@ -224,12 +224,10 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
             {**state["settings"], "raw files": state["raw"], "tasks": state["tasks"]} for state in (found, initial)
         ]
         passes, splits = found["passes"].values(), found["splits"].values()
-        counts = [split[key] for split in splits for key in ("waiting", "documents", "bytes")]
-        if not (
-            are_counts(*counts, *(state["tasks"] for state in passes)) and all(state["size"] >= 0 for state in passes)
-        ):
+        done = [type(state["tasks"]) is int and min(state["tasks"], state["size"]) >= 0 for state in passes]
+        if not all([*done, *({"waiting", "documents", "bytes"} <= {*split} for split in splits)]):
             raise ValueError("not the progress of a dataset")
-        if sum(count_tokens(split["files"]) for split in splits):
+        if sum(map(count_tokens, splits)):
             check_settings(folder, "an unfinished dataset", *compared)
         elif compared[0] != compared[1]:
             return initial  # no shard is finished: little is lost

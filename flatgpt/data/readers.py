@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from config import UserError, first_line
 from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
 CHUNK_BYTES = 4 << 20  # approximate size of a chunk and of a task
@@ -130,17 +130,14 @@ def chunk_tasks(chunks: Iterable[Chunk], size: int | None = None) -> Iterator[Ta
         yield Task(characters, functools.partial(iter, waiting))
 
 
-def documents(
-    files: Iterable[RawFile], column: str, limit: int | None, choose_split: Callable | None = None
-) -> Iterator[Chunk]:
+def documents(files: Iterable[RawFile], column: str, limit: int | None, choose: Callable | None = None):
     """Yield the chunks of the first `limit` documents of the files, in order. The others are not read or downloaded."""
     count = 0
-    for task in file_tasks(files, column, choose_split):
-        for chunk in task.read():
-            yield chunk
-            count += chunk.documents
-            if count == limit:
-                return
+    for chunk in itertools.chain.from_iterable(task.read() for task in file_tasks(files, column, choose)):
+        yield chunk
+        count += chunk.documents
+        if count == limit:
+            return
 
 
 def joined_rows(files: Iterable[RawFile], column: str, limit: int | None) -> Iterator[Chunk]:
@@ -168,7 +165,7 @@ def read_errors(path: Path):
     except (OSError, ValueError, NotImplementedError) as error:  # includes those of pyarrow
         reason = getattr(error, "strerror", None)
         if reason is None:
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            reason = first_line(error).rstrip(".")
             reason += "; if it is damaged or incomplete, move it away and download or copy it again"
         raise UserError(f"{path}: cannot be read: {reason}") from None
 

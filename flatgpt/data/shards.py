@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -156,16 +157,10 @@ def read_meta(folder: Path) -> dict | None:
         return None
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        entries = meta["splits"].values()
-        counts = [entry.get(key, 0) for entry in entries for key in ("tokens", "documents", "bytes")]
-        types = [type(meta[key]) for key in REQUIRED]
-        if (
-            (meta["format"], types) == (FORMAT, [str, int, str, int, bool, dict])
-            and 1 <= meta["vocab_size"] <= 65536
-            and are_counts(*counts, meta["eot_id"])
-            and all(entry["tokens"] == count_tokens(entry["files"]) for entry in entries)
-            and any(entry["files"] for entry in entries)
-        ):
+        known = meta["format"] == FORMAT and [type(meta[key]) for key in REQUIRED] == [str, int, str, int, bool, dict]
+        counts = {split: count_tokens(entry) for split, entry in meta["splits"].items()}
+        whole = any(counts.values()) and counts == {split: entry["tokens"] for split, entry in meta["splits"].items()}
+        if known and whole and 0 <= meta["eot_id"] < meta["vocab_size"] <= 65536:
             return meta
     raise UserError(
         f"{path} is damaged, or its format is not {FORMAT}, which this version reads: move {folder} away and run "
@@ -173,17 +168,14 @@ def read_meta(folder: Path) -> dict | None:
     )
 
 
-def are_counts(*values: object) -> bool:
-    """Return whether all values are integers of at least 0."""
-    return all(type(value) is int and value >= 0 for value in values)
-
-
-def count_tokens(files: list[dict]) -> int:
-    """Return the number of ids of a manifest's files. Raise ValueError if a count or name cannot be one."""
-    for file in files:
-        if not are_counts(file["tokens"]) or os.path.basename(file["name"]) != file["name"]:
-            raise ValueError(f"not a shard: {file}")
-    return sum(file["tokens"] for file in files)
+def count_tokens(entry: dict) -> int:
+    """Return the number of ids in the files of a split's entry. Raise ValueError if a count or name cannot be one."""
+    counts = [file["tokens"] for file in entry["files"]]
+    others = [entry.get(key, 0) for key in ("tokens", "documents", "bytes", "waiting")]
+    names_differ = [os.path.basename(file["name"]) != file["name"] for file in entry["files"]]
+    if any(names_differ) or not all(type(value) is int and value >= 0 for value in (*counts, *others)):
+        raise ValueError(f"not the entry of a split: {entry}")
+    return sum(counts)
 
 
 class Tokens:
@@ -243,17 +235,22 @@ class _OpenFile:
 
     def __init__(self, path: str):
         try:
-            self.number = os.open(path, os.O_RDONLY)  # close-on-exec is Python's default
+            self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # close-on-exec is Python's default
             weakref.finalize(self, os.close, self.number)
             status = os.fstat(self.number)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        self.lock = threading.Lock()
         self.path, self.identity = path, (status.st_ino, status.st_mtime_ns, status.st_size)
 
     def read(self, size: int, offset: int) -> bytes:
         """Return up to `size` bytes. pread has no position, so that several threads can read."""
         try:
-            return os.pread(self.number, size, offset)
+            if hasattr(os, "pread"):
+                return os.pread(self.number, size, offset)
+            with self.lock:  # Windows
+                os.lseek(self.number, offset, os.SEEK_SET)
+                return os.read(self.number, size)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}") from None
 
@@ -262,7 +259,7 @@ class _Shard:
     """One shard file. `open_file` returns its _OpenFile, which may have been closed since the last read.
 
     Reads with pread: if a memory-mapped file is truncated, SIGBUS kills the process. Reading 1,025 ids takes 4.9 us,
-    with a memory map 4.7 us; checking them against the vocabulary takes another 1.1 us.
+    with a memory map 4.7 us; checking them against the vocabulary takes another 1.1 us, opening a closed file 16 us.
     """
 
     def __init__(self, path: Path, count: int | None, open_file: Callable[[str], _OpenFile]):

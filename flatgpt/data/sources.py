@@ -253,14 +253,13 @@ def divide(
     val, test = held_out.get("val", 0), held_out.get("test", 0)
     shares = {"test": test, "val": test + val}
     count = characters = largest = 0
-    smallest, following, found, digest = math.inf, [], set(), SPLIT_HASH.copy()  # following: two smallest, not in test
+    rest, found, digest = [], set(), SPLIT_HASH.copy()  # rest: the smallest two hashes outside of test
     for chunk in readers.documents(files, config.column, config.sample_size):
         characters += len(chunk.text)
         digest.update(chunk.text.encode())
         if chunk.documents:
             count, position, digest = count + 1, _position(digest), SPLIT_HASH.copy()
-            smallest, largest = min(smallest, position), max(largest, position)
-            following = sorted({*following, position})[:2] if position >= test else following
+            largest, rest = max(largest, position), sorted({*rest, position})[:2] if position >= test else rest
             found.add(_split_at(shares, position))
             if count >= FEW_DOCUMENTS and found >= {"train", *held_out}:
                 return shares, False
@@ -271,19 +270,15 @@ def divide(
         found = {s for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True) if end > start}
     else:
         given, borders = shares, dict(shares)
-        if "test" in held_out and smallest >= test:
-            borders["test"] = math.nextafter(smallest, 2)
-        following = [position for position in following if position >= borders["test"]]
-        if "val" in held_out and following and following[0] >= borders["val"]:
-            borders["val"] = math.nextafter(following[0], 2)
-        found = {_split_at(borders, position) for position in (smallest, *following, largest)}
-    for split in splits:
-        if split in ("train", *held_out) and split not in found:
-            raise UserError(
-                f"too little text: the {split} split of {name} would have 0 tokens: {count:,} documents, "
-                f"{characters:,} characters, val_fraction = {val}, test_fraction = {test}; add text, or "
-                "change --val_fraction or --test_fraction"
-            )
+        if "test" in held_out and "test" not in found:
+            borders["test"] = math.nextafter(rest.pop(0), 2)
+        if "val" in held_out and rest and rest[0] >= borders["val"]:
+            borders["val"] = math.nextafter(rest[0], 2)
+        found = {"test", *(_split_at(borders, position) for position in (*rest, largest))}
+    if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
+        reason = f"the {empty[0]} split of {name} would have 0 tokens: {count:,} documents, {characters:,} characters"
+        remedy = f"val_fraction = {val}, test_fraction = {test}; add text, or change --val_fraction or --test_fraction"
+        raise UserError(f"too little text: {reason}, {remedy}")
     return borders, borders != given
 
 

@@ -58,7 +58,7 @@ def eval_batches(
 
     Args:
         tokens: at least two ids, or one if first_id is given.
-        limit: maximum number of batches; 0: no limit.
+        limit: number of tokens to score, rounded up to whole windows; 0: all. The windows do not depend on batch_size.
         ranks: the processes that take the batches in turn. All get the same number, because sharded models need all
             ranks; the last batch of some ranks may have no scored target.
         stride: distance between the starts of consecutive windows, at most context_length. A window scores only the
@@ -70,7 +70,8 @@ def eval_batches(
     T, stride = context_length, stride or context_length
     prefix = np.array([] if first_id is None else [first_id], dtype=np.int64)
     n_targets = len(prefix) + len(tokens) - 1
-    starts = range(0, max(0, n_targets - T) + stride, stride)[: limit * batch_size or None]
+    starts = range(0, max(0, n_targets - T) + stride, stride)
+    starts = starts[: 1 + max(0, -(-(limit - T) // stride))] if limit else starts  # the first window scores T tokens
 
     def window(start: int) -> tuple[np.ndarray, int]:
         stop = min(start + T, n_targets)

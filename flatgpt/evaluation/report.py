@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 
 GREEDY = "of the most likely token, weighted by class frequency"
@@ -109,19 +110,22 @@ def smol(reports: Sequence[dict]) -> str:
 
 def draw_positions(reports: Sequence[dict]) -> bytes:
     """Plot the loss by position in the context, with a line for each report. Return a PNG image."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for report in reports:
-        buckets = [b for b in report["loss_by_position"] if b["tokens"]]
-        edges = [b["first"] for b in buckets] + [buckets[-1]["last"] + 1]
-        axes.stairs([b["loss"] for b in buckets], edges, baseline=None, linewidth=2, label=report["model"])
-    axes.set(xlabel="position in the context (tokens before it)", ylabel="loss (nats per token)")
-    axes.set_title(f"{reports[0]['text']}, protocol {reports[0]['protocol']}", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    # names may contain dollar signs, and characters that the font does not have
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings(action="ignore"):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for report in reports:
+            buckets = [b for b in report["loss_by_position"] if b["tokens"]]
+            edges = [b["first"] for b in buckets] + [buckets[-1]["last"] + 1]
+            axes.stairs([b["loss"] for b in buckets], edges, baseline=None, linewidth=2, label=report["model"])
+        axes.set(xlabel="position in the context (tokens before it)", ylabel="loss (nats per token)")
+        axes.set_title(f"{reports[0]['text']}, protocol {reports[0]['protocol']}", fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(fontsize="small")
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=120)
     return image.getvalue()

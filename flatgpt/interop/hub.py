@@ -324,7 +324,7 @@ def _training_facts(source: ModelSource) -> dict[str, object]:
         "updates": f"{state['iter']:,}",
         **{key: state.get(key) for key in ("tokens", "epoch")},
         **{key: f"{value:,.4f}" for key, value in losses.items()},
-        "eval_batches": config.get("eval_batches") or None,
+        **{key: config.get(key) or None for key in ("eval_tokens", "eval_batches")},
         "device": state.get("cpu") if state.get("device") == "cpu" else state.get("device"),
         **{key: state.get(key) for key in ("ranks", "python", "torch", "git_commit", "git_dirty")},
         "command": shlex.join(["python", *args]) if args else None,

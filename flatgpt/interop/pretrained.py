@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pickle
 import sys
 import tomllib
 from pathlib import Path
 
-from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, run_dir
+from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, first_line, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import RECIPE, STATE, folders, follow, read_state, read_table, run_of
 from flatgpt.runtime.files import read_json, wrong_kind
@@ -244,9 +245,13 @@ def read_nanogpt(file: Path) -> dict:
 
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged pickle can raise any exception
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise any exception
+        # torch's message about a pickle advises weights_only=False
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         other = "damaged, not a zip file of torch.save, or contains objects other than tensors and plain types, which "
-        kind = wrong_kind(file) or other + "could run arbitrary code"
+        kind = wrong_kind(file) or f"{other}could run arbitrary code{reason}"
         raise UserError(f"{file} is not loaded: it is {kind}") from None
     match saved:
         case {"model": dict() as weights, "model_args": dict()}:

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config import UserError
+from config import UserError, first_line
 from flatgpt.runs.history import STATE, checkpoints, folders, follow, hash_state, iteration_of, newest, read_state
 from flatgpt.runtime.files import atomic_write, fsync
 from model import GPT
@@ -196,6 +197,8 @@ def set_link(run_dir: Path, name: str, iteration: int | None) -> bool:
         fsync(link.parent)  # the checkpoint's name
         partial.unlink(missing_ok=True)
         try:
+            if os.name == "nt":  # Windows does not replace a link to a folder
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             partial.symlink_to(target)
             os.replace(partial, link)
         except OSError as error:
@@ -330,11 +333,15 @@ def load_train_state(folder: Path) -> dict:
     Raises:
         DamagedCheckpointError: the file is not a train state.
     """
-    state = None
-    with contextlib.suppress(Exception):  # a wrong file can raise any; torch's message advises weights_only=False
+    state, reason = None, ""
+    try:
         state = torch.load(folder / TRAIN_STATE, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # torch's message advises weights_only=False
+        pass
+    except Exception as error:  # a wrong file can raise any
+        reason = f" ({first_line(error)})"
     if not isinstance(state, dict) or not {"optimizer", "scaler", "row"} <= set(state):
         raise DamagedCheckpointError(
-            f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types"
+            f"{folder / TRAIN_STATE} is not loaded: it is not a train state of tensors and plain types{reason}"
         )
     return state

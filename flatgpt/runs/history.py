@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -26,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError
+from flatgpt.runs.run_log import ROWS, parse_rows
 from flatgpt.runtime.files import in_use
 
-LOG, STATE, RECIPE = "metrics.csv", "state.json", "config.toml"
+LOG, STATE, RECIPE = ROWS, "state.json", "config.toml"
 RECIPES = ("recipe", "parameters", "data", "train tokens", "iters")
 RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state")
 LEFT_ALIGNED = {"recipe", "run", "data", "state"}
@@ -200,24 +202,14 @@ def read_table(file: Path, loads: Callable[[str], dict]) -> dict:
 
 
 def _read_columns(file: Path) -> dict[str, list[float]]:
-    try:
-        text = file.read_bytes().decode("utf-8-sig", errors="replace")  # spreadsheet programs write a byte order mark
-    except FileNotFoundError:
-        return {}
-    lines, _, _ = text.replace("\0", "").rpartition("\n")
-    keys, *lines = (line.split(",") for line in lines.splitlines() or [""])  # cells are numbers, so none is quoted
-    if "iter" not in keys:
-        return {}
-    rows = [row for row in map(_numbers, lines) if len(row) == len(keys) and math.isfinite(row[keys.index("iter")])]
-    return {key: [row[n] for row in rows] for n, key in enumerate(keys)}
-
-
-def _numbers(cells: list[str]) -> list[float]:
-    """Return the numbers of a row, with nan for empty cells; [] if a cell is not a number."""
-    try:
-        return [float(cell or math.nan) for cell in cells]
-    except ValueError:
-        return []
+    """Return the columns of metrics.csv by name; {} if it is missing. Print a warning if something is skipped."""
+    skipped: list[str] = []
+    found = parse_rows(file.read_bytes() if file.exists() else b"", skipped)
+    columns, _ = next(found, ([], []))
+    rows = [values for _, values in found]
+    if skipped:
+        print(f"warning: {file}: {len(skipped)} lines or cells are skipped: {skipped[0][:40]!r} ...", file=sys.stderr)
+    return {key: [row[n] for row in rows] for n, key in enumerate(columns)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import json
 import math
 import os
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from config import first_line
 from flatgpt.runtime.files import atomic_write, write_output
 
 if TYPE_CHECKING:
@@ -37,26 +40,17 @@ KEYS = (
 )
 
 ROWS, SAMPLES, PICTURE = "metrics.csv", "samples.txt", "metrics.png"
-# regular expressions of an entry; the first group is the iteration
-ROW, SAMPLE = rb"^(\d+),.*\n", rb"^=== iter (\d+) .*\n(?:(?!===).*\n)*"
+# Regular expressions of an entry, whose first group is the iteration, and of the start of one at the end of the file,
+# which a crash leaves. A sample's text may end without a line break.
+ROW = rb"^(\d+)(?:,[\w.+-]*){%d}\n" % (len(KEYS) - 1)
+SAMPLE = rb"^=== iter (\d+) .*\n(?:(?!===).*\n)*(?:(?!===).+\Z)?"
+NUMBER = r"(?i)|[+-]?(nan|inf|(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)"  # or an empty cell
+PARTIAL = rb"(?:\d[\d,.+\-ainfe]*|={1,3}|=== i?t?e?|=== iter.*)?"
 
 # Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
 # match is used.
-PEAK_TFLOPS = {
-    "H200 NVL": 835,
-    "H200": 989,
-    "H100 NVL": 835,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "A10G": 70,
-    "L40S": 362,
-    "L4": 121,
-    "T4": 65,
-    "V100": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
+PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70}
+PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "T4": 65, "V100": 125, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -208,8 +202,8 @@ class RunLog:
             call(wandb, self.wandb_run)
         except Exception as error:
             if not self._warned:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                tqdm.write(f"warning: wandb: {reason}; the missing data is in {self.folder}", file=sys.stderr)
+                text = f"warning: wandb: {first_line(error)}; the missing data is in {self.folder}"
+                tqdm.write(text, file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
@@ -251,14 +245,62 @@ def _rewind(path: Path, start_iter: int, entry: bytes, header: bytes = b"") -> N
         header: first line of both files.
     """
     content = path.read_bytes() if path.exists() else b""
-    # bytes: the file may end with a partial entry or, after a power failure, with invalid UTF-8
-    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, content, re.M)]
+    written = content.rstrip(b"\0")  # a power failure can leave zeros at the end
+    if not re.fullmatch(PARTIAL, re.sub(entry, b"", written, flags=re.M).removeprefix(header).strip()):
+        copies = (path.with_name(f"{path.stem}.changed-{n}{path.suffix}") for n in itertools.count(1))
+        atomic_write(copy := next(copy for copy in copies if not copy.exists()), content)
+        print(f"warning: {path} was edited: what can be read is kept, and all of it in {copy}", file=sys.stderr)
+        if header:
+            columns, *rows = [cells for cells, _ in parse_rows(content, [])] or [[]]
+            rows = (dict(zip(columns, cells, strict=True)) for cells in rows)
+            written = "".join(",".join(row.get(key, "") for key in KEYS) + "\n" for row in rows).encode()
+    entries = [(int(found[1]), found[0]) for found in re.finditer(entry, written, re.M)]
     if lost := b"".join(text for i, text in entries if i > start_iter):
         lost_path = path.with_name(f"{path.stem}.lost{path.suffix}")
-        with open(lost_path, "ab") as file:
-            file.write(lost if file.tell() else header + lost)
+        before = lost_path.read_bytes() if lost_path.exists() else header
+        atomic_write(lost_path, _end_line(before) + _end_line(lost))
     if content or header:
-        atomic_write(path, header + b"".join(text for i, text in entries if i < start_iter))
+        atomic_write(path, header + _end_line(b"".join(text for i, text in entries if i < start_iter)))
+
+
+def _end_line(text: bytes) -> bytes:
+    return text + b"\n" if text and not text.endswith(b"\n") else text
+
+
+def parse_rows(content: bytes, skipped: list[str]) -> Iterator[tuple[list[str], list[float]]]:
+    """Yield the columns' names in metrics.csv and no values; then the cells and values of each row, nan if empty.
+
+    What spreadsheet programs write is read too: separators `,` `;` and tab, quotes, decimal commas, UTF-16. The start
+    of a row at the end is ignored, because the run may be writing at the same time.
+
+    Args:
+        skipped: lines that are not rows, and cells that are not numbers, are appended to it.
+    """
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    text = content.decode(encoding, errors="replace").replace("\0", "")
+    whole, _, last = text.rpartition("\n")
+    columns, separator, at = [], ",", 0
+    for line in (whole if re.fullmatch(PARTIAL.decode(), last) else text).splitlines():
+        separator = separator if columns else max(",;\t", key=line.count)
+        try:
+            cells = next(csv.reader([line], delimiter=separator, strict=True)) if '"' in line else line.split(separator)
+        except csv.Error:  # an open quote; later lines are read all the same
+            cells = []
+        cells = [cell.strip().replace(",", ".") for cell in cells]
+        if not columns and "iter" in cells:
+            columns, at = cells, cells.index("iter")
+            yield columns, []
+        elif len(cells) == len(columns) and re.fullmatch(r"-?\d{1,18}(\.0)?", cells[at]):
+            cells[at] = cells[at].removesuffix(".0")
+            try:
+                values = [float(cell or "nan") for cell in cells]
+            except ValueError:
+                skipped += (bad := [cell for cell in cells if not re.fullmatch(NUMBER, cell)])
+                cells = ["" if cell in bad else cell for cell in cells]
+                values = [float(cell or "nan") for cell in cells]
+            yield cells, values
+        elif line.strip():
+            skipped.append(line)
 
 
 def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None = None):
@@ -273,8 +315,9 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
         return None
     try:
         import wandb
-    except ImportError:
-        print("warning: wandb is not installed (pip install wandb); continuing without it", file=sys.stderr)
+    except Exception as error:  # not installed, or a broken installation
+        text = f"warning: wandb: {first_line(error)}; continuing without it (to install it: pip install wandb)"
+        print(text, file=sys.stderr)
         return None
 
     settings = {"project": project, "name": run_dir.name, "id": run_id, "resume": "allow", "config": config}
@@ -288,7 +331,7 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
             return run
         except Exception as error:  # UsageError, CommError, and other errors without a common base class
             fallback = "logging offline, wandb sync uploads it" if attempt == "online" else "continuing without wandb"
-            print(f"warning: wandb {attempt}: {str(error).splitlines()[0]}; {fallback}", file=sys.stderr)
+            print(f"warning: wandb {attempt}: {first_line(error)}; {fallback}", file=sys.stderr)
             wandb.teardown()  # otherwise its service still holds the run's id
     return None
 

@@ -29,13 +29,13 @@ from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.nonfinite import require_resumable
 from flatgpt.training.optimizer import MuonAndAdamW
-from flatgpt.training.setup import TrainingRun
+from flatgpt.training.setup import TrainingRun, count_eval_tokens
 from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
-FIXED = ("stride", "seed", "optimizer", "init_from")
+FIXED = ("stride", "seed", "optimizer", "init_from", "eval_tokens")
 BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
-SILENT = (*START_ONLY, "out_dir", "epochs", "warmup_fraction")  # the last two are resolved
+SILENT = (*START_ONLY, "out_dir", "epochs", "warmup_fraction", "eval_batches")  # the last three are resolved
 
 # ---------------------------------------------------------------------------------------------------------------------
 # contents of a checkpoint
@@ -181,6 +181,7 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
         UserError: a setting that identifies a run differs: model, batch, seed, data or tokenizer. All are listed.
     """
     config, saved = run.config, state["config"]
+    saved = {**saved, "eval_tokens": count_eval_tokens(saved) or None}
     current = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples, as in state.json
     fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
     if math.prod(saved[k] for k in BATCH) != math.prod(current[k] for k in BATCH):  # sequences per update

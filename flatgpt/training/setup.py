@@ -120,6 +120,12 @@ def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainC
     return dataclasses.replace(config, vocab_size=vocab_size, max_iters=max_iters, stride=windows.stride), windows
 
 
+def count_eval_tokens(config: dict) -> int:
+    """Return the number of validation tokens (0: all) of a run's settings, whose older form is eval_batches."""
+    batches = config.get("eval_batches") or 0
+    return config.get("eval_tokens") or batches * config["batch_size"] * config["context_length"]
+
+
 def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) -> DeviceSettings:
     """Return the device, dtype and compile setting of a run. On CPUs, rank 0 measures the faster dtype for `auto`.
 
@@ -177,8 +183,11 @@ def build_run(
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
         warmup_iters = round(config.warmup_fraction * decay_iters)
+    # the same validation windows in the whole run, even if a resume changes batch_size
+    same_batches = resumed and config.eval_batches and config.eval_batches == resumed["config"].get("eval_batches")
     config = dataclasses.replace(
         config,
+        eval_tokens=count_eval_tokens(resumed["config"] if same_batches else vars(config)) or None,
         lr_decay_iters=decay_iters,
         warmup_iters=warmup_iters,
         dtype=str(device_settings.dtype).removeprefix("torch."),

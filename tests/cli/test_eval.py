@@ -154,7 +154,7 @@ def test_the_protocol_says_what_is_special(cli):
     """A part of the split; end-of-text in front, where the model's data never had it."""
     got, never = report("--eval_batches", 2, "--batch_size", 4, "--split", "train"), "which is not in the model's"
     assert (got["tokens"], got["eval_batches"], got["text"]) == (2 * 4 * T, 2, "data/tiny train")
-    assert got["protocol_means"].endswith("; first 2 batches")
+    assert got["protocol_means"].endswith(f"; first {2 * 4 * T} tokens")
     ids = np.fromfile("data/tiny/train_000000.bin", dtype="<u2")[: 2 * 4 * T + 1]
     text = bytes(ids[ids != EOT].astype(np.uint8)).decode(errors="replace")
     assert (got["words"], got["lines"]) == (len(text.split()), text.count("\n"))

@@ -64,6 +64,7 @@ REFUSALS = [
     ("infer", "--stop= --stop x", "stop = ''"),
     ("infer", "--quantize int8 --dtype float32", "quantize = int8", "leave out dtype"),
     ("infer", "--quantize int4", "--quantize = int4", "int8"),
+    ("eval", "--eval_tokens 5 --eval_epochs 2", "eval_batches and eval_tokens exclude each other"),
     ("infer", "- --interactive", "- and --interactive exclude each other"),
     ("infer", "--prompt p --prompts_file x --json y", "--prompt and --prompts_file exclude each other"),
     ("infer", "--interactive --json x", "--interactive generates one text per prompt"),

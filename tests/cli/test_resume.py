@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -313,6 +314,37 @@ def test_differences_that_are_allowed_are_printed(here):
         *("batch_size = 1 (was 4)", "grad_accum_steps = 4 (was 1)"),
         *("attention = manual (was flash)", "activation_checkpointing = True (was False)"),
     }
+
+
+@pytest.mark.parametrize(
+    ("saved", "words", "tokens"),
+    [
+        ({"eval_batches": 3}, "--eval_batches 3", 3 * 4 * 32),  # by a version without eval_tokens
+        ({"eval_batches": 3}, "--eval_tokens 384", 3 * 4 * 32),
+        ({"eval_batches": 3}, "--eval_batches 4", "eval_tokens = 256 (was 384)"),  # 4 batches of 2 windows
+        ({"eval_batches": 3}, "", "eval_tokens = None (was 384)"),
+        ({"eval_batches": 3, "eval_tokens": 500}, "--eval_batches 3", 500),
+        ({"eval_batches": 0, "eval_tokens": 500}, "--eval_tokens 500", 500),
+        ({"eval_batches": 0, "eval_tokens": 500}, "--eval_tokens 501", "eval_tokens = 501 (was 500)"),
+        ({"eval_batches": None, "eval_tokens": None}, "--eval_tokens 0", None),
+        ({"eval_batches": 0}, "", None),
+    ],
+)
+def test_resumed_run_keeps_its_validation_windows(here, tmp_path, saved, words, tokens):
+    """Losses of other text are not comparable: best could move to a worse checkpoint."""
+    state = copy.deepcopy(checkpoint.read_state(RUN / "ckpt/last"))
+    del state["config"]["eval_tokens"]
+    state["config"].update(saved)
+    words = [*TINY, *map(str, SAME), "--batch_size", "2", "--grad_accum_steps", "2", *words.split()]
+    run = train.build_run(cli.parse(TrainConfig, words), resumed=state)
+    if isinstance(tokens, str):
+        with pytest.raises(UserError, match=re.escape(f"settings: {tokens}. ")):
+            resume.require_same_run(RUN / "ckpt/last", state, run)
+        return
+    assert run.config.eval_tokens == tokens
+    assert not any("eval" in line for line in resume.require_same_run(RUN / "ckpt/last", state, run))
+    (tmp_path / "config.toml").write_text(cli.recipe_text(run.config))
+    assert cli.parse(TrainConfig, ["--config", str(tmp_path / "config.toml")]).eval_tokens == tokens
 
 
 def test_another_machine_is_noted(here):

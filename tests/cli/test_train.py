@@ -197,6 +197,16 @@ def test_split_has_to_have_a_window_and_its_last_target(tiny_data):
     assert np.isfinite(train.evaluate(build("--context_length", T - 1)))
 
 
+def test_validation_windows_do_not_depend_on_the_batch(tiny_data):
+    """As many as eval_tokens needs, of the start of the split."""
+    val, T = open_dataset(Path("data/tiny")).tokens("val"), 32
+    ids = torch.from_numpy(val[: 4 * T + 1].astype(np.int64))
+    with torch.no_grad():
+        expected = float(build().model(ids[:-1].view(4, T), ids[1:].view(4, T)))
+    for words in ("--eval_tokens 97", "--eval_tokens 128 --batch_size 3", "--eval_batches 1", "--eval_epochs 1"):
+        assert train.evaluate(build(*words.split())) == pytest.approx(expected, rel=1e-6)
+
+
 def test_vocabulary_may_be_larger_than_that_of_the_data(tiny_data):
     assert weights(train_here("--vocab_size", 300))["transformer.wte.weight"].shape[0] == 320
 

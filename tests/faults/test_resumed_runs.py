@@ -288,7 +288,7 @@ def test_second_process_is_refused_touches_nothing_and_comes_after_a_crash(owner
     owner.kill()
     owner.wait()
     assert (RUN / ".lock").exists(), "a killed process does not remove it"
-    words = (*QUIET, "--lr_decay_iters", saved + 2, "--max_iters")
+    words = (*QUIET, "--eval_batches", 1, "--lr_decay_iters", saved + 2, "--max_iters")
     train_here(*words, saved + 1, "--resume", "auto")
     train_here(*words, saved + 2, "--resume")  # the run before released its lock
     assert checkpoint.read_state(RUN / "ckpt/last")["iter"] == saved + 2

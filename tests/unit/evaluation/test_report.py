@@ -2,7 +2,7 @@
 
 import math
 
-from flatgpt.evaluation.report import smol, table
+from flatgpt.evaluation.report import draw_positions, smol, table
 
 FACTS = {"model": "out/a", "iter": 1500, "dtype": "float32", "text": "data/x val", "window": 16}
 FACTS |= {"protocol": "window", "protocol_means": "once"}
@@ -45,6 +45,14 @@ def test_table():
     assert lines[-1] == "loss by position  the windows differ: see --json or --plot"
     assert "window            16         8           tokens" in lines
     assert len(lines) == len(TWO.splitlines()) - 1
+
+
+def test_plot_shows_any_name(recwarn):
+    """Dollar signs were mathematics, and ended in a traceback; a font lacks some characters."""
+    one, two = reports()
+    image = draw_positions([one | {"model": "out/$\\frac$", "text": "a$_\x1b東.txt"}, two])
+    assert image.startswith(b"\x89PNG")
+    assert not recwarn.list
 
 
 def test_smols_six_lines_and_the_names_of_several_models():

@@ -48,6 +48,8 @@ def test_a_log_comes_back(tmp_path):
         (b"\xef\xbb\xbfiter,val_loss\r\n0,5\r\n10,4\r\n", [0, 10]),
         (b"step,val_loss\n0,5\n10,4\n", []),
         (b"val_loss,iter\n5,0\n4,\n,20\n", [0, 20]),
+        (b"# mine\niter;val_loss\r\n0;5,5\r\n10;4,5", [0, 10]),
+        ("iter\tval_loss\n0\t5\n10\tgood\n".encode("utf-16"), [0, 10]),
     ],
 )
 def test_what_a_writer_or_a_crash_leaves(tmp_path, content, iters):
@@ -55,6 +57,14 @@ def test_what_a_writer_or_a_crash_leaves(tmp_path, content, iters):
     found = history.read(tmp_path)
     assert found["iter"] == iters
     assert len(found["val_loss"]) == len(found) == len(iters)
+
+
+def test_what_is_skipped_is_said(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("iter;val_loss;note\n0;5,5;\n10;4,5;good\n\n# the\x1b end\n20;3,5\n")
+    found = history.read(tmp_path)
+    assert (found["iter"], found["val_loss"], found.best) == ([0, 10], [5.5, 4.5], (10, 4.5))
+    text = f"warning: {tmp_path}/metrics.csv: 3 lines or cells are skipped: 'good' ...\n"
+    assert capsys.readouterr().err == text
 
 
 def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
