@@ -202,7 +202,7 @@ class FolderLock(contextlib.AbstractContextManager):
                 time.sleep(0.1)
                 continue
             try:
-                with naming(claim), file:
+                with naming(self.folder / ".lock"), file:
                     self._content = "\n".join([*_identify(os.getpid()), str(os.fstat(file.fileno()).st_ino)])
                     file.write(self._content.encode())
                 if _read_lock(self._path)[0] == found:

@@ -9,7 +9,6 @@ import pytest
 
 from config import UserError
 from flatgpt.runs.lock import RunLock
-from flatgpt.runtime.files import in_use
 
 
 @pytest.fixture
@@ -79,14 +78,3 @@ def test_overwrite_renames_runs_only_and_not_the_current_folder(in_tmp, locked):
     os.chdir(shutil.copytree(old, in_tmp / "copy") / "below")
     with pytest.raises(UserError, match="contains the current folder and is not renamed"):
         locked(Path("..")).prepare_folder(overwrite=True)
-
-
-def test_in_use_sees_a_lock_and_writes_nothing(tmp_path, locked):
-    assert not in_use(tmp_path)
-    assert not list(tmp_path.iterdir())
-    first = locked(tmp_path)
-    before = (tmp_path / ".lock").read_text()
-    assert in_use(tmp_path)
-    assert (tmp_path / ".lock").read_text() == before
-    first.__exit__()
-    assert not in_use(tmp_path)
