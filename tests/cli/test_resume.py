@@ -36,7 +36,8 @@ def here(tiny_home, monkeypatch) -> Path:
 def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> int | None:
     """Return the iteration that a run would resume from."""
     with resume.RunLock(run) as lock:
-        found = resume.find_resume_checkpoint(lock, how and str(how), overwrite)
+        config = TrainConfig(resume=how and str(how), overwrite=overwrite, out_dir=str(run))
+        found = resume.find_resume_checkpoint(lock, config)
     return found and found[1]["iter"]
 
 
@@ -48,13 +49,16 @@ def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> in
         (RUN, {}, 60),
         (RUN / "ckpt/last", {}, 60),
         (RUN / "ckpt/iter_000030", {}, 30),
+        (RUN / "config.toml", {}, 60),
+        (RUN / "ckpt/iter_000030/state.json", {}, 30),
+        (RUN / "ckpt", {}, "there is no checkpoint; give a run's folder .* or a checkpoint"),
         (None, {"overwrite": True}, None),
         (None, {}, r"already contains a run \(at iter 60\): add --resume .* or --overwrite"),
         (None, {"run": NEW}, None),
         ("auto", {"run": NEW}, None),
         (RUN / "ckpt/iter_000030", {"run": NEW}, 30),
-        ("latest", {"run": NEW}, "nothing to resume in out/new: there is no checkpoint; start without --resume"),
-        ("out/none", {"run": NEW}, "nothing to resume in out/none: there is no checkpoint"),
+        ("latest", {"run": NEW}, "nothing to resume in out/new: no such folder; start without --resume"),
+        ("out/none", {"run": NEW}, "nothing to resume in out/none: no such folder; give a run's folder"),
     ],
 )
 def test_forms_of_resume(here, how, settings, found):
@@ -72,10 +76,13 @@ def test_folder_that_cannot_be_written_to_is_refused(in_tmp, monkeypatch):
         find(None, run=NEW)
 
 
+NO_RECIPE = b'{"format": 1, "iter": 60, "config": {}, "files": {}, "recipe": [1]}'
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
     """Unless the damaged one was asked for. Nothing starts from the beginning over a damaged run."""
     newest, before = RUN / "ckpt/iter_000060", RUN / "ckpt/iter_000030"
-    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}'):
+    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}', NO_RECIPE):
         (newest / "state.json").write_bytes(content)
         assert [find(how) for how in ("latest", "auto", RUN)] == [30, 30, 30]
         assert f"warning: {newest}/state.json is missing or damaged" in capsys.readouterr().out
@@ -175,6 +182,7 @@ def settings(words: str = "--resume") -> dict:
         ("--resume out/quickstart", {}),
         ("--resume out/quickstart/ckpt/iter_000030", {}),
         ("--resume out/quickstart/ckpt/best", {}),
+        ("--resume out/quickstart/metrics.csv", {}),
         ("--resume link", {}),
         ("--resume out/quickstart/ckpt/last --out_dir out/new", {"out_dir": "out/new"}),
         ("--resume backup/iter_000030 --out_dir out/new", {"out_dir": "out/new"}),
@@ -208,7 +216,7 @@ def test_a_new_run_inherits_nothing(run_copy):
     for words in ("--resume auto --out_dir out/none", "--resume auto --config quickstart --out_dir out/none"):
         assert (settings(words)["lr"], settings(words)["max_iters"]) == (TrainConfig.lr, TrainConfig.max_iters)
     for words in ("--resume --out_dir out/none", "--resume out/none --plan"):
-        with pytest.raises(UserError, match="nothing to resume in out/none: there is no checkpoint"):
+        with pytest.raises(UserError, match="nothing to resume in out/none: no such folder"):
             settings(words)
 
 
