@@ -88,7 +88,7 @@ def main(config: PrepareConfig) -> None:
     if "train" not in meta["splits"]:
         return
     name = folder.name
-    recipes = {path.stem: tomllib.loads(path.read_text()) for path in sorted(RECIPES.glob("*.toml"))}
+    recipes = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.toml"))}
     recipes = [key for key, r in recipes.items() if r.get("dataset") == name and "init_from" not in r]
     recipes.sort(key=lambda key: key != name)  # the recipe of that name first
     args = ["--config", recipes[0]] if recipes else ["--dataset", name, "--out_dir", f"out/{name}"]

@@ -27,7 +27,7 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import cpu_name, find_device
 from flatgpt.runtime.files import write_json, write_output
 
-SUITES = tomllib.loads((REPO_ROOT / "flatgpt/benchmarks/suites.toml").read_text())
+SUITES = tomllib.loads((REPO_ROOT / "flatgpt/benchmarks/suites.toml").read_text(encoding="utf-8"))
 DATASETS = ("shakespeare", "shakespeare_byte")  # that the rows use
 GRACE_SECONDS = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 s for a hanging test
 # columns of the Markdown table

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from config import UserError, first_line
 from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
 
 CHUNK_BYTES = 4 << 20  # approximate size of a chunk and of a task
@@ -164,7 +164,7 @@ def read_errors(path: Path):
         yield
     except (OSError, ValueError, NotImplementedError) as error:  # includes those of pyarrow
         remedy = "; if it is damaged or incomplete, move it away and download or copy it again"
-        reason = getattr(error, "strerror", None) or f"{str(error).partition(chr(10))[0].rstrip('.')}{remedy}"
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".") + remedy
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 

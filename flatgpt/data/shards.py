@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -199,7 +200,8 @@ class Tokens:
 
     def __init__(self, files: list[tuple[Path, int | None]], n_vocab: int | None = None):
         self.n_vocab = n_vocab
-        open_file = functools.lru_cache(os.sysconf("SC_OPEN_MAX") // 4)(_OpenFile)  # a run can read three splits
+        limit = os.sysconf("SC_OPEN_MAX") // 4 if hasattr(os, "sysconf") else 128  # a run can read three splits
+        open_file = functools.lru_cache(limit)(_OpenFile)
         self.shards = [_Shard(path, count, open_file) for path, count in files]
         self.starts = np.cumsum([0, *(shard.count for shard in self.shards)])
 
@@ -240,15 +242,20 @@ class _OpenFile:
 
     def __init__(self, path: str):
         with read_errors(path):
-            self.number = os.open(path, os.O_RDONLY)  # close-on-exec is Python's default
+            self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # close-on-exec is Python's default
             weakref.finalize(self, os.close, self.number)
             status = os.fstat(self.number)
+        self.lock = threading.Lock()
         self.path, self.identity = path, (status.st_ino, status.st_mtime_ns, status.st_size)
 
     def read(self, size: int, offset: int) -> bytes:
         """Return up to `size` bytes. pread has no position, so that several threads can read."""
         try:
-            return os.pread(self.number, size, offset)
+            if hasattr(os, "pread"):
+                return os.pread(self.number, size, offset)
+            with self.lock:  # Windows
+                os.lseek(self.number, offset, os.SEEK_SET)
+                return os.read(self.number, size)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read at byte {offset:,}: {error.strerror}") from None
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import tiktoken
 
-from config import UserError
+from config import UserError, first_line
 from flatgpt.inference.writer import Text, Writer
 
 ALTERNATIVES = 5  # number of most likely tokens to list for each token
@@ -114,10 +114,10 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
             head=POLICY,
             **dict.fromkeys(DISABLED, False),
         )
-    except OSError:
+    except OSError as error:
         raise UserError(
-            f"server_name = {server_name}, server_port = {server_port}: cannot listen: the port is in use, "
-            "or the address does not belong to this machine; choose others, or leave them out"
+            f"server_name = {server_name}, server_port = {server_port}: cannot listen: {first_line(error)}; "
+            "if the port is in use or is of another machine, choose others, or leave them out"
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
     print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tiktoken import Encoding
 from torch import Tensor
 
-from config import ModelConfig, SamplingConfig, TrainConfig, UserError
+from config import ModelConfig, SamplingConfig, TrainConfig, UserError, first_line
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop.hub import CONFIG, LOCAL_SETTINGS, card_body, hub_name, model_card
@@ -279,7 +279,7 @@ def write_folder(out: Path, files: dict[str, Content], verify: Callable[[Path], 
                 os.fsync(file.fileno())
         os.rename(partial, folder)  # replaces an empty folder
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         needed = sum(file_sizes(files).values()) / 1e6
         raise UserError(
             f"{out} cannot be written: {reason}; {needed:,.1f} MB are needed; no files were written"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from config import first_line
 from flatgpt.runtime.files import atomic_write, write_output
 
 if TYPE_CHECKING:
@@ -201,8 +202,8 @@ class RunLog:
             call(wandb, self.wandb_run)
         except Exception as error:
             if not self._warned:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                tqdm.write(f"warning: wandb: {reason}; the missing data is in {self.folder}", file=sys.stderr)
+                text = f"warning: wandb: {first_line(error)}; the missing data is in {self.folder}"
+                tqdm.write(text, file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
@@ -314,8 +315,9 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
         return None
     try:
         import wandb
-    except ImportError:
-        print("warning: wandb is not installed (pip install wandb); continuing without it", file=sys.stderr)
+    except Exception as error:  # not installed, or a broken installation
+        text = f"warning: wandb: {first_line(error)}; continuing without it (to install it: pip install wandb)"
+        print(text, file=sys.stderr)
         return None
 
     settings = {"project": project, "name": run_dir.name, "id": run_id, "resume": "allow", "config": config}
@@ -329,7 +331,7 @@ def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: st
             return run
         except Exception as error:  # UsageError, CommError, and other errors without a common base class
             fallback = "logging offline, wandb sync uploads it" if attempt == "online" else "continuing without wandb"
-            print(f"warning: wandb {attempt}: {str(error).splitlines()[0]}; {fallback}", file=sys.stderr)
+            print(f"warning: wandb {attempt}: {first_line(error)}; {fallback}", file=sys.stderr)
             wandb.teardown()  # otherwise its service still holds the run's id
     return None
 

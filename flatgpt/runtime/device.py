@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError
+from config import UserError, first_line
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,9 +64,14 @@ class DeviceSettings:
             getattr(torch, self.device.type).synchronize()
 
     def peak_memory_gb(self) -> float:
-        """Return the peak memory in 10^9 bytes: allocated GPU memory on CUDA, else resident memory of the process."""
+        """Return the peak memory in 10^9 bytes: allocated GPU memory on CUDA, else resident memory of the process.
+
+        On Windows, the latter is NaN.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
+        if resource is None:
+            return math.nan
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux KiB
 
@@ -137,8 +147,8 @@ def _keep_freed_memory() -> None:
 
     Blocks over 256 MB are still returned: keeping them would fragment the heap (docs/speed.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # missing on macOS and musl
-    if mallopt is not None:
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # missing on macOS, musl and Windows
+        mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**28)
@@ -207,8 +217,7 @@ def _compiling(warn: Callable[[str], None]) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # missing compilers, libraries and folders raise errors of many types
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        warn(f"warning: torch.compile failed, continuing without it: {lines[0]}")
+        warn(f"warning: torch.compile failed, continuing without it: {first_line(error)}")
         compiler.failed = True
 
 
@@ -257,18 +266,15 @@ def compile_forward(
     getattr(model, "module", model).exclude_loss_from_compile(partial(compile_or_run, warn=warn))
     compiled, checked = compile_or_run(model, warn=warn), False
 
-    def first_step(x: Tensor, y: Tensor) -> None:  # compiles forward and backward
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            loss = compiled(x, y)
-            with torch.autocast(x.device.type, enabled=False):  # as in training
-                loss.backward()
-
     def forward(x: Tensor, y: Tensor) -> Tensor:
         nonlocal checked
         if not checked:
-            # no collective: a rank's compiler may fail
-            with getattr(model, "no_sync", contextlib.nullcontext)(), _compiling(warn):
-                first_step(x, y)
+            # Compile forward and backward without a collective, as a rank's compiler may fail.
+            fork_rng = torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else [])
+            with getattr(model, "no_sync", contextlib.nullcontext)(), _compiling(warn), fork_rng:
+                loss = compiled(x, y)
+                with torch.autocast(x.device.type, enabled=False):  # as in training
+                    loss.backward()
             compiler.failed, checked = not agree(not compiler.failed), True
             model.zero_grad(set_to_none=True)
         return compiled(x, y)

@@ -24,12 +24,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError
+from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError, first_line
 from flatgpt.runtime.device import find_device
 
-# parts of the error messages of Gloo, the store and NCCL
-PEER_EXITED = ("closed by peer", "reset by peer", "Broken pipe", "ocket", "recvValue", "sendBytes")
-PEER_EXITED += ("ncclRemoteError", "remote process exited")
+# What errors of Gloo, the TCP store and NCCL contain if another rank has exited.
+PEER_EXITED = "closed by peer|reset by peer|broken pipe|got 0 bytes|ncclRemoteError"
 
 
 @dataclass(frozen=True)
@@ -199,14 +198,17 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
         time.sleep(1)  # rank 0 holds the store that the other ranks still need
         raise
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        if re.search("timed? ?out", first_line, re.IGNORECASE):
+        reason = first_line(error)
+        if not isinstance(error, dist.DistError) and "/gloo/" not in reason:
+            raise
+        unresponsive = dist.is_initialized() and re.search("timed? ?out", reason, re.IGNORECASE)
+        if not unresponsive and not re.search(PEER_EXITED, str(error), re.IGNORECASE):
+            raise
+        what = "no response" if unresponsive else "another rank has exited, so this one exits"
+        print(f"rank {ranks.rank}: {what} ({reason})", file=sys.stderr, flush=True)
+        if unresponsive:
             advice = "; --resume continues from the last checkpoint" * isinstance(config, TrainConfig)
             _report_unresponsive_ranks(ranks, config.rank_timeout, advice)
-        elif not any(part in str(error) for part in PEER_EXITED):
-            raise
-        else:
-            print(f"rank {ranks.rank}: another rank has exited, so this one exits ({first_line})", file=sys.stderr)
         time.sleep(3)  # torchrun reports the first process that exits as the cause, and ends the others
         os._exit(1)  # destroying a process group whose peers have exited can hang
 

@@ -32,7 +32,9 @@ class StopRequest:
         self.signal: int | None = None
         self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._among_ranks, self._parent = among_ranks, os.getppid()
-        self._handlers = {s: signal.signal(s, self._record) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        names = "SIGINT", "SIGTERM", "SIGUSR1"  # Windows does not have the last one
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._handlers = {number: signal.signal(number, self._record) for number in numbers}
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)

@@ -322,4 +322,4 @@ def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
 def test_wandb_that_is_not_installed_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert start_wandb("online", "flatgpt", tmp_path, {}) is None
-    assert capsys.readouterr().err.startswith("warning: wandb is not installed (pip install wandb)")
+    assert re.match("warning: wandb: .* continuing without it .*pip install wandb", capsys.readouterr().err)

@@ -1,5 +1,7 @@
 """distributed.py in one process: how an update is divided, and what torchrun's environment must be."""
 
+import atexit
+import os
 import re
 import sys
 
@@ -10,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError
+from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError, first_line
 from flatgpt.runtime.distributed import (
     SINGLE_PROCESS,
     DistributedContext,
@@ -108,6 +110,46 @@ def test_a_single_process_makes_no_process_group(set_ranks, values):
         assert ranks.run_on_rank0(lambda: 5) == 5
         ranks.require_equal({"dataset": "hash"})
         ranks.barrier()
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+NCCL = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.27.3\n{}\nLast error:\n{}"
+SHM = "Error while creating shared memory segment /dev/shm/nccl-8x2V (size 9637888)"
+
+
+@pytest.mark.parametrize(
+    ("error", "exited"),
+    [
+        (RuntimeError(f"{GLOO}Connection closed by peer [127.0.0.1]:4711"), True),
+        (RuntimeError(f"{GLOO}Read error [127.0.0.1]:4711: Connection reset by peer"), True),
+        (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
+        (dist.DistBackendError(NCCL.format("remote process exited or", "ncclRemoteError: A call failed", "-")), True),
+        (
+            dist.DistBackendError(NCCL.format("unhandled system error", "ncclSystemError: (e.g. socket, malloc)", SHM)),
+            False,
+        ),
+        (dist.DistNetworkError("The server socket has failed to listen on any local network address"), False),
+        (dist.DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined."), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (RuntimeError("Broken pipe"), False),
+        (RuntimeError(), False),
+    ],
+)
+def test_only_known_errors_mean_that_another_rank_has_exited(set_ranks, monkeypatch, capsys, waits, error, exited):
+    """Others keep their traceback: NCCL's for a small /dev/shm mentions sockets, too."""
+
+    def leave(code: int):
+        raise SystemExit(f"exit {code}")
+
+    set_ranks(0, 0, 2, 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda *words, **more: None)
+    monkeypatch.setattr(atexit, "register", lambda *words: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(BaseException) as left, join_process_group(TrainConfig(grad_accum_steps=2)):  # noqa: PT011
+        raise error
+    assert str(left.value) == "exit 1" if exited else left.value is error
+    expected = f"rank 0: another rank has exited, so this one exits ({first_line(error)})\n"
+    assert capsys.readouterr().err == expected * exited
 
 
 # ---------------------------------------------------------------------------------------------------------------------
