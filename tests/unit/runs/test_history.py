@@ -77,7 +77,10 @@ def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
     assert history.read(tmp_path).parameters == gpt2_parameters(ModelConfig(n_embd=16, vocab_size=10))
     state.write_text('{"config": {"n_embd": 16, "vocab_size": 10}, "parameters": 7}')
     assert history.read(tmp_path).parameters == 7
-    for broken in ("[", 100_000 * "["):
+    for wrong in ("x", [1], 1e400):
+        state.write_text(json.dumps({"config": {"n_embd": wrong, "vocab_size": 10}, "parameters": wrong}))
+        assert history.read(tmp_path).parameters is None
+    for broken in ("[", 100_000 * "[", '{"config": 3}'):
         state.write_text(broken)
         assert history.read(tmp_path).settings["n_embd"] == 8
 
