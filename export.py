@@ -39,7 +39,7 @@ def main(config: ExportConfig) -> None:
     note(f"{source.describe()}, tokenizer {source.tokenizer}; exported as {config.dtype}")
     model, encoding = loading.load(source, "cpu", config.context_length)
     files, convert = {}, not (config.space and source.state)  # a Space loads a flatGPT checkpoint without conversion
-    if convert and (problems := export_problems(model, config.verify)):
+    if convert and (problems := export_problems(model.config)):
         raise UserError(f"{source.path} cannot be exported: {'; '.join(problems)}")
     check = None
     if config.verify and not config.dry_run:

@@ -29,10 +29,9 @@ from config import ExportConfig, ModelConfig, SamplingConfig, TrainConfig, UserE
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop.hub import CONFIG, LOCAL_SETTINGS, card_body, hub_name, model_card
-from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
+from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, POSITIONS, ModelSource
 from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
-from flatgpt.interop.verification import GPT2
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 from flatgpt.runtime.files import fsync
 from model import GPT
@@ -97,20 +96,13 @@ def hugging_face_files(
     }
 
 
-def export_problems(model: GPT, edits: bool = True) -> list[str]:
-    """Return why Hugging Face's GPT-2 cannot compute the model, one sentence per reason.
-
-    Args:
-        edits: report an edited adjust_logits.
-    """
-    config, problems = model.config, []
-    logits = torch.zeros(1, config.vocab_size, device=model.lm_head.weight.device)
+def export_problems(config: ModelConfig) -> list[str]:
+    """Return why Hugging Face's GPT-2 cannot compute the model of a config, one sentence per reason."""
+    problems = []
     if config.position != "learned":
         problems.append(f"position = {config.position}: Hugging Face's GPT-2 supports learned positions only")
     if config.head_bias:
         problems.append("head_bias = true: Hugging Face's GPT-2 has no bias on its output head")
-    if edits and model.adjust_logits(logits) is not logits:
-        problems.append("adjust_logits in model.py changes the logits, which Hugging Face's GPT-2 does not")
     return problems
 
 
@@ -119,20 +111,16 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
 
     Returns:
         contiguous tensors, dtype unchanged: Conv1D matrices as (in, out), (vocab_size, n_embd) tables without padding,
-        zeros for biases that the config turns off. A tied head is stored only as the embedding. Tensors that an edited
+        zeros for absent biases. A tied head is stored only as the embedding. Tensors that an edited
         model.py adds are unchanged.
     """
-    weights, config, converted = model.state_dict(), model.config, {}
-    for name, tensor in weights.items():
+    converted = {}
+    for name, tensor in model.state_dict().items():
         if name in (EMBEDDING, HEAD):
-            tensor = tensor[: config.vocab_size]
+            tensor = tensor[: model.config.vocab_size]
         converted[name] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous()
-    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
-    with torch.device("meta"):
-        tensors = GPT2(hugging_face_config(config, 0, "")).state_dict()
-    for name, tensor in tensors.items():
-        if name.endswith("bias") and not (attn_bias if ".attn." in name else config.bias):
-            converted.setdefault(name, torch.zeros(tensor.shape, dtype=weights[EMBEDDING].dtype))
+        if name.endswith(".weight") and name not in (EMBEDDING, HEAD, POSITIONS):
+            converted.setdefault(f"{name.removesuffix('weight')}bias", tensor.new_zeros(len(tensor)))
     return converted
 
 

@@ -7,6 +7,7 @@ torch is imported: torch, tiktoken and huggingface_hub are imported only by the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, first_line, run_dir
-from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name, indexed_files
+from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import RECIPE, STATE, folders, follow, gpt2_parameters, read_state, read_table, run_of
 from flatgpt.runtime.files import read_json, wrong_kind
 
@@ -153,26 +154,23 @@ def read_config(path: str) -> ModelConfig:
         raise UserError(f"{file} is damaged: {problems[0]}")
     # A model of this size will be built before its weights are read. In an edited model.py, blocks may share weights.
     stored, parameters = _stored_numbers(location), gpt2_parameters(config)
-    if parameters > stored * (100 if is_flatgpt(location) else 2):
+    if parameters > 20 * stored:
         sizes = f"it describes a model of {parameters:,} parameters, but the weights have {stored:,}"
         raise UserError(f"{file} is damaged: {sizes}; copy it again, or choose another model")
     return config
 
 
 def _stored_numbers(location: Path) -> float:
-    """Return how many numbers the weights at a result of `find` have; infinity if they cannot be read."""
+    """Return how many numbers the weights at a result of `find` have; infinity if no file can be read."""
     if is_nanogpt(location):
         return sum(tensor.numel() for tensor in read_nanogpt(location)["model"].values())
     from safetensors import SafetensorError, safe_open
 
     stored = 0
-    try:
-        for name in [WEIGHTS] if (location / WEIGHTS).exists() else indexed_files(location / INDEX):
-            with safe_open(location / name, "np") as file:
-                stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError, UserError):  # loading names the cause
-        return math.inf
-    return stored
+    for path in location.glob("*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+            stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return stored or math.inf
 
 
 def _checked(file: Path, key: str, value, field: dataclasses.Field):

@@ -35,17 +35,6 @@ sys.stdout.buffer.write(logits.numpy().tobytes())
 """
 
 
-class Conv1D(nn.Module):
-    """A linear layer whose weight is (in, out)."""
-
-    def __init__(self, rows: int, columns: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(rows, columns)), nn.Parameter(torch.empty(columns))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
 class GPT2Block(nn.Module):
     """A block of GPT2."""
 
@@ -54,8 +43,8 @@ class GPT2Block(nn.Module):
         C, self.n_head = config["n_embd"], config["n_head"]
         hidden, activation = config["n_inner"] or 4 * C, ACTIVATIONS[config["activation_function"]]()
         self.ln_1, self.ln_2 = (nn.LayerNorm(C, config["layer_norm_epsilon"]) for _ in range(2))
-        self.attn = nn.ModuleDict({"c_attn": Conv1D(C, 3 * C), "c_proj": Conv1D(C, C)})
-        layers = {"c_fc": Conv1D(C, hidden), "activation": activation, "c_proj": Conv1D(hidden, C)}
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
+        layers = {"c_fc": nn.Linear(C, hidden), "activation": activation, "c_proj": nn.Linear(hidden, C)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +55,7 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Hugging Face's GPT2LMHeadModel of a config.json that export.py writes: the same tensors, and the same logits."""
+    """Hugging Face's GPT2LMHeadModel of a config.json that export.py writes, with nn.Linear for Conv1D."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -110,11 +99,12 @@ def gpt2_outputs(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: tensors are missing or unknown, or their shapes differ from those of config.json.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config, weights = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    weights = {name: tensor.t() if ".h." in name and tensor.dim() == 2 else tensor for name, tensor in weights.items()}
     with torch.device("meta"):
         model = GPT2(config)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(textwrap.shorten(str(error), 400)) from None
     return model_outputs(model.float(), config["vocab_size"], config["n_positions"])
@@ -126,8 +116,7 @@ def space_outputs(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the model cannot be loaded there.
     """
-    vocabulary = folder / "tiktoken_cache"
-    environment = os.environ | ({"TIKTOKEN_CACHE_DIR": str(vocabulary)} if vocabulary.exists() else {})
+    environment = os.environ | {"TIKTOKEN_CACHE_DIR": "tiktoken_cache"}
     # -B: no __pycache__, which would contain local paths
     done = subprocess.run([sys.executable, "-B", "-c", SPACE_LOGITS], cwd=folder, env=environment, capture_output=True)
     if done.returncode:

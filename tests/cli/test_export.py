@@ -203,11 +203,7 @@ def changed_nn(**changes) -> types.SimpleNamespace:
 
 
 EDITS = {  # the changed name in model.py, its new value, and the difference that is named
-    "RMSNorm": (
-        "nn",
-        changed_nn(LayerNorm=lambda C, bias: torch.nn.RMSNorm(C)),
-        'Missing key.* "transformer.h.0.ln_1.bias"',
-    ),
+    "RMSNorm": ("nn", changed_nn(LayerNorm=lambda C, bias: torch.nn.RMSNorm(C)), "differ at transformer.h.0.ln_1"),
     "no mean": ("nn", changed_nn(LayerNorm=WithoutMean), "differ at transformer.h.0.ln_1"),
     "residual": ("Block", ScaledResidual, "differ at transformer.h.0.ln_2"),
     "parameter": ("Block", WithGain, 'Unexpected key.* "transformer.h.0.gain"'),
@@ -216,7 +212,7 @@ EDITS = {  # the changed name in model.py, its new value, and the difference tha
     "attention": ("attention", scaled_attention, "differ at transformer.h.0.attn.c_proj"),
     "window": ("attention", window_attention, "differ at transformer.h.0.attn.c_proj"),
     "activation": ("ACTIVATIONS", {"gelu_tanh": torch.nn.SiLU}, "differ at transformer.h.0.mlp.activation"),
-    "soft-cap": ("GPT.adjust_logits", lambda self, logits: 15 * torch.tanh(logits / 15), "adjust_logits in model.py"),
+    "soft-cap": ("GPT.adjust_logits", lambda self, logits: 15 * torch.tanh(logits / 15), "differ at logits"),
     "logits": ("GPT.compute_logits", lambda self, x: self.lm_head(x)[..., :257] / 2, "differ at logits"),
 }
 
