@@ -99,7 +99,7 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
         stop_flags.append(bool(ranks.all_reduce_max(stop_reason())[0]))
         return not stop_flags[-1]
 
-    # Without gradients, activations of one block are held at a time: memory does not exceed that of an update.
+    # an update holds the activations of all blocks, an evaluation those of one
     blocks = 1 if config.activation_checkpointing else config.n_layer
     batch_size = min(config.batch_size * blocks, default_batch_size(T, run.device_settings.device))
     batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_tokens or 0, ranks)

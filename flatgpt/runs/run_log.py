@@ -285,14 +285,13 @@ def parse_rows(content: bytes, skipped: list[str]) -> Iterator[tuple[list[str], 
             columns, at = cells, cells.index("iter")
             yield columns, []
         elif len(cells) == len(columns) and re.fullmatch(r"[0-9]{1,18}", cells[at]):
-            values = []
+            values = [math.nan] * len(cells)
             for n, cell in enumerate(cells):
                 try:
-                    values.append(float(cell or "nan"))
+                    values[n] = float(cell or "nan")
                 except ValueError:
                     skipped.append(cell)
                     cells[n] = ""
-                    values.append(math.nan)
             yield cells, values
         elif line.strip():
             skipped.append(line)
