@@ -196,7 +196,7 @@ def train_loop(
 
 def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
     """Train on one rank. On return, DDP is freed before its process group is destroyed; otherwise it can hang."""
-    resume_from = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config.resume, config.overwrite))
+    resume_from = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config))
     run = build_run(config, ranks, resumed=resume_from[1] if resume_from else None)
     config, folder = run.config, Path(run.config.out_dir)
     print(reporting.summary(run))
