@@ -118,7 +118,7 @@ def read_state(folder: Path) -> dict | None:
     state = read_table(folder / STATE, json.loads)
     saved_hash = state.pop("sha256", None)  # earlier versions did not write one
     valid = {"format", "iter", "config", "files"} <= set(state) and type(state["iter"]) is int
-    valid = valid and all(isinstance(state[key], dict) for key in ("config", "files"))
+    valid = valid and all(isinstance(state.get(key, {}), dict) for key in ("config", "files", "recipe"))
     return state if valid and saved_hash in (None, hash_state(state)) else None
 
 
