@@ -48,6 +48,8 @@ def _convert(cls, field, value, from_words: bool):
     """Convert a value to its field's type. Raise ValueError if it is not among the choices or exceeds the limits."""
     value_type, optional = _value_type(cls, field)
     meta = field.metadata
+    if optional and value == "" and from_words:  # such as a shell variable that is not set
+        raise ValueError("it is empty; give a value, or none")
     if optional and isinstance(value, str) and value.lower() in {"none", meta.get("none", "none").lower()}:
         return None
     if value_type is tuple:

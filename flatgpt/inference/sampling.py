@@ -80,17 +80,17 @@ def top_p_threshold(probs: Tensor, top_p: float) -> Tensor:
     return largest.gather(-1, last)
 
 
-def sample(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Sample one id per row from softmax(logits), (B, V) -> (B), with the row's generator.
+def add_noise(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return numbers, (B, V), whose argmax is a sample of softmax(logits) per row, with the row's generator.
 
-    Gumbel-max sampling in its exponential form, the argmax of probability / exponential noise. Rounding differences
-    between batch sizes hardly ever change the result.
+    Gumbel-max sampling in its exponential form: probability / exponential noise. Rounding differences between batch
+    sizes hardly ever change the result.
     """
     noise = torch.empty_like(logits)
     for row, generator in zip(noise, generators, strict=True):
         row.uniform_(generator=generator)
     noise = -noise.clamp_min_(2.0**-25).log_()  # a uniform number can be 0
-    return (F.softmax(logits, dim=-1) / noise).argmax(-1)
+    return F.softmax(logits, dim=-1) / noise
 
 
 def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
@@ -158,12 +158,14 @@ def generate_batch(
         logits = torch.stack([logits_of[start] for start in starts])  # (B, V)
         for n in range(1, max_new_tokens + 1):
             scores = process_logits(logits[:, :n_vocab].float(), seen, options)
-            tokens = sample(scores, generators) if options.effective_temperature else scores.argmax(-1)
+            if options.effective_temperature:
+                scores = add_noise(scores, generators)
+            largest, tokens = scores.max(-1)
             seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
-            # -1: not finite. Copied with the ids, because each copy would be a synchronisation on CUDA.
-            checked = tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
+            # It is NaN if any logit is. -1 tells the host, without another synchronisation on CUDA.
+            checked = torch.where(largest.abs() < torch.inf, tokens, -1)
             host_tokens, step_queued = checked.to("cpu", non_blocking=on_cuda), False
             if on_cuda:
                 copied = torch.cuda.current_stream().record_event()

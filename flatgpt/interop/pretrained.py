@@ -7,8 +7,10 @@ torch is imported: torch, tiktoken and huggingface_hub are imported only by the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pickle
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, first_line, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
-from flatgpt.runs.history import RECIPE, STATE, folders, follow, read_state, read_table, run_of
+from flatgpt.runs.history import RECIPE, STATE, folders, follow, gpt2_parameters, read_state, read_table, run_of
 from flatgpt.runtime.files import read_json, wrong_kind
 
 NANOGPT = "ckpt.pt"
@@ -150,7 +152,25 @@ def read_config(path: str) -> ModelConfig:
     config = ModelConfig(**fields)
     if problems := config.problems():
         raise UserError(f"{file} is damaged: {problems[0]}")
+    # A model of this size will be built before its weights are read. In an edited model.py, blocks may share weights.
+    stored, parameters = _stored_numbers(location), gpt2_parameters(config)
+    if parameters > 20 * stored:
+        sizes = f"it describes a model of {parameters:,} parameters, but the weights have {stored:,}"
+        raise UserError(f"{file} is damaged: {sizes}; copy it again, or choose another model")
     return config
+
+
+def _stored_numbers(location: Path) -> float:
+    """Return how many numbers the weights at a result of `find` have; infinity if no file can be read."""
+    if is_nanogpt(location):
+        return sum(tensor.numel() for tensor in read_nanogpt(location)["model"].values())
+    from safetensors import SafetensorError, safe_open
+
+    stored = 0
+    for path in location.glob("*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+            stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return stored or math.inf
 
 
 def _checked(file: Path, key: str, value, field: dataclasses.Field):
@@ -178,6 +198,22 @@ def initial_shape(config: TrainConfig) -> dict[str, object]:
     return shape(read_config(config.init_from)) if config.init_from else {}
 
 
+def checkpoints_to_resume(config: TrainConfig) -> tuple[Path, list[Path]]:
+    """Return the path that config.resume names, and the checkpoints there, newest first, including damaged ones.
+
+    Raises:
+        UserError: there is no checkpoint, and config.resume is not `auto`.
+    """
+    named = config.resume not in ("latest", "auto")
+    path = folder_of(config.resume) if named else run_dir(config)
+    found = folders(path)
+    if not found and config.resume != "auto":
+        problem = "there is no checkpoint" if path.exists() else "no such folder"
+        remedy = "give a run's folder (out/NAME) or a checkpoint" if named else "start without --resume"
+        raise UserError(f"nothing to resume in {path}: {problem}; {remedy}")
+    return path, found
+
+
 def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
     """Return the settings of the run that config.resume names, for cli.parse; None if a new run starts.
 
@@ -187,30 +223,25 @@ def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
         tables of settings by file, config.toml before state.json; and what the run's recipe said.
 
     Raises:
-        UserError: there is nothing to resume.
+        UserError: as checkpoints_to_resume.
     """
-    if not config.resume or config.overwrite:  # the two are an error
+    path, found = checkpoints_to_resume(config) if config.resume and not config.overwrite else (None, [])
+    if not found:
         return None
-    named = config.resume not in ("latest", "auto")
-    path = follow(Path(config.resume)) if named else run_dir(config)
-    found, run = folders(path), run_of(path)
-    if not found and config.resume != "auto":
-        raise UserError(f"nothing to resume in {path}: there is no checkpoint; start without --resume")
-    folder, state = next(((each, state) for each in found if (state := read_state(each))), (None, None))
-    if state is None:  # a new run; or all checkpoints are damaged, which train.py reports
-        return None
+    folder = next(filter(read_state, found), found[0])
+    state = read_state(folder) or {"config": {}}  # train.py reports that all checkpoints are damaged
     saved = {key: value for key, value in state["config"].items() if value is not None}
     superseded = {one for one, other in EXCLUSIVE if other in saved}  # such as epochs: state.json has max_iters too
     saved = {key: saved[key] for key in saved.keys() & TrainConfig.__dataclass_fields__.keys() - superseded}
-    tables = {run / RECIPE: read_table(run / RECIPE, tomllib.loads)} if run else {}
-    tables[folder / STATE] = saved
-    own_folder = {"out_dir": str(run)} if named and run and not (config.out_dir or config.config) else {}
-
-    def inherited(table: dict) -> dict:
-        return {key: value for key, value in table.items() if key not in (*START_ONLY, "out_dir")}
-
-    tables = {file: table and inherited(table) | own_folder for file, table in tables.items()}
-    return tables, inherited(state.get("recipe", {}))
+    tables, recipe = {folder / STATE: saved}, state.get("recipe", {})
+    if run := run_of(path):
+        tables = {run / RECIPE: read_table(run / RECIPE, tomllib.loads)} | tables
+    for table in (*tables.values(), recipe):
+        for key in (*START_ONLY, "out_dir"):
+            table.pop(key, None)
+        if table and run and not (config.resume in ("latest", "auto") or config.out_dir or config.config):
+            table["out_dir"] = str(run)
+    return tables, recipe
 
 
 def read_tokenizer(path: str) -> str | None:

@@ -20,6 +20,7 @@ import torch
 
 from config import START_ONLY, TrainConfig, UserError
 from flatgpt import REPO_ROOT
+from flatgpt.interop.pretrained import checkpoints_to_resume, shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE
 from flatgpt.runs.history import follow, iteration_of, run_of
@@ -28,7 +29,7 @@ from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.nonfinite import require_resumable
-from flatgpt.training.optimizer import MuonAndAdamW
+from flatgpt.training.optimizer import Muon, MuonAndAdamW
 from flatgpt.training.setup import TrainingRun, count_eval_tokens
 from model import GPT
 
@@ -98,8 +99,6 @@ def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] 
     for name, value in os.environ.items():
         if re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name, re.IGNORECASE) and len(value) >= 8:
             command = command.replace(value, f"${name}")
-    if Path(config.config or "").resolve() == Path(config.out_dir, "config.toml").resolve():
-        recipe = {}  # the run's own settings
     return {
         "config": dataclasses.asdict(config),
         "recipe": (resume_from[1].get("recipe", {}) if resume_from else {}) | recipe,
@@ -130,13 +129,11 @@ def bitwise_conditions(run: TrainingRun) -> dict:
 # choice and validation of a checkpoint
 
 
-def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -> tuple[Path, dict] | None:
+def find_resume_checkpoint(lock: RunLock, config: TrainConfig) -> tuple[Path, dict] | None:
     """Return the verified checkpoint to resume from, with its state; None to start from scratch.
 
     Args:
         lock: the lock of the run's folder. This function acquires it.
-        resume: None, `latest`, `auto` (start from scratch if there is no run), or the folder of a run or checkpoint.
-        overwrite: allow an existing run, which RunLock.prepare_folder moves aside.
 
     Raises:
         UserError: the folder is in use; it contains a run, and neither resume nor overwrite is set; or there is
@@ -148,27 +145,24 @@ def find_resume_checkpoint(lock: RunLock, resume: str | None, overwrite: bool) -
         raise UserError(f"out_dir = {lock.folder}: {parent} {problem}; choose another --out_dir")
     lock.acquire()
     existing = checkpoint.folders(lock.folder)
-    if existing and not resume and not overwrite:
+    if existing and not config.resume and not config.overwrite:
         raise UserError(
             f"{lock.folder} already contains a run (at iter {iteration_of(existing[0])}): "
             "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
         )
-    if not resume or (resume == "auto" and not existing):
+    source, folders = checkpoints_to_resume(config) if config.resume else (None, [])
+    if not folders:
         return None
-    source = lock.folder if resume in ("latest", "auto") else follow(Path(resume))
-    folders = checkpoint.folders(source)
     found = checkpoint.first_valid(folders, require_resumable, print)
     if found is None:
-        reason = "there is no checkpoint; start without --resume"
-        if folders:
-            reason = "every checkpoint is damaged; to start again, use --overwrite instead"
-            others = [path for path in checkpoint.folders(folders[0].parent.parent) if path.resolve() not in folders]
-            if other := checkpoint.first_valid(others, require_resumable, log=lambda warning: None):
-                reason = f"it is damaged; to resume from another checkpoint: --resume {shlex.quote(str(other[0]))}"
+        reason = "every checkpoint is damaged; to start again, use --overwrite instead"
+        others = [path for path in checkpoint.folders(folders[0].parent.parent) if path.resolve() not in folders]
+        if other := checkpoint.first_valid(others, require_resumable, log=lambda warning: None):
+            reason = f"it is damaged; to resume from another checkpoint: --resume {shlex.quote(str(other[0]))}"
         raise UserError(f"nothing to resume in {source}: {reason}")
     if existing and found[0].resolve().parent.parent != lock.folder.resolve():
         raise UserError(
-            f"resume = {resume} belongs to another run, and {lock.folder} already contains a run; "
+            f"resume = {config.resume} belongs to another run, and {lock.folder} already contains a run; "
             "choose another --out_dir"
         )
     return found
@@ -183,7 +177,7 @@ def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
     config, saved = run.config, state["config"]
     saved = {**saved, "eval_tokens": count_eval_tokens(saved) or None}
     current = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists in place of tuples, as in state.json
-    fixed = {*FIXED, *dataclasses.asdict(config.model())} - {"dropout", "attention", "activation_checkpointing"}
+    fixed = {*FIXED, *shape(config)}
     if math.prod(saved[k] for k in BATCH) != math.prod(current[k] for k in BATCH):  # sequences per update
         fixed |= set(BATCH)
     changed = {k: f"{k} = {v} (was {saved[k]})" for k, v in current.items() if k in saved and v != saved[k]}
@@ -305,7 +299,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
         # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if train_state["scaler"]:  # empty unless the dtype was float16
-        run.scaler.load_state_dict(train_state["scaler"])
+        run.scaler.load_state_dict({**run.scaler.state_dict(), **train_state["scaler"]})
     if "health" in train_state:
         run.nonfinite_guard.load_state_dict(train_state["health"])
     return train_state
@@ -314,12 +308,19 @@ def restore(folder: Path, run: TrainingRun) -> dict:
 def fits_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a saved state fits an optimizer's parameters. load_state_dict does not check shapes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
     try:
         groups = [[group["params"] for group in state["param_groups"]] for state in (saved, optimizer.state_dict())]
-        return groups[0] == groups[1] and all(
-            moment.dim() == 0 or (moment.shape, moment.dtype) == (params[index].shape, params[index].dtype)
-            for index, moments in saved["state"].items()
-            for moment in moments.values()
+        complete = saved["state"].keys() in (set(), set(range(len(params))))  # empty before the first update
+        return (
+            complete
+            and groups[0] == groups[1]
+            and all(moments.keys() == names for moments in saved["state"].values())
+            and all(
+                (moment.shape, moment.dtype) == (() if name == "step" else params[index].shape, params[index].dtype)
+                for index, moments in saved["state"].items()
+                for name, moment in moments.items()
+            )
         )
-    except (AttributeError, IndexError, KeyError, TypeError):  # values of other types
+    except (AttributeError, KeyError, TypeError):  # values of other types
         return False

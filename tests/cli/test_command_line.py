@@ -423,8 +423,8 @@ def test_terminal_shows_a_progress_bar(monkeypatch):
 
         def main(config):
             with (
-                tqdm(total=3, bar_format="{n} of {total}") as bar,
-                tqdm(total=2, bar_format="{n}", leave=False) as inner,
+                tqdm(total=3, bar_format="{n} of {total}", mininterval=0) as bar,
+                tqdm(total=2, bar_format="{n}", leave=False, mininterval=0) as inner,
             ):
                 tqdm.write("above", file=sys.stderr)
                 bar.update(2)

@@ -28,6 +28,7 @@ REFUSALS = [
     ("train", "--config /proc/self/mem", "/proc/self/mem: cannot be read", "Input/output error"),
     ("train", "stray", "stray: not expected"),
     ("train", "--n_layer", "--n_layer: a value is missing"),
+    ("train", "--config= --resume=", "--config = : it is empty", "--resume = : it is empty; give a value, or none"),
     ("train", "--no-n_layer", "--no-n_layer", "no such key"),
     ("train", "--seed -1", "--seed = -1", "at least 0"),
     ("train", "--n_layer x", "--n_layer = x", "a whole number"),

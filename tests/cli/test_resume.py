@@ -36,7 +36,8 @@ def here(tiny_home, monkeypatch) -> Path:
 def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> int | None:
     """Return the iteration that a run would resume from."""
     with resume.RunLock(run) as lock:
-        found = resume.find_resume_checkpoint(lock, how and str(how), overwrite)
+        config = TrainConfig(resume=how and str(how), overwrite=overwrite, out_dir=str(run))
+        found = resume.find_resume_checkpoint(lock, config)
     return found and found[1]["iter"]
 
 
@@ -48,13 +49,16 @@ def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> in
         (RUN, {}, 60),
         (RUN / "ckpt/last", {}, 60),
         (RUN / "ckpt/iter_000030", {}, 30),
+        (RUN / "config.toml", {}, 60),
+        (RUN / "ckpt/iter_000030/state.json", {}, 30),
+        (RUN / "ckpt", {}, "there is no checkpoint; give a run's folder .* or a checkpoint"),
         (None, {"overwrite": True}, None),
         (None, {}, r"already contains a run \(at iter 60\): add --resume .* or --overwrite"),
         (None, {"run": NEW}, None),
         ("auto", {"run": NEW}, None),
         (RUN / "ckpt/iter_000030", {"run": NEW}, 30),
-        ("latest", {"run": NEW}, "nothing to resume in out/new: there is no checkpoint; start without --resume"),
-        ("out/none", {"run": NEW}, "nothing to resume in out/none: there is no checkpoint"),
+        ("latest", {"run": NEW}, "nothing to resume in out/new: no such folder; start without --resume"),
+        ("out/none", {"run": NEW}, "nothing to resume in out/none: no such folder; give a run's folder"),
     ],
 )
 def test_forms_of_resume(here, how, settings, found):
@@ -72,10 +76,13 @@ def test_folder_that_cannot_be_written_to_is_refused(in_tmp, monkeypatch):
         find(None, run=NEW)
 
 
+NO_RECIPE = b'{"format": 1, "iter": 60, "config": {}, "files": {}, "recipe": [1]}'
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(run_copy, capsys):
     """Unless the damaged one was asked for. Nothing starts from the beginning over a damaged run."""
     newest, before = RUN / "ckpt/iter_000060", RUN / "ckpt/iter_000030"
-    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}'):
+    for content in (b"null", b"[" * 200_000, b'{"format": 1, "iter": 6, "config": {}, "files": []}', NO_RECIPE):
         (newest / "state.json").write_bytes(content)
         assert [find(how) for how in ("latest", "auto", RUN)] == [30, 30, 30]
         assert f"warning: {newest}/state.json is missing or damaged" in capsys.readouterr().out
@@ -99,16 +106,18 @@ WRONG = [  # file, key, value, and what is said of it
     ("model.safetensors", "transformer.ln_f.weight", torch.full((32,), torch.nan), " has values nan to nan"),
     ("train_state.pt", "optimizer.state.1.exp_avg", torch.full((32, 32), torch.inf), " has values inf to inf"),
     ("train_state.pt", "optimizer.state.1.exp_avg_sq", torch.full((32, 32), -1.0), " has values -1.0 to -1.0"),
-    ("train_state.pt", "row", [1], ".iter = None"),
-    ("train_state.pt", "row.iter", 59, "it is not of iter 60"),
+    ("train_state.pt", "row", [1], ".iter is missing"),
+    ("train_state.pt", "row.iter", 59, " = 59, but state.json has 60"),
     ("train_state.pt", "row.tokens", "many", " = 'many'"),
     ("train_state.pt", "scaler", {"scale": "x"}, ".scale = 'x'"),
-    ("train_state.pt", "health.skipped", None, " = None"),
+    ("train_state.pt", "health.skipped", "x", " = 'x'"),
+    ("train_state.pt", "since_best", None, " is missing"),
     ("train_state.pt", "best_loss", "low", " = 'low'"),
     ("train_state.pt", "optimizer", "adamw", " = 'adamw'"),
-    ("state.json", "chosen", None, " = None"),
+    ("state.json", "finished", None, " is missing"),
+    ("state.json", "since_best", "x", " = 'x'"),
     ("state.json", "chosen.why", 3, " = 3"),
-    ("state.json", "data", [], ".manifest_sha256 = None"),
+    ("state.json", "data", [], ".manifest_sha256 is missing"),
     ("state.json", "config.max_iters", "x", " = 'x'"),
 ]
 
@@ -127,7 +136,6 @@ def test_checkpoint_with_wrong_values_is_skipped_and_named(run_copy, capsys, fil
     checkpoint.save(RUN, state, weights, train_state, keep=9)
     capsys.readouterr()
     assert find("latest") == 30
-    key = "" if key == "row.iter" else key.removeprefix("optimizer.")
     assert f"warning: {newest}/{file} cannot be resumed: {key}{said}" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"{newest}: it is damaged; .* --resume .*{RUN}/ckpt/iter_000030$"):
         find(newest)
@@ -175,6 +183,7 @@ def settings(words: str = "--resume") -> dict:
         ("--resume out/quickstart", {}),
         ("--resume out/quickstart/ckpt/iter_000030", {}),
         ("--resume out/quickstart/ckpt/best", {}),
+        ("--resume out/quickstart/metrics.csv", {}),
         ("--resume link", {}),
         ("--resume out/quickstart/ckpt/last --out_dir out/new", {"out_dir": "out/new"}),
         ("--resume backup/iter_000030 --out_dir out/new", {"out_dir": "out/new"}),
@@ -208,7 +217,7 @@ def test_a_new_run_inherits_nothing(run_copy):
     for words in ("--resume auto --out_dir out/none", "--resume auto --config quickstart --out_dir out/none"):
         assert (settings(words)["lr"], settings(words)["max_iters"]) == (TrainConfig.lr, TrainConfig.max_iters)
     for words in ("--resume --out_dir out/none", "--resume out/none --plan"):
-        with pytest.raises(UserError, match="nothing to resume in out/none: there is no checkpoint"):
+        with pytest.raises(UserError, match="nothing to resume in out/none: no such folder"):
             settings(words)
 
 
@@ -380,6 +389,9 @@ def change_moment(state: dict, change) -> None:
 CHANGES = {
     "shape": lambda state: change_moment(state, lambda moment: moment[:-1].clone()),
     "dtype": lambda state: change_moment(state, lambda moment: moment.bfloat16()),
+    "a number": lambda state: change_moment(state, lambda moment: moment.sum()),
+    "no moment": lambda state: state["state"][1].popitem(),
+    "no moments": lambda state: state["state"].pop(1),
     "too few": lambda state: state["param_groups"][-1]["params"].pop(),
     "swapped groups": lambda state: state["param_groups"].reverse(),
     "no groups": lambda state: state.pop("param_groups"),
