@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -324,6 +325,8 @@ def test_run_script_returns_the_result_and_raises_bugs():
     assert cli.run_script(lambda config: config + 1, 1) == 2
     with pytest.raises(ZeroDivisionError):
         cli.run_script(lambda config: 1 / config, 0)
+    with socket.socketpair()[0] as connection, pytest.raises(BrokenPipeError):  # its other end is closed
+        cli.run_script(connection.send, b"text")
 
 
 def test_closed_pipe_is_silent():
@@ -354,7 +357,8 @@ def test_full_standard_output_is_named_and_changes_no_other_error(options, then,
     with open("/dev/full", "wb") as full:
         words, env = [sys.executable, *options, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=env, text=True)
-    assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
+        assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
+        assert subprocess.run(words, stdout=full, stderr=full, env=env).returncode == 2
 
 
 def test_closed_standard_output_is_no_traceback():
