@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,10 +17,17 @@ from pathlib import Path, PurePosixPath
 
 from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus, RawFile, files_below
-from flatgpt.data.shards import SPLITS
+from flatgpt.data.shards import DAMAGED, SPLITS
 from flatgpt.runtime.files import atomic_write
 
 COMMIT = re.compile("[0-9a-f]{40}")
+DUMP = "20231101.en"  # the default dump of Wikipedia
+# {source: (dataset repository, tested commit, glob pattern of its files)}
+REPOSITORIES = {
+    "wikitext103": ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet"),
+    "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
+    "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
+}
 # Words in file and folder names, and the split that each stands for.
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "dev": "val"}
 SPLIT_WORDS |= {"valid": "val", "validation": "val"}
@@ -58,7 +64,19 @@ class HubFiles:
 # files of a source
 
 
-def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
+def hub_files(config: PrepareConfig) -> HubFiles:
+    """Return the files of the source's dataset repository."""
+    root = Path(config.raw_dir) / config.source
+    if config.source == "hub":
+        patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+        return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
+    repo, commit, pattern = REPOSITORIES[config.source]
+    dump, splits = config.dump or DUMP, SPLITS if config.source == "wikitext103" else ()
+    patterns = (pattern.format(dump=dump),)
+    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
+
+
+def open_repository(config: PrepareConfig) -> Corpus:
     """Return the source's files: local files, and files that are downloaded when they are first read.
 
     If the user put files into the folder, they are used without a request to the hub, unless file numbers
@@ -67,6 +85,7 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     Raises:
         UserError: see `list_remote`; or a local file has the wrong size.
     """
+    files = hub_files(config)
     notice, listing = "", cached_listing(files)
     if listing is None:
         found = _find_local(files, flat=files.flat and not config.files)
@@ -79,13 +98,13 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     elif listing["commit"] != files.revision:
         notice = f"{files.repo} {files.revision}: commit {listing['commit']}, cached in {files.listing_file}"
     names = group_by_split(_choose_files(config, listing["files"]))
-    counts = Counter(PurePosixPath(name).name.lower() for name in (*listing["files"], *listing.get("root", ())))
-    raw = {split: [_raw_file(files, listing, name, counts) for name in group] for split, group in names.items()}
+    raw = {split: [_raw_file(files, listing, name) for name in group] for split, group in names.items()}
     return Corpus(raw, listing["commit"], notice)
 
 
-def known_commit(files: HubFiles) -> str | None:
-    """Return the commit of the source's files if it is known without network access, else None."""
+def known_commit(config: PrepareConfig) -> str | None:
+    """Return the commit that the revision stands for, or None if that needs a request to the hub."""
+    files = hub_files(config)
     listing = cached_listing(files)
     return listing["commit"] if listing else files.revision if COMMIT.fullmatch(files.revision) else None
 
@@ -120,25 +139,22 @@ def _choose_files(config: PrepareConfig, names: Iterable[str]) -> list[str]:
     return chosen
 
 
-def _raw_file(files: HubFiles, listing: dict, name: str, counts: Counter) -> RawFile:
+def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
     """Return a local file, or a file to be downloaded; update a file that was downloaded at another commit.
 
-    A file directly in `root` is used if it can only be this one: it has its size, and no other file its name.
-
-    Args:
-        counts: number of listed files of each name, in lower case and without folders.
+    A file directly in `root` is used if it can only be this one: it has its size, and no other file its name, without
+    regard to case.
     """
     path, flat, size = files.root / name, files.root / PurePosixPath(name).name, listing["files"][name]
-    if files.flat and counts[flat.name.lower()] == 1 and not path.exists() and not _downloaded_commit(files, flat.name):
-        path = flat if flat.is_file() and flat.stat().st_size == size else path
+    if files.flat and not path.exists() and flat.is_file() and flat.stat().st_size == size:
+        names = [PurePosixPath(other).name.lower() for other in (*listing["files"], *listing.get("root", ()))]
+        path = flat if names.count(flat.name.lower()) == 1 else path
     if _downloaded_commit(files, name) not in (None, listing["commit"]):
         _download(files, listing["commit"], name)  # replaces the file if this commit changed it
     if path.exists() and not (path.is_file() and path.stat().st_size == size):
         found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is a folder"
-        raise UserError(
-            f"{path} {found}, but {size:,} on the hub: it is truncated or of another revision; move it away to "
-            "download it again"
-        )
+        advice = "it is truncated or of another revision; move it away to download it again"
+        raise UserError(f"{path} {found}, but {size:,} on the hub: {advice}")
     return RawFile(name, size, path, fetch=lambda: _download(files, listing["commit"], name))
 
 
@@ -167,7 +183,7 @@ def is_complete(names: list[str]) -> bool:
 
 def cached_listing(files: HubFiles) -> dict | None:
     """Return the last result of `list_remote` for these files, or None if there is none or it is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, *DAMAGED):
         listing = json.loads(files.listing_file.read_text(encoding="utf-8"))
         if isinstance(listing["commit"], str) and {type(size) for size in listing["files"].values()} == {int}:
             return listing
@@ -193,10 +209,9 @@ def list_remote(files: HubFiles) -> dict:
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     found = {path: sizes[path] for path in sorted(sizes) if any(fnmatch(path, p) for p in files.patterns)}
     if not found:
-        raise UserError(
-            f"dataset {files.repo} has no file {' '.join(files.patterns)} at revision {files.revision}: check --files, "
-            "--dump and --revision; for other formats try --revision refs/convert/parquet"
-        )
+        problem = f"dataset {files.repo} has no file {' '.join(files.patterns)} at revision {files.revision}"
+        advice = "check --files, --dump and --revision; for other formats try --revision refs/convert/parquet"
+        raise UserError(f"{problem}: {advice}")
     names = {PurePosixPath(path).name for path in found}
     listing = {"commit": commit, "files": found, "root": sorted(names & sizes.keys() - found.keys())}
     files.root.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from config import PrepareConfig, UserError
 from flatgpt.data import readers, tokenizer
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder
-from flatgpt.data.hub import HubFiles, known_commit, open_repository
+from flatgpt.data.hub import known_commit, open_repository
 from flatgpt.data.readers import Chunk, Corpus, RawFile, Task, chunk_tasks, file_tasks
 from flatgpt.data.shards import SPLITS
 from flatgpt.runtime.files import atomic_write
@@ -27,13 +27,6 @@ from flatgpt.runtime.files import atomic_write
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SPLIT_HASH = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-DUMP = "20231101.en"  # the default dump of Wikipedia
-# {source: (dataset repository, tested commit, glob pattern of its files)}
-REPOSITORIES = {
-    "wikitext103": ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet"),
-    "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
-    "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
-}
 Borders = dict[str, float] | tuple[int, int, int] | None  # of choose_split, or of split_by_characters
 FEW_DOCUMENTS = 100  # with fewer, splits are made by characters, as whole documents are too coarse
 
@@ -57,18 +50,6 @@ class Source:
     end_of_text: bool = True
     val_fraction: float | None = 0.0005
     joined: bool = False
-
-
-def hub_files(config: PrepareConfig) -> HubFiles:
-    """Return the files of the source's dataset repository."""
-    root = Path(config.raw_dir) / config.source
-    if config.source == "hub":
-        patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-        return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
-    repo, commit, pattern = REPOSITORIES[config.source]
-    dump, splits = config.dump or DUMP, SPLITS if config.source == "wikitext103" else ()
-    patterns = (pattern.format(dump=dump),)
-    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
 
 
 def open_pydoc(config: PrepareConfig) -> Corpus:
@@ -130,9 +111,9 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         found = [path]
-        if path.is_dir():
+        if pattern and path.is_dir():
             found = [p for p in readers.files_below(path) if p.name.endswith(tuple(readers.FORMATS))]
-        elif not path.exists():
+        elif not path.is_file():
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
         if not found:
             raise UserError(f"--input {pattern}: no such file, and no {' '.join(readers.FORMATS)} file matches")
@@ -141,18 +122,15 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
     return list(files.values())
 
 
-def _hub_source(**options) -> Source:
-    return Source("gpt2", lambda c: known_commit(hub_files(c)), lambda c: open_repository(c, hub_files(c)), **options)
-
-
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
+HUB_SOURCE = {"tokenizer": "gpt2", "revision": known_commit, "open": open_repository}
 SOURCES = {
     "pydoc": Source("byte", lambda _: f"Python {sys.version.split()[0]}", open_pydoc, **SINGLE_TEXT),
     "shakespeare": Source("gpt2", lambda _: SHAKESPEARE_SHA256, open_shakespeare, **SINGLE_TEXT),
-    "wikitext103": _hub_source(end_of_text=False, val_fraction=None, joined=True),
-    "wikipedia": _hub_source(),
-    "fineweb": _hub_source(),
-    "hub": _hub_source(),
+    "wikitext103": Source(**HUB_SOURCE, end_of_text=False, val_fraction=None, joined=True),
+    "wikipedia": Source(**HUB_SOURCE),
+    "fineweb": Source(**HUB_SOURCE),
+    "hub": Source(**HUB_SOURCE),
     "text": Source("gpt2", text_revision, open_text, val_fraction=0.1),
 }
 
@@ -166,7 +144,7 @@ class Plan(NamedTuple):
 
     Attributes:
         splits: splits of the dataset.
-        borders: the result of `divide`; empty if no split is held out of the source's train documents.
+        borders: the result of `divide`; None if no split is held out of the source's train documents.
         tasks: {split of the source: its tasks}.
         size: size of the files in bytes.
         version: of the division into tasks and splits; only work of the same version can be resumed.
@@ -179,8 +157,8 @@ class Plan(NamedTuple):
     version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus, name: str = "the dataset") -> Plan:
-    """Return the splits and tasks of the dataset of this name, and download missing files.
+def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
+    """Return the splits and tasks of a dataset, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
 
@@ -199,23 +177,22 @@ def make_plan(config: PrepareConfig, corpus: Corpus, name: str = "the dataset") 
         hint = "; --test_fraction makes one" if unknown == ["test"] and held_out else ""
         raise UserError(f"splits = {', '.join(unknown)}: {config.source} has {', '.join(available)}{hint}")
     splits = [split for split in available if split in (config.splits or available)]
-    files = {s: g for s, g in corpus.files.items() if {s, *(held_out if s == "train" else ())} & {*splits}}
+    read = {"train" if split in held_out else split for split in splits}
+    files = {split: group for split, group in corpus.files.items() if split in read}
     if not config.sample_size:  # a sample downloads files only until it has enough documents
         for file in itertools.chain(*files.values()):
             file.local_path()
-    borders, changed, tasks = {}, False, {}
+    borders, changed, tasks = None, False, {}
     for split, group in files.items():
-        if split == "train" and held_out:
-            borders, changed = divide(config, group, held_out, splits, name)
+        if held_out and split == "train":
+            borders, changed = divide(readers.documents(group, config.column, config.sample_size), held_out, splits)
         else:
-            first = next((chunk.text[:1000] for task in split_tasks(config, group) for chunk in task.read()), "")
-            tokens = len(tokenizer.load(config.tokenizer or source.tokenizer).encode_ordinary(first))
-            if tokens + (source.end_of_text and tokens > 0) < 2:
-                reason = f"the {split} split of {name} has {tokens} tokens, and scoring needs 2; omit it with --splits"
-                raise UserError(f"too little text: {reason}")
+            first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
+            if len(first) + source.end_of_text < 2:
+                raise UserError(f"too little text in split {split}: {len(first)} characters; omit it with --splits")
         tasks[split] = split_tasks(config, group, borders if split == "train" else None)
-    size, version = sum(file.size for group in files.values() for file in group), 1 + bool(config.sample_size)
-    return Plan(splits, borders, tasks, size, version + 2 * changed)
+    size = sum(file.size for group in files.values() for file in group)
+    return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * changed)
 
 
 def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = None) -> Iterator[Task]:
@@ -233,9 +210,7 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)
 
 
-def divide(
-    config: PrepareConfig, files: list[RawFile], held_out: dict[str, float], splits: list[str], name: str
-) -> tuple[Borders, bool]:
+def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str]) -> tuple[Borders, bool]:
     """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
 
     A document's split follows from its hash, and does not depend on `splits`. If `test` would be empty, it gets the
@@ -252,33 +227,32 @@ def divide(
     """
     val, test = held_out.get("val", 0), held_out.get("test", 0)
     shares = {"test": test, "val": test + val}
-    count = characters = largest = 0
-    rest, found, digest = [], set(), SPLIT_HASH.copy()  # rest: the smallest two hashes outside of test
-    for chunk in readers.documents(files, config.column, config.sample_size):
+    characters, hashes, found, digest = 0, [], set(), SPLIT_HASH.copy()
+    for chunk in chunks:
         characters += len(chunk.text)
         digest.update(chunk.text.encode())
         if chunk.documents:
-            count, position, digest = count + 1, _position(digest), SPLIT_HASH.copy()
-            largest, rest = max(largest, position), sorted({*rest, position})[:2] if position >= test else rest
-            found.add(_split_at(shares, position))
-            if count >= FEW_DOCUMENTS and found >= {"train", *held_out}:
+            hashes.append(_position(digest))
+            digest = SPLIT_HASH.copy()
+            found.add(_split_at(shares, hashes[-1]))
+            if len(hashes) >= FEW_DOCUMENTS and found >= {"train", *held_out}:
                 return shares, False
-    if count < FEW_DOCUMENTS:
+    if len(hashes) < FEW_DOCUMENTS:
         given = (int(characters * (1 - val - test)), int(characters * (1 - test)), characters)
         second = max(0, min(given[1], characters - ("test" in held_out)))
         borders = (max(0, min(given[0], second - ("val" in held_out))), second, characters)
         found = {s for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True) if end > start}
     else:
-        given, borders = shares, dict(shares)
-        if "test" in held_out and "test" not in found:
-            borders["test"] = math.nextafter(rest.pop(0), 2)
-        if "val" in held_out and rest and rest[0] >= borders["val"]:
-            borders["val"] = math.nextafter(rest[0], 2)
-        found = {"test", *(_split_at(borders, position) for position in (*rest, largest))}
+        given, borders, start = shares, dict(shares), 0
+        for split in ("test", "val"):
+            rest = [position for position in hashes if position >= start]
+            if split in held_out and rest:
+                borders[split] = max(borders[split], math.nextafter(min(rest), 2))
+            start = borders[split]
+        found = {_split_at(borders, position) for position in hashes}
     if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
-        reason = f"the {empty[0]} split of {name} would have 0 tokens: {count:,} documents, {characters:,} characters"
-        remedy = f"val_fraction = {val}, test_fraction = {test}; add text, or change --val_fraction or --test_fraction"
-        raise UserError(f"too little text: {reason}, {remedy}")
+        numbers = f"split {empty[0]} of {len(hashes):,} documents, {characters:,} characters"
+        raise UserError(f"too little text for {numbers}: add some, or change --val_fraction or --test_fraction")
     return borders, borders != given
 
 
@@ -323,7 +297,7 @@ def encode_task(config: PrepareConfig, splits: list[str], borders: Borders, task
     return {split: encode_chunks(encoding, encode, chunks, source.end_of_text) for split, chunks in by_split.items()}
 
 
-def choose_split(borders: Borders, chunks: Iterable[str]) -> str:
+def choose_split(borders: dict[str, float], chunks: Iterable[str]) -> str:
     """Return the split of a document by a keyed hash of its text. Equal texts get the same split, in every dataset.
 
     Args:
@@ -340,5 +314,5 @@ def _position(digest: hashlib.blake2b) -> float:
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
-def _split_at(borders: Borders, position: float) -> str:
+def _split_at(borders: dict[str, float], position: float) -> str:
     return next((split for split in ("test", "val") if position < borders.get(split, 0)), "train")
