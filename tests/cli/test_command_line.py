@@ -419,13 +419,11 @@ def test_terminal_shows_a_progress_bar(monkeypatch):
         monkeypatch.setattr(sys, "stderr", FakeTerminal())
 
         def main(config):
-            with (
-                tqdm(total=3, bar_format="{n} of {total}", mininterval=0) as bar,
-                tqdm(total=2, bar_format="{n}", leave=False, mininterval=0) as inner,
-            ):
-                tqdm.write("above", file=sys.stderr)
-                bar.update(2)
-                inner.update()
+            with tqdm(total=3, bar_format="{n} of {total}", mininterval=0) as bar:
+                tqdm.write("above", file=sys.stderr)  # refreshes all bars in varying order: there is one so far
+                with tqdm(total=2, bar_format="{n}", leave=False, mininterval=0) as inner:
+                    bar.update(2)
+                    inner.update()
 
         run(main)
         bars.append(sys.stderr.getvalue())
