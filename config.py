@@ -397,12 +397,10 @@ class SamplingConfig:
 
     def problems(self) -> list[str]:
         """Return a message for each setting that is outside its limits, or that greedy decoding does not use."""
-        settings = {field: getattr(self, field.name) for field in dataclasses.fields(SamplingConfig)}
-        problems = {field: limit_problem(field.metadata, value) for field, value in settings.items()}
-        if found := [f"{field.name} = {settings[field]}: {text}" for field, text in problems.items() if text]:
+        settings = [(field, getattr(self, field.name)) for field in dataclasses.fields(SamplingConfig)]
+        found = [f"{f.name} = {value}: {text}" for f, value in settings if (text := limit_problem(f.metadata, value))]
+        if found or self.effective_temperature:
             return found
-        if self.effective_temperature:
-            return []
         reason = "greedy" if self.greedy else "temperature = 0"
         unused = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "temperature": self.temperature}
         return [f"{reason} chooses the most likely token: leave out {key}" for key in unused if unused[key]]

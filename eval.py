@@ -76,9 +76,8 @@ def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedCon
         result |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
     else:
         result = evaluate_text(config, settings, ranks, source, model, encoding)
-    figures = {key: result.get(key) or 0 for key in ("loss", "choice_accuracy", "bleu")}
-    if bad := [key for key, value in figures.items() if not math.isfinite(value)]:
-        value = "NaN" if math.isnan(figures[bad[0]]) else "infinite"
+    if bad := [key for key in ("loss", "choice_accuracy", "bleu") if not math.isfinite(result.get(key) or 0)]:
+        value = "NaN" if math.isnan(result[bad[0]]) else "infinite"
         note(f"warning: {source.path}: the {bad[0]} is {value}: {nonfinite_cause(settings.dtype)}")
     result["window"] = model.config.context_length
     about = {"model": str(source.path), "iter": source.state.get("iter")}

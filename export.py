@@ -39,15 +39,16 @@ def main(config: ExportConfig) -> None:
     note(f"{source.describe()}, tokenizer {source.tokenizer}; exported as {config.dtype}")
     model, encoding = loading.load(source, "cpu", config.context_length)
     files, convert = {}, not (config.space and source.state)  # a Space loads a flatGPT checkpoint without conversion
-    if convert and (problems := export_problems(model, config.verify)):
+    if convert and (problems := export_problems(model.config)):
         raise UserError(f"{source.path} cannot be exported: {'; '.join(problems)}")
     check = None
     if config.verify and not config.dry_run:
         # float32: rounded weights, but no rounded arithmetic, so that one tolerance is right for each dtype
-        expected = model_outputs(model.to(getattr(torch, config.dtype)).float())
+        rounded, shape = model.to(getattr(torch, config.dtype)).float(), model.config
+        expected = model_outputs(rounded, shape.vocab_size, shape.context_length)
         check = partial(verify, source.path, expected, bool(config.space))
     if convert:
-        files |= hugging_face_files(source, model, encoding, config.dtype, name, config.push, recipe)
+        files |= hugging_face_files(source, model, encoding, config, name, recipe)
     if config.space:
         files |= space_files(source, name, recipe)
     table = size_table(file_sizes(files))

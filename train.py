@@ -99,7 +99,9 @@ def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> fl
         stop_flags.append(bool(ranks.all_reduce_max(stop_reason())[0]))
         return not stop_flags[-1]
 
-    batch_size = min(config.batch_size, default_batch_size(T, run.device_settings.device))  # memory as in training
+    # an update holds the activations of all blocks, an evaluation those of one
+    blocks = 1 if config.activation_checkpointing else config.n_layer
+    batch_size = min(config.batch_size * blocks, default_batch_size(T, run.device_settings.device))
     batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_tokens or 0, ranks)
     with run.device_settings.autocast():
         loss = mean_loss(run.model, itertools.takewhile(not_stopped, batches), run.device_settings.to_device, ranks)

@@ -128,7 +128,7 @@ def transformers_model(model: GPT):
     """Return transformers' GPT-2 model with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if reasons := export_problems(model):
+    if reasons := export_problems(model.config):
         raise UserError(f"transformers does not support this model: {'; '.join(reasons)}")
     peer = GPT2LMHeadModel(GPT2Config(**hugging_face_config(model.config, 0, "float32")))
     peer.load_state_dict(to_hugging_face(model), strict=False)  # the state dict has no tied head

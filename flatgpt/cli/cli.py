@@ -342,7 +342,8 @@ def run_script(main: Callable, config, every_rank: bool = False):
         print(f"error: {file}{error.strerror or error}", file=stderr, flush=True)
         sys.exit(2)
     finally:
-        try:
-            sys.stdout.flush()
-        except OSError:  # what is buffered would fail again at exit, and change the exit code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # what is buffered would fail again at exit, and change the exit code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

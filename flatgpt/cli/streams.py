@@ -13,9 +13,10 @@ OWN = {"standard output": r"(\x1b\[1m)([^\x1b]*)(\x1b\[0m)", "standard error": r
 
 
 class Stream:
-    """A standard stream whose OSErrors have its name. On a terminal it shows control characters as escapes.
+    """A standard stream. On a terminal it shows control characters as escapes.
 
-    A terminal would obey those in generated text, and in names and messages from files of others.
+    A terminal would obey those in generated text, and in names and messages from files of others. An OSError of
+    standard output has its name; one of standard error is ignored, because it could not be reported.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -39,4 +40,5 @@ class Stream:
             return function(*args)
         except OSError as error:
             error.filename = self._name
-            raise
+            if self._name == "standard output":
+                raise

@@ -15,7 +15,7 @@ import numpy as np
 
 from config import PrepareConfig, UserError
 from flatgpt.data import tokenizer
-from flatgpt.data.shards import LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, file_sha256, read_meta
+from flatgpt.data.shards import DAMAGED, LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, file_sha256, read_meta
 
 PROGRESS = "progress.json"  # exists only in the folder of an unfinished dataset
 # The manifest that is assumed for shards of other programs.
@@ -101,10 +101,8 @@ def open_dataset(folder: Path) -> Dataset:
 
 def _prepare_command(folder: Path) -> str:
     """Return the command that started the dataset in this folder, else guess it from the folder's name."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        command = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]
-        if isinstance(command, str):
-            return command
+    with suppress(OSError, *DAMAGED):
+        return "" + json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]  # TypeError unless a str
     source, _, name = folder.name.partition("_")
     args = f"{source} --tokenizer {name}" if name else source
     sources = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus, RawFile, files_below
-from flatgpt.data.shards import SPLITS
+from flatgpt.data.shards import DAMAGED, SPLITS
 from flatgpt.runtime.files import atomic_write
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -79,8 +78,7 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     elif listing["commit"] != files.revision:
         notice = f"{files.repo} {files.revision}: commit {listing['commit']}, cached in {files.listing_file}"
     names = group_by_split(_choose_files(config, listing["files"]))
-    counts = Counter(PurePosixPath(name).name.lower() for name in (*listing["files"], *listing.get("root", ())))
-    raw = {split: [_raw_file(files, listing, name, counts) for name in group] for split, group in names.items()}
+    raw = {split: [_raw_file(files, listing, name) for name in group] for split, group in names.items()}
     return Corpus(raw, listing["commit"], notice)
 
 
@@ -120,17 +118,16 @@ def _choose_files(config: PrepareConfig, names: Iterable[str]) -> list[str]:
     return chosen
 
 
-def _raw_file(files: HubFiles, listing: dict, name: str, counts: Counter) -> RawFile:
+def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
     """Return a local file, or a file to be downloaded; update a file that was downloaded at another commit.
 
-    A file directly in `root` is used if it can only be this one: it has its size, and no other file its name.
-
-    Args:
-        counts: number of listed files of each name, in lower case and without folders.
+    A file directly in `root` is used if it can only be this one: it has its size, and no other file its name, without
+    regard to case.
     """
     path, flat, size = files.root / name, files.root / PurePosixPath(name).name, listing["files"][name]
-    if files.flat and counts[flat.name.lower()] == 1 and not path.exists() and not _downloaded_commit(files, flat.name):
-        path = flat if flat.is_file() and flat.stat().st_size == size else path
+    if files.flat and not path.exists() and flat.is_file() and flat.stat().st_size == size:
+        names = [PurePosixPath(other).name.lower() for other in (*listing["files"], *listing.get("root", ()))]
+        path = flat if names.count(flat.name.lower()) == 1 else path
     if _downloaded_commit(files, name) not in (None, listing["commit"]):
         _download(files, listing["commit"], name)  # replaces the file if this commit changed it
     if path.exists() and not (path.is_file() and path.stat().st_size == size):
@@ -167,7 +164,7 @@ def is_complete(names: list[str]) -> bool:
 
 def cached_listing(files: HubFiles) -> dict | None:
     """Return the last result of `list_remote` for these files, or None if there is none or it is damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, *DAMAGED):
         listing = json.loads(files.listing_file.read_text(encoding="utf-8"))
         if isinstance(listing["commit"], str) and {type(size) for size in listing["files"].values()} == {int}:
             return listing

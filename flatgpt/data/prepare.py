@@ -22,7 +22,7 @@ from flatgpt.data import tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.readers import Corpus, Task
-from flatgpt.data.shards import OUR_FILES, SPLITS, ShardWriter, count_tokens, read_meta, write_meta
+from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
 from flatgpt.data.sources import DUMP, SOURCES, Plan, encode_task, make_plan
 from flatgpt.runtime.files import FolderLock, atomic_write
 
@@ -81,7 +81,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
-    plan = make_plan(config, corpus, folder.name)
+    plan = make_plan(config, corpus)
     with _locked(folder):
         if read_meta(folder) is not None:  # another call has just finished it
             return prepare(config, log)
@@ -120,11 +120,9 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
         pool = nullcontext(workers.in_this_process)
     else:
         pool = workers.local_pool(config.workers or workers.available_cores())
-    writers = {
-        split: ShardWriter(folder, split, n_vocab, config.shard_tokens, progress["splits"].get(split))
-        for split in plan.splits
-    }
-    total, done = None if config.sample_size else plan.size, sum(state["size"] for state in progress["passes"].values())
+    positions, passes = progress["splits"], progress["passes"].values()
+    writers = {s: ShardWriter(folder, s, n_vocab, config.shard_tokens, positions.get(s)) for s in plan.splits}
+    total, done = None if config.sample_size else plan.size, sum(state["size"] for state in passes)
     seconds = 0.1 if sys.stderr.isatty() else 60  # between updates of the progress bar
     bar = tqdm(None, folder.name, total, unit="B", unit_scale=True, initial=done, delay=seconds, mininterval=seconds)
 
@@ -213,25 +211,22 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
     initial = {"tasks": tasks, "command": command, "settings": settings, "raw": raw, "passes": {}, "splits": {}}
     if not (folder / PROGRESS).exists():
         if others := sorted(path.name for path in folder.glob("*.bin")):
-            raise UserError(
-                f"{folder} contains other shards ({', '.join(others[:3])}), without meta.json and {PROGRESS}: choose "
-                f"another --name, or move {folder} away"
-            )
+            shards = f"{folder} contains other shards ({', '.join(others[:3])}), without meta.json and {PROGRESS}"
+            raise UserError(f"{shards}: choose another --name, or move {folder} away")
         return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        compared = [
-            {**state["settings"], "raw files": state["raw"], "tasks": state["tasks"]} for state in (found, initial)
-        ]
+        compared = [{**p["settings"], "raw files": p["raw"], "tasks": p["tasks"]} for p in (found, initial)]
         passes, splits = found["passes"].values(), found["splits"].values()
-        done = [type(state["tasks"]) is int and min(state["tasks"], state["size"]) >= 0 for state in passes]
-        if not all([*done, *({"waiting", "documents", "bytes"} <= {*split} for split in splits)]):
+        counts = [state[key] for state in passes for key in NOTHING_DONE]
+        counts += [split[key] for split in splits for key in ("waiting", "documents", "bytes")]
+        if not all(map(is_count, counts)) or bool(passes) != bool(splits):
             raise ValueError("not the progress of a dataset")
         if sum(map(count_tokens, splits)):
             check_settings(folder, "an unfinished dataset", *compared)
         elif compared[0] != compared[1]:
             return initial  # no shard is finished: little is lost
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except DAMAGED:
         raise UserError(f"{folder / PROGRESS} is damaged: move {folder} away and run again") from None
     return {**found, "command": command}
 
@@ -249,7 +244,5 @@ def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder} could not be written: {error.strerror}; {RESUMABLE}, or choose another "
-            "folder: --data_dir"
-        ) from None
+        problem = f"{error.filename or folder} could not be written: {error.strerror}"
+        raise UserError(f"{problem}; {RESUMABLE}, or choose another folder: --data_dir") from None

@@ -163,10 +163,8 @@ def read_errors(path: Path):
     try:
         yield
     except (OSError, ValueError, NotImplementedError) as error:  # includes those of pyarrow
-        reason = getattr(error, "strerror", None)
-        if reason is None:
-            reason = first_line(error).rstrip(".")
-            reason += "; if it is damaged or incomplete, move it away and download or copy it again"
+        remedy = "; if it is damaged or incomplete, move it away and download or copy it again"
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".") + remedy
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
@@ -184,10 +182,8 @@ def text_chunks(path: Path) -> Iterator[str]:
                 line += text.count("\n")
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
-            byte = error.object[error.start]
-            raise UserError(
-                f"{path} line {line:,}: byte 0x{byte:02x} is not UTF-8: convert or leave out the file"
-            ) from None
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            raise UserError(f"{path} line {line:,}: {byte} is not UTF-8: convert or leave out the file") from None
 
 
 def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) -> Iterator[Chunk]:
@@ -256,11 +252,7 @@ def parse_lines(block: bytes, column: str, path: Path, line: int) -> Iterator[Ch
             raise UserError(f"{path} line {number:,}: not JSON ({error})") from None
         text = row.get(column, 0) if isinstance(row, dict) else 0
         if not isinstance(text, str | None):
-            types = (
-                {key: type(value).__name__ for key, value in row.items()}
-                if isinstance(row, dict)
-                else type(row).__name__
-            )
+            types = {k: type(v).__name__ for k, v in row.items()} if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{path} line {number:,}: no text {column!r} in {types}; choose the key with --column")
         if text:
             try:

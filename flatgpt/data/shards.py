@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
+from flatgpt.data.readers import read_errors
 from flatgpt.data.tokenizer import to_uint16
 from flatgpt.runtime.files import atomic_write, fsync, naming
 
 FORMAT = 1
 REQUIRED = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text", "splits")  # keys of meta.json
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of reading damaged JSON, or using it
 SPLITS = ("train", "val", "test")
 OUR_FILES = re.compile(rf"({'|'.join(SPLITS)})_(\d{{6}})\.bin(\.tmp)?")
 # Header of llm.c: magic, version, number of ids; https://github.com/karpathy/llm.c, dev/data/data_common.py
@@ -155,12 +158,13 @@ def read_meta(folder: Path) -> dict | None:
     path = folder / "meta.json"
     if not path.is_file():
         return None
-    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    with suppress(*DAMAGED):
         meta = json.loads(path.read_text(encoding="utf-8"))
+        entries = meta["splits"].values()
+        counts = [count_tokens(entry) for entry in entries]
         known = meta["format"] == FORMAT and [type(meta[key]) for key in REQUIRED] == [str, int, str, int, bool, dict]
-        counts = {split: count_tokens(entry) for split, entry in meta["splits"].items()}
-        whole = any(counts.values()) and counts == {split: entry["tokens"] for split, entry in meta["splits"].items()}
-        if known and whole and 0 <= meta["eot_id"] < meta["vocab_size"] <= 65536:
+        known &= 0 <= meta["eot_id"] < meta["vocab_size"] <= 65536
+        if known and any(counts) and counts == [entry["tokens"] for entry in entries]:
             return meta
     raise UserError(
         f"{path} is damaged, or its format is not {FORMAT}, which this version reads: move {folder} away and run "
@@ -170,12 +174,16 @@ def read_meta(folder: Path) -> dict | None:
 
 def count_tokens(entry: dict) -> int:
     """Return the number of ids in the files of a split's entry. Raise ValueError if a count or name cannot be one."""
-    counts = [file["tokens"] for file in entry["files"]]
-    others = [entry.get(key, 0) for key in ("tokens", "documents", "bytes", "waiting")]
-    names_differ = [os.path.basename(file["name"]) != file["name"] for file in entry["files"]]
-    if any(names_differ) or not all(type(value) is int and value >= 0 for value in (*counts, *others)):
+    counts = [file["tokens"] for file in entry["files"] if OUR_FILES.fullmatch(file["name"])]
+    others = [entry.get(key, 0) for key in ("tokens", "documents", "bytes")]
+    if len(counts) < len(entry["files"]) or not all(map(is_count, (*counts, *others))):
         raise ValueError(f"not the entry of a split: {entry}")
     return sum(counts)
+
+
+def is_count(value: object) -> bool:
+    """Whether this is a number of tokens, documents or bytes."""
+    return type(value) is int and 0 <= value <= sys.maxsize
 
 
 class Tokens:
@@ -211,8 +219,7 @@ class Tokens:
         if isinstance(span, int):
             return self[span : span + 1][0]
         if span.step != 1:
-            first, last = sorted((span[0], span[-1])) if span else (0, -1)
-            return self[first : last + 1][:: span.step]
+            return np.array([self[position] for position in span], "<u2")
         start, stop = span.start, span.stop
         n = int(np.searchsorted(self.starts, start, side="right")) - 1  # index of the shard
         parts = []
@@ -234,12 +241,10 @@ class _OpenFile:
     """An open file. It is closed when the object is freed, which is after the last read that uses it."""
 
     def __init__(self, path: str):
-        try:
+        with read_errors(path):
             self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # close-on-exec is Python's default
             weakref.finalize(self, os.close, self.number)
             status = os.fstat(self.number)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         self.lock = threading.Lock()
         self.path, self.identity = path, (status.st_ino, status.st_mtime_ns, status.st_size)
 

@@ -130,9 +130,9 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         found = [path]
-        if path.is_dir():
+        if pattern and path.is_dir():
             found = [p for p in readers.files_below(path) if p.name.endswith(tuple(readers.FORMATS))]
-        elif not path.exists():
+        elif not path.is_file():
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
         if not found:
             raise UserError(f"--input {pattern}: no such file, and no {' '.join(readers.FORMATS)} file matches")
@@ -166,7 +166,7 @@ class Plan(NamedTuple):
 
     Attributes:
         splits: splits of the dataset.
-        borders: the result of `divide`; empty if no split is held out of the source's train documents.
+        borders: the result of `divide`; None if no split is held out of the source's train documents.
         tasks: {split of the source: its tasks}.
         size: size of the files in bytes.
         version: of the division into tasks and splits; only work of the same version can be resumed.
@@ -179,8 +179,8 @@ class Plan(NamedTuple):
     version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus, name: str = "the dataset") -> Plan:
-    """Return the splits and tasks of the dataset of this name, and download missing files.
+def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
+    """Return the splits and tasks of a dataset, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
 
@@ -199,23 +199,22 @@ def make_plan(config: PrepareConfig, corpus: Corpus, name: str = "the dataset") 
         hint = "; --test_fraction makes one" if unknown == ["test"] and held_out else ""
         raise UserError(f"splits = {', '.join(unknown)}: {config.source} has {', '.join(available)}{hint}")
     splits = [split for split in available if split in (config.splits or available)]
-    files = {s: g for s, g in corpus.files.items() if {s, *(held_out if s == "train" else ())} & {*splits}}
+    read = {"train" if split in held_out else split for split in splits}
+    files = {split: group for split, group in corpus.files.items() if split in read}
     if not config.sample_size:  # a sample downloads files only until it has enough documents
         for file in itertools.chain(*files.values()):
             file.local_path()
-    borders, changed, tasks = {}, False, {}
+    borders, changed, tasks = None, False, {}
     for split, group in files.items():
-        if split == "train" and held_out:
-            borders, changed = divide(config, group, held_out, splits, name)
+        if held_out and split == "train":
+            borders, changed = divide(readers.documents(group, config.column, config.sample_size), held_out, splits)
         else:
-            first = next((chunk.text[:1000] for task in split_tasks(config, group) for chunk in task.read()), "")
-            tokens = len(tokenizer.load(config.tokenizer or source.tokenizer).encode_ordinary(first))
-            if tokens + (source.end_of_text and tokens > 0) < 2:
-                reason = f"the {split} split of {name} has {tokens} tokens, and scoring needs 2; omit it with --splits"
-                raise UserError(f"too little text: {reason}")
+            first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
+            if len(first) + source.end_of_text < 2:
+                raise UserError(f"too little text in split {split}: {len(first)} characters; omit it with --splits")
         tasks[split] = split_tasks(config, group, borders if split == "train" else None)
-    size, version = sum(file.size for group in files.values() for file in group), 1 + bool(config.sample_size)
-    return Plan(splits, borders, tasks, size, version + 2 * changed)
+    size = sum(file.size for group in files.values() for file in group)
+    return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * changed)
 
 
 def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = None) -> Iterator[Task]:
@@ -233,9 +232,7 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)
 
 
-def divide(
-    config: PrepareConfig, files: list[RawFile], held_out: dict[str, float], splits: list[str], name: str
-) -> tuple[Borders, bool]:
+def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str]) -> tuple[Borders, bool]:
     """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
 
     A document's split follows from its hash, and does not depend on `splits`. If `test` would be empty, it gets the
@@ -252,33 +249,32 @@ def divide(
     """
     val, test = held_out.get("val", 0), held_out.get("test", 0)
     shares = {"test": test, "val": test + val}
-    count = characters = largest = 0
-    rest, found, digest = [], set(), SPLIT_HASH.copy()  # rest: the smallest two hashes outside of test
-    for chunk in readers.documents(files, config.column, config.sample_size):
+    characters, hashes, found, digest = 0, [], set(), SPLIT_HASH.copy()
+    for chunk in chunks:
         characters += len(chunk.text)
         digest.update(chunk.text.encode())
         if chunk.documents:
-            count, position, digest = count + 1, _position(digest), SPLIT_HASH.copy()
-            largest, rest = max(largest, position), sorted({*rest, position})[:2] if position >= test else rest
-            found.add(_split_at(shares, position))
-            if count >= FEW_DOCUMENTS and found >= {"train", *held_out}:
+            hashes.append(_position(digest))
+            digest = SPLIT_HASH.copy()
+            found.add(_split_at(shares, hashes[-1]))
+            if len(hashes) >= FEW_DOCUMENTS and found >= {"train", *held_out}:
                 return shares, False
-    if count < FEW_DOCUMENTS:
+    if len(hashes) < FEW_DOCUMENTS:
         given = (int(characters * (1 - val - test)), int(characters * (1 - test)), characters)
         second = max(0, min(given[1], characters - ("test" in held_out)))
         borders = (max(0, min(given[0], second - ("val" in held_out))), second, characters)
         found = {s for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True) if end > start}
     else:
-        given, borders = shares, dict(shares)
-        if "test" in held_out and "test" not in found:
-            borders["test"] = math.nextafter(rest.pop(0), 2)
-        if "val" in held_out and rest and rest[0] >= borders["val"]:
-            borders["val"] = math.nextafter(rest[0], 2)
-        found = {"test", *(_split_at(borders, position) for position in (*rest, largest))}
+        given, borders, start = shares, dict(shares), 0
+        for split in ("test", "val"):
+            rest = [position for position in hashes if position >= start]
+            if split in held_out and rest:
+                borders[split] = max(borders[split], math.nextafter(min(rest), 2))
+            start = borders[split]
+        found = {_split_at(borders, position) for position in hashes}
     if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
-        reason = f"the {empty[0]} split of {name} would have 0 tokens: {count:,} documents, {characters:,} characters"
-        remedy = f"val_fraction = {val}, test_fraction = {test}; add text, or change --val_fraction or --test_fraction"
-        raise UserError(f"too little text: {reason}, {remedy}")
+        numbers = f"split {empty[0]} of {len(hashes):,} documents, {characters:,} characters"
+        raise UserError(f"too little text for {numbers}: add some, or change --val_fraction or --test_fraction")
     return borders, borders != given
 
 
@@ -323,7 +319,7 @@ def encode_task(config: PrepareConfig, splits: list[str], borders: Borders, task
     return {split: encode_chunks(encoding, encode, chunks, source.end_of_text) for split, chunks in by_split.items()}
 
 
-def choose_split(borders: Borders, chunks: Iterable[str]) -> str:
+def choose_split(borders: dict[str, float], chunks: Iterable[str]) -> str:
     """Return the split of a document by a keyed hash of its text. Equal texts get the same split, in every dataset.
 
     Args:
@@ -340,5 +336,5 @@ def _position(digest: hashlib.blake2b) -> float:
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
-def _split_at(borders: Borders, position: float) -> str:
+def _split_at(borders: dict[str, float], position: float) -> str:
     return next((split for split in ("test", "val") if position < borders.get(split, 0)), "train")

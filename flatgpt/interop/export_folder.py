@@ -8,11 +8,14 @@ tokenizer's files, so the Space downloads nothing.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,19 +25,20 @@ from safetensors.torch import save_file
 from tiktoken import Encoding
 from torch import Tensor
 
-from config import ModelConfig, SamplingConfig, TrainConfig, UserError, first_line
+from config import ExportConfig, ModelConfig, SamplingConfig, TrainConfig, UserError, first_line
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop.hub import CONFIG, LOCAL_SETTINGS, card_body, hub_name, model_card
-from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, ModelSource
+from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, POSITIONS, ModelSource
 from flatgpt.interop.pretrained import ACTIVATIONS
 from flatgpt.interop.tokenizer_files import tokenizer_files
-from flatgpt.interop.verification import tensor_shapes
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
+from flatgpt.runtime.files import fsync
 from model import GPT
 
 Content = bytes | Path | dict[str, Tensor]  # bytes, a file to copy, or tensors for safetensors
 LOG = "metrics.csv"
+STALE = 86400  # seconds after which a partial folder is of a process that was killed
 SPACE_FILES = ("app.py", "model.py", "config.py", "LICENSE")  # and flatgpt/
 VOCABULARY_FOLDER = "tiktoken_cache"  # app.py sets TIKTOKEN_CACHE_DIR to this folder
 # Keys of state.json that a Space publishes. The others are for resuming or describe the machine.
@@ -61,16 +65,17 @@ Open the printed address in a browser. The weights and the tokenizer are in this
 
 
 def hugging_face_files(
-    source: ModelSource, model: GPT, encoding: Encoding, dtype: str, name: str, repo: str | None, recipe: str
+    source: ModelSource, model: GPT, encoding: Encoding, options: ExportConfig, name: str, recipe: str
 ) -> dict[str, Content]:
-    """Return the files of a Hugging Face GPT-2 folder. The model is converted to `dtype`.
+    """Return the files of a Hugging Face GPT-2 folder. The model is converted to `options.dtype`.
 
     Args:
-        name, repo, recipe: as in model_card.
+        name, recipe: as in model_card.
 
     Raises:
         UserError: NaN or infinite weights, or a tokenizer that Hugging Face's GPT-2 does not support.
     """
+    dtype = options.dtype
     model.to(getattr(torch, dtype))
     if broken := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
         remedy = "choose another checkpoint" + ", or --dtype bfloat16, which has a wider range" * (dtype == "float16")
@@ -87,24 +92,17 @@ def hugging_face_files(
         WEIGHTS: to_hugging_face(model),
         **{file: (json.dumps(content, indent=2) + "\n").encode() for file, content in settings.items()},
         **tokenizer_files(encoding, config.context_length),
-        "README.md": model_card(exported, name=name, repo=repo, dtype=dtype, recipe=recipe).encode(),
+        "README.md": model_card(exported, options, name=name, recipe=recipe).encode(),
     }
 
 
-def export_problems(model: GPT, edits: bool = True) -> list[str]:
-    """Return why Hugging Face's GPT-2 cannot compute the model, one sentence per reason.
-
-    Args:
-        edits: report an edited adjust_logits.
-    """
-    config, problems = model.config, []
-    logits = torch.zeros(1, config.vocab_size, device=model.lm_head.weight.device)
+def export_problems(config: ModelConfig) -> list[str]:
+    """Return why Hugging Face's GPT-2 cannot compute the model of a config, one sentence per reason."""
+    problems = []
     if config.position != "learned":
         problems.append(f"position = {config.position}: Hugging Face's GPT-2 supports learned positions only")
     if config.head_bias:
         problems.append("head_bias = true: Hugging Face's GPT-2 has no bias on its output head")
-    if edits and model.adjust_logits(logits) is not logits:
-        problems.append("adjust_logits in model.py changes the logits, which Hugging Face's GPT-2 does not")
     return problems
 
 
@@ -113,18 +111,16 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
 
     Returns:
         contiguous tensors, dtype unchanged: Conv1D matrices as (in, out), (vocab_size, n_embd) tables without padding,
-        zeros for biases that the config turns off. A tied head is stored only as the embedding. Tensors that an edited
+        zeros for absent biases. A tied head is stored only as the embedding. Tensors that an edited
         model.py adds are unchanged.
     """
-    weights, config, converted = model.state_dict(), model.config, {}
-    for name, tensor in weights.items():
+    converted = {}
+    for name, tensor in model.state_dict().items():
         if name in (EMBEDDING, HEAD):
-            tensor = tensor[: config.vocab_size]
+            tensor = tensor[: model.config.vocab_size]
         converted[name] = (tensor.T if name.endswith(CONV1D) else tensor).contiguous()
-    attn_bias = config.bias if config.attn_bias is None else config.attn_bias
-    for name, shape in tensor_shapes(hugging_face_config(config, 0, "")).items():
-        if name.endswith("bias") and not (attn_bias if ".attn." in name else config.bias):
-            converted.setdefault(name, torch.zeros(shape, dtype=weights[EMBEDDING].dtype))
+        if name.endswith(".weight") and name not in (EMBEDDING, HEAD, POSITIONS):
+            converted.setdefault(f"{name.removesuffix('weight')}bias", tensor.new_zeros(len(tensor)))
     return converted
 
 
@@ -224,8 +220,9 @@ def public_state(state: dict, name: str) -> dict:
     config = {key: value for key, value in state["config"].items() if key in known} | {"out_dir": name}
     if init_from := state["config"].get("init_from"):
         config["init_from"] = init_from if hub_name(init_from) else f".../{Path(init_from).name}"
-    data = {key: state["data"][key] for key in ("manifest_sha256", "end_of_text", "tokens") if key in state["data"]}
-    data["folder"] = Path(state["data"]["folder"]).name
+    known = ("manifest_sha256", "end_of_text", "tokens", "folder")  # earlier versions did not write all
+    data = {key: state["data"][key] for key in known if key in state["data"]}
+    data |= {"folder": Path(data["folder"]).name} if "folder" in data else {}
     public = {key: state[key] for key in PUBLIC_STATE_KEYS if key in state}
     return public | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
 
@@ -258,9 +255,12 @@ def write_folder(out: Path, files: dict[str, Content], verify: Callable[[Path], 
         UserError: no permission or no disk space.
     """
     folder = Path(os.path.realpath(out))
-    partial = folder.with_name(f".{folder.name}.partial")
+    prefix = f".{folder.name[:40]}."
+    partial = folder.with_name(f"{prefix}{secrets.token_hex(4)}.partial")  # unique, as another export may be writing
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*.partial"):  # by a killed process
+        if time.time() - left.stat().st_mtime > STALE:
+            shutil.rmtree(left, ignore_errors=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         for name, content in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, dict):
@@ -269,14 +269,12 @@ def write_folder(out: Path, files: dict[str, Content], verify: Callable[[Path], 
                 shutil.copyfile(content, partial / name)
             else:
                 (partial / name).write_bytes(content)
-        (partial / WEIGHTS).chmod(
-            (partial / "README.md").stat().st_mode
-        )  # safetensors makes it readable for its owner only
+        readable = (partial / "README.md").stat().st_mode
+        (partial / WEIGHTS).chmod(readable)  # safetensors makes it readable for its owner only
         if verify:
             verify(partial)
         for name in files:
-            with open(partial / name, "rb") as file:
-                os.fsync(file.fileno())
+            fsync(partial / name)
         os.rename(partial, folder)  # replaces an empty folder
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import UserError
+from config import ExportConfig, UserError
 from flatgpt.runs import history
 from flatgpt.runtime.files import read_json
 
@@ -76,6 +76,10 @@ With flatGPT:
 ```sh
 python infer.py --model_path {model} --prompt "Once upon a time"
 ```"""
+UNVERIFIED = """
+
+These files were not compared with the model that was trained (`--no-verify`). If its code is no longer GPT-2, they \
+compute something else."""
 TRAINING = """\
 {facts}
 
@@ -214,14 +218,13 @@ def upload(folder: Path, names: Sequence[str], repo: str, private: bool, log: Ca
 # model cards
 
 
-def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, recipe: str) -> str:
+def model_card(source: ModelSource, options: ExportConfig, *, name: str, recipe: str) -> str:
     """Return README.md of an exported model: metadata and evaluation results for the hub, then `card_body`.
 
     Args:
         source: the exported model.
+        options: repository, dtype of the weights, and whether they are verified.
         name: the model's name.
-        repo: repository for the upload; None for a folder only.
-        dtype: precision of the exported weights.
         recipe: the training settings as TOML; empty if unknown.
     """
     from huggingface_hub import EvalResult, ModelCardData
@@ -246,8 +249,8 @@ def model_card(source: ModelSource, *, name: str, repo: str | None, dtype: str, 
         eval_results=results or None,
         model_name=" ".join(name.split()) if results else None,
     )
-    use = USAGE.format(model=repo or "FOLDER")
-    return f"---\n{metadata}\n---\n\n{card_body(source, name=name, use=use, dtype=dtype, recipe=recipe)}"
+    use = USAGE.format(model=options.push or "FOLDER") + (UNVERIFIED if not options.verify else "")
+    return f"---\n{metadata}\n---\n\n{card_body(source, name=name, use=use, dtype=options.dtype, recipe=recipe)}"
 
 
 def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32", recipe: str = "") -> str:
@@ -313,11 +316,11 @@ def _evaluation(source: ModelSource) -> dict[str, float]:
 def _training_facts(source: ModelSource) -> dict[str, object]:
     state, config, dataset = source.state, source.state["config"], _dataset(source.state)
     data, losses = state["data"], _evaluation(source)
-    args = [re.sub(r"^(--\w+=)?[/~].*?([^/]*)$", r"\1.../\2", arg) for arg in state.get("command", [])]
+    args = [re.sub(r"^(--\w+=)?[/~].*?([^/]*)$", r"\1.../\2", str(arg)) for arg in state.get("command", [])]
     return {
         "dataset": Path(data["folder"]).name if "folder" in data else None,
         **{key: dataset.get(key) for key in ("source", "repository", "revision", "dump", "sample_size")},
-        **{f"tokens, {split}": f"{count:,}" for split, count in data.get("tokens", {}).items()},
+        **{f"tokens, {split}": f"{n:,}" for split, n in data.get("tokens", {}).items() if type(n) is int},
         "end-of-text after each document": data["end_of_text"],
         "SHA-256 of the dataset's meta.json": data.get("manifest_sha256"),
         "started from the weights of": config.get("init_from") and (_initial_model(state) or "another model"),

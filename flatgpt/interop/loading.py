@@ -31,6 +31,9 @@ from model import GPT
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # buffers saved by older versions of transformers and nanoGPT
 EMBEDDING, HEAD, POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
+# Keys of state.json that are used without further checks. None: not written by earlier versions, or not set.
+FACTS = {"tokenizer.ranks_sha256": str, "data.end_of_text": bool, "data.folder": str | None, "data.tokens": dict | None}
+FACTS |= {"command": list | None, "config.init_from": str | None, "config.out_dir": str | None}
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
 
@@ -72,13 +75,12 @@ def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSour
     """
     if model_path is None or pretrained.is_run(model_path):
         path, state = checkpoint.find(model_path and str(pretrained.folder_of(model_path)), log)
-        whole = False
-        match state:
-            case {"tokenizer": {"ranks_sha256": str()}, "data": {"end_of_text": bool()} as data}:
-                whole = isinstance(data.get("folder", ""), str)  # earlier versions did not write the folder
-        if not whole:
-            facts = "tokenizer.ranks_sha256, data.end_of_text or data.folder"
-            raise UserError(f"{path / STATE} is damaged: {facts} is missing or has another type; copy it again")
+        for key, kind in FACTS.items():
+            value = state
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if not isinstance(value, kind):
+                raise UserError(f"{path / STATE} is damaged: {key} = {value!r:.60} has another type; copy it again")
     else:
         path, state = pretrained.find(model_path, "model_path"), {}
     name = pretrained.read_tokenizer(str(path))
@@ -208,7 +210,8 @@ def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dic
     weights = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{path}: {name} is {tensor.dtype}: quantized weights are not supported, choose others")
+            text = f"{path}: {name!r:.80} is {tensor.dtype}: quantized weights are not supported, choose others"
+            raise UserError(text)
         while name.startswith(WRAPPER_PREFIXES):
             name = name.partition(".")[2]
         # names of GPT2Model, which OpenAI's models on the hub use, lack `transformer.`

@@ -7,8 +7,10 @@ torch is imported: torch, tiktoken and huggingface_hub are imported only by the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pickle
 import sys
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, first_line, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
-from flatgpt.runs.history import RECIPE, STATE, folders, follow, read_state, read_table, run_of
+from flatgpt.runs.history import RECIPE, STATE, folders, follow, gpt2_parameters, read_state, read_table, run_of
 from flatgpt.runtime.files import read_json, wrong_kind
 
 NANOGPT = "ckpt.pt"
@@ -150,7 +152,25 @@ def read_config(path: str) -> ModelConfig:
     config = ModelConfig(**fields)
     if problems := config.problems():
         raise UserError(f"{file} is damaged: {problems[0]}")
+    # A model of this size will be built before its weights are read. In an edited model.py, blocks may share weights.
+    stored, parameters = _stored_numbers(location), gpt2_parameters(config)
+    if parameters > 20 * stored:
+        sizes = f"it describes a model of {parameters:,} parameters, but the weights have {stored:,}"
+        raise UserError(f"{file} is damaged: {sizes}; copy it again, or choose another model")
     return config
+
+
+def _stored_numbers(location: Path) -> float:
+    """Return how many numbers the weights at a result of `find` have; infinity if no file can be read."""
+    if is_nanogpt(location):
+        return sum(tensor.numel() for tensor in read_nanogpt(location)["model"].values())
+    from safetensors import SafetensorError, safe_open
+
+    stored = 0
+    for path in location.glob("*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+            stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return stored or math.inf
 
 
 def _checked(file: Path, key: str, value, field: dataclasses.Field):

@@ -95,55 +95,36 @@ def save(
             move_aside(folder, "which a new checkpoint replaces")
         os.rename(partial, folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = _explain(error, run_dir, _num_bytes([weights, train_state]))
+        reason, size, existing = _explain(error, run_dir), _num_bytes([weights, train_state]), "unknown"
         shutil.rmtree(partial, ignore_errors=True)
-        existing = ", ".join(path.name for path in checkpoints(run_dir)) or "none"
+        with contextlib.suppress(OSError):  # the disk may have failed
+            existing = ", ".join(path.name for path in checkpoints(run_dir)) or "none"
         raise UserError(
-            f"checkpoint {folder} could not be written: {file}: {reason}. Existing checkpoints: {existing}"
+            f"checkpoint {folder} ({size / 1e6:,.1f} MB) could not be written: {file}: {reason}. "
+            f"Existing checkpoints: {existing}"
         ) from None
     set_link(run_dir, "last", state["iter"])
-    _delete_old(run_dir, partial, keep, keep_every)
+    old = folder.parent
+    try:
+        linked = [link for name in ("last", "best") if (link := follow(run_dir / "ckpt" / name)).exists()]
+        for old in checkpoints(run_dir)[keep:]:
+            if not any(map(old.samefile, linked)) and not (keep_every and iteration_of(old) % keep_every == 0):
+                os.rename(old, partial)  # so that a partly deleted folder is not taken for a checkpoint
+                shutil.rmtree(partial)
+    except OSError as error:  # on a network file system, another process may be reading it
+        print(f"warning: old checkpoints are not deleted: {old}: {error.strerror}", file=sys.stderr)
     return folder
 
 
-def _delete_old(run_dir: Path, unused: Path, keep: int, keep_every: int | None) -> None:
-    """Delete the checkpoints that `save` does not keep. What cannot be deleted is a warning.
-
-    Args:
-        unused: a name for a folder that is being deleted, so that it is not taken for a checkpoint.
-    """
-    old = "an old checkpoint"
-    try:
-        links = [follow(run_dir / "ckpt" / name) for name in ("last", "best")]
-        linked = {link.resolve(strict=True) for link in links if link.exists()}  # strict: raises if it cannot be read
-        unneeded = [
-            path
-            for path in checkpoints(run_dir)[keep:]
-            if path.resolve(strict=True) not in linked and not (keep_every and iteration_of(path) % keep_every == 0)
-        ]
-        for old in unneeded:
-            os.rename(old, unused)
-            shutil.rmtree(unused)
-    except OSError as error:  # on a network file system, another process may be reading it
-        print(f"warning: {old} is no longer needed but cannot be deleted: {error.strerror}", file=sys.stderr)
-
-
-def _explain(error: Exception, run_dir: Path | None = None, needed: int = 0) -> str:
-    """Return why a write failed, and what to do about it.
-
-    Args:
-        run_dir: for a lack of space: the folder on the disk, and the bytes that are needed.
-    """
-    cause = error
-    while cause.__context__ and not isinstance(cause, OSError):  # torch raises another error when it closes the file
-        cause = cause.__context__
-    reason = (getattr(cause, "strerror", None) or str(cause)).partition("\n")[0]
-    in_text = re.search(r"os error (\d+)", reason)  # safetensors'
-    code = int(in_text[1]) if in_text else getattr(cause, "errno", None)
-    if needed and code in NO_SPACE:
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(run_dir).free
-            reason += f". {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free now"
+def _explain(error: Exception, run_dir: Path) -> str:
+    """Return why a write in the run's folder failed, and what to do about it."""
+    while error.__context__ and not isinstance(error, OSError):  # torch raises another error when it closes the file
+        error = error.__context__
+    in_text = re.search(r"os error (\d+)", str(error))  # safetensors'
+    code = int(in_text[1]) if in_text else getattr(error, "errno", None)
+    reason = os.strerror(code) if code else str(error).partition("\n")[0]
+    if code in NO_SPACE:
+        reason += f" ({shutil.disk_usage(run_dir).free / 1e6:,.1f} MB are free now)"
     return f"{reason}. {REMEDIES.get(code, 'Check the disk')}; if the run has stopped, resume it with --resume"
 
 
@@ -206,7 +187,7 @@ def set_link(run_dir: Path, name: str, iteration: int | None) -> bool:
                 raise
             atomic_write(link, target.encode())
     except OSError as error:
-        raise UserError(f"{link} could not be set to {target}, which is complete: {_explain(error)}") from None
+        raise UserError(f"{link} could not be set to {target}, which is complete: {_explain(error, run_dir)}") from None
     return True
 
 

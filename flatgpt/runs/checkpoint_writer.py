@@ -152,17 +152,12 @@ class CheckpointWriter:
         value = full_tensor(value)
         if not self.ranks.first:
             return None
-        if name not in self._buffers:
-            self._buffers[name] = self._allocate(value)
-        return self._buffers[name].copy_(value)
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        """Return a buffer in host memory; pinned for a CUDA tensor, unless the system refuses it."""
-        if like.is_cuda and self._pin:
+        if name not in self._buffers and value.is_cuda and self._pin:
             try:
-                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+                self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             except RuntimeError as error:
-                self._pin = False
-                text = str(error).partition("\n")[0]
+                self._pin, text = False, str(error).partition("\n")[0]
                 print(f"note: saves wait longer, because host memory cannot be pinned: {text}", file=sys.stderr)
-        return torch.empty(like.shape, dtype=like.dtype)
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+        return self._buffers[name].copy_(value)

@@ -13,6 +13,7 @@ quickstart   1,853,760  pydoc  2,000     1.2552      2,000  40 min  finished
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -75,7 +76,10 @@ class History:
     def parameters(self) -> int | None:
         """Number of parameters of the model; None if unknown. Checkpoints of earlier versions do not store it."""
         known = {key: self.settings[key] for key in ModelConfig.__dataclass_fields__ if key in self.settings}
-        return self.state.get("parameters") or gpt2_parameters(ModelConfig(**known))
+        stored = self.state.get("parameters")
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # settings of wrong types
+            return stored if type(stored) is int else gpt2_parameters(ModelConfig(**known))
+        return None
 
 
 def gpt2_parameters(config: ModelConfig) -> int | None:
@@ -188,7 +192,9 @@ def read(folder: Path) -> History:
         raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
     candidates = (folder, follow(folder / "ckpt/last"), *folders(folder))
     state = next(filter(None, (read_table(path / STATE, json.loads) for path in candidates)), {})
-    settings = state.get("config") or read_table(folder / RECIPE, tomllib.loads)
+    settings = state.get("config")
+    if not settings or not isinstance(settings, dict):
+        settings = read_table(folder / RECIPE, tomllib.loads)
     return History(Path(os.path.abspath(folder)).name, _read_columns(folder / LOG), state, settings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import json
 import math
@@ -42,9 +41,8 @@ KEYS = (
 ROWS, SAMPLES, PICTURE = "metrics.csv", "samples.txt", "metrics.png"
 # Regular expressions of an entry, whose first group is the iteration, and of the start of one at the end of the file,
 # which a crash leaves. A sample's text may end without a line break.
-ROW = rb"^(\d+)(?:,[\w.+-]*){%d}\n" % (len(KEYS) - 1)
-SAMPLE = rb"^=== iter (\d+) .*\n(?:(?!===).*\n)*(?:(?!===).+\Z)?"
-NUMBER = r"(?i)|[+-]?(nan|inf|(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)"  # or an empty cell
+ROW = rb"^(\d{1,18})(?:,[\w.+-]*){%d}\n" % (len(KEYS) - 1)
+SAMPLE = rb"^=== iter (\d{1,18}) .*\n(?:(?!===).*\n)*(?:(?!===).+\Z)?"
 PARTIAL = rb"(?:\d[\d,.+\-ainfe]*|={1,3}|=== i?t?e?|=== iter.*)?"
 
 # Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
@@ -270,34 +268,30 @@ def _end_line(text: bytes) -> bytes:
 def parse_rows(content: bytes, skipped: list[str]) -> Iterator[tuple[list[str], list[float]]]:
     """Yield the columns' names in metrics.csv and no values; then the cells and values of each row, nan if empty.
 
-    What spreadsheet programs write is read too: separators `,` `;` and tab, quotes, decimal commas, UTF-16. The start
-    of a row at the end is ignored, because the run may be writing at the same time.
+    What spreadsheet programs write is read too: separators `,` `;` and tab, quotes, decimal commas, a byte order mark.
+    The start of a row at the end is ignored, because the run may be writing at the same time.
 
     Args:
         skipped: lines that are not rows, and cells that are not numbers, are appended to it.
     """
-    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    text = content.decode(encoding, errors="replace").replace("\0", "")
+    text = content.decode("utf-8-sig", errors="replace").replace("\0", "")
     whole, _, last = text.rpartition("\n")
     columns, separator, at = [], ",", 0
     for line in (whole if re.fullmatch(PARTIAL.decode(), last) else text).splitlines():
         separator = separator if columns else max(",;\t", key=line.count)
-        try:
-            cells = next(csv.reader([line], delimiter=separator, strict=True)) if '"' in line else line.split(separator)
-        except csv.Error:  # an open quote; later lines are read all the same
-            cells = []
-        cells = [cell.strip().replace(",", ".") for cell in cells]
+        unquoted = re.sub('"([^"]*)"', lambda cell: cell[1].replace(",", "."), line) if '"' in line else line
+        cells = [cell.strip().replace(",", ".") for cell in unquoted.split(separator)]
         if not columns and "iter" in cells:
             columns, at = cells, cells.index("iter")
             yield columns, []
-        elif len(cells) == len(columns) and re.fullmatch(r"-?\d{1,18}(\.0)?", cells[at]):
-            cells[at] = cells[at].removesuffix(".0")
-            try:
-                values = [float(cell or "nan") for cell in cells]
-            except ValueError:
-                skipped += (bad := [cell for cell in cells if not re.fullmatch(NUMBER, cell)])
-                cells = ["" if cell in bad else cell for cell in cells]
-                values = [float(cell or "nan") for cell in cells]
+        elif len(cells) == len(columns) and re.fullmatch(r"[0-9]{1,18}", cells[at]):
+            values = [math.nan] * len(cells)
+            for n, cell in enumerate(cells):
+                try:
+                    values[n] = float(cell or "nan")
+                except ValueError:
+                    skipped.append(cell)
+                    cells[n] = ""
             yield cells, values
         elif line.strip():
             skipped.append(line)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
+import re
 import secrets
 import socket
 import sys
@@ -14,18 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from config import UserError
 
 try:
-    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+    import fcntl
 except ImportError:  # Windows
-    LOCK_EX = LOCK_NB = LOCK_SH = 0
-
-    def flock(file: IO, operation: int) -> None:
-        file.close()  # Windows does not rename open files
-
+    fcntl = None
 
 CANNOT_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -69,19 +64,12 @@ def write_json(figures: dict, target: str) -> None:
     Raises:
         UserError: the file cannot be written; its previous content is kept.
     """
-    text = json.dumps(_finite(figures), indent=1, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(figures), parse_constant=lambda name: None)
+    text = json.dumps(finite, indent=1) + "\n"
     if target == "-":
         print(text, end="")
     else:
         write_output(text.encode(), target, "json")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
@@ -109,10 +97,9 @@ def atomic_write(path: Path, content: bytes) -> None:
                 file.write(content)
             fsync(partial)
             os.replace(partial, path)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
 
 
 def fsync(path: Path) -> None:
@@ -181,16 +168,15 @@ class FolderLock(contextlib.AbstractContextManager):
 
     def __init__(self, folder: Path, setting: str):
         self.folder, self.setting, self._path = folder, setting, folder.absolute() / ".lock"
-        self._content, self._stop = "", threading.Event()
+        self._content, self._held = "", contextlib.ExitStack()
 
     def __exit__(self, *error) -> None:
-        """Release the lock, if this process holds it."""
-        if self in _open_files:
-            self._stop.set()
+        """Release the lock, except in a fork of the process that holds it."""
+        if self._content.startswith(f"process {os.getpid()} "):
+            self._held.close()
             with contextlib.suppress(OSError):
                 if self.is_held():
                     self._path.unlink()
-            _open_files.pop(self).close()
         self._content = ""
 
     def is_held(self) -> bool:
@@ -198,40 +184,39 @@ class FolderLock(contextlib.AbstractContextManager):
         return self._content != "" and _read_lock(self._path)[0] == self._content
 
     def acquire(self) -> None:
-        """Lock the folder. Call it inside `with`, which also removes what an error leaves.
+        """Lock the folder. Call it inside `with`.
 
         Raises:
             UserError: another process holds the lock.
         """
         self.__exit__()
         tries, claim = 0, self._path.with_name(".lock.new")
-        name = f"process {os.getpid()} on {socket.gethostname()}"
-        content = "\n".join([name, *_identify(os.getpid()), secrets.token_hex(8)])
         # Only the process that creates .lock.new may replace .lock, and only if .lock still is as it was found.
         while not self.is_held():
             found, tries = self._wait_until_free(), tries + 1
             if tries % 50 == 0:  # 5 s, where milliseconds are enough: the process that created it was killed
                 claim.unlink(missing_ok=True)
             try:
-                with naming(self.folder / ".lock"):
-                    file = open(claim, "x", encoding="utf-8")  # noqa: SIM115 - closed below
+                file = open(claim, "xb")  # noqa: SIM115 - closed below
             except FileExistsError:
                 time.sleep(0.1)
                 continue
             try:
-                with naming(self.folder / ".lock"):
-                    with file:
-                        file.write(content)
-                    self._content, _open_files[self] = content, open(claim, "r+b", buffering=0)  # noqa: SIM115
-                    with contextlib.suppress(OSError):
-                        flock(_open_files[self], LOCK_EX | LOCK_NB)
-                    if _read_lock(self._path)[0] == found:
-                        os.replace(claim, self._path)
+                with naming(self.folder / ".lock"), file:
+                    self._content = "\n".join([*_identify(os.getpid()), str(os.fstat(file.fileno()).st_ino)])
+                    file.write(self._content.encode())
+                if _read_lock(self._path)[0] == found:
+                    os.replace(claim, self._path)
             finally:
                 if not self.is_held():
                     claim.unlink(missing_ok=True)
-        self._stop = threading.Event()
-        threading.Thread(target=self._send_heartbeats, args=(self._stop,), name="heartbeat", daemon=True).start()
+        if fcntl:
+            with contextlib.suppress(OSError):
+                file = self._held.enter_context(self._path.open("r+b"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        released = threading.Event()
+        self._held.callback(released.set)
+        threading.Thread(target=self._send_heartbeats, args=(released,), name="heartbeat", daemon=True).start()
 
     def _wait_until_free(self) -> str:
         """Return the content of the lock file, whose owner has ended. Raise UserError if it has not."""
@@ -240,36 +225,28 @@ class FolderLock(contextlib.AbstractContextManager):
         if running is None:
             wait = f"waiting {HEARTBEAT * BEATS:.0f} s for its heartbeat"
             print(f"{self.folder} is locked by {owner}: {wait}", file=sys.stderr)
-        for _ in range(BEATS if running is None else 0):
-            time.sleep(HEARTBEAT)
-            now, latest, _ = _read_lock(self._path)
-            if now != content:  # released, or taken over
-                return self._wait_until_free()
-            if running := latest != beat:
-                break
+            for _ in range(BEATS):
+                time.sleep(HEARTBEAT)
+                now, latest, _ = _read_lock(self._path)
+                if (now, latest) != (content, beat):
+                    running = now == content  # otherwise it was released, or taken over
+                    break
         if running:
             text = f"{self.folder} is in use by {owner}: wait for it, stop it, or choose another {self.setting}"
             raise UserError(text)
         return content
 
-    def _send_heartbeats(self, stop: threading.Event) -> None:
-        while not stop.wait(HEARTBEAT):
+    def _send_heartbeats(self, released: threading.Event) -> None:
+        while not released.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
                 if self.is_held():
                     os.utime(self._path)
 
 
-_open_files: dict[FolderLock, IO] = {}  # locked with flock
-if hasattr(os, "register_at_fork"):  # a forked process closes them; it would keep the lock of a parent that is killed
-    os.register_at_fork(after_in_child=_open_files.clear)
-
-
 def in_use(folder: Path) -> bool:
     """Whether a process has locked the folder. Writes nothing, and does not wait for a heartbeat."""
-    with contextlib.suppress(OSError):
-        _, beat, running = _read_lock(folder / ".lock")
-        return time.time() - beat < 60 if running is None else running  # the clocks of machines differ
-    return False
+    _, beat, running = _read_lock(folder / ".lock")
+    return abs(time.time() - beat) < 60 if running is None else running  # the clocks of machines differ
 
 
 def _read_lock(path: Path) -> tuple[str, float, bool | None]:
@@ -279,34 +256,31 @@ def _read_lock(path: Path) -> tuple[str, float, bool | None]:
     except (FileNotFoundError, NotADirectoryError):
         return "", 0.0, False
     with file:
-        content, beat = file.read(), os.fstat(file.fileno()).st_mtime  # of an open file, it is current also on NFS
+        content, status = file.read(), os.fstat(file.fileno())  # of an open file, it is current also on NFS
+        if owner := re.fullmatch(r"(process (\d{1,9}) on .*\n.*)\n(.*)\n(\d+)", content):
+            process, started = _identify(int(owner[2]))
+            running, is_copy = started == owner[3], owner[4] != str(status.st_ino)  # a copy of a folder in use
+            if process == owner[1] and started and not (running and is_copy):
+                return content, status.st_mtime, running
+        running = None if owner else False  # earlier versions used flock only
         try:
-            flock(file, LOCK_SH | LOCK_NB)
-            not_locked = True
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                return content, beat, True
-            not_locked = False  # a file system without flock
-    _, machine, pid, started, *_ = content.split("\n") + [""] * 3
-    if not pid.isdecimal():  # no owner, or one of an earlier version, which used flock only
-        return content, beat, False
-    here, _, now = _identify(int(pid))
-    running = now == started and int(pid) != os.getpid()
-    if machine != here or not now or (running and not_locked):  # a copy of a folder in use contains its lock file
-        return content, beat, None
-    return content, beat, running
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:  # others: a file system without flock
+            running = True if isinstance(error, BlockingIOError) else running
+    return content, status.st_mtime, running
 
 
-def _identify(pid: int) -> tuple[str, str, str]:
-    """Return identifiers of this machine and of a process, and when the process started.
+def _identify(pid: int) -> tuple[str, str]:
+    """Return a name of the process with its machine, in two lines, and when it started.
 
-    The machine's changes with each boot, and between containers. The start is `-` if the process has ended, and empty
-    if it is not known.
+    The machine's identifier changes with each boot, and between containers. The start is `-` if the process has ended,
+    and empty if it is not known.
     """
-    machine, started = socket.gethostname(), ""
+    name, started = f"process {pid} on {socket.gethostname()}\n", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        name += f"{boot} {os.readlink('/proc/self/ns/pid')}"
     try:
         if os.name != "nt":  # there it would be Ctrl-C
             os.kill(pid, 0)
@@ -316,4 +290,4 @@ def _identify(pid: int) -> tuple[str, str, str]:
         started = "-"
     except OSError:  # no /proc, or a process of another user
         pass
-    return machine, str(pid), started
+    return name, started

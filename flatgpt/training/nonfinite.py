@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import EllipsisType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,16 +24,18 @@ MAX_CONSECUTIVE_SKIPS = 20  # more than the 16 halvings of float16's loss scale 
 NO_ITER = 2**62
 COUNTS = "skipped", "in_a_row", "longest"
 SCALER = "scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"
-# Types of the values that a resume reads from a checkpoint's files, by dotted key. None: the value may be missing.
-SETTINGS = "eval_interval", "max_iters", "lr_decay_iters", "batch_size", "grad_accum_steps"
+# Types of the values that a resume reads from a checkpoint's files, by dotted key
+NUMBER, MISSING = int | float, EllipsisType  # earlier versions and other dtypes do not save each value
+PROGRESS = {"val_loss": NUMBER | None, "best_loss": NUMBER | None, "best_iter": int | None}
+PROGRESS |= {"since_best": int, "eval_pending": bool | MISSING}
 TYPES = {
-    STATE: {"chosen": dict, "chosen.why": dict | None, "data.manifest_sha256": str, "wandb_id": str | None}
-    | {f"config.{key}": int for key in SETTINGS},
-    TRAIN_STATE: {"optimizer": dict, "scaler": dict, "row.iter": int, "row.tokens": int, "row.epoch": int | float}
-    | {f"health.{key}": int for key in COUNTS}
-    | {f"scaler.{key}": int | float for key in SCALER}
-    | {"val_loss": int | float | None, "best_loss": int | float | None, "best_iter": int | None}
-    | {"since_best": int | None, "eval_pending": bool | None},
+    STATE: {"finished": bool, "chosen": dict, "chosen.why": dict | MISSING, "data.manifest_sha256": str}
+    | {"wandb_id": str | None, **PROGRESS}
+    | {f"config.{key}": int for key in ("eval_interval", "max_iters", "batch_size", "grad_accum_steps")},
+    TRAIN_STATE: {"optimizer": dict, "scaler": dict, "health": dict | MISSING, **PROGRESS}
+    | {"row.iter": int, "row.tokens": int, "row.epoch": NUMBER}
+    | {f"scaler.{key}": NUMBER | MISSING for key in SCALER}
+    | {f"health.{key}": int | MISSING for key in COUNTS},
 }
 REMEDY = "with a smaller --lr, more --warmup_iters or --dtype float32"
 
@@ -118,7 +122,7 @@ class NonfiniteGuard:
     def load_state_dict(self, state: dict) -> None:
         """Restore the counts from a checkpoint."""
         for name in COUNTS:
-            setattr(self, name, torch.full_like(self.skipped, state[name]))
+            setattr(self, name, torch.full_like(self.skipped, state.get(name, 0)))
 
 
 def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
@@ -140,34 +144,30 @@ def require_resumable(folder: Path) -> dict:
     Raises:
         DamagedCheckpointError: names the file, and the value or the tensor.
     """
-    state, train_state = checkpoint.verify(folder), checkpoint.load_train_state(folder)
-    defaults = {"health": dict.fromkeys(COUNTS, 0)}  # earlier versions did not save it
-    scaler = train_state["scaler"] or dict.fromkeys(SCALER, 0)  # empty unless the dtype was float16
-    for file, values in ((STATE, state), (TRAIN_STATE, defaults | train_state | {"scaler": scaler})):
-        for key, expected in TYPES[file].items():
-            value = values
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if not isinstance(value, expected):
-                raise DamagedCheckpointError(f"{folder / file} cannot be resumed: {key} = {value!r:.50}")
-    if train_state["row"]["iter"] != state["iter"]:
-        raise DamagedCheckpointError(f"{folder / TRAIN_STATE} cannot be resumed: it is not of iter {state['iter']}")
+    contents = {STATE: checkpoint.verify(folder), TRAIN_STATE: checkpoint.load_train_state(folder)}
     try:
-        weights = load_file(folder / WEIGHTS)
+        contents[WEIGHTS] = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise DamagedCheckpointError(f"{folder / WEIGHTS} cannot be loaded: {error}") from None
-    for file, tensors in ((WEIGHTS, weights), (TRAIN_STATE, train_state["optimizer"])):
-        for name, tensor in _tensors(tensors):
-            low, high = map(float, tensor.aminmax())
-            if not math.isfinite(low + high) or (name.endswith("exp_avg_sq") and low < 0):
-                raise DamagedCheckpointError(f"{folder / file} cannot be resumed: {name} has values {low} to {high}")
-    return state
+    for file, content in contents.items():
+        values, types = dict(_flatten(content)), TYPES.get(file, {})
+        wrong = [key for key, expected in types.items() if not isinstance(values.get(key, ...), expected)]
+        wrong = [f"{key} = {values[key]!r:.50}" if key in values else f"{key} is missing" for key in wrong]
+        if file == TRAIN_STATE and not wrong and values["row.iter"] != contents[STATE]["iter"]:
+            wrong = [f"row.iter = {values['row.iter']}, but {STATE} has {contents[STATE]['iter']}"]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                low, high = map(float, value.aminmax())  # one pass; takes less time than the SHA-256
+                if not math.isfinite(low + high) or (key.endswith("exp_avg_sq") and low < 0):
+                    wrong.append(f"{key} has values {low} to {high}")
+        if wrong:
+            raise DamagedCheckpointError(f"{folder / file} cannot be resumed: {wrong[0]}")
+    return contents[STATE]
 
 
-def _tensors(values: dict | list, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dicts and lists with their dotted keys."""
+def _flatten(values: dict | list, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all values of nested dicts and lists, at every level, with their dotted keys."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield f"{prefix}{key}", value
         if isinstance(value, dict | list):
-            yield from _tensors(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            yield f"{prefix}{key}", value
+            yield from _flatten(value, f"{prefix}{key}.")

@@ -7,11 +7,9 @@ B batch, T time, C channels, H heads, D = C / H, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from config import ModelConfig, TrainConfig, UserError
 from flatgpt.data.dataset import Windows, open_dataset
@@ -144,15 +142,10 @@ def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, 
         components["weights"] += FLOAT32 * other_params + dtype.itemsize * block_params // config.n_layer
     # gradients of a single pass reuse the memory of its activations, except with DDP, which allocates buckets first
     reused = min(components["gradients"], components["activations"]) if not accumulate and (gpus == 1 or sharded) else 0
-    buffers = 3 * pinned_bytes(model.parameters())
-    if config.optimizer == "muon":
-        buffers -= pinned_bytes(p for p in blocks if p.dim() == 2)
+    muon = {id(p) for p in blocks if p.dim() == 2} if config.optimizer == "muon" else ()
+    # a copy of each weight and moment, pinned: torch rounds each allocation up to a power of two
+    buffers = sum((3 - (id(p) in muon)) << (p.nbytes - 1).bit_length() for p in model.parameters())
     return components | {"peak": sum(components.values()) - reused, "save buffers": buffers}
-
-
-def pinned_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the host memory of pinned copies. torch rounds each allocation up to a power of two."""
-    return sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

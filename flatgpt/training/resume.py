@@ -29,7 +29,7 @@ from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.nonfinite import require_resumable
-from flatgpt.training.optimizer import MuonAndAdamW
+from flatgpt.training.optimizer import Muon, MuonAndAdamW
 from flatgpt.training.setup import TrainingRun, count_eval_tokens
 from model import GPT
 
@@ -297,7 +297,7 @@ def restore(folder: Path, run: TrainingRun) -> dict:
         # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if train_state["scaler"]:  # empty unless the dtype was float16
-        run.scaler.load_state_dict(train_state["scaler"])
+        run.scaler.load_state_dict({**run.scaler.state_dict(), **train_state["scaler"]})
     if "health" in train_state:
         run.nonfinite_guard.load_state_dict(train_state["health"])
     return train_state
@@ -306,12 +306,19 @@ def restore(folder: Path, run: TrainingRun) -> dict:
 def fits_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a saved state fits an optimizer's parameters. load_state_dict does not check shapes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
     try:
         groups = [[group["params"] for group in state["param_groups"]] for state in (saved, optimizer.state_dict())]
-        return groups[0] == groups[1] and all(
-            moment.dim() == 0 or (moment.shape, moment.dtype) == (params[index].shape, params[index].dtype)
-            for index, moments in saved["state"].items()
-            for moment in moments.values()
+        complete = saved["state"].keys() in (set(), set(range(len(params))))  # empty before the first update
+        return (
+            complete
+            and groups[0] == groups[1]
+            and all(moments.keys() == names for moments in saved["state"].values())
+            and all(
+                (moment.shape, moment.dtype) == (() if name == "step" else params[index].shape, params[index].dtype)
+                for index, moments in saved["state"].items()
+                for name, moment in moments.items()
+            )
         )
-    except (AttributeError, IndexError, KeyError, TypeError):  # values of other types
+    except (AttributeError, KeyError, TypeError):  # values of other types
         return False

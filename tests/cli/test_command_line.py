@@ -354,7 +354,8 @@ def test_full_standard_output_is_named_and_changes_no_other_error(options, then,
     with open("/dev/full", "wb") as full:
         words, env = [sys.executable, *options, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=env, text=True)
-    assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
+        assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
+        assert subprocess.run(words, stdout=full, stderr=full, env=env).returncode == 2
 
 
 def test_closed_standard_output_is_no_traceback():
@@ -420,7 +421,7 @@ def test_terminal_shows_a_progress_bar(monkeypatch):
 
         def main(config):
             with tqdm(total=3, bar_format="{n} of {total}", mininterval=0) as bar:
-                tqdm.write("above", file=sys.stderr)  # refreshes all bars in varying order: there is one so far
+                tqdm.write("above", file=sys.stderr)  # of several bars, tqdm chooses the order by their addresses
                 with tqdm(total=2, bar_format="{n}", leave=False, mininterval=0) as inner:
                     bar.update(2)
                     inner.update()

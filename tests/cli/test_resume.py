@@ -106,16 +106,18 @@ WRONG = [  # file, key, value, and what is said of it
     ("model.safetensors", "transformer.ln_f.weight", torch.full((32,), torch.nan), " has values nan to nan"),
     ("train_state.pt", "optimizer.state.1.exp_avg", torch.full((32, 32), torch.inf), " has values inf to inf"),
     ("train_state.pt", "optimizer.state.1.exp_avg_sq", torch.full((32, 32), -1.0), " has values -1.0 to -1.0"),
-    ("train_state.pt", "row", [1], ".iter = None"),
-    ("train_state.pt", "row.iter", 59, "it is not of iter 60"),
+    ("train_state.pt", "row", [1], ".iter is missing"),
+    ("train_state.pt", "row.iter", 59, " = 59, but state.json has 60"),
     ("train_state.pt", "row.tokens", "many", " = 'many'"),
     ("train_state.pt", "scaler", {"scale": "x"}, ".scale = 'x'"),
-    ("train_state.pt", "health.skipped", None, " = None"),
+    ("train_state.pt", "health.skipped", "x", " = 'x'"),
+    ("train_state.pt", "since_best", None, " is missing"),
     ("train_state.pt", "best_loss", "low", " = 'low'"),
     ("train_state.pt", "optimizer", "adamw", " = 'adamw'"),
-    ("state.json", "chosen", None, " = None"),
+    ("state.json", "finished", None, " is missing"),
+    ("state.json", "since_best", "x", " = 'x'"),
     ("state.json", "chosen.why", 3, " = 3"),
-    ("state.json", "data", [], ".manifest_sha256 = None"),
+    ("state.json", "data", [], ".manifest_sha256 is missing"),
     ("state.json", "config.max_iters", "x", " = 'x'"),
 ]
 
@@ -134,7 +136,6 @@ def test_checkpoint_with_wrong_values_is_skipped_and_named(run_copy, capsys, fil
     checkpoint.save(RUN, state, weights, train_state, keep=9)
     capsys.readouterr()
     assert find("latest") == 30
-    key = "" if key == "row.iter" else key.removeprefix("optimizer.")
     assert f"warning: {newest}/{file} cannot be resumed: {key}{said}" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"{newest}: it is damaged; .* --resume .*{RUN}/ckpt/iter_000030$"):
         find(newest)
@@ -388,6 +389,9 @@ def change_moment(state: dict, change) -> None:
 CHANGES = {
     "shape": lambda state: change_moment(state, lambda moment: moment[:-1].clone()),
     "dtype": lambda state: change_moment(state, lambda moment: moment.bfloat16()),
+    "a number": lambda state: change_moment(state, lambda moment: moment.sum()),
+    "no moment": lambda state: state["state"][1].popitem(),
+    "no moments": lambda state: state["state"].pop(1),
     "too few": lambda state: state["param_groups"][-1]["params"].pop(),
     "swapped groups": lambda state: state["param_groups"].reverse(),
     "no groups": lambda state: state.pop("param_groups"),

@@ -24,6 +24,7 @@ from config import SamplingConfig, TrainConfig, UserError
 from flatgpt.cli.cli import parse, run_script
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
+from flatgpt.evaluation import metrics
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop.pretrained import initial_shape
@@ -205,6 +206,16 @@ def test_validation_windows_do_not_depend_on_the_batch(tiny_data):
         expected = float(build().model(ids[:-1].view(4, T), ids[1:].view(4, T)))
     for words in ("--eval_tokens 97", "--eval_tokens 128 --batch_size 3", "--eval_batches 1", "--eval_epochs 1"):
         assert train.evaluate(build(*words.split())) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("words", "largest"), [("", 2), ("--activation_checkpointing", 1), ("--batch_size 30", 10)])
+def test_evaluation_takes_the_windows_that_fit_in_the_memory_of_an_update(tiny_data, monkeypatch, words, largest):
+    """An update keeps the activations of both blocks, unless they are recomputed."""
+    monkeypatch.setitem(metrics.TOKENS_PER_PASS, "cpu", 10 * 32)
+    run, rows = build("--batch_size", 1, "--eval_tokens", 40 * 32, *words.split()), []
+    run.model.register_forward_pre_hook(lambda model, args: rows.append(len(args[0])))
+    train.evaluate(run)
+    assert (max(rows), sum(rows)) == (largest, 40)
 
 
 def test_vocabulary_may_be_larger_than_that_of_the_data(tiny_data):

@@ -139,41 +139,31 @@ def lines(text: str) -> bytes:
     return b'{"text": "%s"}\n' % text.encode()
 
 
-ALIKE = {"train.jsonl": lines("root"), "d/train.jsonl": lines("in d"), "e/train.jsonl": lines("in e")}
-ALIKE |= {"d/Dev.jsonl": lines("Dev!"), "e/dev.jsonl": lines("dev!"), "d/test.jsonl": lines("test")}
+IN_D = {f"d/{name}.jsonl": lines(name) for name in ("train", "Dev", "dev", "test")}
+ALIKE = {"train.jsonl": lines("first"), **IN_D}
 
 
 @pytest.mark.parametrize(
-    ("by_hand", "files", "train", "fetched"),
+    ("published", "files", "by_hand", "used"),
     [
-        # two of the same name and size; the one in the root is none of d/
-        (
-            {"train.jsonl": ALIKE["train.jsonl"]},
-            ("*.jsonl",),
-            ["in d", "in e", "root"],
-            sorted({*ALIKE} - {"train.jsonl"}),
-        ),
-        ({"train.jsonl": ALIKE["train.jsonl"]}, ("d/*",), ["in d"], ["d/Dev.jsonl", "d/test.jsonl", "d/train.jsonl"]),
+        (ALIKE, ("*.jsonl",), {"train.jsonl": lines("first")}, ["train.jsonl"]),  # of the size of d/train.jsonl
+        (ALIKE, ("d/*",), {"train.jsonl": lines("first")}, []),
         # names that differ only in case, which some file systems do not tell apart; a name that only one file has
-        (
-            {"dev.jsonl": lines("mine"), "test.jsonl": ALIKE["d/test.jsonl"]},
-            ("[de]/*",),
-            ["in d", "in e"],
-            sorted({*ALIKE} - {"train.jsonl", "d/test.jsonl"}),
-        ),
-        # another size, a folder of that name, a file where the repository has it
-        ({"test.jsonl": lines("another")}, ("d/test.jsonl",), ["test"], ["d/test.jsonl"]),
-        ({"test.jsonl/train.jsonl": b""}, ("d/test.jsonl",), ["test"], ["d/test.jsonl"]),
-        ({"test.jsonl": lines("mine"), "d/test.jsonl": lines("tost")}, ("d/te*", "e/dev*"), ["tost"], ["e/dev.jsonl"]),
+        (IN_D, (), {"dev.jsonl": lines("dev"), "test.jsonl": lines("test")}, ["d/test.jsonl"]),
+        (ALIKE, ("d/*",), {"test.jsonl": lines("test")}, ["d/test.jsonl"]),
+        (IN_D, (), {"test.jsonl": lines("another size")}, []),
+        (IN_D, (), {"test.jsonl/train.jsonl": b""}, []),
+        (IN_D, (), {"test.jsonl": lines("mine"), "d/test.jsonl": lines("test")}, ["d/test.jsonl"]),
     ],
 )
-def test_file_in_the_root_is_used_where_it_can_only_be_one(in_tmp, host, by_hand, files, train, fetched):
-    host.publish("user/name", ALIKE)
+def test_file_in_the_root_is_used_where_it_can_only_be_one(in_tmp, host, published, files, by_hand, used):
+    host.publish("user/name", published)
     put(RAW, by_hand)
     hub.list_remote(hub_files(PrepareConfig(source="hub", repo="user/name", files=files)))
-    data = from_hub(files=files)
-    assert texts(data, "test" if files[0][2:] in ("test.jsonl", "te*") else "train") == train
-    assert sorted(host.fetched()) == fetched
+    found = texts_by_split(from_hub(files=files))
+    root = ["first"] if "*.jsonl" in files else []
+    assert found == {"train": ["train", *root], "val": ["Dev", "dev"], "test": ["test"]}
+    assert sorted(host.fetched()) == sorted({*IN_D} - {*used})
     assert all((RAW / name).read_bytes() == content for name, content in by_hand.items())
 
 

@@ -286,7 +286,7 @@ def edit_progress(**changes) -> None:
                 {},
                 "progress.json is damaged: move data/mine away",
             )
-            for raw in (b"", b"{}", b"null", b'{"command": "x", "settings"', b"\xff\0")
+            for raw in (b"", b"{}", b"null", b"[" * 9999, b'{"command": "x", "settings"', b"\xff\0")
         ),
         *(
             (
@@ -298,9 +298,12 @@ def edit_progress(**changes) -> None:
                 *(
                     {key: wrong}
                     for key in ("passes", "splits", "settings")
-                    for wrong in (3, [3], "train", {"train": 3})
+                    for wrong in (3, [3], "train", {"train": 3}, {})
                 ),
-                *({"passes": {"train": {"tasks": 5, "size": 1} | wrong}} for wrong in ({"tasks": -1}, {"size": "1"})),
+                *(
+                    {"passes": {"train": {"tasks": 5, "size": 1} | wrong}}
+                    for wrong in ({"tasks": -1}, {"tasks": 10**30}, {"size": "1"})
+                ),
                 {"splits": {"train": {"files": [], "waiting": "1", "documents": 1, "bytes": 1}}},
                 {
                     "splits": {
@@ -308,7 +311,7 @@ def edit_progress(**changes) -> None:
                     }
                 },
             )
-            if change != {"settings": {"train": 3}}
+            if "settings" not in change or not isinstance(change["settings"], dict)
         ),
     ],
 )

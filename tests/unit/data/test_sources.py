@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import os
 import pickle
 from pathlib import Path
 
@@ -107,27 +108,26 @@ def test_input_files(in_tmp, inputs, found):
 @pytest.mark.parametrize(
     ("named", "inputs", "keys", "parts"),
     [
-        ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], {}, ["too little text", "train split"]),
+        ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], {}, ["too little text for split train of 0 documents"]),
         ({"a": TEXT}, ["a.txt", "b.txt"], {}, ["--input b.txt", "no such file"]),
         ({"a": TEXT}, ["*.md"], {}, ["--input *.md", "no such file"]),
+        ({"a": TEXT}, [""], {}, ["--input : no such file"]),
+        ({"a": TEXT}, ["pipe"], {}, ["--input pipe: no such file"]),
         ({}, ["."], {}, ["--input .", ".txt .md .py"]),
         (
             {f"f{n}": str(n) for n in range(100)},
             ["*.txt"],
             {"val_fraction": 0.999999, "test_fraction": 1e-9},
-            [
-                "train split of text_byte would have 0 tokens: 100 documents, 190 characters, val_fraction = 0.999999",
-                "--val_f",
-            ],
+            ["too little text for split train of 100 documents, 190 characters: add some, or change --val_f"],
         ),
         (
             {f"f{n}": "the same" for n in range(100)},
             ["*.txt"],
             {"test_fraction": 0.01},
-            ["split of text_byte would have 0 tokens: 100 documents", "val_fraction = 0.1, test_fraction = 0.01"],
+            ["too little text for split train of 100 documents"],
         ),
-        ({"a": "a"}, ["a.txt"], {}, ["too little text", "train split", "1 documents, 1 characters"]),
-        ({"a": "a", "b": "b"}, ["."], {"test_fraction": 0.1}, ["too little text", "train split", "2 characters"]),
+        ({"a": "a"}, ["a.txt"], {}, ["split train of 1 documents, 1 characters"]),
+        ({"a": "a", "b": "b"}, ["."], {"test_fraction": 0.1}, ["split train of 2 documents, 2 characters"]),
         ({"a": "caf"}, ["a.txt", "odd.latin1"], {}, ["odd.latin1 line 2: byte 0xe9 is not UTF-8"]),
         (
             {"a": TEXT},
@@ -142,6 +142,7 @@ def test_refused_input(in_tmp, named, inputs, keys, parts):
     """An error line, and no dataset."""
     files(in_tmp, **named)
     (in_tmp / "odd.latin1").write_bytes(b"one\ncaf\xe9")
+    os.mkfifo("pipe")  # could be read only once
     answer = refusal(*inputs, **keys)
     assert [part for part in parts if part not in answer] == []
     assert "\n" not in answer
@@ -216,13 +217,11 @@ def test_few_characters_leave_no_split_empty(in_tmp, characters, test):
 @pytest.mark.parametrize("end", ["", None])
 def test_split_of_the_source_without_text_is_refused_before_encoding(in_tmp, monkeypatch, end):
     monkeypatch.setattr(preparation, "encode_task", lambda *_: pytest.fail("encoding has begun"))
-    with pytest.raises(
-        UserError, match=r"the val split of data_byte has 0 tokens, and scoring needs 2; omit it with --splits"
-    ):
+    with pytest.raises(UserError, match="too little text in split val: 0 characters; omit it with --splits"):
         hub_data({"train.jsonl": WRITTEN, "dev.jsonl": ["", end]}, val_fraction=None)
     for split, rows in {"train": ["", "x"], "validation": ["a"], "test": ["a"]}.items():
         write(Path(f"raw/wikitext103/{split}-00000-of-00001.parquet"), rows)
-    with pytest.raises(UserError, match=r"too little text: the \w+ split of wikitext103_byte has 1 tokens"):
+    with pytest.raises(UserError, match=r"too little text in split \w+: 1 characters"):
         prepare("wikitext103", raw_dir="raw", tokenizer="byte")
     assert not Path("data").exists()
 

@@ -1,9 +1,11 @@
 """Prompts and their continuations: selection, generation against one prompt at a time, figures by hand."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from random_models import generate, over_ranks, random_model
 
@@ -22,10 +24,12 @@ PROMPTS = [(RNG.integers(0, 8, 10).tolist(), RNG.integers(0, 8, 12).tolist()) fo
 
 
 @given(st.integers(1, 400), st.integers(1, 30), st.integers(1, 20), st.integers(1, 20), st.integers(0, 400))
+@example(345, 22, 1, 1, 0)
 def test_prompts_are_spread_over_the_split(length, n, prompt_tokens, new_tokens, eot):
     """Each id is its index in the split; a reference ends before end-of-text, and a prompt has one."""
     last, expected = length - prompt_tokens - new_tokens, []
-    for start in np.linspace(0, last, min(n, last + 1)).astype(int).tolist() if last >= 0 else ():
+    count = min(n, last + 1)
+    for start in (int(Fraction(i * last, max(1, count - 1))) for i in range(count)):  # linspace rounds
         stop = start + prompt_tokens + new_tokens
         ids = list(range(start, min(stop, eot) if eot >= start + prompt_tokens else stop))
         expected += [(ids[:prompt_tokens], ids[prompt_tokens:])] * (len(ids) > prompt_tokens)

@@ -54,7 +54,8 @@ def test_every_name_of_a_checkpoint_verifies_it(in_tmp, name):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("tokenizer", 3), ("tokenizer", {"name": ["byte"], "ranks_sha256": "0"}), ("tokenizer", {"name": "byte"})]
-    + [("data", value) for value in ([], {"folder": "x", "end_of_text": "no"}, {"folder": 3, "end_of_text": True})],
+    + [("data", value) for value in ([], {"folder": "x", "end_of_text": "no"}, {"folder": 3, "end_of_text": True})]
+    + [("data", {"tokens": [3], "end_of_text": True}), ("command", 3), ("config", {"init_from": 3})],
 )
 def test_facts_of_a_checkpoint_that_have_another_type(in_tmp, key, value):
     """A run, a script or another program wrote state.json with its hash."""

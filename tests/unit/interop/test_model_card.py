@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from config import ModelConfig, TrainConfig
+from config import ExportConfig, ModelConfig, TrainConfig
 from flatgpt.interop.hub import model_card
 from flatgpt.interop.loading import ModelSource
 from model import GPT
@@ -43,7 +43,7 @@ STATE = {
 def write(in_tmp):
     """write(state, ...) -> the card of a checkpoint whose log has these losses, its dataset this meta.json."""
 
-    def write(state=STATE, meta=None, val_loss=3.25, name="books", repo=None) -> str:
+    def write(state=STATE, meta=None, val_loss=3.25, name="books", **options) -> str:
         Path("run").mkdir(exist_ok=True)
         log = f"iter,train_loss,val_loss\n1100,3.6,3.5\n1200,3.3,{val_loss}\n12000,1,1\n"
         Path("run/metrics.csv").write_text(log)
@@ -54,7 +54,7 @@ def write(in_tmp):
             state = {**state, "data": {**DATA, "manifest_sha256": digest}}
         source = ModelSource(Path("run/ckpt/iter_001200"), CONFIG, "gpt2", state)
         recipe = f"lr = 0.001\nsample_prompt = {json.dumps(name)}\n" if state else ""
-        return model_card(source, name=name, repo=repo, dtype="float32", recipe=recipe)
+        return model_card(source, ExportConfig(**options), name=name, recipe=recipe)
 
     return write
 
@@ -124,7 +124,8 @@ def test_facts(write):
     ):
         assert part in text
     assert "- device: `AMD EPYC`\n" in write({**STATE, "device": "cpu"})
-    assert 'pipeline("text-generation", "me/books")' in write(repo="me/books")
+    assert 'pipeline("text-generation", "me/books")' in write(push="me/books")
+    assert ("were not compared" in write(), "were not compared" in write(verify=False)) == (False, True)
     earlier = {key: STATE[key] for key in ("iter", "config", "tokenizer")} | {"data": {"end_of_text": False}}
     assert "document: `False`\n- updates: `1,200`\n" in write(earlier)
     text = write({})

@@ -126,6 +126,27 @@ def test_values_of_a_checkpoint_that_no_setting_can_have(write, key, value, mess
     refused(write("state.json", {"config": counts | {key: value}}), said)
 
 
+@pytest.mark.parametrize("kind", ["Hugging Face", "nanoGPT", "flatGPT"])
+@pytest.mark.parametrize("change", [{"n_layer": 10_000}, {"n_embd": 10**6}, {"n_positions": 10**7}], ids=str)
+def test_model_that_is_larger_than_its_weights_is_not_built(tmp_path, monkeypatch, kind, change):
+    model = random_gpt2()
+    model.save_pretrained(tmp_path)
+    sizes = {key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")}
+    sizes |= change
+    if kind == "Hugging Face":
+        (tmp_path / "config.json").write_text(json.dumps(sizes))
+    elif kind == "nanoGPT":
+        (tmp_path / "model.safetensors").unlink()
+        sizes["block_size"] = sizes["n_positions"]
+        torch.save(nanogpt_checkpoint(model, **sizes), tmp_path / "ckpt.pt")
+        (tmp_path / "config.json").unlink()
+    else:
+        sizes["context_length"] = sizes["n_positions"]
+        (tmp_path / "state.json").write_text(json.dumps({"config": sizes}))
+    with pytest.raises(UserError, match=r"describes a model of .* parameters, but the weights have "):
+        read_config(str(tmp_path))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # weights
 
@@ -145,7 +166,7 @@ def test_values_of_a_checkpoint_that_no_setting_can_have(write, key, value, mess
         ),
         ("transformer.wpe.weight", lambda table: table[1:], "mismatch for transformer.wpe.weight"),
         ("transformer.wpe.weight", lambda table: table[0, 0], "does not fit its config"),
-        ("transformer.ln_f.weight", lambda vector: vector.to(torch.int8), "ln_f.weight is torch.int8: quantized"),
+        ("transformer.ln_f.weight", lambda vector: vector.to(torch.int8), "ln_f.weight' is torch.int8: quantized"),
         ("lm_head.weight", lambda _: torch.zeros(301, 32), "lm_head.weight differs from transformer.wte.weight"),
     ],
 )

@@ -178,17 +178,12 @@ def test_damaged_checkpoint_of_the_same_iteration_is_moved_aside(tmp_path, model
 
 
 @pytest.mark.parametrize(
-    ("room", "file", "reason"),
-    [
-        (4_096, "model.safetensors", ".*File too large"),
-        (200_000, "train_state.pt", "File too large"),
-        (1_500_000, "state.json", "File too large"),
-    ],
+    ("room", "file"), [(4_096, "model.safetensors"), (200_000, "train_state.pt"), (1_500_000, "state.json")]
 )
-def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path, model, room, file, reason):
+def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path, model, room, file):
     save(tmp_path, 1, model)
     state, train_state = {"iter": 2, "config": {}, "long": "x" * 2_000_000}, {"optimizer": [torch.zeros(300_000)]}
-    message = f"iter_000002 could not be written: {file}: {reason}.*ulimit -f.* Existing checkpoints: iter_000001"
+    message = rf"iter_000002 \(1.2 MB\) could not be written: {file}: File too large.*ulimit -f.* iter_000001$"
     with full_disk(room), pytest.raises(UserError, match=message):
         checkpoint.save(tmp_path, state, {"w": torch.zeros(12_000)}, train_state, keep=1)
     assert checkpoint.verify(follow(tmp_path / "ckpt/last"))["iter"] == 1
@@ -203,7 +198,7 @@ CALLS += [(builtins, "open"), (io, "open"), (checkpoint, "save_file"), (torch, "
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
-        (errno.ENOSPC, r"0\.0 MB are needed, .* MB are free now\. Free disk space"),
+        (errno.ENOSPC, "Free disk space"),
         (errno.EACCES, "Make the folder writable"),
         (errno.EROFS, "Make the folder writable"),
         (errno.EIO, "Check the disk"),
@@ -217,13 +212,13 @@ def test_failed_save_says_why_and_what_to_do(tmp_path, model, monkeypatch, code,
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(
-        UserError, match=rf"iter_000001 could not be written: train_state.pt: {os.strerror(code)}\. {remedy};"
+        UserError, match=rf"iter_000001 .* could not be written: train_state.pt: {os.strerror(code)}.*\. {remedy};"
     ):
         save(tmp_path, 1, model)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EINVAL], ids=errno.errorcode.get)
-def test_any_call_of_a_save_can_fail(tmp_path, model, monkeypatch, capsys, code):
+@pytest.mark.parametrize(("code", "failures"), [(errno.ENOSPC, 1), (errno.EIO, 10**9), (errno.EINVAL, 1)])
+def test_any_call_of_a_save_can_fail(tmp_path, model, monkeypatch, capsys, code, failures):
     """The message names file and cause. What was saved is valid, `last` names one of it, and the next save works."""
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a slow disk shall not make slow tests
     for number in itertools.count():
@@ -234,7 +229,7 @@ def test_any_call_of_a_save_can_fail(tmp_path, model, monkeypatch, capsys, code)
 
         def failing(*args, real, calls=calls, number=number, **settings):
             calls.append(real)
-            if len(calls) == number + 1:
+            if number < len(calls) <= number + failures:
                 raise OSError(code, os.strerror(code), "a path")
             return real(*args, **settings)
 
@@ -248,7 +243,7 @@ def test_any_call_of_a_save_can_fail(tmp_path, model, monkeypatch, capsys, code)
         if len(calls) <= number:
             break
         if said:
-            what = r"iter_000003 could|ckpt/last could|(an old checkpoint|iter_000002) is no longer"
+            what = r"iter_000003 .* could|ckpt/last could|old checkpoints are not deleted"
             assert re.search(rf"({what}).*{os.strerror(code)}", said), calls[number]
         for folder in checkpoint.checkpoints(run):
             checkpoint.verify(folder)
@@ -272,7 +267,7 @@ def test_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, model, mon
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
         save(tmp_path, 2, model, keep=1)
-    said = f"warning: {tmp_path}/ckpt/iter_000001 is no longer needed but cannot be deleted: Device or resource busy\n"
+    said = f"warning: old checkpoints are not deleted: {tmp_path}/ckpt/iter_000001: Device or resource busy\n"
     assert capsys.readouterr().err == said
     assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"last", "iter_000002", ".iter_000002.tmp"}
     save(tmp_path, 2, model, keep=1)

@@ -43,13 +43,13 @@ def test_a_log_comes_back(tmp_path):
         (b"", []),
         (b"iter,val_l", []),
         (b"iter,val_loss\n0,5\n10,4.12345", [0]),
-        (b"iter,val_loss\n0,5\n10," + 200_000 * b"4" + b'\n20,"3\n', [0, 10]),
+        (b"iter,val_loss\n0,5\n10," + 200_000 * b"4" + b'\n20,"3\n', [0, 10, 20]),
         (b"iter,val_loss\n0,5\n10\n\xff\xfe\0\n20,3,1\nx,1\n30,2\n", [0, 30]),
         (b"\xef\xbb\xbfiter,val_loss\r\n0,5\r\n10,4\r\n", [0, 10]),
         (b"step,val_loss\n0,5\n10,4\n", []),
         (b"val_loss,iter\n5,0\n4,\n,20\n", [0, 20]),
         (b"# mine\niter;val_loss\r\n0;5,5\r\n10;4,5", [0, 10]),
-        ("iter\tval_loss\n0\t5\n10\tgood\n".encode("utf-16"), [0, 10]),
+        (b"iter\tval_loss\n0\t5\n10\tgood\n", [0, 10]),
     ],
 )
 def test_what_a_writer_or_a_crash_leaves(tmp_path, content, iters):
@@ -77,7 +77,10 @@ def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
     assert history.read(tmp_path).parameters == gpt2_parameters(ModelConfig(n_embd=16, vocab_size=10))
     state.write_text('{"config": {"n_embd": 16, "vocab_size": 10}, "parameters": 7}')
     assert history.read(tmp_path).parameters == 7
-    for broken in ("[", 100_000 * "["):
+    for wrong in ("x", [1], 1e400):
+        state.write_text(json.dumps({"config": {"n_embd": wrong, "vocab_size": 10}, "parameters": wrong}))
+        assert history.read(tmp_path).parameters is None
+    for broken in ("[", 100_000 * "[", '{"config": 3}'):
         state.write_text(broken)
         assert history.read(tmp_path).settings["n_embd"] == 8
 
