@@ -28,7 +28,7 @@ from pathlib import Path
 
 from config import EXCLUSIVE, REMOVED, SCRIPT_CONFIGS, START_ONLY, ReportedByOtherRank, UserError, checked
 from flatgpt import REPO_ROOT
-from flatgpt.cli.streams import Stream
+from flatgpt.cli.streams import OWN, Stream
 
 RECIPES = REPO_ROOT / "configs"
 _types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
@@ -335,9 +335,11 @@ def run_script(main: Callable, config, every_rank: bool = False):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head` closed the pipe
-        sys.exit(141)
     except OSError as error:  # missing or read-only file, or full disk
+        if isinstance(error, ConnectionError):
+            if error.filename not in OWN:  # a connection to another process
+                raise
+            sys.exit(141)  # `| head` closed the pipe
         file = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {file}{error.strerror or error}", file=stderr, flush=True)
         sys.exit(2)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,11 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError, first_line
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,10 +65,12 @@ class DeviceSettings:
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
-        if resource is None:
-            return math.nan
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux KiB
+        with contextlib.suppress(ImportError):
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux KiB
+        return math.nan
 
     @property
     def name(self) -> str:
@@ -85,10 +82,8 @@ class DeviceSettings:
         count = torch.get_num_threads()
         threads = f" ({count} thread{'s' * (count > 1)})" if self.device.type == "cpu" else ""
         reasons = {key: f" ({self.why[key]})" if key in self.why else "" for key in ("dtype", "compile")}
-        dtype, mode = (
-            str(self.dtype).removeprefix("torch."),
-            "compiled" if self.compile and not compiler.failed else "eager",
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        mode = "compiled" if self.compile and not compiler.failed else "eager"
         return f"{self.name}{threads}, {dtype}{reasons['dtype']}, {mode}{reasons['compile']}"
 
 
@@ -209,18 +204,6 @@ def select_device(
 compiler = SimpleNamespace(failed=False)  # once it has failed, compiled functions of this process run eagerly
 
 
-@contextlib.contextmanager
-def _compiling(warn: Callable[[str], None]) -> Iterator[None]:
-    """End the block at an error, and set compiler.failed. If the error is not the compiler's, eager code repeats it."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # missing compilers, libraries and folders raise errors of many types
-        warn(f"warning: torch.compile failed, continuing without it: {first_line(error)}")
-        compiler.failed = True
-
-
 def compile_or_run(
     function: Callable, eager: Callable | None = None, warn: Callable[[str], None] = note, **options
 ) -> Callable:
@@ -231,55 +214,45 @@ def compile_or_run(
         warn: prints a line.
         options: of the compiler.
     """
-    compiled = None
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=False, options=options))
 
     def call(*args):
-        nonlocal compiled
-        if not compiler.failed:
-            with _compiling(warn):
-                if compiled is None:
-                    compiled = torch.compile(function, dynamic=False, options=options)
-                return compiled(*args)
-        return (eager or function)(*args)
+        if compiler.failed:
+            return (eager or function)(*args)
+        try:
+            return compiled()(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # missing compilers, libraries and folders raise errors of many types
+            result = (eager or function)(*args)  # raises an error that is not the compiler's again
+            if not compiler.failed:
+                warn(f"warning: torch.compile failed, continuing without it: {first_line(error)}")
+            compiler.failed = True
+            return result
 
     return call
 
 
-def compile_forward(
-    model: nn.Module, agree: Callable[[bool], bool] = bool, warn: Callable[[str], None] = note
-) -> Callable[..., Tensor]:
-    """Compile the model's forward. If the compiler fails on a rank, all use the eager forward.
+def compile_forward(model: nn.Module, warn: Callable[[str], None] = note) -> Callable[..., Tensor]:
+    """Compile the model's forward and backward. A rank whose compiler fails runs them eagerly, others compiled.
 
     Args:
         model: a model from wrap_model. With fully_shard, each sharded module is compiled separately.
-        agree: returns whether its argument is true on every rank.
         warn: as in compile_or_run.
     """
+    from torch._functorch import config as compiler_config  # slow to import
+
+    if hasattr(compiler_config, "force_non_lazy_backward_lowering"):  # not part of torch's interface
+        # compile the backward in the call of the forward, which handles errors
+        compiler_config.force_non_lazy_backward_lowering = True
     if hasattr(model, "unshard"):
-        # compile the backward with the forward, where an error can be caught
-        torch._functorch.config.force_non_lazy_backward_lowering = True
         for block in model.transformer.h:
             for module in (block.attn, block.mlp):
                 module.forward = compile_or_run(module.forward, warn=warn)
         return model
     # DDP's module is the model
-    getattr(model, "module", model).exclude_loss_from_compile(partial(compile_or_run, warn=warn))
-    compiled, checked = compile_or_run(model, warn=warn), False
-
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        nonlocal checked
-        if not checked:
-            # Compile forward and backward without a collective, as a rank's compiler may fail.
-            fork_rng = torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else [])
-            with getattr(model, "no_sync", contextlib.nullcontext)(), _compiling(warn), fork_rng:
-                loss = compiled(x, y)
-                with torch.autocast(x.device.type, enabled=False):  # as in training
-                    loss.backward()
-            compiler.failed, checked = not agree(not compiler.failed), True
-            model.zero_grad(set_to_none=True)
-        return compiled(x, y)
-
-    return forward
+    getattr(model, "module", model).exclude_loss_from_compile(functools.partial(compile_or_run, warn=warn))
+    return compile_or_run(model, warn=warn)
 
 
 def uncompiled(model: nn.Module) -> contextlib.AbstractContextManager:

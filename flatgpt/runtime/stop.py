@@ -32,8 +32,7 @@ class StopRequest:
         self.signal: int | None = None
         self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._among_ranks, self._parent = among_ranks, os.getppid()
-        names = "SIGINT", "SIGTERM", "SIGUSR1"  # Windows does not have the last one
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}  # Windows has no SIGUSR1
         self._handlers = {number: signal.signal(number, self._record) for number in numbers}
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)

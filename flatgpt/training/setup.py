@@ -220,7 +220,7 @@ def build_run(
         prefetcher=BatchPrefetcher(batches, device, ranks.micro_batches(config.grad_accum_steps)),
         model=model,
         wrapped_model=wrapped_model,
-        forward=compile_forward(wrapped_model, ranks.all, ranks.warn_once) if config.compile else wrapped_model,
+        forward=compile_forward(wrapped_model, ranks.warn_once) if config.compile else wrapped_model,
         optimizer=make_optimizer(model, config),
         scaler=scaler,
         nonfinite_guard=NonfiniteGuard(config.on_nonfinite, device, scaler.is_enabled()),

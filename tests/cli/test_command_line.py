@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -324,6 +325,8 @@ def test_run_script_returns_the_result_and_raises_bugs():
     assert cli.run_script(lambda config: config + 1, 1) == 2
     with pytest.raises(ZeroDivisionError):
         cli.run_script(lambda config: 1 / config, 0)
+    with socket.socketpair()[0] as connection, pytest.raises(BrokenPipeError):  # its other end is closed
+        cli.run_script(connection.send, b"text")
 
 
 def test_closed_pipe_is_silent():

@@ -20,7 +20,7 @@ from run_files import rows, weights
 import model
 from config import ModelConfig, UserError
 from flatgpt.kernels.cross_entropy import CHUNK_ROWS
-from flatgpt.runtime.device import compile_forward, find_device, reseed, select_device
+from flatgpt.runtime.device import compile_forward, compiler, find_device, reseed, select_device
 from model import GPT
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
@@ -218,7 +218,7 @@ def fails_in(name: str, after: int):
 
 @pytest.mark.parametrize(
     ("name", "after"),
-    [("GPT", -1), ("GPT", 0), ("GPT", 3), ("gradient_in_one_kernel", 0), ("gradient_in_one_kernel", 2)],
+    [("GPT", -1), ("GPT", 0), ("GPT", 2), ("gradient_in_one_kernel", 0), ("gradient_in_one_kernel", 2)],
 )
 def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, monkeypatch, name, after):
     """The loss has its own kernel on CUDA, which is compiled for the last, smaller chunk of rows too."""
@@ -235,6 +235,34 @@ def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, monkeypa
         "warning: torch.compile failed, continuing without it: Failed to find C compiler. " + "Please specify via CC"
     ]
     torch.testing.assert_close(weights(Path("out/compiled")), weights(Path("out/eager")), rtol=0, atol=1e-6)
+
+
+def test_compiler_that_fails_for_the_backward_is_one_warning(monkeypatch, capsys):
+    from torch._dynamo.backends.common import aot_autograd  # slow to import
+
+    def fail(*args):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("torch._functorch.config.force_non_lazy_backward_lowering", False)  # the default
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=fail)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend))
+    model = GPT(SMALL)
+    forward = compile_forward(model)
+    losses = [forward(*batch()) for _ in range(2)]
+    losses[0].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert losses[0] == losses[1] == model(*batch())
+    assert capsys.readouterr().err.count("warning: torch.compile failed") == 1
+
+
+def test_error_of_the_model_is_not_one_of_the_compiler(capsys):
+    """It is raised, and the next call is compiled."""
+    forward = compile_forward(GPT(SMALL))
+    with pytest.raises(RuntimeError, match="Long"):
+        forward(*(ids.float() for ids in batch()))
+    assert not compiler.failed
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -224,7 +224,9 @@ def test_child_of_a_killed_owner_does_not_hold_the_lock(tmp_path, waits):
         assert owner.stdout.readline() == "ended\n"
         assert "is in use by" in refused(tmp_path)
     with other_process(
-        tmp_path, then="child = os.fork()\n child or os.read(os.pipe()[0], 1)\n print(child, flush=True)\n os.wait()"
+        # the child speaks: until it runs, it has what it inherits
+        tmp_path,
+        then="os.fork() and os.wait()\n print(os.getpid(), flush=True)\n os.read(os.pipe()[0], 1)",
     ) as owner:
         child = int(owner.stdout.readline())
         try:
