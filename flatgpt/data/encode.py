@@ -128,9 +128,8 @@ class GigatokenEncoder(threading.local):
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         if encoding.name not in GIGATOKEN_ENCODINGS:
-            raise UserError(
-                f"--encoder gigatoken supports tokenizer {', '.join(GIGATOKEN_ENCODINGS)}, not {encoding.name}"
-            )
+            supported = ", ".join(GIGATOKEN_ENCODINGS)
+            raise UserError(f"--encoder gigatoken supports tokenizer {supported}, not {encoding.name}")
         self._build()
         probe = probe_text()
         if self([probe], [False]).tolist() != encoding.encode_ordinary(probe):

@@ -21,6 +21,13 @@ from flatgpt.data.shards import DAMAGED, SPLITS
 from flatgpt.runtime.files import atomic_write
 
 COMMIT = re.compile("[0-9a-f]{40}")
+DUMP = "20231101.en"  # the default dump of Wikipedia
+# {source: (dataset repository, tested commit, glob pattern of its files)}
+REPOSITORIES = {
+    "wikitext103": ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet"),
+    "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
+    "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
+}
 # Words in file and folder names, and the split that each stands for.
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "dev": "val"}
 SPLIT_WORDS |= {"valid": "val", "validation": "val"}
@@ -57,7 +64,19 @@ class HubFiles:
 # files of a source
 
 
-def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
+def hub_files(config: PrepareConfig) -> HubFiles:
+    """Return the files of the source's dataset repository."""
+    root = Path(config.raw_dir) / config.source
+    if config.source == "hub":
+        patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+        return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
+    repo, commit, pattern = REPOSITORIES[config.source]
+    dump, splits = config.dump or DUMP, SPLITS if config.source == "wikitext103" else ()
+    patterns = (pattern.format(dump=dump),)
+    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
+
+
+def open_repository(config: PrepareConfig) -> Corpus:
     """Return the source's files: local files, and files that are downloaded when they are first read.
 
     If the user put files into the folder, they are used without a request to the hub, unless file numbers
@@ -66,6 +85,7 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     Raises:
         UserError: see `list_remote`; or a local file has the wrong size.
     """
+    files = hub_files(config)
     notice, listing = "", cached_listing(files)
     if listing is None:
         found = _find_local(files, flat=files.flat and not config.files)
@@ -82,8 +102,9 @@ def open_repository(config: PrepareConfig, files: HubFiles) -> Corpus:
     return Corpus(raw, listing["commit"], notice)
 
 
-def known_commit(files: HubFiles) -> str | None:
-    """Return the commit of the source's files if it is known without network access, else None."""
+def known_commit(config: PrepareConfig) -> str | None:
+    """Return the commit that the revision stands for, or None if that needs a request to the hub."""
+    files = hub_files(config)
     listing = cached_listing(files)
     return listing["commit"] if listing else files.revision if COMMIT.fullmatch(files.revision) else None
 
@@ -132,10 +153,8 @@ def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
         _download(files, listing["commit"], name)  # replaces the file if this commit changed it
     if path.exists() and not (path.is_file() and path.stat().st_size == size):
         found = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is a folder"
-        raise UserError(
-            f"{path} {found}, but {size:,} on the hub: it is truncated or of another revision; move it away to "
-            "download it again"
-        )
+        advice = "it is truncated or of another revision; move it away to download it again"
+        raise UserError(f"{path} {found}, but {size:,} on the hub: {advice}")
     return RawFile(name, size, path, fetch=lambda: _download(files, listing["commit"], name))
 
 
@@ -190,10 +209,9 @@ def list_remote(files: HubFiles) -> dict:
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     found = {path: sizes[path] for path in sorted(sizes) if any(fnmatch(path, p) for p in files.patterns)}
     if not found:
-        raise UserError(
-            f"dataset {files.repo} has no file {' '.join(files.patterns)} at revision {files.revision}: check --files, "
-            "--dump and --revision; for other formats try --revision refs/convert/parquet"
-        )
+        problem = f"dataset {files.repo} has no file {' '.join(files.patterns)} at revision {files.revision}"
+        advice = "check --files, --dump and --revision; for other formats try --revision refs/convert/parquet"
+        raise UserError(f"{problem}: {advice}")
     names = {PurePosixPath(path).name for path in found}
     listing = {"commit": commit, "files": found, "root": sorted(names & sizes.keys() - found.keys())}
     files.root.mkdir(parents=True, exist_ok=True)

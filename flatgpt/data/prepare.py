@@ -21,15 +21,16 @@ from config import PrepareConfig, UserError
 from flatgpt.data import tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
+from flatgpt.data.hub import DUMP
 from flatgpt.data.readers import Corpus, Task
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
-from flatgpt.data.sources import DUMP, SOURCES, Plan, encode_task, make_plan
+from flatgpt.data.sources import SOURCES, Plan, encode_task, make_plan
+from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
 
 MIN_POOL_BYTES = 8 << 20  # encoding less text is faster than starting processes
 SAVE_SECONDS = 10  # between two saves of progress.json
 NOTHING_DONE = {"tasks": 0, "size": 0}  # progress of one split of the source
-RESUMABLE = "run the same command again to resume"
 
 
 def dataset_folder(config: PrepareConfig) -> Path:
@@ -163,8 +164,6 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
             save()
         if isinstance(error, KeyboardInterrupt):
             print(f"{folder}: stopped; {RESUMABLE}", file=sys.stderr)
-        elif isinstance(error, workers.WorkersLostError):
-            raise UserError(f"{error}; {RESUMABLE}") from None
         raise
 
 

@@ -166,10 +166,8 @@ def read_meta(folder: Path) -> dict | None:
         known &= 0 <= meta["eot_id"] < meta["vocab_size"] <= 65536
         if known and any(counts) and counts == [entry["tokens"] for entry in entries]:
             return meta
-    raise UserError(
-        f"{path} is damaged, or its format is not {FORMAT}, which this version reads: move {folder} away and run "
-        "prepare_data.py again"
-    )
+    problem = f"{path} is damaged, or its format is not {FORMAT}, which this version reads"
+    raise UserError(f"{problem}: move {folder} away and run prepare_data.py again")
 
 
 def count_tokens(entry: dict) -> int:
@@ -280,10 +278,8 @@ class _Shard:
         file = self.open_file(self.path)
         content = file.read(size, offset)
         if len(content) < size or file.identity != self.identity:
-            raise UserError(
-                f"{self.path}: truncated or replaced while it was in use: restore the file, or prepare the dataset "
-                "again, then run again (train.py: with --resume)"
-            )
+            advice = "restore the file, or prepare the dataset again, then run again (train.py: with --resume)"
+            raise UserError(f"{self.path}: truncated or replaced while it was in use: {advice}")
         ids = np.frombuffer(content, dtype="<u2")
         if n_vocab is not None and ids.size and int(ids.max()) >= n_vocab:
             bad = int(np.argmax(ids >= n_vocab))  # index of the first

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from config import PrepareConfig, UserError
 from flatgpt.data import readers, tokenizer
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder
-from flatgpt.data.hub import HubFiles, known_commit, open_repository
+from flatgpt.data.hub import known_commit, open_repository
 from flatgpt.data.readers import Chunk, Corpus, RawFile, Task, chunk_tasks, file_tasks
 from flatgpt.data.shards import SPLITS
 from flatgpt.runtime.files import atomic_write
@@ -27,13 +27,6 @@ from flatgpt.runtime.files import atomic_write
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SPLIT_HASH = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-DUMP = "20231101.en"  # the default dump of Wikipedia
-# {source: (dataset repository, tested commit, glob pattern of its files)}
-REPOSITORIES = {
-    "wikitext103": ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet"),
-    "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
-    "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
-}
 Borders = dict[str, float] | tuple[int, int, int] | None  # of choose_split, or of split_by_characters
 FEW_DOCUMENTS = 100  # with fewer, splits are made by characters, as whole documents are too coarse
 
@@ -57,18 +50,6 @@ class Source:
     end_of_text: bool = True
     val_fraction: float | None = 0.0005
     joined: bool = False
-
-
-def hub_files(config: PrepareConfig) -> HubFiles:
-    """Return the files of the source's dataset repository."""
-    root = Path(config.raw_dir) / config.source
-    if config.source == "hub":
-        patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
-        return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
-    repo, commit, pattern = REPOSITORIES[config.source]
-    dump, splits = config.dump or DUMP, SPLITS if config.source == "wikitext103" else ()
-    patterns = (pattern.format(dump=dump),)
-    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
 
 
 def open_pydoc(config: PrepareConfig) -> Corpus:
@@ -141,18 +122,15 @@ def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
     return list(files.values())
 
 
-def _hub_source(**options) -> Source:
-    return Source("gpt2", lambda c: known_commit(hub_files(c)), lambda c: open_repository(c, hub_files(c)), **options)
-
-
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
+HUB_SOURCE = {"tokenizer": "gpt2", "revision": known_commit, "open": open_repository}
 SOURCES = {
     "pydoc": Source("byte", lambda _: f"Python {sys.version.split()[0]}", open_pydoc, **SINGLE_TEXT),
     "shakespeare": Source("gpt2", lambda _: SHAKESPEARE_SHA256, open_shakespeare, **SINGLE_TEXT),
-    "wikitext103": _hub_source(end_of_text=False, val_fraction=None, joined=True),
-    "wikipedia": _hub_source(),
-    "fineweb": _hub_source(),
-    "hub": _hub_source(),
+    "wikitext103": Source(**HUB_SOURCE, end_of_text=False, val_fraction=None, joined=True),
+    "wikipedia": Source(**HUB_SOURCE),
+    "fineweb": Source(**HUB_SOURCE),
+    "hub": Source(**HUB_SOURCE),
     "text": Source("gpt2", text_revision, open_text, val_fraction=0.1),
 }
 

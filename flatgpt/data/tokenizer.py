@@ -57,11 +57,9 @@ def load(name: str) -> tiktoken.Encoding:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; tiktoken's hash mismatch is a ValueError
-        raise UserError(
-            f"tokenizer {name}: its vocabulary could not be downloaded ({' '.join(str(error).split())}). Set "
-            "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from a machine with network access, "
-            "or use --tokenizer byte, which needs no download"
-        ) from None
+        problem = f"tokenizer {name}: its vocabulary could not be downloaded ({' '.join(str(error).split())})"
+        remedy = "TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from a machine with network access"
+        raise UserError(f"{problem}. Set {remedy}, or use --tokenizer byte, which needs no download") from None
     if encoding.n_vocab > 65_536:
         raise UserError(f"tokenizer {name}: its {encoding.n_vocab:,} ids do not fit uint16 shards")
     return encoding

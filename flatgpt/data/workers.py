@@ -18,9 +18,7 @@ from typing import Any
 
 from config import UserError
 
-
-class WorkersLostError(UserError):
-    """Workers were killed, or can no longer be reached."""
+RESUMABLE = "run the same command again to resume"
 
 
 def available_cores() -> int:
@@ -75,7 +73,8 @@ def local_pool(workers: int) -> Iterator[Callable]:
             connection.send((function, task))
             result, error = connection.recv()
         except (EOFError, OSError):
-            raise WorkersLostError("a worker was killed, perhaps out of memory (use fewer with --workers N)") from None
+            problem = "a worker was killed, perhaps out of memory (use fewer with --workers N)"
+            raise UserError(f"{problem}; {RESUMABLE}") from None
         finally:
             idle.put(connection)
         if error:
@@ -124,4 +123,4 @@ def dask_cluster(address: str) -> Iterator[Callable]:
             yield functools.partial(in_order, submit, 2 * threads + 2)
         except (KilledWorker, CancelledError, OSError) as error:
             reason = str(error).partition("\n")[0]
-            raise WorkersLostError(f"the cluster at {address} lost a task ({reason})") from None
+            raise UserError(f"the cluster at {address} lost a task ({reason}); {RESUMABLE}") from None

@@ -284,7 +284,7 @@ def _dataset(state: dict) -> dict:
         return {}
     if hashlib.sha256(content).hexdigest() != state["data"]["manifest_sha256"]:
         return {}
-    from flatgpt.data.sources import DUMP, REPOSITORIES
+    from flatgpt.data.hub import DUMP, REPOSITORIES
 
     manifest = json.loads(content)
     source, language = manifest["source"], manifest.get("dump", DUMP).partition(".")[2]

@@ -22,6 +22,7 @@ from dataset_files import mixed
 from prepared import content, from_text, refusal
 from processes import ROOT, SYNTHETIC, command, running
 
+from config import UserError
 from flatgpt.data import prepare, workers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -222,7 +223,7 @@ def die_while_sending(task) -> None:
 
 
 def test_worker_that_is_killed_while_it_sends_is_an_error():
-    with pytest.raises(workers.WorkersLostError, match="a worker was killed"), workers.local_pool(2) as run:
+    with pytest.raises(UserError, match="a worker was killed"), workers.local_pool(2) as run:
         list(run(die_while_sending, range(9)))
 
 

@@ -15,7 +15,7 @@ from prepared import content, prepare, texts
 
 from config import PrepareConfig, UserError
 from flatgpt.data import hub
-from flatgpt.data.sources import REPOSITORIES, hub_files
+from flatgpt.data.hub import REPOSITORIES, hub_files
 
 WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
 
