@@ -35,6 +35,17 @@ sys.stdout.buffer.write(logits.numpy().tobytes())
 """
 
 
+class Conv1D(nn.Module):
+    """A linear layer whose weight is (in, out). Not initialised: random numbers on the meta device take a second."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(rows, columns)), nn.Parameter(torch.empty(columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
 class GPT2Block(nn.Module):
     """A block of GPT2."""
 
@@ -43,8 +54,8 @@ class GPT2Block(nn.Module):
         C, self.n_head = config["n_embd"], config["n_head"]
         hidden, activation = config["n_inner"] or 4 * C, ACTIVATIONS[config["activation_function"]]()
         self.ln_1, self.ln_2 = (nn.LayerNorm(C, config["layer_norm_epsilon"]) for _ in range(2))
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
-        layers = {"c_fc": nn.Linear(C, hidden), "activation": activation, "c_proj": nn.Linear(hidden, C)}
+        self.attn = nn.ModuleDict({"c_attn": Conv1D(C, 3 * C), "c_proj": Conv1D(C, C)})
+        layers = {"c_fc": Conv1D(C, hidden), "activation": activation, "c_proj": Conv1D(hidden, C)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,20 +66,20 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Hugging Face's GPT2LMHeadModel of a config.json that export.py writes, with nn.Linear for Conv1D."""
+    """Hugging Face's GPT2LMHeadModel of a config.json that export.py writes: its tensors, and its last logits."""
 
     def __init__(self, config: dict):
         super().__init__()
-        C, V = config["n_embd"], config["vocab_size"]
-        layers = {"wte": nn.Embedding(V, C), "wpe": nn.Embedding(config["n_positions"], C), "drop": nn.Identity()}
-        layers |= {"h": nn.Sequential(*(GPT2Block(config) for _ in range(config["n_layer"])))}
+        C, V, table = config["n_embd"], config["vocab_size"], nn.Embedding.from_pretrained  # not initialised
+        layers = {"wte": table(torch.empty(V, C)), "wpe": table(torch.empty(config["n_positions"], C))}
+        layers |= {"drop": nn.Identity(), "h": nn.Sequential(*(GPT2Block(config) for _ in range(config["n_layer"])))}
         self.transformer = nn.ModuleDict(layers | {"ln_f": nn.LayerNorm(C, config["layer_norm_epsilon"])})
-        self.lm_head = None if config["tie_word_embeddings"] else nn.Linear(C, V, bias=False)
+        self.lm_head = None if config["tie_word_embeddings"] else table(torch.empty(V, C))
 
     def forward(self, ids: Tensor) -> Tensor:
         parts = self.transformer
-        x = parts.drop(parts.wte(ids) + parts.wpe.weight[: ids.size(1)])
-        return F.linear(parts.ln_f(parts.h(x)), (self.lm_head or parts.wte).weight)
+        x = parts.h(parts.drop(parts.wte(ids) + parts.wpe.weight[: ids.size(1)]))
+        return F.linear(parts.ln_f(x)[:, -COMPARED:], (self.lm_head or parts.wte).weight)
 
 
 @torch.no_grad()
@@ -99,12 +110,11 @@ def gpt2_outputs(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: tensors are missing or unknown, or their shapes differ from those of config.json.
     """
-    config, weights = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-    weights = {name: tensor.t() if ".h." in name and tensor.dim() == 2 else tensor for name, tensor in weights.items()}
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = GPT2(config)
     try:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except RuntimeError as error:
         raise UserError(textwrap.shorten(str(error), 400)) from None
     return model_outputs(model.float(), config["vocab_size"], config["n_positions"])

@@ -35,7 +35,7 @@ def read_json(file: Path, remedy: str = "copy it again") -> dict:
     def unique(pairs: list[tuple[str, object]]) -> dict:
         if len(content := dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"it has two values of {max(names, key=names.count)}")
+            raise ValueError(f"it has two values of {max(names, key=names.count)!r:.60}")
         return content
 
     try:

@@ -92,7 +92,7 @@ def test_models_of_another_kind_are_refused_by_name(write, changes, message):
     [
         *((content, "damaged: .*") for content in (b"{", b"[1]", b"[]", b"3", b"null", b"\xff", b"[" * 100_000)),
         (b"{}", "(n_layer = None: a whole number is expected|config = None is not an object).*"),
-        (b'{"n_layer": 1, "config": {}, "n_layer": 2}', "damaged: it has two values of n_layer; "),
+        (b'{"n_layer": 1, "config": {}, "n_layer": 2}', "damaged: it has two values of 'n_layer'; "),
         (b"\n<!DOCTYPE html><html>Log in</html>", "a web page, not the file itself: .*"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS.*git lfs pull.*"),
     ],
