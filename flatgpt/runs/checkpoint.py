@@ -122,7 +122,7 @@ def _explain(error: Exception, run_dir: Path) -> str:
         error = error.__context__
     in_text = re.search(r"os error (\d+)", str(error))  # safetensors'
     code = int(in_text[1]) if in_text else getattr(error, "errno", None)
-    reason = os.strerror(code) if code else str(error).partition("\n")[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     if code in NO_SPACE:
         reason += f" ({shutil.disk_usage(run_dir).free / 1e6:,.1f} MB are free now)"
     return f"{reason}. {REMEDIES.get(code, 'Check the disk')}; if the run has stopped, resume it with --resume"
@@ -146,11 +146,11 @@ def move_aside(folder: Path, reason: str) -> None:
     print(f"{folder}, {reason}, was moved to {lost}")
 
 
-def mark_finished(folder: Path) -> None:
-    """Set `finished` in the state.json of a checkpoint that was saved before its run was known to be finished."""
+def mark_finished(folder: Path, results: dict) -> None:
+    """Set `finished`, and the results of the last evaluation, in the state.json of a checkpoint saved before both."""
     folder = follow(folder)
     if state := read_state(folder):
-        atomic_write(folder / STATE, state_file({**state, "finished": True}))
+        atomic_write(folder / STATE, state_file({**state, **results, "finished": True}))
 
 
 def state_file(state: dict) -> bytes:

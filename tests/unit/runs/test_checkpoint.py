@@ -73,7 +73,7 @@ def test_links_work_in_a_run_that_was_moved_and_without_symlinks(tmp_path, model
         checkpoint.set_link(tmp_path / "a", "best", 1)
     save(tmp_path / "a", 3, model, keep=1)
     shutil.move(tmp_path / "a", tmp_path / "b")
-    checkpoint.mark_finished(tmp_path / "b/ckpt/last")
+    checkpoint.mark_finished(tmp_path / "b/ckpt/last", {})
     assert saved_iters(tmp_path / "b") == [3, 1]
     assert (tmp_path / "b/ckpt/last").is_symlink() == symlinks
     for path, iteration in (("b", 1), ("b/ckpt/best", 1), ("b/ckpt/last", 3), ("b/ckpt/iter_000003", 3)):
@@ -183,7 +183,7 @@ def test_damaged_checkpoint_of_the_same_iteration_is_moved_aside(tmp_path, model
 def test_disk_that_fills_leaves_the_old_checkpoint(tmp_path, model, room, file):
     save(tmp_path, 1, model)
     state, train_state = {"iter": 2, "config": {}, "long": "x" * 2_000_000}, {"optimizer": [torch.zeros(300_000)]}
-    message = rf"iter_000002 \(1.2 MB\) could not be written: {file}: File too large.*ulimit -f.* iter_000001$"
+    message = rf"iter_000002 \(1.2 MB\) could not be written: {file}: .*File too large.*ulimit -f.* iter_000001$"
     with full_disk(room), pytest.raises(UserError, match=message):
         checkpoint.save(tmp_path, state, {"w": torch.zeros(12_000)}, train_state, keep=1)
     assert checkpoint.verify(follow(tmp_path / "ckpt/last"))["iter"] == 1
