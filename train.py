@@ -206,17 +206,16 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
     wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
-    metadata, recipe = {}, read_recipe(TrainConfig, config.config, []) if config.config else {}
-    if ranks.first:
-        metadata = run_metadata(run, recipe, resume_from)
-        metadata["wandb_id"] = wandb_run.id if wandb_run else progress.wandb_id
+    recipe = read_recipe(TrainConfig, config.config, []) if config.config else {}
+    wandb_id = wandb_run.id if wandb_run else progress.wandb_id
+    metadata = {**run_metadata(run, recipe, resume_from), "wandb_id": wandb_id} if ranks.first else {}
     ranks.barrier()  # wandb and git may take long
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
     stop, started = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
     try:
         reason = train_loop(run, progress, checkpoints, log, stop)
         if not reason:
-            checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last")
+            checkpoints.submit_after_save(checkpoint.mark_finished, folder / "ckpt" / "last", progress.state_dict())
         checkpoints.wait()
         if error := checkpoints.failure:
             raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")

@@ -232,13 +232,10 @@ def parse(cls, words: Sequence[str], initial_shape: Callable | None = None, run_
             settings = initial_shape(cls(**settings)) | settings
     except UserError as error:
         problems.append(str(error))
-    if not problems:
-        config = cls(**settings)
-        problems = config.problems()
-    if problems := list(dict.fromkeys(problems)):  # a recipe is merged twice
+    if problems := list(dict.fromkeys(problems or cls(**settings).problems())):  # a recipe is merged twice
         numbered = "".join(f"\n  {n}. {p}" for n, p in enumerate(problems, 1))
         raise UserError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:{numbered}")
-    return config
+    return cls(**settings)
 
 
 def recipes(cls, words: Sequence[str]) -> dict:

@@ -119,10 +119,9 @@ def _open_external(folder: Path) -> Dataset | None:
     if not files["train"]:
         return None
     if (folder / "meta.pkl").exists():
-        raise UserError(
-            f"{folder} has nanoGPT's character ids. Their table, meta.pkl, is a pickle, and unpickling can run "
-            "arbitrary code: make shards from the text: python prepare_data.py text --input input.txt --tokenizer byte"
-        )
+        problem = "Their table, meta.pkl, is a pickle, and unpickling can run arbitrary code"
+        remedy = "make shards from the text: python prepare_data.py text --input input.txt --tokenizer byte"
+        raise UserError(f"{folder} has nanoGPT's character ids. {problem}: {remedy}")
     for split, paths in files.items():
         sizes = []
         for path in paths:

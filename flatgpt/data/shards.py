@@ -283,10 +283,9 @@ class _Shard:
         ids = np.frombuffer(content, dtype="<u2")
         if n_vocab is not None and ids.size and int(ids.max()) >= n_vocab:
             bad = int(np.argmax(ids >= n_vocab))  # index of the first
-            raise UserError(
-                f"{self.path}: id {ids[bad]} at byte {offset + 2 * bad:,} is not in the vocabulary of {n_vocab:,} "
-                "ids; the shards are of another tokenizer, or do not consist of uint16 ids"
-            )
+            wrong = f"id {ids[bad]} at byte {offset + 2 * bad:,} is not in the vocabulary of {n_vocab:,} ids"
+            cause = "the shards are of another tokenizer, or do not consist of uint16 ids"
+            raise UserError(f"{self.path}: {wrong}; {cause}")
         return ids
 
 

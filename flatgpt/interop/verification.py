@@ -1,7 +1,7 @@
 """Verify an exported folder: read it back, and compare its logits with those of the model.
 
-The model in a Hugging Face folder is computed by GPT2, which does not depend on model.py: that may have been edited. A
-Space contains model.py, and its own code loads it in another process.
+Hugging Face's GPT-2 is computed from the files alone, without model.py, which may have been edited. A Space contains
+model.py, and its own code loads it in another process.
 """
 
 from __future__ import annotations
@@ -11,113 +11,98 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import UserError
 from flatgpt.interop.hub import CONFIG, WEIGHTS
+from model import GPT
 
 MAX_TOKENS, COMPARED = 1024, 64  # length of the input; number of logits at its end, as all would need much memory
 TOLERANCE = 1e-4  # of the largest value; float32 sums in another order differ by some 1e-6
-ACTIVATIONS = {"gelu_new": partial(nn.GELU, approximate="tanh"), "gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
 SPACE_LOGITS = """\
 import sys, flatgpt
 from flatgpt.interop.verification import model_outputs
-model, _ = flatgpt.load(".")
-logits = model_outputs(model, model.config.vocab_size, model.config.context_length)["logits"]
-sys.stdout.buffer.write(logits.numpy().tobytes())
+sys.stdout.buffer.write(model_outputs(flatgpt.load(".")[0])["logits"].numpy().tobytes())
 """
 
 
-class Conv1D(nn.Module):
-    """A linear layer whose weight is (in, out). Not initialised: random numbers on the meta device take a second."""
-
-    def __init__(self, rows: int, columns: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(rows, columns)), nn.Parameter(torch.empty(columns))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class GPT2Block(nn.Module):
-    """A block of GPT2."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        C, self.n_head = config["n_embd"], config["n_head"]
-        hidden, activation = config["n_inner"] or 4 * C, ACTIVATIONS[config["activation_function"]]()
-        self.ln_1, self.ln_2 = (nn.LayerNorm(C, config["layer_norm_epsilon"]) for _ in range(2))
-        self.attn = nn.ModuleDict({"c_attn": Conv1D(C, 3 * C), "c_proj": Conv1D(C, C)})
-        layers = {"c_fc": Conv1D(C, hidden), "activation": activation, "c_proj": Conv1D(hidden, C)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (1, H, T, D)
-        x = x + self.attn.c_proj(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.ln_2(x))
-
-
-class GPT2(nn.Module):
-    """Hugging Face's GPT2LMHeadModel of a config.json that export.py writes: its tensors, and its last logits."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        C, V, table = config["n_embd"], config["vocab_size"], nn.Embedding.from_pretrained  # not initialised
-        layers = {"wte": table(torch.empty(V, C)), "wpe": table(torch.empty(config["n_positions"], C))}
-        layers |= {"drop": nn.Identity(), "h": nn.Sequential(*(GPT2Block(config) for _ in range(config["n_layer"])))}
-        self.transformer = nn.ModuleDict(layers | {"ln_f": nn.LayerNorm(C, config["layer_norm_epsilon"])})
-        self.lm_head = None if config["tie_word_embeddings"] else table(torch.empty(V, C))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        parts = self.transformer
-        x = parts.h(parts.drop(parts.wte(ids) + parts.wpe.weight[: ids.size(1)]))
-        return F.linear(parts.ln_f(x)[:, -COMPARED:], (self.lm_head or parts.wte).weight)
+def random_ids(vocab_size: int, context_length: int) -> Tensor:
+    """Return (1, T) token ids, the same for each model of this size."""
+    shape, generator = (1, min(context_length, MAX_TOKENS)), torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, shape, generator=generator)
 
 
 @torch.no_grad()
-def model_outputs(model: nn.Module, vocab_size: int, context_length: int) -> dict[str, Tensor]:
-    """Return the outputs of a model for random token ids, which are the same for each model of this size.
-
-    Returns:
-        in the order of computation, each module's output at the last position, (1, C); and `logits` at the last
-        positions.
-    """
+def model_outputs(model: GPT) -> dict[str, Tensor]:
+    """Return the output of each module at the last position, (1, C), and `logits` at the last positions."""
     outputs: dict[str, Tensor] = {}
 
-    def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+    def record(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, Tensor) and output.dim() == 3:
             outputs[name] = output[:, -1].clone()
 
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules() if name]
-    shape, generator = (1, min(context_length, MAX_TOKENS)), torch.Generator().manual_seed(0)
-    logits = model(torch.randint(vocab_size, shape, generator=generator))
+    hooks = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
+    logits = model(random_ids(model.config.vocab_size, model.config.context_length))
     for hook in hooks:
         hook.remove()
     return {**outputs, "logits": logits[:, -COMPARED:].clone()}
 
 
+@torch.no_grad()
 def gpt2_outputs(folder: Path) -> dict[str, Tensor]:
-    """Return the outputs of the GPT-2 in a Hugging Face folder.
+    """Return the same for the GPT-2 in a Hugging Face folder, in the order of computation.
 
     Raises:
         UserError: tensors are missing or unknown, or their shapes differ from those of config.json.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        model = GPT2(config)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
-    except RuntimeError as error:
-        raise UserError(textwrap.shorten(str(error), 400)) from None
-    return model_outputs(model.float(), config["vocab_size"], config["n_positions"])
+    config, weights = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    C, V, H, hidden = (
+        config["n_embd"],
+        config["vocab_size"],
+        config["n_head"],
+        config["n_inner"] or 4 * config["n_embd"],
+    )
+    outputs: dict[str, Tensor] = {}
+
+    def tensor(name: str, *shape: int) -> Tensor:
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        if found != shape:
+            raise UserError(f"{name} is {found}, in GPT-2 it is {shape}")
+        return weights.pop(name).float()
+
+    def record(name: str, x: Tensor) -> Tensor:
+        outputs[name] = x[:, -1].clone()
+        return x
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        weight, bias = tensor(f"{name}.weight", C), tensor(f"{name}.bias", C)
+        return record(name, F.layer_norm(x, (C,), weight, bias, config["layer_norm_epsilon"]))
+
+    def linear(name: str, x: Tensor, width: int) -> Tensor:
+        return record(name, x @ tensor(f"{name}.weight", x.size(-1), width) + tensor(f"{name}.bias", width))
+
+    ids, embedding = random_ids(V, config["n_positions"]), tensor("transformer.wte.weight", V, C)
+    positions = tensor("transformer.wpe.weight", config["n_positions"], C)[: ids.size(1)]
+    x = record("transformer.drop", embedding[ids] + positions)  # (1, T, C)
+    for block in (f"transformer.h.{n}" for n in range(config["n_layer"])):
+        y = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x), 3 * C)
+        q, k, v = y.unflatten(2, (3, H, -1)).permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # (1, T, C)
+        x = x + linear(f"{block}.attn.c_proj", y, C)
+        y = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x), hidden)
+        x = x + linear(f"{block}.mlp.c_proj", ACTIVATIONS[config["activation_function"]](y), C)
+    head = embedding if config["tie_word_embeddings"] else tensor("lm_head.weight", V, C)
+    logits = norm("transformer.ln_f", x)[:, -COMPARED:] @ head.T
+    if weights:
+        raise UserError(textwrap.shorten(f"GPT-2 has no {', '.join(sorted(weights))}", 200))
+    return outputs | {"logits": logits}
 
 
 def space_outputs(folder: Path) -> dict[str, Tensor]:

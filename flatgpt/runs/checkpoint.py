@@ -146,11 +146,11 @@ def move_aside(folder: Path, reason: str) -> None:
     print(f"{folder}, {reason}, was moved to {lost}")
 
 
-def mark_finished(folder: Path) -> None:
-    """Set `finished` in the state.json of a checkpoint that was saved before its run was known to be finished."""
+def mark_finished(folder: Path, results: dict) -> None:
+    """Set `finished`, and the results of the last evaluation, in the state.json of a checkpoint saved before both."""
     folder = follow(folder)
     if state := read_state(folder):
-        atomic_write(folder / STATE, state_file({**state, "finished": True}))
+        atomic_write(folder / STATE, state_file({**state, **results, "finished": True}))
 
 
 def state_file(state: dict) -> bytes:

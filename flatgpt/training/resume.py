@@ -23,7 +23,7 @@ from flatgpt import REPO_ROOT
 from flatgpt.interop.pretrained import checkpoints_to_resume, shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE
-from flatgpt.runs.history import follow, iteration_of, run_of
+from flatgpt.runs.history import iteration_of, run_of
 from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
@@ -210,14 +210,12 @@ def finished_message(folder: Path, state: dict, config: TrainConfig) -> str | No
     i, run = state["iter"], run_of(folder) or folder
     if i > config.max_iters:
         return f"{run} is at iter {i}, past max_iters = {config.max_iters}: to train on, add --max_iters N"
-    if not state["finished"]:
+    if not state.get("finished"):
         return None
     if i == config.max_iters:
         return f"{run} is finished (iter {i} of {i}): to train on, add --max_iters N"
-    # the checkpoint was saved before its evaluation, which was no new best unless `best` leads to the checkpoint
-    since_best = state["since_best"] + state.get("eval_pending", True)
-    is_best = follow(folder.with_name("best")).resolve() == folder.resolve()
-    if is_best or not Progress(best_iter=state["best_iter"], since_best=since_best).patience_exhausted(config.patience):
+    since_best = state["since_best"]
+    if not Progress(best_iter=state["best_iter"], since_best=since_best).patience_exhausted(config.patience):
         return None
     reason = f"iter {i} of {config.max_iters}, no new best in {since_best} evaluations"
     return f"{run} is finished ({reason}): to train on, add --patience with a larger number, or none"
@@ -242,9 +240,9 @@ def restore_run(resume_from: tuple[Path, dict] | None, run: TrainingRun, lock: R
     config, ranks, folder, progress = run.config, run.ranks, lock.folder, Progress()
     if resume_from:
         path, state = resume_from
-        print("\n".join(require_same_run(path, state, run)))
-        if message := finished_message(path, state, config):
-            print(message)
+        changes, finished = require_same_run(path, state, run), finished_message(path, state, config)
+        print(finished or "\n".join(changes))
+        if finished:
             return None
         ranks.require_equal({f"checkpoint {path}": checkpoint.read_state(path)})  # includes the hashes of its files
         train_state = restore(path, run)

@@ -133,8 +133,8 @@ def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) 
         chosen: the choices of `auto` at the start of a resumed run, with reasons; empty for a new run.
     """
     settings, reasons = {"dtype": config.dtype, "compile": config.compile}, {}
+    why = chosen.get("why") or {}
     for key, setting in settings.items():
-        why = chosen.get("why", {})
         if chosen.get(key) is not None and (setting in ("auto", None) or (setting == chosen[key] and key in why)):
             settings[key], reasons[key] = chosen[key], why.get(key, "chosen when the run started")
     local_rank = ranks.local_rank if ranks.world > 1 else None

@@ -2,7 +2,6 @@
 
 import json
 import os
-import types
 from pathlib import Path
 
 import huggingface_hub
@@ -197,21 +196,16 @@ def window_attention(q, k, v, *_):
     return y
 
 
-def changed_nn(**changes) -> types.SimpleNamespace:
-    """torch.nn, with other modules for model.py only."""
-    return types.SimpleNamespace(**vars(torch.nn) | changes)
-
-
 EDITS = {  # the changed name in model.py, its new value, and the difference that is named
-    "RMSNorm": ("nn", changed_nn(LayerNorm=lambda C, bias: torch.nn.RMSNorm(C)), "differ at transformer.h.0.ln_1"),
-    "no mean": ("nn", changed_nn(LayerNorm=WithoutMean), "differ at transformer.h.0.ln_1"),
+    "RMSNorm": ("nn.LayerNorm", lambda C, bias: torch.nn.RMSNorm(C), "differ at transformer.h.0.ln_1"),
+    "no mean": ("nn.LayerNorm", WithoutMean, "differ at transformer.h.0.ln_1"),
     "residual": ("Block", ScaledResidual, "differ at transformer.h.0.ln_2"),
-    "parameter": ("Block", WithGain, 'Unexpected key.* "transformer.h.0.gain"'),
-    "gate": ("MLP", GatedMLP, "mismatch for transformer.h.0.mlp.c_fc.weight"),
-    "embedding": ("nn", changed_nn(Embedding=ScaledEmbedding), "differ at transformer.wte"),
+    "parameter": ("Block", WithGain, "GPT-2 has no transformer.h.0.gain"),
+    "gate": ("MLP", GatedMLP, r"mlp.c_fc.weight is \(16, 128\), in GPT-2 it is \(16, 64\)"),
+    "embedding": ("nn.Embedding", ScaledEmbedding, "differ at transformer.drop"),
     "attention": ("attention", scaled_attention, "differ at transformer.h.0.attn.c_proj"),
     "window": ("attention", window_attention, "differ at transformer.h.0.attn.c_proj"),
-    "activation": ("ACTIVATIONS", {"gelu_tanh": torch.nn.SiLU}, "differ at transformer.h.0.mlp.activation"),
+    "activation": ("ACTIVATIONS", {"gelu_tanh": torch.nn.SiLU}, "differ at transformer.h.0.mlp.c_proj"),
     "soft-cap": ("GPT.adjust_logits", lambda self, logits: 15 * torch.tanh(logits / 15), "differ at logits"),
     "logits": ("GPT.compute_logits", lambda self, x: self.lm_head(x)[..., :257] / 2, "differ at logits"),
 }

@@ -48,7 +48,7 @@ class StopAfterLooks(StopRequest):
 @pytest.mark.parametrize(
     ("looks", "words", "every_time"),
     [
-        (4, ("--dtype", "float32"), ()),
+        (3, ("--dtype", "float32"), ()),
         (7, ("--dtype", "float16"), ("--save_minutes", 1e-9)),
         (7, ("--optimizer", "muon", "--lr", "5e-3"), ()),
     ],

@@ -295,15 +295,12 @@ def edit_progress(**changes) -> None:
                 "progress.json is damaged: move data/mine away",
             )
             for change in (
-                *(
-                    {key: wrong}
-                    for key in ("passes", "splits", "settings")
-                    for wrong in (3, [3], "train", {"train": 3}, {})
-                ),
+                *({key: wrong} for key in ("passes", "splits") for wrong in (3, [3], "train", {"train": 3}, {})),
                 *(
                     {"passes": {"train": {"tasks": 5, "size": 1} | wrong}}
                     for wrong in ({"tasks": -1}, {"tasks": 10**30}, {"size": "1"})
                 ),
+                *({"settings": wrong} for wrong in (3, [3], "train")),
                 {"splits": {"train": {"files": [], "waiting": "1", "documents": 1, "bytes": 1}}},
                 {
                     "splits": {
@@ -311,7 +308,6 @@ def edit_progress(**changes) -> None:
                     }
                 },
             )
-            if "settings" not in change or not isinstance(change["settings"], dict)
         ),
     ],
 )

@@ -73,7 +73,7 @@ def test_links_work_in_a_run_that_was_moved_and_without_symlinks(tmp_path, model
         checkpoint.set_link(tmp_path / "a", "best", 1)
     save(tmp_path / "a", 3, model, keep=1)
     shutil.move(tmp_path / "a", tmp_path / "b")
-    checkpoint.mark_finished(tmp_path / "b/ckpt/last")
+    checkpoint.mark_finished(tmp_path / "b/ckpt/last", {})
     assert saved_iters(tmp_path / "b") == [3, 1]
     assert (tmp_path / "b/ckpt/last").is_symlink() == symlinks
     for path, iteration in (("b", 1), ("b/ckpt/best", 1), ("b/ckpt/last", 3), ("b/ckpt/iter_000003", 3)):

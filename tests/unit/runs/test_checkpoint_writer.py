@@ -167,7 +167,7 @@ def test_work_after_a_failed_save_is_skipped(writer, fail_saves, tmp_path, on_sa
     fail_saves(UserError("no room"))
     saver.save(make_state(2), make_tensors(2.0))
     saver.submit_after_save(checkpoint.set_link, tmp_path, "best", 2)
-    saver.submit_after_save(checkpoint.mark_finished, tmp_path / "ckpt/last")
+    saver.submit_after_save(checkpoint.mark_finished, tmp_path / "ckpt/last", {})
     saver.close()
     assert os.readlink(tmp_path / "ckpt/best") == "iter_000001"
     assert checkpoint.read_state(tmp_path / "ckpt/last")["finished"] is False
