@@ -24,23 +24,13 @@ from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
 from flatgpt.data.readers import Corpus, Task
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
-from flatgpt.data.sources import SOURCES, Plan, encode_task, make_plan
+from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
 from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
 
 MIN_POOL_BYTES = 8 << 20  # encoding less text is faster than starting processes
 SAVE_SECONDS = 10  # between two saves of progress.json
 NOTHING_DONE = {"tasks": 0, "size": 0}  # progress of one split of the source
-
-
-def dataset_folder(config: PrepareConfig) -> Path:
-    """Return data_dir/name. The default name has the source or repository, and dump and tokenizer if not default."""
-    name = config.repo.split("/")[-1] if config.source == "hub" else config.source
-    if config.dump not in (None, DUMP):
-        name += f"_{config.dump}"
-    if config.tokenizer not in (None, SOURCES[config.source].tokenizer):
-        name += f"_{config.tokenizer}"
-    return Path(config.data_dir) / (config.name or name)
 
 
 def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Dataset:

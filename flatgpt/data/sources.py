@@ -18,7 +18,7 @@ from typing import NamedTuple
 from config import PrepareConfig, UserError
 from flatgpt.data import readers, tokenizer
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder
-from flatgpt.data.hub import known_commit, open_repository
+from flatgpt.data.hub import DUMP, known_commit, open_repository
 from flatgpt.data.readers import Chunk, Corpus, RawFile, Task, chunk_tasks, file_tasks
 from flatgpt.data.shards import SPLITS
 from flatgpt.runtime.files import atomic_write
@@ -135,6 +135,16 @@ SOURCES = {
 }
 
 
+def dataset_folder(config: PrepareConfig) -> Path:
+    """Return data_dir/name. The default name has the source or repository, and dump and tokenizer if not default."""
+    name = config.repo.split("/")[-1] if config.source == "hub" else config.source
+    if config.dump not in (None, DUMP):
+        name += f"_{config.dump}"
+    if config.tokenizer not in (None, SOURCES[config.source].tokenizer):
+        name += f"_{config.tokenizer}"
+    return Path(config.data_dir) / (config.name or name)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # splits and tasks
 
@@ -166,7 +176,7 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
         UserError: a split does not exist or has too little text, a fraction is for a split that the source has, or a
             file cannot be read.
     """
-    source = SOURCES[config.source]
+    source, name = SOURCES[config.source], dataset_folder(config).name
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if fraction and split in corpus.files:
             raise UserError(f"{config.source} has its own {split} split: leave out --{split}_fraction")
@@ -185,11 +195,13 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     borders, changed, tasks = None, False, {}
     for split, group in files.items():
         if held_out and split == "train":
-            borders, changed = divide(readers.documents(group, config.column, config.sample_size), held_out, splits)
+            documents = readers.documents(group, config.column, config.sample_size)
+            borders, changed = divide(documents, held_out, splits, name)
         else:
             first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
             if len(first) + source.end_of_text < 2:
-                raise UserError(f"too little text in split {split}: {len(first)} characters; omit it with --splits")
+                text = f"the {split} split of {name} would have {len(first)} characters"
+                raise UserError(f"too little text: {text}; omit it with --splits")
         tasks[split] = split_tasks(config, group, borders if split == "train" else None)
     size = sum(file.size for group in files.values() for file in group)
     return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * changed)
@@ -210,7 +222,7 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)
 
 
-def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str]) -> tuple[Borders, bool]:
+def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str], name: str) -> tuple[Borders, bool]:
     """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
 
     A document's split follows from its hash, and does not depend on `splits`. If `test` would be empty, it gets the
@@ -220,6 +232,7 @@ def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str
     Args:
         held_out: {split: its share}.
         splits: those that are made.
+        name: name of the dataset, for messages.
 
     Returns:
         The borders for choose_split, or a tuple of those for split_by_characters; and whether the shares alone would
@@ -251,8 +264,8 @@ def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str
             start = borders[split]
         found = {_split_at(borders, position) for position in hashes}
     if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
-        numbers = f"split {empty[0]} of {len(hashes):,} documents, {characters:,} characters"
-        raise UserError(f"too little text for {numbers}: add some, or change --val_fraction or --test_fraction")
+        numbers = f"{len(hashes):,} documents, {characters:,} characters leave none for the {empty[0]} split of {name}"
+        raise UserError(f"too little text: {numbers}; add some, or change --val_fraction or --test_fraction")
     return borders, borders != given
 
 

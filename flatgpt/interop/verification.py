@@ -63,12 +63,7 @@ def gpt2_outputs(folder: Path) -> dict[str, Tensor]:
         UserError: tensors are missing or unknown, or their shapes differ from those of config.json.
     """
     config, weights = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
-    C, V, H, hidden = (
-        config["n_embd"],
-        config["vocab_size"],
-        config["n_head"],
-        config["n_inner"] or 4 * config["n_embd"],
-    )
+    C, V, H, T = (config[key] for key in ("n_embd", "vocab_size", "n_head", "n_positions"))
     outputs: dict[str, Tensor] = {}
 
     def tensor(name: str, *shape: int) -> Tensor:
@@ -88,15 +83,14 @@ def gpt2_outputs(folder: Path) -> dict[str, Tensor]:
     def linear(name: str, x: Tensor, width: int) -> Tensor:
         return record(name, x @ tensor(f"{name}.weight", x.size(-1), width) + tensor(f"{name}.bias", width))
 
-    ids, embedding = random_ids(V, config["n_positions"]), tensor("transformer.wte.weight", V, C)
-    positions = tensor("transformer.wpe.weight", config["n_positions"], C)[: ids.size(1)]
-    x = record("transformer.drop", embedding[ids] + positions)  # (1, T, C)
+    ids, embedding = random_ids(V, T), tensor("transformer.wte.weight", V, C)
+    x = record("transformer.drop", embedding[ids] + tensor("transformer.wpe.weight", T, C)[: ids.size(1)])  # (1, T, C)
     for block in (f"transformer.h.{n}" for n in range(config["n_layer"])):
         y = linear(f"{block}.attn.c_attn", norm(f"{block}.ln_1", x), 3 * C)
         q, k, v = y.unflatten(2, (3, H, -1)).permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # (1, T, C)
         x = x + linear(f"{block}.attn.c_proj", y, C)
-        y = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x), hidden)
+        y = linear(f"{block}.mlp.c_fc", norm(f"{block}.ln_2", x), config["n_inner"] or 4 * C)
         x = x + linear(f"{block}.mlp.c_proj", ACTIVATIONS[config["activation_function"]](y), C)
     head = embedding if config["tie_word_embeddings"] else tensor("lm_head.weight", V, C)
     logits = norm("transformer.ln_f", x)[:, -COMPARED:] @ head.T

@@ -15,7 +15,7 @@ import train
 from config import PrepareConfig, TrainConfig, run_dir
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer
-from flatgpt.data.prepare import dataset_folder
+from flatgpt.data.sources import dataset_folder
 from flatgpt.interop.pretrained import initial_shape
 from model import GPT
 

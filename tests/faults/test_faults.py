@@ -643,8 +643,9 @@ def test_slurm_tells_finished_from_paused_and_failed(slurm, tmp_path, saved, sta
     state = tmp_path / "run/ckpt/iter_000003/state.json"
     state.parent.mkdir(parents=True)
     (tmp_path / "run/ckpt/last").write_text("iter_000003")  # a file system without symlinks
-    state.write_text(json.dumps({"finished": False, "iter": 3}))
-    job = slurm(f"echo '{json.dumps(saved)}' > {shlex.quote(str(state))}; exit {status}")
+    common = {"format": 1, "config": {"max_iters": 6}, "files": {}}
+    state.write_text(json.dumps({**common, "finished": False, "iter": 3}))
+    job = slurm(f"echo '{json.dumps(common | saved)}' > {shlex.quote(str(state))}; exit {status}")
     assert job.wait() == code, job.output
     assert (tmp_path / "asked").read_text() == asked
 

@@ -21,6 +21,7 @@ from flatgpt.cli import cli
 from flatgpt.data import prepare as preparation
 from flatgpt.data import shards, tokenizer
 from flatgpt.data.dataset import open_dataset
+from flatgpt.data.sources import dataset_folder
 
 FOLDER = Path("data/mine")
 
@@ -66,7 +67,7 @@ def test_ids_are_those_of_each_document_alone(in_tmp, name):
     ],
 )
 def test_folder_is_named_after_source_and_tokenizer(words, folder):
-    assert preparation.dataset_folder(cli.parse(PrepareConfig, shlex.split(words))) == Path(folder)
+    assert dataset_folder(cli.parse(PrepareConfig, shlex.split(words))) == Path(folder)
 
 
 @pytest.mark.parametrize(

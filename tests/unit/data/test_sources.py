@@ -108,7 +108,12 @@ def test_input_files(in_tmp, inputs, found):
 @pytest.mark.parametrize(
     ("named", "inputs", "keys", "parts"),
     [
-        ({"e": "", "f": "\ufeff"}, ["e.txt", "f.txt"], {}, ["too little text for split train of 0 documents"]),
+        (
+            {"e": "", "f": "\ufeff"},
+            ["e.txt", "f.txt"],
+            {},
+            ["0 documents, 0 characters leave none for the train split"],
+        ),
         ({"a": TEXT}, ["a.txt", "b.txt"], {}, ["--input b.txt", "no such file"]),
         ({"a": TEXT}, ["*.md"], {}, ["--input *.md", "no such file"]),
         ({"a": TEXT}, [""], {}, ["--input : no such file"]),
@@ -118,16 +123,24 @@ def test_input_files(in_tmp, inputs, found):
             {f"f{n}": str(n) for n in range(100)},
             ["*.txt"],
             {"val_fraction": 0.999999, "test_fraction": 1e-9},
-            ["too little text for split train of 100 documents, 190 characters: add some, or change --val_f"],
+            [
+                "too little text: 100 documents, 190 characters leave none for the train split",
+                "add some, or change --val_f",
+            ],
         ),
         (
             {f"f{n}": "the same" for n in range(100)},
             ["*.txt"],
             {"test_fraction": 0.01},
-            ["too little text for split train of 100 documents"],
+            ["too little text: 100 documents"],
         ),
-        ({"a": "a"}, ["a.txt"], {}, ["split train of 1 documents, 1 characters"]),
-        ({"a": "a", "b": "b"}, ["."], {"test_fraction": 0.1}, ["split train of 2 documents, 2 characters"]),
+        ({"a": "a"}, ["a.txt"], {}, ["1 documents, 1 characters leave none for the train split"]),
+        (
+            {"a": "a", "b": "b"},
+            ["."],
+            {"test_fraction": 0.1},
+            ["2 documents, 2 characters leave none for the train split"],
+        ),
         ({"a": "caf"}, ["a.txt", "odd.latin1"], {}, ["odd.latin1 line 2: byte 0xe9 is not UTF-8"]),
         (
             {"a": TEXT},
@@ -217,11 +230,11 @@ def test_few_characters_leave_no_split_empty(in_tmp, characters, test):
 @pytest.mark.parametrize("end", ["", None])
 def test_split_of_the_source_without_text_is_refused_before_encoding(in_tmp, monkeypatch, end):
     monkeypatch.setattr(preparation, "encode_task", lambda *_: pytest.fail("encoding has begun"))
-    with pytest.raises(UserError, match="too little text in split val: 0 characters; omit it with --splits"):
+    with pytest.raises(UserError, match="the val split of data_byte would have 0 characters; omit it with --splits"):
         hub_data({"train.jsonl": WRITTEN, "dev.jsonl": ["", end]}, val_fraction=None)
     for split, rows in {"train": ["", "x"], "validation": ["a"], "test": ["a"]}.items():
         write(Path(f"raw/wikitext103/{split}-00000-of-00001.parquet"), rows)
-    with pytest.raises(UserError, match=r"too little text in split \w+: 1 characters"):
+    with pytest.raises(UserError, match=r"the \w+ split of \S+ would have 1 characters"):
         prepare("wikitext103", raw_dir="raw", tokenizer="byte")
     assert not Path("data").exists()
 
