@@ -139,7 +139,7 @@ def test_input_files(in_tmp, inputs, found):
             {"a": "a", "b": "b"},
             ["."],
             {"test_fraction": 0.1},
-            ["2 documents, 2 characters leave none for the train split"],
+            ["2 documents, 2 characters leave none"],
         ),
         ({"a": "caf"}, ["a.txt", "odd.latin1"], {}, ["odd.latin1 line 2: byte 0xe9 is not UTF-8"]),
         (
