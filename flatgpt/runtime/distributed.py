@@ -252,12 +252,9 @@ def _report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice
     if missing:
         # Without the store, a rank cannot know who has reported: rank 1 prints the error, others print their rank.
         prefix = "error" if not thread.is_alive() or ranks.rank == 1 else f"rank {ranks.rank}"
-        print(
-            f"{prefix}: rank {', '.join(map(str, missing))} has not responded for {seconds:g} s (--rank_timeout): the "
-            f"process or its machine hangs; the run ends{advice}",
-            file=sys.stderr,
-            flush=True,
-        )
+        names = ", ".join(map(str, missing))
+        text = f"rank {names} has not responded for {seconds:g} s (--rank_timeout): the process or its machine hangs"
+        print(f"{prefix}: {text}; the run ends{advice}", file=sys.stderr, flush=True)
 
 
 def wrap_model(
