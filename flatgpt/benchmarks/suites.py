@@ -22,6 +22,7 @@ import torch
 from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks import nanogpt
+from flatgpt.benchmarks.machine import machine_facts, update_columns
 from flatgpt.benchmarks.measure import Process, format_value, log, script, table
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import cpu_name, find_device
@@ -48,7 +49,8 @@ def run_suite(config: BenchConfig, command: str) -> None:
     for name in DATASETS:
         open_dataset(Path(config.data_dir) / name)
     device, name = ("cuda", torch.cuda.get_device_name()) if on_cuda else ("cpu", cpu_name())
-    report = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run, "rows": {}}
+    report = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run}
+    report |= {"machine": machine_facts(), "rows": {}}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM also stops the row
     for row in SUITES[config.what]:
         args = shlex.split(row["args"])
@@ -119,11 +121,7 @@ def markdown(report: dict) -> str:
             facts = {key: value for key, value in row.items() if key == "error" or not isinstance(value, str)}
             other_lines.append(f"- {label}: {format_value(facts)}")
             continue
-        columns = {"shape": label} | {key: row[key] for key in COLUMNS}
-        for name, peer in row.get("peers", {}).items():
-            columns |= {f"{name}, tokens_per_s": peer["tokens_per_s"], f"{name}, times": row["ratios"][name]["median"]}
-            columns |= {f"{name}, memory": row["memory_ratios"][name]}
-        updates.append(columns)
+        updates.append({"shape": label} | update_columns(row, COLUMNS))
     dry = "A dry run at toy size: its figures are not results. " * report["dry_run"]
     title = f"{dry}{report['device']}, torch {report['torch']}: `{report['command']}`"
     return "\n".join([title, "", *table(updates), "", *other_lines]) + "\n"

@@ -1,12 +1,14 @@
 """benchmarks: what is made of measured figures, and how it is printed."""
 
+import json
 import re
 import shlex
 
 import pytest
 
-from config import BenchConfig
-from flatgpt.benchmarks import measure, nanogpt, suites, training
+import bench
+from config import BenchConfig, UserError
+from flatgpt.benchmarks import machine, measure, nanogpt, suites, training
 from flatgpt.cli import cli
 from flatgpt.runs.run_log import format_row
 
@@ -46,6 +48,61 @@ def test_table_of_a_suite():
     assert cells[2] == ["a", "2", "2", "2", "", "2", "2", "2", "10,240.0", "2.5", "0.5"]
     assert cells[3] == ["b", *["3"] * 7, "", "", ""]
     assert last == "- c: error late, failed 1"
+
+
+def written(file, rows) -> str:
+    facts = {"cpu": "Xeon", "cores": 2, "cpu_flags": "amx_bf16", "read_gb_per_s": 27.5}
+    file.write_text(json.dumps({"command": "c", "torch": "2.13", "machine": facts, "rows": rows}))
+    return str(file)
+
+
+def test_merge_has_a_row_or_column_for_each_machine(in_tmp, capsys):
+    """A row that one machine does not have, or that failed there, is empty."""
+    update = {"ms": 2.0, "tokens_per_s": 10240.0, "tflop_per_s": 1.0, "peers": {"nanoGPT": {"tokens_per_s": 5120.0}}}
+    update |= {"ratios": {"nanoGPT": {"median": 2.0}}, "memory_ratios": {"nanoGPT": 0.5}}
+    epyc = written(in_tmp / "EPYC.json", {"4 x 128": update, "text": {"error": "late"}})
+    xeon = written(in_tmp / "Xeon.json", {"4 x 128": {"error": "late"}, "text": {"int8_tokens_per_s": 51.5}})
+    bench.main(cli.parse(BenchConfig, ["merge", "--input", epyc, xeon]))
+    machines, updates, text = capsys.readouterr().out.strip().split("\n\n")
+    (names, _, first, _), (_, _, ours, empty), (head, _, int8) = (
+        [re.split(r" *\| *", line)[1:-1] for line in table.splitlines()] for table in (machines, updates, text)
+    )
+    assert names == ["machine", *machine.MACHINE_COLUMNS, "torch", "date"]
+    assert first == ["EPYC", "Xeon", "2", "", "", "27.5", "amx_bf16", "2.13", ""]
+    assert ours == ["4 x 128", "EPYC", "2", "10,240.0", "", "", "5,120.0", "2", "0.5"]
+    assert empty == ["4 x 128", "Xeon", *[""] * 7]
+    assert (head, int8) == (["text", "EPYC", "Xeon"], ["int8_tokens_per_s", "", "51.5"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"a\.json is not a result of bench\.py all"),
+        ("[]", r"a\.json is not a result of bench\.py all"),
+        ('{"command": "python bench.py train", "ms": 2}', r"a\.json is not a result of bench\.py all"),
+        ('{"rows": {}, "dry_run": true}', "dry run"),
+        ('{"rows": {}}', "two files are named a,"),
+        (None, "No such file"),
+    ],
+)
+def test_files_that_cannot_be_merged_are_named(in_tmp, content, message):
+    if content is not None:
+        (in_tmp / "a.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        bench.main(cli.parse(BenchConfig, ["merge", "--input", "a.json", "a.json"]))
+
+
+def test_facts_of_the_machine(monkeypatch):
+    monkeypatch.setattr(machine, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 27.5)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
+    facts = machine.machine_facts()
+    assert facts["float32_gflop_per_s"] > 0
+    assert facts["bfloat16_gflop_per_s"] is None, "far slower than float32, and of no use"
+    assert facts["read_gb_per_s"] == 27.5
+    assert facts["cores"] >= 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
+    assert facts.keys() >= set(machine.MACHINE_COLUMNS)
 
 
 @pytest.mark.parametrize("row", suites.SUITES["all"] + suites.SUITES["gpu"], ids=lambda row: row["label"])
