@@ -32,9 +32,9 @@ import torch
 
 from flatgpt.benchmarks.data import bench_data
 from flatgpt.benchmarks.inference import bench_eval, bench_infer
-from flatgpt.benchmarks.machine import machine_facts, merged
+from flatgpt.benchmarks.machine import machine_facts
 from flatgpt.benchmarks.measure import figure_lines
-from flatgpt.benchmarks.suites import SUITES, bench_tests, run_suite
+from flatgpt.benchmarks.suites import SUITES, bench_tests, merged, run_suite
 from flatgpt.benchmarks.training import bench_loss, bench_resume, bench_save, bench_train
 from flatgpt.runtime.distributed import join_process_group
 from flatgpt.runtime.files import require_writable, write_json
@@ -56,7 +56,7 @@ def main(config: BenchConfig) -> None:
     require_writable(config.json, "json")
     command = f"bench.py {shlex.join(sys.argv[1:])}"
     if config.what == "merge":
-        print(merged(config.input))
+        print(merged(config.input), end="")
     elif config.what in SUITES:
         run_suite(config, f"python {command}")
     elif config.what == "train":

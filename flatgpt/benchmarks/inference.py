@@ -94,15 +94,11 @@ def bench_infer(config: BenchConfig) -> dict:
         elif shape.position == "learned" and shape.tie_weights and shape.bias:
             for precision in precisions:
                 # the Python interface of llama.cpp generates one text at a time
-                suffixes = [suffix for suffix in batches if package != "llama_cpp" or not suffix]
-                if chosen := [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]:
-                    if peer := make_peer(model, config.new_tokens, precision, device):
-                        runners |= {
-                            f"{package}_{precision}{suffix}": functools.partial(peer, batches[suffix])
-                            for suffix in chosen
-                        }
-                    else:
-                        log(f"{package} does not support {precision} on this CPU: skipped")
+                suffixes = batches if package != "llama_cpp" else [""]
+                chosen = [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]
+                peer = chosen and make_peer(model, config.new_tokens, precision, device)
+                for suffix in chosen if peer else ():
+                    runners[f"{package}_{precision}{suffix}"] = functools.partial(peer, batches[suffix])
     if unknown := set(config.variants) - set(names):
         raise UserError(f"variants = {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
     for runner in runners.values():
@@ -170,7 +166,7 @@ def ctranslate2_peer(model: GPT, new_tokens: int, precision: str, device: torch.
     from ctranslate2.converters.transformers import GPT2Loader
 
     if precision not in ctranslate2.get_supported_compute_types(device.type):
-        return None
+        return log(f"ctranslate2 does not support {precision} on this {device.type} and is skipped")
     ids = {str(n): n for n in range(model.config.vocab_size)}  # its tokens are texts
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "0")
     spec = GPT2Loader()(transformers_model(model), SimpleNamespace(get_vocab=lambda: ids, **special))
