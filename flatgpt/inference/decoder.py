@@ -2,14 +2,14 @@
 
 decoder = Decoder(model)
 decoder.reset(rows=2, capacity=300)
-logits = decoder.prefill([0, 1], prompt)             # (V); both rows have the same prompt
+logits = decoder.prefill({0: prompt, 1: other})      # (B, V)
 logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V); appends one token to each row
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from config import ModelConfig
 from flatgpt.runtime.device import compile_or_run
 from model import GPT
+
+# Maximum number of tokens of the prompts that share a forward pass, with padding: enough for efficient matrix products.
+PREFILL_TOKENS = {"cpu": 256, "cuda": 16384, "mps": 2048}
 
 
 class KVCache:
@@ -26,7 +29,8 @@ class KVCache:
         position: position of the next token. An int applies to all rows and is valid for one forward pass. With a (B,)
             int64 tensor, rows can differ in length, and all steps have the same shapes, as compilation needs.
         key_length: number of keys that attention reads from each row if position is a tensor; a mask hides later ones.
-        rows: the rows that the next tokens belong to if position is an int.
+        rows, sources: if position is an int, row rows[i] gets the next tokens of entry sources[i] of the batch.
+        last: index of the hidden states, (B, T, C), of each text's last token.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -35,7 +39,9 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.device, self.key_length = device, capacity
         self.position: int | Tensor | None = 0
-        self.rows: Sequence[int] | slice = slice(None)
+        self.rows: Tensor | slice = slice(None)
+        self.sources: Tensor | slice = slice(None)
+        self.last: tuple = (slice(None), -1)
 
     def next_positions(self, count: int) -> Tensor:
         """Return the positions of the next tokens: (count,), or (B, 1) if each row has its own.
@@ -68,8 +74,8 @@ class KVCache:
             visible = torch.arange(self.key_length, device=self.device) <= self.position[:, None]
             return keys[:, :, : self.key_length], values[:, :, : self.key_length], visible[:, None, None]
         end = self._start + k.size(2)
-        keys[self.rows, :, self._start : end] = k.type_as(keys)
-        values[self.rows, :, self._start : end] = v.type_as(values)
+        keys[self.rows, :, self._start : end] = k[self.sources].type_as(keys)
+        values[self.rows, :, self._start : end] = v[self.sources].type_as(values)
         return (keys[:, :, :end], values[:, :, :end], None) if self._start else (k, v, None)
 
 
@@ -118,16 +124,40 @@ class Decoder:
         self._positions.zero_()
 
     @torch.inference_mode()
-    def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """Set the tokens of each given row to `ids`, at most `capacity`. Return the next-token logits, (V)."""
-        cache = self._cache
-        cache.position, cache.rows = 0, rows
-        logits = self.model(torch.tensor([ids], device=self.device), cache=cache)[0, -1]
-        cache.rows = slice(None)
-        for row in rows:
-            self.lengths[row] = len(ids)
-            self._positions[row] = min(len(ids), self.capacity - 1)
-        return logits
+    def prefill(self, texts: Mapping[int, Sequence[int]]) -> Tensor:
+        """Set the token ids of each given row, 1 to `capacity`. Return their next-token logits, (len(texts), V).
+
+        Equal texts are computed once. Others share forward passes of at most PREFILL_TOKENS tokens. They are padded on
+        the right, where no token attends to the padding, and decode_step overwrites it in the cache.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in texts.items():
+            rows_of.setdefault(tuple(ids), []).append(row)
+        batches: list[list[tuple[int, ...]]] = [[]]
+        for ids in sorted(rows_of, key=len):  # the last text of a batch is its longest
+            if batches[-1] and (len(batches[-1]) + 1) * len(ids) > PREFILL_TOKENS[self.device.type]:
+                batches.append([])
+            batches[-1].append(ids)
+        logits = {row: line for batch in batches for row, line in self._prefill_batch(batch, rows_of)}
+        return torch.stack([logits[row] for row in texts])
+
+    def _prefill_batch(
+        self, batch: list[tuple[int, ...]], rows_of: dict[tuple[int, ...], list[int]]
+    ) -> list[tuple[int, Tensor]]:
+        """Compute a batch of texts in one forward pass. Return each of their rows with its logits, (V)."""
+        cache, longest = self._cache, len(batch[-1])
+        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=self.device)
+        targets = [(row, n, len(ids)) for n, ids in enumerate(batch) for row in rows_of[ids]]
+        rows, sources, lengths = torch.tensor(targets, device=self.device).T
+        cache.position, cache.rows, cache.sources = 0, rows, sources
+        last = torch.tensor([len(ids) - 1 for ids in batch], device=self.device)
+        cache.last = torch.arange(len(batch), device=self.device), last
+        logits = self.model(padded, cache=cache)[:, -1]  # (len(batch), V)
+        cache.rows, cache.sources, cache.last = slice(None), slice(None), (slice(None), -1)
+        self._positions[rows] = lengths.clamp(max=self.capacity - 1)
+        for row, _, length in targets:
+            self.lengths[row] = length
+        return [(row, logits[n]) for row, n, _ in targets]
 
     @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from processes import ROOT
 from random_models import random_model
 
 from config import SamplingConfig
-from flatgpt.inference.decoder import Decoder
+from flatgpt.inference.decoder import PREFILL_TOKENS, Decoder
 from flatgpt.inference.prepacking import prepack
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runtime.device import compiler
@@ -44,9 +44,12 @@ def assert_next(logits: torch.Tensor, model: GPT, texts: list[list[int]]) -> Non
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_order_of_resets_prefills_and_steps(seed, position, compile, monkeypatch):
-    """Against texts kept in lists. A prefill may go into several rows; in a full row a step replaces the last token."""
+    """Against texts kept in lists. A prefill sets some of the rows, to equal texts and others, in one pass or several;
+    in a full row a step replaces the last token.
+    """
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(Decoder, "LENGTH_MULTIPLE", 3)
+    monkeypatch.setitem(PREFILL_TOKENS, "cpu", 10)
     draw, model = random.Random(seed), lively(position=position)
     decoder = Decoder(model, compile)
     for rows, capacity in ((3, 7), (3, 7), (1, 12), (4, 9)):
@@ -55,15 +58,26 @@ def test_any_order_of_resets_prefills_and_steps(seed, position, compile, monkeyp
         texts = [[] for _ in range(rows)]
         for act in range(12):
             if act % 3 == 2:
-                ids = [draw.randrange(30) for _ in range(draw.randint(1, capacity))]
-                into = draw.sample(range(rows), draw.randint(1, rows))
-                texts = [list(ids) if row in into else text for row, text in enumerate(texts)]
-                assert_next(decoder.prefill(into, ids)[None], model, [ids])
+                new = [[draw.randrange(30) for _ in range(draw.randint(1, capacity))] for _ in range(2)]
+                into = {row: draw.choice(new) for row in draw.sample(range(rows), draw.randint(1, rows))}
+                texts = [list(into.get(row, text)) for row, text in enumerate(texts)]
+                assert_next(decoder.prefill(into), model, [*into.values()])
             else:
                 tokens = [draw.randrange(30) for _ in texts]
                 texts = [[*text[: decoder.capacity - 1], i] for text, i in zip(texts, tokens, strict=True)]
                 assert_next(decoder.decode_step(torch.tensor(tokens)), model, texts)
             assert decoder.lengths == [len(text) for text in texts]
+
+
+def test_prompts_share_forward_passes(monkeypatch):
+    """Up to a number of tokens with padding; equal prompts are one. More than the number is a pass of its own."""
+    monkeypatch.setitem(PREFILL_TOKENS, "cpu", 10)
+    model, shapes = lively(), []
+    model.register_forward_pre_hook(lambda module, words: shapes.append(tuple(words[0].shape)))
+    decoder, prompts = Decoder(model), [[1, 2, 3], [4], [1, 2, 3], [5] * 12, [6, 7, 8], [9] * 5, [9] * 4 + [1]]
+    decoder.reset(len(prompts), 12)
+    assert_next(decoder.prefill(dict(enumerate(prompts))), lively(), prompts)
+    assert shapes == [(3, 3), (2, 5), (1, 12)]
 
 
 def test_under_autocast_a_cpu_keeps_float32():
@@ -72,7 +86,7 @@ def test_under_autocast_a_cpu_keeps_float32():
     decoder = Decoder(model)
     with torch.autocast("cpu", torch.bfloat16):
         decoder.reset(1, 12)
-        found = [decoder.prefill([0], [3, 1, 4])] + [decoder.decode_step(torch.tensor([i]))[0] for i in (1, 5, 9)]
+        found = [decoder.prefill({0: [3, 1, 4]})[0]] + [decoder.decode_step(torch.tensor([i]))[0] for i in (1, 5, 9)]
     for n, logits in enumerate(found, 3):
         assert logits.dtype == torch.bfloat16
         expected = model(torch.tensor([[3, 1, 4, 1, 5, 9][:n]]))[0, -1]
@@ -174,8 +188,7 @@ def test_gpu_in_bfloat16(quantize):
     for compile in (False, True):
         decoder = Decoder(prepack(lively().cuda(), torch.bfloat16, quantize, compile), compile)
         decoder.reset(2, 9)
-        decoder.prefill([0, 1], [1, 2, 3])
-        decoder.prefill([1], [4])
+        decoder.prefill({0: [1, 2, 3], 1: [4]})
         steps = [decoder.decode_step(torch.tensor([i, i + 1], device="cuda")) for i in range(5)]
         found.append(torch.stack(steps).float())
     assert (found[0] - found[1]).abs().max() < 0.05 * found[0].abs().max()

@@ -100,7 +100,7 @@ def test_packed_model_computes_what_the_trained_one_does(changes, onednn, monkey
     assert packed(IDS, TARGETS).item() == pytest.approx(loss.item(), abs=1e-5)
     decoder = Decoder(packed)
     decoder.reset(1, IDS.size(1))
-    torch.testing.assert_close(decoder.prefill([0], IDS[0].tolist()), logits[0, -1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.prefill({0: IDS[0].tolist()}), logits[:1, -1], rtol=1e-5, atol=1e-5)
     packed = prepack(small_model(vocab_size=V, **changes), torch.bfloat16)
     assert packed(IDS).dtype == torch.bfloat16
     off, lost = (packed(IDS).float() - rounded).abs().mean(), (logits - rounded).abs().mean()
