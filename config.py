@@ -501,7 +501,7 @@ class WriterConfig(SamplingConfig, ReaderConfig):
         "auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
     )
     quantize: str | None = opt(
-        None, "8-bit weights: half the memory of bfloat16, and faster", choices=("int8",), section="Speed"
+        None, "8-bit weights, on a CPU: half the memory of bfloat16, and faster", choices=("int8",), section="Speed"
     )
 
     def problems(self) -> list[str]:
@@ -516,7 +516,13 @@ class WriterConfig(SamplingConfig, ReaderConfig):
 class InferConfig(WriterConfig):
     """infer.py: model and prompt -> text."""
 
-    compile: bool | None = opt(None, "compile the decoding step with torch.compile", none="auto", recipe=False)
+    compile: bool | None = opt(
+        None,
+        "compile the decoding step, in half a minute, for long work. auto: only capture it as a CUDA graph, on CUDA; "
+        "--no-compile: neither",
+        none="auto",
+        recipe=False,
+    )
     standard_input: str | None = opt(
         None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
     )

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from config import ModelConfig
-from flatgpt.runtime.device import compile_or_run
+from config import ModelConfig, first_line
+from flatgpt.runtime.device import compile_or_run, note
 from model import GPT
 
 # Maximum number of tokens of the prompts that share a forward pass, with padding: enough for efficient matrix products.
@@ -84,20 +84,23 @@ class Decoder:
 
     Args:
         model: as trained, or prepacked. If autocast is enabled, its precision is used.
-        compile: compile the decoding step; on CUDA also capture it as a CUDA graph. Each step then attends to
-            `capacity` keys. `capacity` is rounded up, so that texts of similar length share a compiled step.
+        compile: True: compile the decoding step, and on CUDA capture it as a CUDA graph. None: on CUDA, capture the
+            eager step, which needs no compiler. False: neither. A compiled or captured step attends to `capacity` keys.
+            `capacity` is rounded up, so that texts of similar length share a step.
 
     Attributes:
+        capture: whether steps are captured as CUDA graphs.
         capacity: maximum number of tokens in a row.
         lengths: number of tokens in each row.
-        compile_seconds: total compilation time.
+        compile_seconds: total time for compiling and capturing steps.
     """
 
-    LENGTH_MULTIPLE = 128  # with `compile`, capacity is a multiple of this
+    LENGTH_MULTIPLE = 128  # capacity is a multiple of this if steps are compiled or captured
 
-    def __init__(self, model: GPT, compile: bool = False):
-        self.model, self.compile = model, compile
+    def __init__(self, model: GPT, compile: bool | None = False):
+        self.model, self.compile = model, bool(compile)
         self.device = model.transformer.wte.weight.device
+        self.capture = self.device.type == "cuda" and compile is not False
         self.capacity, self.compile_seconds = 0, 0.0
         self.lengths: list[int] = []
         # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
@@ -105,19 +108,19 @@ class Decoder:
         self._forward = compile_or_run(self._eager_step, **options) if compile else self._eager_step
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
-        self._compiled_step: Callable[[Tensor], Tensor] | None = None  # for self._shape
+        self._static_step: Callable[[Tensor], Tensor] | None = None  # compiled or captured for self._shape
 
     @torch.inference_mode()
     def reset(self, rows: int, capacity: int) -> None:
         """Clear the cache and resize it to `rows` rows of `capacity` tokens, at most context_length."""
-        if self.compile:
+        if self.compile or self.capture:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
         self.capacity, self.lengths = min(capacity, self.model.config.context_length), [0] * rows
         # On a CPU, torch's attention for a single token is slower in bfloat16 (docs/speed.md).
         dtype = getattr(self.model.lm_head, "dtype", torch.float32) if self.device.type != "cpu" else torch.float32
         shape = (rows, self.capacity, dtype)
         if shape != self._shape:
-            self._shape = self._cache = self._compiled_step = None  # free the old cache before the new one is allocated
+            self._shape = self._cache = self._static_step = None  # free the old cache before the new one is allocated
             self._cache = KVCache(self.model.config, *shape, self.device)
             self._positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # of the next tokens
             self._shape = shape
@@ -163,10 +166,10 @@ class Decoder:
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row: (B) int64 -> (B, V) logits. In a full row, it replaces the last token."""
         cache, same_length = self._cache, len(set(self.lengths)) == 1
-        if self.compile:
-            cache.position = self._positions
-            self._compiled_step = self._compiled_step or self._compile_step(tokens)
-            logits = self._compiled_step(tokens)
+        if self.compile or self.capture:
+            cache.position, cache.key_length = self._positions, self.capacity
+            self._static_step = self._static_step or self._make_static_step(tokens)
+            logits = self._static_step(tokens)
         else:
             cache.position = min(self.lengths[0], self.capacity - 1) if same_length else self._positions
             cache.key_length = min(max(self.lengths) + 1, self.capacity)
@@ -178,17 +181,25 @@ class Decoder:
     def _eager_step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
-    def _compile_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Compile the step for the cache's shape by running it once. Running it again gives the same result."""
+    def _make_static_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Compile or capture the step for the cache's shape by running it. Running it again gives the same result."""
         started = time.perf_counter()
         self._forward(tokens)
-        step = self._capture_graph() if self.device.type == "cuda" else self._forward
+        step = self._forward
+        if self.capture:
+            try:
+                step = self._capture_graph(tokens)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # such as an operator that synchronises with the host
+                note(f"warning: no CUDA graph could be captured, continuing without it: {first_line(error)}")
+                self.capture = False
         self.compile_seconds += time.perf_counter() - started
         return step
 
-    def _capture_graph(self) -> Callable[[Tensor], Tensor]:
+    def _capture_graph(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Capture a step as a CUDA graph, which the host launches with one call. Return a function that replays it."""
-        static_tokens = torch.zeros_like(self._positions)  # a graph reads and writes the same memory each time
+        static_tokens = tokens.clone()  # a graph reads and writes the same memory each time
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up: the initialization of libraries cannot be captured
