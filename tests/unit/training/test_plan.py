@@ -99,7 +99,9 @@ def test_activations_on_cuda_as_its_kernels_declare_them(changes, dtype, listed)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weights_gradients_and_optimizer_are_those_of_an_update(optimizer):
-    config = TrainConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50, optimizer=optimizer)
+    config = TrainConfig(
+        n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50, optimizer=optimizer, dtype="float32"
+    )
     model = GPT(config.model())
     model(*torch.randint(50, (2, 2, 16))).backward()
     chosen = make_optimizer(model, config)
