@@ -44,7 +44,8 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonA
 class MuonAndAdamW:
     """Muon and AdamW with the interface of one optimizer. Both skip an update if `found_inf` is 1."""
 
-    found_inf: Tensor | None = None
+    found_inf: Tensor | None = None  # GradScaler sets it on the device and deletes it after the step
+    _step_supports_amp_scaling = True  # otherwise GradScaler waits for the device to read it
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.optimizers = {"muon": muon, "adamw": adamw}

@@ -2,11 +2,12 @@
 
 import math
 
+import cuda_graphs
 import pytest
 import torch
 
 from config import ModelConfig, TrainConfig
-from flatgpt.training.optimizer import Muon, learning_rate, make_optimizer, orthogonalize
+from flatgpt.training.optimizer import Muon, apply_gradients, learning_rate, make_optimizer, orthogonalize
 from model import GPT
 
 
@@ -114,6 +115,25 @@ def test_steps_are_those_of_torchs_muon(momentum, monkeypatch):
         theirs.step()
         found, expected = (torch.cat([p.detach().flatten() for p in each]) for each in (params, parts))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * lr)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_update_does_not_wait_for_the_device(optimizer):
+    """Neither one that is applied nor one that is skipped; the scale is halved after that. Graph raises for a wait."""
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=8, context_length=8, vocab_size=50))
+    chosen = make_optimizer(model, TrainConfig(lr=1e-2, optimizer=optimizer, dtype="float16"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for factor, scale in ((1.0, 2.0**10), (math.inf, 2.0**9), (1.0, 2.0**9)):
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = model(*torch.randint(50, (2, 2, 8)))
+        with cuda_graphs.Graph():
+            scaler.scale(loss).backward(torch.tensor(factor))
+            scaler.unscale_(chosen)
+            apply_gradients(chosen, scaler, torch.tensor(float(factor == math.inf)))
+        model.zero_grad()
+        same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+        assert (all(same), any(same)) == ((True, True) if factor == math.inf else (False, False))
+        assert scaler.get_scale() == scale
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 3e-3)])
