@@ -25,7 +25,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation.metrics import default_batch_size, eval_batches, token_statistics
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import prepack, prepacked_bytes
+from flatgpt.inference.prepacking import choose_linear, prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop import loading
 from flatgpt.interop.export_folder import export_problems, hugging_face_config, to_hugging_face
@@ -68,19 +68,22 @@ def bench_infer(config: BenchConfig) -> dict:
         return not config.variants or name in config.variants
 
     @functools.cache
-    def decoder(precision: str, compile: bool) -> Decoder:
+    def decoder(precision: str, compile: bool, rows: int = 1) -> Decoder:
         dtype, quantize = PRECISIONS[precision]
         copy = GPT(shape)
         copy.load_state_dict(model.state_dict())
-        return Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile), compile)
+        name = str(dtype).removeprefix("torch.")
+        linear = choose_linear(model, name, quantize, compile, rows)[1].name if device.type == "cpu" else None
+        return Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile, linear), compile)
 
     compile_modes = sorted({False, device.type == "cuda" or bool(config.compile)})
     for precision, compile in itertools.product(PRECISIONS, compile_modes):
         name = precision + "_compiled" * compile
         for suffix, prompts in batches.items():
             if selected(name + suffix):
-                runners[name + suffix] = decoder_runner(decoder(precision, compile), prompts, config.new_tokens)
-                weight_bytes[name + suffix] = prepacked_bytes(decoder(precision, compile).model)  # that a step reads
+                made = decoder(precision, compile, len(prompts))
+                runners[name + suffix] = decoder_runner(made, prompts, config.new_tokens)
+                weight_bytes[name + suffix] = prepacked_bytes(made.model)  # that a step reads
     if shape.context_length >= PREFILL_TOKENS and selected("prefill"):
         prompt = torch.randint(shape.vocab_size, (PREFILL_TOKENS,)).tolist()
         runners["prefill"] = decoder_runner(decoder("bfloat16", False), [prompt], 1)
