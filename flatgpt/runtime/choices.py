@@ -34,7 +34,7 @@ Candidates = dict[str, Callable[[], list[Callable]]]
 
 
 class Choice(NamedTuple):
-    """The name of the chosen candidate, and why: the measured times."""
+    """The name of the chosen candidate, and why: the measured times. Empty if there was only one candidate."""
 
     name: str
     why: str
@@ -90,7 +90,7 @@ def choose(label: str, candidates: Candidates, shape: str = "") -> Choice:
         shape: everything else that the choice depends on, besides label, CPU, number of threads and torch.
     """
     if len(candidates) == 1:
-        return Choice(*candidates, "the only one here")
+        return Choice(*candidates, "")
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # limits the instructions that oneDNN uses
     key = (
         f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()} {isa}, {torch.get_num_threads()} threads, "

@@ -130,7 +130,7 @@ def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypat
 
     measured(first)
     text, machine = write()
-    assert f"on cpu (1 thread), {first} (matmuls of one token: 1 ms, {second} 2), eager" in machine
+    assert f"on cpu (1 thread), {first} (matmuls of 1 token: 1 ms, {second} 2), eager" in machine
     measured(second)
     again = write()
     assert (again[0], again[1].splitlines()[0]) == (text, machine.splitlines()[0])
