@@ -58,8 +58,7 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
     parameters = model.num_params()  # before weights are quantized
-    # Compilation takes half a minute for each length of text: too long for visitors.
-    machine = prepare_for_decoding(config, model, compile=False).describe()
+    machine = prepare_for_decoding(config, model).describe()
     described = f"{parameters:,} parameters, on {machine}"
     note(f"{found.describe()}: {described}")
     return found, partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text), described

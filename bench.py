@@ -10,6 +10,7 @@ python bench.py data --input 'data/raw/wikipedia/*'      # text -> shards, compa
 python bench.py infer --config gpt2_124m                # tokens/s, compared with transformers and llama.cpp
 python bench.py eval --model_path out/wikitext103_22m --dataset wikitext103 --split test   # with transformers
 python bench.py all --json cpu.json --peer nanoGPT ../nanoGPT   # the tables of docs/speed.md: cpu.json, cpu.md
+python bench.py merge --input epyc.json xeon.json        # one table of the results of several machines
 python bench.py gpu --json gpu.json --peer nanoGPT ../nanoGPT   # on a GPU, about 8 minutes (docs/testing.md)
 python bench.py gpu --json dry.json --dry_run            # the same rows at toy size, on the CPU
 python bench.py resume --config shakespeare_char_cpu --max_iters 20   # check that resuming changes no result
@@ -31,8 +32,9 @@ import torch
 
 from flatgpt.benchmarks.data import bench_data
 from flatgpt.benchmarks.inference import bench_eval, bench_infer
+from flatgpt.benchmarks.machine import machine_facts
 from flatgpt.benchmarks.measure import figure_lines
-from flatgpt.benchmarks.suites import SUITES, bench_tests, run_suite
+from flatgpt.benchmarks.suites import SUITES, bench_tests, merged, run_suite
 from flatgpt.benchmarks.training import bench_loss, bench_resume, bench_save, bench_train
 from flatgpt.runtime.distributed import join_process_group
 from flatgpt.runtime.files import require_writable, write_json
@@ -53,7 +55,9 @@ def main(config: BenchConfig) -> None:
     """Run one benchmark and print its figures."""
     require_writable(config.json, "json")
     command = f"bench.py {shlex.join(sys.argv[1:])}"
-    if config.what in SUITES:
+    if config.what == "merge":
+        print(merged(config.input), end="")
+    elif config.what in SUITES:
         run_suite(config, f"python {command}")
     elif config.what == "train":
         with join_process_group(config) as ranks:
@@ -66,7 +70,8 @@ def main(config: BenchConfig) -> None:
 
 def report(config: BenchConfig, command: str, figures: dict) -> None:
     """Print the figures and, with --json, write them to its file. `--json -` prints JSON only."""
-    figures = {"command": command, **figures, "torch": torch.__version__}
+    machine = machine_facts() if config.what in ("train", "infer") else {}
+    figures = {"command": command} | machine | figures | {"torch": torch.__version__}
     if config.json != "-":
         print("\n".join(figure_lines(figures)))
     if config.json:

@@ -501,7 +501,7 @@ class WriterConfig(SamplingConfig, ReaderConfig):
         "auto", "precision of matrix products", choices=("auto", "float32", "bfloat16", "float16"), recipe=False
     )
     quantize: str | None = opt(
-        None, "8-bit weights: half the memory of bfloat16, and faster", choices=("int8",), section="Speed"
+        None, "8-bit weights, on a CPU: half the memory of bfloat16, and faster", choices=("int8",), section="Speed"
     )
 
     def problems(self) -> list[str]:
@@ -516,7 +516,13 @@ class WriterConfig(SamplingConfig, ReaderConfig):
 class InferConfig(WriterConfig):
     """infer.py: model and prompt -> text."""
 
-    compile: bool | None = opt(None, "compile the decoding step with torch.compile", none="auto", recipe=False)
+    compile: bool | None = opt(
+        None,
+        "compile the decoding step, in half a minute, for long work. auto: only capture it as a CUDA graph, on CUDA; "
+        "--no-compile: neither",
+        none="auto",
+        recipe=False,
+    )
     standard_input: str | None = opt(
         None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
     )
@@ -610,7 +616,7 @@ class BenchConfig(TrainConfig):
     what: str = opt(
         "train",
         "benchmark or check to run",
-        choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu"),
+        choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu", "merge"),
         positional=True,
     )
     warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1, section="Benchmark")
@@ -625,7 +631,9 @@ class BenchConfig(TrainConfig):
     target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
     seeds: int = opt(3, "number of runs, with seeds from 1", low=1)
     input: tuple[str, ...] = opt(
-        (), "files of documents, repeated up to size_mb; default: the Python reference", section="Benchmark of data"
+        (),
+        "data: files of documents, repeated up to size_mb (default: the Python reference); merge: results of all",
+        section="Benchmark of data",
     )
     size_mb: int = opt(300, "MB of text to encode", low=1)
     workers: int | None = opt(None, "number of encoding processes", low=1, none="one a core")
@@ -652,11 +660,14 @@ class BenchConfig(TrainConfig):
             ("target", self.target, ("loss",)),
             ("dry_run", self.dry_run, ("gpu",)),
             ("variants", self.variants, ("infer",)),
+            ("input", self.input, ("data", "merge")),
         ):
             if values and self.what not in benchmarks:
                 found.append(f"{key} applies to bench.py {', '.join(benchmarks)}, not to {self.what}")
         if self.what == "loss" and self.target is None:
             found.append("bench.py loss needs a validation loss to reach: --target X")
+        if self.what == "merge" and not self.input:
+            found.append("bench.py merge needs the files of several machines: --input A.json B.json")
         if self.what == "resume" and (self.max_iters is None or self.max_iters < 2):
             found.append("bench.py resume needs --max_iters N, 2 or more: it resumes after half of the updates")
         if self.what in ("all", "gpu"):

@@ -118,7 +118,9 @@ def evaluate_text(
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
-        generated = continuations.generate_continuations(Decoder(model), encoding, prompts, length, config, ranks=ranks)
+        generated = continuations.generate_continuations(
+            Decoder(model, None), encoding, prompts, length, config, ranks=ranks
+        )
         if generated is None:
             result |= dict.fromkeys(("bleu", "rouge_l", "distinct_1", "distinct_2", "repetition"), math.nan)
         else:

@@ -34,7 +34,7 @@ def main(config: InferConfig) -> None:
     parameters = model.num_params()  # before weights are quantized
     settings = prepare_for_decoding(config, model, config.compile)
     note(f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}")
-    writer = Writer(config, model, encoding, found.end_of_text, settings.compile, note)
+    writer = Writer(config, model, encoding, found.end_of_text, note)
     if config.interactive:
         return run_interactive(writer)
     facts = {"model": str(found.path), "iter": found.state.get("iter")}

@@ -148,12 +148,12 @@ class GPT(nn.Module):
 
         Returns:
             with targets: cross-entropy in nats, float32; a scalar, or (B * T) with reduction "none".
-            with a cache: (B, 1, V) logits of the last position.
+            with a cache: (B, 1, V) logits of the last token.
             otherwise: (B, T, V) logits.
         """
         x = self.hidden_states(idx, cache)  # (B, T, C)
         if targets is None:
-            return self.compute_logits(x if cache is None else x[:, -1:])
+            return self.compute_logits(x if cache is None else x[cache.last][:, None])
         x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T)
         if reduction == "none":  # evaluation: in chunks, as float32 logits of all rows need much memory
             rows = CHUNK_ROWS[x.device.type]

@@ -40,7 +40,8 @@ OPTIONAL = {
     "app": {"gradio"},
     "flatgpt.benchmarks.suites": {"pytest"},  # bench.py tests runs it
     "flatgpt.benchmarks.data": {"datasets"},
-    "flatgpt.benchmarks.inference": {"gguf", "llama_cpp", "transformers"},  # bench.py infer measures beside them
+    # bench.py infer measures beside them
+    "flatgpt.benchmarks.inference": {"ctranslate2", "gguf", "llama_cpp", "transformers"},
     "flatgpt.data.encode": {"gigatoken"},
     "flatgpt.data.workers": {"distributed"},
     "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},

@@ -1,4 +1,4 @@
-"""bench.py infer and eval: compare the speed of generation and scoring with transformers and llama.cpp."""
+"""bench.py infer and eval: compare generation and scoring with transformers, llama.cpp and CTranslate2."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 
 from config import BenchConfig, SamplingConfig, UserError, run_dir
+from flatgpt.benchmarks.machine import read_bandwidth
 from flatgpt.benchmarks.measure import Process, interleave, log, script, speedup
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
@@ -37,6 +39,7 @@ PRECISIONS = {  # dtype and quantization of flatGPT's variants
     "bfloat16": (torch.bfloat16, None),
     "int8": (torch.bfloat16, "int8"),
 }
+Peer = Callable[[list[list[int]]], list[float]]  # generates for prompts as a Runner does
 Runner = Callable[[], list[float]]  # generates greedily, and returns the time of each token in seconds since the call
 
 
@@ -58,6 +61,7 @@ def bench_infer(config: BenchConfig) -> dict:
     ids = torch.randint(shape.vocab_size, (config.prompt_tokens,)).tolist()
     log(f"{model.num_params():,} parameters, {len(ids)} prompt tokens, {config.new_tokens} new tokens, on {device}")
     names, runners, weight_bytes = [], {}, {}
+    batches = {"": [ids], f"_x{config.samples}": [ids] * config.samples}
 
     def selected(name: str) -> bool:
         names.append(name)
@@ -73,24 +77,28 @@ def bench_infer(config: BenchConfig) -> dict:
     compile_modes = sorted({False, device.type == "cuda" or bool(config.compile)})
     for precision, compile in itertools.product(PRECISIONS, compile_modes):
         name = precision + "_compiled" * compile
-        if selected(name):
-            runners[name] = decoder_runner(decoder(precision, compile), [ids], config.new_tokens)
-            weight_bytes[name] = prepacked_bytes(decoder(precision, compile).model)  # bytes that a decode step reads
-        if precision == "bfloat16" and selected(batched := f"{name}_x{config.samples}"):
-            runners[batched] = decoder_runner(decoder(precision, compile), [ids] * config.samples, config.new_tokens)
+        for suffix, prompts in batches.items():
+            if selected(name + suffix):
+                runners[name + suffix] = decoder_runner(decoder(precision, compile), prompts, config.new_tokens)
+                weight_bytes[name + suffix] = prepacked_bytes(decoder(precision, compile).model)  # that a step reads
     if shape.context_length >= PREFILL_TOKENS and selected("prefill"):
         prompt = torch.randint(shape.vocab_size, (PREFILL_TOKENS,)).tolist()
         runners["prefill"] = decoder_runner(decoder("bfloat16", False), [prompt], 1)
-    for package, make_runner, precisions in (
-        ("transformers", transformers_runner, ("float32", "bfloat16")),
-        ("llama_cpp", llama_cpp_runner, ("float32", "bfloat16", "q8_0")),
+    for package, make_peer, precisions in (
+        ("transformers", transformers_peer, ("float32", "bfloat16")),
+        ("llama_cpp", llama_cpp_peer, ("float32", "bfloat16", "q8_0")),
+        ("ctranslate2", ctranslate2_peer, ("float32", "bfloat16", "int8")),
     ):
         if not importlib.util.find_spec(package):
             log(f"{package} is not installed and is skipped")
         elif shape.position == "learned" and shape.tie_weights and shape.bias:
             for precision in precisions:
-                if selected(name := f"{package}_{precision}"):
-                    runners[name] = make_runner(model, ids, config.new_tokens, precision, device)
+                # the Python interface of llama.cpp generates one text at a time
+                suffixes = batches if package != "llama_cpp" else [""]
+                chosen = [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]
+                peer = chosen and make_peer(model, config.new_tokens, precision, device)
+                for suffix in chosen if peer else ():
+                    runners[f"{package}_{precision}{suffix}"] = functools.partial(peer, batches[suffix])
     if unknown := set(config.variants) - set(names):
         raise UserError(f"variants = {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
     for runner in runners.values():
@@ -135,36 +143,75 @@ def transformers_model(model: GPT):
     return peer.eval()
 
 
-def transformers_runner(model: GPT, ids: list[int], new_tokens: int, precision: str, device: torch.device) -> Runner:
-    """Return a runner of transformers with its default settings."""
+def transformers_peer(model: GPT, new_tokens: int, precision: str, device: torch.device) -> Peer:
+    """Return a peer of transformers with its default settings."""
     peer = transformers_model(model).to(device, PRECISIONS[precision][0])
     peer.generation_config.eos_token_id = None  # do not stop early
-    prompt = torch.tensor([ids], device=device)
-    settings = {"do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
 
-    def run() -> list[float]:
+    def run(prompts: list[list[int]]) -> list[float]:
+        batch = torch.tensor(prompts, device=device)
+        settings = {"do_sample": False, "attention_mask": torch.ones_like(batch), "pad_token_id": 0}
         start, times = time.perf_counter(), []
         streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter() - start), end=lambda: None)
-        peer.generate(prompt, max_new_tokens=new_tokens, streamer=streamer, **settings)
+        peer.generate(batch, max_new_tokens=new_tokens, streamer=streamer, **settings)
         return times[1:]  # the streamer receives the prompt first
 
     return run
 
 
-def llama_cpp_runner(model: GPT, ids: list[int], new_tokens: int, precision: str, device: torch.device) -> Runner:
-    """Return a runner of llama.cpp with as many threads as torch."""
+@torch.no_grad()
+def ctranslate2_peer(model: GPT, new_tokens: int, precision: str, device: torch.device) -> Peer | None:
+    """Return a peer of CTranslate2 with as many threads as torch; None if it refuses the precision on this device."""
+    import ctranslate2
+    from ctranslate2.converters.transformers import GPT2Loader
+
+    if precision not in ctranslate2.get_supported_compute_types(device.type):
+        return log(f"ctranslate2 does not support {precision} on this {device.type} and is skipped")
+    ids = {str(n): n for n in range(model.config.vocab_size)}  # its tokens are texts
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "0")
+    spec = GPT2Loader()(transformers_model(model), SimpleNamespace(get_vocab=lambda: ids, **special))
+    spec.validate()
+    spec.optimize(quantization=precision)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        spec.save(folder)
+        options = {"compute_type": precision, "intra_threads": torch.get_num_threads()}
+        peer = ctranslate2.Generator(folder, device.type, **options)
+    settings = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
+
+    def run(prompts: list[list[int]]) -> list[float]:
+        start, times = time.perf_counter(), []
+
+        def receive(token) -> bool:
+            if token.batch_id == 0:
+                times.append(time.perf_counter() - start)
+            return False  # do not stop
+
+        peer.generate_batch([[str(n) for n in ids] for ids in prompts], callback=receive, **settings)
+        return times
+
+    return run
+
+
+def llama_cpp_peer(model: GPT, new_tokens: int, precision: str, device: torch.device) -> Peer:
+    """Return a peer of llama.cpp with as many threads as torch. It generates for the first prompt only."""
     import llama_cpp
 
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    defaults = llama_cpp.llama_model_default_params()
+    # Its AMX kernels for quantized matrices stop the process (llama.cpp's issue 20824).
+    defaults.use_extra_bufts = False
+    with (
+        tempfile.TemporaryDirectory(dir=".") as folder,
+        mock.patch("llama_cpp.llama_cpp.llama_model_default_params", return_value=defaults),
+    ):
         path = Path(folder) / "model.gguf"
         write_gguf(model, path, {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}[precision])
         options = {"n_threads": torch.get_num_threads(), "verbose": False, "use_mmap": False}
         peer = llama_cpp.Llama(str(path), n_ctx=model.config.context_length, **options)
 
-    def run() -> list[float]:
+    def run(prompts: list[list[int]]) -> list[float]:
         peer.reset()  # clear the KV cache
         start = time.perf_counter()
-        return _token_times(itertools.islice(peer.generate(ids, temp=0.0), new_tokens), start)
+        return _token_times(itertools.islice(peer.generate(prompts[0], temp=0.0), new_tokens), start)
 
     return run
 
@@ -197,16 +244,6 @@ def write_gguf(model: GPT, path: Path, matrix_type: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Return the read bandwidth in GB/s: the best of five sums over 1 GB."""
-    ones, best = torch.ones(250_000_000, device=device), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        ones.sum().item()
-        best = max(best, 1.0 / (time.perf_counter() - start))
-    return best
 
 
 def load_to_first_token(model: GPT, config: BenchConfig) -> float:

@@ -22,7 +22,8 @@ import torch
 from config import BenchConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks import nanogpt
-from flatgpt.benchmarks.measure import Process, format_value, log, script, table
+from flatgpt.benchmarks.machine import machine_facts
+from flatgpt.benchmarks.measure import Process, log, script, table
 from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import cpu_name, find_device
 from flatgpt.runtime.files import write_json, write_output
@@ -30,8 +31,11 @@ from flatgpt.runtime.files import write_json, write_output
 SUITES = tomllib.loads((REPO_ROOT / "flatgpt/benchmarks/suites.toml").read_text(encoding="utf-8"))
 DATASETS = ("shakespeare", "shakespeare_byte")  # that the rows use
 GRACE_SECONDS = 20  # seconds from SIGINT to SIGKILL; pytest-xdist waits 10 s for a hanging test
-# columns of the Markdown table
+# columns of the Markdown tables of machines and of updates, and the figures of other benchmarks that are printed
+MACHINE_COLUMNS = ("cpu", "cores", "float32_gflop_per_s", "bfloat16_gflop_per_s", "read_gb_per_s", "cpu_flags", "date")
 COLUMNS = ("ms", "tokens_per_s", "tflop_per_s", "mfu", "mfu_measured", "peak_mem_gb", "start_s")
+FIGURES = ("tokens_per_s", "of_bandwidth", "mb_per_s", "during_to_outside", "times_as_fast", "to_first_token_s")
+FIGURES += ("passed", "failed", "failed_tests", "identical", "error")
 
 
 def run_suite(config: BenchConfig, command: str) -> None:
@@ -48,7 +52,8 @@ def run_suite(config: BenchConfig, command: str) -> None:
     for name in DATASETS:
         open_dataset(Path(config.data_dir) / name)
     device, name = ("cuda", torch.cuda.get_device_name()) if on_cuda else ("cpu", cpu_name())
-    report = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run, "rows": {}}
+    report = {"command": command, "device": name, "torch": torch.__version__, "dry_run": config.dry_run}
+    report |= {"machine": machine_facts(), "rows": {}}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM also stops the row
     for row in SUITES[config.what]:
         args = shlex.split(row["args"])
@@ -60,8 +65,9 @@ def run_suite(config: BenchConfig, command: str) -> None:
         start = time.perf_counter()
         report["rows"][row["label"]] = run_row(args, limit) | {"seconds": time.perf_counter() - start}
         write_json(report, config.json)
-        write_output(markdown(report).encode(), str(Path(config.json).with_suffix(".md")), "json")
-    print(markdown(report), end="")
+        text = markdown({name: report})
+        write_output(text.encode(), str(Path(config.json).with_suffix(".md")), "json")
+    print(text, end="")
 
 
 def run_row(args: list[str], limit: float) -> dict:
@@ -111,22 +117,51 @@ def terminate_group(process: Process) -> None:
         process.wait()
 
 
-def markdown(report: dict) -> str:
-    """Return all rows as Markdown: a table of training updates, and a list of the other figures and errors."""
-    updates, other_lines = [], []
-    for label, row in report["rows"].items():
-        if "tflop_per_s" not in row:
-            facts = {key: value for key, value in row.items() if key == "error" or not isinstance(value, str)}
-            other_lines.append(f"- {label}: {format_value(facts)}")
-            continue
-        columns = {"shape": label} | {key: row[key] for key in COLUMNS}
-        for name, peer in row.get("peers", {}).items():
-            columns |= {f"{name}, tokens_per_s": peer["tokens_per_s"], f"{name}, times": row["ratios"][name]["median"]}
-            columns |= {f"{name}, memory": row["memory_ratios"][name]}
-        updates.append(columns)
-    dry = "A dry run at toy size: its figures are not results. " * report["dry_run"]
-    title = f"{dry}{report['device']}, torch {report['torch']}: `{report['command']}`"
-    return "\n".join([title, "", *table(updates), "", *other_lines]) + "\n"
+def merged(files: tuple[str, ...]) -> str:
+    """Return the results of several machines as Markdown. A machine is named after its file.
+
+    Raises:
+        UserError: a file was not written by bench.py all or gpu, or two files have the same name.
+    """
+    reports: dict[str, dict] = {}
+    for file in map(Path, files):
+        if file.stem in reports:
+            raise UserError(f"input: two files are named {file.stem}, and machines are named after their files")
+        try:
+            reports[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+            markdown({file.stem: reports[file.stem]})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{file} is not a result of bench.py all: {type(error).__name__} {error}") from None
+    return markdown(reports)
+
+
+def markdown(reports: dict[str, dict]) -> str:
+    """Return reports by machine as Markdown tables. What a machine did not measure is empty.
+
+    The tables are the machines, the updates with a row for each shape and machine, and for each other benchmark its
+    figures with a column for each machine.
+    """
+    machines, updates = [], []
+    for name, report in reports.items():
+        facts = {key: report.get("machine", {}).get(key) for key in MACHINE_COLUMNS}
+        dry = "A dry run at toy size: its figures are not results. " * report["dry_run"]
+        command = f"{dry}`{report['command']}`"
+        machines.append({"machine": name} | facts | {"torch": report["torch"], "command": command})
+    tables = [machines, updates]
+    for label in dict.fromkeys(label for report in reports.values() for label in report["rows"]):
+        rows = {name: report["rows"].get(label, {}) for name, report in reports.items()}
+        if any("tflop_per_s" in row for row in rows.values()):
+            for name, row in rows.items():
+                cells = {"shape": label, "machine": name} | {key: row.get(key) for key in COLUMNS}
+                for peer, figures in row.get("peers", {}).items():
+                    cells |= {f"{peer}, tokens_per_s": figures["tokens_per_s"]}
+                    cells |= {f"{peer}, times": row["ratios"][peer]["median"]}
+                    cells |= {f"{peer}, memory": row["memory_ratios"][peer]}
+                updates.append(cells | ({"error": row["error"]} if "error" in row else {}))
+        else:
+            keys = dict.fromkeys(key for row in rows.values() for key in row if key.endswith(FIGURES))
+            tables.append([{label: key} | {name: row.get(key) for name, row in rows.items()} for key in keys])
+    return "\n\n".join("\n".join(table(rows)) for rows in tables if rows) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

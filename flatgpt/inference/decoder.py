@@ -2,21 +2,24 @@
 
 decoder = Decoder(model)
 decoder.reset(rows=2, capacity=300)
-logits = decoder.prefill([0, 1], prompt)             # (V); both rows have the same prompt
+logits = decoder.prefill({0: prompt, 1: other})      # (B, V)
 logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V); appends one token to each row
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from config import ModelConfig
-from flatgpt.runtime.device import compile_or_run
+from config import ModelConfig, first_line
+from flatgpt.runtime.device import compile_or_run, note
 from model import GPT
+
+# Maximum number of tokens of the prompts that share a forward pass, with padding: enough for efficient matrix products.
+PREFILL_TOKENS = {"cpu": 256, "cuda": 16384, "mps": 2048}
 
 
 class KVCache:
@@ -26,7 +29,8 @@ class KVCache:
         position: position of the next token. An int applies to all rows and is valid for one forward pass. With a (B,)
             int64 tensor, rows can differ in length, and all steps have the same shapes, as compilation needs.
         key_length: number of keys that attention reads from each row if position is a tensor; a mask hides later ones.
-        rows: the rows that the next tokens belong to if position is an int.
+        rows, sources: if position is an int, row rows[i] gets the next tokens of entry sources[i] of the batch.
+        last: index of the hidden states, (B, T, C), of each text's last token.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
@@ -35,7 +39,9 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.device, self.key_length = device, capacity
         self.position: int | Tensor | None = 0
-        self.rows: Sequence[int] | slice = slice(None)
+        self.rows: Tensor | slice = slice(None)
+        self.sources: Tensor | slice = slice(None)
+        self.last: tuple = (slice(None), -1)
 
     def next_positions(self, count: int) -> Tensor:
         """Return the positions of the next tokens: (count,), or (B, 1) if each row has its own.
@@ -68,8 +74,8 @@ class KVCache:
             visible = torch.arange(self.key_length, device=self.device) <= self.position[:, None]
             return keys[:, :, : self.key_length], values[:, :, : self.key_length], visible[:, None, None]
         end = self._start + k.size(2)
-        keys[self.rows, :, self._start : end] = k.type_as(keys)
-        values[self.rows, :, self._start : end] = v.type_as(values)
+        keys[self.rows, :, self._start : end] = k[self.sources].type_as(keys)
+        values[self.rows, :, self._start : end] = v[self.sources].type_as(values)
         return (keys[:, :, :end], values[:, :, :end], None) if self._start else (k, v, None)
 
 
@@ -78,20 +84,23 @@ class Decoder:
 
     Args:
         model: as trained, or prepacked. If autocast is enabled, its precision is used.
-        compile: compile the decoding step; on CUDA also capture it as a CUDA graph. Each step then attends to
-            `capacity` keys. `capacity` is rounded up, so that texts of similar length share a compiled step.
+        compile: True: compile the decoding step, and on CUDA capture it as a CUDA graph. None: on CUDA, capture the
+            eager step, which needs no compiler. False: neither. A compiled or captured step attends to `capacity` keys.
+            `capacity` is rounded up, so that texts of similar length share a step.
 
     Attributes:
+        capture: whether steps are captured as CUDA graphs.
         capacity: maximum number of tokens in a row.
         lengths: number of tokens in each row.
-        compile_seconds: total compilation time.
+        compile_seconds: total time for compiling and capturing steps.
     """
 
-    LENGTH_MULTIPLE = 128  # with `compile`, capacity is a multiple of this
+    LENGTH_MULTIPLE = 128  # capacity is a multiple of this if steps are compiled or captured
 
-    def __init__(self, model: GPT, compile: bool = False):
-        self.model, self.compile = model, compile
+    def __init__(self, model: GPT, compile: bool | None = False):
+        self.model, self.compile = model, bool(compile)
         self.device = model.transformer.wte.weight.device
+        self.capture = self.device.type == "cuda" and compile is not False
         self.capacity, self.compile_seconds = 0, 0.0
         self.lengths: list[int] = []
         # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
@@ -99,44 +108,68 @@ class Decoder:
         self._forward = compile_or_run(self._eager_step, **options) if compile else self._eager_step
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
-        self._compiled_step: Callable[[Tensor], Tensor] | None = None  # for self._shape
+        self._static_step: Callable[[Tensor], Tensor] | None = None  # compiled or captured for self._shape
 
     @torch.inference_mode()
     def reset(self, rows: int, capacity: int) -> None:
         """Clear the cache and resize it to `rows` rows of `capacity` tokens, at most context_length."""
-        if self.compile:
+        if self.compile or self.capture:
             capacity = -(-capacity // self.LENGTH_MULTIPLE) * self.LENGTH_MULTIPLE
         self.capacity, self.lengths = min(capacity, self.model.config.context_length), [0] * rows
         # On a CPU, torch's attention for a single token is slower in bfloat16 (docs/speed.md).
         dtype = getattr(self.model.lm_head, "dtype", torch.float32) if self.device.type != "cpu" else torch.float32
         shape = (rows, self.capacity, dtype)
         if shape != self._shape:
-            self._shape = self._cache = self._compiled_step = None  # free the old cache before the new one is allocated
+            self._shape = self._cache = self._static_step = None  # free the old cache before the new one is allocated
             self._cache = KVCache(self.model.config, *shape, self.device)
             self._positions = torch.zeros(rows, dtype=torch.int64, device=self.device)  # of the next tokens
             self._shape = shape
         self._positions.zero_()
 
     @torch.inference_mode()
-    def prefill(self, rows: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """Set the tokens of each given row to `ids`, at most `capacity`. Return the next-token logits, (V)."""
-        cache = self._cache
-        cache.position, cache.rows = 0, rows
-        logits = self.model(torch.tensor([ids], device=self.device), cache=cache)[0, -1]
-        cache.rows = slice(None)
-        for row in rows:
-            self.lengths[row] = len(ids)
-            self._positions[row] = min(len(ids), self.capacity - 1)
-        return logits
+    def prefill(self, texts: Mapping[int, Sequence[int]]) -> Tensor:
+        """Set the token ids of each given row, 1 to `capacity`. Return their next-token logits, (len(texts), V).
+
+        Equal texts are computed once. Others share forward passes of at most PREFILL_TOKENS tokens. They are padded on
+        the right, where no token attends to the padding, and decode_step overwrites it in the cache.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in texts.items():
+            rows_of.setdefault(tuple(ids), []).append(row)
+        batches: list[list[tuple[int, ...]]] = [[]]
+        for ids in sorted(rows_of, key=len):  # the last text of a batch is its longest
+            if batches[-1] and (len(batches[-1]) + 1) * len(ids) > PREFILL_TOKENS[self.device.type]:
+                batches.append([])
+            batches[-1].append(ids)
+        logits = {row: line for batch in batches for row, line in self._prefill_batch(batch, rows_of)}
+        return torch.stack([logits[row] for row in texts])
+
+    def _prefill_batch(
+        self, batch: list[tuple[int, ...]], rows_of: dict[tuple[int, ...], list[int]]
+    ) -> list[tuple[int, Tensor]]:
+        """Compute a batch of texts in one forward pass. Return each of their rows with its logits, (V)."""
+        cache, longest = self._cache, len(batch[-1])
+        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=self.device)
+        targets = [(row, n, len(ids)) for n, ids in enumerate(batch) for row in rows_of[ids]]
+        rows, sources, lengths = torch.tensor(targets, device=self.device).T
+        cache.position, cache.rows, cache.sources = 0, rows, sources
+        last = torch.tensor([len(ids) - 1 for ids in batch], device=self.device)
+        cache.last = torch.arange(len(batch), device=self.device), last
+        logits = self.model(padded, cache=cache)[:, -1]  # (len(batch), V)
+        cache.rows, cache.sources, cache.last = slice(None), slice(None), (slice(None), -1)
+        self._positions[rows] = lengths.clamp(max=self.capacity - 1)
+        for row, _, length in targets:
+            self.lengths[row] = length
+        return [(row, logits[n]) for row, n, _ in targets]
 
     @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row: (B) int64 -> (B, V) logits. In a full row, it replaces the last token."""
         cache, same_length = self._cache, len(set(self.lengths)) == 1
-        if self.compile:
-            cache.position = self._positions
-            self._compiled_step = self._compiled_step or self._compile_step(tokens)
-            logits = self._compiled_step(tokens)
+        if self.compile or self.capture:
+            cache.position, cache.key_length = self._positions, self.capacity
+            self._static_step = self._static_step or self._make_static_step(tokens)
+            logits = self._static_step(tokens)
         else:
             cache.position = min(self.lengths[0], self.capacity - 1) if same_length else self._positions
             cache.key_length = min(max(self.lengths) + 1, self.capacity)
@@ -148,17 +181,25 @@ class Decoder:
     def _eager_step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
 
-    def _compile_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Compile the step for the cache's shape by running it once. Running it again gives the same result."""
+    def _make_static_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Compile or capture the step for the cache's shape by running it. Running it again gives the same result."""
         started = time.perf_counter()
         self._forward(tokens)
-        step = self._capture_graph() if self.device.type == "cuda" else self._forward
+        step = self._forward
+        if self.capture:
+            try:
+                step = self._capture_graph(tokens)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # such as an operator that synchronises with the host
+                note(f"warning: no CUDA graph could be captured, continuing without it: {first_line(error)}")
+                self.capture = False
         self.compile_seconds += time.perf_counter() - started
         return step
 
-    def _capture_graph(self) -> Callable[[Tensor], Tensor]:
+    def _capture_graph(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Capture a step as a CUDA graph, which the host launches with one call. Return a function that replays it."""
-        static_tokens = torch.zeros_like(self._positions)  # a graph reads and writes the same memory each time
+        static_tokens = tokens.clone()  # a graph reads and writes the same memory each time
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up: the initialization of libraries cannot be captured

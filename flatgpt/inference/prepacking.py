@@ -109,13 +109,17 @@ def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None 
     """Choose the dtype and prepack the model in place.
 
     Args:
-        compile: whether to compile the decoding step. None: on CUDA only. On a CPU, compilation is faster only for long
-            int8 texts (docs/speed.md).
+        compile: whether to compile the decoding step. None: no; on CUDA, Decoder then captures the eager step. On a
+            CPU, compilation is faster only for long int8 texts (docs/speed.md).
 
     Raises:
-        UserError: int8 weights do not support config.dtype on this device.
+        UserError: int8 weights do not support config.dtype or this device.
     """
     dtype, why, on_cpu = config.dtype, {}, model.transformer.wte.weight.device.type == "cpu"
+    if config.quantize and not on_cpu:
+        raise UserError("quantize = int8 is for CPUs: on a GPU bfloat16 is faster (docs/speed.md); leave out quantize")
+    if compile is None and model.transformer.wte.weight.device.type == "cuda":
+        compile, why["compile"] = False, "a CUDA graph for each step"
     if on_cpu and config.quantize:
         if dtype == "float16":
             raise UserError("quantize = int8 computes in bfloat16 on a CPU: leave out dtype")

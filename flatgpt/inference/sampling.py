@@ -145,17 +145,13 @@ def generate_batch(
     texts, live = [list(ids) for ids in prompts], set(range(len(prompts)))
     generators = [torch.Generator(device).manual_seed(seed_of(options.seed, first_row + row)) for row in sorted(live)]
     seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
-    starts = [tuple(ids[-context:]) for ids in texts]
-    rows_of = {start: [] for start in starts}
-    for row, start in enumerate(starts):
-        seen[row, [i for i in texts[row] if i < n_vocab]] = True
-        rows_of[start].append(row)
+    for row, ids in enumerate(texts):
+        seen[row, [i for i in ids if i < n_vocab]] = True
     was_training = model.training
     model.eval()
     try:
         decoder.reset(len(texts), min(context, max(map(len, texts)) + max_new_tokens))
-        logits_of = {start: decoder.prefill(rows, start) for start, rows in rows_of.items()}  # shared by equal prompts
-        logits = torch.stack([logits_of[start] for start in starts])  # (B, V)
+        logits = decoder.prefill({row: ids[-context:] for row, ids in enumerate(texts)})  # (B, V)
         for n in range(1, max_new_tokens + 1):
             scores = process_logits(logits[:, :n_vocab].float(), seen, options)
             if options.effective_temperature:
@@ -189,8 +185,8 @@ def generate_batch(
                 full = _full_rows(decoder, live)
                 if full < live:
                     logits = decoder.decode_step(tokens)
-                for row in full:
-                    logits[row] = decoder.prefill([row], texts[row][-max(1, context // 2) :])
+                if full:
+                    logits[list(full)] = decoder.prefill({row: texts[row][-max(1, context // 2) :] for row in full})
     finally:
         model.train(was_training)
 

@@ -80,7 +80,6 @@ class Writer:
         model: a model that is prepared for decoding. Several Writers can share it.
         end_of_text: whether the training data has an end-of-text token between documents. It then replaces an empty
             prompt; otherwise a newline does.
-        compile: compile the decoding step.
         log: called once with a note if a text can exceed the context.
     """
 
@@ -90,12 +89,11 @@ class Writer:
         model: GPT,
         encoding: tiktoken.Encoding,
         end_of_text: bool,
-        compile: bool = False,
         log: Callable[[str], None] | None = None,
     ):
         self.config, self.encoding = config, encoding
         self.start_ids = [encoding.eot_token] if end_of_text else encoding.encode_ordinary("\n")
-        self.decoder = Decoder(model, compile)
+        self.decoder = Decoder(model, config.compile)
         self.rows = self.tokens = 0  # texts started, tokens generated
         self.first_seconds = 0.0  # from the start of the first batch to its first tokens
         self.timed_tokens, self.timed_seconds = 0, 0.0  # without the first tokens of each batch
@@ -166,7 +164,8 @@ class Writer:
         """Return the number of tokens and the speed as text."""
         line = f"{self.tokens:,} token{'s' * (self.tokens != 1)}, the first after {self.first_seconds:.2f} s"
         line += f", then {speed:,.1f} tokens/s" if (speed := self.tokens_per_s()) else ""
-        return line + (f"; compiling took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")
+        made = "compiling" if self.decoder.compile else "capturing a CUDA graph"
+        return line + (f"; {made} took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")
 
     def report(self, texts: list[Text]) -> dict:
         """Return settings, measurements and the started texts, as infer.py --json writes them."""

@@ -1,12 +1,14 @@
 """benchmarks: what is made of measured figures, and how it is printed."""
 
+import json
 import re
 import shlex
 
 import pytest
 
-from config import BenchConfig
-from flatgpt.benchmarks import measure, nanogpt, suites, training
+import bench
+from config import BenchConfig, UserError
+from flatgpt.benchmarks import machine, measure, nanogpt, suites, training
 from flatgpt.cli import cli
 from flatgpt.runs.run_log import format_row
 
@@ -34,18 +36,64 @@ def test_figures_are_a_table_with_a_column_for_each_peer():
     assert lines[5:] == ["ours, command: python bench.py", "nanoGPT, machine: cpu"]
 
 
-def test_table_of_a_suite():
-    row = dict.fromkeys(suites.COLUMNS, 2.0) | {"mfu": None, "peers": {"nanoGPT": {"tokens_per_s": 10240.0}}}
-    row |= {"ratios": {"nanoGPT": {"median": 2.5, "rounds": []}}, "memory_ratios": {"nanoGPT": 0.5}}
-    rows = {"a": row, "b": dict.fromkeys(suites.COLUMNS, 3.0), "c": {"error": "late", "failed": 1, "machine": "cpu"}}
-    found = {"command": "bench.py gpu", "device": "H200", "torch": "2.11", "dry_run": True, "rows": rows}
-    title, _, *table, _, last = suites.markdown(found).splitlines()
-    assert re.match("A dry run at toy size.* H200, torch 2.11: `bench.py gpu`$", title)
-    cells = [re.split(r" *\| *", line)[1:-1] for line in table]
-    assert cells[0] == ["shape", *suites.COLUMNS, *(f"nanoGPT, {key}" for key in ("tokens_per_s", "times", "memory"))]
-    assert cells[2] == ["a", "2", "2", "2", "", "2", "2", "2", "10,240.0", "2.5", "0.5"]
-    assert cells[3] == ["b", *["3"] * 7, "", "", ""]
-    assert last == "- c: error late, failed 1"
+def written(file, rows, dry_run=False) -> str:
+    facts = {"cpu": "Xeon", "cores": 2, "cpu_flags": "amx_bf16", "read_gb_per_s": 27.5}
+    report = {"command": "bench.py all", "torch": "2.13", "machine": facts, "rows": rows, "dry_run": dry_run}
+    file.write_text(json.dumps(report))
+    return str(file)
+
+
+def test_merge_has_a_row_or_column_for_each_machine(in_tmp, capsys):
+    """A row that one machine does not have is empty, and one that failed there has the error."""
+    update = dict.fromkeys(suites.COLUMNS, 2.0) | {"mfu": None, "peers": {"nanoGPT": {"tokens_per_s": 10240.0}}}
+    update |= {"ratios": {"nanoGPT": {"median": 2.0}}, "memory_ratios": {"nanoGPT": 0.5}}
+    epyc = written(in_tmp / "EPYC.json", {"4 x 128": update, "text": {"error": "late"}})
+    xeon = written(in_tmp / "Xeon.json", {"4 x 128": {"error": "late"}, "text": {"int8_tokens_per_s": 51.5}}, True)
+    bench.main(cli.parse(BenchConfig, ["merge", "--input", epyc, xeon]))
+    machines, updates, text = capsys.readouterr().out.strip().split("\n\n")
+    (names, _, first, dry), (columns, _, ours, failed), (head, _, error, int8) = (
+        [re.split(r" *\| *", line)[1:-1] for line in table.splitlines()] for table in (machines, updates, text)
+    )
+    assert names == ["machine", *suites.MACHINE_COLUMNS, "torch", "command"]
+    assert first == ["EPYC", "Xeon", "2", "", "", "27.5", "amx_bf16", "", "2.13", "`bench.py all`"]
+    assert re.match("A dry run at toy size.*`bench.py all`$", dry[-1])
+    peers = [f"nanoGPT, {key}" for key in ("tokens_per_s", "times", "memory")]
+    assert columns == ["shape", "machine", *suites.COLUMNS, *peers, "error"]
+    assert ours == ["4 x 128", "EPYC", "2", "2", "2", "", "2", "2", "2", "10,240.0", "2", "0.5", ""]
+    assert failed == ["4 x 128", "Xeon", *[""] * 10, "late"]
+    assert [head, int8] == [["text", "EPYC", "Xeon"], ["int8_tokens_per_s", "", "51.5"]]
+    assert error == ["error", "late", ""]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"a\.json is not a result of bench\.py all"),
+        ("[]", r"a\.json is not a result of bench\.py all"),
+        ('{"command": "python bench.py train", "ms": 2}', r"a\.json is not a result of bench\.py all"),
+        ('{"command": "c", "torch": "2", "dry_run": false, "rows": {"a": 1}}', r"a\.json is not a result"),
+        ('{"command": "c", "torch": "2", "dry_run": false, "rows": {}}', "two files are named a,"),
+        (None, "No such file"),
+    ],
+)
+def test_files_that_cannot_be_merged_are_named(in_tmp, content, message):
+    if content is not None:
+        (in_tmp / "a.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        bench.main(cli.parse(BenchConfig, ["merge", "--input", "a.json", "a.json"]))
+
+
+def test_facts_of_the_machine(monkeypatch):
+    monkeypatch.setattr(machine, "matmul_flops", lambda device, dtype: 3e11)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 27.5)
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
+    facts = machine.machine_facts()
+    assert facts["float32_gflop_per_s"] == 300
+    assert facts["bfloat16_gflop_per_s"] is None, "far slower than float32, and of no use"
+    assert facts["read_gb_per_s"] == 27.5
+    assert facts["cores"] >= 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
+    assert facts.keys() >= set(suites.MACHINE_COLUMNS)
 
 
 @pytest.mark.parametrize("row", suites.SUITES["all"] + suites.SUITES["gpu"], ids=lambda row: row["label"])

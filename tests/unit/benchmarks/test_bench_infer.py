@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,20 +29,29 @@ def test_figures_are_medians_of_the_rounds(in_tmp, monkeypatch, variants):
         return lambda: (first := next(firsts)) and [first + n * first / 4 for n in range(5)]
 
     monkeypatch.setattr(inference, "decoder_runner", runner)
-    monkeypatch.setattr(inference, "transformers_runner", runner)
+
+    def peer(*args):
+        runs = {1: runner(), 3: runner()}
+        return lambda prompts: runs[len(prompts)]()
+
+    monkeypatch.setattr(inference, "transformers_peer", peer)
+    monkeypatch.setattr(inference, "ctranslate2_peer", lambda *args: None)  # as if it refused
+    found = {"transformers": True, "ctranslate2": True}.get
+    monkeypatch.setattr(inference, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=found)))
     monkeypatch.setattr(inference, "load_to_first_token", lambda model, config: 1.5)
     monkeypatch.setattr(inference, "read_bandwidth", lambda device: 40.0)
     bench.main(cli.parse(BenchConfig, [*SHORT, *(["--variants", *variants] if variants else []), "--json", "a.json"]))
     found = json.loads((in_tmp / "a.json").read_text())
-    all_variants = ("float32", "bfloat16", "bfloat16_x3", "int8", "transformers_float32", "transformers_bfloat16")
+    all_variants = [f"{name}{suffix}" for name in ("float32", "bfloat16", "int8") for suffix in ("", "_x3")]
+    all_variants += [f"transformers_{name}" for name in all_variants[:4]]
     assert {key.removesuffix("_first_ms") for key in found if key.endswith("_first_ms")} == set(
         variants or all_variants
     )
     # two tokens a second after the prompt; 2 layers of 12 x 32 x 32 weights, and the head's 320 x 32: 1 byte for int8
     for name in variants or all_variants:
-        assert found[f"{name}_tokens_per_s"] == (3 if name == "bfloat16_x3" else 1) * 5 / 4
+        assert found[f"{name}_tokens_per_s"] == (3 if name.endswith("_x3") else 1) * 5 / 4
         assert found[f"{name}_first_ms"] == 2000
-        if size := {"float32": 4, "bfloat16": 2, "int8": 1}.get(name):
+        if size := {"float32": 4, "bfloat16": 2, "int8": 1}.get(name.removesuffix("_x3")):
             read = 2 * size * (2 * 12 * 32 * 32 + 320 * 32) / 1e9
             assert found[f"{name}_gb_per_s"] == pytest.approx(read)
             assert found[f"{name}_of_bandwidth"] == pytest.approx(read / 40)
@@ -55,7 +65,8 @@ def test_runners_return_the_arrival_of_each_token(monkeypatch):
     model, prompt, device = GPT(cli.parse(BenchConfig, SHORT).model()), [1, 2, 3], torch.device("cpu")
     runners = {
         inference.decoder_runner(Decoder(model), [prompt], 4): [1, 2, 3, 4],
-        inference.transformers_runner(model, prompt, 4, "bfloat16", device): [2, 3, 4, 5],
+        partial(inference.transformers_peer(model, 4, "bfloat16", device), [prompt]): [2, 3, 4, 5],
+        partial(inference.transformers_peer(model, 4, "bfloat16", device), [prompt] * 3): [2, 3, 4, 5],
     }
     for runner, arrivals in runners.items():
         monkeypatch.setattr(inference, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
@@ -67,12 +78,32 @@ def test_runners_return_the_arrival_of_each_token(monkeypatch):
     [
         ([*SMALL, "--context_length", "192"], "--vocab_size"),
         ([*SMALL, "--vocab_size", "300"], "prompt_tokens \\+ new_tokens = 192 do not fit context_length = 64"),
-        ([*SHORT, "--variants", "int8", "int4"], r"^variants = int4: choose from float32, bfloat16, bfloat16_x3, int8"),
+        ([*SHORT, "--variants", "int8", "int4"], r"^variants = int4: choose from float32, float32_x3, bfloat16"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_line(in_tmp, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(cli.parse(BenchConfig, words))
+
+
+@pytest.mark.extra("ctranslate2")
+def test_runs_of_ctranslate2_write_what_ours_write(in_tmp, monkeypatch):
+    """Greedy ids in float32, and the time of each token, for one prompt and for three."""
+    import ctranslate2
+
+    class Recorded(ctranslate2.Generator):
+        def generate_batch(self, *args, **settings):
+            results.extend(super().generate_batch(*args, **settings))
+
+    monkeypatch.setattr(ctranslate2, "Generator", Recorded)
+    model, prompts, device = GPT(cli.parse(BenchConfig, SHORT).model()).eval(), [[1, 2, 3]] * 3, torch.device("cpu")
+    expected = model.generate(torch.tensor(prompts), max_new_tokens=4, greedy=True)[:, 3:].tolist()
+    peer = inference.ctranslate2_peer(model, 4, "float32", device)
+    for count in (1, 3):
+        results: list = []
+        assert len(peer(prompts[:count])) == 4
+        assert [ids for result in results for ids in result.sequences_ids] == expected[:count]
+    assert inference.ctranslate2_peer(model, 4, "float16", device) is None, "not on a CPU"
 
 
 @pytest.mark.extra("gguf")

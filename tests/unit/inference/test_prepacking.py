@@ -1,6 +1,7 @@
 """prepacking.py against torch's plain products in float32, the trained model, and the same under autocast."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from random_models import random_ids, small_model
 
 import train
-from config import PrepareConfig, TrainConfig, run_dir
+from config import InferConfig, PrepareConfig, TrainConfig, UserError, run_dir
 from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.prepare import prepare
@@ -21,6 +22,7 @@ from flatgpt.inference.prepacking import (
     PrepackedLinear,
     linear_class,
     prepack,
+    prepare_for_decoding,
 )
 from flatgpt.interop.loading import find, load
 from model import GPT
@@ -100,7 +102,7 @@ def test_packed_model_computes_what_the_trained_one_does(changes, onednn, monkey
     assert packed(IDS, TARGETS).item() == pytest.approx(loss.item(), abs=1e-5)
     decoder = Decoder(packed)
     decoder.reset(1, IDS.size(1))
-    torch.testing.assert_close(decoder.prefill([0], IDS[0].tolist()), logits[0, -1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoder.prefill({0: IDS[0].tolist()}), logits[:1, -1], rtol=1e-5, atol=1e-5)
     packed = prepack(small_model(vocab_size=V, **changes), torch.bfloat16)
     assert packed(IDS).dtype == torch.bfloat16
     off, lost = (packed(IDS).float() - rounded).abs().mean(), (logits - rounded).abs().mean()
@@ -123,23 +125,31 @@ def test_which_layers_are_taken(monkeypatch):
     assert linear_class(torch.device("cuda"), torch.float32, compile=False) is CastLinear
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "quantize", "off"),
-    [
-        (torch.float32, None, 1e-5),
-        (torch.bfloat16, None, 0.03),
-        (torch.float16, None, 0.004),
-        (torch.bfloat16, "int8", 0.03),
-        (torch.float16, "int8", 0.03),
-    ],
+    ("compile", "mode"), [(None, "eager (a CUDA graph for each step)"), (True, "compiled"), (False, "eager")]
 )
+def test_settings_on_cuda(compile, mode, monkeypatch):
+    """Steps are captured by default, without compiling; int8 is slower than bfloat16 there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    monkeypatch.setattr("flatgpt.inference.prepacking.prepack", lambda *words: None)
+    table = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    model = SimpleNamespace(transformer=SimpleNamespace(wte=table))
+    with pytest.raises(UserError, match="quantize = int8 is for CPUs"):
+        prepare_for_decoding(InferConfig(device="cuda", quantize="int8"), model, compile)
+    settings = prepare_for_decoding(InferConfig(device="cuda"), model, compile)
+    assert settings.describe() == f"NVIDIA H200, bfloat16 (capability 9.0 supports it), {mode}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.004)])
 @torch.no_grad()
-def test_on_a_gpu(dtype, quantize, off):
+def test_on_a_gpu(dtype, off):
     model = small_model(vocab_size=V, tie_weights=False, head_bias=True)
     logits = model(IDS)
-    packed = prepack(model.to("cuda"), dtype, quantize)
-    assert kinds(packed) == {Int8Linear if quantize else CastLinear}
+    packed = prepack(model.to("cuda"), dtype)
+    assert kinds(packed) == {CastLinear}
     assert (packed(IDS.cuda()).float().cpu() - logits).std() < off * logits.std()
 
 
