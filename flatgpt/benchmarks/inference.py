@@ -72,7 +72,7 @@ def bench_infer(config: BenchConfig) -> dict:
         dtype, quantize = PRECISIONS[precision]
         copy = GPT(shape)
         copy.load_state_dict(model.state_dict())
-        return Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile), compile)
+        return Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile), compile or None)
 
     compile_modes = sorted({False, device.type == "cuda" or bool(config.compile)})
     for precision, compile in itertools.product(PRECISIONS, compile_modes):

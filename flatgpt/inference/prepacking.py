@@ -7,7 +7,8 @@ autocast, so that a prepacked model gives the results of the trained one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,17 @@ class PrepackedLinear(CastLinear):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+        linear = _scripted_onednn_linear() if torch.jit.is_tracing() else _onednn_linear
+        return linear(x.to(self.dtype), self.weight, self.bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045 - for torch.jit.script
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def _scripted_onednn_linear() -> Callable[..., Tensor]:
+    return torch.jit.script(_onednn_linear)  # tracing does not support the operator's empty list
 
 
 class Int8Linear(CastLinear):
