@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -78,13 +79,16 @@ class KVCache:
             index = self._index.expand_as(k)
             keys.scatter_(2, index, k.type_as(keys))
             values.scatter_(2, index, v.type_as(values))
-            return keys[:, :, : self.key_length], values[:, :, : self.key_length], self._mask
+            # Of a slice with a traced length, the graph would have an operator for each dimension.
+            return keys.narrow(2, 0, self.key_length), values.narrow(2, 0, self.key_length), self._mask
         end = self._start + k.size(2)
         keys[self.rows, :, self._start : end] = k[self.sources].type_as(keys)
         values[self.rows, :, self._start : end] = v[self.sources].type_as(values)
         return (keys[:, :, :end], values[:, :, :end], None) if self._start else (k, v, None)
 
 
+# Traced steps of each model. torch never frees a traced graph, so that decoders of a model share them.
+_GRAPHS: WeakKeyDictionary[GPT, dict[tuple, Callable[..., Tensor]]] = WeakKeyDictionary()
 READS = ["item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__repr__", "__format__"]
 
 
@@ -103,9 +107,8 @@ class Decoder:
     Args:
         model: as trained, or prepacked. If autocast is enabled, its precision is used.
         compile: True: compile the decoding step, and on CUDA capture it as a CUDA graph. None: on CUDA capture the
-            eager step, on a CPU trace it, which needs no compiler; the model is for inference then. False: neither. A
-            compiled or captured step attends to `capacity` keys. `capacity` is rounded up, so that texts of similar
-            length share a step.
+            eager step, on a CPU trace it, which needs no compiler. False: neither. A compiled or captured step attends
+            to `capacity` keys. `capacity` is rounded up, so that texts of similar length share a step.
 
     Attributes:
         capture: whether steps are captured as CUDA graphs.
@@ -121,10 +124,9 @@ class Decoder:
         self.model, self.compile = model, bool(compile)
         self.device = model.transformer.wte.weight.device
         self.capture = self.device.type == "cuda" and compile is not False
+        self._weights = (*model.parameters(), *model.buffers())
         self.trace = self.device.type == "cpu" and compile is None
-        weights = [getattr(layer, "weight", None) for layer in model.modules()]
-        self._packed = [weight for weight in weights if weight is not None and weight.is_mkldnn]
-        self._graphs: dict[tuple, Callable[..., Tensor]] = {}
+        self._graphs = _GRAPHS.setdefault(model, {})
         self.capacity, self.compile_seconds = 0, 0.0
         self.lengths: list[int] = []
         # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
@@ -196,8 +198,11 @@ class Decoder:
             self._static_step = self._static_step or self._make_static_step(tokens)
             logits = self._static_step(tokens)
         else:
-            logits = self._traced_step(tokens) if self.trace else self._eager_step(tokens)
-        self._positions.add_(1).clamp_(max=self.capacity - 1)
+            trace = self.trace and not torch.is_autocast_enabled("cpu")  # whose casts a graph would repeat
+            logits = self._traced_step(tokens) if trace else self._eager_step(tokens)
+        self._positions.add_(1)
+        if max(self.lengths) + 1 >= self.capacity:
+            self._positions.clamp_(max=self.capacity - 1)
         self.lengths = [min(n + 1, self.capacity) for n in self.lengths]
         return logits
 
@@ -207,16 +212,9 @@ class Decoder:
     def _traced_step(self, tokens: Tensor) -> Tensor:
         """Run the step as a TorchScript graph, which needs half of the time between products that Python needs."""
         cache = self._cache
-        # Tensors that are not inputs become constants of the graph, as oneDNN's weights cannot.
-        inputs = (
-            tokens,
-            torch.tensor(cache.key_length),
-            self._positions,
-            cache.slots,
-            *cache.k,
-            *cache.v,
-            *self._packed,
-        )
+        # Tensors that are not inputs become constants, which a graph keeps.
+        state = (self._positions, cache.slots, *cache.k, *cache.v, *self._weights)
+        inputs = (tokens, torch.tensor(cache.key_length), *state)
         key = (len(tokens), cache.masked, cache.k[0].dtype)
         if key not in self._graphs:
             try:
@@ -237,7 +235,6 @@ class Decoder:
 
         with _RefuseReads():
             self._eager_step(inputs[0])
-        self.model.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes are constants
             return torch.jit.trace(step, inputs, check_trace=False)

@@ -49,7 +49,8 @@ class PrepackedLinear(CastLinear):
     PREFILL_TOKENS = 512  # the block size is chosen for this many tokens: faster for a prompt, as fast for one token
 
     def set_weight(self, weight: Tensor) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
+        self.register_buffer("weight", packed)
 
     def forward(self, x: Tensor) -> Tensor:
         linear = _scripted_onednn_linear() if torch.jit.is_tracing() else _onednn_linear
