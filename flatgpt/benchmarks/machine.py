@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from flatgpt.data.workers import available_cores
+from flatgpt.runtime.choices import has_bfloat16
 from flatgpt.runtime.device import cpu_name
-from flatgpt.runtime.precision import has_bfloat16
 from flatgpt.training.plan import matmul_flops
 
 FLAGS = "avx|amx|vnni|bf16|fp16|fma|sve|asimd|i8mm"  # instructions that the speed of matrix products depends on
