@@ -88,7 +88,7 @@ class KVCache:
 
 
 # Traced steps of each model. torch never frees a traced graph, so that decoders of a model share them.
-_GRAPHS: WeakKeyDictionary[GPT, dict[tuple, Callable[..., Tensor]]] = WeakKeyDictionary()
+_GRAPHS: WeakKeyDictionary[GPT, dict[tuple[int, bool], Callable[..., Tensor]]] = WeakKeyDictionary()
 READS = ["item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__repr__", "__format__"]
 
 
@@ -200,9 +200,7 @@ class Decoder:
         else:
             trace = self.trace and not torch.is_autocast_enabled("cpu")  # whose casts a graph would repeat
             logits = self._traced_step(tokens) if trace else self._eager_step(tokens)
-        self._positions.add_(1)
-        if max(self.lengths) + 1 >= self.capacity:
-            self._positions.clamp_(max=self.capacity - 1)
+        self._positions.add_(1).clamp_(max=self.capacity - 1)
         self.lengths = [min(n + 1, self.capacity) for n in self.lengths]
         return logits
 
@@ -215,7 +213,7 @@ class Decoder:
         # Tensors that are not inputs become constants, which a graph keeps.
         state = (self._positions, cache.slots, *cache.k, *cache.v, *self._weights)
         inputs = (tokens, torch.tensor(cache.key_length), *state)
-        key = (len(tokens), cache.masked, cache.k[0].dtype)
+        key = (len(tokens), cache.masked)
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._trace(inputs)

@@ -157,8 +157,7 @@ def generate_batch(
             if options.effective_temperature:
                 scores = add_noise(scores, generators)
             largest, tokens = scores.max(-1)
-            if options.repetition_penalty != 1:
-                seen.scatter_(1, tokens[:, None], True)
+            seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
             # It is NaN if any logit is. -1 tells the host, without another synchronisation on CUDA.
