@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,21 @@ class PrepackedLinear(CastLinear):
     PREFILL_TOKENS = 512  # the block size is chosen for this many tokens: faster for a prompt, as fast for one token
 
     def set_weight(self, weight: Tensor) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
+        self.register_buffer("weight", packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+        linear = _scripted_onednn_linear() if torch.jit.is_tracing() else _onednn_linear
+        return linear(x.to(self.dtype), self.weight, self.bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045 - for torch.jit.script
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def _scripted_onednn_linear() -> Callable[..., Tensor]:
+    return torch.jit.script(_onednn_linear)  # tracing does not support the operator's empty list
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
