@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -223,6 +224,8 @@ def build_run(
     Raises:
         UserError: settings, data and initial weights are inconsistent, or ranks differ in them.
     """
+    # torch's huge pages, aligned to 4 KB, fragment the heap, which has huge pages of its own (docs/speed.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # may differ between machines
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
