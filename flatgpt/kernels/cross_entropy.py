@@ -97,7 +97,7 @@ class _FusedLoss(torch.autograd.Function):
         inputs, ids = (x * scored).to(dtype), targets.clamp(min=0)[:, None]  # (N, C), (N, 1)
         rows = -(-N // -(-N // CHUNK_ROWS[device]))  # chunks of equal size, except for the last
         buffer = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
-        losses, dx, dweight = torch.empty(N, 1, device=x.device), torch.empty_like(x), None
+        losses, dx, dweight = torch.empty(N, 1, device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)
         scale = 2**10 if dtype == torch.float16 else 1  # sums over the rows of a chunk can exceed float16's range
         scaled_inputs = inputs / scale if scale > 1 else inputs
@@ -117,11 +117,8 @@ class _FusedLoss(torch.autograd.Function):
                 logits[:, V:] = 0
                 gradient = logits
             dx[chunk] = gradient @ cast_weight
-            if start == 0:
-                dweight = (gradient.t() @ scaled_inputs[chunk]).to(weight.dtype)
-                dweight = dweight.mul_(scale) if scale > 1 else dweight
-            elif dtype == weight.dtype:  # the product adds to it without another tensor of its size
-                dweight.addmm_(gradient.t(), scaled_inputs[chunk])
+            if dtype == weight.dtype:  # the product is added without another tensor of the weight's size
+                dweight.addmm_(gradient.t(), scaled_inputs[chunk], alpha=scale)
             else:
                 dweight.add_(gradient.t() @ scaled_inputs[chunk], alpha=scale)
             if bias is not None:

@@ -9,9 +9,11 @@ import hashlib
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,11 +69,14 @@ class DeviceSettings:
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
+        with contextlib.suppress(
+            OSError
+        ):  # Linux, where getrusage includes the peak of the process that started this one
+            return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
         with contextlib.suppress(ImportError):
             import resource
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux KiB
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
         return math.nan
 
     @property

@@ -107,8 +107,8 @@ def activation_bytes(config: ModelConfig, batch_size: int, dtype: torch.dtype, s
         rows, matrix = min(tokens, cross_entropy.CHUNK_ROWS["cuda"]), size * padded * C
         softmax = 2 * min(FLOAT32 * rows * padded, cross_entropy.SOFTMAX_BYTES["cuda"])  # its input and output
         # the head's input, with and without rows that have no target; the matrix in `dtype`; the logits of a chunk;
-        # and the softmax or, after it, the chunk's gradient of the matrix
-        workspace = stream + in_dtype + mixed * matrix + size * rows * padded + max(softmax, matrix)
+        # and the softmax or, after it, the chunk's gradient of the matrix in `dtype`
+        workspace = stream + in_dtype + mixed * matrix + size * rows * padded + max(softmax, mixed * matrix)
         workspace += config.activation_checkpointing * L * matrices  # kept until the forward pass ends
     else:
         head = norm + in_dtype + size * padded * C * mixed + (FLOAT32 * V + INT64) * tokens

@@ -114,13 +114,12 @@ def test_arrays_are_copied_even_if_not_contiguous():
     assert tensor.tolist() == array.tolist()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")
-def test_peak_memory_is_what_linux_says():
-    ballast = torch.ones(25_000_000)
-    status = Path("/proc/self/status").read_text()
-    kib = int(status.split("VmHWM:")[1].split()[0])
-    assert select_device("cpu", "float32").peak_memory_gb() == pytest.approx(kib * 1024 / 1e9, rel=0.01)
-    assert select_device("cpu", "float32").peak_memory_gb() > ballast.nbytes / 1e9
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage includes the peak of the starting process on Linux")
+def test_peak_memory_excludes_that_of_the_process_that_started_this_one():
+    code = "from flatgpt.runtime.device import select_device; print(select_device('cpu', 'float32').peak_memory_gb())"
+    start = f"import os, sys; len(b'1' * 1_200_000_000); os.execv(sys.executable, [sys.executable, '-c', {code!r}])"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, cwd=ROOT, check=True, timeout=120)
+    assert 0.05 < float(done.stdout) < 1
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
@@ -148,8 +147,9 @@ def test_random_numbers_are_a_function_of_the_key():
     assert len(set(first)) == len(keys)
 
 
-def test_runs_on_mps_are_those_of_a_cpu(tiny_data, cli):
+def test_runs_on_mps_are_those_of_a_cpu(tiny_data, cli, measured):
     """mps has no float64, and a copy that nothing waits for reads memory that may already be freed."""
+    measured("fused")
     words = (*TINY, "--optimizer", "muon", "--vocab_size", 20_000)  # so many ids that the loss is fused
     cpu, mps = train_here(*words, "--out_dir", "out/cpu"), Path("out/mps")
     words = ("train", *words, "--device", "auto", "--dtype", "auto", "--out_dir", mps, "--lr_decay_iters", 6)
@@ -220,8 +220,9 @@ def fails_in(name: str, after: int):
     ("name", "after"),
     [("GPT", -1), ("GPT", 0), ("GPT", 2), ("gradient_in_one_kernel", 0), ("gradient_in_one_kernel", 2)],
 )
-def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, monkeypatch, name, after):
+def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, measured, monkeypatch, name, after):
     """The loss has its own kernel on CUDA, which is compiled for the last, smaller chunk of rows too."""
+    measured("fused")
     words = ("train", *TINY, "--vocab_size", 20_000, "--max_iters", 3, "--sample_tokens", 0)
     assert cli(*words, "--out_dir", "out/eager", "--deterministic").code == 0
     real = model.fused_loss_outside_graph
@@ -234,7 +235,7 @@ def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, monkeypa
     assert warnings == [
         "warning: torch.compile failed, continuing without it: Failed to find C compiler. " + "Please specify via CC"
     ]
-    torch.testing.assert_close(weights(Path("out/compiled")), weights(Path("out/eager")), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights(Path("out/compiled")), weights(Path("out/eager")), rtol=0, atol=1e-5)
 
 
 def test_compiler_that_fails_for_the_backward_is_one_warning(monkeypatch, capsys):
