@@ -29,7 +29,7 @@ MIN_REPEATS, MAX_SECONDS = 20, 1.0
 MIN_SPEEDUP = 1.05  # of a candidate over those listed before it; a smaller one may be noise
 MAX_FLOPS = 1e9  # of a step that is timed: about 10 ms on one core
 
-# Name -> function that makes the steps to time. Candidates that are more accurate or need less memory come first.
+# Name -> function that makes the steps to time. Defaults, and what is more accurate, come first.
 Candidates = dict[str, Callable[[], list[Callable]]]
 
 

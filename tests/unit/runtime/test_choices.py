@@ -144,7 +144,7 @@ def test_training_times_shapes_of_the_run(candidates):
     config = train_config(words)
     assert setup.faster_training_dtype(config).name == "float32"
     settings = setup.choose_device(config, setup.SINGLE_PROCESS, {})
-    assert setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths == {"attention": "fused"}
+    assert setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths == {"attention": "plain"}
     assert [*candidates] == ["matmul 48 x 1,600 x 6,400", "bfloat16 1 x 4 x 512 x 64"]
     results = [step() for make in candidates["matmul 48 x 1,600 x 6,400"].values() for step in make()]
     assert [(y.shape, y.dtype) for y in results] == [((48, 6400), dtype) for dtype in DTYPES]
