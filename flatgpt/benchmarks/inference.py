@@ -69,12 +69,12 @@ def bench_infer(config: BenchConfig) -> dict:
 
     @functools.cache
     def packed(precision: str, compile: bool, rows: int = 1) -> GPT:
-        dtype, quantize = PRECISIONS[precision]
+        (dtype, quantize), layout = PRECISIONS[precision], None
         copy = GPT(shape)
         copy.load_state_dict(model.state_dict())
-        name = str(dtype).removeprefix("torch.")
-        linear = choose_linear(model, name, quantize, compile, rows)[1].name if device.type == "cpu" else None
-        return prepack(copy.to(device).eval(), dtype, quantize, compile, linear)
+        if device.type == "cpu":
+            layout = choose_linear(model, str(dtype).removeprefix("torch."), quantize, compile, rows)[1].name
+        return prepack(copy.to(device).eval(), dtype, quantize, compile, layout)
 
     on_cuda, modes = device.type == "cuda", [False if config.compile is False else None]  # None: infer.py's default
     if config.compile or (on_cuda and config.compile is None):
@@ -84,7 +84,7 @@ def bench_infer(config: BenchConfig) -> dict:
         name = precision + "_compiled" * bool(compile)
         for suffix, prompts in batches.items():
             if selected(name + suffix):
-                variant = packed(precision, bool(compile), len(prompts))
+                variant = packed(precision, bool(compile), 1 if on_cuda else len(prompts))
                 # each has its own Decoder, which keeps its CUDA graph
                 runners[name + suffix] = decoder_runner(Decoder(variant, compile), prompts, config.new_tokens)
                 weight_bytes[name + suffix] = prepacked_bytes(variant)  # that a step reads

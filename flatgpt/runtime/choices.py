@@ -25,11 +25,11 @@ from flatgpt.runtime.files import write_output
 
 MIN_SECONDS = 0.1  # minimum measuring time, all candidates together
 # Slow steps and busy machines take longer: up to MAX_SECONDS, until each step has run MIN_REPEATS times.
-MIN_REPEATS, MAX_SECONDS = 10, 0.5
+MIN_REPEATS, MAX_SECONDS = 20, 1.0
 MIN_SPEEDUP = 1.05  # of a candidate over those listed before it; a smaller one may be noise
 MAX_FLOPS = 1e9  # of a step that is timed: about 10 ms on one core
 
-# Name -> function that makes the steps to time. Candidates that are more accurate or need less memory come first.
+# Name -> function that makes the steps to time. Defaults, and what is more accurate, come first.
 Candidates = dict[str, Callable[[], list[Callable]]]
 
 

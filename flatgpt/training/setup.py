@@ -24,7 +24,7 @@ from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import read_tokenizer
 from flatgpt.kernels.attention import BF16_CPU_MAX_PLAIN_TOKENS, attention_steps
-from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, loss_steps
+from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, MIN_FUSED_LOGITS, loss_steps
 from flatgpt.runtime.choices import MAX_FLOPS, Choice, choose, has_bfloat16
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
@@ -189,12 +189,14 @@ def choose_paths(
     kinds = {}  # plain operators store attention weights and logits, so that they are not measured for large ones
     if config.attention != "manual" and T <= BF16_CPU_MAX_PLAIN_TOKENS:
         sizes = min(B, max(1, pairs // heads)), heads, T, D
-        kinds["attention"] = partial(attention_steps, dropout=config.dropout), sizes
+        default = "plain" if settings.dtype == torch.bfloat16 else "fused"
+        kinds["attention"] = partial(attention_steps, dropout=config.dropout), sizes, default
     if B * T * V <= MAX_PLAIN_LOGITS:
-        kinds["loss"] = loss_steps, (rows, C, V)
+        kinds["loss"] = loss_steps, (rows, C, V), "fused" if B * T * V > MIN_FUSED_LOGITS else "plain"
 
-    def measure(make: Callable, sizes: tuple[int, ...]) -> Choice:
-        candidates = {path: partial(make, path, *sizes, dtype=settings.dtype) for path in ("fused", "plain")}
+    def measure(make: Callable, sizes: tuple[int, ...], default: str) -> Choice:
+        paths = sorted(("fused", "plain"), key=lambda path: path != default)
+        candidates = {path: partial(make, path, *sizes, dtype=settings.dtype) for path in paths}
         return choose(f"{dtype} {' x '.join(map(str, sizes))}", candidates, f", dropout {config.dropout:g}")
 
     found = ranks.run_on_rank0(lambda: {kind: measure(*kinds[kind]) for kind in kinds})

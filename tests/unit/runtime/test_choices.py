@@ -95,10 +95,10 @@ def test_other_work_on_the_machine_does_not_affect_the_choice():
 
 @pytest.mark.parametrize(
     ("a", "b", "least", "most"),
-    [(1e-4, 1e-4, 0.1, 0.11), (2e-2, 1e-2, 0.3, 0.31), (3.0, 3.0, 6.0, 6.1)],
+    [(1e-4, 1e-4, 0.1, 0.11), (2e-2, 1e-2, 0.6, 0.61), (3.0, 3.0, 6.0, 6.1)],
 )
 def test_measuring_ends(a, b, least, most):
-    """After 0.1 s; slow steps after 10 repeats or 0.5 s; very slow ones after one round."""
+    """After 0.1 s; slow steps after 20 repeats or 1 s; very slow ones after one round."""
     steps = Steps(a=[[0, a]], b=[[0, b]])
     steps.measured()
     assert least <= steps.now <= most
@@ -144,7 +144,7 @@ def test_training_times_shapes_of_the_run(candidates):
     config = train_config(words)
     assert setup.faster_training_dtype(config).name == "float32"
     settings = setup.choose_device(config, setup.SINGLE_PROCESS, {})
-    assert setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths == {"attention": "fused"}
+    assert setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths == {"attention": "plain"}
     assert [*candidates] == ["matmul 48 x 1,600 x 6,400", "bfloat16 1 x 4 x 512 x 64"]
     results = [step() for make in candidates["matmul 48 x 1,600 x 6,400"].values() for step in make()]
     assert [(y.shape, y.dtype) for y in results] == [((48, 6400), dtype) for dtype in DTYPES]
