@@ -179,15 +179,14 @@ def ctranslate2_peer(model: GPT, new_tokens: int, precision: str, device: torch.
     settings = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
 
     def run(prompts: list[list[int]]) -> list[float]:
-        start, times = time.perf_counter(), []
+        start, times = time.perf_counter(), [[] for _ in prompts]
 
         def receive(token) -> bool:
-            if token.batch_id == 0:
-                times.append(time.perf_counter() - start)
+            times[token.batch_id].append(time.perf_counter() - start)
             return False  # do not stop
 
         peer.generate_batch([[str(n) for n in ids] for ids in prompts], callback=receive, **settings)
-        return times
+        return times[0]
 
     return run
 
@@ -199,10 +198,8 @@ def llama_cpp_peer(model: GPT, new_tokens: int, precision: str, device: torch.de
     defaults = llama_cpp.llama_model_default_params()
     # Its AMX kernels for quantized matrices stop the process (llama.cpp's issue 20824).
     defaults.use_extra_bufts = False
-    with (
-        tempfile.TemporaryDirectory(dir=".") as folder,
-        mock.patch("llama_cpp.llama_cpp.llama_model_default_params", return_value=defaults),
-    ):
+    patch = mock.patch("llama_cpp.llama_cpp.llama_model_default_params", return_value=defaults)
+    with tempfile.TemporaryDirectory(dir=".") as folder, patch:
         path = Path(folder) / "model.gguf"
         write_gguf(model, path, {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}[precision])
         options = {"n_threads": torch.get_num_threads(), "verbose": False, "use_mmap": False}
