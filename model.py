@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.manual = config.attention == "manual"
+        self.path: str | None = None  # in training on a CPU: the faster operators, "fused" or "plain"
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             # k, v: (B, H, S, D), cached and new tokens; mask: (B, 1, 1, S), true if visible, or None: causal
             k, v, mask = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, dropout, self.manual)  # (B, H, T, D)
+        y = attention(q, k, v, mask, dropout, self.manual, self.path)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): heads concatenated
         return self.resid_dropout(self.c_proj(y))
 
@@ -121,6 +122,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             tie_parameters(self, "transformer.wte.weight", "lm_head.weight")
         self.fused_loss = fused_loss
+        self.loss_path: str | None = None  # as Attention.path
         self.init_weights()
 
     @torch.no_grad()
@@ -159,7 +161,7 @@ class GPT(nn.Module):
             rows = CHUNK_ROWS[x.device.type]
             chunks = zip(x.split(rows), targets.split(rows), strict=True)
             return torch.cat([self._cross_entropy(*chunk, reduction) for chunk in chunks])  # (B * T)
-        if reduction == "mean" and use_fused_loss(len(x), self.transformer.wte.num_embeddings):
+        if reduction == "mean" and use_fused_loss(len(x), self.transformer.wte.num_embeddings, self.loss_path):
             weight, bias = self.lm_head.weight, self.lm_head.bias
             return self.fused_loss(x, weight, bias, targets, self.config.vocab_size, self.adjust_logits)
         return self._cross_entropy(x, targets, reduction)

@@ -1,6 +1,6 @@
 """Train a GPT-2 style model: shards -> checkpoints and a log in out/<recipe>/.
 
-python train.py                                   # a small byte-level model: minutes on two CPU cores
+python train.py                                   # configs/quickstart.toml: a minute on two CPU cores
 python train.py --config shakespeare              # a recipe from configs/
 python train.py --config mine.toml --lr 1e-3      # your own recipe, with one change
 python train.py --resume out/shakespeare          # resume a stopped run, with its settings
@@ -18,7 +18,7 @@ from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs.history import print_list
 
 if __name__ == "__main__":
-    CONFIG = from_command_line(TrainConfig, __doc__, initial_shape, run_settings)
+    CONFIG = from_command_line(TrainConfig, __doc__, initial_shape, run_settings, "quickstart")
     if CONFIG.list:
         run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()

@@ -68,23 +68,28 @@ def bench_infer(config: BenchConfig) -> dict:
         return not config.variants or name in config.variants
 
     @functools.cache
-    def decoder(precision: str, compile: bool) -> Decoder:
+    def packed(precision: str, compile: bool) -> GPT:
         dtype, quantize = PRECISIONS[precision]
         copy = GPT(shape)
         copy.load_state_dict(model.state_dict())
-        return Decoder(prepack(copy.to(device).eval(), dtype, quantize, compile), compile)
+        return prepack(copy.to(device).eval(), dtype, quantize, compile)
 
-    compile_modes = sorted({False, device.type == "cuda" or bool(config.compile)})
-    for precision, compile in itertools.product(PRECISIONS, compile_modes):
-        name = precision + "_compiled" * compile
+    on_cuda, modes = device.type == "cuda", [False if config.compile is False else None]  # None: infer.py's default
+    if config.compile or (on_cuda and config.compile is None):
+        modes.append(True)
+    precisions = [name for name in PRECISIONS if name != "int8" or not on_cuda]
+    for precision, compile in itertools.product(precisions, modes):
+        name = precision + "_compiled" * bool(compile)
         for suffix, prompts in batches.items():
             if selected(name + suffix):
-                runners[name + suffix] = decoder_runner(decoder(precision, compile), prompts, config.new_tokens)
-                weight_bytes[name + suffix] = prepacked_bytes(decoder(precision, compile).model)  # that a step reads
+                variant = packed(precision, bool(compile))
+                # each has its own Decoder, which keeps its CUDA graph
+                runners[name + suffix] = decoder_runner(Decoder(variant, compile), prompts, config.new_tokens)
+                weight_bytes[name + suffix] = prepacked_bytes(variant)  # that a step reads
     if shape.context_length >= PREFILL_TOKENS and selected("prefill"):
         prompt = torch.randint(shape.vocab_size, (PREFILL_TOKENS,)).tolist()
-        runners["prefill"] = decoder_runner(decoder("bfloat16", False), [prompt], 1)
-    for package, make_peer, precisions in (
+        runners["prefill"] = decoder_runner(Decoder(packed("bfloat16", False)), [prompt], 1)
+    for package, make_peer, peer_precisions in (
         ("transformers", transformers_peer, ("float32", "bfloat16")),
         ("llama_cpp", llama_cpp_peer, ("float32", "bfloat16", "q8_0")),
         ("ctranslate2", ctranslate2_peer, ("float32", "bfloat16", "int8")),
@@ -92,7 +97,7 @@ def bench_infer(config: BenchConfig) -> dict:
         if not importlib.util.find_spec(package):
             log(f"{package} is not installed and is skipped")
         elif shape.position == "learned" and shape.tie_weights and shape.bias:
-            for precision in precisions:
+            for precision in peer_precisions:
                 # the Python interface of llama.cpp generates one text at a time
                 suffixes = batches if package != "llama_cpp" else [""]
                 chosen = [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]
@@ -179,15 +184,14 @@ def ctranslate2_peer(model: GPT, new_tokens: int, precision: str, device: torch.
     settings = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
 
     def run(prompts: list[list[int]]) -> list[float]:
-        start, times = time.perf_counter(), []
+        start, times = time.perf_counter(), [[] for _ in prompts]
 
         def receive(token) -> bool:
-            if token.batch_id == 0:
-                times.append(time.perf_counter() - start)
+            times[token.batch_id].append(time.perf_counter() - start)
             return False  # do not stop
 
         peer.generate_batch([[str(n) for n in ids] for ids in prompts], callback=receive, **settings)
-        return times
+        return times[0]
 
     return run
 
@@ -199,10 +203,8 @@ def llama_cpp_peer(model: GPT, new_tokens: int, precision: str, device: torch.de
     defaults = llama_cpp.llama_model_default_params()
     # Its AMX kernels for quantized matrices stop the process (llama.cpp's issue 20824).
     defaults.use_extra_bufts = False
-    with (
-        tempfile.TemporaryDirectory(dir=".") as folder,
-        mock.patch("llama_cpp.llama_cpp.llama_model_default_params", return_value=defaults),
-    ):
+    patch = mock.patch("llama_cpp.llama_cpp.llama_model_default_params", return_value=defaults)
+    with tempfile.TemporaryDirectory(dir=".") as folder, patch:
         path = Path(folder) / "model.gguf"
         write_gguf(model, path, {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}[precision])
         options = {"n_threads": torch.get_num_threads(), "verbose": False, "use_mmap": False}

@@ -10,35 +10,31 @@ from pathlib import Path
 import torch
 
 from flatgpt.data.workers import available_cores
+from flatgpt.runtime.choices import has_bfloat16
 from flatgpt.runtime.device import cpu_name
-from flatgpt.runtime.precision import has_bfloat16
 from flatgpt.training.plan import matmul_flops
 
-FLAGS = "avx|amx|vnni|bf16|fp16|fma|sve|asimd|i8mm"  # instructions that the speed of matrix products depends on
+# instructions that the speed of matrix products depends on, of x86 and of ARM
+FLAGS = r"fma|avx2|avx512f|avx_vnni|(avx512|amx)_(bf16|fp16|vnni|int8)|asimddp|i8mm|bf16|sve2?"
 
 
 def machine_facts() -> dict:
     """Return the CPU's name, family, model, flags and cores, and its measured speeds.
 
-    The speeds are those of a product of two square matrices in float32 and bfloat16 (None: the CPU has no bfloat16), in
-    GFLOP/s, and of reading memory, in GB/s, with torch's number of threads. Measuring takes about a second.
+    The speeds are those of a product of two square matrices in float32 and, if the CPU has it, in bfloat16, in GFLOP/s,
+    and of reading memory, in GB/s, with torch's number of threads. Measuring takes about a second.
     """
     device, info = torch.device("cpu"), {}
     with contextlib.suppress(OSError):  # systems other than Linux
         info = dict(re.findall(r"^(.*?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M))
     flags = (info.get("flags") or info.get("Features", "")).split()
-    return {
-        "cpu": cpu_name(),
-        "cpu_family": info.get("cpu family"),
-        "cpu_model": info.get("model"),
-        "cpu_flags": " ".join(sorted(flag for flag in flags if re.search(FLAGS, flag))),
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "float32_gflop_per_s": matmul_flops(device, torch.float32) / 1e9,
-        "bfloat16_gflop_per_s": matmul_flops(device, torch.bfloat16) / 1e9 if has_bfloat16() else None,
-        "read_gb_per_s": read_bandwidth(device),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    speeds = {"float32_gflop_per_s": matmul_flops(device, torch.float32) / 1e9}
+    if has_bfloat16():
+        speeds["bfloat16_gflop_per_s"] = matmul_flops(device, torch.bfloat16) / 1e9
+    facts = {"cpu": cpu_name(), "cpu_family": info.get("cpu family"), "cpu_model": info.get("model")}
+    facts |= {"cpu_flags": " ".join(sorted(filter(re.compile(FLAGS).fullmatch, flags))), "cores": available_cores()}
+    facts |= {"threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+    return facts | speeds | {"read_gb_per_s": read_bandwidth(device)}
 
 
 def read_bandwidth(device: torch.device) -> float:

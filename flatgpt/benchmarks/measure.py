@@ -124,8 +124,8 @@ def format_value(value: Any) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Return the lines of a Markdown table with one column per key."""
-    headers = list(dict.fromkeys(key for row in rows for key in row))
+    """Return the lines of a Markdown table with one column per key that has a value; no lines without rows."""
+    headers = list(dict.fromkeys(key for row in rows for key in row if any(row.get(key) is not None for row in rows)))
     cells = [headers, ["---"] * len(headers), *([format_value(row.get(header)) for header in headers] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells if row]

@@ -27,7 +27,7 @@ from flatgpt import REPO_ROOT
 from flatgpt.benchmarks.measure import Process, milliseconds, seconds_since_start
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset
 from flatgpt.runtime.device import DeviceSettings, find_device, select_device
-from flatgpt.runtime.precision import faster_training_dtype
+from flatgpt.training.setup import faster_training_dtype
 
 GRAD_CLIP = 1.0  # the default of nanoGPT
 RECIPE = "config/train_shakespeare_char.py"

@@ -141,27 +141,27 @@ def markdown(reports: dict[str, dict]) -> str:
     The tables are the machines, the updates with a row for each shape and machine, and for each other benchmark its
     figures with a column for each machine.
     """
-    machines, updates = [], []
+    commands, machines, updates = [], [], []
     for name, report in reports.items():
         facts = {key: report.get("machine", {}).get(key) for key in MACHINE_COLUMNS}
         dry = "A dry run at toy size: its figures are not results. " * report["dry_run"]
-        command = f"{dry}`{report['command']}`"
-        machines.append({"machine": name} | facts | {"torch": report["torch"], "command": command})
+        machines.append({"machine": name} | facts | {"torch": report["torch"]})
+        commands.append(f"- {name}: {dry}`{report['command']}`")
     tables = [machines, updates]
     for label in dict.fromkeys(label for report in reports.values() for label in report["rows"]):
         rows = {name: report["rows"].get(label, {}) for name, report in reports.items()}
-        if any("tflop_per_s" in row for row in rows.values()):
+        if any("ms" in row for row in rows.values()):  # training
             for name, row in rows.items():
                 cells = {"shape": label, "machine": name} | {key: row.get(key) for key in COLUMNS}
                 for peer, figures in row.get("peers", {}).items():
-                    cells |= {f"{peer}, tokens_per_s": figures["tokens_per_s"]}
+                    cells |= {f"{peer}, tokens_per_s": figures.get("tokens_per_s")}
                     cells |= {f"{peer}, times": row["ratios"][peer]["median"]}
-                    cells |= {f"{peer}, memory": row["memory_ratios"][peer]}
+                    cells |= {f"{peer}, memory": row["memory_ratios"].get(peer)}
                 updates.append(cells | ({"error": row["error"]} if "error" in row else {}))
         else:
             keys = dict.fromkeys(key for row in rows.values() for key in row if key.endswith(FIGURES))
             tables.append([{label: key} | {name: row.get(key) for name, row in rows.items()} for key in keys])
-    return "\n\n".join("\n".join(table(rows)) for rows in tables if rows) + "\n"
+    return "\n\n".join("\n".join(lines) for lines in (commands, *map(table, tables)) if lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -206,13 +206,20 @@ def _first_valid(cls, tables: dict[Path, dict], problems: list[str]) -> dict:
     return {}
 
 
-def parse(cls, words: Sequence[str], initial_shape: Callable | None = None, run_settings: Callable | None = None):
+def parse(
+    cls,
+    words: Sequence[str],
+    initial_shape: Callable | None = None,
+    run_settings: Callable | None = None,
+    default_recipe: str | None = None,
+):
     """Return the config of a script from command-line words.
 
     Args:
         initial_shape: called with the config; returns settings that replace defaults but not given values.
         run_settings: called with the config; returns None, or what replaces the defaults on a resume: tables by file,
             of which the first valid one is used; and the recipe as it was, whose unchanged keys do not count.
+        default_recipe: recipe of a new run if none of `--config`, `--dataset` and `--init_from` is given.
 
     Raises:
         UserError: lists all problems of the recipe, the command line and their combination, and those of the functions.
@@ -228,6 +235,9 @@ def parse(cls, words: Sequence[str], initial_shape: Callable | None = None, run_
             tables, said = run
             edited = {k: v for k, v in recipe.items() if k not in said or json.dumps(v) != json.dumps(said[k])}
             settings = _merge(cls, [_first_valid(cls, tables, problems), edited, typed], problems)
+        elif default_recipe and not typed.keys() & {"config", "dataset", "init_from"}:
+            recipe = read_recipe(cls, default_recipe, problems)
+            settings = _merge(cls, [recipe, typed | {"config": default_recipe}], problems)
         elif initial_shape:
             settings = initial_shape(cls(**settings)) | settings
     except UserError as error:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError, WriterConfig
-from flatgpt.runtime.device import DeviceSettings, cpu_name, select_device
-from flatgpt.runtime.precision import cached_choice, faster_dtype
+from flatgpt.runtime.choices import Choice, choose, has_bfloat16
+from flatgpt.runtime.device import DTYPES, DeviceSettings, select_device
 from model import GPT
 
 # Layers are timed until their weights have this many elements, which exceed a CPU's cache in either dtype.
@@ -133,15 +133,17 @@ def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None 
     return settings
 
 
-def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
-    """Return the dtype that decodes one token faster on a CPU, and the measured speeds as text.
+def faster_decoding_dtype(model: GPT, compile: bool = False) -> Choice:
+    """Return the dtype that decodes one token faster on a CPU.
 
-    The result is cached and does not depend on the batch size, so that a seed always gives the same text.
+    The result does not depend on the batch size, so that a seed always gives the same text.
 
     Args:
         model: a model that is not prepacked.
         compile: as in prepack.
     """
+    if not has_bfloat16():
+        return Choice("float32", "this CPU has no bfloat16")
     config = model.config
     timed, size = [], 0
     for layer in (*model.transformer.h.modules(), model.lm_head):
@@ -153,12 +155,12 @@ def faster_decoding_dtype(model: GPT, compile: bool = False) -> tuple[str, str]:
         layout = linear_class(torch.device("cpu"), dtype, compile)
         return [partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, layer.in_features)) for layer in timed]
 
-    key = (
-        f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}: {config.n_layer} layers, {config.n_embd} wide, MLP {config.mlp_ratio:g} times, "
-        f"{config.vocab_size} ids{', compiled' * compile}"
+    shape = (
+        f", {config.n_layer} layers, {config.n_embd} wide, MLP {config.mlp_ratio:g} times, {config.vocab_size} ids"
+        f"{', compiled' * compile}"
     )
-    return cached_choice(key, lambda: faster_dtype("matmuls of one token", 2 * size, matmuls))
+    candidates = {name: partial(matmuls, DTYPES[name]) for name in ("float32", "bfloat16")}
+    return choose("matmuls of one token", candidates, shape)
 
 
 def prepacked_bytes(model: GPT) -> int:

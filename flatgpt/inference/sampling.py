@@ -18,6 +18,8 @@ from flatgpt.runtime.device import seed_of
 
 # On a CPU, top_p first takes this many top tokens, which is faster than sorting all. If they do not reach it, it sorts.
 TOP_P_CANDIDATES = 2048
+# Rows that share a generator: each launch makes the random numbers of this many rows, those that are not used too.
+NOISE_ROWS = {"cpu": 1, "cuda": 32, "mps": 1}
 
 
 class NonFiniteLogitsError(UserError):
@@ -80,16 +82,21 @@ def top_p_threshold(probs: Tensor, top_p: float) -> Tensor:
     return largest.gather(-1, last)
 
 
-def add_noise(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return numbers, (B, V), whose argmax is a sample of softmax(logits) per row, with the row's generator.
+def add_noise(logits: Tensor, generators: Sequence[torch.Generator], first: int = 0) -> Tensor:
+    """Return numbers, (B, V), whose argmax is a sample of softmax(logits) per row.
 
     Gumbel-max sampling in its exponential form: probability / exponential noise. Rounding differences between batch
     sizes hardly ever change the result.
+
+    Args:
+        generators: one for each block of NOISE_ROWS rows.
+        first: number of rows of the first block before the first row of logits.
     """
-    noise = torch.empty_like(logits)
-    for row, generator in zip(noise, generators, strict=True):
-        row.uniform_(generator=generator)
-    noise = -noise.clamp_min_(2.0**-25).log_()  # a uniform number can be 0
+    rows = NOISE_ROWS[logits.device.type]
+    noise = logits.new_empty(len(generators) * rows, logits.size(-1))
+    for block, generator in zip(noise.split(rows), generators, strict=True):
+        block.uniform_(generator=generator)  # always of the same shape: a row's numbers depend on it
+    noise = -noise[first : first + len(logits)].clamp_min_(2.0**-25).log_()  # a uniform number can be 0
     return F.softmax(logits, dim=-1) / noise
 
 
@@ -143,7 +150,9 @@ def generate_batch(
     if not all(prompts):
         raise ValueError("each prompt needs at least one id")
     texts, live = [list(ids) for ids in prompts], set(range(len(prompts)))
-    generators = [torch.Generator(device).manual_seed(seed_of(options.seed, first_row + row)) for row in sorted(live)]
+    first_block, first_noise = divmod(first_row, NOISE_ROWS[device.type])
+    blocks = range(first_block, (first_row + len(prompts) - 1) // NOISE_ROWS[device.type] + 1)
+    generators = [torch.Generator(device).manual_seed(seed_of(options.seed, block)) for block in blocks]
     seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
     for row, ids in enumerate(texts):
         seen[row, [i for i in ids if i < n_vocab]] = True
@@ -155,7 +164,7 @@ def generate_batch(
         for n in range(1, max_new_tokens + 1):
             scores = process_logits(logits[:, :n_vocab].float(), seen, options)
             if options.effective_temperature:
-                scores = add_noise(scores, generators)
+                scores = add_noise(scores, generators, first_noise)
             largest, tokens = scores.max(-1)
             seen.scatter_(1, tokens[:, None], True)
             if on_sample:

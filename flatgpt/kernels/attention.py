@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,13 @@ BF16_CPU_MAX_PLAIN_TOKENS = 512
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, manual: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    manual: bool = False,
+    path: str | None = None,
 ) -> Tensor:
     """Compute attention of T queries to S keys. Either T = S, or T = 1 and the query belongs to the last key.
 
@@ -28,6 +36,7 @@ def attention(
             sees its own key and those before it.
         dropout: probability that an attention weight is dropped.
         manual: use manual_attention.
+        path: in training on a CPU, "fused": torch's kernel, or "plain": plain operators. Default: by dtype and T.
 
     Returns:
         (B, H, T, D).
@@ -35,8 +44,10 @@ def attention(
     T, D, on_cpu = q.size(2), q.size(3), q.device.type == "cpu"
     q, causal = q.type_as(k), mask is None and T > 1
     # For a single token on a GPU, plain operators are faster with torch.compile.
-    small = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS
-    plain = small if on_cpu else T == 1 and torch.compiler.is_compiling()
+    plain = T == 1 and torch.compiler.is_compiling()
+    if on_cpu:
+        small = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS
+        plain = path == "plain" if path and torch.is_grad_enabled() else small
     if manual or plain:
         if causal:
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
@@ -66,6 +77,28 @@ def manual_attention(
             scores += torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
         weights = F.softmax(scores, dim=-1)  # each row sums to 1
         return F.dropout(weights, dropout).type_as(v) @ v
+
+
+def attention_candidates(
+    B: int, H: int, T: int, D: int, dtype: torch.dtype, dropout: float
+) -> dict[str, Callable[[], list[Callable]]]:
+    """Return functions that make a forward and backward pass to time, by `path`. Arguments are those of training.
+
+    Plain operators store the weights, (B, H, T, T), so that they are not listed for long sequences.
+    """
+
+    def make(path: str) -> list[Callable]:
+        qkv = torch.ones(B, T, 3, H, D, dtype=dtype, requires_grad=True)  # as Attention.c_attn computes it
+        dy = torch.ones(B, T, H, D, dtype=dtype)
+
+        def step() -> None:
+            y = attention(*qkv.transpose(1, 3).unbind(2), dropout=dropout, path=path)  # (B, H, T, D)
+            torch.autograd.grad(y.transpose(1, 2), qkv, dy)
+
+        return [step]
+
+    paths = ("fused", "plain") if T <= BF16_CPU_MAX_PLAIN_TOKENS else ("fused",)
+    return {path: partial(make, path) for path in paths}
 
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines

@@ -19,11 +19,17 @@ CHUNK_ROWS = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 # Bytes of float32 logits per softmax: on a CPU they fit into its cache (docs/speed.md).
 SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28, "mps": 2**27}
 MIN_FUSED_LOGITS = 2**21  # up to this number of logits per batch, plain operators are as fast
+MAX_PLAIN_LOGITS = 2**24  # up to this number, which plain operators store in float32, a CPU may be faster with them
 
 
-def use_fused_loss(rows: int, vocab_size: int) -> bool:
-    """Return whether fused_loss is faster than plain operators for a training batch of this size."""
-    return rows * vocab_size > MIN_FUSED_LOGITS and torch.is_grad_enabled()
+def use_fused_loss(rows: int, vocab_size: int, path: str | None = None) -> bool:
+    """Return whether to use fused_loss for a training batch of this size.
+
+    Args:
+        path: "fused" or "plain": what is faster in training on this CPU. Default: by the number of logits.
+    """
+    fused = path == "fused" if path else rows * vocab_size > MIN_FUSED_LOGITS
+    return fused and torch.is_grad_enabled()
 
 
 def fused_loss(
@@ -64,6 +70,27 @@ def fused_loss_outside_graph(device: torch.device, compile: Callable[[Callable, 
     """
     kernel = compile(gradient_in_one_kernel, gradient_in_place) if device.type == "cuda" else None
     return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
+
+
+def loss_candidates(N: int, C: int, V: int, bias: bool, dtype: torch.dtype) -> dict[str, Callable[[], list[Callable]]]:
+    """Return functions that make a forward and backward pass to time, by `path` of use_fused_loss."""
+
+    def make(path: str) -> list[Callable]:
+        x, weight = torch.ones(N, C, requires_grad=True), torch.ones(V, C, requires_grad=True)
+        head_bias = torch.ones(V, requires_grad=True) if bias else None
+        targets, inputs = torch.zeros(N, dtype=torch.int64), [x, weight, *[head_bias] * bias]
+
+        def step() -> None:
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                if path == "fused":
+                    loss = fused_loss(x, weight, head_bias, targets, V)
+                else:
+                    loss = F.cross_entropy(F.linear(x, weight, head_bias).float(), targets, ignore_index=-1)
+            torch.autograd.grad(loss, inputs)
+
+        return [step]
+
+    return {path: partial(make, path) for path in ("fused", "plain")}
 
 
 class _FusedLoss(torch.autograd.Function):

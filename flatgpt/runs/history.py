@@ -5,10 +5,10 @@ history["train_loss"]   # one number per row, nan for empty cells
 history.best            # (iter, loss)
 
 recipe      parameters  data   train tokens  iters
-quickstart   1,853,760  pydoc       419,063  2,000
+quickstart     834,432  pydoc       419,063    600
 
 run         parameters  data    iter  best loss  best iter     age  state
-quickstart   1,853,760  pydoc  2,000     1.2552      2,000  40 min  finished
+quickstart     834,432  pydoc    600     1.2592        600  40 min  finished
 """
 
 from __future__ import annotations

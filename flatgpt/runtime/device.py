@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,13 +28,15 @@ class DeviceSettings:
     """The device, the dtype of matrix products, and whether the model is compiled.
 
     Attributes:
-        why: the reasons for the choices of `auto`, with keys 'dtype' and 'compile'.
+        why: the reasons for the choices of `auto`, with keys 'dtype', 'compile' and those of `paths`.
+        paths: implementations that were chosen by timing them on a CPU (choices.py), by what they compute.
     """
 
     device: torch.device
     dtype: torch.dtype
     compile: bool
     why: dict[str, str]
+    paths: dict[str, str] = field(default_factory=dict)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return torch.autocast for `dtype`; a null context for float32."""
@@ -186,7 +188,7 @@ def select_device(
     local_rank: int | None = None,
     why: dict[str, str] | None = None,
 ) -> DeviceSettings:
-    """Resolve `auto` (None for compile). On a CPU, `auto` is float32 here; precision.py can measure a faster dtype.
+    """Resolve `auto` (None for compile). On a CPU, `auto` is float32 here; choices.py can measure a faster dtype.
 
     Args:
         local_rank: as in find_device.

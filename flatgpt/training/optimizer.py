@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
+from flatgpt.runtime.device import DTYPES
 from model import GPT
 
 # Coefficients from Jordan et al.; they bring singular values to between 0.7 and 1.2.
@@ -19,7 +20,7 @@ ONECYCLE_START = 1 / 25  # learning rate at update 0, as a multiple of lr: that 
 def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
     """Return fused AdamW (Loshchilov and Hutter, 2019), or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay applies to matrices, including embeddings, but not to vectors.
+    Weight decay applies to matrices, including embeddings, but not to vectors. The config must be resolved.
     """
     muon_params = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
     muon_ids = {id(p) for p in muon_params}
@@ -36,15 +37,18 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonA
         {"params": [p for p in muon_params if id(p) in qkv_ids], "parts": 3},
         {"params": [p for p in muon_params if id(p) not in qkv_ids]},
     ]
-    return MuonAndAdamW(Muon(muon_groups, config.lr, config.weight_decay, momentum=config.beta1), adamw)
+    muon = Muon(muon_groups, config.lr, config.weight_decay, momentum=config.beta1, dtype=DTYPES[config.dtype])
+    return MuonAndAdamW(muon, adamw)
 
 
 class MuonAndAdamW:
     """Muon and AdamW with the interface of one optimizer. Both skip an update if `found_inf` is 1."""
 
+    found_inf: Tensor | None = None  # GradScaler sets it on the device and deletes it after the step
+    _step_supports_amp_scaling = True  # otherwise GradScaler waits for the device to read it
+
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.optimizers = {"muon": muon, "adamw": adamw}
-        self.found_inf: Tensor | None = None
 
     @property
     def param_groups(self) -> list[dict]:
@@ -74,10 +78,12 @@ class Muon(torch.optim.Optimizer):
         params: parameter groups. `parts` is the number of matrices stacked in each parameter, such as 3 for queries,
             keys and values. Each matrix is orthogonalised by itself.
         momentum: decay of the running mean of gradients (Nesterov momentum).
+        dtype: dtype of the Newton-Schulz iterations. That of the run's matrix products is fast on its device.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float):
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
+        self.dtype = dtype
         self.found_inf: Tensor | None = None  # 1: step() changes nothing; read on the device
 
     @torch.no_grad()
@@ -99,21 +105,21 @@ class Muon(torch.optim.Optimizer):
                 skip = self.found_inf > 0
                 mean, lookahead = torch.where(skip, old_mean, mean), torch.where(skip, 0, lookahead)
                 decay = torch.where(skip, 1, decay)
-            steps = orthogonalize(lookahead) * (-lr * MUON_RMS * math.sqrt(max(rows, columns)))
+            steps, scale = orthogonalize(lookahead, self.dtype), -lr * MUON_RMS * math.sqrt(max(rows, columns))
             sizes = [p.size(0) // rows for p in params]
             for p, buffer, new, step in zip(params, buffers, mean.split(sizes), steps.split(sizes), strict=True):
                 buffer.copy_(new.view_as(p))
-                p.mul_(decay).add_(step.reshape(p.shape))
+                p.mul_(decay).add_(step.reshape(p.shape), alpha=scale)  # the product in float32
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Bring the singular values of matrices (n, rows, columns) near 1, by Newton-Schulz iterations in bfloat16."""
+def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring the singular values of matrices (n, rows, columns) near 1, by Newton-Schulz iterations in `dtype`."""
     a, b, c = NEWTON_SCHULZ
-    x = x.bfloat16()
     tall = x.size(1) > x.size(2)
     if tall:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values are at most 1
+    # Singular values are then at most 1, also within float16's range.
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -89,7 +89,8 @@ def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] 
         recipe: what the recipe of this start says, if there is one. A later resume compares it with what it says then.
         resume_from: the result of find_resume_checkpoint.
     """
-    config, meta, command = run.config, run.dataset.meta, "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    config, settings, meta = run.config, run.device_settings, run.dataset.meta
+    command = "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     try:
         call = ["git", "-C", REPO_ROOT, "status", "--porcelain=v2", "--branch"]
         status = subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
@@ -103,7 +104,7 @@ def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] 
         "config": dataclasses.asdict(config),
         "recipe": (resume_from[1].get("recipe", {}) if resume_from else {}) | recipe,
         "parameters": GPT.on_meta_device(config.model()).num_params(),  # run.model may be sharded
-        "chosen": {"dtype": config.dtype, "compile": config.compile, "why": run.device_settings.why},
+        "chosen": {"dtype": config.dtype, "compile": config.compile, "paths": settings.paths, "why": settings.why},
         "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
         "data": {
             "folder": str(run.dataset.folder),

@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import PrepareConfig, TrainConfig, UserError, run_dir
@@ -21,7 +23,9 @@ from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import read_tokenizer
-from flatgpt.runtime import precision
+from flatgpt.kernels.attention import attention_candidates
+from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, loss_candidates
+from flatgpt.runtime.choices import MAX_FLOPS, Choice, choose, has_bfloat16
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
 from flatgpt.training.nonfinite import NonfiniteGuard
@@ -140,8 +144,64 @@ def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) 
             settings[key], reasons[key] = chosen[key], why.get(key, "chosen when the run started")
     local_rank = ranks.local_rank if ranks.world > 1 else None
     if settings["dtype"] == "auto" and find_device(config.device, local_rank).type == "cpu":
-        settings["dtype"], reasons["dtype"] = ranks.run_on_rank0(lambda: precision.faster_training_dtype(config))
+        settings["dtype"], reasons["dtype"] = ranks.run_on_rank0(lambda: faster_training_dtype(config))
     return select_device(config.device, settings["dtype"], settings["compile"], local_rank, reasons)
+
+
+def faster_training_dtype(config: TrainConfig) -> Choice:
+    """Return the faster dtype for training, measured with the MLP's first matmul over one micro-batch's tokens."""
+    if not has_bfloat16():
+        return Choice("float32", "this CPU has no bfloat16")
+    C, hidden = config.n_embd, round(config.mlp_ratio * config.n_embd)
+    tokens = max(1, min(config.batch_size * config.context_length, int(MAX_FLOPS / (2 * C * hidden))))
+
+    def matmul(dtype: torch.dtype) -> list[Callable]:
+        x, weight = torch.ones(tokens, C, dtype=dtype), torch.ones(hidden, C, dtype=dtype)
+        return [lambda: F.linear(x, weight)]
+
+    candidates = {name: partial(matmul, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return choose(f"matmul {tokens:,} x {C:,} x {hidden:,}", candidates)
+
+
+def choose_paths(
+    config: TrainConfig, settings: DeviceSettings, ranks: DistributedContext, chosen: dict
+) -> DeviceSettings:
+    """Return settings with the faster operators for attention and loss in training on a CPU, which rank 0 measures.
+
+    They are measured with this run's shapes, with fewer sequences and heads where a step would take long.
+
+    Args:
+        config: vocab_size is set.
+        chosen: as in choose_device. A run of an earlier version, which stored no paths, keeps those of that version.
+    """
+    dtype = str(settings.dtype).removeprefix("torch.")
+    if settings.device.type != "cpu" or settings.compile or config.deterministic or dtype == "float16":
+        return settings
+    if chosen.get("dtype") == dtype:
+        paths = chosen.get("paths") or {}
+        why = {kind: (chosen.get("why") or {}).get(kind, "chosen when the run started") for kind in paths}
+        return dataclasses.replace(settings, paths=paths, why=settings.why | why)
+
+    def measure_paths() -> dict[str, Choice]:
+        B, T, C, H = config.batch_size, config.context_length, config.n_embd, config.n_head
+        D, V = C // H, -(-config.vocab_size // 64) * 64  # V padded
+        found = {}
+        if config.attention != "manual":
+            pairs = max(torch.get_num_threads(), int(MAX_FLOPS / (14 * T * T * D)))  # B x H; 7 products, (T, T, D) each
+            heads = min(H, pairs)
+            batch = min(B, max(1, pairs // heads))
+            candidates = attention_candidates(batch, heads, T, D, settings.dtype, config.dropout)
+            shape = f", dropout {bool(config.dropout)}"
+            found["attention"] = choose(f"{dtype} {batch:,} x {heads} x {T:,} x {D}", candidates, shape)
+        N = min(B * T, max(64, int(2 * MAX_FLOPS / (6 * C * V))))  # 3 products, (N, C, V) each
+        if B * T * V <= MAX_PLAIN_LOGITS:
+            candidates = loss_candidates(N, C, V, config.head_bias, settings.dtype)
+            found["loss"] = choose(f"{dtype} {N:,} x {C:,} x {V:,}", candidates, f", bias {config.head_bias}")
+        return found
+
+    found = ranks.run_on_rank0(measure_paths)
+    paths, why = ({kind: choice[i] for kind, choice in found.items()} for i in (0, 1))
+    return dataclasses.replace(settings, paths=paths, why=settings.why | why)
 
 
 def load_encoding(config: TrainConfig, ranks: DistributedContext, name: str) -> tiktoken.Encoding | None:
@@ -180,7 +240,8 @@ def build_run(
             f"with {name}: prepare the text with {initial_tokenizer}"
         )
     encoding = load_encoding(config, ranks, name)
-    device_settings = choose_device(config, ranks, resumed["chosen"] if resumed else {})
+    chosen = resumed["chosen"] if resumed else {}
+    device_settings = choose_paths(config, choose_device(config, ranks, chosen), ranks, chosen)
     device = device_settings.device
     decay_iters = config.lr_decay_iters or config.max_iters
     warmup_iters = config.warmup_iters
@@ -204,6 +265,9 @@ def build_run(
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(config.seed)
     model = GPT(config.model())  # initialised on the CPU: the same weights on every device
+    model.loss_path = device_settings.paths.get("loss")
+    for block in model.transformer.h:
+        block.attn.path = device_settings.paths.get("attention")
     if init_from:
         load_pretrained(model, init_from)
     sums = [float(p.detach().double().sum()) for p in model.parameters()]

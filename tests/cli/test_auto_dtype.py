@@ -1,4 +1,4 @@
-"""--dtype auto on a CPU: what was measured is printed, stored and kept; what the user sets is not measured."""
+"""`auto` on a CPU: what was measured is printed, stored and kept; what the user sets is not measured."""
 
 import json
 import re
@@ -14,57 +14,111 @@ from flatgpt.benchmarks.nanogpt import peer_settings
 from flatgpt.cli import cli
 from flatgpt.interop.pretrained import run_settings
 from flatgpt.runs import checkpoint
+from flatgpt.runtime import choices
+from flatgpt.training.setup import build_run
 
-FLOAT32, BFLOAT16 = ("float32", "as measured: 7 GFLOP/s"), ("bfloat16", "as measured: 9 GFLOP/s")
 AUTO = ("--dtype", "auto", "--sample_tokens", 0)
+DTYPES, PATHS = ("float32", "bfloat16"), ("fused", "plain")
+WHY = r" \(.*: 1 ms, .* 2\)"
 
 
-def printed_dtypes(text: str) -> list[str]:
-    return re.findall(r"^machine +cpu \(\d+ threads?\), (.*?), eager", text, re.M)
+def printed(text: str) -> list[tuple[str, str, str]]:
+    """The dtype, attention and loss of each summary, with the reasons."""
+    lines = re.findall(
+        r"^machine +cpu \(\d+ threads?\), (.*?), eager.*\nattention (.*)\nloss +(.*)\nfolder", text, re.M
+    )
+    assert len(lines) == text.count("machine  ")
+    return lines
 
 
-def test_a_run_prints_stores_and_keeps_its_choice(tiny_data, measured, capsys):
-    """Also a run of an earlier version, which stored no reason."""
-    measured(BFLOAT16)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_run_prints_stores_and_keeps_its_choices(tiny_data, measured, capsys, path):
+    timed = measured("bfloat16", path)
     run = train_here(*AUTO, "--max_iters", 3)
-    assert measured(None) == ["matmul 128 x 32 x 128"]
+    assert timed == [DTYPES, PATHS, PATHS]
+    measured("float32", *({*PATHS} - {path}))
     for iters in (6, 9):
         chosen = checkpoint.read_state(run / "ckpt/last")["chosen"]
-        assert chosen["dtype"] == "bfloat16"
-        assert chosen["why"]["dtype"].endswith("as measured: 9 GFLOP/s")
+        assert (chosen["dtype"], chosen["paths"]) == ("bfloat16", {"attention": path, "loss": path})
+        assert chosen["why"].keys() >= {"dtype", "attention", "loss"}
         train_here(*AUTO, "--max_iters", iters, "--resume")
     train.train(cli.parse(TrainConfig, ["--resume", "--max_iters", "10"], None, run_settings))
-    assert printed_dtypes(capsys.readouterr().out) == ["bfloat16 (as measured: 9 GFLOP/s)"] * 4
+    lines = printed(capsys.readouterr().out)
+    assert len(timed) == 3
+    assert lines == [lines[0]] * 4
+    for text, name in zip(lines[0], ("bfloat16", path, path), strict=True):
+        assert re.fullmatch(name + WHY, text)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_operators(tiny_data, measured, capsys):
+    """It stored its dtype without a reason, and no operators: they depended on dtype and shape."""
+    timed = measured("bfloat16", "fused")
+    run = train_here(*AUTO, "--max_iters", 3)
     state = json.loads((run / "ckpt/last/state.json").read_text())
-    state["chosen"]["why"] = {}
+    state["chosen"] = {"dtype": "bfloat16", "compile": False}
     del state["sha256"]
     (run / "ckpt/last/state.json").write_text(json.dumps(state))
-    train_here(*AUTO, "--max_iters", 12, "--resume")
-    assert printed_dtypes(capsys.readouterr().out) == ["bfloat16 (chosen when the run started)"]
+    capsys.readouterr()
+    train_here(*AUTO, "--max_iters", 6, "--resume")
+    assert "bfloat16 (chosen when the run started)" in (out := capsys.readouterr().out)
+    assert "\nattention " not in out
+    assert checkpoint.read_state(run / "ckpt/last")["chosen"]["paths"] == {}
+    assert len(timed) == 3
+    train_here("--dtype", "float32", "--max_iters", 9, "--resume")  # another dtype is measured anew
+    assert timed[3:] == [PATHS, PATHS]
+
+
+@pytest.mark.parametrize("words", [("--deterministic", "true"), ("--compile", "true"), ("--attention", "manual")])
+def test_what_excludes_a_measurement(tiny_data, measured, words, monkeypatch):
+    """Deterministic runs do not depend on a stopwatch. The compiler fuses plain operators by itself."""
+    monkeypatch.setattr("flatgpt.training.setup.compile_forward", lambda model, warn: model)
+    timed = measured()
+    train_here(*words, "--max_iters", 1, "--eval_interval", 1, "--sample_tokens", 0)
+    assert timed == [PATHS] * (words[1] == "manual")  # the loss
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_model_computes_with_the_chosen_operators(tiny_data, measured, path):
+    """In training. Evaluation does not depend on the choice."""
+    measured(path)
+    config = cli.parse(TrainConfig, [*TINY, "--dtype", "bfloat16"])
+    run = build_run(config)
+    x = torch.arange(64).view(2, 32) % 99
+    names = []
+    with torch.profiler.profile() as profile, run.device_settings.autocast():
+        run.forward(x, x)
+    names = {event.name for event in profile.events()}
+    assert ("aten::scaled_dot_product_attention" in names, "_FusedLoss" in names) == (path == "fused",) * 2
+    with torch.profiler.profile() as profile, run.device_settings.autocast(), torch.no_grad():
+        run.forward(x, x)
+    names = {event.name for event in profile.events()}
+    assert not names & {"aten::scaled_dot_product_attention", "_FusedLoss"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dtype_that_the_user_sets_is_not_measured(tiny_data, measured, dtype):
-    measured(None)
+    timed = measured()
     words = [*TINY, "--dtype", dtype, "--max_iters", "1", "--eval_interval", "1", "--sample_tokens", "0"]
     train.train(cli.parse(TrainConfig, words))
     train.train(cli.parse(TrainConfig, [*words, "--plan"]))
     for more in (["--dtype", dtype], ["--quantize", "int8"]):  # int8's kernel takes bfloat16 only
         infer.main(cli.parse(InferConfig, ["--device", "cpu", "--prompt", "9", "--max_new_tokens", "1", *more]))
+    assert DTYPES not in timed
 
 
 def test_plan_and_nanogpt_take_the_choice_of_training(tiny_data, measured, monkeypatch):
     seen = []
     monkeypatch.setattr("flatgpt.training.plan.matmul_flops", lambda device, dtype: seen.append(dtype) or 1e12)
-    for choice, dtype in ((BFLOAT16, torch.bfloat16), (FLOAT32, torch.float32)):
-        measured(choice)
+    for dtype in (torch.bfloat16, torch.float32):
+        measured(str(dtype).removeprefix("torch."))
+        choices.cache_file().unlink(missing_ok=True)
         train.train(cli.parse(TrainConfig, [*TINY, "--dtype", "auto", "--plan"]))
         assert seen.pop() == dtype
         settings = peer_settings(cli.parse(BenchConfig, ["train", *TINY, "--dtype", "auto"]))
         assert [each.dtype for each in settings.values()] == [torch.float32, dtype]
 
 
-@pytest.mark.parametrize(("first", "second"), [(BFLOAT16, FLOAT32), (FLOAT32, BFLOAT16)])
+@pytest.mark.parametrize(("first", "second"), [DTYPES, DTYPES[::-1]])
 def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypatch, capsys, first, second):
     """Also if a second measurement would differ. The machine line has the measured speeds."""
     monkeypatch.chdir(tiny_home)
@@ -76,8 +130,8 @@ def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypat
 
     measured(first)
     text, machine = write()
-    assert f"on cpu (1 thread), {first[0]} ({first[1]}), eager" in machine
+    assert f"on cpu (1 thread), {first} (matmuls of one token: 1 ms, {second} 2), eager" in machine
     measured(second)
     again = write()
     assert (again[0], again[1].splitlines()[0]) == (text, machine.splitlines()[0])
-    assert write("--dtype", first[0])[0] == text
+    assert write("--dtype", first)[0] == text

@@ -217,7 +217,7 @@ def test_bare_name_is_a_file_in_configs(in_tmp):
     recipe(in_tmp, "n_layer = 7\n", "quickstart.toml")
     recipe(in_tmp, "n_layer = 9\n", "mine")
     (in_tmp / "quickstart").mkdir()  # a run's folder, say
-    assert parse(TrainConfig, ["--config", "quickstart"]).n_layer == TrainConfig().n_layer
+    assert parse(TrainConfig, ["--config", "quickstart"]).n_layer == 4
     assert parse(TrainConfig, ["--config", "quickstart.toml"]).n_layer == 7
     assert parse(TrainConfig, ["--config", "./quickstart.toml"]).n_layer == 7
     assert parse(TrainConfig, ["--config", "mine"]).n_layer == 9

@@ -115,6 +115,35 @@ def test_the_same_greedy_tokens(in_tmp, vocab_size):
     assert (free.max() > 256) == (vocab_size > 257)
 
 
+@pytest.mark.extra("ctranslate2")
+@pytest.mark.parametrize(
+    ("encoding", "changes"),
+    [
+        ("byte", {}),
+        ("byte", {"activation": "gelu", "mlp_ratio": 2.0, "bias": False, "tie_weights": False}),
+        ("gpt2", {}),
+    ],
+)
+def test_ctranslate2_converts_the_folder_and_writes_the_same_greedy_tokens(in_tmp, encoding, changes):
+    from ctranslate2 import Generator
+    from ctranslate2.converters import TransformersConverter
+
+    def varied(model: GPT) -> None:
+        model.transformer.wpe.weight *= 10
+
+    ours = tokenizer.load(encoding)
+    model = save_run(encoding=encoding, vocab_size=ours.n_vocab, context_length=64, alter=varied, **changes)
+    export_here()
+    TransformersConverter(str(EXPORTED)).convert("converted")
+    prompt = ours.encode_ordinary("First Cit")
+    expected = generate(Decoder(model), prompt, 40, SamplingConfig(greedy=True))
+    tokens = transformers.AutoTokenizer.from_pretrained(EXPORTED).convert_ids_to_tokens(prompt)
+    settings = {"min_length": 40, "max_length": 40, "include_prompt_in_result": False}
+    (result,) = Generator("converted", compute_type="float32").generate_batch([tokens], **settings)
+    assert result.sequences_ids[0] == expected
+    assert len(set(expected)) > 5
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_precision_and_a_shorter_context(in_tmp, dtype):
     model = save_run(bias=False)

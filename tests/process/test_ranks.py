@@ -244,20 +244,22 @@ CORES = "os.sched_getaffinity = lambda process: range(6)\n"
 
 
 @pytest.mark.slow
-def test_rank_0_measures_the_dtype_and_ranks_share_the_cores(ranks, home):
-    """Rank 1 would find another dtype. Of six cores each rank takes three."""
+def test_rank_0_measures_and_ranks_share_the_cores(ranks, home, tmp_path, monkeypatch):
+    """Rank 1 would find another dtype and other operators. Of six cores each rank takes three."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = CORES + (
-        "from flatgpt.runtime import precision\nfirst = os.environ['RANK'] == '0'\n"
-        "measured = 'bfloat16' if first else 'float32'\n"
+        "from flatgpt.runtime import choices\nfirst = os.environ['RANK'] == '0'\n"
+        "best = ('bfloat16', 'plain') if first else ('float32', 'fused')\n"
         "say = lambda: print(os.environ['RANK'], 'measures', file=sys.stderr)\n"
-        "precision.faster_dtype = lambda *work: (measured, say() or 'found')"
+        "choices.measure = lambda candidates: say() or {name: 1 + (name not in best) for name in candidates}"
     )
     words = (*BASE, "--dtype", "auto", "--max_iters", 1, "--out_dir", "out/measured")
     done = ranks(2, *words, script=wrapped(home, code), cwd=home, threads=None)
     assert done.code == 0, done.output
-    assert re.search(r"^machine  cpu \(3 threads\), bfloat16 \(found\), eager", done.output, re.M)
-    assert re.findall(r"^\d measures$", done.output, re.M) == ["0 measures"]
-    assert checkpoint.read_state(home / "out/measured/ckpt/last")["chosen"]["dtype"] == "bfloat16"
+    assert re.search(r"^machine  cpu \(3 threads\), bfloat16 \(.*float32 2e\+03\), eager", done.output, re.M)
+    assert re.findall(r"^\d measures$", done.output, re.M) == ["0 measures"] * 3
+    chosen = checkpoint.read_state(home / "out/measured/ckpt/last")["chosen"]
+    assert (chosen["dtype"], chosen["paths"]) == ("bfloat16", {"attention": "plain", "loss": "plain"})
 
 
 @pytest.mark.slow

@@ -31,9 +31,37 @@ def test_every_recipe_loads_for_every_script(name, cls, in_tmp):
             assert getattr(loaded, key) == field.default, f"{key} of a recipe is for training only"
 
 
-def test_quickstart_equals_the_defaults():
-    """Both write to out/quickstart, so they have to be the same run."""
-    assert dataclasses.replace(parse(TrainConfig, ["--config", "quickstart"]), config=None) == TrainConfig()
+def test_quickstart_names_every_setting_that_its_result_depends_on():
+    """A change of a default in config.py does not change what train.py does without arguments."""
+    named = tomllib.loads((RECIPES / "quickstart.toml").read_text(encoding="utf-8"))
+    section, expected = "", set()
+    for field in dataclasses.fields(TrainConfig):
+        section = field.metadata.get("section", section)
+        if section in ("Model", "Data", "Length", "Optimizer") and field.default is not None:
+            expected.add(field.name)
+    unused = {"attention", "activation_checkpointing", "data_dir", "verify_data", "on_nonfinite", "decay_fraction"}
+    assert expected - unused - named.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        ("", "quickstart"),
+        ("--resume auto --lr 1e-3", "quickstart"),  # there is no run
+        ("--epochs 2 --plan", "quickstart"),
+        ("--config shakespeare", "shakespeare"),
+        ("--config none", None),
+        ("--dataset pydoc", None),
+        ("--init_from gpt2", None),
+    ],
+)
+def test_recipe_of_a_start_without_one(in_tmp, words, recipe):
+    """What it says ranks below the command line; it is read as if named with --config."""
+    found = parse(TrainConfig, words.split(), default_recipe="quickstart")
+    expected = [*words.split(), *(["--config", recipe] if recipe else [])]
+    assert (found, found.config) == (parse(TrainConfig, expected), recipe)
+    assert config.run_dir(found).name == (recipe or "quickstart")
+    assert found.optimizer == ("muon" if recipe == "quickstart" else "adamw")
 
 
 @pytest.mark.parametrize("cls", cli.SCRIPT_CONFIGS)

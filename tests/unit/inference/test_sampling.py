@@ -13,7 +13,7 @@ from random_models import generate, random_model
 from config import SamplingConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
-from flatgpt.inference.sampling import TOP_P_CANDIDATES, generate_batch, process_logits, top_token_probs
+from flatgpt.inference.sampling import NOISE_ROWS, TOP_P_CANDIDATES, generate_batch, process_logits, top_token_probs
 from model import GPT
 
 GREEDY = SamplingConfig(temperature=0)
@@ -102,13 +102,24 @@ def test_batch_equals_one_by_one_with_rows_that_end_at_different_steps(options, 
     assert together(decoder, PROMPTS[:1] * 2, 25, GREEDY, stop_ids=range(30)) == []
 
 
-def test_samples_follow_the_seed_and_the_number_of_their_row():
+@pytest.mark.parametrize("shared", [1, 5, 32])
+def test_samples_follow_the_seed_and_the_number_of_their_row(shared, monkeypatch):
+    """Also if rows share a generator, as on CUDA, in one block or in several."""
+    monkeypatch.setitem(NOISE_ROWS, "cpu", shared)
     decoder = Decoder(varied_model())
     texts = together(decoder, [[1]] * 12, 10, FREE)
     assert len(set(map(tuple, texts))) == 12
     assert together(decoder, [[1]] * 5, 10, FREE, first_row=4) == texts[4:9]
     for seed in (1, 2**63 - 1):
         assert together(decoder, [[1]] * 12, 10, dataclasses.replace(FREE, seed=seed)) != texts
+
+
+@pytest.mark.gpu
+def test_samples_on_a_gpu_follow_the_number_of_their_row():
+    decoder = Decoder(varied_model().cuda())
+    texts = together(decoder, [[1]] * 40, 10, FREE)
+    assert len(set(map(tuple, texts))) > 35
+    assert together(decoder, [[1]] * 5, 10, FREE, first_row=30) == texts[30:35]
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled():

@@ -99,7 +99,9 @@ def test_activations_on_cuda_as_its_kernels_declare_them(changes, dtype, listed)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weights_gradients_and_optimizer_are_those_of_an_update(optimizer):
-    config = TrainConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50, optimizer=optimizer)
+    config = TrainConfig(
+        n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50, optimizer=optimizer, dtype="float32"
+    )
     model = GPT(config.model())
     model(*torch.randint(50, (2, 2, 16))).backward()
     chosen = make_optimizer(model, config)
@@ -112,6 +114,20 @@ def test_weights_gradients_and_optimizer_are_those_of_an_update(optimizer):
     assert pieces["optimizer"] == sum(t.nbytes for t in state)
     buffers = [t.nbytes for t in (*model.parameters(), *state)]
     assert pieces["save buffers"] == sum(2 ** math.ceil(math.log2(size)) for size in buffers), "as torch pins them"
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "measured"),
+    [
+        ({"batch_size": 64}, torch.float16, 25.93),
+        ({"batch_size": 32, "n_layer": 24, "n_head": 16, "n_embd": 1024}, torch.bfloat16, 36.12),
+        ({"n_layer": 48, "n_head": 25, "n_embd": 1600}, torch.bfloat16, 46.79),
+    ],
+)
+def test_peaks_that_an_h200_measured(changes, dtype, measured):
+    """Of eager updates, in GB (docs/speed.md)."""
+    config = dataclasses.replace(GPT2, bias=False, grad_accum_steps=1, **changes)
+    assert memory(config, dtype)["peak"] / 1e9 == pytest.approx(measured, rel=0.015)
 
 
 def test_memory_on_several_devices():
