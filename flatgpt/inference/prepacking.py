@@ -61,17 +61,26 @@ class PrepackedLinear(CastLinear):
         self.register_buffer("weight", packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = _scripted_onednn_linear() if torch.jit.is_tracing() else _onednn_linear
-        return linear(x.to(self.dtype), self.weight, self.bias)
+        return _traceable(_onednn_linear)(x.to(self.dtype), self.weight, self.bias)
+
+
+def _traceable(function: Callable) -> Callable:
+    """Return a function, or while a decoding step is traced, its script. Tracing does not support empty lists."""
+    return _script(function) if torch.jit.is_tracing() else function
+
+
+_script = cache(torch.jit.script)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045 - for torch.jit.script
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@cache
-def _scripted_onednn_linear() -> Callable[..., Tensor]:
-    return torch.jit.script(_onednn_linear)  # tracing does not support the operator's empty list
+def _onednn_int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Return float32 products of uint8 inputs, with scale 1 and zero point 128, and an int8 weight."""
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,15 +117,15 @@ class VNNILinear(CastLinear):
 
     def set_weight(self, weight: Tensor) -> None:
         quantized, scale = quantize_rows(weight, torch.float32)
-        self.weight, self.scale = torch.ops.onednn.qlinear_prepack(quantized, None), scale
-        self.zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(quantized, None))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2).float()
         scale = flat.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
-        inputs = (flat / scale).round_().add_(128).to(torch.uint8), 1.0, 128  # with scale and zero point
-        output = None, 1.0, 0, torch.float32, "none", [], ""  # no bias, no quantization, nothing after the product
-        y = torch.ops.onednn.qlinear_pointwise(*inputs, self.weight, self.scale, self.zeros, *output).mul_(scale)
+        inputs = (flat / scale).round_().add_(128).to(torch.uint8)
+        y = _traceable(_onednn_int8_linear)(inputs, self.weight, self.scale, self.zeros).mul_(scale)
         y = y.to(self.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

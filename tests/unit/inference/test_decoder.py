@@ -14,7 +14,7 @@ from random_models import random_model
 
 from config import SamplingConfig
 from flatgpt.inference.decoder import PREFILL_TOKENS, Decoder
-from flatgpt.inference.prepacking import prepack
+from flatgpt.inference.prepacking import linear_classes, prepack
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runtime.device import compiler
 from model import GPT
@@ -99,7 +99,14 @@ def test_under_autocast_a_cpu_keeps_float32():
 # traces, CUDA graphs, the compiler
 
 
-@pytest.mark.parametrize("packing", [None, (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")])
+LAYOUTS = [
+    (dtype, quantize, False, layout)
+    for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
+    for layout in linear_classes(torch.device("cpu"), dtype, quantize)
+]
+
+
+@pytest.mark.parametrize("packing", [None, *LAYOUTS], ids=str)
 def test_traced_steps_have_the_digits_of_eager_ones(packing, capsys):
     """Also where adjust_logits is edited. All decoders of a model share a trace for each batch size, and have another
     for rows that differ in length.
