@@ -58,9 +58,9 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
     parameters = model.num_params()  # before weights are quantized
-    machine = prepare_for_decoding(config, model).describe()
-    described = f"{parameters:,} parameters, on {machine}"
-    note(f"{found.describe()}: {described}")
+    settings = prepare_for_decoding(config, model)
+    described = f"{parameters:,} parameters, on {settings.describe()}"
+    note("\n".join([f"{found.describe()}: {described}", *settings.path_lines()]))
     return found, partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text), described
 
 

@@ -32,8 +32,10 @@ def main(config: InferConfig) -> None:
     device, found = find_device(config.device), loading.find(model_path(config), note)
     model, encoding = loading.load(found, device, config.context_length)
     parameters = model.num_params()  # before weights are quantized
-    settings = prepare_for_decoding(config, model, config.compile)
-    note(f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}")
+    rows = min(config.batch_size, config.num_samples * len(prompts))
+    settings = prepare_for_decoding(config, model, config.compile, rows)
+    first = f"{found.describe()}: {parameters:,} parameters, on {settings.describe()}"
+    note("\n".join([first, *settings.path_lines()]))
     writer = Writer(config, model, encoding, found.end_of_text, note)
     if config.interactive:
         return run_interactive(writer)

@@ -40,8 +40,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
-        self.manual = config.attention == "manual"
-        self.path: str | None = None  # in training on a CPU: the faster operators, "fused" or "plain"
+        # in training on a CPU: the faster operators, "fused" or "plain"
+        self.path = "manual" if config.attention == "manual" else None
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -56,7 +56,7 @@ class Attention(nn.Module):
             # k, v: (B, H, S, D), cached and new tokens; mask: (B, 1, 1, S), true if visible, or None: causal
             k, v, mask = cache.update(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, dropout, self.manual, self.path)  # (B, H, T, D)
+        y = attention(q, k, v, mask, dropout, self.path)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C): heads concatenated
         return self.resid_dropout(self.c_proj(y))
 

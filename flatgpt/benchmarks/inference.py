@@ -25,7 +25,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation.metrics import default_batch_size, eval_batches, token_statistics
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import prepack, prepacked_bytes
+from flatgpt.inference.prepacking import choose_linear, prepack, prepacked_bytes
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop import loading
 from flatgpt.interop.export_folder import export_problems, hugging_face_config, to_hugging_face
@@ -68,11 +68,13 @@ def bench_infer(config: BenchConfig) -> dict:
         return not config.variants or name in config.variants
 
     @functools.cache
-    def packed(precision: str, compile: bool) -> GPT:
-        dtype, quantize = PRECISIONS[precision]
+    def packed(precision: str, compile: bool, rows: int = 1) -> GPT:
+        (dtype, quantize), layout = PRECISIONS[precision], None
         copy = GPT(shape)
         copy.load_state_dict(model.state_dict())
-        return prepack(copy.to(device).eval(), dtype, quantize, compile)
+        if device.type == "cpu":
+            layout = choose_linear(model, str(dtype).removeprefix("torch."), quantize, compile, rows)[1].name
+        return prepack(copy.to(device).eval(), dtype, quantize, compile, layout)
 
     on_cuda, modes = device.type == "cuda", [False if config.compile is False else None]  # None: infer.py's default
     if config.compile or (on_cuda and config.compile is None):
@@ -82,7 +84,7 @@ def bench_infer(config: BenchConfig) -> dict:
         name = precision + "_compiled" * bool(compile)
         for suffix, prompts in batches.items():
             if selected(name + suffix):
-                variant = packed(precision, bool(compile))
+                variant = packed(precision, bool(compile), 1 if on_cuda else len(prompts))
                 # each has its own Decoder, which keeps its CUDA graph
                 runners[name + suffix] = decoder_runner(Decoder(variant, compile), prompts, config.new_tokens)
                 weight_bytes[name + suffix] = prepacked_bytes(variant)  # that a step reads

@@ -6,6 +6,7 @@ autocast, so that a prepacked model gives the results of the trained one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Optional
@@ -40,6 +41,13 @@ class CastLinear(nn.Module):
         return F.linear(x.to(self.dtype), self.weight, self.bias)
 
 
+class TransposedLinear(CastLinear):
+    """CastLinear with the weight stored as (in, out). Some CPUs multiply a single token faster by it."""
+
+    def set_weight(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight.to(self.dtype).t().contiguous().t(), requires_grad=False)
+
+
 class PrepackedLinear(CastLinear):
     """CastLinear on a CPU with the weight in oneDNN's blocked format, which is read at nearly full memory bandwidth.
 
@@ -53,17 +61,32 @@ class PrepackedLinear(CastLinear):
         self.register_buffer("weight", packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        linear = _scripted_onednn_linear() if torch.jit.is_tracing() else _onednn_linear
-        return linear(x.to(self.dtype), self.weight, self.bias)
+        return _traceable(_onednn_linear)(x.to(self.dtype), self.weight, self.bias)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045 - for torch.jit.script
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@cache
-def _scripted_onednn_linear() -> Callable[..., Tensor]:
-    return torch.jit.script(_onednn_linear)  # tracing does not support the operator's empty list
+def _vnni_linear(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Multiply uint8 inputs with zero point 128 by a prepacked int8 weight: no bias, nothing after the product."""
+    f32 = torch.float32
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, f32, "none", [], "")
+
+
+_scripted = cache(torch.jit.script)
+
+
+def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function, scripted while a step is traced, which does not support the empty lists of its operator."""
+    return _scripted(function) if torch.jit.is_tracing() else function
+
+
+def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a weight, (out, in), rounded to int8, and the scales of its rows, (out), in `dtype`."""
+    scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # nonzero for a row of zeros, also in float16
+    scale = scale.to(dtype)  # before rounding, so that the weight is rounded with the stored scale
+    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class Int8Linear(CastLinear):
@@ -72,10 +95,8 @@ class Int8Linear(CastLinear):
     GEMV_MAX_TOKENS = 48  # up to this many tokens, torch's int8 kernel for CPUs is faster than dequantizing the weight
 
     def set_weight(self, weight: Tensor) -> None:
-        scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # (out); nonzero for a row of zeros, also in float16
-        scale = scale.to(self.dtype)  # before rounding, so that the weight is rounded with the stored scale
-        quantized = (weight / scale.float()[:, None]).round().clamp(-127, 127)
-        self.weight = nn.Parameter(quantized.to(torch.int8), requires_grad=False)
+        quantized, scale = quantize_rows(weight, self.dtype)
+        self.weight = nn.Parameter(quantized, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,44 +111,79 @@ class Int8Linear(CastLinear):
         return y if self.bias is None else y + self.bias
 
 
-def linear_class(device: torch.device, dtype: torch.dtype, compile: bool) -> type[CastLinear]:
-    """Return the fastest Linear class for `dtype`. torch.compile does not support oneDNN's blocked format."""
-    if compile or device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return CastLinear
-    onednn = torch.ops.mkldnn
+class VNNILinear(CastLinear):
+    """Like Int8Linear, but inputs are rounded to int8 too, one scale per token, for a CPU's int8 instructions."""
+
+    def set_weight(self, weight: Tensor) -> None:
+        quantized, scale = quantize_rows(weight, torch.float32)
+        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(quantized, None))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2).float()
+        scale = flat.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+        inputs = (flat / scale).round_().add_(128).to(torch.uint8)
+        y = _traceable(_vnni_linear)(inputs, self.weight, self.scale, self.zeros).mul_(scale)
+        y = y.to(self.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def linear_classes(
+    device: torch.device, dtype: torch.dtype, quantize: str | None = None, compile: bool = False
+) -> dict[str, type[CastLinear]]:
+    """Return the Linear classes for `dtype` or int8 by name, the default first.
+
+    torch.compile does not support oneDNN's formats and chooses the layout itself.
+    """
+    onednn, eager = torch.ops.mkldnn, device.type == "cpu" and not compile
+    available = eager and torch.backends.mkldnn.is_available()
+    if quantize == "int8":
+        classes = {"bfloat16 inputs": Int8Linear}
+        return classes | ({"int8 inputs": VNNILinear} if available and torch.cpu._is_vnni_supported() else {})
+    if not eager:
+        return {"row-major": CastLinear}
     supported = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
-    return PrepackedLinear if dtype == torch.float32 or supported[dtype]() else CastLinear
+    prepacked = available and (dtype == torch.float32 or supported[dtype]())
+    classes = {"prepacked": PrepackedLinear} if prepacked else {}
+    return classes | {"row-major": CastLinear, "transposed": TransposedLinear}
 
 
 @torch.no_grad()
-def prepack(model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False) -> GPT:
+def prepack(
+    model: GPT, dtype: torch.dtype, quantize: str | None = None, compile: bool = False, layout: str | None = None
+) -> GPT:
     """Replace the model's Linear layers in place, and return the model. It can no longer be trained or saved.
 
     Args:
         dtype: dtype of the matrix products. On a CPU, bfloat16 is fastest for int8.
         quantize: "int8": quantize the weights, including the output head's; None: no quantization.
         compile: whether the model will be compiled. The compiler then chooses the layout of the weights.
+        layout: the name of one of linear_classes. None: the default.
     """
-    device = model.transformer.wte.weight.device
-    layout = Int8Linear if quantize == "int8" else linear_class(device, dtype, compile)
+    classes = linear_classes(model.transformer.wte.weight.device, dtype, quantize, compile)
+    linear = classes[layout or next(iter(classes))]
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):
-                setattr(parent, name, layout(layer.weight, layer.bias, dtype))
+                setattr(parent, name, linear(layer.weight, layer.bias, dtype))
     return model
 
 
-def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None = None) -> DeviceSettings:
+def prepare_for_decoding(
+    config: WriterConfig, model: GPT, compile: bool | None = None, rows: int = 1
+) -> DeviceSettings:
     """Choose the dtype and prepack the model in place.
 
     Args:
         compile: whether to compile the decoding step. None: no; on CUDA, Decoder then captures the eager step. On a
             CPU, compilation is faster only for long int8 texts (docs/speed.md).
+        rows: number of texts that are generated at once.
 
     Raises:
         UserError: int8 weights do not support config.dtype or this device.
     """
-    dtype, why, on_cpu = config.dtype, {}, model.transformer.wte.weight.device.type == "cpu"
+    dtype, why, paths, on_cpu = config.dtype, {}, {}, model.transformer.wte.weight.device.type == "cpu"
     if config.quantize and not on_cpu:
         raise UserError("quantize = int8 is for CPUs: on a GPU bfloat16 is faster (docs/speed.md); leave out quantize")
     if compile is None and model.transformer.wte.weight.device.type == "cuda":
@@ -136,43 +192,58 @@ def prepare_for_decoding(config: WriterConfig, model: GPT, compile: bool | None 
         if dtype == "float16":
             raise UserError("quantize = int8 computes in bfloat16 on a CPU: leave out dtype")
         dtype = "bfloat16"
-    elif on_cpu and dtype == "auto":
-        dtype, why["dtype"] = faster_decoding_dtype(model, bool(compile))
+    if on_cpu:
+        faster, layout = choose_linear(model, dtype, config.quantize, bool(compile), rows)
+        if dtype == "auto":
+            dtype, why["dtype"] = faster.name, faster.why or "this CPU has no bfloat16"
+        paths["linear"], why["linear"] = layout
     settings = select_device(config.device, dtype, compile, why=why)
-    prepack(model, settings.dtype, config.quantize, settings.compile)
+    prepack(model, settings.dtype, config.quantize, settings.compile, paths.get("linear"))
     if config.quantize:
         settings.why["dtype"] = f"{config.quantize} weights"
-    return settings
+    return dataclasses.replace(settings, paths=paths)
 
 
-def faster_decoding_dtype(model: GPT, compile: bool = False) -> Choice:
-    """Return the dtype that decodes one token faster on a CPU.
+def choose_linear(
+    model: GPT, dtype: str, quantize: str | None = None, compile: bool = False, rows: int = 1
+) -> tuple[Choice, Choice]:
+    """Return the dtype and the layout that decode fastest on a CPU.
 
-    The result does not depend on the batch size, so that a seed always gives the same text.
+    The dtype does not depend on the number of texts, so that a seed gives the same text, to rounding.
 
     Args:
         model: a model that is not prepacked.
-        compile: as in prepack.
+        dtype: `auto`: the faster of float32 and bfloat16.
+        quantize, compile: as in prepack.
+        rows: number of texts that are generated at once. The layout is timed with 8 tokens if there are several.
     """
-    if not has_bfloat16():
-        return Choice("float32", "this CPU has no bfloat16")
-    config = model.config
-    timed, size = [], 0
+    config, layers, size = model.config, [], 0
     for layer in (*model.transformer.h.modules(), model.lm_head):
         if isinstance(layer, nn.Linear) and size < TIMED_ELEMENTS:
-            timed.append(layer)
+            layers.append(layer)
             size += layer.weight.numel()
 
-    def matmuls(dtype: torch.dtype) -> list[Callable]:
-        layout = linear_class(torch.device("cpu"), dtype, compile)
-        return [partial(layout(layer.weight, layer.bias, dtype), torch.ones(1, layer.in_features)) for layer in timed]
+    @torch.no_grad()
+    def matmuls(kind: type[CastLinear], dtype: str, tokens: int) -> list[Callable]:
+        pairs = [(kind(x.weight, x.bias, DTYPES[dtype]), torch.ones(tokens, x.in_features)) for x in layers]
+        return [partial(layer, x) for layer, x in pairs]
 
     shape = (
         f", {config.n_layer} layers, {config.n_embd} wide, MLP {config.mlp_ratio:g} times, {config.vocab_size} ids"
         f"{', compiled' * compile}"
     )
-    candidates = {name: partial(matmuls, DTYPES[name]) for name in ("float32", "bfloat16")}
-    return choose("matmuls of one token", candidates, shape)
+
+    def layout(dtype: str, tokens: int) -> tuple[Choice, type[CastLinear]]:
+        kinds = linear_classes(torch.device("cpu"), DTYPES[dtype], quantize, compile)
+        candidates = {name: partial(matmuls, kind, dtype, tokens) for name, kind in kinds.items()}
+        label = f"{quantize or dtype} matmuls of {tokens} token{'s' * (tokens > 1)}"
+        choice = choose(label, candidates, shape)
+        return choice, kinds[choice.name]
+
+    names = (dtype,) if dtype != "auto" else ("float32", "bfloat16")[: 1 + has_bfloat16()]
+    dtypes = {name: lambda name=name: matmuls(layout(name, 1)[1], name, 1) for name in names}
+    faster = choose("matmuls of 1 token", dtypes, shape)
+    return faster, layout(faster.name, 8 if rows > 1 else 1)[0]
 
 
 def prepacked_bytes(model: GPT) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,7 @@ BF16_CPU_MAX_PLAIN_TOKENS = 512
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    manual: bool = False,
-    path: str | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, path: str | None = None
 ) -> Tensor:
     """Compute attention of T queries to S keys. Either T = S, or T = 1 and the query belongs to the last key.
 
@@ -35,8 +28,8 @@ def attention(
         mask: bool, broadcastable to (B, H, T, S), true where a key is visible to a query. None: causal, each query
             sees its own key and those before it.
         dropout: probability that an attention weight is dropped.
-        manual: use manual_attention.
-        path: in training on a CPU, "fused": torch's kernel, or "plain": plain operators. Default: by dtype and T.
+        path: "manual": manual_attention in float32. In training on a CPU, "fused": torch's kernel, or "plain": plain
+            operators. Default: by device, dtype and T.
 
     Returns:
         (B, H, T, D).
@@ -48,11 +41,11 @@ def attention(
     if on_cpu:
         small = k.dtype == torch.bfloat16 and T <= BF16_CPU_MAX_PLAIN_TOKENS
         plain = path == "plain" if path and torch.is_grad_enabled() else small
-    if manual or plain:
+    if path == "manual" or plain:
         if causal:
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T)
         # In training on a CPU, float32 scores of bfloat16 queries would make updates 14% slower (docs/speed.md).
-        fast = on_cpu and not manual and torch.is_grad_enabled()
+        fast = on_cpu and path != "manual" and torch.is_grad_enabled()
         dtype = k.dtype if fast else torch.promote_types(k.dtype, torch.float32)
         return manual_attention(q, k, v, mask, dropout, dtype)
     if D % 8 and T > 1:
@@ -79,26 +72,16 @@ def manual_attention(
         return F.dropout(weights, dropout).type_as(v) @ v
 
 
-def attention_candidates(
-    B: int, H: int, T: int, D: int, dtype: torch.dtype, dropout: float
-) -> dict[str, Callable[[], list[Callable]]]:
-    """Return functions that make a forward and backward pass to time, by `path`. Arguments are those of training.
+def attention_steps(path: str, B: int, H: int, T: int, D: int, dtype: torch.dtype, dropout: float) -> list[Callable]:
+    """Return a function to time: a forward and backward pass of `attention` with `path`, as in training."""
+    qkv = torch.ones(B, T, 3, H, D, dtype=dtype, requires_grad=True)  # as Attention.c_attn computes it
+    dy = torch.ones(B, T, H, D, dtype=dtype)
 
-    Plain operators store the weights, (B, H, T, T), so that they are not listed for long sequences.
-    """
+    def step() -> None:
+        y = attention(*qkv.transpose(1, 3).unbind(2), dropout=dropout, path=path)  # (B, H, T, D)
+        torch.autograd.grad(y.transpose(1, 2), qkv, dy)
 
-    def make(path: str) -> list[Callable]:
-        qkv = torch.ones(B, T, 3, H, D, dtype=dtype, requires_grad=True)  # as Attention.c_attn computes it
-        dy = torch.ones(B, T, H, D, dtype=dtype)
-
-        def step() -> None:
-            y = attention(*qkv.transpose(1, 3).unbind(2), dropout=dropout, path=path)  # (B, H, T, D)
-            torch.autograd.grad(y.transpose(1, 2), qkv, dy)
-
-        return [step]
-
-    paths = ("fused", "plain") if T <= BF16_CPU_MAX_PLAIN_TOKENS else ("fused",)
-    return {path: partial(make, path) for path in paths}
+    return [step]
 
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines

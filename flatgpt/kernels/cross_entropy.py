@@ -72,25 +72,20 @@ def fused_loss_outside_graph(device: torch.device, compile: Callable[[Callable, 
     return torch.compiler.disable(partial(fused_loss, softmax_gradient=kernel))
 
 
-def loss_candidates(N: int, C: int, V: int, bias: bool, dtype: torch.dtype) -> dict[str, Callable[[], list[Callable]]]:
-    """Return functions that make a forward and backward pass to time, by `path` of use_fused_loss."""
+def loss_steps(path: str, N: int, C: int, V: int, dtype: torch.dtype) -> list[Callable]:
+    """Return a function to time: a forward and backward pass of the head and the loss with `path`, as in training."""
+    x, weight, targets = torch.ones(N, C), torch.ones(V, C), torch.zeros(N, dtype=torch.int64)
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
 
-    def make(path: str) -> list[Callable]:
-        x, weight = torch.ones(N, C, requires_grad=True), torch.ones(V, C, requires_grad=True)
-        head_bias = torch.ones(V, requires_grad=True) if bias else None
-        targets, inputs = torch.zeros(N, dtype=torch.int64), [x, weight, *[head_bias] * bias]
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            if path == "fused":
+                loss = fused_loss(x, weight, None, targets, V)
+            else:
+                loss = F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
+        torch.autograd.grad(loss, inputs)
 
-        def step() -> None:
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                if path == "fused":
-                    loss = fused_loss(x, weight, head_bias, targets, V)
-                else:
-                    loss = F.cross_entropy(F.linear(x, weight, head_bias).float(), targets, ignore_index=-1)
-            torch.autograd.grad(loss, inputs)
-
-        return [step]
-
-    return {path: partial(make, path) for path in ("fused", "plain")}
+    return [step]
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -25,16 +25,16 @@ from flatgpt.runtime.files import write_output
 
 MIN_SECONDS = 0.1  # minimum measuring time, all candidates together
 # Slow steps and busy machines take longer: up to MAX_SECONDS, until each step has run MIN_REPEATS times.
-MIN_REPEATS, MAX_SECONDS = 10, 0.5
+MIN_REPEATS, MAX_SECONDS = 20, 1.0
 MIN_SPEEDUP = 1.05  # of a candidate over those listed before it; a smaller one may be noise
 MAX_FLOPS = 1e9  # of a step that is timed: about 10 ms on one core
 
-# Name -> function that makes the steps to time. Candidates that are more accurate or need less memory come first.
+# Name -> function that makes the steps to time. Defaults, and what is more accurate, come first.
 Candidates = dict[str, Callable[[], list[Callable]]]
 
 
 class Choice(NamedTuple):
-    """The name of the chosen candidate, and why: the measured times."""
+    """The name of the chosen candidate, and why: the measured times. Empty if there was only one candidate."""
 
     name: str
     why: str
@@ -90,7 +90,7 @@ def choose(label: str, candidates: Candidates, shape: str = "") -> Choice:
         shape: everything else that the choice depends on, besides label, CPU, number of threads and torch.
     """
     if len(candidates) == 1:
-        return Choice(*candidates, "the only one here")
+        return Choice(*candidates, "")
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # limits the instructions that oneDNN uses
     key = (
         f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()} {isa}, {torch.get_num_threads()} threads, "

@@ -88,6 +88,10 @@ class DeviceSettings:
         mode = "compiled" if self.compile and not compiler.failed else "eager"
         return f"{self.name}{threads}, {dtype}{reasons['dtype']}, {mode}{reasons['compile']}"
 
+    def path_lines(self) -> list[str]:
+        """Return a line for each of `paths`, with its reason."""
+        return [f"{kind:<8} {path} ({self.why[kind]})" for kind, path in self.paths.items() if self.why[kind]]
+
 
 def note(text: str) -> None:
     """Print a line to standard error, on rank 0 only."""

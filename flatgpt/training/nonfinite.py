@@ -29,14 +29,8 @@ NUMBER, MISSING = int | float, EllipsisType  # earlier versions and other dtypes
 PROGRESS = {"val_loss": NUMBER | None, "best_loss": NUMBER | None, "best_iter": int | None}
 PROGRESS |= {"since_best": int, "eval_pending": bool | MISSING}
 TYPES = {
-    STATE: {
-        "finished": bool,
-        "chosen": dict,
-        "chosen.why": dict | MISSING,
-        "chosen.paths": dict | MISSING,
-        "data.manifest_sha256": str,
-    }
-    | {"wandb_id": str | None, **PROGRESS}
+    STATE: {"finished": bool, "chosen": dict, "chosen.why": dict | MISSING, "data.manifest_sha256": str}
+    | {"chosen.paths": dict | MISSING, "wandb_id": str | None, **PROGRESS}
     | {f"config.{key}": int for key in ("eval_interval", "max_iters", "batch_size", "grad_accum_steps")},
     TRAIN_STATE: {"optimizer": dict, "scaler": dict, "health": dict | MISSING, **PROGRESS}
     | {"row.iter": int, "row.tokens": int, "row.epoch": NUMBER}

@@ -27,17 +27,14 @@ from flatgpt.training.setup import TrainingRun
 
 def summary(run: TrainingRun) -> str:
     """Return the sizes and settings of a run, printed before its first update."""
-    config, settings, data = (
-        run.config,
-        run.device_settings,
-        f"{run.dataset.notice or run.dataset.folder} ({run.dataset.meta['tokenizer']})",
-    )
+    config, settings = run.config, run.device_settings
+    data = f"{run.dataset.notice or run.dataset.folder} ({run.dataset.meta['tokenizer']})"
     ranks = f"; {run.ranks.world} ranks, {'fully_shard' if config.fsdp else 'DDP'}" if run.ranks.world > 1 else ""
     return "\n".join(
         [
             *size_lines(config, run.model, data, run.batches.windows),
             f"machine  {settings.describe()}{ranks}",
-            *(f"{kind:<8} {path} ({settings.why[kind]})" for kind, path in settings.paths.items()),
+            *settings.path_lines(),
             f"folder   {config.out_dir}",
         ]
     )

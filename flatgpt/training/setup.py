@@ -22,8 +22,8 @@ from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.interop.pretrained import read_tokenizer
-from flatgpt.kernels.attention import attention_candidates
-from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, loss_candidates
+from flatgpt.kernels.attention import BF16_CPU_MAX_PLAIN_TOKENS, attention_steps
+from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, MIN_FUSED_LOGITS, loss_steps
 from flatgpt.runtime.choices import MAX_FLOPS, Choice, choose, has_bfloat16
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
@@ -181,24 +181,24 @@ def choose_paths(
         why = {kind: (chosen.get("why") or {}).get(kind, "chosen when the run started") for kind in paths}
         return dataclasses.replace(settings, paths=paths, why=settings.why | why)
 
-    def measure_paths() -> dict[str, Choice]:
-        B, T, C, H = config.batch_size, config.context_length, config.n_embd, config.n_head
-        D, V = C // H, -(-config.vocab_size // 64) * 64  # V padded
-        found = {}
-        if config.attention != "manual":
-            pairs = max(torch.get_num_threads(), int(MAX_FLOPS / (14 * T * T * D)))  # B x H; 7 products, (T, T, D) each
-            heads = min(H, pairs)
-            batch = min(B, max(1, pairs // heads))
-            candidates = attention_candidates(batch, heads, T, D, settings.dtype, config.dropout)
-            shape = f", dropout {bool(config.dropout)}"
-            found["attention"] = choose(f"{dtype} {batch:,} x {heads} x {T:,} x {D}", candidates, shape)
-        N = min(B * T, max(64, int(2 * MAX_FLOPS / (6 * C * V))))  # 3 products, (N, C, V) each
-        if B * T * V <= MAX_PLAIN_LOGITS:
-            candidates = loss_candidates(N, C, V, config.head_bias, settings.dtype)
-            found["loss"] = choose(f"{dtype} {N:,} x {C:,} x {V:,}", candidates, f", bias {config.head_bias}")
-        return found
+    B, T, C, H = config.batch_size, config.context_length, config.n_embd, config.n_head
+    D, V = C // H, -(-config.vocab_size // 64) * 64  # V padded
+    pairs = max(torch.get_num_threads(), int(MAX_FLOPS / (14 * T * T * D)))  # of B and H; 7 products, (T, T, D) each
+    heads, rows = min(H, pairs), min(B * T, max(64, int(MAX_FLOPS / (3 * C * V))))  # 3 products, (rows, C, V) each
+    kinds = {}  # plain operators store attention weights and logits, so that they are not measured for large ones
+    if config.attention != "manual" and T <= BF16_CPU_MAX_PLAIN_TOKENS:
+        sizes = min(B, max(1, pairs // heads)), heads, T, D
+        default = "plain" if settings.dtype == torch.bfloat16 else "fused"
+        kinds["attention"] = partial(attention_steps, dropout=config.dropout), sizes, default
+    if B * T * V <= MAX_PLAIN_LOGITS:
+        kinds["loss"] = loss_steps, (rows, C, V), "fused" if B * T * V > MIN_FUSED_LOGITS else "plain"
 
-    found = ranks.run_on_rank0(measure_paths)
+    def measure(make: Callable, sizes: tuple[int, ...], default: str) -> Choice:
+        paths = sorted(("fused", "plain"), key=lambda path: path != default)
+        candidates = {path: partial(make, path, *sizes, dtype=settings.dtype) for path in paths}
+        return choose(f"{dtype} {' x '.join(map(str, sizes))}", candidates, f", dropout {config.dropout:g}")
+
+    found = ranks.run_on_rank0(lambda: {kind: measure(*kinds[kind]) for kind in kinds})
     paths, why = ({kind: choice[i] for kind, choice in found.items()} for i in (0, 1))
     return dataclasses.replace(settings, paths=paths, why=settings.why | why)
 
@@ -264,7 +264,7 @@ def build_run(
     model = GPT(config.model())  # initialised on the CPU: the same weights on every device
     model.loss_path = device_settings.paths.get("loss")
     for block in model.transformer.h:
-        block.attn.path = device_settings.paths.get("attention")
+        block.attn.path = device_settings.paths.get("attention", block.attn.path)
     if init_from:
         load_pretrained(model, init_from)
     sums = [float(p.detach().double().sum()) for p in model.parameters()]

@@ -35,7 +35,7 @@ def printed(text: str) -> list[tuple[str, str, str]]:
 def test_a_run_prints_stores_and_keeps_its_choices(tiny_data, measured, capsys, path):
     timed = measured("bfloat16", path)
     run = train_here(*AUTO, "--max_iters", 3)
-    assert timed == [DTYPES, PATHS, PATHS]
+    assert timed == [DTYPES, PATHS[::-1], PATHS[::-1]]  # the default first
     measured("float32", *({*PATHS} - {path}))
     for iters in (6, 9):
         chosen = checkpoint.read_state(run / "ckpt/last")["chosen"]
@@ -65,7 +65,7 @@ def test_a_run_of_an_earlier_version_keeps_its_operators(tiny_data, measured, ca
     assert checkpoint.read_state(run / "ckpt/last")["chosen"]["paths"] == {}
     assert len(timed) == 3
     train_here("--dtype", "float32", "--max_iters", 9, "--resume")  # another dtype is measured anew
-    assert timed[3:] == [PATHS, PATHS]
+    assert timed[3:] == [PATHS, PATHS[::-1]]
 
 
 @pytest.mark.parametrize("words", [("--deterministic", "true"), ("--compile", "true"), ("--attention", "manual")])
@@ -74,7 +74,7 @@ def test_what_excludes_a_measurement(tiny_data, measured, words, monkeypatch):
     monkeypatch.setattr("flatgpt.training.setup.compile_forward", lambda model, warn: model)
     timed = measured()
     train_here(*words, "--max_iters", 1, "--eval_interval", 1, "--sample_tokens", 0)
-    assert timed == [PATHS] * (words[1] == "manual")  # the loss
+    assert timed == [PATHS[::-1]] * (words[1] == "manual")  # the loss
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -130,7 +130,7 @@ def test_infer_writes_the_same_text_the_next_time(tiny_home, measured, monkeypat
 
     measured(first)
     text, machine = write()
-    assert f"on cpu (1 thread), {first} (matmuls of one token: 1 ms, {second} 2), eager" in machine
+    assert f"on cpu (1 thread), {first} (matmuls of 1 token: 1 ms, {second} 2), eager" in machine
     measured(second)
     again = write()
     assert (again[0], again[1].splitlines()[0]) == (text, machine.splitlines()[0])

@@ -117,6 +117,7 @@ WRONG = [  # file, key, value, and what is said of it
     ("state.json", "finished", None, " is missing"),
     ("state.json", "since_best", "x", " = 'x'"),
     ("state.json", "chosen.why", 3, " = 3"),
+    ("state.json", "chosen.paths", "x", " = 'x'"),
     ("state.json", "data", [], ".manifest_sha256 is missing"),
     ("state.json", "config.max_iters", "x", " = 'x'"),
 ]

@@ -21,7 +21,7 @@ def test_every_head_size_has_a_fused_kernel_in_float16(head_size):
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         y = attention(q, k, v)
         y.sum().backward()
-    torch.testing.assert_close(y, attention(q, k, v, manual=True), rtol=0, atol=5e-3)
+    torch.testing.assert_close(y, attention(q, k, v, path="manual"), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize(("position", "kind"), list(itertools.product(("learned", "rope"), ("flash", "manual"))))

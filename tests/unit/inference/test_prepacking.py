@@ -20,7 +20,9 @@ from flatgpt.inference.prepacking import (
     CastLinear,
     Int8Linear,
     PrepackedLinear,
-    linear_class,
+    TransposedLinear,
+    VNNILinear,
+    linear_classes,
     prepack,
     prepare_for_decoding,
 )
@@ -28,26 +30,33 @@ from flatgpt.interop.loading import find, load
 from model import GPT
 
 CPU = torch.device("cpu")
-KINDS = [(kind, dtype) for kind in (CastLinear, PrepackedLinear) for dtype in (torch.float32, torch.bfloat16)]
-KINDS += [(kind, torch.float16) for kind in (CastLinear, PrepackedLinear, Int8Linear)] + [(Int8Linear, torch.bfloat16)]
+PLAIN = (CastLinear, TransposedLinear, PrepackedLinear)
+KINDS = [(kind, dtype) for kind in PLAIN for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+KINDS += [(Int8Linear, torch.float16), (Int8Linear, torch.bfloat16), (VNNILinear, torch.bfloat16)]
 
 
 def kept(weight: torch.Tensor, kind: type, dtype: torch.dtype) -> torch.Tensor:
     """The matrix that the layer stands for, in float32; int8's in numpy, row by row."""
-    if kind is not Int8Linear:
+    if not issubclass(kind, Int8Linear | VNNILinear):
         return weight.to(dtype).float()
-    rows = []
+    rows, dtype = [], torch.float32 if kind is VNNILinear else dtype
     for row in weight.numpy():
         scale = torch.tensor(max(float(np.abs(row).max()), 1e-5) / 127).to(dtype).item()
         rows.append(np.clip(np.round(row / np.float32(scale)), -127, 127) * scale)
     return torch.tensor(np.array(rows), dtype=torch.float32)
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Inputs rounded to 255 steps between the largest of each token and its negative, in float32."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+    return (x / scale).round() * scale
+
+
 @pytest.mark.parametrize("size", [(64, 192), (57, 65), (30, 3), (1, 1)], ids=str)
 @pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_layer_equals_plain_products(kind, dtype, size):
     """Sizes that are no multiple of what a processor takes at once too: int8's kernel reads past their ends."""
-    if kind is PrepackedLinear and linear_class(CPU, dtype, compile=False) is not PrepackedLinear:
+    if kind not in (linear_classes(CPU, dtype) | linear_classes(CPU, dtype, "int8")).values():
         pytest.skip(f"oneDNN computes no {dtype} here")
     n_in, n_out = size
     torch.manual_seed(0)
@@ -60,7 +69,7 @@ def test_layer_equals_plain_products(kind, dtype, size):
     for bias in (None, torch.randn(n_out) * 2):
         layer, b = kind(weight, bias, dtype), None if bias is None else bias.to(dtype).float()
         for x in inputs:
-            answer, x = layer(x), x.to(dtype).float()
+            answer, x = layer(x), x.to(dtype).float() if kind is not VNNILinear else rounded(x)
             assert (answer.dtype, answer.shape) == (dtype, (*x.shape[:-1], n_out))
             # The sum of all that is added up bounds the rounding, once in 16 bits and at each step in 32.
             largest = F.linear(x.abs(), matrix.abs(), None if b is None else b.abs())
@@ -114,15 +123,16 @@ def test_packed_model_computes_what_the_trained_one_does(changes, onednn, monkey
 
 
 def test_which_layers_are_taken(monkeypatch):
-    """oneDNN's where it multiplies in the precision, except for the compiler."""
+    """oneDNN's by default where it multiplies in the precision, except for the compiler."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for name in ("bf16", "fp16"):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: name == "bf16")
-    assert linear_class(CPU, torch.float32, compile=False) is PrepackedLinear
-    assert linear_class(CPU, torch.bfloat16, compile=False) is PrepackedLinear
-    assert linear_class(CPU, torch.float16, compile=False) is CastLinear
-    assert linear_class(CPU, torch.float32, compile=True) is CastLinear
-    assert linear_class(torch.device("cuda"), torch.float32, compile=False) is CastLinear
+    for dtype, default in ((torch.float32, "prepacked"), (torch.bfloat16, "prepacked"), (torch.float16, "row-major")):
+        classes = linear_classes(CPU, dtype)
+        assert next(iter(classes)) == default
+        assert {*classes} == {default, "row-major", "transposed"}
+    assert linear_classes(CPU, torch.float32, compile=True) == {"row-major": CastLinear}
+    assert linear_classes(torch.device("cuda"), torch.float32) == {"row-major": CastLinear}
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ def loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible) -> torch.Te
     return y
 
 
-@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("path", [None, "manual", "fused", "plain"])
 @pytest.mark.parametrize("D", [2, 6, 8])
 @pytest.mark.parametrize("case", ["causal", "last token", "mask"])
-def test_attention_equals_a_loop(case, D, manual):
+def test_attention_equals_a_loop(case, D, path):
     q, k, v = qkv(2, 3, 5, D).double()
     q = q if case == "causal" else q[:, :, -1:]
     mask = None
@@ -36,8 +36,8 @@ def test_attention_equals_a_loop(case, D, manual):
         mask[1, ..., 2:] = False
     keys = {"causal": lambda b, t: range(t + 1), "last token": lambda b, t: range(5)}
     expected = loop(q, k, v, keys.get(case, lambda b, t: range((5, 2)[b])))
-    torch.testing.assert_close(attention(q, k, v, mask, manual=manual), expected)
-    assert attention(q.bfloat16(), k.float(), v.float(), mask, manual=manual).dtype == torch.float32  # the cache's
+    torch.testing.assert_close(attention(q, k, v, mask, path=path), expected)
+    assert attention(q.bfloat16(), k.float(), v.float(), mask, path=path).dtype == torch.float32  # the cache's
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -50,13 +50,13 @@ def test_plain_operators_are_as_exact_as_the_fused_kernel(queries, dtype, autoca
     expected = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=queries > 1)
     with torch.autocast("cpu", dtype, enabled=autocast):
         fused = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
-        plain = [attention(q, k, v, manual=True)]
+        plain = [attention(q, k, v, path="manual")]
         with torch.no_grad():
             plain.append(attention(q, k, v))
     for found in plain:
         assert found.dtype == dtype
         assert (found - expected).norm() < 1.5 * (fused - expected).norm()
-    assert attention(q * 200, k * 200, v, manual=True).isfinite().all()
+    assert attention(q * 200, k * 200, v, path="manual").isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -69,7 +69,7 @@ def test_fused_kernel_equals_plain_operators(dtype, monkeypatch):
         inputs = qkv(1, 2, T, 57).to(dtype).requires_grad_()
         results = []
         for manual in (False, True):
-            y = attention(*inputs, manual=manual)
+            y = attention(*inputs, path="manual" if manual else None)
             results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         for fused, plain in zip(*results, strict=True):
             assert (fused - plain).abs().max() < (1e-4 if dtype == torch.float32 else 0.03) * plain.abs().max()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from in_process import TINY
 
-from config import ModelConfig, TrainConfig
+from config import InferConfig, ModelConfig, TrainConfig
 from flatgpt.cli import cli
 from flatgpt.inference import prepacking
-from flatgpt.kernels.attention import attention_candidates
-from flatgpt.kernels.cross_entropy import loss_candidates
+from flatgpt.kernels.attention import attention_steps
+from flatgpt.kernels.cross_entropy import loss_steps
 from flatgpt.runtime import choices
 from flatgpt.training import setup
 from model import GPT
@@ -25,6 +25,13 @@ def cache(tmp_path, monkeypatch) -> Path:
     """The file of cached choices, in a temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/flatgpt/precision.json"
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """bfloat16 is available, whatever the CPU."""
+    monkeypatch.setattr(prepacking, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
 
 
 class Steps:
@@ -88,10 +95,10 @@ def test_other_work_on_the_machine_does_not_affect_the_choice():
 
 @pytest.mark.parametrize(
     ("a", "b", "least", "most"),
-    [(1e-4, 1e-4, 0.1, 0.11), (2e-2, 1e-2, 0.3, 0.31), (3.0, 3.0, 6.0, 6.1)],
+    [(1e-4, 1e-4, 0.1, 0.11), (2e-2, 1e-2, 0.6, 0.61), (3.0, 3.0, 6.0, 6.1)],
 )
 def test_measuring_ends(a, b, least, most):
-    """After 0.1 s; slow steps after 10 repeats or 0.5 s; very slow ones after one round."""
+    """After 0.1 s; slow steps after 20 repeats or 1 s; very slow ones after one round."""
     steps = Steps(a=[[0, a]], b=[[0, b]])
     steps.measured()
     assert least <= steps.now <= most
@@ -106,8 +113,8 @@ def test_bfloat16_is_not_timed_if_the_cpu_lacks_it(measured, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     timed = measured("bfloat16")
     assert setup.faster_training_dtype(train_config()) == ("float32", "this CPU has no bfloat16")
-    assert prepacking.faster_decoding_dtype(model()) == ("float32", "this CPU has no bfloat16")
-    assert timed == []
+    assert prepacking.choose_linear(model(), "auto")[0].name == "float32"
+    assert timed == [("row-major", "transposed")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,18 +144,16 @@ def test_training_times_shapes_of_the_run(candidates):
     config = train_config(words)
     assert setup.faster_training_dtype(config).name == "float32"
     settings = setup.choose_device(config, setup.SINGLE_PROCESS, {})
-    assert setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths == {"attention": "fused"}
+    assert setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths == {"attention": "plain"}
     assert [*candidates] == ["matmul 48 x 1,600 x 6,400", "bfloat16 1 x 4 x 512 x 64"]
     results = [step() for make in candidates["matmul 48 x 1,600 x 6,400"].values() for step in make()]
     assert [(y.shape, y.dtype) for y in results] == [((48, 6400), dtype) for dtype in DTYPES]
     assert (results[0] == 1600).all()  # a matmul of ones
+    config = train_config("--batch_size 8 --context_length 513 --n_embd 512")
+    assert [*setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths] == ["loss"]
     config = train_config("--batch_size 8 --vocab_size 4000 --n_embd 512")
     assert [*setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths] == ["attention", "loss"]
-    assert [*candidates][2:] == ["bfloat16 8 x 2 x 32 x 256", "bfloat16 161 x 512 x 4,032"]
-
-
-def test_long_sequences_have_no_plain_attention():
-    assert [*attention_candidates(1, 1, 1024, 8, torch.bfloat16, 0.0)] == ["fused"]
+    assert [*candidates][3:] == ["bfloat16 8 x 2 x 32 x 256", "bfloat16 161 x 512 x 4032"]
 
 
 DTYPES = torch.float32, torch.bfloat16
@@ -158,8 +163,8 @@ DTYPES = torch.float32, torch.bfloat16
 @pytest.mark.parametrize("path", ["fused", "plain"])
 def test_steps_of_training_use_their_operators(dtype, path):
     """Forward and backward, with the dtype's own kernels."""
-    attention = attention_candidates(2, 2, 4, 8, dtype, 0.0)[path]()
-    loss = loss_candidates(6, 8, 64, True, dtype)[path]()
+    attention = attention_steps(path, 2, 2, 4, 8, dtype, 0.0)
+    loss = loss_steps(path, 6, 8, 64, dtype)
     with torch.profiler.profile() as profile:
         for step in (*attention, *loss):
             step()
@@ -179,12 +184,12 @@ def test_this_cpu_is_measured():
     name, why = setup.faster_training_dtype(config := train_config("--dropout 0.1"))
     assert name in ("float32", "bfloat16")
     assert re.fullmatch(FOUND.format("matmul 128 x 32 x 128"), why)
-    name, why = prepacking.faster_decoding_dtype(whole)
-    assert name in ("float32", "bfloat16")
+    faster, layout = prepacking.choose_linear(whole, "auto")
+    assert re.fullmatch(FOUND.format("matmuls of 1 token") + "|", faster.why)
+    assert layout.name in prepacking.linear_classes(torch.device("cpu"), torch.float32)
     settings = setup.choose_device(config, setup.SINGLE_PROCESS, {})
     paths = setup.choose_paths(config, settings, setup.SINGLE_PROCESS, {}).paths
     assert [{*paths}, {*paths.values()} - {"fused", "plain"}] == [{"attention", "loss"}, set()]
-    assert re.fullmatch(FOUND.format("matmuls of one token"), why)
     assert torch.equal(torch.get_rng_state(), before)  # no random number is drawn
 
 
@@ -199,18 +204,37 @@ def model(**changes) -> GPT:
     return GPT(ModelConfig(**SHAPE | changes))
 
 
-def test_a_choice_is_measured_once(measured, cache):
+LAYOUTS = ("prepacked", "row-major", "transposed")
+
+
+def test_a_choice_is_measured_once(measured, cache, both):
     """For each model shape, CPU, number of threads and torch version; neither weights nor context length matter."""
-    timed = measured("bfloat16")
-    choice = prepacking.faster_decoding_dtype(model())
-    measured("float32")
-    assert prepacking.faster_decoding_dtype(model()) == choice
-    assert prepacking.faster_decoding_dtype(model(context_length=16)) == choice
-    assert timed == [("float32", "bfloat16")]
-    ((key, entry),) = json.loads(cache.read_text()).items()
-    assert entry == {"dtype": "bfloat16", "why": "matmuls of one token: 1 ms, float32 2"}
+    timed = measured("bfloat16", "transposed")
+    chosen = prepacking.choose_linear(model(), "auto")
+    measured("float32", "row-major")
+    assert prepacking.choose_linear(model(), "auto") == chosen
+    assert prepacking.choose_linear(model(context_length=16), "auto") == chosen
+    assert prepacking.choose_linear(model(), "bfloat16")[1] == chosen[1]
+    assert timed == [("float32", "bfloat16"), LAYOUTS]
+    assert prepacking.choose_linear(model(), "auto", rows=3)[1].name == "row-major"  # of 8 tokens
+    assert prepacking.choose_linear(model(), "auto", rows=2)[0] == chosen[0]
+    entries = json.loads(cache.read_text())
+    key = next(iter(entries))
+    assert entries[key] == {"dtype": "bfloat16", "why": "matmuls of 1 token: 1 ms, float32 2"}
     assert f"torch {torch.__version__}" in key
     assert os.listdir(cache.parent) == ["precision.json"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_model_is_packed_in_the_chosen_layout(measured, both, dtype, layout):
+    measured(dtype, layout)
+    packed = model()
+    settings = prepacking.prepare_for_decoding(InferConfig(device="cpu"), packed)
+    kind = prepacking.linear_classes(torch.device("cpu"), torch.float32)[layout]
+    assert {type(m) for m in packed.modules() if isinstance(m, prepacking.CastLinear)} == {kind}
+    assert settings.dtype == getattr(torch, dtype)
+    assert settings.path_lines()[0].startswith(f"linear   {layout} ({dtype} matmuls of 1 token: 1 ms, ")
 
 
 OTHERS = {
@@ -222,41 +246,45 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("change", [*OTHERS, "compile", "n_layer", "n_embd", "vocab_size", "mlp_ratio"])
-def test_another_machine_or_shape_is_measured_anew(measured, monkeypatch, change):
+def test_another_machine_or_shape_is_measured_anew(measured, both, monkeypatch, change):
     """The home folder may be shared between machines. The first choice stays cached."""
     measured("bfloat16")
-    prepacking.faster_decoding_dtype(model())
+    prepacking.choose_linear(model(), "auto")
     measured("float32")
     shape = {change: 2 * SHAPE.get(change, 1)} if change not in (*OTHERS, "compile") else {}
     with monkeypatch.context() as patch:
         if change in OTHERS:
             patch.setattr(*OTHERS[change])
-        assert prepacking.faster_decoding_dtype(model(**shape), change == "compile").name == "float32"
-    assert prepacking.faster_decoding_dtype(model()).name == "bfloat16"
+        assert prepacking.choose_linear(model(**shape), "auto", compile=change == "compile")[0].name == "float32"
+    assert prepacking.choose_linear(model(), "auto")[0].name == "bfloat16"
 
 
 @pytest.mark.parametrize(("limit", "timed", "compile"), [(10**9, 9, True), (5 * 32 * 32, 3, False)])
-def test_the_matmuls_of_one_token_are_timed(monkeypatch, limit, timed, compile):
+def test_the_matmuls_of_one_token_are_timed(monkeypatch, both, limit, timed, compile):
     """With each matrix of the model as prepack lays it out, the head last; of a large model the first ones."""
     seen = {}
 
     def choose(label, candidates, shape):
-        seen.update({name: make() for name, make in candidates.items()})
-        return choices.Choice("float32", label)
+        seen[label] = {name: make() for name, make in candidates.items()}
+        return choices.Choice([*candidates][-1], label)
 
     monkeypatch.setattr(prepacking, "choose", choose)
     monkeypatch.setattr(prepacking, "TIMED_ELEMENTS", limit)
     whole = model(vocab_size=200)
-    prepacking.faster_decoding_dtype(whole, compile)
+    prepacking.choose_linear(whole, "auto", compile=compile)
     matrices = [p for name, p in whole.named_parameters() if p.dim() == 2 and "wpe" not in name]
     matrices = [*matrices[1:], matrices[0]][:timed]
-    for dtype, steps in zip(DTYPES, seen.values(), strict=True):
-        layout = prepacking.linear_class(torch.device("cpu"), dtype, compile)
-        assert all(isinstance(step.func, layout) for step in steps)
-        for step, weight in zip(steps, matrices, strict=True):  # the input is ones; biases are zero at first
-            y = step()
-            assert y.dtype == dtype
-            torch.testing.assert_close(y[0].float(), weight.sum(1), atol=0.05, rtol=0.05)
+    for dtype in ("float32", "bfloat16"):
+        kinds = prepacking.linear_classes(torch.device("cpu"), getattr(torch, dtype), compile=compile)
+        steps = seen[f"{dtype} matmuls of 1 token"]
+        last = seen["matmuls of 1 token"][dtype]
+        assert [*steps] == [*kinds]
+        for kind, layers in zip([*kinds.values(), [*kinds.values()][-1]], [*steps.values(), last], strict=True):
+            assert all(isinstance(step.func, kind) for step in layers)
+            for step, weight in zip(layers, matrices, strict=True):  # the input is ones; biases are zero at first
+                y = step()
+                assert y.dtype == getattr(torch, dtype)
+                torch.testing.assert_close(y[0].float(), weight.sum(1), atol=0.05, rtol=0.05)
     assert isinstance(whole.transformer.h[0].mlp.c_fc, torch.nn.Linear)  # the model is not changed
 
 
