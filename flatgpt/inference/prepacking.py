@@ -64,23 +64,22 @@ class PrepackedLinear(CastLinear):
         return _traceable(_onednn_linear)(x.to(self.dtype), self.weight, self.bias)
 
 
-def _traceable(function: Callable) -> Callable:
-    """Return a function, or while a decoding step is traced, its script. Tracing does not support empty lists."""
-    return _script(function) if torch.jit.is_tracing() else function
-
-
-_script = cache(torch.jit.script)
-
-
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045 - for torch.jit.script
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _onednn_int8_linear(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """Return float32 products of uint8 inputs, with scale 1 and zero point 128, and an int8 weight."""
-    return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+def _vnni_linear(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Multiply uint8 inputs with zero point 128 by a prepacked int8 weight: no bias, nothing after the product."""
+    f32 = torch.float32
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, f32, "none", [], "")
+
+
+_scripted = cache(torch.jit.script)
+
+
+def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function, scripted while a step is traced, which does not support the empty lists of its operator."""
+    return _scripted(function) if torch.jit.is_tracing() else function
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,7 +124,7 @@ class VNNILinear(CastLinear):
         flat = x.flatten(0, -2).float()
         scale = flat.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
         inputs = (flat / scale).round_().add_(128).to(torch.uint8)
-        y = _traceable(_onednn_int8_linear)(inputs, self.weight, self.scale, self.zeros).mul_(scale)
+        y = _traceable(_vnni_linear)(inputs, self.weight, self.scale, self.zeros).mul_(scale)
         y = y.to(self.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

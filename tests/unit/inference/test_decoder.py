@@ -99,21 +99,18 @@ def test_under_autocast_a_cpu_keeps_float32():
 # traces, CUDA graphs, the compiler
 
 
-LAYOUTS = [
-    (dtype, quantize, False, layout)
-    for dtype, quantize in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8"))
-    for layout in linear_classes(torch.device("cpu"), dtype, quantize)
-]
-
-
-@pytest.mark.parametrize("packing", [None, *LAYOUTS], ids=str)
-def test_traced_steps_have_the_digits_of_eager_ones(packing, capsys):
+@pytest.mark.parametrize("layout", [None, "prepacked", "row-major", "transposed", "bfloat16 inputs", "int8 inputs"])
+def test_traced_steps_have_the_digits_of_eager_ones(layout, capsys):
     """Also where adjust_logits is edited. All decoders of a model share a trace for each batch size, and have another
     for rows that differ in length.
     """
     model = lively(n_embd=32)
     model.adjust_logits = lambda logits: 15 * torch.tanh(logits / 15)
-    model, calls = prepack(model, *packing) if packing else model, []
+    if layout:
+        quantize = "int8" if "inputs" in layout else None
+        known = layout in linear_classes(torch.device("cpu"), torch.bfloat16, quantize)
+        prepack(model, torch.bfloat16, quantize, layout=layout if known else None)  # else this CPU does not have it
+    calls = []
     model.register_forward_pre_hook(lambda module, words: calls.append(1))
     for prompts, traces in (([[5, 6]] * 2, 1), (PROMPTS[:1], 1), (PROMPTS[1:3], 1), ([[7]] * 2, 0), (PROMPTS[1:3], 0)):
         eager, traced = Decoder(model), Decoder(model, None)
