@@ -9,10 +9,13 @@ logits = decoder.decode_step(torch.tensor([7, 9]))   # (B, V); appends one token
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig, first_line
 from flatgpt.runtime.device import compile_or_run, note
@@ -28,7 +31,9 @@ class KVCache:
     Attributes:
         position: position of the next token. An int applies to all rows and is valid for one forward pass. With a (B,)
             int64 tensor, rows can differ in length, and all steps have the same shapes, as compilation needs.
-        key_length: number of keys that attention reads from each row if position is a tensor; a mask hides later ones.
+        key_length: number of keys that attention reads from each row if position is a tensor; while a step is traced, a
+            scalar tensor.
+        masked: whether a mask hides keys after a row's position, if position is a tensor.
         rows, sources: if position is an int, row rows[i] gets the next tokens of entry sources[i] of the batch.
         last: index of the hidden states, (B, T, C), of each text's last token.
     """
@@ -38,6 +43,7 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.device, self.key_length = device, capacity
+        self.slots, self.masked = torch.arange(capacity, device=device), True
         self.position: int | Tensor | None = 0
         self.rows: Tensor | slice = slice(None)
         self.sources: Tensor | slice = slice(None)
@@ -54,6 +60,8 @@ class KVCache:
         if count > 1 and (isinstance(self.position, Tensor) or self.position):
             raise ValueError(f"{count} tokens after cached tokens: pass one at a time")
         if isinstance(self.position, Tensor):
+            self._index = self.position[:, None, None, None]  # (B, 1, 1, 1)
+            self._mask = self.slots[: self.key_length] <= self._index if self.masked else None  # (B, 1, 1, key_length)
             return self.position[:, None]
         self._start, self.position = self.position, None
         return torch.arange(self._start, self._start + count, device=self.device)
@@ -64,19 +72,33 @@ class KVCache:
         Returns:
             keys, values and mask for attention. For a prompt: k and v themselves, in the precision they were computed
             in. For a single token: all cached, (B, H, position + 1, D), or if position is a tensor
-            (B, H, key_length, D) with a mask, (B, 1, 1, key_length) bool, true where a key is visible.
+            (B, H, key_length, D), with a mask if masked, (B, 1, 1, key_length) bool, true where a key is visible.
         """
         keys, values = self.k[layer], self.v[layer]
         if isinstance(self.position, Tensor):
-            rows = torch.arange(k.size(0), device=self.device)
-            keys[rows, :, self.position] = k[:, :, 0].type_as(keys)
-            values[rows, :, self.position] = v[:, :, 0].type_as(values)
-            visible = torch.arange(self.key_length, device=self.device) <= self.position[:, None]
-            return keys[:, :, : self.key_length], values[:, :, : self.key_length], visible[:, None, None]
+            index = self._index.expand_as(k)
+            keys.scatter_(2, index, k.type_as(keys))
+            values.scatter_(2, index, v.type_as(values))
+            # Of a slice with a traced length, the graph would have an operator for each dimension.
+            return keys.narrow(2, 0, self.key_length), values.narrow(2, 0, self.key_length), self._mask
         end = self._start + k.size(2)
         keys[self.rows, :, self._start : end] = k[self.sources].type_as(keys)
         values[self.rows, :, self._start : end] = v[self.sources].type_as(values)
         return (keys[:, :, :end], values[:, :, :end], None) if self._start else (k, v, None)
+
+
+# Traced steps of each model. torch never frees a traced graph, so that decoders of a model share them.
+_GRAPHS: WeakKeyDictionary[GPT, dict[tuple[int, bool], Callable[..., Tensor]]] = WeakKeyDictionary()
+READS = ["item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__repr__", "__format__"]
+
+
+class _RefuseReads(TorchFunctionMode):
+    """Context manager in which Python cannot read values of tensors, which a traced step would not read again."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in READS:
+            raise RuntimeError("the model reads values of tensors in Python")
+        return function(*args, **(kwargs or {}))
 
 
 class Decoder:
@@ -84,12 +106,13 @@ class Decoder:
 
     Args:
         model: as trained, or prepacked. If autocast is enabled, its precision is used.
-        compile: True: compile the decoding step, and on CUDA capture it as a CUDA graph. None: on CUDA, capture the
-            eager step, which needs no compiler. False: neither. A compiled or captured step attends to `capacity` keys.
-            `capacity` is rounded up, so that texts of similar length share a step.
+        compile: True: compile the decoding step, and on CUDA capture it as a CUDA graph. None: on CUDA capture the
+            eager step, on a CPU trace it, which needs no compiler. False: neither. A compiled or captured step attends
+            to `capacity` keys. `capacity` is rounded up, so that texts of similar length share a step.
 
     Attributes:
         capture: whether steps are captured as CUDA graphs.
+        trace: whether steps are traced.
         capacity: maximum number of tokens in a row.
         lengths: number of tokens in each row.
         compile_seconds: total time for compiling and capturing steps.
@@ -101,6 +124,9 @@ class Decoder:
         self.model, self.compile = model, bool(compile)
         self.device = model.transformer.wte.weight.device
         self.capture = self.device.type == "cuda" and compile is not False
+        self._weights = (*model.parameters(), *model.buffers())
+        self.trace = self.device.type == "cpu" and compile is None
+        self._graphs = _GRAPHS.setdefault(model, {})
         self.capacity, self.compile_seconds = 0, 0.0
         self.lengths: list[int] = []
         # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
@@ -165,21 +191,51 @@ class Decoder:
     @torch.inference_mode()
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Append a token to every row: (B) int64 -> (B, V) logits. In a full row, it replaces the last token."""
-        cache, same_length = self._cache, len(set(self.lengths)) == 1
-        if self.compile or self.capture:
-            cache.position, cache.key_length = self._positions, self.capacity
+        cache, static = self._cache, self.compile or self.capture
+        cache.position, cache.masked = self._positions, static or len(set(self.lengths)) > 1
+        cache.key_length = self.capacity if static else min(max(self.lengths) + 1, self.capacity)
+        if static:
             self._static_step = self._static_step or self._make_static_step(tokens)
             logits = self._static_step(tokens)
         else:
-            cache.position = min(self.lengths[0], self.capacity - 1) if same_length else self._positions
-            cache.key_length = min(max(self.lengths) + 1, self.capacity)
-            logits = self._eager_step(tokens)
+            trace = self.trace and not torch.is_autocast_enabled("cpu")  # whose casts a graph would repeat
+            logits = self._traced_step(tokens) if trace else self._eager_step(tokens)
         self._positions.add_(1).clamp_(max=self.capacity - 1)
         self.lengths = [min(n + 1, self.capacity) for n in self.lengths]
         return logits
 
     def _eager_step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens[:, None], cache=self._cache)[:, -1]
+
+    def _traced_step(self, tokens: Tensor) -> Tensor:
+        """Run the step as a TorchScript graph, which needs half of the time between products that Python needs."""
+        cache = self._cache
+        # Tensors that are not inputs become constants, which a graph keeps.
+        state = (self._positions, cache.slots, *cache.k, *cache.v, *self._weights)
+        inputs = (tokens, torch.tensor(cache.key_length), *state)
+        key = (len(tokens), cache.masked)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._trace(inputs)
+            except Exception as error:  # torch.jit is deprecated; a later torch may not have it
+                note(f"warning: the decoding step could not be traced, continuing without it: {first_line(error)}")
+                self.trace = False
+                return self._eager_step(tokens)
+        with torch.jit.optimized_execution(False):  # optimizing takes longer than it saves
+            return self._graphs[key](*inputs)
+
+    def _trace(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        """Record the operators of a step. Running it again gives the same result."""
+
+        def step(tokens: Tensor, key_length: Tensor, *_: Tensor) -> Tensor:
+            self._cache.key_length = key_length
+            return self._eager_step(tokens)
+
+        with _RefuseReads():
+            self._eager_step(inputs[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # sizes are constants
+            return torch.jit.trace(step, inputs, check_trace=False)
 
     def _make_static_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Compile or capture the step for the cache's shape by running it. Running it again gives the same result."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,29 @@ class PrepackedLinear(CastLinear):
     PREFILL_TOKENS = 512  # the block size is chosen for this many tokens: faster for a prompt, as fast for one token
 
     def set_weight(self, weight: Tensor) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype), self.PREFILL_TOKENS)
+        self.register_buffer("weight", packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+        return _traceable(_onednn_linear)(x.to(self.dtype), self.weight, self.bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045 - for torch.jit.script
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _vnni_linear(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """Multiply uint8 inputs with zero point 128 by a prepacked int8 weight: no bias, nothing after the product."""
+    f32 = torch.float32
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, f32, "none", [], "")
+
+
+_scripted = cache(torch.jit.script)
+
+
+def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function, scripted while a step is traced, which does not support the empty lists of its operator."""
+    return _scripted(function) if torch.jit.is_tracing() else function
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -96,15 +116,15 @@ class VNNILinear(CastLinear):
 
     def set_weight(self, weight: Tensor) -> None:
         quantized, scale = quantize_rows(weight, torch.float32)
-        self.weight, self.scale = torch.ops.onednn.qlinear_prepack(quantized, None), scale
-        self.zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(quantized, None))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2).float()
         scale = flat.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
-        inputs = (flat / scale).round_().add_(128).to(torch.uint8), 1.0, 128  # with scale and zero point
-        output = None, 1.0, 0, torch.float32, "none", [], ""  # no bias, no quantization, nothing after the product
-        y = torch.ops.onednn.qlinear_pointwise(*inputs, self.weight, self.scale, self.zeros, *output).mul_(scale)
+        inputs = (flat / scale).round_().add_(128).to(torch.uint8)
+        y = _traceable(_vnni_linear)(inputs, self.weight, self.scale, self.zeros).mul_(scale)
         y = y.to(self.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

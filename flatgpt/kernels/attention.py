@@ -35,7 +35,7 @@ def attention(
         (B, H, T, D).
     """
     T, D, on_cpu = q.size(2), q.size(3), q.device.type == "cpu"
-    q, causal = q.type_as(k), mask is None and T > 1
+    q, causal = q.type_as(k), mask is None and bool(T > 1)  # bool: while a step is traced, sizes are tensors
     # For a single token on a GPU, plain operators are faster with torch.compile.
     plain = T == 1 and torch.compiler.is_compiling()
     if on_cpu:

@@ -14,7 +14,7 @@ from random_models import random_model
 
 from config import SamplingConfig
 from flatgpt.inference.decoder import PREFILL_TOKENS, Decoder
-from flatgpt.inference.prepacking import prepack
+from flatgpt.inference.prepacking import linear_classes, prepack
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runtime.device import compiler
 from model import GPT
@@ -41,7 +41,7 @@ def assert_next(logits: torch.Tensor, model: GPT, texts: list[list[int]]) -> Non
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compile", [False, True, None], ids=["eager", "compiled", "traced"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_order_of_resets_prefills_and_steps(seed, position, compile, monkeypatch):
@@ -68,6 +68,7 @@ def test_any_order_of_resets_prefills_and_steps(seed, position, compile, monkeyp
                 texts = [[*text[: decoder.capacity - 1], i] for text, i in zip(texts, tokens, strict=True)]
                 assert_next(decoder.decode_step(torch.tensor(tokens)), model, texts)
             assert decoder.lengths == [len(text) for text in texts]
+    assert decoder.trace == (compile is None)
 
 
 def test_prompts_share_forward_passes(monkeypatch):
@@ -95,13 +96,50 @@ def test_under_autocast_a_cpu_keeps_float32():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CUDA graphs, the compiler
+# traces, CUDA graphs, the compiler
+
+
+@pytest.mark.parametrize("layout", [None, "prepacked", "row-major", "transposed", "bfloat16 inputs", "int8 inputs"])
+def test_traced_steps_have_the_digits_of_eager_ones(layout, capsys):
+    """Also where adjust_logits is edited. All decoders of a model share a trace for each batch size, and have another
+    for rows that differ in length.
+    """
+    model = lively(n_embd=32)
+    model.adjust_logits = lambda logits: 15 * torch.tanh(logits / 15)
+    if layout:
+        quantize = "int8" if "inputs" in layout else None
+        known = layout in linear_classes(torch.device("cpu"), torch.bfloat16, quantize)
+        prepack(model, torch.bfloat16, quantize, layout=layout if known else None)  # else this CPU does not have it
+    calls = []
+    model.register_forward_pre_hook(lambda module, words: calls.append(1))
+    for prompts, traces in (([[5, 6]] * 2, 1), (PROMPTS[:1], 1), (PROMPTS[1:3], 1), ([[7]] * 2, 0), (PROMPTS[1:3], 0)):
+        eager, traced = Decoder(model), Decoder(model, None)
+        for decoder in (eager, traced):
+            decoder.reset(len(prompts), 12)
+            decoder.prefill(dict(enumerate(prompts)))
+        calls.clear()
+        for token in (3, 1, 4):
+            tokens = torch.full((len(prompts),), token)
+            assert torch.equal(traced.decode_step(tokens), eager.decode_step(tokens))
+        assert len(calls) == 3 + 2 * traces  # a step is run before it is traced
+        model.transformer.h[0].ln_1.weight.mul_(0.9)
+    assert traced.trace
+    assert capsys.readouterr().err == ""
+
+
+def test_step_that_cannot_be_traced_is_one_warning(capsys):
+    """Such as an edit of the model that reads values of tensors: a trace would repeat the first ones."""
+    model = lively()
+    model.adjust_logits = lambda logits: logits / max(1.0, logits.abs().max().item() / 30)
+    assert_same_texts(Decoder(model, None), Decoder(model))
+    message = "warning: the decoding step could not be traced, continuing without it: the model reads values of tensors"
+    assert capsys.readouterr().err == f"{message} in Python\n"
 
 
 def captured(model: GPT, compile: bool | None = None) -> Decoder:
     """A decoder that captures its steps, as on CUDA."""
     decoder = Decoder(model, compile)
-    decoder.capture = True
+    decoder.capture, decoder.trace = True, False
     return decoder
 
 
