@@ -518,8 +518,8 @@ class InferConfig(WriterConfig):
 
     compile: bool | None = opt(
         None,
-        "compile the decoding step, in half a minute, for long work. auto: only record it, as a CUDA graph or on a "
-        "CPU as TorchScript; --no-compile: neither",
+        "compile the decoding step, for long work: it takes half a minute. auto: only record it, as a CUDA graph or on "
+        "a CPU as TorchScript",
         none="auto",
         recipe=False,
     )

@@ -123,9 +123,6 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
             f"torch {release} can execute code of a file that it loads with weights_only=True (CVE-2025-32434 before "
             "2.6, CVE-2026-24747 before 2.10): pip install -r requirements.txt"
         )
-    # Use huge pages for large CPU tensors outside the heap (Linux): page faults on the logits of 50,257 ids took over
-    # half of an update's time (docs/speed.md). torch reads the variable once, at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _keep_freed_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name, is_available in available.items() if is_available]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -226,8 +225,6 @@ def build_run(
     Raises:
         UserError: settings, data and initial weights are inconsistent, or ranks differ in them.
     """
-    # torch's huge pages, aligned to 4 KB, fragment the heap, which has huge pages of its own (docs/speed.md).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
     paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # may differ between machines
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
@@ -241,8 +238,10 @@ def build_run(
         )
     encoding = load_encoding(config, ranks, name)
     chosen = resumed["chosen"] if resumed else {}
-    device_settings = choose_paths(config, choose_device(config, ranks, chosen), ranks, chosen)
-    device = device_settings.device
+    device_settings = choose_device(config, ranks, chosen)
+    device, dtype = device_settings.device, str(device_settings.dtype).removeprefix("torch.")
+    ranks.require_equal({"dtype": dtype, "compile": device_settings.compile})
+    device_settings = choose_paths(config, device_settings, ranks, chosen)
     decay_iters = config.lr_decay_iters or config.max_iters
     warmup_iters = config.warmup_iters
     if warmup_iters is None:
@@ -254,7 +253,7 @@ def build_run(
         eval_tokens=count_eval_tokens(resumed["config"] if same_batches else vars(config)) or None,
         lr_decay_iters=decay_iters,
         warmup_iters=warmup_iters,
-        dtype=str(device_settings.dtype).removeprefix("torch."),
+        dtype=dtype,
         compile=device_settings.compile,
         out_dir=str(run_dir(config)),
     )
@@ -271,7 +270,7 @@ def build_run(
     if init_from:
         load_pretrained(model, init_from)
     sums = [float(p.detach().double().sum()) for p in model.parameters()]
-    ranks.require_equal({"dtype": config.dtype, "compile": config.compile, "initial weights": sums})
+    ranks.require_equal({"initial weights": sums})
     if not config.fsdp or ranks.world == 1:  # fully_shard moves its shards by itself
         model.to(device)
     wrapped_model = wrap_model(model, ranks, device, device_settings.dtype, config.fsdp)

@@ -65,7 +65,8 @@ def test_verify_data_finds_a_changed_id(tiny_data):
     assert not RUN.exists()
 
 
-def test_each_micro_batch_has_its_own_dropout_masks(tiny_data, monkeypatch):
+def test_each_micro_batch_has_its_own_dropout_masks(tiny_data, measured, monkeypatch):
+    measured("fused")
     seen, real = [], torch.nn.functional.dropout
 
     def dropout(x, *words, **more):
