@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -18,9 +19,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from config import BenchConfig, SamplingConfig, UserError, run_dir
+from config import BenchConfig, ModelConfig, SamplingConfig, UserError, run_dir
 from flatgpt.benchmarks.machine import read_bandwidth
-from flatgpt.benchmarks.measure import Process, interleave, log, script, speedup
+from flatgpt.benchmarks.measure import OwnProcess, Process, interleave, log, script, speedup
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation.metrics import default_batch_size, eval_batches, token_statistics
@@ -44,7 +45,7 @@ Runner = Callable[[], list[float]]  # generates greedily, and returns the time o
 
 
 def bench_infer(config: BenchConfig) -> dict:
-    """Time all variants, interleaved. Return medians over the rounds.
+    """Time all variants, interleaved. Return medians over the rounds. Each peer has a process of its own.
 
     All variants have the same prompt and random weights. The time of a step does not depend on the weights.
     """
@@ -91,26 +92,30 @@ def bench_infer(config: BenchConfig) -> dict:
     if shape.context_length >= PREFILL_TOKENS and selected("prefill"):
         prompt = torch.randint(shape.vocab_size, (PREFILL_TOKENS,)).tolist()
         runners["prefill"] = decoder_runner(Decoder(packed("bfloat16", False)), [prompt], 1)
-    for package, make_peer, peer_precisions in (
-        ("transformers", transformers_peer, ("float32", "bfloat16")),
-        ("llama_cpp", llama_cpp_peer, ("float32", "bfloat16", "q8_0")),
-        ("ctranslate2", ctranslate2_peer, ("float32", "bfloat16", "int8")),
-    ):
-        if not importlib.util.find_spec(package):
-            log(f"{package} is not installed and is skipped")
-        elif shape.position == "learned" and shape.tie_weights and shape.bias:
-            for precision in peer_precisions:
+    with contextlib.ExitStack() as stack:
+        for package, make_peer, peer_precisions in (
+            ("transformers", transformers_peer, ("float32", "bfloat16")),
+            ("llama_cpp", llama_cpp_peer, ("float32", "bfloat16", "q8_0")),
+            ("ctranslate2", ctranslate2_peer, ("float32", "bfloat16", "int8")),
+        ):
+            if not importlib.util.find_spec(package):
+                log(f"{package} is not installed and is skipped")
+                continue
+            for precision in (
+                peer_precisions if shape.position == "learned" and shape.tie_weights and shape.bias else ()
+            ):
                 # the Python interface of llama.cpp generates one text at a time
                 suffixes = batches if package != "llama_cpp" else [""]
-                chosen = [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]
-                peer = chosen and make_peer(model, config.new_tokens, precision, device)
-                for suffix in chosen if peer else ():
-                    runners[f"{package}_{precision}{suffix}"] = functools.partial(peer, batches[suffix])
-    if unknown := set(config.variants) - set(names):
-        raise UserError(f"variants = {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
-    for runner in runners.values():
-        runner()  # warm-up: compilation, memory allocation, first kernel launches
-    results = interleave(runners, config.rounds)
+                if chosen := [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]:
+                    peer = OwnProcess(start_peer, make_peer, shape, config.seed, config.new_tokens, precision, device)
+                    stack.callback(peer.close)
+                    for suffix in chosen if peer.available else ():
+                        runners[f"{package}_{precision}{suffix}"] = functools.partial(peer, batches[suffix])
+        if unknown := set(config.variants) - set(names):
+            raise UserError(f"variants = {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
+        for runner in runners.values():
+            runner()  # warm-up: compilation, memory allocation, first kernel launches
+        results = interleave(runners, config.rounds)
     figures: dict = {"read_gb_per_s": read_bandwidth(device)}
     for name, rounds in results.items():
         first = statistics.median(times[0] for times in rounds)
@@ -127,6 +132,12 @@ def bench_infer(config: BenchConfig) -> dict:
     if not config.variants:
         figures["load_to_first_token_s"] = load_to_first_token(model, config)
     return figures
+
+
+def start_peer(make_peer: Callable, shape: ModelConfig, seed: int, *args) -> Peer | None:
+    """Return a peer with the weights of bench_infer's model. Called in the peer's process."""
+    torch.manual_seed(seed)
+    return make_peer(GPT(shape), *args)
 
 
 def _token_times(tokens: Iterable, start: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import statistics
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -106,6 +108,35 @@ class Process(subprocess.Popen):
         self.kill()
         super().__exit__(*error)
         self.error_file.close()
+
+
+class OwnProcess:
+    """Calls a function in another process, where its threads and memory do not slow down other measurements.
+
+    Args:
+        make: called there once with `args`. It returns the function, or None.
+    """
+
+    def __init__(self, make: Callable[..., Callable | None], *args: Any):
+        self._executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.available: bool = self._executor.submit(_make, make, args).result()
+
+    def __call__(self, *args: Any) -> Any:
+        return self._executor.submit(_call, args).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._executor.shutdown()
+
+
+def _make(make: Callable, args: tuple) -> bool:
+    global _function
+    _function = make(*args)
+    return _function is not None
+
+
+def _call(args: tuple) -> Any:
+    return _function(*args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

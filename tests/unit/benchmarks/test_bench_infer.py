@@ -34,6 +34,18 @@ def test_figures_are_medians_of_the_rounds(in_tmp, monkeypatch, variants):
         runs = {1: runner(), 3: runner()}
         return lambda prompts: runs[len(prompts)]()
 
+    class Here:  # a peer in this process
+        def __init__(self, start, *args):
+            self.run = start(*args)
+            self.available = self.run is not None
+
+        def __call__(self, prompts):
+            return self.run(prompts)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(inference, "OwnProcess", Here)
     monkeypatch.setattr(inference, "transformers_peer", peer)
     monkeypatch.setattr(inference, "ctranslate2_peer", lambda *args: None)  # as if it refused
     found = {"transformers": True, "ctranslate2": True}.get
