@@ -26,7 +26,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation.metrics import default_batch_size, eval_batches, token_statistics
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.prepacking import choose_linear, prepack, prepacked_bytes
+from flatgpt.inference.prepacking import choose_linear, prepack
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop import loading
 from flatgpt.interop.export_folder import export_problems, hugging_face_config, to_hugging_face
@@ -40,12 +40,12 @@ PRECISIONS = {  # dtype and quantization of flatGPT's variants
     "bfloat16": (torch.bfloat16, None),
     "int8": (torch.bfloat16, "int8"),
 }
-Peer = Callable[[list[list[int]]], list[float]]  # generates for prompts as a Runner does
-Runner = Callable[[], list[float]]  # generates greedily, and returns the time of each token in seconds since the call
+# Generates greedily for prompts, and returns the time of each token in seconds since the call.
+Peer = Callable[[list[list[int]]], list[float]]
 
 
 def bench_infer(config: BenchConfig) -> dict:
-    """Time all variants, interleaved. Return medians over the rounds. Each peer has a process of its own.
+    """Time all variants, interleaved. Return medians over the rounds. Each precision of each has its own process.
 
     All variants have the same prompt and random weights. The time of a step does not depend on the weights.
     """
@@ -61,62 +61,51 @@ def bench_infer(config: BenchConfig) -> dict:
     model = GPT(shape)
     ids = torch.randint(shape.vocab_size, (config.prompt_tokens,)).tolist()
     log(f"{model.num_params():,} parameters, {len(ids)} prompt tokens, {config.new_tokens} new tokens, on {device}")
-    names, runners, weight_bytes = [], {}, {}
+    names, runners = [], {}
     batches = {"": [ids], f"_x{config.samples}": [ids] * config.samples}
 
     def selected(name: str) -> bool:
         names.append(name)
         return not config.variants or name in config.variants
 
-    @functools.cache
-    def packed(precision: str, compile: bool, rows: int = 1) -> GPT:
-        (dtype, quantize), layout = PRECISIONS[precision], None
-        copy = GPT(shape)
-        copy.load_state_dict(model.state_dict())
-        if device.type == "cpu":
-            layout = choose_linear(model, str(dtype).removeprefix("torch."), quantize, compile, rows)[1].name
-        return prepack(copy.to(device).eval(), dtype, quantize, compile, layout)
-
     on_cuda, modes = device.type == "cuda", [False if config.compile is False else None]  # None: infer.py's default
     if config.compile or (on_cuda and config.compile is None):
         modes.append(True)
     precisions = [name for name in PRECISIONS if name != "int8" or not on_cuda]
-    for precision, compile in itertools.product(precisions, modes):
-        name = precision + "_compiled" * bool(compile)
-        for suffix, prompts in batches.items():
-            if selected(name + suffix):
-                variant = packed(precision, bool(compile), 1 if on_cuda else len(prompts))
-                # each has its own Decoder, which keeps its CUDA graph
-                runners[name + suffix] = decoder_runner(Decoder(variant, compile), prompts, config.new_tokens)
-                weight_bytes[name + suffix] = prepacked_bytes(variant)  # that a step reads
-    if shape.context_length >= PREFILL_TOKENS and selected("prefill"):
+    peers = [
+        (precision + "_compiled" * bool(compile), functools.partial(flatgpt_peer, compile=compile), precision, batches)
+        for precision, compile in itertools.product(precisions, modes)
+    ]
+    for package, make_peer, precisions in (
+        ("transformers", transformers_peer, ("float32", "bfloat16")),
+        ("llama_cpp", llama_cpp_peer, ("float32", "bfloat16", "q8_0")),
+        ("ctranslate2", ctranslate2_peer, ("float32", "bfloat16", "int8")),
+    ):
+        if not importlib.util.find_spec(package):
+            log(f"{package} is not installed and is skipped")
+        elif shape.position == "learned" and shape.tie_weights and shape.bias:
+            # the Python interface of llama.cpp generates one text at a time
+            supported = batches if package != "llama_cpp" else {"": [ids]}
+            peers += [(f"{package}_{precision}", make_peer, precision, supported) for precision in precisions]
+    if shape.context_length >= PREFILL_TOKENS:
         prompt = torch.randint(shape.vocab_size, (PREFILL_TOKENS,)).tolist()
-        runners["prefill"] = decoder_runner(Decoder(packed("bfloat16", False)), [prompt], 1)
+        peers.append(("prefill", functools.partial(flatgpt_peer, compile=False), "bfloat16", {"": [prompt]}))
     with contextlib.ExitStack() as stack:
-        for package, make_peer, peer_precisions in (
-            ("transformers", transformers_peer, ("float32", "bfloat16")),
-            ("llama_cpp", llama_cpp_peer, ("float32", "bfloat16", "q8_0")),
-            ("ctranslate2", ctranslate2_peer, ("float32", "bfloat16", "int8")),
-        ):
-            if not importlib.util.find_spec(package):
-                log(f"{package} is not installed and is skipped")
-                continue
-            for precision in (
-                peer_precisions if shape.position == "learned" and shape.tie_weights and shape.bias else ()
-            ):
-                # the Python interface of llama.cpp generates one text at a time
-                suffixes = batches if package != "llama_cpp" else [""]
-                if chosen := [suffix for suffix in suffixes if selected(f"{package}_{precision}{suffix}")]:
-                    peer = OwnProcess(start_peer, make_peer, shape, config.seed, config.new_tokens, precision, device)
-                    stack.callback(peer.close)
-                    for suffix in chosen if peer.available else ():
-                        runners[f"{package}_{precision}{suffix}"] = functools.partial(peer, batches[suffix])
+        for name, make_peer, precision, prompts in peers:
+            if chosen := [suffix for suffix in prompts if selected(name + suffix)]:
+                new_tokens = 1 if name == "prefill" else config.new_tokens
+                peer = OwnProcess(start_peer, make_peer, shape, config.seed, new_tokens, precision, device)
+                stack.callback(peer.close)
+                for suffix in chosen if peer.available else ():
+                    runners[name + suffix] = functools.partial(peer, prompts[suffix])
         if unknown := set(config.variants) - set(names):
             raise UserError(f"variants = {' '.join(sorted(unknown))}: choose from {', '.join(names)}")
         for runner in runners.values():
             runner()  # warm-up: compilation, memory allocation, first kernel launches
         results = interleave(runners, config.rounds)
     figures: dict = {"read_gb_per_s": read_bandwidth(device)}
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    sizes = {"float32": 4 * weights, "bfloat16": 2 * weights, "int8": weights}  # bytes that a step of ours reads
     for name, rounds in results.items():
         first = statistics.median(times[0] for times in rounds)
         if name == "prefill":
@@ -125,9 +114,9 @@ def bench_infer(config: BenchConfig) -> dict:
         texts = config.samples if name.endswith(f"_x{config.samples}") else 1
         figures[f"{name}_tokens_per_s"] = texts * statistics.median(len(times) / times[-1] for times in rounds)
         figures[f"{name}_first_ms"] = 1e3 * first
-        if name in weight_bytes:
+        if size := sizes.get(name.split("_")[0]):
             steps_per_s = statistics.median((len(times) - 1) / (times[-1] - times[0]) for times in rounds)
-            figures[f"{name}_gb_per_s"] = weight_bytes[name] * steps_per_s / 1e9
+            figures[f"{name}_gb_per_s"] = size * steps_per_s / 1e9
             figures[f"{name}_of_bandwidth"] = figures[f"{name}_gb_per_s"] / figures["read_gb_per_s"]
     if not config.variants:
         figures["load_to_first_token_s"] = load_to_first_token(model, config)
@@ -144,10 +133,31 @@ def _token_times(tokens: Iterable, start: float) -> list[float]:
     return [time.perf_counter() - start for _ in tokens]
 
 
-def decoder_runner(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Runner:
-    """Return a runner that generates for all prompts in one batch."""
-    greedy = SamplingConfig(greedy=True)
-    return lambda: _token_times(generate_batch(decoder, prompts, new_tokens, greedy), time.perf_counter())
+def flatgpt_peer(
+    model: GPT, new_tokens: int, precision: str, device: torch.device, compile: bool | None = None
+) -> Peer:
+    """Return a peer that generates as infer.py does, with the layouts that it chooses for the number of texts."""
+    find_device(device.type)
+    dtype, quantize = PRECISIONS[precision]
+
+    @functools.cache
+    def packed(layout: str | None) -> GPT:
+        copy = GPT(model.config)
+        copy.load_state_dict(model.state_dict())
+        return prepack(copy.to(device).eval(), dtype, quantize, bool(compile), layout)
+
+    @functools.cache
+    def decoder(rows: int) -> Decoder:
+        if device.type != "cpu":
+            return Decoder(packed(None), compile)
+        name = str(dtype).removeprefix("torch.")
+        return Decoder(packed(choose_linear(model, name, quantize, bool(compile), rows)[1].name), compile)
+
+    def run(prompts: list[list[int]]) -> list[float]:
+        made, greedy = decoder(len(prompts)), SamplingConfig(greedy=True)
+        return _token_times(generate_batch(made, prompts, new_tokens, greedy), time.perf_counter())
+
+    return run
 
 
 def transformers_model(model: GPT):

@@ -244,9 +244,3 @@ def choose_linear(
     dtypes = {name: lambda name=name: matmuls(layout(name, 1)[1], name, 1) for name in names}
     faster = choose("matmuls of 1 token", dtypes, shape)
     return faster, layout(faster.name, 8 if rows > 1 else 1)[0]
-
-
-def prepacked_bytes(model: GPT) -> int:
-    """Return the size of the weights that are read for each token, in bytes."""
-    weights = [layer.weight for layer in model.modules() if isinstance(layer, CastLinear)]
-    return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -12,7 +12,6 @@ import bench
 from config import BenchConfig, UserError
 from flatgpt.benchmarks import inference
 from flatgpt.cli import cli
-from flatgpt.inference.decoder import Decoder
 from model import GPT
 
 SMALL = ["infer", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--context_length", "64", "--device", "cpu"]
@@ -28,9 +27,7 @@ def test_figures_are_medians_of_the_rounds(in_tmp, monkeypatch, variants):
         firsts = iter([1000.0, 4.0, 1.0, 2.0])
         return lambda: (first := next(firsts)) and [first + n * first / 4 for n in range(5)]
 
-    monkeypatch.setattr(inference, "decoder_runner", runner)
-
-    def peer(*args):
+    def peer(*args, **options):
         runs = {1: runner(), 3: runner()}
         return lambda prompts: runs[len(prompts)]()
 
@@ -46,6 +43,7 @@ def test_figures_are_medians_of_the_rounds(in_tmp, monkeypatch, variants):
             pass
 
     monkeypatch.setattr(inference, "OwnProcess", Here)
+    monkeypatch.setattr(inference, "flatgpt_peer", peer)
     monkeypatch.setattr(inference, "transformers_peer", peer)
     monkeypatch.setattr(inference, "ctranslate2_peer", lambda *args: None)  # as if it refused
     found = {"transformers": True, "ctranslate2": True}.get
@@ -76,7 +74,7 @@ def test_runners_return_the_arrival_of_each_token(monkeypatch):
     transformers is given the prompt before; it is not a token."""
     model, prompt, device = GPT(cli.parse(BenchConfig, SHORT).model()), [1, 2, 3], torch.device("cpu")
     runners = {
-        inference.decoder_runner(Decoder(model), [prompt], 4): [1, 2, 3, 4],
+        partial(inference.flatgpt_peer(model, 4, "float32", device), [prompt]): [1, 2, 3, 4],
         partial(inference.transformers_peer(model, 4, "bfloat16", device), [prompt]): [2, 3, 4, 5],
         partial(inference.transformers_peer(model, 4, "bfloat16", device), [prompt] * 3): [2, 3, 4, 5],
     }
