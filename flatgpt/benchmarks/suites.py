@@ -152,6 +152,8 @@ def markdown(reports: dict[str, dict]) -> str:
         rows = {name: report["rows"].get(label, {}) for name, report in reports.items()}
         if any("ms" in row for row in rows.values()):  # training
             for name, row in rows.items():
+                if not row:  # not measured there
+                    continue
                 cells = {"shape": label, "machine": name} | {key: row.get(key) for key in COLUMNS}
                 for peer, figures in row.get("peers", {}).items():
                     cells |= {f"{peer}, tokens_per_s": figures.get("tokens_per_s")}
