@@ -31,7 +31,8 @@ from functools import partial
 import torch
 
 from flatgpt.benchmarks.data import bench_data
-from flatgpt.benchmarks.inference import bench_eval, bench_infer
+from flatgpt.benchmarks.evaluation import bench_eval
+from flatgpt.benchmarks.inference import bench_infer
 from flatgpt.benchmarks.machine import machine_facts
 from flatgpt.benchmarks.measure import figure_lines
 from flatgpt.benchmarks.suites import SUITES, bench_tests, merged, run_suite

@@ -206,13 +206,7 @@ def _first_valid(cls, tables: dict[Path, dict], problems: list[str]) -> dict:
     return {}
 
 
-def parse(
-    cls,
-    words: Sequence[str],
-    initial_shape: Callable | None = None,
-    run_settings: Callable | None = None,
-    default_recipe: str | None = None,
-):
+def parse(cls, words: Sequence[str], initial_shape=None, run_settings=None, default_recipe: str | None = None):
     """Return the config of a script from command-line words.
 
     Args:
@@ -236,8 +230,8 @@ def parse(
             edited = {k: v for k, v in recipe.items() if k not in said or json.dumps(v) != json.dumps(said[k])}
             settings = _merge(cls, [_first_valid(cls, tables, problems), edited, typed], problems)
         elif default_recipe and not typed.keys() & {"config", "dataset", "init_from"}:
-            recipe = read_recipe(cls, default_recipe, problems)
-            settings = _merge(cls, [recipe, typed | {"config": default_recipe}], problems)
+            typed["config"] = default_recipe
+            settings = _merge(cls, [read_recipe(cls, default_recipe, problems), typed], problems)
         elif initial_shape:
             settings = initial_shape(cls(**settings)) | settings
     except UserError as error:
@@ -267,8 +261,7 @@ def recipe_text(config) -> str:
     left_out = {*START_ONLY, *(one for one, other in EXCLUSIVE if getattr(config, other, None) is not None)}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left_out}
     # strings, numbers and booleans in JSON are valid TOML
-    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items() if v is not None]
-    return "".join(lines)
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in settings.items() if v is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +270,7 @@ def recipe_text(config) -> str:
 
 def help_text(cls, usage: str) -> str:
     """Return the text of `--help`: usage, and the help, allowed values and default of each key."""
-    columns = min(shutil.get_terminal_size().columns, 120)
-    lines = [usage.strip(), ""]
+    columns, lines = min(shutil.get_terminal_size().columns, 120), [usage.strip(), ""]
     for field in dataclasses.fields(cls):
         meta, (value_type, _) = field.metadata, _value_type(cls, field)
         if "section" in meta:
@@ -304,8 +296,8 @@ def help_text(cls, usage: str) -> str:
     return "\n".join(lines)
 
 
-def from_command_line(cls, usage: str, *functions: Callable):
-    """Return parse(cls, sys.argv, *functions). Prints and exits on `--help` (0) and on errors (2)."""
+def from_command_line(cls, usage: str, *options):
+    """Return parse(cls, sys.argv, *options). Prints and exits on `--help` (0) and on errors (2)."""
     atexit.register(gc.freeze)  # avoids garbage collection at exit, which takes 0.5 s
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed by the caller
         if getattr(sys, name) is None:
@@ -315,7 +307,7 @@ def from_command_line(cls, usage: str, *functions: Callable):
         sys.exit(0)
     # no traceback for Ctrl-C during imports; later run_script handles it
     sys.excepthook = lambda cls, *args: None if cls is KeyboardInterrupt else sys.__excepthook__(cls, *args)
-    return run_script(lambda words: parse(cls, words, *functions), sys.argv[1:])
+    return run_script(lambda words: parse(cls, words, *options), sys.argv[1:])
 
 
 def run_script(main: Callable, config, every_rank: bool = False):
