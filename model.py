@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
-        # in training on a CPU: the faster operators, "fused" or "plain"
+        # None: chosen by attention(). In training on a CPU, setup.py sets the faster of "fused" and "plain".
         self.path = "manual" if config.attention == "manual" else None
 
     def forward(self, x: Tensor, rope: Rope | None = None, cache: KVCache | None = None) -> Tensor:

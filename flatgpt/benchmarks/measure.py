@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -131,12 +132,19 @@ class OwnProcess:
 
 def _make(make: Callable, args: tuple) -> bool:
     global _function
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _function = make(*args)
     return _function is not None
 
 
 def _call(args: tuple) -> Any:
     return _function(*args)
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends. An executor's process would stay if the parent is killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

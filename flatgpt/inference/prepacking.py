@@ -69,7 +69,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 
 def _vnni_linear(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """Multiply uint8 inputs with zero point 128 by a prepacked int8 weight: no bias, nothing after the product."""
+    """Return float32 products of uint8 inputs, with scale 1 and zero point 128, and a prepacked int8 weight."""
     f32 = torch.float32
     return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, weight, scale, zeros, None, 1.0, 0, f32, "none", [], "")
 
@@ -78,19 +78,19 @@ _scripted = cache(torch.jit.script)
 
 
 def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function, scripted while a step is traced, which does not support the empty lists of its operator."""
+    """Return the function, or its TorchScript while a step is traced: tracing does not support empty lists."""
     return _scripted(function) if torch.jit.is_tracing() else function
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a weight, (out, in), rounded to int8, and the scales of its rows, (out), in `dtype`."""
-    scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # nonzero for a row of zeros, also in float16
+    scale = weight.abs().amax(dim=1).clamp_min(1e-5) / 127  # nonzero for a row of zeros
     scale = scale.to(dtype)  # before rounding, so that the weight is rounded with the stored scale
     return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class Int8Linear(CastLinear):
-    """CastLinear with an int8 weight and one scale per output row."""
+    """CastLinear on a CPU with an int8 weight and one scale per output row."""
 
     GEMV_MAX_TOKENS = 48  # up to this many tokens, torch's int8 kernel for CPUs is faster than dequantizing the weight
 
@@ -102,11 +102,9 @@ class Int8Linear(CastLinear):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         few = x.numel() <= self.GEMV_MAX_TOKENS * x.size(-1)
-        if x.device.type == "cpu" and few and x.size(-1) % 16 == 0:  # for other sizes it reads out of bounds
+        if few and x.size(-1) % 16 == 0:  # for other sizes it reads out of bounds
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
-        elif self.dtype == torch.float16:  # sums of integers times x would exceed its range
-            y = F.linear(x, self.weight * self.scale[:, None])
-        else:  # on a GPU, torch.compile fuses this into one kernel that reads int8
+        else:
             y = F.linear(x, self.weight.to(self.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 

@@ -145,7 +145,7 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     return torch.device("cuda", local_rank or 0)
 
 
-@functools.cache  # a second call would write to huge pages
+@functools.cache  # a second call would extend the heap again
 def _keep_freed_memory() -> None:
     """Make glibc reuse freed memory, in a heap with huge pages (Linux).
 
