@@ -50,7 +50,7 @@ def require_checkout(config: BenchConfig) -> None:
 def require_same_shape(config: BenchConfig, world: int) -> None:
     """Raise UserError if nanoGPT cannot train a model of this shape, or if there are several ranks.
 
-    nanoGPT always computes the exact GELU, which takes the same time as the tanh approximation.
+    nanoGPT always computes the exact GELU. On a CPU in float32, the tanh approximation takes three times as long.
     """
     supported = {"activation": ("gelu", "gelu_tanh"), "tie_weights": (True,), "position": ("learned",)}
     supported |= {"mlp_ratio": (4,), "attn_bias": (None, config.bias)}

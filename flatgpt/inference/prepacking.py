@@ -6,7 +6,9 @@ autocast, so that a prepacked model gives the results of the trained one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Optional
@@ -20,8 +22,9 @@ from flatgpt.runtime.choices import Choice, choose, has_bfloat16
 from flatgpt.runtime.device import DTYPES, DeviceSettings, select_device
 from model import GPT
 
-# Layers are timed until their weights have this many elements, which exceed a CPU's cache in either dtype.
-TIMED_ELEMENTS = 32_000_000
+# The blocks' layers are timed until their weights have this many elements. With the head's share, they exceed a CPU's
+# cache in either dtype.
+TIMED_ELEMENTS = 24_000_000
 
 
 class CastLinear(nn.Module):
@@ -80,6 +83,14 @@ _scripted = cache(torch.jit.script)
 def _traceable(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the function, or its TorchScript while a step is traced: tracing does not support empty lists."""
     return _scripted(function) if torch.jit.is_tracing() else function
+
+
+def _as_traced(layer: nn.Module, x: Tensor) -> nn.Module:
+    """Return the layer as a step of Decoder runs it: traced, so that its operators take no time in Python."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # torch.jit is deprecated
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(layer, x, check_trace=False)
+    return layer
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -215,16 +226,21 @@ def choose_linear(
         quantize, compile: as in prepack.
         rows: number of texts that are generated at once. The layout is timed with 8 tokens if there are several.
     """
-    config, layers, size = model.config, [], 0
-    for layer in (*model.transformer.h.modules(), model.lm_head):
-        if isinstance(layer, nn.Linear) and size < TIMED_ELEMENTS:
-            layers.append(layer)
-            size += layer.weight.numel()
+    config, timed, size, total = model.config, [], 0, 0
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, nn.Linear):
+            if size < TIMED_ELEMENTS:
+                timed.append((layer.weight, layer.bias))
+                size += layer.weight.numel()
+            total += layer.weight.numel()
+    # As many of the head's rows, so that it weighs as much as in a step. It is larger than a cache, the others are not.
+    rows_of_head = -(-len(model.lm_head.weight) * size // total)
+    timed.append((model.lm_head.weight[:rows_of_head], None))
 
     @torch.no_grad()
     def matmuls(kind: type[CastLinear], dtype: str, tokens: int) -> list[Callable]:
-        pairs = [(kind(x.weight, x.bias, DTYPES[dtype]), torch.ones(tokens, x.in_features)) for x in layers]
-        return [partial(layer, x) for layer, x in pairs]
+        pairs = [(kind(*pair, DTYPES[dtype]), torch.ones(1, tokens, pair[0].size(1))) for pair in timed]
+        return [partial(layer if compile else _as_traced(layer, x), x) for layer, x in pairs]
 
     shape = (
         f", {config.n_layer} layers, {config.n_embd} wide, MLP {config.mlp_ratio:g} times, {config.vocab_size} ids"

@@ -76,7 +76,8 @@ def measure(candidates: Candidates, clock: Callable[[], float] = time.perf_count
                     measured += elapsed
             order.reverse()
             rounds += 1
-            steady = all(second <= NEARLY * first for times in shortest.values() for first, second in times)
+            totals = [[sum(column) for column in zip(*times, strict=True)] for times in shortest.values()]
+            steady = all(second <= NEARLY * first for first, second in totals)
     return {name: sum(first for first, _ in times) for name, times in shortest.items()}
 
 
