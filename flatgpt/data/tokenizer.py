@@ -1,4 +1,4 @@
-"""Load tokenizers by name: tiktoken encodings whose ids fit uint16, and `byte`.
+"""Tokenizers: tiktoken encodings whose ids fit uint16, `byte`, and those of files (tokenizer_reader.py).
 
 enc = load("gpt2")
 enc.encode_ordinary("Hello"), enc.decode_single_token_bytes(15496), enc.n_vocab, enc.eot_token
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from config import UserError
 
@@ -24,10 +27,92 @@ GPT2_PATTERN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
 # there changes no id. This matches up to the last such position.
 _LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
+TOKENIZER_FILE = "tokenizer.json"  # in the folder of a dataset or checkpoint, unless its tokenizer has a known name
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
+
+PATTERN = r50k_pat_str  # GPT-2's
+# The same, with combining marks among the letters, as the scripts of India and South-East Asia need, and numbers of at
+# most three digits. `prepare_data.py --tokenizer bpe:N` trains with it.
+MARKS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
 # Encodings with more than 65,536 ids, listed so that they are refused without a download.
 TOO_LARGE = ("cl100k_base", "o200k_base", "o200k_harmony")
+
+
+class FileTokenizer(tiktoken.Encoding):
+    """A byte-level BPE that was read from a file.
+
+    Args:
+        name: shown in messages.
+        ranks: bytes -> id of each token. A lower id is merged first.
+        special: text -> id of the added tokens.
+        end_of_text: the added token that separates documents, if there is one.
+        rules: regular expression of each added token, if it differs from its text: some remove white space around it.
+        content: the tokenizer.json that it was read from, as it came; b"" for other formats.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        ranks: dict[bytes, int],
+        special: dict[str, int],
+        end_of_text: str | None = None,
+        rules: dict[str, str] | None = None,
+        content: bytes = b"",
+    ):
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.end_of_text, self.rules, self.content = end_of_text, rules or {}, content
+
+    @property
+    def eot_token(self) -> int | None:
+        """The id that separates documents, if there is one."""
+        return self._special_tokens.get(self.end_of_text)
+
+    def __getstate__(self) -> tuple:
+        ranks, special = self._mergeable_ranks, self._special_tokens
+        return self.name, self._pat_str, ranks, special, self.end_of_text, self.rules, self.content
+
+    def __setstate__(self, value: tuple) -> None:
+        self.__init__(*value)
+
+
+class CharacterTokenizer(FileTokenizer):
+    """A tokenizer with an id for each of its characters and for nothing else, such as that of nanoGPT's datasets.
+
+    Args:
+        ids: character -> id.
+    """
+
+    def __init__(self, name: str, ids: dict[str, int], content: bytes = b""):
+        super().__init__(name, r"[\s\S]", {char.encode(): n for char, n in ids.items()}, {}, content=content)
+        self.ids = ids
+        self._table = np.full(0x110000, -1, np.int32)  # code point -> id
+        self._table[[ord(char) for char in ids]] = list(ids.values())
+
+    def encode_to_numpy(self, text: str, **_: object) -> np.ndarray:
+        """Return the id of each character, (len(text),) uint32.
+
+        Raises:
+            UserError: names the first character without an id, and its place.
+        """
+        found = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+        if len(unknown := np.flatnonzero(found < 0)):
+            place = int(unknown[0])
+            line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+            raise UserError(
+                f"tokenizer {self.name} has no character {text[place]!r} (U+{ord(text[place]):04X}), which is in line "
+                f"{line:,}, column {column:,} of the text: {text[max(0, place - 20) : place + 20]!r}; remove it, or "
+                "choose another tokenizer"
+            )
+        return found.astype(np.uint32)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """As encode_to_numpy."""
+        return self.encode_to_numpy(text).tolist()
+
+    def __getstate__(self) -> tuple:
+        return self.name, self.ids, self.content
 
 
 def check_name(name: str) -> None:
@@ -38,13 +123,28 @@ def check_name(name: str) -> None:
         raise UserError(f"tokenizer {name}: {reason}; use one of {', '.join(known)}")
 
 
-@functools.cache
-def load(name: str) -> tiktoken.Encoding:
-    """Return the encoding of this name. `byte` encodes UTF-8 bytes as ids 0 to 255, and end-of-text as 256.
+def load(name: str, folder: Path | None = None, end_of_text_id: int | None = None) -> tiktoken.Encoding:
+    """Return the tokenizer of a dataset, a checkpoint, or of this name.
+
+    Args:
+        name: of an encoding, or any name that a dataset or checkpoint has given to its tokenizer.
+        folder: of the dataset or checkpoint. If it contains a tokenizer.json, that is read instead.
+        end_of_text_id: the id that separates documents, if a tokenizer.json is read.
 
     Raises:
-        UserError: the name is unknown, it has more than 65,536 ids, or its vocabulary cannot be downloaded.
+        UserError: the name is unknown, it has more than 65,536 ids, or its vocabulary cannot be downloaded; or as
+            tokenizer_reader.read.
     """
+    if folder and (folder / TOKENIZER_FILE).is_file():
+        from flatgpt.data import tokenizer_reader  # imports this module
+
+        return tokenizer_reader.read_json(folder / TOKENIZER_FILE, name, end_of_text_id)
+    return _load_named(name)
+
+
+@functools.cache
+def _load_named(name: str) -> tiktoken.Encoding:
+    """Return the encoding of this name. `byte` encodes UTF-8 bytes as ids 0 to 255, and end-of-text as 256."""
     if name == "byte":
         return tiktoken.Encoding(
             "byte",
@@ -91,11 +191,50 @@ def vocabulary_files(name: str) -> dict[str, bytes]:
 
 
 def ranks_hash(encoding: tiktoken.Encoding) -> str:
-    """Return the SHA-256 of all (id, bytes) pairs, which identifies the vocabulary."""
+    """Return the SHA-256 of all (id, bytes) pairs, and for a FileTokenizer of its pattern and added tokens."""
     digest = hashlib.sha256()
     for token in encoding.token_byte_values():
         digest.update(encoding.encode_single_token(token).to_bytes(4, "little") + token + b"\0")
+    if isinstance(encoding, FileTokenizer):
+        parts = encoding._pat_str, sorted(encoding._special_tokens.items()), sorted(encoding.rules.items())
+        digest.update(json.dumps((*parts, encoding.end_of_text)).encode())
     return digest.hexdigest()
+
+
+def extends(encoding: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
+    """Whether a tokenizer gives a text the ids of another one, apart from added tokens that the other one lacks."""
+    same = encoding._pat_str == other._pat_str and encoding._mergeable_ranks == other._mergeable_ranks
+    return same and other._special_tokens.items() <= encoding._special_tokens.items()
+
+
+def can_split(encoding: tiktoken.Encoding) -> bool:
+    """Whether split_text changes no id of this tokenizer."""
+    return encoding.name in GPT2_PATTERN_ENCODINGS or encoding._pat_str in (PATTERN, MARKS_PATTERN)
+
+
+@functools.lru_cache
+def _special_pattern(encoding: tiktoken.Encoding) -> re.Pattern[str]:
+    """Return a pattern whose groups are the added tokens, of which the longest matches."""
+    rules = getattr(encoding, "rules", {})
+    texts = sorted(encoding._special_tokens, key=len, reverse=True)
+    return re.compile("|".join(f"({rules.get(text, re.escape(text))})" for text in texts) or r"(?!)")
+
+
+def encode_special(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Return the ids of a text in which added tokens are never split and never merged across, as AutoTokenizer does."""
+    ids, start = [], 0
+    texts = sorted(encoding._special_tokens, key=len, reverse=True)
+    for match in _special_pattern(encoding).finditer(text):
+        ids += encoding.encode_ordinary(text[start : match.start()])
+        ids.append(encoding._special_tokens[texts[match.lastindex - 1]])
+        start = match.end()
+    return ids + encoding.encode_ordinary(text[start:])
+
+
+def find_special(encoding: tiktoken.Encoding, text: str) -> str | None:
+    """Return the first added token in a text, if there is one."""
+    match = _special_pattern(encoding).search(text)
+    return match and match.group()
 
 
 def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:

@@ -28,10 +28,10 @@ from torch import Tensor
 from config import ExportConfig, ModelConfig, SamplingConfig, TrainConfig, UserError, first_line
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
+from flatgpt.data.tokenizer_files import tokenizer_files
 from flatgpt.interop.hub import CONFIG, LOCAL_SETTINGS, card_body, hub_name, model_card
 from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, POSITIONS, ModelSource
 from flatgpt.interop.pretrained import ACTIVATIONS
-from flatgpt.interop.tokenizer_files import tokenizer_files
 from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
 from flatgpt.runtime.files import fsync
 from model import GPT

@@ -260,9 +260,10 @@ def read_tokenizer(path: str) -> str | None:
             case value:
                 raise UserError(f"{location / STATE} is damaged: tokenizer = {value!r:.60} has no name; copy it again")
     if not is_nanogpt(location):
-        from flatgpt.interop.tokenizer_files import identify_encoding
+        from flatgpt.data import tokenizer_reader
 
-        name = identify_encoding(location)
+        encoding = tokenizer_reader.read(location)
+        name = encoding and encoding.name
     return name or ("gpt2" if read_config(path).vocab_size in (50257, 50304) else None)
 
 

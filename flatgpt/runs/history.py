@@ -37,7 +37,7 @@ RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "s
 LEFT_ALIGNED = {"recipe", "run", "data", "state"}
 LINE_WIDTH, NAME_WIDTH, DATA_WIDTH = 100, 36, 20  # in characters; longer texts are truncated
 
-# Vocabulary sizes and default tokenizers for datasets that are not prepared yet. Copied from tokenizer_files.SIZES and
+# Vocabulary sizes and default tokenizers for datasets that are not prepared yet. Copied from tokenizer_reader.SIZES and
 # sources.SOURCES, because these modules are slow to import.
 SIZES = {"byte": 257, "gpt2": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284}
 TOKENIZERS = {"pydoc": "byte", "shakespeare": "gpt2", "wikitext103": "gpt2", "wikipedia": "gpt2", "fineweb": "gpt2"}

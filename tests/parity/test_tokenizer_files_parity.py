@@ -14,7 +14,7 @@ from in_process import TEXT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flatgpt.data import tokenizer
-from flatgpt.interop.tokenizer_files import END_OF_TEXT, tokenizer_files
+from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_files
 
 # GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -12,8 +12,8 @@ import pytest
 
 from config import ModelConfig, TrainConfig, UserError
 from flatgpt.cli import cli
+from flatgpt.data import tokenizer_reader
 from flatgpt.data.sources import SOURCES
-from flatgpt.interop import tokenizer_files
 from flatgpt.runs import history
 from flatgpt.runs.history import gpt2_parameters, print_list
 from flatgpt.runs.run_log import RunLog
@@ -236,5 +236,5 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
 
 
 def test_ids_known_beforehand_are_the_tokenizers():
-    assert history.SIZES == tokenizer_files.SIZES
+    assert history.SIZES == tokenizer_reader.SIZES
     assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == history.TOKENIZERS

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from flatgpt.interop.tokenizer_files import END_OF_TEXT, identify_encoding, tokenizer_files
 from transformers import AutoTokenizer
 
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.interop import tokenizer_files as module
-from flatgpt.interop.tokenizer_files import END_OF_TEXT, identify_encoding, tokenizer_files
 
 
 @pytest.fixture(scope="module")
