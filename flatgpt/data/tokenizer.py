@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ GPT2_PATTERN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
 # there changes no id. This matches up to the last such position.
 _LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
+NO_ID = -1  # an end_of_text_id that no token has
 TOKENIZER_FILE = "tokenizer.json"  # in the folder of a dataset or checkpoint, unless its tokenizer has a known name
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
 
@@ -62,7 +65,8 @@ class FileTokenizer(tiktoken.Encoding):
         content: bytes = b"",
     ):
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.end_of_text, self.rules, self.content = end_of_text, rules or {}, content
+        self.end_of_text = end_of_text if end_of_text in special else None
+        self.rules, self.content = rules or {}, content
 
     @property
     def eot_token(self) -> int | None:
@@ -96,7 +100,7 @@ class CharacterTokenizer(FileTokenizer):
         Raises:
             UserError: names the first character without an id, and its place.
         """
-        found = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+        found = self._table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
         if len(unknown := np.flatnonzero(found < 0)):
             place = int(unknown[0])
             line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
@@ -111,6 +115,10 @@ class CharacterTokenizer(FileTokenizer):
         """As encode_to_numpy."""
         return self.encode_to_numpy(text).tolist()
 
+    def encode(self, text: str, **_: object) -> list[int]:
+        """As encode_to_numpy."""
+        return self.encode_ordinary(text)
+
     def __getstate__(self) -> tuple:
         return self.name, self.ids, self.content
 
@@ -123,13 +131,19 @@ def check_name(name: str) -> None:
         raise UserError(f"tokenizer {name}: {reason}; use one of {', '.join(known)}")
 
 
+def is_named(name: str, folder: Path) -> bool:
+    """Whether the tokenizer of a dataset in this folder is an encoding of this name, which `load` knows."""
+    known = name == "byte" or name in tiktoken.list_encoding_names()
+    return known and not (folder / TOKENIZER_FILE).is_file()
+
+
 def load(name: str, folder: Path | None = None, end_of_text_id: int | None = None) -> tiktoken.Encoding:
     """Return the tokenizer of a dataset, a checkpoint, or of this name.
 
     Args:
         name: of an encoding, or any name that a dataset or checkpoint has given to its tokenizer.
         folder: of the dataset or checkpoint. If it contains a tokenizer.json, that is read instead.
-        end_of_text_id: the id that separates documents, if a tokenizer.json is read.
+        end_of_text_id: the id that separates documents, if there is one and a tokenizer.json is read.
 
     Raises:
         UserError: the name is unknown, it has more than 65,536 ids, or its vocabulary cannot be downloaded; or as
@@ -138,6 +152,7 @@ def load(name: str, folder: Path | None = None, end_of_text_id: int | None = Non
     if folder and (folder / TOKENIZER_FILE).is_file():
         from flatgpt.data import tokenizer_reader  # imports this module
 
+        end_of_text_id = NO_ID if end_of_text_id is None else end_of_text_id
         return tokenizer_reader.read_json(folder / TOKENIZER_FILE, name, end_of_text_id)
     return _load_named(name)
 
@@ -229,6 +244,38 @@ def encode_special(encoding: tiktoken.Encoding, text: str) -> list[int]:
         ids.append(encoding._special_tokens[texts[match.lastindex - 1]])
         start = match.end()
     return ids + encoding.encode_ordinary(text[start:])
+
+
+def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[int]:
+    """Return the ids of a text: of its added tokens if parse_special is set, otherwise of all its characters.
+
+    A note is printed once if this encodes an added token as characters.
+    """
+    if parse_special:
+        return encode_special(encoding, text)
+    if found := find_special(encoding, text):
+        note_once(f"note: {found!r} is encoded as ordinary characters, not as an added token: see --parse_special")
+    return encoding.encode_ordinary(text)
+
+
+def start_ids(encoding: tiktoken.Encoding, end_of_text: bool = True) -> list[int]:
+    """Return the ids that replace an empty prompt.
+
+    Args:
+        end_of_text: use the token that separates documents, if there is one. Otherwise a newline is used, or the first
+            character of a tokenizer that has no newline.
+    """
+    if end_of_text and encoding.eot_token is not None:
+        return [encoding.eot_token]
+    newline = "\n" in encoding.ids if isinstance(encoding, CharacterTokenizer) else True
+    return encoding.encode_ordinary("\n") if newline else [0]
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print a line to standard error, once per process, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def find_special(encoding: tiktoken.Encoding, text: str) -> str | None:

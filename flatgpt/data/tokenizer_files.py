@@ -106,7 +106,9 @@ def _split(pattern: str) -> dict:
 def _added_tokens(encoding: tiktoken.Encoding) -> list[dict]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    return [{"id": n, "content": token, **flags} for token, n in by_id]
+    content = json.loads(getattr(encoding, "content", b"") or "{}")  # has the flags of its tokens
+    known = {token["content"]: token for token in content.get("added_tokens") or ()}
+    return [{"id": n, "content": token, **flags, **known.get(token, {})} for token, n in by_id]
 
 
 def _vocab(encoding: tiktoken.Encoding) -> dict[str, int]:

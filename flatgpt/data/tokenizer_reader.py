@@ -6,17 +6,15 @@ read(Path("a/hugging/face/folder"))    # or tokenizer.json, vocab.json, merges.t
 from __future__ import annotations
 
 import base64
-import functools
 import json
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import tiktoken
 
 from config import UserError, first_line
-from flatgpt.data.tokenizer import PATTERN, TOKENIZER_FILE, CharacterTokenizer, FileTokenizer, load
+from flatgpt.data.tokenizer import PATTERN, TOKENIZER_FILE, CharacterTokenizer, FileTokenizer, load, note_once
 from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, VERSION, merge_list
 
 # Texts of the token between documents, if no file names it.
@@ -73,7 +71,8 @@ def read_json(path: Path, name: str, end_of_text_id: int | None = None) -> FileT
 
     Args:
         name: name of the tokenizer.
-        end_of_text_id: the id that separates documents. None: that which the files beside it name as eos_token.
+        end_of_text_id: the id that separates documents; NO_ID: none. None: that which the files beside it name as
+            eos_token.
 
     Raises:
         UserError: as read.
@@ -93,10 +92,11 @@ def read_json(path: Path, name: str, end_of_text_id: int | None = None) -> FileT
         ignored = ["its prefix space"] * prefix_space
         ignored += [f"its normalizer ({data['normalizer']['type']})"] if data.get("normalizer") else []
         if ignored:
-            _note(f"note: {path}: {' and '.join(ignored)} is not applied: texts are encoded as they are")
+            note_once(f"note: {path}: {' and '.join(ignored)} is not applied: texts are encoded as they are")
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         ids = {text: token["id"] for text, token in added.items()}
-        end = next((text for text, n in ids.items() if n == end_of_text_id), None) or _end_of_text(path.parent)
+        end = next((text for text, n in (model["vocab"] | ids).items() if n == end_of_text_id), None)
+        end = _end_of_text(path.parent) if end_of_text_id is None else end
         rules = {text: rule for text, token in added.items() if (rule := _rule(token)) != re.escape(text)}
         return _from_vocabulary(path, name, model["vocab"], merges, pattern, ids, end, rules, content)
     except DAMAGED as error:
@@ -228,8 +228,3 @@ def _read_object(file: Path) -> dict:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged or not a byte-pair vocabulary: {type(error).__name__} {error}")
-
-
-@functools.cache
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
