@@ -54,6 +54,7 @@ def opt(default, help: str, **meta):
         meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
             `none` (the word for None), `bare` (value of the flag alone), `alias` (other names),
             `section` (heading in `--help` above this field),
+            `separator` (several words after the flag are joined with it),
             `positional` (given without a flag; a tuple takes all positional arguments),
             `recipe` (False: the key in a recipe is for train.py; ignore it).
     """
@@ -159,12 +160,12 @@ class PrepareConfig:
     source: str | None = opt(
         None,
         "source of the text",
-        choices=("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb", "hub", "text"),
+        choices=("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb", "hub", "text", "compare"),
         positional=True,
         section="Source",
     )
     input: tuple[str, ...] = opt(
-        (), "for text: files, folders and quoted glob patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
+        (), "for text and compare: files, folders and quoted glob patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
     )
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
     files: tuple[str, ...] = opt((), "for hub: quoted glob patterns of the files to use")
@@ -184,7 +185,19 @@ class PrepareConfig:
         None, "share of documents for test if the source has no test split", above=0, below=1, none="no test split"
     )
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
-    tokenizer: str | None = opt(None, "byte, or a tiktoken encoding whose ids fit uint16", none="the source's")
+    tokenizer: str | None = opt(
+        None,
+        "byte, gpt2 or another tiktoken encoding of at most 65,536 ids; bpe:N, which is trained on the training split "
+        "and has N ids; a tokenizer.json, vocab.json, .tiktoken or meta.pkl, or a folder with one; user/name on the "
+        "hub; several for compare",
+        none="the source's",
+        separator=",",
+    )
+    special_tokens: tuple[str, ...] = opt((), "tokens to add to the tokenizer, for example '<|user|>' '<|assistant|>'")
+    parse_special: bool = opt(
+        False, "make the tokenizer's added tokens in the text one id each; otherwise they are ordinary characters"
+    )
+    tokenizer_sample_mb: int = opt(100, "for bpe:N: megabytes of text to read, spread evenly over the files", low=1)
     encoder: str = opt("tiktoken", "gigatoken: the same ids, several times as fast", choices=("tiktoken", "gigatoken"))
     data_dir: str = opt("data", "folder that holds one folder of shards per dataset")
     raw_dir: str = opt("data/raw", "folder for downloads; existing files in <raw_dir>/<source>/ are used")
@@ -202,30 +215,41 @@ class PrepareConfig:
         if self.source is None:
             if not (self.verify or self.info):
                 found.append(
-                    "source: missing; give one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text, or "
+                    "source: missing; give one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text, "
+                    "compare, or "
                     "--verify FOLDER, or --info FOLDER"
                 )
             return found
         if self.verify or self.info:
             found.append(f"--verify and --info read a folder of shards: leave out {self.source}")
-        if self.source == "text" and not self.input:
-            found.append("source text needs --input FILE, FOLDER or 'PATTERN' (several are allowed)")
+        if self.source in ("text", "compare") and not self.input:
+            found.append(f"source {self.source} needs --input FILE, FOLDER or 'PATTERN' (several are allowed)")
+        several = "," in (self.tokenizer or "") and not Path(self.tokenizer).exists()
+        if several and self.source != "compare":
+            found.append(f"tokenizer = {self.tokenizer}: several tokenizers apply to source compare, not {self.source}")
+        if self.source == "compare" and (self.special_tokens or self.parse_special):
+            found.append("--special_tokens and --parse_special do not apply to source compare")
+        if self.encoder == "gigatoken":
+            if self.parse_special:
+                found.append("--parse_special needs --encoder tiktoken")
+            if (self.tokenizer or "").startswith("bpe:"):
+                found.append(f"--encoder gigatoken supports tokenizer gpt2, r50k_base, not {self.tokenizer}")
         if self.source == "hub" and not self.repo:
             found.append("source hub needs --repo USER/NAME, a dataset repository")
         hub = ("wikitext103", "wikipedia", "fineweb", "hub")
         for key, sources in (
-            ("input", ("text",)),
+            ("input", ("text", "compare")),
             ("repo", ("hub",)),
             ("files", ("hub",)),
             ("dump", ("wikipedia",)),
             ("revision", hub),
-            ("val_fraction", ("text", "wikipedia", "fineweb", "hub")),
+            ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
             ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
         ):
             if getattr(self, key) and self.source not in sources:
                 found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}")
-        if self.column != "text" and self.source not in ("hub", "text"):
-            found.append(f"--column applies to source hub, text, not to {self.source}")
+        if self.column != "text" and self.source not in ("hub", "text", "compare"):
+            found.append(f"--column applies to source hub, text, compare, not to {self.source}")
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
             found.append("val_fraction and test_fraction add up to 1 or more: no text is left for train")
         if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:

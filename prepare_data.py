@@ -6,6 +6,9 @@ python prepare_data.py wikitext103                        # or wikipedia, finewe
 python prepare_data.py fineweb --sample_size 100_000      # the first 100,000 documents
 python prepare_data.py hub --repo lucadiliello/english_wikipedia --column maintext
 python prepare_data.py text --input book.txt notes/ '*.jsonl' --name mine
+python prepare_data.py text --input hindi/ --tokenizer bpe:8192   # trains a tokenizer of 8,192 ids on the text
+python prepare_data.py text --input chats/ --tokenizer user/model --special_tokens '<|user|>' --parse_special
+python prepare_data.py compare --input hindi/ --tokenizer gpt2 byte bpe:8192
 python prepare_data.py --info data/mine                   # or --verify data/mine
 """
 
@@ -23,6 +26,7 @@ from pathlib import Path
 
 from config import UserError
 from flatgpt.data import tokenizer
+from flatgpt.data.comparison import compare
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.prepare import prepare
 
@@ -39,6 +43,11 @@ def table(dataset: Dataset) -> str:
         counts = [f"{entry[key]:,}" if entry.get(key) else "" for key in keys]
         ratio = f"{entry['bytes'] / entry['tokens']:.2f}" if entry.get("bytes") else ""
         rows.append((split, *counts, ratio, str(len(entry["files"]))))
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Return the rows as lines, with columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
 
@@ -50,7 +59,7 @@ def info(dataset: Dataset) -> None:
         if key != "splits":
             print(f"{key:<14} {value:,}" if type(value) is int else f"{key:<14} {value}")
     print(table(dataset))
-    encoding = tokenizer.load(meta["tokenizer"])
+    encoding = dataset.load_tokenizer()
     for split in meta["splits"]:
         ids = dataset.tokens(split)[:60].tolist()
         print(f"--- {split}, the first {len(ids)} tokens")
@@ -59,6 +68,8 @@ def info(dataset: Dataset) -> None:
 
 def verify(dataset: Dataset) -> None:
     """Read and hash every shard. Raise UserError if any of them differs from the manifest."""
+    if (dataset.folder / tokenizer.TOKENIZER_FILE).is_file():
+        dataset.load_tokenizer()
     results = list(dataset.verify_shards())
     if errors := [re.split("[:;] move ", error)[0] for _, error in results if error]:  # without their advice
         raise UserError("; ".join(errors) + f". Move {dataset.folder} away and run prepare_data.py, or copy it again")
@@ -67,7 +78,7 @@ def verify(dataset: Dataset) -> None:
 
 
 def main(config: PrepareConfig) -> None:
-    """Prepare a dataset and print its counts, or verify or describe an existing one."""
+    """Prepare a dataset and print its counts, verify or describe an existing one, or compare tokenizers."""
     for key, folder, action in (("verify", config.verify, verify), ("info", config.info, info)):
         if folder:
             names = {path.name for path in Path(folder).glob("*")}
@@ -78,6 +89,9 @@ def main(config: PrepareConfig) -> None:
                 print(dataset.notice)
             action(dataset)
     if config.source is None:
+        return
+    if config.source == "compare":
+        print(aligned(compare(config)))
         return
     start = time.perf_counter()
     dataset = prepare(config)

@@ -174,9 +174,12 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 boolean = words and words[0].lower() in states
                 values = [words.pop(0)] if boolean and not negated else ["false" if negated else "true"]
             elif not equals:
-                many = value_type is tuple
+                # a word after `--tokenizer gpt2` is the source, if that is missing
+                separator = "" if positional else field.metadata.get("separator", "")
+                many = value_type is tuple or separator
                 while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
                     values.append(words.pop(0))
+                values = [separator.join(values)] if separator and values else values
             if not values and "bare" in field.metadata:
                 layer.setdefault(field.name, field.metadata["bare"])  # keep a value given by an alias
                 continue

@@ -39,6 +39,16 @@ class Dataset:
     meta: dict
     notice: str = ""
 
+    def load_tokenizer(self) -> tiktoken.Encoding:
+        """Return the tokenizer. Raise UserError if its file is missing, damaged or was changed."""
+        if self.notice and (self.folder / CHARACTERS).is_file():
+            return read_characters(self.folder / CHARACTERS, self.meta["tokenizer"])
+        encoding = tokenizer.load(self.meta["tokenizer"], self.folder, self.meta["eot_id"])
+        if isinstance(encoding, FileTokenizer) and tokenizer.ranks_hash(encoding) != self.meta["ranks_sha256"]:
+            path = self.folder / TOKENIZER_FILE
+            raise UserError(f"{path} was changed: its hash differs from meta.json; restore it, or prepare again")
+        return encoding
+
     @property
     def manifest_hash(self) -> str:
         """SHA-256 of meta.json, which contains the hashes of all shards; identifies the data of a run."""
@@ -98,7 +108,10 @@ def open_dataset(folder: Path) -> Dataset:
         UserError: the dataset does not exist, is not finished, or has an unknown tokenizer.
     """
     if meta := read_meta(folder):
-        tokenizer.check_name(meta["tokenizer"])
+        if not (folder / TOKENIZER_FILE).is_file():
+            if "tokenizer_sha256" in meta or meta["tokenizer"].startswith("bpe:"):
+                raise UserError(f"{folder / TOKENIZER_FILE} is missing: copy it from where the dataset was made")
+            tokenizer.check_name(meta["tokenizer"])
         return Dataset(folder, meta)
     unfinished = (folder / PROGRESS).exists()
     if not unfinished and (dataset := _open_external(folder)):
@@ -112,9 +125,9 @@ def _prepare_command(folder: Path) -> str:
     with suppress(OSError, *DAMAGED):
         return "" + json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]  # TypeError unless a str
     source, _, name = folder.name.partition("_")
-    args = f"{source} --tokenizer {name}" if name else source
+    args = f"{source} --tokenizer {re.sub(r'^bpe(?=[0-9])', 'bpe:', name)}" if name else source
     sources = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
-    if source not in sources or source in ("hub", "text"):
+    if source not in sources or source in ("hub", "text", "compare"):
         args = f"text --input FILES --name {folder.name}"
     if folder.parent != Path("data"):
         args += f" --data_dir {shlex.quote(str(folder.parent))}"
@@ -122,7 +135,10 @@ def _prepare_command(folder: Path) -> str:
 
 
 def _open_external(folder: Path) -> Dataset | None:
-    """Open shards of nanoGPT or llm.c, assuming GPT-2's tokenizer. Return None if the folder has no such shards."""
+    """Open shards of nanoGPT or llm.c. Return None if the folder has no such shards.
+
+    Their tokenizer is that of nanoGPT's meta.pkl, or GPT-2's without it.
+    """
     program, splits = "nanoGPT", {}
     files = {split: list(folder.glob(f"{split}.bin")) for split in ("train", "val")}
     if not files["train"]:
@@ -131,20 +147,25 @@ def _open_external(folder: Path) -> Dataset | None:
         files = {split: [p for p in shards if split in re.split("[^a-z]+", p.stem.lower())] for split in files}
     if not files["train"]:
         return None
-    if (folder / "meta.pkl").exists():
-        problem = "Their table, meta.pkl, is a pickle, and unpickling can run arbitrary code"
-        remedy = "make shards from the text: python prepare_data.py text --input input.txt --tokenizer byte"
-        raise UserError(f"{folder} has nanoGPT's character ids. {problem}: {remedy}")
+    facts, kind = EXTERNAL_META, "GPT-2 tokens"
+    if (folder / CHARACTERS).exists():
+        try:
+            encoding = read_characters(folder / CHARACTERS, "characters")
+        except UserError as error:
+            remedy = "make shards from the text: python prepare_data.py text --input input.txt --tokenizer byte"
+            raise UserError(f"{folder} has nanoGPT's character ids. {error}; {remedy}") from None
+        facts = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot_id": None, "end_of_text": False}
+        facts, kind = {**facts, "ranks_sha256": tokenizer.ranks_hash(encoding)}, f"the characters in {CHARACTERS}"
     for split, paths in files.items():
         sizes = []
         for path in paths:
             tokens = Tokens([(path, None)])
-            tokens.check_ids(EXTERNAL_META["vocab_size"])  # the tokenizer is only assumed
+            tokens.check_ids(facts["vocab_size"])  # the tokenizer may be only assumed
             sizes.append({"name": path.name, "tokens": len(tokens)})
         if sizes:
             splits[split] = {"tokens": sum(file["tokens"] for file in sizes), "files": sizes}
-    meta = {"source": program, **EXTERNAL_META, "splits": splits}
-    return Dataset(folder, meta, f"{folder} has no meta.json: read as {program} shards of GPT-2 tokens")
+    meta = {"source": program, **facts, "splits": splits}
+    return Dataset(folder, meta, f"{folder} has no meta.json: read as {program} shards of {kind}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

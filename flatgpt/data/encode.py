@@ -12,6 +12,7 @@ import tempfile
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -19,7 +20,7 @@ import tiktoken
 from config import UserError
 from flatgpt.data import tokenizer
 from flatgpt.data.readers import Chunk
-from flatgpt.data.tokenizer import GPT2_PATTERN_ENCODINGS, split_text, to_uint16
+from flatgpt.data.tokenizer import FileTokenizer, split_text, to_uint16
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18  # short documents are encoded together up to this number of characters
@@ -31,17 +32,20 @@ Encode = Callable[[Sequence[str], Sequence[bool]], np.ndarray]  # (texts, ends) 
 Encoded = tuple[np.ndarray, int, int]  # ids, (n,) uint16; number of documents; bytes of text
 
 
-def encode_chunks(encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[Chunk], end_of_text: bool) -> Encoded:
+def encode_chunks(
+    encoding: tiktoken.Encoding, encode: Encode, chunks: Sequence[Chunk], end_of_text: bool, parse_special: bool = False
+) -> Encoded:
     """Encode chunks of documents in batches.
 
     Args:
         encode: the result of load_encoder.
         end_of_text: append the end-of-text id to each document.
+        parse_special: as in load_encoder.
     """
     parts, texts, ends = [], [], []
     batch_chars = documents = text_bytes = 0
-    # with other patterns, split_text could change ids
-    max_chars = tokenizer.MAX_ENCODE_CHARS if encoding.name in GPT2_PATTERN_ENCODINGS else math.inf
+    # with other patterns, split_text could change ids; encode_special splits between added tokens
+    max_chars = tokenizer.MAX_ENCODE_CHARS if tokenizer.can_split(encoding) and not parse_special else math.inf
     for n, chunk in enumerate(chunks, 1):
         if len(chunk.text) <= max_chars:
             texts.append(chunk.text)
@@ -72,20 +76,35 @@ def warn_forced_split() -> None:
 # encoders
 
 
+def load_tokenizer(name: str, folder: Path, end_of_text_id: int | None) -> tiktoken.Encoding:
+    """Return tokenizer.load(...). A tokenizer.json is read once per process, not once per task."""
+    path = folder / tokenizer.TOKENIZER_FILE
+    return _load_once(name, folder, end_of_text_id, path.stat().st_mtime_ns if path.is_file() else None)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_once(name: str, folder: Path, end_of_text_id: int | None, changed: int | None) -> tiktoken.Encoding:
+    return tokenizer.load(name, folder, end_of_text_id)
+
+
 @functools.cache
-def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken") -> Encode:
+def load_encoder(encoding: tiktoken.Encoding, encoder: str = "tiktoken", parse_special: bool = False) -> Encode:
     """Return the function that encodes batches of texts.
 
     Args:
         encoding: the result of tokenizer.load.
         encoder: `tiktoken` or `gigatoken`.
+        parse_special: whether added tokens in a text become their ids. Otherwise they are ordinary characters.
 
     Raises:
         UserError: see GigatokenEncoder.
     """
     if encoder == "gigatoken":
         return GigatokenEncoder(encoding)
-    return functools.partial(byte_ids if encoding.name == "byte" else tiktoken_ids, encoding)
+    if parse_special:
+        return functools.partial(special_ids, encoding)
+    plain = not isinstance(encoding, FileTokenizer) and encoding.name == "byte"
+    return functools.partial(byte_ids if plain else tiktoken_ids, encoding)
 
 
 def tiktoken_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
@@ -95,12 +114,29 @@ def tiktoken_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequen
         texts: valid Unicode (no lone surrogates).
         ends: whether to append the end-of-text id, for each text.
     """
-    joined = END_OF_TEXT.join([*texts, ""])  # a call per text halves the speed for short texts
-    if joined.count(END_OF_TEXT) == len(texts):
-        ids = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
-        return ids if all(ends) else np.delete(ids, np.flatnonzero(ids == encoding.eot_token)[~np.array(ends, bool)])
+    if separator := _separator(encoding):
+        joined = separator.join([*texts, ""])  # a call per text halves the speed for short texts
+        if joined.count(separator) == len(texts):
+            ids = encoding.encode_to_numpy(joined, allowed_special={separator}, disallowed_special=())
+            last = np.flatnonzero(ids == encoding.eot_token)
+            return ids if all(ends) else np.delete(ids, last[~np.array(ends, bool)])
     # a text contains "<|endoftext|>", which is encoded as ordinary text
     rows = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    return _insert_eot(encoding, np.concatenate(rows), np.cumsum([len(row) for row in rows]), ends)
+
+
+@functools.lru_cache
+def _separator(encoding: tiktoken.Encoding) -> str | None:
+    """Return the end-of-text token, unless a text beside it could change where it is found."""
+    end = getattr(encoding, "end_of_text", END_OF_TEXT)
+    if end is None or any(end.startswith(end[n:]) for n in range(1, len(end))):
+        return None
+    return None if any(token != end and token.startswith(end) for token in encoding.special_tokens_set) else end
+
+
+def special_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[bool]) -> np.ndarray:
+    """Return the ids of the texts as tiktoken_ids does, with the ids of added tokens in them."""
+    rows = [np.array(tokenizer.encode_special(encoding, text), np.uint32) for text in texts]
     return _insert_eot(encoding, np.concatenate(rows), np.cumsum([len(row) for row in rows]), ends)
 
 
@@ -113,7 +149,7 @@ def byte_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequence[b
 
 def _insert_eot(encoding: tiktoken.Encoding, ids: np.ndarray, stops: np.ndarray, ends: Sequence[bool]) -> np.ndarray:
     """Insert the end-of-text id after each text whose `ends` is true; `stops` are the texts' ends in `ids`."""
-    return np.insert(ids, stops[np.array(ends, bool)], encoding.eot_token)
+    return np.insert(ids, stops[np.array(ends, bool)], encoding.eot_token) if any(ends) else ids
 
 
 class GigatokenEncoder(threading.local):
@@ -127,7 +163,7 @@ class GigatokenEncoder(threading.local):
 
     def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
-        if encoding.name not in GIGATOKEN_ENCODINGS:
+        if encoding.name not in GIGATOKEN_ENCODINGS or isinstance(encoding, FileTokenizer):
             supported = ", ".join(GIGATOKEN_ENCODINGS)
             raise UserError(f"--encoder gigatoken supports tokenizer {supported}, not {encoding.name}")
         self._build()

@@ -6,6 +6,7 @@ is recognized without network access. interop/hub.py uses `hub_errors` for model
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -28,6 +29,9 @@ REPOSITORIES = {
     "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
     "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
 }
+# Of a model's repository: what tokenizer_reader reads, and files by which it recognizes other kinds of tokenizers.
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+TOKENIZER_FILES += ["added_tokens.json", "config.json", "vocab.txt", "spiece.model", "tokenizer.model"]
 # Words in file and folder names, and the split that each stands for.
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "dev": "val"}
 SPLIT_WORDS |= {"valid": "val", "validation": "val"}
@@ -217,6 +221,27 @@ def list_remote(files: HubFiles) -> dict:
     files.root.mkdir(parents=True, exist_ok=True)
     atomic_write(files.listing_file, json.dumps(listing, indent=1).encode())
     return listing
+
+
+def fetch_tokenizer(repo: str) -> Path:
+    """Return a folder with the tokenizer's files of a model on the hub, from huggingface_hub's cache if it has them.
+
+    Args:
+        repo: user/name, optionally with @revision.
+
+    Raises:
+        UserError: no such repository, no access, no network.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = repo.partition("@")
+    fetch = functools.partial(snapshot_download, name, revision=revision or "main", allow_patterns=TOKENIZER_FILES)
+    with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+        folder = Path(fetch(local_files_only=True))
+        if any((folder / file).exists() for file in TOKENIZER_FILES[:2]):
+            return folder
+    with hub_errors(f"tokenizer {repo}: no such file or folder, and no download from the hub"):
+        return Path(fetch())
 
 
 def _downloaded_commit(files: HubFiles, name: str) -> str | None:

@@ -6,6 +6,7 @@ dataset is finished, meta.json, the manifest, replaces progress.json.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -17,14 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import tiktoken
+
 from config import PrepareConfig, UserError
-from flatgpt.data import tokenizer, workers
+from flatgpt.data import tokenizer, tokenizer_names, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
 from flatgpt.data.readers import Corpus, Task
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
 from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
+from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
+from flatgpt.data.tokenizer_files import tokenizer_json
+from flatgpt.data.tokenizer_training import add_special_tokens, split_texts, train, trained_size
 from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
 
@@ -42,9 +48,15 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     Raises:
         UserError: bad input, too little text, a full disk, or the folder has another dataset.
     """
-    source, folder = SOURCES[config.source], dataset_folder(config)
+    source, given = SOURCES[config.source], config
     name = config.tokenizer or source.tokenizer
-    tokenizer.check_name(name)
+    trained = trained_size(name, config.special_tokens)
+    encoding = None if trained else tokenizer_names.find(name)  # None: it has a known name
+    if config.special_tokens and not trained:
+        encoding = add_special_tokens(encoding or tokenizer.load(name), config.special_tokens)
+    name = encoding.name if encoding else name
+    config = dataclasses.replace(config, tokenizer=name)
+    folder = dataset_folder(config)
     revision = source.revision(config)
     corpus = None if revision else source.open(config)
     settings = {
@@ -61,37 +73,56 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         "test_fraction": config.test_fraction or None,
         "sample_size": config.sample_size,
         "only_splits": [split for split in SPLITS if split in config.splits] or None,
+        "tokenizer_sha256": tokenizer.ranks_hash(encoding) if isinstance(encoding, FileTokenizer) else None,
+        "tokenizer_sample_mb": config.tokenizer_sample_mb if trained else None,
+        "special_tokens": list(config.special_tokens) or None,
+        "parse_special": config.parse_special or None,
     }
     if (meta := read_meta(folder)) is not None:
         check_settings(folder, "a dataset", meta, settings)
         (folder / PROGRESS).unlink(missing_ok=True)  # left if the last call was killed after it wrote meta.json
         log(f"{folder} already exists, with the same settings; nothing to do")
         return open_dataset(folder)
-    encoding = tokenizer.load(name)
-    load_encoder(encoding, config.encoder)  # raise its errors before downloads
+    if not trained:
+        encoding = encoding or tokenizer.load(name)
+        load_encoder(encoding, config.encoder)  # raise its errors before downloads
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
     plan = make_plan(config, corpus)
+    if trained and "train" not in plan.splits:
+        advice = "add train to --splits, or give the folder of a dataset that has the tokenizer: --tokenizer data/NAME"
+        raise UserError(f"tokenizer {name} is trained on the training split: {advice}")
     with _locked(folder):
         if read_meta(folder) is not None:  # another call has just finished it
-            return prepare(config, log)
+            return prepare(given, log)
         progress = read_progress(folder, settings, corpus, plan.version)
+        if trained:
+            encoding = read_trained(folder, name, progress) or train(
+                split_texts(config, corpus, plan, "train", config.tokenizer_sample_mb * 10**6),
+                name,
+                config.special_tokens,
+                None if config.sample_size else min(plan.size, config.tokenizer_sample_mb * 10**6),
+            )
         if progress["passes"]:
             log(f"{folder}: resuming")
         else:
             remove_unfinished(folder)
-        entries = write_shards(config, folder, plan, encoding.n_vocab, progress)
+        write_tokenizer(folder, encoding, progress)
+        entries = write_shards(config, folder, plan, encoding, progress)
+        ends = source.end_of_text and encoding.eot_token is not None
         meta = {key: value for key, value in settings.items() if value is not None}
         meta |= {"vocab_size": encoding.n_vocab, "ranks_sha256": tokenizer.ranks_hash(encoding)}
-        meta |= {"eot_id": encoding.eot_token, "end_of_text": source.end_of_text, "dtype": "uint16", "splits": entries}
+        meta |= {"eot_id": encoding.eot_token, "end_of_text": ends, "dtype": "uint16", "splits": entries}
         with _write_errors(folder):
             write_meta(folder, meta)
             (folder / PROGRESS).unlink()
     return open_dataset(folder)
 
 
-def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, progress: dict) -> dict[str, dict]:
+def write_shards(
+    config: PrepareConfig, folder: Path, plan: Plan, encoding: tiktoken.Encoding, progress: dict
+) -> dict[str, dict]:
     """Encode the remaining tasks and append the results to the shards, in order.
 
     Args:
@@ -112,7 +143,8 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
     else:
         pool = workers.local_pool(config.workers or workers.available_cores())
     positions, passes = progress["splits"], progress["passes"].values()
-    writers = {s: ShardWriter(folder, s, n_vocab, config.shard_tokens, positions.get(s)) for s in plan.splits}
+    make_writer = functools.partial(ShardWriter, folder, n_vocab=encoding.n_vocab, shard_tokens=config.shard_tokens)
+    writers = {split: make_writer(split, position=positions.get(split)) for split in plan.splits}
     total, done = None if config.sample_size else plan.size, sum(state["size"] for state in passes)
     seconds = 0.1 if sys.stderr.isatty() else 60  # between updates of the progress bar
     bar = tqdm(None, folder.name, total, unit="B", unit_scale=True, initial=done, delay=seconds, mininterval=seconds)
@@ -130,10 +162,19 @@ def write_shards(config: PrepareConfig, folder: Path, plan: Plan, n_vocab: int, 
             atomic_write(folder / PROGRESS, json.dumps(progress).encode())
         return time.monotonic()
 
+    encode = functools.partial(
+        encode_task, config, folder.absolute(), encoding.eot_token, plan.splits, plan.borders
+    )  # absolute, for workers with another cwd
+    noted = False
     try:
         saved = save()  # progress.json has the command that resumes
         with bar, pool as run_tasks:
-            for task, encoded in run_tasks(functools.partial(encode_task, config, plan.splits, plan.borders), tasks()):
+            for task, (encoded, special) in run_tasks(encode, tasks()):
+                if special and not noted:
+                    noted = True
+                    text = f"note: the text contains {special}, which is encoded as ordinary characters"
+                    write = bar.write if sys.stderr.isatty() else print
+                    write(f"{text}; --parse_special makes it one token", file=sys.stderr)
                 with _write_errors(folder):
                     for split, part in encoded.items():
                         writers[split].add(*part)
@@ -169,6 +210,31 @@ def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None
         raise UserError(f"{what}. Choose another name with --name, or move {folder} away")
 
 
+def read_trained(folder: Path, name: str, progress: dict) -> FileTokenizer | None:
+    """Return the tokenizer that was trained for the unfinished dataset, or None. Raise UserError if it was changed."""
+    if "tokenizer" not in progress:
+        return None
+    found = progress["tokenizer"]
+    if (folder / TOKENIZER_FILE).is_file():
+        encoding = tokenizer.load(name, folder, found["eot_id"])
+        if tokenizer.ranks_hash(encoding) == found["ranks_sha256"]:
+            return encoding
+    if progress["passes"]:
+        raise UserError(f"{folder / TOKENIZER_FILE} was changed or removed since the last call: move {folder} away")
+    return None
+
+
+def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, progress: dict) -> None:
+    """Write the tokenizer.json of a tokenizer without a known name, which workers read. Remove that of another one."""
+    with _write_errors(folder):
+        if not isinstance(encoding, FileTokenizer):
+            (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+            return
+        progress["tokenizer"] = {"ranks_sha256": tokenizer.ranks_hash(encoding), "eot_id": encoding.eot_token}
+        atomic_write(folder / PROGRESS, json.dumps(progress).encode())  # first: it says that the other file is ours
+        atomic_write(folder / TOKENIZER_FILE, tokenizer_json(encoding))
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Create the folder and lock it against other calls. Remove it if it is empty afterwards."""
@@ -199,7 +265,7 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
     raw, command = hashlib.sha256(files.encode()).hexdigest(), shlex.join(["python", *sys.argv])
     initial = {"tasks": tasks, "command": command, "settings": settings, "raw": raw, "passes": {}, "splits": {}}
     if not (folder / PROGRESS).exists():
-        if others := sorted(path.name for path in folder.glob("*.bin")):
+        if others := sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob(TOKENIZER_FILE))):
             shards = f"{folder} contains other shards ({', '.join(others[:3])}), without meta.json and {PROGRESS}"
             raise UserError(f"{shards}: choose another --name, or move {folder} away")
         return initial

@@ -162,8 +162,9 @@ def read_meta(folder: Path) -> dict | None:
         meta = json.loads(path.read_text(encoding="utf-8"))
         entries = meta["splits"].values()
         counts = [count_tokens(entry) for entry in entries]
-        known = meta["format"] == FORMAT and [type(meta[key]) for key in REQUIRED] == [str, int, str, int, bool, dict]
-        known &= 0 <= meta["eot_id"] < meta["vocab_size"] <= 65536
+        kinds = [str, int, str, int if meta["eot_id"] is not None else type(None), bool, dict]
+        known = meta["format"] == FORMAT and [type(meta[key]) for key in REQUIRED] == kinds
+        known &= 0 <= (meta["eot_id"] or 0) < meta["vocab_size"] <= 65536
         if known and any(counts) and counts == [entry["tokens"] for entry in entries]:
             return meta
     problem = f"{path} is damaged, or its format is not {FORMAT}, which this version reads"

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import itertools
 import math
+import re
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from config import PrepareConfig, UserError
 from flatgpt.data import readers, tokenizer
-from flatgpt.data.encode import Encoded, encode_chunks, load_encoder
+from flatgpt.data.encode import Encoded, encode_chunks, load_encoder, load_tokenizer
 from flatgpt.data.hub import DUMP, known_commit, open_repository
 from flatgpt.data.readers import Chunk, Corpus, RawFile, Task, chunk_tasks, file_tasks
 from flatgpt.data.shards import SPLITS
@@ -141,7 +142,7 @@ def dataset_folder(config: PrepareConfig) -> Path:
     if config.dump not in (None, DUMP):
         name += f"_{config.dump}"
     if config.tokenizer not in (None, SOURCES[config.source].tokenizer):
-        name += f"_{config.tokenizer}"
+        name += "_" + re.sub(r"[^\w.-]", "", config.tokenizer)
     return Path(config.data_dir) / (config.name or name)
 
 
@@ -286,28 +287,40 @@ def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) 
 # run in workers
 
 
-def encode_task(config: PrepareConfig, splits: list[str], borders: Borders, task: Task) -> dict[str, Encoded]:
+def encode_task(
+    config: PrepareConfig, folder: Path, end_of_text_id: int | None, splits: list[str], borders: Borders, task: Task
+) -> tuple[dict[str, Encoded], str | None]:
     """Encode the documents of a task, in order.
 
     The result depends only on the arguments, so that the shards do not depend on the number or kind of workers.
 
     Args:
+        folder: of the dataset. It contains the tokenizer.json of a tokenizer without a known name.
+        end_of_text_id: the tokenizer's.
         splits, borders: as in Plan.
 
     Returns:
-        {split: result of encode_chunks}.
+        {split: result of encode_chunks}; and the first added token that was encoded as ordinary characters.
     """
-    source = SOURCES[config.source]
-    encoding = tokenizer.load(config.tokenizer or source.tokenizer)
-    encode = load_encoder(encoding, config.encoder)
+    source, special = SOURCES[config.source], config.parse_special
+    encoding = load_tokenizer(config.tokenizer or source.tokenizer, folder, end_of_text_id)
+    encode = load_encoder(encoding, config.encoder, special)
+    by_split = {split: chunks for split, chunks in chunks_by_split(borders, task).items() if split in splits}
+    texts = () if special else (chunk.text for chunks in by_split.values() for chunk in chunks)
+    ordinary = next(filter(None, (tokenizer.find_special(encoding, text) for text in texts)), None)
+    ends = source.end_of_text and encoding.eot_token is not None
+    return {s: encode_chunks(encoding, encode, chunks, ends, special) for s, chunks in by_split.items()}, ordinary
+
+
+def chunks_by_split(borders: Borders, task: Task) -> dict[str, list[Chunk]]:
+    """Return the chunks of a task by their split in the dataset."""
     by_split: dict[str, list[Chunk]] = {}
     for chunk in task.read():
         split = chunk.split or task.split
         if borders and split == "train" and not chunk.split:
             split = choose_split(borders, [chunk.text])
-        if split in splits:
-            by_split.setdefault(split, []).append(chunk)
-    return {split: encode_chunks(encoding, encode, chunks, source.end_of_text) for split, chunks in by_split.items()}
+        by_split.setdefault(split, []).append(chunk)
+    return by_split
 
 
 def choose_split(borders: dict[str, float], chunks: Iterable[str]) -> str:

@@ -27,6 +27,12 @@ from flatgpt.cli import cli as command_line
         ("text --input a.jsonl --tokenizer byte --column body", "a.jsonl line 1: no text 'body' in {'n': 'int'"),
         ("text", "source text needs --input"),
         ("", "source: missing"),
+        ("text --input a.txt --tokenizer gpt2 byte", "several tokenizers apply to source compare, not text"),
+        ("text --input a.txt --tokenizer bpe:99", "bpe:99: bpe:N needs a number of ids from 257"),
+        ("text --input a.txt --tokenizer bpe:300 --encoder gigatoken", "--encoder gigatoken supports tokenizer gpt2"),
+        ("text --input a.txt --parse_special --encoder gigatoken", "--parse_special needs --encoder tiktoken"),
+        ("compare --tokenizer byte", "source compare needs --input"),
+        ("compare --input a.txt --tokenizer byte --parse_special", "do not apply to source compare"),
         ("--info mine", "info = mine: no dataset in this folder; one with shards is expected, data/NAME"),
         ("--verify .", "verify = .: no dataset in this folder"),
     ],
@@ -133,3 +139,38 @@ def test_command_that_it_names_trains_on_what_it_made(in_tmp, capsys, keys):
     made = keys.get("name", "text_byte")
     assert (config.data_dir, config.dataset) == (keys.get("data_dir", "data"), made)
     assert Path(config.data_dir, made, "meta.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+def test_compare_prints_a_row_for_each_tokenizer(in_tmp, cli):
+    """The figures are those of a plain count over the last tenth of the text."""
+    text = "naïve cafés\n" * 1000
+    Path("a.txt").write_bytes(text.encode())
+    done = cli("prepare_data", *["compare", "--input", "a.txt", "--tokenizer", "byte", "bpe:268"])
+    assert (done.code, done.err) == (0, "")
+    assert "1,400 bytes, 200 words" in done.out
+    rows = [line.split() for line in done.out.splitlines()[-3:]]
+    unused = 257 - len(set(text.encode()))
+    assert rows[0] == ["tokenizer", "ids", "bytes/token", "tokens/word", "unused", "ids"]
+    assert rows[1] == ["byte", "257", "1.00", "7.00", str(unused), f"({unused / 257:.0%})"]
+    assert rows[2][:4] == ["bpe:268", "268", "4.67", "1.50"]  # naïve, cafés and the line end
+    assert not Path("data").exists()
+
+
+def test_source_may_follow_the_tokenizer(in_tmp, cli):
+    Path("a.txt").write_text("some text\n" * 100)
+    done = cli("prepare_data", *["--tokenizer", "byte", "text", "--input", "a.txt"])
+    assert done.out.startswith("data/text_byte: text,")
+
+
+def test_info_shows_text_of_the_folders_own_tokenizer(in_tmp, cli):
+    Path("a.txt").write_text("some text\n" * 100)
+    made = cli("prepare_data", *["text", "--input", "a.txt", "--tokenizer", "bpe:260", "--name", "mine"])
+    assert made.out.startswith("data/mine: text, tokenizer bpe:260 (260 ids)")
+    done = cli("prepare_data", "--info", "data/mine")
+    assert "--- val, the first" in done.out
+    assert done.out.count("some text") > 9
+    assert cli("prepare_data", "--verify", "data/mine").out == "data/mine: 2 shards, all match meta.json\n"

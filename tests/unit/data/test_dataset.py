@@ -1,6 +1,7 @@
 """Opening a dataset folder, its errors, and the order of batches, against a plain version of itself."""
 
 import hashlib
+import pickle
 import re
 import shlex
 import shutil
@@ -131,6 +132,14 @@ def test_llmc_folder_is_a_dataset(tmp_path):
     [
         (lambda folder: (folder / "meta.pkl").touch(), "character ids.*meta.pkl.*prepare_data.py text --input"),
         (
+            lambda folder: (folder / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1}, "f": print})),
+            "character ids.*it contains builtins.print.*prepare_data.py text --input",
+        ),
+        (
+            lambda folder: (folder / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1}})),
+            r"train\.bin: id 2 at byte 2 is not in the vocabulary of 2",
+        ),
+        (
             lambda folder: shard(folder / "val.bin", [1, 50_257]),
             r"val\.bin: id 50257 at byte 2 is not in the vocabulary",
         ),
@@ -140,6 +149,20 @@ def test_shards_of_others_that_are_refused(tmp_path, write, said):
     write(nanogpt(tmp_path / "owt", train=[1, 2], val=[3, 4]))
     with pytest.raises(UserError, match=f"{tmp_path}/owt.*{said}"):
         open_dataset(tmp_path / "owt")
+
+
+def test_characters_of_nanogpt_are_the_tokenizer_of_their_shards(tmp_path):
+    folder = nanogpt(tmp_path / "chars", train=[1, 2, 0, 2], val=[2])
+    stoi = {"\n": 0, "h": 1, "\u00e4": 2}
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "stoi": stoi, "itos": {0: "\n"}}))
+    data = open_dataset(folder)
+    assert data.notice == f"{folder} has no meta.json: read as nanoGPT shards of the characters in meta.pkl"
+    encoding = data.load_tokenizer()
+    assert encoding.decode(data.tokens("train")[:].tolist()) == "h\u00e4\n\u00e4"
+    assert encoding.encode_ordinary("\u00e4h") == [2, 1]
+    facts = {"tokenizer": "characters", "vocab_size": 3, "eot_id": None, "end_of_text": False}
+    facts["ranks_sha256"] = tokenizer.ranks_hash(encoding)
+    assert facts.items() <= data.meta.items()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

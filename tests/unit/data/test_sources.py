@@ -305,10 +305,13 @@ def test_sample_downloads_files_until_it_has_enough(in_tmp, limit):
 def test_task_gives_each_split_its_documents(splits):
     """The hash decides, or the chunk, or the split of the source."""
     documents, borders = [f"document {n}" for n in range(200)], {"test": 0.15, "val": 0.4}
-    call = functools.partial(encode_task, PrepareConfig(source="text", tokenizer="byte"), splits, borders)
+    config = PrepareConfig(source="text", tokenizer="byte")
+    call = functools.partial(encode_task, config, Path("none"), 256, splits, borders)
 
     def counts(task: Task) -> dict[str, int]:
-        return {split: count for split, (_, count, _) in pickle.loads(pickle.dumps(call))(task).items()}
+        encoded, special = pickle.loads(pickle.dumps(call))(task)
+        assert special is None
+        return {split: count for split, (_, count, _) in encoded.items()}
 
     chosen = [choose_split(borders, [text]) for text in documents]
     assert counts(Task(0, functools.partial(map, Chunk, documents))) == {s: chosen.count(s) for s in splits}

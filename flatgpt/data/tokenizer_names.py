@@ -1,0 +1,61 @@
+"""Find the tokenizer that `prepare_data.py --tokenizer` names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import tiktoken
+
+from config import UserError
+from flatgpt.data import hub, tokenizer, tokenizer_reader
+from flatgpt.data.shards import DAMAGED
+from flatgpt.data.tokenizer import FileTokenizer
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+FILE_SUFFIXES = (".json", ".txt", ".tiktoken", ".pkl", ".model")
+EXPECTED = "a tokenizer.json, vocab.json, .tiktoken or meta.pkl"
+
+
+def find(name: str) -> tiktoken.Encoding | None:
+    """Return the tokenizer of a path or of a model on the hub; None if it is the name of an encoding.
+
+    Args:
+        name: a path as in tokenizer_reader.read, also the folder of a dataset, run or checkpoint; or user/name.
+
+    Raises:
+        UserError: as tokenizer_reader.read; or there is no such tokenizer.
+    """
+    path = Path(name)
+    if not name or name in (*tiktoken.list_encoding_names(), "byte"):
+        return tokenizer.check_name(name)
+    if path.exists():
+        if found := _of_dataset_or_run(path) or tokenizer_reader.read(path):
+            return found
+        raise UserError(f"tokenizer {name}: the folder has no {EXPECTED}")
+    if not HUB_NAME.fullmatch(name) or path.parent.exists() or path.suffix in FILE_SUFFIXES:
+        try:
+            return tokenizer.check_name(name)
+        except UserError as error:
+            raise UserError(f"{error}, or {EXPECTED} that exists") from None
+    found = tokenizer_reader.read(hub.fetch_tokenizer(name))
+    if found is None:
+        raise UserError(f"tokenizer {name}: the repository on the hub has no tokenizer.json and no vocab.json")
+    if isinstance(found, FileTokenizer):
+        found.name = name.partition("@")[0].rpartition("/")[2]  # not that of the folder in the cache
+    return found
+
+
+def _of_dataset_or_run(path: Path) -> tiktoken.Encoding | None:
+    """Return the tokenizer of a dataset, run or checkpoint of flatGPT; None if the path is none of these."""
+    for file in (path / "meta.json", path / "state.json", *sorted(path.glob("ckpt/*/state.json"), reverse=True)):
+        if file.is_file():
+            try:
+                facts = json.loads(file.read_text(encoding="utf-8"))
+                facts = {**facts, "name": facts["tokenizer"]} if file.name == "meta.json" else facts["tokenizer"]
+                name, end_of_text_id = facts["name"], facts["eot_id"]
+            except DAMAGED as error:
+                raise UserError(f"{file} names no tokenizer ({type(error).__name__} {error})") from None
+            return tokenizer.load(name, file.parent, end_of_text_id)
+    return None
