@@ -56,16 +56,6 @@ class Dataset:
         content = json.dumps(self.meta).encode() if self.notice else path.read_bytes()
         return hashlib.sha256(content).hexdigest()
 
-    def load_tokenizer(self) -> tiktoken.Encoding:
-        """Return the tokenizer. Raise UserError if its file is missing, damaged or was changed."""
-        if self.notice and (self.folder / CHARACTERS).is_file():
-            return read_characters(self.folder / CHARACTERS, self.meta["tokenizer"])
-        encoding = tokenizer.load(self.meta["tokenizer"], self.folder, self.meta["eot_id"])
-        if isinstance(encoding, FileTokenizer) and tokenizer.ranks_hash(encoding) != self.meta["ranks_sha256"]:
-            path = self.folder / TOKENIZER_FILE
-            raise UserError(f"{path} was changed: its hash differs from meta.json; restore it, or prepare again")
-        return encoding
-
     def tokens(self, split: str) -> Tokens:
         """Open the shards of a split. Raise UserError if the split or a file is missing or has another size."""
         entry = self.meta["splits"].get(split)
