@@ -77,6 +77,7 @@ def request(config: AppConfig, prompt: str, stop: str, **options: object) -> Inf
         if len(text) > limit:
             raise UserError(f"{name}: {len(text):,} characters, at most {limit:,} here")
     stops = ["--stop=" + line.replace("\\n", "\n") for line in stop.splitlines() if line]
+    options["parse_special"] = config.parse_special
     return parse(InferConfig, [f"--prompt={prompt}", *stops, *(f"--{key}={value}" for key, value in options.items())])
 
 

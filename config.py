@@ -440,6 +440,7 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     split: str = opt("val", "split of the dataset", choices=("train", "val", "test"))
     test_data_path: str | None = opt(None, "score a .bin file of uint16 ids instead of the dataset")
     text: str | None = opt(None, "score a text file instead of the dataset")
+    parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in --text as their ids")
     choices: str | None = opt(None, "score multiple-choice questions: a .jsonl file with ctx, endings, label")
     protocol: str = opt(
         "window",
@@ -472,6 +473,8 @@ class EvalConfig(SamplingConfig, ReaderConfig):
         text_only |= {key: getattr(self, key) for key in ("eval_tokens", "eval_batches", "generate", "plot")}
         if self.choices:
             found += [f"{key} is for text, not for --choices: leave it out" for key in text_only if text_only[key]]
+        if self.parse_special and not self.text:
+            found.append("parse_special is for --text: add --text, or leave it out")
         if self.plot and not self.plot.endswith(".png"):
             found.append(f"plot = {self.plot}: a name that ends in .png is expected")
         return found
@@ -551,6 +554,7 @@ class InferConfig(WriterConfig):
         None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
     )
     prompt: str = opt("", "text to continue; empty: start a new text")
+    parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
     prompt_file: str | None = opt(None, "a file with one prompt; a final newline is dropped")
     prompts_file: str | None = opt(None, "a file with one prompt per line")
     interactive: bool = opt(False, "read prompts from the terminal, one at a time")
@@ -581,6 +585,7 @@ class AppConfig(WriterConfig):
     """app.py: a demo in the browser. The sampling settings are the page's initial values."""
 
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
+    parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     server_name: str | None = opt(
         None,

@@ -23,8 +23,7 @@ import numpy as np
 import tiktoken
 
 from flatgpt.data import tokenizer
-from flatgpt.data.dataset import open_dataset
-from flatgpt.data.encode import load_encoder
+from flatgpt.data.dataset import Dataset, open_dataset
 from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.evaluation import continuations, report
@@ -100,6 +99,11 @@ def evaluate_text(
         raise UserError(f"stride = {stride:,} is larger than the window of {T:,} tokens")
     tokens, name = open_tokens(config, encoding, source)
     batch_size = config.batch_size or default_batch_size(T, settings.device)
+    if rolling and encoding.eot_token is None:
+        raise UserError(
+            f"protocol = rolling scores the first token after end-of-text, which tokenizer {encoding.name} of "
+            f"{source.path} does not have: choose --protocol window or stride"
+        )
     first_id = encoding.eot_token if rolling else None
     windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
     limit = T + (windows - 1) * stride if windows else config.eval_tokens or 0
@@ -138,19 +142,23 @@ def open_tokens(
     Raises:
         UserError: there are too few tokens, or their tokenizer is not the model's.
     """
-    data_tokenizer = None
+    dataset = None
     if config.text:
-        name, encode, ids = config.text, load_encoder(encoding), bytearray()
-        chunks = text_chunks(Path(config.text))
-        for chunk in tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS):  # the ids are those of prepare_data.py
-            ids += tokenizer.to_uint16(encode([chunk], [False]), encoding.n_vocab).tobytes()
+        name, ids, chunks = config.text, bytearray(), text_chunks(Path(config.text))
+        if (tokenizer.can_split(encoding) or encoding.name == "byte") and not config.parse_special:
+            chunks = tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS)  # the ids are those of prepare_data.py
+        else:
+            chunks = ["".join(chunks)]
+        for chunk in chunks:
+            encoded = np.array(tokenizer.encode(encoding, chunk, config.parse_special), dtype=np.uint32)
+            ids += tokenizer.to_uint16(encoded, encoding.n_vocab).tobytes()
         tokens = np.frombuffer(ids, "<u2")
     elif config.test_data_path:
         name, path = config.test_data_path, Path(config.test_data_path)
         if path.suffix in (".txt", ".md", ".json", ".jsonl"):
             raise UserError(f"test_data_path = {path}: expected uint16 ids; to evaluate a text, use --text {path}")
         meta = read_meta(path.parent)
-        splits, data_tokenizer = (meta or {"splits": {}})["splits"].values(), (meta or {}).get("tokenizer")
+        splits, dataset = (meta or {"splits": {}})["splits"].values(), meta and Dataset(path.parent, meta)
         counts = {file["name"]: file["tokens"] for split in splits for file in split["files"]}
         tokens = Tokens([(path, counts.get(path.name))], source.config.vocab_size)
         if not meta:
@@ -163,10 +171,11 @@ def open_tokens(
         if dataset.notice:
             note(dataset.notice)
         tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
-        data_tokenizer = dataset.meta["tokenizer"]
-    if data_tokenizer not in (None, encoding.name):
+    differs = dataset and dataset.meta["ranks_sha256"] != tokenizer.ranks_hash(encoding)
+    if differs and not tokenizer.extends(encoding, other := dataset.load_tokenizer()):
+        named = f"another tokenizer, also named {other.name}" if other.name == encoding.name else other.name
         raise UserError(
-            f"{name} is tokenised with {data_tokenizer}, the model {source.path} was trained with {encoding.name}: "
+            f"{name} is tokenised with {named}, the model {source.path} was trained with {encoding.name}: "
             "prepare the text with the model's tokenizer, or evaluate the text itself: --text FILE"
         )
     min_tokens = 1 if config.protocol == "rolling" else 2

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from flatgpt.data.tokenizer import FileTokenizer
 from flatgpt.interop import hub, loading
 from flatgpt.interop.export_folder import export_problems, file_sizes, hugging_face_files, space_files, write_folder
 from flatgpt.interop.hub import LOCAL_SETTINGS
@@ -36,7 +37,7 @@ def main(config: ExportConfig) -> None:
     source = loading.find(model_path(config))
     out, name = output_folder(config, source), model_name(config, source)
     recipe = run_recipe(source.state) if source.state else ""
-    note(f"{source.describe()}, tokenizer {source.tokenizer}; exported as {config.dtype}")
+    note(f"{source.describe()}, tokenizer {source.encoding.name}; exported as {config.dtype}")
     model, encoding = loading.load(source, "cpu", config.context_length)
     files, convert = {}, not (config.space and source.state)  # a Space loads a flatGPT checkpoint without conversion
     if convert and (problems := export_problems(model.config)):
@@ -117,7 +118,8 @@ def next_steps(config: ExportConfig, source: ModelSource, out: Path) -> str:
     # llama.cpp ignores activation and MLP size in config.json, and identifies tokenizers by a hash of their output.
     shape = source.config
     standard_mlp = shape.activation == "gelu_tanh" and round(shape.mlp_ratio * shape.n_embd) == 4 * shape.n_embd
-    if standard_mlp and source.tokenizer in ("gpt2", "r50k_base"):
+    named = not isinstance(source.encoding, FileTokenizer)
+    if standard_mlp and named and source.encoding.name in ("gpt2", "r50k_base"):
         commands += [f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf"]
     commands += [f"python export.py --model_path {model} --push user/name --private"]
     python = f'print(pipeline("text-generation", {str(out)!r})("The ", max_new_tokens=100)[0]["generated_text"])'

@@ -135,8 +135,13 @@ def run_interactive(writer: Writer) -> None:
             return
         except UnicodeDecodeError as error:
             raise not_utf8("standard input", error) from None
+        try:
+            text = writer.text(prompt)
+        except UserError as error:  # a character that the tokenizer does not have
+            note(f"error: {error}")
+            continue
         with contextlib.suppress(KeyboardInterrupt):
-            write_batch(writer, [writer.text(prompt)], [""])
+            write_batch(writer, [text], [""])
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from config import UserError
+from flatgpt.data.tokenizer import FileTokenizer
+from flatgpt.data.tokenizer_files import tokenizer_json
 from flatgpt.evaluation.metrics import default_batch_size, eval_batches, mean_loss
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
@@ -134,7 +136,7 @@ def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) ->
 def write_row(run: TrainingRun, progress: Progress, log: RunLog) -> None:
     """Write the newest row to the log and, after an evaluation, samples."""
     log.write(progress.row)
-    if "val_loss" in progress.row and run.encoding:
+    if "val_loss" in progress.row and run.encoding and run.config.sample_tokens:
         try:
             texts = reporting.generate_samples(run, run.config.seed)
             log.write_samples(progress.row, run.config.sample_prompt, texts)
@@ -197,7 +199,8 @@ def train_loop(
 def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
     """Train on one rank. On return, DDP is freed before its process group is destroyed; otherwise it can hang."""
     resume_from = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config))
-    run = build_run(config, ranks, resumed=resume_from[1] if resume_from else None)
+    path, state = resume_from or (None, None)
+    run = build_run(config, ranks, state, path)
     config, folder = run.config, Path(run.config.out_dir)
     print(reporting.summary(run))
     progress = restore_run(resume_from, run, lock, recipe_text(config))
@@ -210,7 +213,8 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     wandb_id = wandb_run.id if wandb_run else progress.wandb_id
     metadata = {**run_metadata(run, recipe, resume_from), "wandb_id": wandb_id} if ranks.first else {}
     ranks.barrier()  # wandb and git may take long
-    checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held)
+    vocabulary = tokenizer_json(run.encoding) if isinstance(run.encoding, FileTokenizer) else None
+    checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held, vocabulary)
     stop, started = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
     try:
         reason = train_loop(run, progress, checkpoints, log, stop)

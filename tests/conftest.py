@@ -132,7 +132,7 @@ def gpt2_vocabulary():
 
     if not USER_TIKTOKEN_CACHE:
         pytest.skip("TIKTOKEN_CACHE_DIR is not set: it names tiktoken's cache with GPT-2's vocabulary")
-    forget = tokenizer.load.cache_clear
+    forget = tokenizer._load_named.cache_clear
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", USER_TIKTOKEN_CACHE)
         patch.setattr(tiktoken.registry, "ENCODINGS", USER_ENCODINGS)

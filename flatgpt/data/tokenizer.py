@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import os
 import re
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,12 +25,17 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from config import UserError
 
-MAX_ENCODE_CHARS = 1_000_000  # maximum text per call; a longer text without a break is split anyway
+# Maximum text per call; a longer text without a break is split anyway. One blank more can overflow tiktoken's stack.
+MAX_ENCODE_CHARS = 999_998
 GPT2_PATTERN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
 # GPT-2's pattern has no lookbehind, and a match ends wherever white space follows another character. Splitting a text
 # there changes no id. This matches up to the last such position.
 _LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+# White space to the tokenizers library; str.strip() also removes separators such as \x1c.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_OTHER_WORD = re.compile("[\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉]")  # not letters, but characters of words
 
+NO_ID = -1  # an end_of_text_id that no token has
 TOKENIZER_FILE = "tokenizer.json"  # in the folder of a dataset or checkpoint, unless its tokenizer has a known name
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
 
@@ -47,7 +56,8 @@ class FileTokenizer(tiktoken.Encoding):
         ranks: bytes -> id of each token. A lower id is merged first.
         special: text -> id of the added tokens.
         end_of_text: the added token that separates documents, if there is one.
-        rules: regular expression of each added token, if it differs from its text: some remove white space around it.
+        rules: text -> those of the flags in tokenizer.json that say where an added token is found, such as
+            "lstrip normalized". With "unused" it is never found.
         content: the tokenizer.json that it was read from, as it came; b"" for other formats.
     """
 
@@ -62,7 +72,8 @@ class FileTokenizer(tiktoken.Encoding):
         content: bytes = b"",
     ):
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.end_of_text, self.rules, self.content = end_of_text, rules or {}, content
+        self.end_of_text = end_of_text if end_of_text in special else None
+        self.rules, self.content = rules or {}, content
 
     @property
     def eot_token(self) -> int | None:
@@ -96,7 +107,7 @@ class CharacterTokenizer(FileTokenizer):
         Raises:
             UserError: names the first character without an id, and its place.
         """
-        found = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+        found = self._table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
         if len(unknown := np.flatnonzero(found < 0)):
             place = int(unknown[0])
             line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
@@ -111,6 +122,10 @@ class CharacterTokenizer(FileTokenizer):
         """As encode_to_numpy."""
         return self.encode_to_numpy(text).tolist()
 
+    def encode(self, text: str, **_: object) -> list[int]:
+        """As encode_to_numpy."""
+        return self.encode_ordinary(text)
+
     def __getstate__(self) -> tuple:
         return self.name, self.ids, self.content
 
@@ -123,13 +138,19 @@ def check_name(name: str) -> None:
         raise UserError(f"tokenizer {name}: {reason}; use one of {', '.join(known)}")
 
 
+def is_named(name: str, folder: Path) -> bool:
+    """Whether the tokenizer of a dataset in this folder is an encoding of this name, which `load` knows."""
+    known = name == "byte" or name in tiktoken.list_encoding_names()
+    return known and not (folder / TOKENIZER_FILE).is_file()
+
+
 def load(name: str, folder: Path | None = None, end_of_text_id: int | None = None) -> tiktoken.Encoding:
     """Return the tokenizer of a dataset, a checkpoint, or of this name.
 
     Args:
         name: of an encoding, or any name that a dataset or checkpoint has given to its tokenizer.
         folder: of the dataset or checkpoint. If it contains a tokenizer.json, that is read instead.
-        end_of_text_id: the id that separates documents, if a tokenizer.json is read.
+        end_of_text_id: the id that separates documents, if there is one and a tokenizer.json is read.
 
     Raises:
         UserError: the name is unknown, it has more than 65,536 ids, or its vocabulary cannot be downloaded; or as
@@ -138,6 +159,7 @@ def load(name: str, folder: Path | None = None, end_of_text_id: int | None = Non
     if folder and (folder / TOKENIZER_FILE).is_file():
         from flatgpt.data import tokenizer_reader  # imports this module
 
+        end_of_text_id = NO_ID if end_of_text_id is None else end_of_text_id
         return tokenizer_reader.read_json(folder / TOKENIZER_FILE, name, end_of_text_id)
     return _load_named(name)
 
@@ -209,32 +231,97 @@ def extends(encoding: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
 
 def can_split(encoding: tiktoken.Encoding) -> bool:
     """Whether split_text changes no id of this tokenizer."""
-    return encoding.name in GPT2_PATTERN_ENCODINGS or encoding._pat_str in (PATTERN, MARKS_PATTERN)
+    named = encoding.name in GPT2_PATTERN_ENCODINGS and not isinstance(encoding, FileTokenizer)
+    return named or encoding._pat_str in (PATTERN, MARKS_PATTERN)
 
 
 @functools.lru_cache
-def _special_pattern(encoding: tiktoken.Encoding) -> re.Pattern[str]:
-    """Return a pattern whose groups are the added tokens, of which the longest matches."""
-    rules = getattr(encoding, "rules", {})
-    texts = sorted(encoding._special_tokens, key=len, reverse=True)
-    return re.compile("|".join(f"({rules.get(text, re.escape(text))})" for text in texts) or r"(?!)")
+def _special_patterns(encoding: tiktoken.Encoding) -> list[re.Pattern[str]]:
+    """Return patterns of the added tokens, which are searched one after the other. The longest token matches first."""
+    rules, groups = getattr(encoding, "rules", {}), {"": [], "normalized": []}
+    for text in sorted(encoding._special_tokens, key=len, reverse=True):
+        if "unused" not in rules.get(text, ""):
+            groups["normalized" * ("normalized" in rules.get(text, ""))].append(re.escape(text))
+    return [re.compile("|".join(texts)) for texts in groups.values() if texts]
+
+
+def _in_word(char: str) -> bool:
+    """Whether the tokenizers library takes a character, if there is one, for a part of a word."""
+    category = unicodedata.category(char) if char else ""
+    return category[:1] in ("L", "M") or category in ("Nd", "Nl", "Pc") or bool(_OTHER_WORD.match(char))
+
+
+def _split_special(
+    encoding: tiktoken.Encoding, pattern: re.Pattern[str], text: str
+) -> Iterator[tuple[str, int | None]]:
+    """Yield the added tokens that match, each with its id, and the texts between them, with None."""
+    start = 0
+    for match in pattern.finditer(text):
+        flags, (left, right) = getattr(encoding, "rules", {}).get(match.group(), ""), match.span()
+        if "single_word" in flags and (_in_word(text[max(0, left - 1) : left]) or _in_word(text[right : right + 1])):
+            continue
+        if "lstrip" in flags:
+            left = start + len(text[start:left].rstrip(_WHITE_SPACE))
+        if "rstrip" in flags:
+            right = re.compile(f"[{_WHITE_SPACE}]*").match(text, right).end()
+        yield text[start:left], None
+        yield match.group(), encoding._special_tokens[match.group()]
+        start = right
+    yield text[start:], None
 
 
 def encode_special(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Return the ids of a text in which added tokens are never split and never merged across, as AutoTokenizer does."""
-    ids, start = [], 0
-    texts = sorted(encoding._special_tokens, key=len, reverse=True)
-    for match in _special_pattern(encoding).finditer(text):
-        ids += encoding.encode_ordinary(text[start : match.start()])
-        ids.append(encoding._special_tokens[texts[match.lastindex - 1]])
-        start = match.end()
-    return ids + encoding.encode_ordinary(text[start:])
+    parts: list[tuple[str, int | None]] = [(text, None)]
+    for pattern in _special_patterns(encoding):
+        split = ([part] if part[1] is not None else _split_special(encoding, pattern, part[0]) for part in parts)
+        parts = list(itertools.chain.from_iterable(split))
+    ids, length = [], MAX_ENCODE_CHARS if can_split(encoding) else len(text) + 1
+    for part, n in parts:
+        if n is None:
+            for chunk in split_text([part], length):
+                ids += encoding.encode_ordinary(chunk)
+        else:
+            ids.append(n)
+    return ids
+
+
+def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[int]:
+    """Return the ids of a text: of its added tokens if parse_special is set, otherwise of all its characters.
+
+    A note is printed once if this encodes an added token as characters.
+    """
+    if parse_special:
+        return encode_special(encoding, text)
+    if found := find_special(encoding, text):
+        note_once(f"note: {found!r} is encoded as ordinary characters, not as an added token: see --parse_special")
+    return encoding.encode_ordinary(text)
+
+
+def start_ids(encoding: tiktoken.Encoding, end_of_text: bool = True) -> list[int]:
+    """Return the ids that replace an empty prompt.
+
+    Args:
+        end_of_text: use the token that separates documents, if there is one. Otherwise a newline is used, or the first
+            character of a tokenizer that has no newline.
+    """
+    if end_of_text and encoding.eot_token is not None:
+        return [encoding.eot_token]
+    newline = "\n" in encoding.ids if isinstance(encoding, CharacterTokenizer) else True
+    return encoding.encode_ordinary("\n") if newline else [0]
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print a line to standard error, once per process, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def find_special(encoding: tiktoken.Encoding, text: str) -> str | None:
-    """Return the first added token in a text, if there is one."""
-    match = _special_pattern(encoding).search(text)
-    return match and match.group()
+    """Return an added token that a text contains, if there is one."""
+    found = filter(None, (pattern.search(text) for pattern in _special_patterns(encoding)))
+    return next((match.group() for match in found), None)
 
 
 def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:

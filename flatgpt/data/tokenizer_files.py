@@ -24,6 +24,8 @@ PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n, byte in enumerate(UNPRINTABLE)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # that say where an added token is found
 VERSION = "#version"  # prefix of the first line of merges.txt
 
 
@@ -72,13 +74,13 @@ def tokenizer_json(encoding: tiktoken.Encoding) -> bytes:
     backend: dict = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
     if isinstance(encoding, CharacterTokenizer):
         model = {"type": "WordLevel", "vocab": encoding.ids, "unk_token": ""}  # other characters are an error
-        characters = _split(r"[\s\S]")
-        return _json({**backend, "pre_tokenizer": characters, "decoder": {"type": "Fuse"}, "model": model})
+        return _json({**backend, "pre_tokenizer": EACH_CHARACTER, "decoder": {"type": "Fuse"}, "model": model})
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     split = byte_level
     if not _is_gpt2(encoding):
         byte_level = {**byte_level, "use_regex": False}
-        split = {"type": "Sequence", "pretokenizers": [_split(encoding._pat_str), byte_level]}
+        words = {**EACH_CHARACTER, "pattern": {"Regex": encoding._pat_str}}
+        split = {"type": "Sequence", "pretokenizers": [words, byte_level]}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -99,14 +101,12 @@ def _is_gpt2(encoding: tiktoken.Encoding) -> bool:
     return encoding.name == "byte" or encoding._pat_str == PATTERN
 
 
-def _split(pattern: str) -> dict:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
 def _added_tokens(encoding: tiktoken.Encoding) -> list[dict]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    by_id = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    return [{"id": n, "content": token, **flags} for token, n in by_id]
+    if content := getattr(encoding, "content", b""):
+        return json.loads(content).get("added_tokens") or []
+    by_id, rules = sorted(encoding._special_tokens.items(), key=lambda item: item[1]), getattr(encoding, "rules", {})
+    flags = {text: {flag: flag in rules.get(text, "") for flag in FLAGS} | {"special": True} for text, _ in by_id}
+    return [{"id": n, "content": text, **flags[text]} for text, n in by_id if "unused" not in rules.get(text, "")]
 
 
 def _vocab(encoding: tiktoken.Encoding) -> dict[str, int]:

@@ -33,7 +33,7 @@ def require_packages() -> None:
 
 
 def select_prompts(
-    tokens: Tokens | np.ndarray, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int
+    tokens: Tokens | np.ndarray, n: int, prompt_tokens: int, new_tokens: int, end_of_text: int | None
 ) -> list[Prompt]:
     """Take n equally spaced prompts from a split; in a short split they overlap.
 

@@ -242,16 +242,16 @@ def count_text(tokens: Tokens | np.ndarray, stop: int, encoding: tiktoken.Encodi
         words: separated by white space (str.split) or special tokens.
         lines: line ends, which are not words.
     """
-    special = np.zeros(1 << 16, dtype=bool)
-    special[encoding.n_vocab :] = True
-    special[[encoding.encode_single_token(word) for word in encoding.special_tokens_set]] = True
-    space = encoding.encode_single_token(b" ")  # stands for special tokens, which end a word
+    special = np.ones(1 << 16, dtype=bool)
+    special[[encoding.encode_single_token(token) for token in encoding.token_byte_values()]] = False
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     size, words, lines, in_word = 0, 0, 0, False
     for start in range(0, stop, CHUNK_TOKENS):
         ids = tokens[start : min(start + CHUNK_TOKENS, stop)]
-        data = encoding.decode_bytes(np.where(special[ids], space, ids).tolist())
-        size += len(data) - int(special[ids].sum())
+        first, *others = np.split(ids, np.flatnonzero(special[ids]))
+        parts = [first, *(part[1:] for part in others)]
+        data = b" ".join(encoding.decode_bytes(part.tolist()) for part in parts)  # special tokens end a word
+        size += len(data) - len(others)
         if text := decoder.decode(data, final=start + CHUNK_TOKENS >= stop):
             words += len(text.split()) - (in_word and not text[0].isspace())
             lines += text.count("\n")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from config import UserError
 from flatgpt.data.readers import text_chunks
+from flatgpt.data.tokenizer import start_ids
 from flatgpt.evaluation.metrics import evaluating, make_batch, progress_bar, scored_logits
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from model import GPT
@@ -75,12 +76,12 @@ def encode_pairs(encoding: tiktoken.Encoding, question: Question) -> list[tuple[
     """Return the ids of the context and of each ending, as lm-evaluation-harness tokenises them (_encode_pair, 0.4.13).
 
     The context is encoded without trailing white space, as n ids. Context, space and ending are encoded together; the
-    ending's ids are those after the first n. An empty context becomes end-of-text. Special tokens in the texts are
-    encoded as plain text.
+    ending's ids are those after the first n. An empty context becomes the result of tokenizer.start_ids: end-of-text,
+    if there is one. Special tokens in the texts are encoded as plain text.
     """
     context = encoding.encode_ordinary(question.ctx.rstrip())
     wholes = [encoding.encode_ordinary(f"{question.ctx} {ending}") for ending in question.endings]
-    return [(context or [encoding.eot_token], whole[len(context) :]) for whole in wholes]
+    return [(context or start_ids(encoding), whole[len(context) :]) for whole in wholes]
 
 
 def log_likelihoods(

@@ -16,6 +16,7 @@ import tiktoken
 from torch import Tensor
 
 from config import InferConfig, SamplingConfig
+from flatgpt.data import tokenizer
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch, top_token_probs
 from model import GPT
@@ -30,6 +31,7 @@ class Text:
     Args:
         stop: strings that end the text. It is cut before the first stop string.
         start_ids: ids that replace an empty prompt.
+        parse_special: encode added tokens in the prompt as their ids.
 
     Attributes:
         written: the characters so far, without the prompt.
@@ -39,9 +41,15 @@ class Text:
     """
 
     def __init__(
-        self, encoding: tiktoken.Encoding, prompt: str = "", stop: Sequence[str] = (), start_ids: Sequence[int] = ()
+        self,
+        encoding: tiktoken.Encoding,
+        prompt: str = "",
+        stop: Sequence[str] = (),
+        start_ids: Sequence[int] = (),
+        parse_special: bool = False,
     ):
-        self.prompt, self.ids = prompt, encoding.encode_ordinary(prompt) or start_ids
+        self.prompt = prompt
+        self.ids = tokenizer.encode(encoding, prompt, parse_special) if prompt else start_ids
         self.written, self.tokens = "", 0
         self.ended: str | None = None
         self.top_probs: list[tuple[int, float]] = []
@@ -79,7 +87,7 @@ class Writer:
     Args:
         model: a model that is prepared for decoding. Several Writers can share it.
         end_of_text: whether the training data has an end-of-text token between documents. It then replaces an empty
-            prompt; otherwise a newline does.
+            prompt; otherwise tokenizer.start_ids says what does.
         log: called once with a note if a text can exceed the context.
     """
 
@@ -92,7 +100,7 @@ class Writer:
         log: Callable[[str], None] | None = None,
     ):
         self.config, self.encoding = config, encoding
-        self.start_ids = [encoding.eot_token] if end_of_text else encoding.encode_ordinary("\n")
+        self.start_ids = tokenizer.start_ids(encoding, end_of_text)
         self.decoder = Decoder(model, config.compile)
         self.rows = self.tokens = 0  # texts started, tokens generated
         self.first_seconds = 0.0  # from the start of the first batch to its first tokens
@@ -101,7 +109,7 @@ class Writer:
 
     def text(self, prompt: str) -> Text:
         """Return a new Text for a prompt. Log a note if it can exceed the context, once per Writer."""
-        text = Text(self.encoding, prompt, self.config.stop, self.start_ids)
+        text = Text(self.encoding, prompt, self.config.stop, self.start_ids, self.config.parse_special)
         tokens, context = len(text.ids) + self.config.max_new_tokens, self.decoder.model.config.context_length
         if self._log and tokens > context + 1:
             start = f", at first the prompt's last {context:,}" if len(text.ids) > context else ""
@@ -130,7 +138,7 @@ class Writer:
             self.config.max_new_tokens,
             self.config,
             n_vocab=self.encoding.n_vocab,
-            stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),
+            stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),  # None is no id
             first_row=self.rows,
             on_sample=store_probs if top_probs else None,
         )

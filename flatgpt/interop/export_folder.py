@@ -32,7 +32,7 @@ from flatgpt.data.tokenizer_files import tokenizer_files
 from flatgpt.interop.hub import CONFIG, LOCAL_SETTINGS, card_body, hub_name, model_card
 from flatgpt.interop.loading import CONV1D, EMBEDDING, HEAD, POSITIONS, ModelSource
 from flatgpt.interop.pretrained import ACTIVATIONS
-from flatgpt.runs.checkpoint import STATE, WEIGHTS, state_file
+from flatgpt.runs.checkpoint import STATE, TOKENIZER, WEIGHTS, state_file
 from flatgpt.runtime.files import fsync
 from model import GPT
 
@@ -124,11 +124,11 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
     return converted
 
 
-def hugging_face_config(config: ModelConfig, eot_id: int, dtype: str) -> dict:
+def hugging_face_config(config: ModelConfig, eot_id: int | None, dtype: str) -> dict:
     """Return the content of config.json for transformers 4 and 5, vLLM and llama.cpp, which reads n_ctx.
 
     Args:
-        eot_id: id of the tokenizer's end-of-text token.
+        eot_id: id of the tokenizer's end-of-text token; None, which overrides transformers' default, without one.
         dtype: precision of the exported weights: float32, bfloat16 or float16.
     """
     inner = round(config.mlp_ratio * config.n_embd)
@@ -203,11 +203,12 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         run = source.path.parent.parent if source.path.parent.name == "ckpt" else source.path
         files |= {WEIGHTS: source.path / WEIGHTS, STATE: state_file(public_state(source.state, name))}
         files |= {LOG: run / LOG} if (run / LOG).is_file() else {}
+        files |= {TOKENIZER: source.path / TOKENIZER} if TOKENIZER in source.state["files"] else {}
     for file in (*(REPO_ROOT / script for script in SPACE_FILES), *(REPO_ROOT / "flatgpt").rglob("*.py")):
         files[file.relative_to(REPO_ROOT).as_posix()] = file
-    return files | {
-        f"{VOCABULARY_FOLDER}/{key}": data for key, data in tokenizer.vocabulary_files(source.tokenizer).items()
-    }
+    named = not isinstance(source.encoding, tokenizer.FileTokenizer)
+    vocabulary = tokenizer.vocabulary_files(source.encoding.name) if named else {}
+    return files | {f"{VOCABULARY_FOLDER}/{key}": data for key, data in vocabulary.items()}
 
 
 def public_state(state: dict, name: str) -> dict:
@@ -224,7 +225,8 @@ def public_state(state: dict, name: str) -> dict:
     data = {key: state["data"][key] for key in known if key in state["data"]}
     data |= {"folder": Path(data["folder"]).name} if "folder" in data else {}
     public = {key: state[key] for key in PUBLIC_STATE_KEYS if key in state}
-    return public | {"config": config, "data": data, "files": {WEIGHTS: state["files"][WEIGHTS]}}
+    files = {name: state["files"][name] for name in (WEIGHTS, TOKENIZER) if name in state["files"]}
+    return public | {"config": config, "data": data, "files": files}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

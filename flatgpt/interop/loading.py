@@ -44,13 +44,13 @@ class ModelSource:
     Attributes:
         path: a checkpoint's folder, a Hugging Face folder, or nanoGPT's file.
         config: the model's config.
-        tokenizer: name of the tokenizer that the model was trained with.
+        encoding: the tokenizer that the model was trained with.
         state: state.json of a flatGPT checkpoint; {} for other formats.
     """
 
     path: Path
     config: ModelConfig
-    tokenizer: str
+    encoding: tiktoken.Encoding
     state: dict
 
     @property
@@ -83,13 +83,13 @@ def find(model_path: str | None, log: Callable[[str], None] = note) -> ModelSour
                 raise UserError(f"{path / STATE} is damaged: {key} = {value!r:.60} has another type; copy it again")
     else:
         path, state = pretrained.find(model_path, "model_path"), {}
-    name = pretrained.read_tokenizer(str(path))
-    if name is None:
+    encoding = pretrained.read_tokenizer(str(path) if state else model_path)
+    if encoding is None:
         raise UserError(
-            f"model_path = {model_path}: the tokenizer of this model is unknown "
-            "(nanoGPT stores the characters of its character models in a pickle, meta.pkl, which is not read)"
+            f"model_path = {model_path}: the tokenizer of this model is unknown: copy its tokenizer.json, or its "
+            f"vocab.json and merges.txt, into {path}"
         )
-    return ModelSource(path, pretrained.read_config(str(path)), name, state)
+    return ModelSource(path, pretrained.read_config(str(path)), encoding, state)
 
 
 def load(
@@ -107,14 +107,15 @@ def load(
     Raises:
         UserError: the tokenizer's vocabulary has changed, the weights do not fit, or context_length is too large.
     """
-    encoding, config = tokenizer.load(source.tokenizer), source.config
+    encoding, config = source.encoding, source.config
     if source.state and tokenizer.ranks_hash(encoding) != source.state["tokenizer"]["ranks_sha256"]:
         raise UserError(
             f"{source.path}: tokenizer {encoding.name} does not have the vocabulary that the model was trained with"
         )
     if encoding.n_vocab > config.vocab_size:
         raise UserError(
-            f"{source.path}: the model has {config.vocab_size:,} ids, tokenizer {encoding.name} {encoding.n_vocab:,}"
+            f"{source.path}: the model has {config.vocab_size:,} ids, tokenizer {encoding.name} {encoding.n_vocab:,}: "
+            "the weights or the tokenizer's files are of another model"
         )
     config = dataclasses.replace(config, context_length=context_length or config.context_length)
     model = model_class.on_meta_device(config)

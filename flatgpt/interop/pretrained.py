@@ -16,11 +16,15 @@ import pickle
 import sys
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, first_line, run_dir
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import RECIPE, STATE, folders, follow, gpt2_parameters, read_state, read_table, run_of
 from flatgpt.runtime.files import read_json, wrong_kind
+
+if TYPE_CHECKING:
+    import tiktoken
 
 NANOGPT = "ckpt.pt"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -244,27 +248,60 @@ def run_settings(config: TrainConfig) -> tuple[dict[Path, dict], dict] | None:
     return tables, recipe
 
 
-def read_tokenizer(path: str) -> str | None:
-    """Return the name of the tokenizer that a model was trained with; None if unknown.
+def read_tokenizer(path: str) -> tiktoken.Encoding | None:
+    """Return the tokenizer that a model was trained with; None if unknown.
 
     Without tokenizer files, a vocabulary of 50,257 or 50,304 (nanoGPT's padding) ids is assumed to be GPT-2's.
 
     Raises:
-        UserError: as find; or the Hugging Face folder has an unsupported vocabulary.
+        UserError: as find, tokenizer.load and tokenizer_reader.read; or the characters of a nanoGPT model are missing.
     """
-    location, name = find(path), None
+    from flatgpt.data import tokenizer, tokenizer_reader
+
+    location = find(path)
     if is_flatgpt(location):
-        match read_json(location / STATE).get("tokenizer"):
-            case {"name": str(name)} | (None as name):
-                return name
+        state = read_json(location / STATE)
+        match state.get("tokenizer"):
+            case {"name": str(name), **facts}:
+                file, files = location / tokenizer.TOKENIZER_FILE, state.get("files")
+                stored = isinstance(files, dict) and file.name in files  # otherwise its name is enough
+                if stored and not file.is_file():
+                    raise UserError(f"{file} is missing: copy the checkpoint again")
+                return tokenizer.load(name, location if stored else None, facts.get("eot_id"))
+            case None:
+                return None
             case value:
                 raise UserError(f"{location / STATE} is damaged: tokenizer = {value!r:.60} has no name; copy it again")
-    if not is_nanogpt(location):
-        from flatgpt.data import tokenizer_reader
+    size = read_config(path).vocab_size
+    encoding = None if is_nanogpt(location) else tokenizer_reader.read(location)
+    if isinstance(encoding, tokenizer.FileTokenizer) and (repo := hub_name(path)):  # its folder's name is the commit
+        encoding.name = repo.partition("@")[0].rpartition("/")[2]
+    if encoding is None and size in (50257, 50304):
+        return tokenizer.load("gpt2")
+    return _nanogpt_characters(location, size) if is_nanogpt(location) else encoding
 
-        encoding = tokenizer_reader.read(location)
-        name = encoding and encoding.name
-    return name or ("gpt2" if read_config(path).vocab_size in (50257, 50304) else None)
+
+def _nanogpt_characters(file: Path, size: int) -> tiktoken.Encoding:
+    """Return the characters of a nanoGPT model. The file is searched beside it and where nanoGPT's sample.py does."""
+    from flatgpt.data.tokenizer_reader import CHARACTERS, read_characters
+
+    config = read_nanogpt(file).get("config")
+    dataset = config.get("dataset") if isinstance(config, dict) else None
+    folders = [file.parent, file.absolute().parent.parent / "data" / str(dataset)]
+    found = next((folder / CHARACTERS for folder in folders if (folder / CHARACTERS).is_file()), None)
+    if found is None:
+        source = f"data/{dataset}/{CHARACTERS}" if dataset else CHARACTERS
+        raise UserError(
+            f"{file} has {size:,} ids, whose characters are in {CHARACTERS} of the data that it was trained on: copy "
+            f"nanoGPT's {source} to {file.with_name(CHARACTERS)}"
+        )
+    encoding = read_characters(found, str(dataset or file.absolute().parent.name))
+    if encoding.n_vocab != size:
+        raise UserError(
+            f"{found} has {encoding.n_vocab:,} characters, but {file} has {size:,} ids: copy the {CHARACTERS} of the "
+            f"data that it was trained on to {file.with_name(CHARACTERS)}"
+        )
+    return encoding
 
 
 # ---------------------------------------------------------------------------------------------------------------------

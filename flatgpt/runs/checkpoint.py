@@ -1,9 +1,10 @@
 """Save, find, verify and load checkpoints.
 
-A checkpoint out/<run>/ckpt/iter_000500/ has model.safetensors, train_state.pt and state.json. state.json is written
-last. It contains its own SHA-256, and the size and SHA-256 of the other files; a folder without a valid state.json is
-not a checkpoint. `ckpt/last` and `ckpt/best` are relative symlinks or, on file systems without symlinks, files that
-contain the folder's name. No arbitrary objects are unpickled: train_state.pt is read with weights_only=True.
+A checkpoint out/<run>/ckpt/iter_000500/ has model.safetensors, train_state.pt and state.json, and tokenizer.json unless
+its tokenizer has a known name. state.json is written last. It contains its own SHA-256, and the size and SHA-256 of the
+other files; a folder without a valid state.json is not a checkpoint. `ckpt/last` and `ckpt/best` are relative symlinks
+or, on file systems without symlinks, files that contain the folder's name. No arbitrary objects are unpickled:
+train_state.pt is read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ REMEDIES = {
     errno.EFBIG: "Raise the limit of file sizes (ulimit -f), or use a file system without such a limit",
     errno.ENAMETOOLONG: "Choose a shorter --out_dir",
 }
-WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.pt"
+WEIGHTS, TRAIN_STATE, TOKENIZER = "model.safetensors", "train_state.pt", "tokenizer.json"
 
 
 class DamagedCheckpointError(UserError):
@@ -52,7 +53,13 @@ class DamagedCheckpointError(UserError):
 
 
 def save(
-    run_dir: Path, state: dict, weights: dict[str, Tensor], train_state: dict, keep: int, keep_every: int | None = None
+    run_dir: Path,
+    state: dict,
+    weights: dict[str, Tensor],
+    train_state: dict,
+    keep: int,
+    keep_every: int | None = None,
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Write a checkpoint, point `last` to it, and delete old checkpoints.
 
@@ -62,6 +69,7 @@ def save(
         train_state: tensors and plain types, for resuming.
         keep: number of newest checkpoints to keep, besides `best`.
         keep_every: also keep all checkpoints whose iteration is a multiple of this.
+        tokenizer: content of tokenizer.json; None: the tokenizer's name is enough to load it.
 
     Returns:
         the checkpoint's folder.
@@ -83,8 +91,11 @@ def save(
             torch.save(train_state, opened)
         with contextlib.suppress(OSError):  # safetensors makes it owner-only; not every file system has modes
             (partial / WEIGHTS).chmod((partial / TRAIN_STATE).stat().st_mode)
+        if tokenizer is not None:
+            file = TOKENIZER
+            (partial / file).write_bytes(tokenizer)
         files = {}
-        for file in (WEIGHTS, TRAIN_STATE):
+        for file in (WEIGHTS, TRAIN_STATE, *[TOKENIZER] * (tokenizer is not None)):
             files[file] = fingerprint(partial / file)
             fsync(partial / file)
         file = STATE
@@ -223,7 +234,7 @@ def fingerprint(path: Path) -> dict:
 
 
 def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dict:
-    """Verify the given files of a checkpoint and return its state.
+    """Verify the given files of a checkpoint, and its tokenizer.json if it has one. Return its state.
 
     Raises:
         DamagedCheckpointError: state.json is not valid, or the size or SHA-256 of a file does not match.
@@ -234,7 +245,7 @@ def verify(folder: Path, names: tuple[str, ...] = (WEIGHTS, TRAIN_STATE)) -> dic
         raise DamagedCheckpointError(f"{folder / STATE} is missing or damaged")
     if state["format"] != FORMAT:
         raise UserError(f"{folder}: checkpoint format {state['format']} is not supported, only format {FORMAT}")
-    for name in names:
+    for name in (*names, *[TOKENIZER] * (TOKENIZER in state["files"])):
         try:
             found = fingerprint(folder / name)
         except OSError as error:  # for example a bad sector

@@ -40,6 +40,7 @@ class CheckpointWriter:
         ranks: `save`, `allocate_buffers` and `wait` are collective calls.
         metadata: keys that every checkpoint's state.json contains.
         still_locked: returns whether the run's folder is still the locked one.
+        tokenizer: as in checkpoint.save.
 
     Attributes:
         failure: error of the newest save if it failed and training continued, else None.
@@ -51,9 +52,10 @@ class CheckpointWriter:
         ranks: DistributedContext = SINGLE_PROCESS,
         metadata: dict | None = None,
         still_locked: Callable[[], bool] = lambda: True,
+        tokenizer: bytes | None = None,
     ):
         self.run_dir, self.config, self.ranks = Path(config.out_dir), config, ranks
-        self.metadata, self.still_locked = metadata or {}, still_locked
+        self.metadata, self.still_locked, self.tokenizer = metadata or {}, still_locked, tokenizer
         self.failure: Exception | None = None
         self._last_save = time.monotonic()
         self._buffers: dict[str, Tensor] = {}
@@ -99,7 +101,7 @@ class CheckpointWriter:
             self._succeeded, keep = False, (self.config.keep_checkpoints, self.config.keep_every)
             if not self.still_locked():
                 raise UserError(f"{self.run_dir} is no longer the folder that this run started in: nothing is saved")
-            checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep)
+            checkpoint.save(self.run_dir, state, copied["weights"], copied["train_state"], *keep, self.tokenizer)
             self._succeeded = True
 
         self._submit(write)

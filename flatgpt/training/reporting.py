@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import SamplingConfig, TrainConfig, UserError, run_dir
+from flatgpt.data.tokenizer import start_ids
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
@@ -62,7 +63,10 @@ def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: f
 def generate_samples(run: TrainingRun, seed: int) -> list[str]:
     """Continue each sample_prompt; return texts with their prompts. Random numbers depend only on the seed."""
     config, encoding = run.config, run.encoding
-    prompts = [encoding.encode_ordinary(prompt) or [encoding.eot_token] for prompt in config.sample_prompt]
+    prompts = [
+        start_ids(encoding, end_of_text=not prompt) if prompt in ("", "\n") else encoding.encode_ordinary(prompt)
+        for prompt in config.sample_prompt
+    ]
 
     def sample_ids() -> list[list[int]]:  # of a fixed length: a sharded model needs all ranks for each token
         options = SamplingConfig(temperature=0.8, seed=seed)

@@ -20,6 +20,7 @@ import torch
 
 from config import START_ONLY, TrainConfig, UserError
 from flatgpt import REPO_ROOT
+from flatgpt.data import tokenizer
 from flatgpt.interop.pretrained import checkpoints_to_resume, shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE
@@ -90,6 +91,10 @@ def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] 
         resume_from: the result of find_resume_checkpoint.
     """
     config, settings, meta = run.config, run.device_settings, run.dataset.meta
+    tokenizer_facts = {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}}
+    if isinstance(encoding := run.encoding, tokenizer.FileTokenizer):  # it may have more tokens than the data's
+        tokenizer_facts = {"name": encoding.name, "vocab_size": encoding.n_vocab}
+        tokenizer_facts |= {"ranks_sha256": tokenizer.ranks_hash(encoding), "eot_id": encoding.eot_token}
     command = "\0".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     try:
         call = ["git", "-C", REPO_ROOT, "status", "--porcelain=v2", "--branch"]
@@ -105,7 +110,7 @@ def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] 
         "recipe": (resume_from[1].get("recipe", {}) if resume_from else {}) | recipe,
         "parameters": GPT.on_meta_device(config.model()).num_params(),  # run.model may be sharded
         "chosen": {"dtype": config.dtype, "compile": config.compile, "paths": settings.paths, "why": settings.why},
-        "tokenizer": {"name": meta["tokenizer"], **{k: meta[k] for k in ("vocab_size", "ranks_sha256", "eot_id")}},
+        "tokenizer": tokenizer_facts,
         "data": {
             "folder": str(run.dataset.folder),
             "manifest_sha256": run.dataset.manifest_hash,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from config import PrepareConfig, TrainConfig, UserError, run_dir
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
 from flatgpt.data.prepare import prepare
+from flatgpt.data.tokenizer import FileTokenizer
 from flatgpt.interop.loading import load_pretrained
-from flatgpt.interop.pretrained import read_tokenizer
+from flatgpt.interop.pretrained import find, read_tokenizer
 from flatgpt.kernels.attention import BF16_CPU_MAX_PLAIN_TOKENS, attention_steps
 from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, MIN_FUSED_LOGITS, loss_steps
 from flatgpt.runtime.choices import MAX_FLOPS, Choice, choose, has_bfloat16
@@ -40,7 +42,7 @@ class TrainingRun:
     device_settings: DeviceSettings
     ranks: DistributedContext
     dataset: Dataset
-    encoding: tiktoken.Encoding | None  # for samples; None: no samples
+    encoding: tiktoken.Encoding | None  # of samples and checkpoints; None: no samples, and its name is enough
     batches: TrainingBatches
     prefetcher: BatchPrefetcher  # moves batches to the device
     model: GPT  # the plain module, to save, evaluate and sample
@@ -203,24 +205,59 @@ def choose_paths(
     return dataclasses.replace(settings, paths=paths, why=settings.why | why)
 
 
-def load_encoding(config: TrainConfig, ranks: DistributedContext, name: str) -> tiktoken.Encoding | None:
-    """Return the tokenizer for samples, or None if there are no samples or a rank cannot load it."""
-    encoding = None
-    if config.sample_tokens:
+def load_encoding(
+    config: TrainConfig, ranks: DistributedContext, dataset: Dataset, model_path: str | None
+) -> tiktoken.Encoding | None:
+    """Return the tokenizer of a run: the model's if it only adds tokens to that of the data, otherwise the data's.
+
+    Args:
+        model_path: the model that training starts from, if there is one.
+
+    Returns:
+        None if the tokenizer has a known name, and there are no samples or a rank cannot load it.
+
+    Raises:
+        UserError: the model was trained with another tokenizer, or that of the data is damaged.
+    """
+    folder, meta, encoding = dataset.folder, dataset.meta, None
+    initial = read_tokenizer(model_path) if model_path else None
+    differs = initial is not None and tokenizer.ranks_hash(initial) != meta["ranks_sha256"]
+    required = differs or not tokenizer.is_named(meta["tokenizer"], folder)
+    if required or config.sample_tokens:
         try:
-            encoding = tokenizer.load(name)
+            encoding = dataset.load_tokenizer()
         except UserError as error:
+            if required:
+                raise
             note(f"warning: no samples will be written: {error}")
+    if differs:
+        if not tokenizer.extends(initial, encoding):
+            mine = initial.name
+            if isinstance(initial, FileTokenizer):
+                mine = path if (path := find(model_path)).is_dir() else "DATA/meta.pkl"  # of nanoGPT
+            other = "another tokenizer, also named" if initial.name == encoding.name else "tokenizer"
+            raise UserError(
+                f"{model_path} was trained with {other} {initial.name}, {folder} is tokenised with {encoding.name}: "
+                f"prepare the text with --tokenizer {mine}"
+            )
+        if isinstance(initial, FileTokenizer) and encoding.eot_token is not None:
+            initial = copy.copy(initial)
+            initial.end_of_text = encoding.decode([encoding.eot_token])  # as in the run's data
+        encoding = initial
     return encoding if ranks.all(encoding is not None) else None
 
 
 def build_run(
-    config: TrainConfig, ranks: DistributedContext = SINGLE_PROCESS, resumed: dict | None = None
+    config: TrainConfig,
+    ranks: DistributedContext = SINGLE_PROCESS,
+    resumed: dict | None = None,
+    checkpoint: Path | None = None,
 ) -> TrainingRun:
     """Build a TrainingRun with initial weights, and resolve its config.
 
     Args:
         resumed: state.json of the checkpoint that the run resumes from. Its choices of `auto` are kept.
+        checkpoint: its folder, whose tokenizer is kept.
 
     Raises:
         UserError: settings, data and initial weights are inconsistent, or ranks differ in them.
@@ -228,15 +265,15 @@ def build_run(
     paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # may differ between machines
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
+    init_from = None if resumed else config.init_from
+    stored = checkpoint and (checkpoint / tokenizer.TOKENIZER_FILE).is_file()
+    encoding = load_encoding(config, ranks, dataset, str(checkpoint) if stored else init_from)
     config, windows = resolve_data_settings(config, dataset)
-    name, init_from = dataset.meta["tokenizer"], None if resumed else config.init_from
-    initial_tokenizer = read_tokenizer(init_from) if init_from else None
-    if initial_tokenizer not in (None, name):
+    if encoding and config.vocab_size < encoding.n_vocab:
         raise UserError(
-            f"init_from = {init_from} was trained with tokenizer {initial_tokenizer}, {dataset.folder} is tokenised "
-            f"with {name}: prepare the text with {initial_tokenizer}"
+            f"vocab_size = {config.vocab_size:,}: tokenizer {encoding.name} has {encoding.n_vocab:,} ids; set "
+            "vocab_size to at least this number, or choose other weights"
         )
-    encoding = load_encoding(config, ranks, name)
     chosen = resumed["chosen"] if resumed else {}
     device_settings = choose_device(config, ranks, chosen)
     device, dtype = device_settings.device, str(device_settings.dtype).removeprefix("torch.")

@@ -14,7 +14,9 @@ import huggingface_hub
 import pytest
 import torch
 from exported import HUGGING_FACE_FILES, WEIGHTS_AND_CARD, T, export_here, files_in, refused, save_run, table_rows
+from gpt2_reference import nanogpt_checkpoint, random_gpt2
 from processes import ROOT, SYNTHETIC, running
+from vocabularies import TEXT, bpe, characters, save_run_of, write_nanogpt_characters
 
 from flatgpt.data import tokenizer
 from flatgpt.interop import hub, loading
@@ -174,3 +176,24 @@ def test_refusals(in_tmp, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     refused("pip install -r requirements-extra.txt", "--space", "s")
+
+
+@pytest.mark.parametrize("make", [characters, bpe])
+def test_a_space_contains_its_tokenizer(in_tmp, make):
+    """It is loaded without the run, in a new process with the Space's own code too."""
+    encoding = make()
+    model = save_run_of(encoding)
+    export_here("--space", "s")
+    shutil.rmtree("out")
+    assert no_code() == OURS | {"tokenizer.json"}
+    same_logits(model)
+    assert loading.find("s").encoding.encode_ordinary(TEXT) == encoding.encode_ordinary(TEXT)
+
+
+def test_a_space_of_nanogpts_characters(in_tmp):
+    letters = characters()
+    write_nanogpt_characters("nano/meta.pkl", letters.ids)
+    torch.save(nanogpt_checkpoint(random_gpt2(vocab_size=letters.n_vocab)), "nano/ckpt.pt")
+    export_here("--model_path", "nano/ckpt.pt", "--space", "s")
+    shutil.rmtree("nano")
+    assert loading.find("s").encoding.encode_ordinary(TEXT) == letters.encode_ordinary(TEXT)

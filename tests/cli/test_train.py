@@ -487,7 +487,7 @@ def test_sample_that_cannot_be_drawn_is_a_warning(tiny_data, monkeypatch, capsys
 
 
 def test_samples_need_a_vocabulary_and_training_does_not(tiny_data, monkeypatch, capsys):
-    def out_of_reach(name):
+    def out_of_reach(name, *_):
         raise UserError(f"tokenizer {name}: could not be fetched")
 
     monkeypatch.setattr(tokenizer, "load", out_of_reach)

@@ -16,8 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from flatgpt.data import tokenizer
 from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_files
 
-# GPT-2's, as OpenAI published it (encoder.py); tiktoken has a faster way to write it
-PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 NAMES = ("byte", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's cache has these files
 TEXTS = (
@@ -108,7 +106,9 @@ def test_a_vocabulary_with_holes(reader, tmp_path):
     """GPT-2's pattern, tokens that several pairs could make, end-of-text in the middle."""
     tokens = [b"aa", b"aaa", b"ab", b"aab", b"bc", b"abc", b" a", b" aaa", b"  ", b"   ", b"\n\n", b"\xc3\xa9", b"aaaa"]
     ranks = {bytes([255 - n]): n for n in range(256)} | {token: 260 + 2 * n for n, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding("p50k_base", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 263})
+    encoding = tiktoken.Encoding(
+        "p50k_base", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 263}
+    )
     reference = READERS[reader](save(tmp_path, tokenizer_files(encoding, 64)))
     holes = {256, 257, 258, 259, 261, *range(265, encoding.n_vocab, 2)}
     assert {n for n in range(encoding.n_vocab) if reference.convert_ids_to_tokens(n) is None} == holes

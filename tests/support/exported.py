@@ -33,12 +33,20 @@ def refused(message: str, *words) -> None:
     assert sorted(Path().rglob("*")) == before
 
 
-def save_run(run_dir="out/r", encoding="byte", alter=lambda model: None, state: dict | None = None, **settings) -> GPT:
+def save_run(
+    run_dir="out/r",
+    encoding="byte",
+    alter=lambda model: None,
+    state: dict | None = None,
+    tokenizer_file: bytes | None = None,
+    **settings,
+) -> GPT:
     """Save a checkpoint of a tiny model, with large random values in every parameter, and the log of its run.
 
     Args:
         alter: changes the parameters.
         state: more keys of state.json.
+        tokenizer_file: content of the checkpoint's tokenizer.json.
         settings: of TrainConfig.
     """
     torch.manual_seed(0)
@@ -55,7 +63,7 @@ def save_run(run_dir="out/r", encoding="byte", alter=lambda model: None, state: 
         "tokenizer": {"name": encoding, "ranks_sha256": tokenizer.ranks_hash(tokenizer.load(encoding))},
         "data": {"folder": "data/tiny", "manifest_sha256": "0" * 64, "end_of_text": False, "tokens": {"train": 99}},
     }
-    checkpoint.save(Path(run_dir), {**facts, **(state or {})}, model.state_dict(), {}, keep=1)
+    checkpoint.save(Path(run_dir), {**facts, **(state or {})}, model.state_dict(), {}, 1, tokenizer=tokenizer_file)
     checkpoint.set_link(Path(run_dir), "best", 7)
     Path(run_dir, "metrics.csv").write_text("iter,train_loss,val_loss\n0,,5.5\n7,5.25,5.125\n")
     return model

@@ -66,7 +66,7 @@ def test_vocabulary_files(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("requests.get", lambda *_, **__: pytest.fail("nothing is to be fetched"))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    assert tokenizer.ranks_hash(tokenizer.load.__wrapped__("gpt2")) == ranks
+    assert tokenizer.ranks_hash(tokenizer._load_named.__wrapped__("gpt2")) == ranks
 
 
 @pytest.mark.parametrize("broken", ["no network", "wrong content"])
@@ -85,7 +85,7 @@ def test_vocabulary_out_of_reach(monkeypatch, tmp_path, broken):
     monkeypatch.setattr("requests.get", get)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(UserError, match=r"tokenizer gpt2: .*https://.*TIKTOKEN_CACHE_DIR.*--tokenizer byte"):
-        tokenizer.load.__wrapped__("gpt2")  # past its cache
+        tokenizer._load_named.__wrapped__("gpt2")  # past its cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import random
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from vocabularies import HINDI, THAI, bpe, characters
 
 from flatgpt.data import tokenizer
 from flatgpt.inference.writer import Text
@@ -77,3 +78,25 @@ def test_stop_strings_end_the_text_however_it_is_cut(data, stop, seed):
     text.end("length")
     expected, stopped = until_stop(data.decode("utf-8", "replace"), stop)
     assert (text.written, text.ended) == (expected, "stop" if stopped else "length")
+
+
+@pytest.mark.parametrize("text", [HINDI, THAI, "🎈👩‍🚀 e\u0301 한국어\n"])
+def test_no_part_of_a_character_is_shown_in_any_script(text, in_tmp):
+    """The tokens of a small vocabulary hold parts of characters and parts of two characters."""
+    encoding, written = bpe(size=300), []
+    streamed = Text(encoding)
+    for token in encoding.encode_ordinary(text):
+        streamed.append(token)
+        assert text.startswith(streamed.written)
+        written.append(streamed.written)
+    assert len({*written}) < len(written)  # some tokens completed no character
+    assert streamed.written == text
+
+
+@pytest.mark.parametrize(
+    ("letters", "end_of_text", "expected"), [("ab\n", True, "\n"), ("ab\n", False, "\n"), ("ba", True, "a")]
+)
+def test_start_of_a_text_of_characters(letters, end_of_text, expected):
+    """They have no end-of-text: a newline, else the first character."""
+    encoding = characters(letters)
+    assert encoding.decode(tokenizer.start_ids(encoding, end_of_text)) == expected

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,16 @@ import pytest
 import torch
 from exported import T, export_here, save_run
 from gpt2_reference import nanogpt_checkpoint, random_gpt2
+from transformers import AutoTokenizer
+from vocabularies import TEXT, bpe, characters, save_run_of, write_bpe, write_model, write_nanogpt_characters
 
 import flatgpt
 from config import TrainConfig, UserError
 from flatgpt.cli.cli import parse
+from flatgpt.data.tokenizer import encode_special
+from flatgpt.data.tokenizer_files import tokenizer_json
 from flatgpt.interop import loading, pretrained
+from flatgpt.runs import checkpoint
 from model import GPT
 
 IDS, FILES = torch.arange(T)[None], ("model.safetensors", "state.json")
@@ -23,13 +30,14 @@ def test_every_name_of_a_model(in_tmp, capsys):
     """Nothing is printed to standard output, where a notebook or a script may print text."""
     model = save_run()
     source = loading.find("out/r")
-    assert (source.path, source.tokenizer, source.end_of_text) == (Path("out/r/ckpt/iter_000007"), "byte", False)
+    assert (source.path, source.encoding.name, source.end_of_text) == (Path("out/r/ckpt/iter_000007"), "byte", False)
     assert source.describe() == "out/r/ckpt/iter_000007, iter 7"
     checkpoint = source.path
     export_here("--out", "hf")
     capsys.readouterr()
     exported = loading.find("hf")
-    assert (exported.state, exported.tokenizer, exported.end_of_text, exported.describe()) == ({}, "byte", True, "hf")
+    facts = exported.state, exported.encoding.name, exported.end_of_text, exported.describe()
+    assert facts == ({}, "byte", True, "hf")
     files = [checkpoint / "model.safetensors", checkpoint / "state.json", "out/r/metrics.csv"]
     for name in (None, "out/r", checkpoint, *files, "hf", "hf/model.safetensors", "hf/config.json"):
         again, encoding = flatgpt.load(name and str(name))
@@ -111,9 +119,112 @@ def test_tokenizer_of_a_model_without_a_vocabulary(in_tmp):
         assert loading.find(".").path == Path("ckpt.pt")
         model, encoding = flatgpt.load("ckpt.pt", context_length=8)
         assert (encoding.name, model.config.vocab_size) == ("gpt2", size)
-    random_gpt2(vocab_size=65).save_pretrained("characters")
-    with pytest.raises(UserError, match="model_path = characters: the tokenizer of this model is unknown"):
-        loading.find("characters")
+    random_gpt2(vocab_size=65).save_pretrained("other")
+    with pytest.raises(UserError, match=r"model_path = other: the tokenizer of this model is unknown: .*\.json"):
+        loading.find("other")
+
+
+@pytest.mark.parametrize("place", ["checkout/out/meta.pkl", "checkout/data/shakespeare_char/meta.pkl"])
+def test_characters_of_nanogpt(in_tmp, place):
+    """Beside ckpt.pt, or where nanoGPT's sample.py finds them."""
+    letters, path = characters("ab\nc"), Path("checkout/out/ckpt.pt")
+    path.parent.mkdir(parents=True)
+    torch.save(nanogpt_checkpoint(random_gpt2(vocab_size=4)), path)
+    problem = "has 4 ids.*copy nanoGPT's data/shakespeare_char/meta.pkl to checkout/out/meta.pkl"
+    with pytest.raises(UserError, match=problem):
+        flatgpt.load(str(path))
+    write_nanogpt_characters(place, letters.ids)
+    model, encoding = flatgpt.load(str(path))
+    assert (encoding.encode("cab\n"), encoding.decode([3, 1, 0]), encoding.eot_token) == ([3, 1, 2, 0], "ca\n", None)
+    assert model.config.vocab_size == 4
+    write_nanogpt_characters(place, characters("abcde").ids)
+    with pytest.raises(UserError, match=f"{place} has 5 characters, but checkout/out/ckpt.pt has 4 ids"):
+        loading.find(str(path))
+    Path(place).write_bytes(pickle.dumps({"stoi": {"a": torch.zeros(2)}}))
+    with pytest.raises(UserError, match=f"{place} is not read: .*torch"):
+        loading.find(str(path))
+
+
+def test_a_checkpoint_with_a_tokenizer_of_its_own(in_tmp):
+    """The checkpoint's folder is enough, under any name."""
+    encoding = bpe()
+    model = save_run_of(encoding)
+    shutil.copytree("out/r/ckpt/iter_000007", "elsewhere")
+    for name in (None, "out/r", "elsewhere"):
+        again, found = flatgpt.load(name)
+        assert torch.equal(again(IDS), model(IDS))
+        assert (found.name, found.eot_token, found.encode_ordinary(TEXT)) == (
+            *(encoding.name, encoding.eot_token, encoding.encode_ordinary(TEXT)),
+        )
+    state = json.loads(Path("elsewhere/state.json").read_text())
+    assert checkpoint.fingerprint(Path("elsewhere/tokenizer.json")) == state["files"]["tokenizer.json"]
+
+
+def without(file: Path) -> None:
+    file.unlink()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def of_another_run(file: Path) -> None:
+    file.write_bytes(tokenizer_json(bpe("other", size=350)))
+
+
+@pytest.mark.parametrize("damage", [without, cut, of_another_run])
+def test_a_damaged_tokenizer_of_a_checkpoint(in_tmp, damage):
+    save_run_of(bpe())
+    damage(Path("out/r/ckpt/iter_000007/tokenizer.json"))
+    warnings = []
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        loading.find("out/r", warnings.append)
+    assert "tokenizer.json" in warnings[0]
+
+
+def test_a_tokenizer_of_another_run_with_its_hash(in_tmp):
+    """A checkpoint that is put together by hand is refused by the hash of the vocabulary."""
+    save_run_of(bpe())
+    state = checkpoint.read_state(Path("out/r/ckpt/best"))
+    of_another_run(Path("out/r/ckpt/best/tokenizer.json"))
+    state["files"]["tokenizer.json"] = checkpoint.fingerprint(Path("out/r/ckpt/best/tokenizer.json"))
+    Path("out/r/ckpt/best/state.json").write_bytes(checkpoint.state_file(state))
+    with pytest.raises(UserError, match="tokenizer bpe does not have the vocabulary that the model was trained with"):
+        flatgpt.load()
+
+
+def test_a_stray_tokenizer_beside_a_checkpoint_of_bytes(in_tmp):
+    """Old checkpoints have no file of their tokenizer."""
+    save_run()
+    bpe("out/r/ckpt/best/")
+    assert flatgpt.load()[1].name == "byte"
+
+
+def test_added_tokens_in_the_middle_of_the_ids(in_tmp):
+    reference = write_bpe("bpe")
+    data = json.loads(Path("bpe/tokenizer.json").read_text())
+    shifted = {token["content"]: 300 + n for n, token in enumerate(data["added_tokens"])}
+    for token in data["added_tokens"]:
+        token["id"] = shifted[token["content"]]
+    vocabulary, offset = data["model"]["vocab"], len(shifted)
+    ordinary = sorted((n, token) for token, n in vocabulary.items() if token not in shifted)
+    data["model"]["vocab"] = {token: n + offset * (n >= 300) for n, (_, token) in enumerate(ordinary)} | shifted
+    Path("bpe/tokenizer.json").write_text(json.dumps(data))
+    settings = json.loads(Path("bpe/tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)  # which has the ids too
+    Path("bpe/tokenizer_config.json").write_text(json.dumps(settings))
+    write_model("bpe", reference)
+    theirs, encoding = AutoTokenizer.from_pretrained("bpe"), flatgpt.load("bpe")[1]
+    text = TEXT + "<|user|>hi<|assistant|>" + TEXT
+    assert encode_special(encoding, text) == theirs.encode(text)
+    assert (encoding.eot_token, encoding.n_vocab) == (theirs.eos_token_id, len(theirs))
+
+
+def test_a_tokenizer_larger_than_the_embedding(in_tmp):
+    reference = write_bpe("bpe")
+    write_model("bpe", reference, vocab_size=len(reference) - 1)
+    with pytest.raises(UserError, match=f"bpe: the model has {len(reference) - 1} ids, tokenizer bpe {len(reference)}"):
+        flatgpt.load("bpe")
 
 
 @pytest.mark.parametrize(

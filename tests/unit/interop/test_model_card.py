@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from config import ExportConfig, ModelConfig, TrainConfig
+from flatgpt.data import tokenizer
 from flatgpt.interop.hub import model_card
 from flatgpt.interop.loading import ModelSource
 from model import GPT
@@ -52,7 +53,7 @@ def write(in_tmp):
             Path("data/books/meta.json").write_text(json.dumps(meta))
             digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
             state = {**state, "data": {**DATA, "manifest_sha256": digest}}
-        source = ModelSource(Path("run/ckpt/iter_001200"), CONFIG, "gpt2", state)
+        source = ModelSource(Path("run/ckpt/iter_001200"), CONFIG, tokenizer.load("gpt2"), state)
         recipe = f"lr = 0.001\nsample_prompt = {json.dumps(name)}\n" if state else ""
         return model_card(source, ExportConfig(**options), name=name, recipe=recipe)
 
