@@ -57,7 +57,7 @@ def info(dataset: Dataset) -> None:
     meta = dataset.meta
     for key, value in meta.items():
         if key != "splits":
-            print(f"{key:<14} {value:,}" if type(value) is int else f"{key:<14} {value}")
+            print(f"{key:<19} {value:,}" if type(value) is int else f"{key:<19} {value}")
     print(table(dataset))
     encoding = dataset.load_tokenizer()
     for split in meta["splits"]:

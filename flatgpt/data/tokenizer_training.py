@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 
 import tiktoken
 
@@ -104,12 +106,31 @@ def train(
 
     def pieces() -> Iterator[str]:
         for text in texts:
-            yield from split_text([text], PIECE_CHARS)
+            for piece in split_text([text], PIECE_CHARS):
+                if done.cancelled():
+                    raise InterruptedError  # ends the library's call
+                yield piece
             bar.update(len(text.encode()))
         bar.set_postfix_str("merging", refresh=sys.stderr.isatty())
 
-    with bar:
-        counted.train_from_iterator(pieces(), trainer)
+    def count_and_merge() -> None:
+        try:
+            counted.train_from_iterator(pieces(), trainer)
+        except BaseException as error:  # of reading the texts
+            done.cancelled() or done.set_exception(error)
+        else:
+            done.cancelled() or done.set_result(None)
+
+    # The library calls pieces() in threads of its own, and returns when it is done: in the main thread, a signal would
+    # have no effect until then.
+    done, thread = Future(), threading.Thread(target=count_and_merge, daemon=True)
+    try:
+        with bar:
+            thread.start()
+            done.result()
+    finally:
+        done.cancel()
+        thread.join(timeout=5)  # a thread that is in pieces() when Python exits would abort the process
     vocab = counted.get_vocab(with_added_tokens=False)
     ranks = {bytes(map(CHAR_TO_BYTE.get, token)): n for token, n in vocab.items()}
     if len(ranks) < ids - len(special):

@@ -90,6 +90,15 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(in_tmp, words, said):
     assert not list(Path("data").glob("*"))
 
 
+def test_error_of_reading_the_text_ends_the_training():
+    def texts():
+        yield TEXT
+        raise UserError("a.txt: cannot be read")
+
+    with pytest.raises(UserError, match="cannot be read"):
+        train(texts(), "bpe:300")
+
+
 def test_missing_library_is_named_before_text_is_read(in_tmp, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert "pip install -r requirements-extra.txt (tokenizers)" in refusal("nothing.txt", tokenizer="bpe:300")
