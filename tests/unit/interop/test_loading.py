@@ -141,7 +141,7 @@ def test_characters_of_nanogpt(in_tmp, place):
     with pytest.raises(UserError, match=f"{place} has 5 characters, but checkout/out/ckpt.pt has 4 ids"):
         loading.find(str(path))
     Path(place).write_bytes(pickle.dumps({"stoi": {"a": torch.zeros(2)}}))
-    with pytest.raises(UserError, match=f"{place} is not read: .*torch"):
+    with pytest.raises(UserError, match=f"{place} is not read"):
         loading.find(str(path))
 
 
