@@ -128,7 +128,6 @@ def read_characters(path: Path, name: str) -> CharacterTokenizer:
     Raises:
         UserError: the pickle contains other objects, which could run arbitrary code, or has no characters.
     """
-
     try:
         content = path.read_bytes()
         for opcode, arg, _ in pickletools.genops(content):

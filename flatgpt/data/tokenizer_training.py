@@ -23,7 +23,7 @@ from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, tokenizer_js
 
 TRAINED = re.compile("bpe:(.*)")
 MAX_IDS = 65_536
-PIECE_CHARS = 10_000  # the library takes about 100 bytes a character of each text that it splits into words
+PIECE_CHARS = 2_000  # the library takes about 100 bytes a character of each text that it splits into words
 MIN_COUNT = 2  # a pair that occurs once is not merged
 MAX_TOKEN_BYTES = 128  # a line of a million hyphens would give tokens of any length
 COMPRESSION = 3  # typical bytes of text per byte of a compressed file
