@@ -86,7 +86,9 @@ def read(path: Path) -> tiktoken.Encoding | None:
 
 
 def read_json(path: Path, name: str, end_of_text_id: int | None = None) -> FileTokenizer:
-    """Return the tokenizer of a tokenizer.json. Its normalizer and prefix space are not applied, which a note says.
+    """Return the tokenizer of a tokenizer.json. Its normalizer and prefix space are not applied.
+
+    A note says so, unless end_of_text_id is given: then a dataset or checkpoint has this file.
 
     Args:
         name: name of the tokenizer.
@@ -111,7 +113,7 @@ def read_json(path: Path, name: str, end_of_text_id: int | None = None) -> FileT
         pattern, prefix_space = _pattern(path, data.get("pre_tokenizer"))
         ignored = ["its prefix space"] * prefix_space
         ignored += [f"its normalizer ({data['normalizer']['type']})"] if data.get("normalizer") else []
-        if ignored:
+        if ignored and end_of_text_id is None:  # said when a dataset was made, not again by each of its readers
             note_once(f"note: {path}: {' and '.join(ignored)} is not applied: texts are encoded as they are")
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         ids = {text: token["id"] for text, token in added.items()}
