@@ -15,6 +15,7 @@ if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)
 
 import dataclasses
+import json
 import os
 import shlex
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from flatgpt.data.tokenizer import FileTokenizer
+from flatgpt.data.tokenizer import FileTokenizer, start_ids
 from flatgpt.interop import hub, loading
 from flatgpt.interop.export_folder import export_problems, file_sizes, hugging_face_files, space_files, write_folder
 from flatgpt.interop.hub import LOCAL_SETTINGS
@@ -119,10 +120,12 @@ def next_steps(config: ExportConfig, source: ModelSource, out: Path) -> str:
     shape = source.config
     standard_mlp = shape.activation == "gelu_tanh" and round(shape.mlp_ratio * shape.n_embd) == 4 * shape.n_embd
     named = not isinstance(source.encoding, FileTokenizer)
+    prompt = "The " if named else source.encoding.decode(start_ids(source.encoding, end_of_text=False))
     if standard_mlp and named and source.encoding.name in ("gpt2", "r50k_base"):
         commands += [f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf"]
     commands += [f"python export.py --model_path {model} --push user/name --private"]
-    python = f'print(pipeline("text-generation", {str(out)!r})("The ", max_new_tokens=100)[0]["generated_text"])'
+    text = json.dumps(prompt, ensure_ascii=False)
+    python = f'print(pipeline("text-generation", {str(out)!r})({text}, max_new_tokens=100)[0]["generated_text"])'
     lines = ["Next, in Python:", "  from transformers import pipeline", f"  {python}", "or in a shell:"]
     return "\n  ".join(["\n".join(lines), *commands])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from config import SamplingConfig, TrainConfig, UserError, run_dir
-from flatgpt.data.tokenizer import start_ids
+from flatgpt.data.tokenizer import FileTokenizer, start_ids
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
@@ -113,11 +113,12 @@ def closing_message(run: TrainingRun, progress: Progress, reason: int, seconds: 
         if i and Path(path) == run_dir(TrainConfig()):
             words = "--resume"
         return f"stopped at iter {i} of {config.max_iters}{cause}; {next_step}\n  {run.ranks.launcher} train.py {words}"
+    prompt = "" if isinstance(run.encoding, FileTokenizer) else " --prompt 'The '"  # it may have no such characters
     early = f"stopped at iter {i}: no new best in {progress.since_best} evaluations (patience)\n"
     return (
         f"{early * (i < config.max_iters)}done: {i:,} updates, best validation loss {progress.best_loss:.4f} at iter "
         f"{progress.best_iter}, {duration(seconds)}. Next:\n"
-        f"  python infer.py --model_path {folder} --prompt 'The '\n"
+        f"  python infer.py --model_path {folder}{prompt}\n"
         f"  python eval.py --model_path {folder}\n"
         "  python prepare_data.py text --input YOUR_FILES --name mine"
     )

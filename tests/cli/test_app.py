@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, command, free_port, running
 from scripted import save_model, scripted_model
+from vocabularies import HINDI, bpe, characters, save_run_of
 
 import app
 from config import AppConfig, UserError
@@ -110,6 +111,21 @@ def test_visitor_gets_what_infer_writes(cli, config, loaded, tiny_home, monkeypa
 def test_refused_options(config, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         app.request(config, **values(**changes))
+
+
+@pytest.mark.parametrize("make", [characters, bpe])
+def test_page_of_a_tokenizer_of_its_own(in_tmp, make):
+    """Whole characters are shown; --parse_special of the command line holds for visitors; errors name the place."""
+    save_run_of(make())
+    config = AppConfig(device="cpu", parse_special=True)
+    make_writer = app.load(config)[1]
+    writer = make_writer(app.request(config, **values(prompt=HINDI, max_new_tokens=8)))
+    pages, texts = list(web.stream_html(writer))[-1][0], writer.text(HINDI + "<|user|>" * (make is bpe))
+    assert visible(pages[0]).startswith(HINDI)
+    assert len(texts.ids) == len(writer.encoding.encode_ordinary(HINDI)) + (make is bpe)
+    if make is characters:
+        with pytest.raises(UserError, match=r"has no character 'Z' \(U\+005A\), which is in line 2, column 1"):
+            list(web.stream_html(make_writer(app.request(config, **values(prompt="\nZ")))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
