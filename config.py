@@ -54,7 +54,7 @@ def opt(default, help: str, **meta):
         meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
             `none` (the word for None), `bare` (value of the flag alone), `alias` (other names),
             `section` (heading in `--help` above this field),
-            `separator` (several words after the flag are joined with it),
+            `separator` (several words after the flag are joined with it, once all positional arguments are given),
             `positional` (given without a flag; a tuple takes all positional arguments),
             `recipe` (False: the key in a recipe is for train.py; ignore it).
     """

@@ -24,8 +24,14 @@ os.environ.setdefault("MPLCONFIGDIR", os.path.join(USER_CACHE, "matplotlib"))
 CACHE = tempfile.TemporaryDirectory(prefix="flatgpt_tests_")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
-# No deadline: the machine may be busy. In continuous integration the examples are the same each time.
-hypothesis.settings.register_profile("flatgpt", deadline=None, database=None, derandomize="CI" in os.environ)
+# No deadlines: the machine may be busy. In continuous integration the examples are the same each time.
+hypothesis.settings.register_profile(
+    "flatgpt",
+    deadline=None,
+    database=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("flatgpt")
 
 # A background job of a script ignores SIGINT, nohup ignores SIGHUP, and child processes inherit ignored signals. With a

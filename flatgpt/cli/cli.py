@@ -174,12 +174,9 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 boolean = words and words[0].lower() in states
                 values = [words.pop(0)] if boolean and not negated else ["false" if negated else "true"]
             elif not equals:
-                # a word after `--tokenizer gpt2` is the source, if that is missing
-                separator = "" if positional else field.metadata.get("separator", "")
-                many = value_type is tuple or separator
+                many = value_type is tuple or ("separator" in field.metadata and not positional)
                 while words and not words[0].startswith("--") and (not values or (many and words[0] != "-")):
                     values.append(words.pop(0))
-                values = [separator.join(values)] if separator and values else values
             if not values and "bare" in field.metadata:
                 layer.setdefault(field.name, field.metadata["bare"])  # keep a value given by an alias
                 continue
@@ -187,10 +184,10 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
                 problems.append(f"--{key}: a value is missing (write --{key}=VALUE if it starts with --)")
                 continue
         try:
-            if _value_type(cls, field)[0] is tuple:
-                layer[field.name] = layer.get(field.name, ()) + _convert(cls, field, values, from_words=True)
-            else:
-                layer[field.name] = _convert(cls, field, values[0], from_words=True)
+            many = _value_type(cls, field)[0] is tuple
+            value = values if many else field.metadata.get("separator", "").join(values)
+            value = _convert(cls, field, value, from_words=True)
+            layer[field.name] = layer.get(field.name, ()) + value if many else value
         except ValueError as error:
             problems.append(f"{field.name if field.metadata.get('positional') else '--' + key} = {values[0]}: {error}")
     return layer

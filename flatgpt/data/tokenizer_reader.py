@@ -166,12 +166,16 @@ def _from_vocabulary(
     """Return the tokenizer of Hugging Face's vocabulary and merges.
 
     Tokens that no merge forms are added tokens. A tokenizer.json lists those that are found in a text; a vocab.json
-    does not, such as its end-of-text.
+    does not, such as its end-of-text. Ids that no token has, which a model may generate, become tokens that are never
+    found.
     """
+    ids = {*vocab.values(), *added.values()}
+    gaps = {f"<unused {n}>": n for n in range(min(max(ids), MAX_IDS)) if n not in ids}
     formed = {merge.replace(" ", "") for merge in merges}
     alone = {token: n for token, n in vocab.items() if len(token) > 1 and token not in formed}
-    rules = {} if rules is None else dict.fromkeys(alone.keys() - added.keys(), "unused") | rules
-    special = alone | added
+    never = gaps if rules is None else gaps.keys() | (alone.keys() - added.keys())
+    rules = dict.fromkeys(never, "unused") | (rules or {})
+    special = gaps | alone | added
     tokens = {token: n for token, n in vocab.items() if token in formed or token in CHAR_TO_BYTE}
     if odd := next((token for token in vocab if token not in special and not {*token} <= CHAR_TO_BYTE.keys()), None):
         raise UserError(f"{path}: the token {odd!r:.60} is not of a byte-level BPE; {REMEDY}")

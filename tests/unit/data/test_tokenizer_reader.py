@@ -313,7 +313,9 @@ def test_end_of_text(how, files, tmp_path):
         (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in MODEL["merges"]))
     encoding = read(folder)
     assert (encoding.end_of_text, encoding.eot_token) == (expected, added.get(expected))
-    assert encoding._special_tokens == added
+    assert encoding._special_tokens == {"<unused 0>": 0, **added}  # an id that no token has
+    assert tokenizer.find_special(encoding, "<unused 0>") is None
+    assert encoding.decode([0]) == "<unused 0>"
     if files == "tokenizer.json":  # what a dataset or checkpoint says of it counts more than the files beside it
         last = len(added) - 1
         assert tokenizer.load("name", folder, 1500 + last).end_of_text == [*added][last]
