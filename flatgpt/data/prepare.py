@@ -30,7 +30,7 @@ from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_t
 from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
 from flatgpt.data.tokenizer_files import tokenizer_json
-from flatgpt.data.tokenizer_training import add_special_tokens, split_texts, train, trained_size
+from flatgpt.data.tokenizer_training import TRAINED, add_special_tokens, split_texts, train, trained_size
 from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
 
@@ -59,25 +59,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     folder = dataset_folder(config)
     revision = source.revision(config)
     corpus = None if revision else source.open(config)
-    settings = {
-        "source": config.source,
-        "repo": config.repo,
-        "dump": None if config.dump == DUMP else config.dump,
-        "files": list(config.files) or None,
-        "column": None if config.column == "text" else config.column,
-        "revision": revision or corpus.revision,
-        "tokenizer": name,
-        "encoder": config.encoder,
-        "shard_tokens": config.shard_tokens,
-        "val_fraction": source.val_fraction if config.val_fraction is None else config.val_fraction,
-        "test_fraction": config.test_fraction or None,
-        "sample_size": config.sample_size,
-        "only_splits": [split for split in SPLITS if split in config.splits] or None,
-        "tokenizer_sha256": tokenizer.ranks_hash(encoding) if isinstance(encoding, FileTokenizer) else None,
-        "tokenizer_sample_mb": config.tokenizer_sample_mb if trained else None,
-        "special_tokens": list(config.special_tokens) or None,
-        "parse_special": config.parse_special or None,
-    }
+    settings = dataset_settings(config, revision or corpus.revision, encoding)
     if (meta := read_meta(folder)) is not None:
         check_settings(folder, "a dataset", meta, settings)
         (folder / PROGRESS).unlink(missing_ok=True)  # left if the last call was killed after it wrote meta.json
@@ -118,6 +100,35 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
             write_meta(folder, meta)
             (folder / PROGRESS).unlink()
     return open_dataset(folder)
+
+
+def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.Encoding | None) -> dict:
+    """Return the settings that identify a dataset, in the order in which meta.json has them.
+
+    Args:
+        revision: identifier of the source's content.
+        encoding: the tokenizer, unless it has a known name or is trained.
+    """
+    source = SOURCES[config.source]
+    return {
+        "source": config.source,
+        "repo": config.repo,
+        "dump": None if config.dump == DUMP else config.dump,
+        "files": list(config.files) or None,
+        "column": None if config.column == "text" else config.column,
+        "revision": revision,
+        "tokenizer": config.tokenizer,
+        "encoder": config.encoder,
+        "shard_tokens": config.shard_tokens,
+        "val_fraction": source.val_fraction if config.val_fraction is None else config.val_fraction,
+        "test_fraction": config.test_fraction or None,
+        "sample_size": config.sample_size,
+        "only_splits": [split for split in SPLITS if split in config.splits] or None,
+        "tokenizer_sha256": tokenizer.ranks_hash(encoding) if isinstance(encoding, FileTokenizer) else None,
+        "tokenizer_sample_mb": config.tokenizer_sample_mb if TRAINED.fullmatch(config.tokenizer) else None,
+        "special_tokens": list(config.special_tokens) or None,
+        "parse_special": config.parse_special or None,
+    }
 
 
 def write_shards(
