@@ -276,14 +276,13 @@ def encode_special(encoding: tiktoken.Encoding, text: str) -> list[int]:
     for pattern in _special_patterns(encoding):
         split = ([part] if part[1] is not None else _split_special(encoding, pattern, part[0]) for part in parts)
         parts = list(itertools.chain.from_iterable(split))
-    ids, length = [], MAX_ENCODE_CHARS if can_split(encoding) else len(text) + 1
-    for part, n in parts:
-        if n is None:
-            for chunk in split_text([part], length):
-                ids += encoding.encode_ordinary(chunk)
-        else:
-            ids.append(n)
-    return ids
+    return [i for part, n in parts for i in (_encode_ordinary(encoding, part) if n is None else [n])]
+
+
+def _encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Return encode_ordinary's ids. tiktoken's regular expressions overflow their stack at a million blanks."""
+    length = MAX_ENCODE_CHARS if can_split(encoding) else len(text) + 1
+    return [n for chunk in split_text([text], length) for n in encoding.encode_ordinary(chunk)]
 
 
 def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[int]:
@@ -295,7 +294,7 @@ def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[
         return encode_special(encoding, text)
     if found := find_special(encoding, text):
         note_once(f"note: {found!r} is encoded as ordinary characters, not as an added token: see --parse_special")
-    return encoding.encode_ordinary(text)
+    return _encode_ordinary(encoding, text)
 
 
 def start_ids(encoding: tiktoken.Encoding, end_of_text: bool = True) -> list[int]:

@@ -132,3 +132,13 @@ def test_to_uint16_refuses_ids_beyond_the_vocabulary():
     for wrong in (-1, 257, 65535, 65536 + 5):
         with pytest.raises(ValueError, match="not all in a vocabulary of 257 ids"):  # not an assert: -O removes those
             tokenizer.to_uint16(np.array([1, wrong, 2]), 257)
+
+
+@pytest.mark.parametrize("pattern", [tokenizer.PATTERN, tokenizer.MARKS_PATTERN], ids=["GPT-2's", "marks"])
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_a_million_blanks(pattern, parse_special):
+    """They overflow the stack of tiktoken's regular expressions if they are encoded in one call."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = tokenizer.FileTokenizer("bytes", pattern, ranks, {"<|endoftext|>": 256})
+    text = " " * 1_100_000 + "word"
+    assert tokenizer.encode(encoding, text, parse_special) == [*text.encode()]
