@@ -45,16 +45,21 @@ def compare(config: PrepareConfig, log: Callable[[str], None] = print) -> list[t
         val_bytes += len(text.encode())
     if not words:
         raise UserError("too little text: the validation split has no word; change --val_fraction")
-    rows, trained = [("tokenizer", "ids", "bytes/token", "tokens/word", "unused ids")], False
+    rows, trained, train_bytes = [("tokenizer", "ids", "bytes/token", "tokens/word", "unused ids")], False, 0
     for name, encoding in encodings.items():
         trained |= encoding is None
-        encoding = encoding or train(texts("train"), name, size=min(plan.size, limit))
-        used, tokens, train_bytes = np.zeros(encoding.n_vocab, bool), 0, 0
-        for split in ("val", "train"):
-            for ids, size in _encode(encoding, texts(split)):
-                used[ids] = True
-                tokens += len(ids) if split == "val" else 0
-                train_bytes += size if split == "train" else 0
+        try:
+            encoding = encoding or train(texts("train"), name, size=min(plan.size, limit))
+            used, tokens, train_bytes = np.zeros(encoding.n_vocab, bool), 0, 0
+            for split in ("val", "train"):
+                for ids, size in _encode(encoding, texts(split)):
+                    used[ids] = True
+                    tokens += len(ids) if split == "val" else 0
+                    train_bytes += size if split == "train" else 0
+        except UserError as error:  # too little text for N ids, or a character that a tokenizer lacks
+            log(str(error))
+            rows.append((name, *[""] * 4))
+            continue
         unused = int((~used).sum())
         ratios = f"{val_bytes / tokens:.2f}", f"{tokens / words:.2f}"
         rows.append((name, f"{encoding.n_vocab:,}", *ratios, f"{unused:,} ({unused / encoding.n_vocab:.0%})"))

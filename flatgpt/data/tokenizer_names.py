@@ -15,7 +15,7 @@ from flatgpt.data.tokenizer import FileTokenizer
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 FILE_SUFFIXES = (".json", ".txt", ".tiktoken", ".pkl", ".model")
-EXPECTED = "a tokenizer.json, vocab.json, .tiktoken or meta.pkl"
+EXPECTED = "tokenizer.json, vocab.json, .tiktoken or meta.pkl"
 
 
 def find(name: str) -> tiktoken.Encoding | None:
@@ -33,12 +33,12 @@ def find(name: str) -> tiktoken.Encoding | None:
     if path.exists():
         if found := _of_dataset_or_run(path) or tokenizer_reader.read(path):
             return found
-        raise UserError(f"tokenizer {name}: the folder has no {EXPECTED}")
+        raise UserError(f"tokenizer {name}: the folder has no {EXPECTED}; choose one that has")
     if not HUB_NAME.fullmatch(name) or path.parent.exists() or path.suffix in FILE_SUFFIXES:
         try:
             return tokenizer.check_name(name)
         except UserError as error:
-            raise UserError(f"{error}, or {EXPECTED} that exists") from None
+            raise UserError(f"{error}, bpe:N, or the path of a {EXPECTED}") from None
     found = tokenizer_reader.read(hub.fetch_tokenizer(name))
     if found is None:
         raise UserError(f"tokenizer {name}: the repository on the hub has no tokenizer.json and no vocab.json")

@@ -86,9 +86,7 @@ def read(path: Path) -> tiktoken.Encoding | None:
 
 
 def read_json(path: Path, name: str, end_of_text_id: int | None = None) -> FileTokenizer:
-    """Return the tokenizer of a tokenizer.json. Its normalizer and prefix space are not applied.
-
-    A note says so, unless end_of_text_id is given: then a dataset or checkpoint has this file.
+    """Return the tokenizer of a tokenizer.json, without its normalizer and prefix space, which a note says.
 
     Args:
         name: name of the tokenizer.
@@ -113,8 +111,12 @@ def read_json(path: Path, name: str, end_of_text_id: int | None = None) -> FileT
         pattern, prefix_space = _pattern(path, data.get("pre_tokenizer"))
         ignored = ["its prefix space"] * prefix_space
         ignored += [f"its normalizer ({data['normalizer']['type']})"] if data.get("normalizer") else []
-        if ignored and end_of_text_id is None:  # said when a dataset was made, not again by each of its readers
+        if ignored:
             note_once(f"note: {path}: {' and '.join(ignored)} is not applied: texts are encoded as they are")
+            steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
+            for step in (step for step in steps if step["type"] == "ByteLevel"):
+                step["add_prefix_space"] = False
+            content = json.dumps({**data, "normalizer": None}, ensure_ascii=False, indent=1).encode()
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         ids = {text: token["id"] for text, token in added.items()}
         rules = {text: " ".join(flag for flag in FLAGS if token.get(flag)) for text, token in added.items()}
@@ -284,4 +286,5 @@ def _read_object(file: Path) -> dict:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged or not a byte-pair vocabulary: {type(error).__name__} {error}")
+    problem = f"{path} is damaged or not a byte-pair vocabulary ({type(error).__name__} {error})"
+    return UserError(f"{problem}: copy it again, or {REMEDY}")

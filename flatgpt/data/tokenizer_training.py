@@ -175,7 +175,7 @@ def _check_special(name: str, present: set[str | bytes], special_tokens: Sequenc
     """Raise UserError unless these tokens can be added to those that are present."""
     for n, token in enumerate(special_tokens):
         if not token.strip():
-            raise UserError(f"--special_tokens {token!r}: a token of white space or no characters cannot be added")
+            raise UserError(f"--special_tokens {token!r}: it has only white space; choose another token")
         if token in special_tokens[:n]:
             raise UserError(f"--special_tokens {token}: given twice")
         if {token, token.encode()} & present:

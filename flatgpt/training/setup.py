@@ -237,8 +237,8 @@ def load_encoding(
                 mine = path if (path := find(model_path)).is_dir() else "DATA/meta.pkl"  # of nanoGPT
             other = "another tokenizer, also named" if initial.name == encoding.name else "tokenizer"
             raise UserError(
-                f"{model_path} was trained with {other} {initial.name}, {folder} is tokenised with {encoding.name}: "
-                f"prepare the text with --tokenizer {mine}"
+                f"{model_path} was trained with {other} {initial.name}, but {folder} is tokenised with "
+                f"{encoding.name}: prepare the text with --tokenizer {mine}"
             )
         if isinstance(initial, FileTokenizer) and encoding.eot_token is not None:
             initial = copy.copy(initial)

@@ -146,17 +146,19 @@ def test_command_that_it_names_trains_on_what_it_made(in_tmp, capsys, keys):
 
 
 def test_compare_prints_a_row_for_each_tokenizer(in_tmp, cli):
-    """The figures are those of a plain count over the last tenth of the text."""
+    """The figures are those of a plain count over the last tenth of the text. A tokenizer that fails is said to."""
     text = "naïve cafés\n" * 1000
     Path("a.txt").write_bytes(text.encode())
-    done = cli("prepare_data", *["compare", "--input", "a.txt", "--tokenizer", "byte", "bpe:268"])
+    done = cli("prepare_data", *["compare", "--input", "a.txt", "--tokenizer", "byte", "bpe:268", "bpe:900"])
     assert (done.code, done.err) == (0, "")
     assert "1,400 bytes, 200 words" in done.out
-    rows = [line.split() for line in done.out.splitlines()[-3:]]
+    assert "tokenizer bpe:900: the training split gives only" in done.out
+    rows = [line.split() for line in done.out.splitlines()[-4:]]
     unused = 257 - len(set(text.encode()))
     assert rows[0] == ["tokenizer", "ids", "bytes/token", "tokens/word", "unused", "ids"]
     assert rows[1] == ["byte", "257", "1.00", "7.00", str(unused), f"({unused / 257:.0%})"]
     assert rows[2][:4] == ["bpe:268", "268", "4.67", "1.50"]  # naïve, cafés and the line end
+    assert rows[3] == ["bpe:900"]
     assert not Path("data").exists()
 
 

@@ -249,7 +249,7 @@ def test_init_from_begins_with_those_weights_and_their_shape(tiny_data):
     state = json.loads((first / "ckpt/best/state.json").read_text())
     state["tokenizer"]["name"] = "p50k_base"
     (first / "ckpt/best/state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="was trained with tokenizer p50k_base, data/tiny is tokenised with byte"):
+    with pytest.raises(UserError, match="was trained with tokenizer p50k_base, but data/tiny is tokenised with byte"):
         train.build_run(config)
 
 

@@ -130,7 +130,7 @@ def test_eval_compares_vocabularies_not_names(cli, in_tmp):
     assert json.loads(same.out)["tokens"] > 99
     write_dataset("data/other", bpe("bpe", size=350))
     error = cli("eval", *CPU, "--dataset", "other").error
-    assert "is tokenised with another tokenizer, also named bpe, the model" in error
+    assert "is tokenised with another tokenizer, also named bpe, but the model" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_init_from_a_vocabulary_of_its_own(in_tmp):
     encoding = flatgpt.load("out/quickstart")[1]
     assert tokenizer.encode_special(encoding, "<|user|>hi<|assistant|>") == reference.encode("<|user|>hi<|assistant|>")
     write_dataset("data/other", bpe("other", size=350))
-    with pytest.raises(UserError, match=r"bpe was trained with tokenizer bpe, data/other is .* with other: .*r bpe$"):
+    with pytest.raises(UserError, match=r"bpe was trained with tokenizer bpe, but data/other .* other: .*r bpe$"):
         train_here("--context_length", 16, "--dataset", "other", "--init_from", "bpe", "--out_dir", "out/other")
 
 
