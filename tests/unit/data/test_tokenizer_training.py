@@ -79,7 +79,7 @@ def test_same_text_gives_the_same_file_with_any_number_of_threads():
         ({"tokenizer": "bpe:9000"}, "gives only 264 ids: choose a smaller N or more text"),
         ({"tokenizer": "bpe:258", "special_tokens": (EOT,)}, f"{EOT}: tokenizer bpe:258 has this token already"),
         ({"tokenizer": "byte", "special_tokens": (USER, USER)}, "given twice"),
-        ({"tokenizer": "byte", "special_tokens": ("",)}, "white space or no characters"),
+        ({"tokenizer": "byte", "special_tokens": ("",)}, "only white space"),
         ({"tokenizer": "byte", "special_tokens": ("a",)}, "has this token already"),
         ({"tokenizer": "bpe:260", "splits": ("val",)}, "trained on the training split"),
     ],
