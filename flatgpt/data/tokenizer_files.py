@@ -65,7 +65,7 @@ def tokenizer_files(encoding: tiktoken.Encoding, context_length: int) -> dict[st
 
 
 def tokenizer_json(encoding: tiktoken.Encoding) -> bytes:
-    """Return the tokenizer as tokenizer.json: as it came, if it was read from one.
+    """Return the tokenizer as tokenizer.json. One that was read from such a file lacks a normalizer and prefix space.
 
     tiktoken 0.14 and tokenizers 0.23 agree on the class of every code point.
     """

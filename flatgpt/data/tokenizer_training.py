@@ -21,10 +21,10 @@ from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus
 from flatgpt.data.sources import Plan, chunks_by_split, split_tasks
 from flatgpt.data.tokenizer import MARKS_PATTERN, PATTERN, CharacterTokenizer, FileTokenizer, split_text
-from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, tokenizer_json
+from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, FLAGS, tokenizer_json
+from flatgpt.data.tokenizer_reader import MAX_IDS
 
 TRAINED = re.compile("bpe:(.*)")
-MAX_IDS = 65_536
 PIECE_CHARS = 2_000  # the library takes about 100 bytes a character of each text that it splits into words
 MIN_COUNT = 2  # a pair that occurs once is not merged
 MAX_TOKEN_BYTES = 128  # a line of a million hyphens would give tokens of any length
@@ -156,7 +156,7 @@ def add_special_tokens(encoding: tiktoken.Encoding, special_tokens: Sequence[str
     if first + len(special_tokens) > MAX_IDS:
         raise UserError(f"--special_tokens: tokenizer {encoding.name} would have more than {MAX_IDS:,} ids")
     new = dict(zip(special_tokens, range(first, MAX_IDS), strict=False))
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {**dict.fromkeys(FLAGS, False), "special": True}
     data = json.loads(tokenizer_json(encoding))
     data["added_tokens"] = [
         *(data.get("added_tokens") or ()),
