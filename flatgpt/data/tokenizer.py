@@ -276,13 +276,18 @@ def encode_special(encoding: tiktoken.Encoding, text: str) -> list[int]:
     for pattern in _special_patterns(encoding):
         split = ([part] if part[1] is not None else _split_special(encoding, pattern, part[0]) for part in parts)
         parts = list(itertools.chain.from_iterable(split))
-    return [i for part, n in parts for i in (_encode_ordinary(encoding, part) if n is None else [n])]
+    return [i for part, n in parts for i in (encode_ordinary(encoding, part) if n is None else [n])]
 
 
-def _encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """Return encode_ordinary's ids. tiktoken's regular expressions overflow their stack at a million blanks."""
-    length = MAX_ENCODE_CHARS if can_split(encoding) else len(text) + 1
-    return [n for chunk in split_text([text], length) for n in encoding.encode_ordinary(chunk)]
+def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """Return the ids of a text that a user gave, of any length; added tokens are encoded as ordinary characters.
+
+    tiktoken's own encode_ordinary panics at a million blanks or line ends in a row. They are encoded in parts.
+    """
+    runs = re.finditer(r"\s+", text) if len(text) > MAX_ENCODE_CHARS else ()
+    cuts = [i for run in runs for i in range(run.start() + MAX_ENCODE_CHARS, run.end(), MAX_ENCODE_CHARS)]
+    parts = itertools.pairwise([0, *cuts, len(text)])
+    return [n for start, stop in parts for n in encoding.encode_ordinary(text[start:stop])]
 
 
 def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[int]:
@@ -294,7 +299,7 @@ def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[
         return encode_special(encoding, text)
     if found := find_special(encoding, text):
         note_once(f"note: {found!r} is encoded as ordinary characters, not as an added token: see --parse_special")
-    return _encode_ordinary(encoding, text)
+    return encode_ordinary(encoding, text)
 
 
 def start_ids(encoding: tiktoken.Encoding, end_of_text: bool = True) -> list[int]:

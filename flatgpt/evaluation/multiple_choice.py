@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import UserError
 from flatgpt.data.readers import text_chunks
-from flatgpt.data.tokenizer import start_ids
+from flatgpt.data.tokenizer import encode_ordinary, start_ids
 from flatgpt.evaluation.metrics import evaluating, make_batch, progress_bar, scored_logits
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from model import GPT
@@ -79,8 +79,8 @@ def encode_pairs(encoding: tiktoken.Encoding, question: Question) -> list[tuple[
     ending's ids are those after the first n. An empty context becomes the result of tokenizer.start_ids: end-of-text,
     if there is one. Special tokens in the texts are encoded as plain text.
     """
-    context = encoding.encode_ordinary(question.ctx.rstrip())
-    wholes = [encoding.encode_ordinary(f"{question.ctx} {ending}") for ending in question.endings]
+    context = encode_ordinary(encoding, question.ctx.rstrip())
+    wholes = [encode_ordinary(encoding, f"{question.ctx} {ending}") for ending in question.endings]
     return [(context or start_ids(encoding), whole[len(context) :]) for whole in wholes]
 
 

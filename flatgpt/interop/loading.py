@@ -34,7 +34,8 @@ EMBEDDING, HEAD, POSITIONS = "transformer.wte.weight", "lm_head.weight", "transf
 # Keys of state.json that are used without further checks. None: not written by earlier versions, or not set.
 FACTS = {"tokenizer.ranks_sha256": str, "data.end_of_text": bool, "data.folder": str | None, "data.tokens": dict | None}
 FACTS |= {"command": list | None, "config.init_from": str | None, "config.out_dir": str | None}
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
+# of torch.compile, DistributedDataParallel, a module that contains the model, and GPT2LMHeadModel itself
+PREFIXES = ("_orig_mod.", "module.", "model.", "transformer.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,13 @@ def _load_weights(model: GPT, path: Path, trained: ModelConfig, assign: bool) ->
     try:
         model.load_state_dict(read_weights(path, model.config), assign=assign)
     except (RuntimeError, IndexError) as error:  # lists missing and unknown tensors and wrong shapes
-        raise UserError(f"{path} does not fit its config: {textwrap.shorten(str(error), 400)}") from None
+        found = str(error).partition(":\n")[2] or str(error)
+        for word in ("Missing", "Unexpected"):
+            found = found.replace(f"{word} key(s) in state_dict:", word.lower())
+        found = textwrap.shorten(found, 300, placeholder=" ...").rstrip(".")
+        raise UserError(
+            f"{path} does not fit its config: {found}; its weights, its config or model.py are of another model"
+        ) from None
 
 
 def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -213,10 +220,10 @@ def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dic
         if not tensor.is_floating_point():
             text = f"{path}: {name!r:.80} is {tensor.dtype}: quantized weights are not supported, choose others"
             raise UserError(text)
-        while name.startswith(WRAPPER_PREFIXES):
+        while name.startswith(PREFIXES):
             name = name.partition(".")[2]
         # names of GPT2Model, which OpenAI's models on the hub use, lack `transformer.`
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        name = name if name.startswith("lm_head.") else f"transformer.{name}"
         if name.endswith(MASK_BUFFERS):
             continue
         if name.endswith(CONV1D) and not is_nanogpt(path):
@@ -226,7 +233,8 @@ def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dic
         # copy: a memory-mapped file may be rewritten while the model is in use
         weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     head = weights.pop(HEAD, None) if config.tie_weights else None
-    if head is not None and not torch.equal(head, weights.get(EMBEDDING, head)):
+    # safetensors' save_model stores one of two tied tensors, under the name that is first in the alphabet
+    if head is not None and not torch.equal(head, weights.setdefault(EMBEDDING, head)):
         raise UserError(  # transformers 5.23 unties them in this case, whatever config.json says
             f"{path}: {HEAD} differs from {EMBEDDING}, but its config ties them; in a Hugging Face folder, set "
             "tie_word_embeddings = false in config.json"

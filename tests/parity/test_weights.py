@@ -1,14 +1,16 @@
 """Pretrained weights in the formats of transformers and nanoGPT: logits and loss are those of transformers."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from gpt2_reference import nanogpt_checkpoint, random_gpt2
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
+from config import UserError
 from flatgpt.interop import loading, pretrained
 from model import GPT
 
@@ -80,6 +82,53 @@ def test_names_without_prefix_and_stored_masks(tmp_path):
     del saved["model_args"]["bias"]  # of versions without this setting
     torch.save(saved, tmp_path / "ckpt.pt")
     assert_same(read(tmp_path / "ckpt.pt"), reference)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_head_that_is_stored_without_its_embedding(tmp_path, shards, prefix):
+    """save_model of safetensors stores tied weights once, under the name that comes first in the alphabet."""
+    reference, file = random_gpt2(), tmp_path / "model.safetensors"
+    reference.save_pretrained(tmp_path)
+    save_model(reference, file)
+    weights = {prefix + name: tensor for name, tensor in load_file(file).items()}
+    assert f"{prefix}lm_head.weight" in weights
+    assert f"{prefix}transformer.wte.weight" not in weights
+    names, file_of = sorted(weights), {}
+    file.unlink()
+    for n in range(shards):
+        name = "model.safetensors" if shards == 1 else f"model-{n + 1:05}-of-{shards:05}.safetensors"
+        save_file({key: weights[key] for key in names[n::shards]}, tmp_path / name, {"format": "pt"})
+        file_of |= dict.fromkeys(names[n::shards], name)
+    if shards > 1:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    assert_same(read(tmp_path), reference)
+    if not prefix:
+        assert_same(read(tmp_path), transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval())
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes", "message"),
+    [
+        (True, {"lm_head.weight": 1.0}, "lm_head.weight differs from transformer.wte.weight, but its config ties them"),
+        (False, {"lm_head.weight": 1.0}, None),
+        (False, {"lm_head.weight": None}, 'missing "lm_head.weight"; its weights, its config or model.py are of'),
+        (False, {"transformer.wte.weight": None}, 'does not fit its config: missing "transformer.wte.weight"; '),
+        (True, {"transformer.wte.weight": None, "lm_head.weight": None}, 'missing "transformer.wte.weight", "lm_head'),
+    ],
+)
+def test_heads_that_are_not_the_embedding(tmp_path, tied, changes, message):
+    reference = random_gpt2(tie_word_embeddings=tied)
+    reference.save_pretrained(tmp_path)
+    weights = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    for name, change in changes.items():
+        weights[name] = change and weights[name] + change
+    save_file({name: w for name, w in weights.items() if w is not None}, tmp_path / "model.safetensors")
+    if message:
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+    else:
+        assert_same(read(tmp_path), transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval())
 
 
 def test_half_precision_becomes_float32_and_padding_is_zero(tmp_path):

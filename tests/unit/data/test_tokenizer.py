@@ -134,11 +134,27 @@ def test_to_uint16_refuses_ids_beyond_the_vocabulary():
             tokenizer.to_uint16(np.array([1, wrong, 2]), 257)
 
 
-@pytest.mark.parametrize("pattern", [tokenizer.PATTERN, tokenizer.MARKS_PATTERN], ids=["GPT-2's", "marks"])
+LLAMA = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    "pattern", [tokenizer.PATTERN, tokenizer.MARKS_PATTERN, LLAMA], ids=["GPT-2's", "marks", "Llama 3's"]
+)
 @pytest.mark.parametrize("parse_special", [False, True])
 def test_a_million_blanks(pattern, parse_special):
     """They overflow the stack of tiktoken's regular expressions if they are encoded in one call."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     encoding = tokenizer.FileTokenizer("bytes", pattern, ranks, {"<|endoftext|>": 256})
-    text = " " * 1_100_000 + "word"
+    text = "a" + " " * 1_100_000 + "word" + "\n" * 1_100_000
     assert tokenizer.encode(encoding, text, parse_special) == [*text.encode()]
+
+
+@pytest.mark.parametrize("unit", ["a", "🎈", "\0", "\ud800", " \n", "a ", "a" * 9 + "\n"], ids=ascii)
+def test_long_text_has_the_ids_of_one_call(unit, monkeypatch, gpt2_vocabulary):
+    """A text is cut only inside of white space that is longer than the limit."""
+    encoding, text = tokenizer.load("gpt2"), "the " + unit * 40
+    expected = encoding.encode_ordinary(text)
+    monkeypatch.setattr(tokenizer, "MAX_ENCODE_CHARS", 16)
+    found = tokenizer.encode_ordinary(encoding, text)
+    assert encoding.decode_bytes(found) == encoding.decode_bytes(expected)
+    assert found == expected or unit.isspace()

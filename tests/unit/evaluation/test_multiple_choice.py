@@ -108,6 +108,14 @@ def test_log_likelihoods_equal_a_plain_loop(name, changes, batch_tokens, monkeyp
         assert np.array_equal(over_ranks(world, lambda r: log_likelihoods(model, pairs, torch.from_numpy, r)), found)
 
 
+def test_a_context_and_an_ending_of_a_million_blanks():
+    """They overflow the stack of tiktoken's regular expressions if they are encoded in one call."""
+    blanks = " " * 1_100_000
+    ((context, short), (_, long)) = encode_pairs(WORDS, Question(f"{blanks}a{blanks}", ["b", f"\n{blanks}c"], 0))
+    assert (len(context), len(short)) == (1_100_001, 1_100_002)
+    assert WORDS.decode(context + long) == f"{blanks}a{blanks} \n{blanks}c"
+
+
 def uniform_model() -> GPT:
     """A model of bytes to which all ids are equally likely: an ending costs ln 257 for each byte, and for its space."""
     model = choice_model(vocab_size=257)
