@@ -444,7 +444,8 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     choices: str | None = opt(None, "score multiple-choice questions: a .jsonl file with ctx, endings, label")
     protocol: str = opt(
         "window",
-        "stride: overlapping windows, so that all tokens have context; rolling: as in lm_eval",
+        "stride: overlapping windows, so that all tokens have context; rolling: each document after end-of-text, as in "
+        "lm_eval",
         choices=("window", "stride", "rolling"),
         section="Protocol",
     )

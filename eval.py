@@ -27,7 +27,14 @@ from flatgpt.data.dataset import Dataset, open_dataset
 from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.evaluation import continuations, report
-from flatgpt.evaluation.metrics import compute_metrics, count_text, default_batch_size, eval_batches, token_statistics
+from flatgpt.evaluation.metrics import (
+    compute_metrics,
+    count_text,
+    default_batch_size,
+    eval_batches,
+    find_documents,
+    token_statistics,
+)
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
@@ -99,26 +106,38 @@ def evaluate_text(
         raise UserError(f"stride = {stride:,} is larger than the window of {T:,} tokens")
     tokens, name = open_tokens(config, encoding, source)
     batch_size = config.batch_size or default_batch_size(T, settings.device)
-    if rolling and encoding.eot_token is None:
+    windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
+    limit = T + (windows - 1) * stride if windows else config.eval_tokens or 0
+    first_id = encoding.eot_token
+    if rolling and first_id is None:
         raise UserError(
             f"protocol = rolling scores the first token after end-of-text, which tokenizer {encoding.name} of "
             f"{source.path} does not have: choose --protocol window or stride"
         )
-    first_id = encoding.eot_token if rolling else None
-    windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
-    limit = T + (windows - 1) * stride if windows else config.eval_tokens or 0
-    batches = eval_batches(tokens, T, batch_size, limit, ranks, stride=stride, first_id=first_id, progress=True)
+    documents = find_documents(tokens, first_id) if rolling else None
+    if rolling and not len(documents):
+        raise UserError(f"{name} has {len(tokens):,} tokens, all of them end-of-text: choose another text")
+    options = {"stride": stride, "documents": documents, "first_id": first_id, "progress": True}
+    batches = eval_batches(tokens, T, batch_size, limit, ranks, **options)
     statistics = token_statistics(model, batches, settings.to_device, ranks)
-    counts = count_text(tokens, int(statistics["targets"].sum()) + (not rolling), encoding)
-    if not rolling:  # the first token is not scored, but its word is counted: words do not depend on the protocol
+    scored, facts = int(statistics["targets"].sum()), {}
+    if rolling:
+        stops = np.cumsum(documents[:, 1] - documents[:, 0])
+        last = int(np.searchsorted(stops, scored))
+        counts = count_text(tokens, int(documents[last, 1] - (stops[last] - scored)), encoding)
+        facts["documents"] = last + 1
+    else:  # the first token is not scored, but its word is counted: words do not depend on the protocol
+        counts = count_text(tokens, scored + 1, encoding)
         counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
+    ends = 0 if first_id is None else int(statistics["targets"][first_id])
+    facts |= {"end_of_text_tokens": ends} if ends or rolling else {}
     protocol_means = report.PROTOCOLS[config.protocol]
     protocol_means += ", which is not in the model's training data" if rolling and not source.end_of_text else ""
-    protocol_means += f"; first {int(statistics['targets'].sum()):,} tokens" if limit else ""
+    protocol_means += f"; first {scored:,} tokens" if limit else ""
     result = {"text": name, "protocol": config.protocol, "protocol_means": protocol_means, "batch_size": batch_size}
     result |= {"stride": stride} if config.protocol == "stride" else {}
     result |= {"eval_tokens": limit or None, "eval_batches": config.eval_batches or None}
-    result |= compute_metrics(statistics, counts)
+    result |= facts | compute_metrics(statistics, counts)
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)

@@ -43,6 +43,15 @@ def default_batch_size(T: int, device: torch.device) -> int:
     return max(1, TOKENS_PER_PASS[device.type] // T)
 
 
+def find_documents(tokens: Tokens | np.ndarray, end_of_text: int | None) -> np.ndarray:
+    """Return start and stop of each text between end-of-text ids, without empty ones: (n, 2) int64."""
+    chunks = range(0, len(tokens), CHUNK_TOKENS)
+    stops = [start + np.flatnonzero(tokens[start : start + CHUNK_TOKENS] == end_of_text) for start in chunks]
+    stops = np.concatenate([*stops, [len(tokens)]])
+    documents = np.stack([np.concatenate([[0], stops[:-1] + 1]), stops], axis=1)
+    return documents[documents[:, 0] < documents[:, 1]]
+
+
 def eval_batches(
     tokens: Tokens | np.ndarray,
     context_length: int,
@@ -51,40 +60,74 @@ def eval_batches(
     ranks: DistributedContext = SINGLE_PROCESS,
     *,
     stride: int | None = None,
+    documents: np.ndarray | None = None,
     first_id: int | None = None,
     progress: bool = False,
 ) -> Iterator[Batch]:
     """Yield batches of windows in order; the last one may be smaller. Every token except the first is scored once.
 
     Args:
-        tokens: at least two ids, or one if first_id is given.
+        tokens: at least two ids, or one if there are documents.
         limit: number of tokens to score, rounded up to whole windows; 0: all. The windows do not depend on batch_size.
         ranks: the processes that take the batches in turn. All get the same number, because sharded models need all
             ranks; the last batch of some ranks may have no scored target.
         stride: distance between the starts of consecutive windows, at most context_length. A window scores only the
             tokens that no earlier window has scored. None: windows do not overlap.
-        first_id: an id placed before the text, so that the first token is scored too. The last window then has full
-            length (lm-evaluation-harness's loglikelihood_rolling).
+        documents: a result of find_documents. The windows are then those of lm-evaluation-harness's
+            loglikelihood_rolling for each document: all its tokens are scored, the last window has full length if the
+            document is long enough, and a batch is as wide as its longest window.
+        first_id: the id before each document.
         progress: show a progress bar on rank 0.
     """
     T, stride = context_length, stride or context_length
-    prefix = np.array([] if first_id is None else [first_id], dtype=np.int64)
-    n_targets = len(prefix) + len(tokens) - 1
-    starts = range(0, max(0, n_targets - T) + stride, stride)
-    starts = starts[: 1 + max(0, -(-(limit - T) // stride))] if limit else starts  # the first window scores T tokens
-
-    def window(start: int) -> tuple[np.ndarray, int]:
-        stop = min(start + T, n_targets)
-        n_scored = stop - (start - stride + T if start else 0)
-        start = start if first_id is None else max(0, stop - T)
-        ids = tokens[max(0, start - len(prefix)) : stop + 1 - len(prefix)]
-        return np.concatenate([prefix[start:], ids]), n_scored
-
-    batches_per_rank = -(-len(starts) // (batch_size * ranks.world))
+    if documents is None:
+        n_windows, window = _strided_windows(tokens, T, stride, limit)
+    else:
+        n_windows, window = _rolling_windows(tokens, T, documents, first_id, limit)
+    batches_per_rank = -(-n_windows // (batch_size * ranks.world))
     batch_numbers = range(ranks.rank, batches_per_rank * ranks.world, ranks.world)
     for n in progress_bar(batch_numbers, ranks) if progress else batch_numbers:
-        rows = [window(start) for start in starts[n * batch_size : (n + 1) * batch_size]]
-        yield make_batch(rows or [(window(0)[0], 0)], T)  # no window left: no scored target
+        rows = [window(i) for i in range(n * batch_size, min((n + 1) * batch_size, n_windows))]
+        rows = rows or [(window(0)[0], 0)]  # no window left: no scored target
+        yield make_batch(rows, T if documents is None else max(len(ids) for ids, _ in rows) - 1)
+
+
+Windows = tuple[int, Callable[[int], tuple[np.ndarray, int]]]  # how many; number -> ids, how many of the last to score
+
+
+def _strided_windows(tokens: Tokens | np.ndarray, T: int, stride: int, limit: int) -> Windows:
+    n_targets = len(tokens) - 1
+    n_windows = -(-max(0, n_targets - T) // stride) + 1
+    if limit:
+        n_windows = min(n_windows, 1 + max(0, -(-(limit - T) // stride)))  # the first window scores T tokens
+
+    def window(n: int) -> tuple[np.ndarray, int]:
+        start, stop = n * stride, min(n * stride + T, n_targets)
+        return tokens[start : stop + 1].astype(np.int64), stop - (start - stride + T if start else 0)
+
+    return n_windows, window
+
+
+def _rolling_windows(
+    tokens: Tokens | np.ndarray, T: int, documents: np.ndarray, first_id: int | None, limit: int
+) -> Windows:
+    lengths = documents[:, 1] - documents[:, 0]
+    windows_before = np.concatenate([[0], np.cumsum(-(-lengths // T))])  # (n + 1,) windows before each document
+    n_windows = int(windows_before[-1])
+    if 0 < limit < lengths.sum():
+        stops = np.cumsum(lengths)
+        last = int(np.searchsorted(stops, limit))
+        n_windows = int(windows_before[last] - (stops[last] - lengths[last] - limit) // T)
+
+    def window(n: int) -> tuple[np.ndarray, int]:
+        document = int(np.searchsorted(windows_before, n, side="right")) - 1
+        start, end = documents[document].tolist()
+        first = start + (n - int(windows_before[document])) * T  # scored
+        stop = min(first + T, end)
+        ids = tokens[max(start, stop - T - 1) : stop].astype(np.int64)
+        return np.concatenate([[first_id], ids]) if stop - T <= start else ids, stop - first
+
+    return n_windows, window
 
 
 def make_batch(rows: Sequence[tuple[Sequence[int], int]], T: int) -> Batch:

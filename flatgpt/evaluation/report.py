@@ -18,6 +18,8 @@ ROWS = {
     "stride": ("stride", "tokens"),
     "dtype": ("dtype", "of the matrix products"),
     "tokens": ("tokens", "scored"),
+    "end_of_text_tokens": ("  end-of-text", "of these tokens; they count 0 bytes"),
+    "documents": ("documents", "scored apart, between end-of-text tokens; without any, all of it is one document"),
     "bytes": ("bytes", "of scored text"),
     "words": ("words", "split at white space, without line ends; the first token's word is counted"),
     "lines": ("line ends", ""),
@@ -54,7 +56,7 @@ ROWS = {
 PROTOCOLS = {
     "window": "windows do not overlap; every token except the first is scored once",
     "stride": "windows overlap; each scores the tokens not scored by earlier windows; the first token is not scored",
-    "rolling": "as in lm-evaluation-harness: every token is scored once, the first one after end-of-text",
+    "rolling": "as in lm-evaluation-harness: every token of each document is scored once, the first after end-of-text",
     "choices": "log-likelihood of each ending after its context, as in lm-evaluation-harness's multiple_choice",
 }
 UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per scored token"}

@@ -60,6 +60,7 @@ def home(tmp_path_factory) -> Path:
         write("bom.txt", BOM)
         write("bad.txt", BOM + b"ab\xffcd")
         write_ids("one.bin", [7])
+        write_ids("ends.bin", [EOT] * 3)
         write_ids("beyond.bin", [1, 2, 257, 3])
     return folder
 
@@ -119,8 +120,12 @@ def test_figures_equal_a_plain_loop(protocol, stride, length):
         log_p = model(torch.tensor([inputs]))[0].double().log_softmax(-1)[-len(targets) :]
         nats -= float(log_p.gather(1, torch.tensor(targets)[:, None]).sum())
     bytes_scored = sum(i != EOT for i in ids) - (not rolling)  # otherwise the first token is read only
+    ends = ids.count(EOT)
     whole = b"".join(b"\0 " if i == EOT else bytes([i]) for i in ids).replace(b"\0", b"").decode(errors="replace")
-    assert (got["tokens"], got["bytes"], got["words"]) == (len(ids) - (not rolling), bytes_scored, len(whole.split()))
+    tokens = len(ids) - (ends if rolling else 1)
+    assert (got["tokens"], got["bytes"], got["words"]) == (tokens, bytes_scored, len(whole.split()))
+    expected = (1 + ends, 0) if rolling else (None, ends or None)
+    assert (got.get("documents"), got.get("end_of_text_tokens")) == expected
     assert (got["lines"], got["window"]) == (whole.count("\n"), T)
     assert got.get("stride") == (stride or T // 2 if protocol == "stride" else None)
     assert got["loss"] == pytest.approx(nats / got["tokens"], rel=1e-5)
@@ -279,6 +284,7 @@ def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
         pytest.param(
             "--generate 3 --prompt_tokens 1000000", "lower --prompt_tokens", marks=pytest.mark.extra("sacrebleu")
         ),
+        ("--test_data_path ends.bin --protocol rolling", "ends.bin has 3 tokens, all of them end-of-text"),
         ("--text bom.txt --protocol rolling", "bom.txt has 0 tokens, protocol rolling needs at least 1"),
         ("--text bad.txt", "bad.txt line 1: byte 0xff is not UTF-8"),
         ("--dataset bpe", f"data/bpe val is tokenised with gpt2, but the model {NAME} was trained with byte"),
@@ -335,6 +341,30 @@ def test_a_hugging_face_folder_is_scored_as_transformers_does():
         assert got["bytes"] == len(TEXT[:400].encode()) - 2  # "99" is one token
     assert report(*words, "--context_length", 1, "--protocol", "stride", model="gpt2_tiny")["stride"] == 1
     assert "gpt2_tiny does not name a dataset: add --dataset, --test_data_path or --text" in refusal(model="gpt2_tiny")
+
+
+@torch.no_grad()
+def test_stride_equals_the_loop_of_transformers_documentation():
+    """It shifts the labels, so that a window has a target less than ids. As printed there it also counts one token less
+    than it scores in each window but the first."""
+    model, (width, stride), previous = transformers.GPT2LMHeadModel.from_pretrained("gpt2_tiny"), (16, 5), 0
+    ids, nats, weights = torch.tensor([tiktoken.get_encoding("gpt2").encode_ordinary(TEXT[:400])]), [], []
+    for start in range(0, ids.size(1), stride):
+        stop = min(start + width, ids.size(1))
+        labels = ids[:, start:stop].clone()
+        labels[:, : previous - start if previous else 0] = -100
+        nats.append(float(model(ids[:, start:stop], labels=labels).loss))
+        weights.append(int((labels[:, 1:] != -100).sum()))
+        previous = stop
+        if stop == ids.size(1):
+            break
+    words = ["--text", write("some.txt", TEXT[:400]), "--protocol", "stride", "--stride", stride]
+    got = report(*words, "--context_length", width - 1, model="gpt2_tiny")
+    assert got["tokens"] == sum(weights) == ids.size(1) - 1
+    assert got["perplexity"] == pytest.approx(math.exp(np.average(nats, weights=weights)), rel=1e-5)
+    printed_there = math.exp(np.average(nats, weights=[weights[0], *(n - 1 for n in weights[1:])]))
+    assert got["perplexity"] == pytest.approx(printed_there, rel=0.02)
+    assert report(*words, model="gpt2_tiny")["perplexity"] != pytest.approx(got["perplexity"], rel=1e-5)
 
 
 def test_models_side_by_side(capsys):

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from in_process import TEXT, make_dataset, train_here
 from scoring import ENCODINGS, FIRST, QUESTIONS, rolling_loop
@@ -69,6 +70,30 @@ def test_rolling_log_likelihood_equals_the_harness(reader, text):
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     theirs = reader.loglikelihood_rolling([request], disable_tqdm=True)[0]
     assert -got["loss"] * got["tokens"] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_documents_of_a_split_equal_the_harness(reader):
+    """Each of them alone, after end-of-text; and the harness's own averages over words and bytes."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+
+    texts = [LONG, SHORT, "x", LONG[:32], TEXT[:333].strip()]
+    np.array([i for text in texts for i in [*text.encode(), 256]], "<u2").tofile("documents.bin")
+    words = ["--test_data_path", "documents.bin", "--protocol", "rolling"]
+    got = report("--model_path", "out/quickstart", *words)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    theirs = reader.loglikelihood_rolling(requests, disable_tqdm=True)
+    per_word = [(nats, len(text.split())) for nats, text in zip(theirs, texts, strict=True)]
+    per_byte = [(nats, len(text.encode())) for nats, text in zip(theirs, texts, strict=True)]
+    assert (got["documents"], got["end_of_text_tokens"]) == (len(texts), 0)
+    assert -got["loss"] * got["tokens"] == pytest.approx(sum(theirs), rel=1e-5)
+    assert got["word_perplexity"] == pytest.approx(weighted_perplexity(per_word), rel=1e-4)
+    assert got["bits_per_byte"] == pytest.approx(bits_per_byte(per_byte), rel=1e-5)
+    assert 2 ** got["bits_per_byte"] == pytest.approx(weighted_perplexity(per_byte), rel=1e-5)  # byte_perplexity
+    part = report("--model_path", "out/quickstart", *words, "--eval_tokens", len(LONG.encode()) + 1)
+    assert (part["documents"], part["tokens"]) == (2, sum(size for _, size in per_byte[:2]))
+    assert -part["loss"] * part["tokens"] == pytest.approx(sum(theirs[:2]), rel=1e-5)
+    assert (part["bytes"], part["words"]) == tuple(sum(size for _, size in of[:2]) for of in (per_byte, per_word))
 
 
 def test_accuracies_equal_a_task_of_the_harness(reader, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import tiktoken
 
-from flatgpt.evaluation.metrics import IGNORE, eval_batches
+from flatgpt.evaluation.metrics import IGNORE, eval_batches, find_documents
 from flatgpt.evaluation.multiple_choice import Question
 
 FIRST = 7  # the id in front of a text
@@ -12,10 +12,11 @@ Pairs = list[tuple[list[int], list[int]]]  # of each window its inputs, and thos
 
 def read_windows(ids: list[int], T: int, batch_size: int = 3, rolling: bool = False, **options) -> list[Pairs]:
     """The windows of each batch without their padding (no id is 0)."""
-    front = FIRST if rolling else None
-    found = []
-    for x, y in eval_batches(np.array(ids, dtype=np.uint16), T, batch_size, first_id=front, **options):
-        assert x.shape == y.shape == (len(x), T)
+    ids, found = np.array(ids, dtype=np.uint16), []
+    if rolling:
+        options |= {"documents": find_documents(ids, FIRST), "first_id": FIRST}
+    for x, y in eval_batches(ids, T, batch_size, **options):
+        assert x.shape == y.shape == (len(x), (x != 0).sum(1).max() if rolling else T)
         assert x.dtype == y.dtype == np.int64
         found.append([])
         for inputs, targets in zip(x, y, strict=True):
@@ -42,10 +43,14 @@ def strided_loop(text: list[int], max_length: int, stride: int) -> Pairs:
 
 
 def rolling_loop(text: list[int], T: int, first: int = FIRST) -> Pairs:
-    """Chunks of T targets, the last one shorter; each has the T inputs before its end, if there are as many."""
-    ids = [first, *text]
-    ends = [*range(T, len(text), T), len(text)]
-    return [(ids[max(0, end - T) : end], text[(end - 1) // T * T : end]) for end in ends]
+    """Chunks of T targets of each document, the last one shorter; each has the T inputs before its end, or fewer."""
+    pairs, documents = [], [[]]
+    for i in text:
+        documents.append([]) if i == first else documents[-1].append(i)
+    for document in filter(None, documents):
+        ids, ends = [first, *document], [*range(T, len(document), T), len(document)]
+        pairs += [(ids[max(0, end - T) : end], document[(end - 1) // T * T : end]) for end in ends]
+    return pairs
 
 
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's
