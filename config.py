@@ -442,6 +442,12 @@ class EvalConfig(SamplingConfig, ReaderConfig):
     text: str | None = opt(None, "score a text file instead of the dataset")
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in --text as their ids")
     choices: str | None = opt(None, "score multiple-choice questions: a .jsonl file with ctx, endings, label")
+    choices_format: str = opt(
+        "auto",
+        "plain: use ctx and endings as they are; auto: if the lines are HellaSwag's, with activity_label, ctx_a and "
+        "ctx_b, prepare them as lm_eval's task hellaswag",
+        choices=("auto", "plain"),
+    )
     protocol: str = opt(
         "window",
         "stride: overlapping windows, so that all tokens have context; rolling: each document after end-of-text, as in "
@@ -476,6 +482,8 @@ class EvalConfig(SamplingConfig, ReaderConfig):
             found += [f"{key} is for text, not for --choices: leave it out" for key in text_only if text_only[key]]
         if self.parse_special and not self.text:
             found.append("parse_special is for --text: add --text, or leave it out")
+        if self.choices_format != "auto" and not self.choices:
+            found.append(f"choices_format = {self.choices_format} is for --choices: add --choices, or leave it out")
         if self.plot and not self.plot.endswith(".png"):
             found.append(f"plot = {self.plot}: a name that ends in .png is expected")
         return found

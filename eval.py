@@ -78,8 +78,9 @@ def evaluate(config: EvalConfig, settings: DeviceSettings, ranks: DistributedCon
     model, encoding = loading.load(source, settings.device, config.context_length)
     prepack(model, settings.dtype)  # twice as fast on a CPU
     if config.choices:
+        questions, format = read_choices(config.choices, config.choices_format)
         result = {"text": config.choices, "protocol": "choices", "protocol_means": report.PROTOCOLS["choices"]}
-        result |= score_choices(model, encoding, read_choices(config.choices), settings.to_device, ranks)
+        result |= {"choices_format": format, **score_choices(model, encoding, questions, settings.to_device, ranks)}
     else:
         result = evaluate_text(config, settings, ranks, source, model, encoding)
     if bad := [key for key in ("loss", "choice_accuracy", "bleu") if not math.isfinite(result.get(key) or 0)]:

@@ -1,12 +1,14 @@
 """Multiple-choice questions in HellaSwag's form, scored by the log-likelihood of each ending.
 
-score_choices(model, encoding, read_choices("hellaswag_val.jsonl"), to_device)["choice_accuracy"]
+questions, format = read_choices("hellaswag_val.jsonl")
+score_choices(model, encoding, questions, to_device)["choice_accuracy"]
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from flatgpt.evaluation.metrics import evaluating, make_batch, progress_bar, sco
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from model import GPT
 
+HELLASWAG = ("activity_label", "ctx_a", "ctx_b")  # keys of its lines, of which the context is made
 BATCH_TOKENS = 8192  # maximum per batch, with padding; a longer pair is a batch of its scores
 
 
@@ -35,11 +38,17 @@ class Question(NamedTuple):
     label: int
 
 
-def read_choices(path: str) -> list[Question]:
+def read_choices(path: str, format: str = "auto") -> tuple[list[Question], str]:
     """Read questions from JSON lines with the keys `ctx`, `endings` and `label` (a number, or its digits).
 
-    Other keys are ignored. lm-evaluation-harness's hellaswag builds contexts from activity_label, ctx_a and ctx_b; to
-    reproduce its results, use its texts as ctx and endings.
+    Other keys are ignored, except that HellaSwag's lines have `activity_label`, `ctx_a` and `ctx_b` too.
+
+    Args:
+        format: `hellaswag`: contexts and endings are those of lm-evaluation-harness's task of this name. `plain`: ctx
+            and endings are used as they are. `auto`: hellaswag if the first line has its keys, else plain.
+
+    Returns:
+        the questions, and the format that was used.
 
     Raises:
         UserError: the file is empty or cannot be read, or a line is not a question. The message names file and line.
@@ -49,18 +58,39 @@ def read_choices(path: str) -> list[Question]:
     for number, line in enumerate("".join(text_chunks(Path(path))).split("\n"), 1):
         try:
             if line.strip():
-                questions.append(_parse_question(json.loads(line)))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a {type(row).__name__}")
+                if format == "auto":
+                    format = "hellaswag" if row.keys() >= {*HELLASWAG} else "plain"
+                questions.append(_parse_question(_hellaswag(row) if format == "hellaswag" else row))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number:,}: {error}; {expected}") from None
     if not questions:
         raise UserError(f"{path} is empty: {expected}")
-    return questions
+    return questions, format
 
 
-def _parse_question(row: object) -> Question:
+def _hellaswag(row: dict) -> dict:
+    """Return a line of HellaSwag with the context and endings of lm-evaluation-harness's task hellaswag (0.4.13)."""
+    for key in HELLASWAG:
+        if not isinstance(row.get(key), str):
+            raise ValueError(f"{key} = {row.get(key)!r}, where the first line is HellaSwag's")
+
+    def clean(text: object) -> object:
+        if not isinstance(text, str):
+            return text
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")  # markup of WikiHow
+
+    label, a, b = (row[key] for key in HELLASWAG)
+    endings = row.get("endings")
+    cleaned = [clean(ending) for ending in endings] if isinstance(endings, list) else endings
+    return row | {"ctx": clean(f"{label}: {a} {b.capitalize()}"), "endings": cleaned}
+
+
+def _parse_question(row: dict) -> Question:
     """Return the question in a parsed line, or raise ValueError with the key and value that are wrong."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}")
     ctx, endings, label = (row.get(key) for key in Question._fields)
     label = int(label) if str(label).isdecimal() else label
     if not isinstance(ctx, str):
@@ -141,7 +171,10 @@ def score_choices(
     longest = max((ending for _, ending in pairs), key=len)
     if len(longest) > T:
         text = encoding.decode(longest)[:40]
-        raise UserError(f"an ending has {len(longest):,} tokens, more than context_length = {T:,}: {text!r}...")
+        raise UserError(
+            f"the ending {text!r}... has {len(longest):,} tokens, more than context_length = {T:,}: leave its question "
+            "out, or choose a model with a longer context"
+        )
     remaining = log_likelihoods(model, pairs, to_device, ranks)
     # by log-likelihood, and by log-likelihood per character
     correct = np.full(2, math.nan if np.isnan(remaining).any() else 0.0)

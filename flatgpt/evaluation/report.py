@@ -33,6 +33,10 @@ ROWS = {
     "recall": ("recall", GREEDY),
     "f1": ("F1", GREEDY),
     "calibration_error": ("calibration error", "expected calibration error, 15 bins"),
+    "choices_format": (
+        "format",
+        "hellaswag: texts as in lm-evaluation-harness's task; plain: ctx and endings as given",
+    ),
     "questions": ("questions", ""),
     "choice_accuracy": ("accuracy", "share of questions whose most likely ending is correct"),
     "choice_accuracy_stderr": ("  standard error", ""),

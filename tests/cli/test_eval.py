@@ -273,6 +273,7 @@ def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
             (f"--choices c.jsonl --{words}", f"{words.split()[0]} is for text")
             for words in ("protocol rolling", "generate 2", "format smol", "plot x.png", "eval_batches 2")
         ),
+        ("--choices_format plain --text t.txt", "choices_format = plain is for --choices: add --choices"),
         ("--protocol stride --stride 33", "stride = 33 is larger than the window of 32 tokens"),
         ("--context_length 33", f"context_length = 33: {NAME} was trained with 32, which is the maximum"),
         ("--config sampled.toml", "sampled.toml: sampled: was removed"),
@@ -381,7 +382,14 @@ def test_models_side_by_side(capsys):
 def test_multiple_choice(capsys):
     """The figures themselves are compared in test_multiple_choice.py."""
     got = report("--choices", "c.jsonl")
-    assert (got["questions"], got["window"], got["text"]) == (3, T, "c.jsonl")
+    assert (got["questions"], got["window"], got["text"], got["choices_format"]) == (3, T, "c.jsonl", "plain")
+    rows = [row | {"activity_label": "Song", "ctx_a": row["ctx"], "ctx_b": "x"} for row in QUESTIONS]
+    write("hellaswag.jsonl", "\n".join(map(json.dumps, rows)))
+    assert report("--choices", "hellaswag.jsonl")["choices_format"] == "hellaswag"
+    plain = report("--choices", "hellaswag.jsonl", "--choices_format", "plain")
+    assert plain == got | {"text": "hellaswag.jsonl"}
+    capsys.readouterr()
+    report("--choices", "c.jsonl")
     assert (got["choice_accuracy"], got["choice_accuracy_norm"]) == pytest.approx((1 / 3, 2 / 3))
     assert "accuracy, normalised  0.6667  share of questions" in capsys.readouterr().out
     both = report("--choices", write("single.jsonl", json.dumps(QUESTIONS[0])), model=[RUN, "out/joined"])["models"]

@@ -1,6 +1,7 @@
 """eval.py against lm-evaluation-harness, which reads the folder that export.py writes; without a network."""
 
 import contextlib
+import itertools
 import json
 import socket
 from pathlib import Path
@@ -15,7 +16,7 @@ import eval as script
 import export
 from config import EvalConfig, ExportConfig
 from flatgpt.cli import cli
-from flatgpt.evaluation.multiple_choice import encode_pairs
+from flatgpt.evaluation.multiple_choice import Question, encode_pairs, read_choices
 
 pytestmark = pytest.mark.extra("lm_eval", "accelerate")
 
@@ -113,6 +114,31 @@ def test_accuracies_equal_a_task_of_the_harness(reader, tmp_path):
     ours = report("--model_path", "exported", "--choices", data)
     assert ours["choice_accuracy"] == results["choices"]["acc,none"] not in (0, 1)
     assert ours["choice_accuracy_norm"] == results["choices"]["acc_norm,none"]
+
+
+def test_texts_of_hellaswag_equal_the_harness(tmp_path):
+    """Rows as in its validation split, of ActivityNet and of WikiHow, and some with unusual blanks and brackets."""
+    from datasets import Dataset
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    parts = [
+        "A man is  on a roof.",
+        "he",
+        "",
+        " [header] How to sing [title] Breathe. ",
+        "éCOLE [x] and [y]",
+        "a [b",
+        "  ",
+    ]
+    rows = [
+        {"ind": n, "activity_label": label, "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}", "label": str(n % 4)}
+        | {"endings": [f"{a}.", f" [title] Then {b} [substeps] go.", "x  y", f"[step] {label}!"]}
+        for n, (label, a, b) in enumerate(itertools.product(parts[:4], parts, parts))
+    ]
+    (tmp_path / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    theirs = [(doc["query"], doc["choices"], doc["gold"]) for doc in process_docs(Dataset.from_list(rows))]
+    questions, format = read_choices(tmp_path / "hellaswag.jsonl")
+    assert (questions, format) == ([Question(*doc) for doc in theirs], "hellaswag")
 
 
 def test_windows_and_borders_equal_the_harness():

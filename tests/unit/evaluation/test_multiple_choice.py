@@ -50,11 +50,32 @@ def test_questions_are_read(tmp_path):
     file = tmp_path / "a.jsonl"
     rows = [line(), "", line(ctx="naïve 🎈\u2028", label="0", endings=["x", " é", "z"]), " \t", line(ctx="", label="1")]
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
-    assert read_choices(file) == [
+    expected = [
         Question("A man.", ["a", "b"], 1),
         Question("naïve 🎈\u2028", ["x", " é", "z"], 0),
         Question("", ["a", "b"], 1),
     ]
+    assert read_choices(file) == read_choices(file, "plain") == (expected, "plain")
+
+
+HELLASWAG = {"activity_label": "Roof shingle", "ctx_a": " A man  is [header] up.", "ctx_b": "he Then,"}
+HELLASWAG |= {
+    "ctx": "A man is up. he Then,",
+    "endings": [" [title] Climb [substeps] it. ", "b [title] c"],
+    "label": "1",
+}
+
+
+def test_hellaswag(tmp_path):
+    """By hand; tests/parity compares with lm-evaluation-harness. Some lines of WikiHow have no ctx_b."""
+    file = tmp_path / "a.jsonl"
+    lines = [HELLASWAG, {**HELLASWAG, "activity_label": "How to [title] sing", "ctx_a": "Sing.", "ctx_b": ""}]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    endings = [" Climb it.", "b. c"]
+    contexts = ["Roof shingle: A man is up. He then,", "How to. sing: Sing."]
+    assert read_choices(file) == ([Question(context, endings, 1) for context in contexts], "hellaswag")
+    plain, format = read_choices(file, "plain")
+    assert (format, plain[0]) == ("plain", Question("A man is up. he Then,", HELLASWAG["endings"], 1))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +99,11 @@ def test_a_line_that_is_no_question_is_named(tmp_path, bad, named):
     with pytest.raises(UserError) as error:
         read_choices(file)
     assert str(error.value).startswith(f"{file} line 3: {named}")
+    lines = [HELLASWAG, HELLASWAG | {"ctx_b": None}], [HELLASWAG | {"endings": ["[a]", "b"]}]
+    for rows, found in zip(lines, ("line 2: ctx_b = None, where the", r"line 1: endings = \['', 'b'\]"), strict=True):
+        file.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(UserError, match=found):
+            read_choices(file)
     file.write_bytes(b"\xef\xbb\xbf\r\n \n")
     with pytest.raises(UserError, match=r"a\.jsonl is empty: each line is JSON with ctx, endings"):
         read_choices(file)
@@ -147,7 +173,7 @@ def test_answers_by_hand(endings, plain, norm):
 def test_what_cannot_be_scored():
     """An ending has to fit into the context; one of CONTEXT tokens, as in QUESTIONS, does."""
     too_long, diverged = [QUESTIONS[0], Question("x", ["y", "a" * CONTEXT], 0)], choice_model()
-    with pytest.raises(UserError, match=r"an ending has 25 tokens, more than context_length = 24: ' aaa"):
+    with pytest.raises(UserError, match=r"the ending ' aa.* has 25 tokens, more than context_length = 24: "):
         score_choices(uniform_model(), tokenizer.load("byte"), too_long, torch.from_numpy)
     torch.nn.init.constant_(diverged.transformer.ln_f.weight, math.nan)
     figures = score_choices(diverged, WORDS, QUESTIONS, torch.from_numpy)
