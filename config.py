@@ -574,6 +574,13 @@ class InferConfig(WriterConfig):
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     stream_text: bool = opt(True, "print text while it is generated")
     json: str | None = opt(None, "write texts, settings and statistics to this file, - for standard output")
+    logprobs: int | None = opt(
+        None,
+        "write to --json the log-probability of each token, and of this many most likely tokens in its place; they are "
+        "the model's, before temperature, top_k, top_p, min_p and repetition_penalty",
+        low=0,
+        none="no",
+    )
 
     def problems(self) -> list[str]:
         """Return the messages of WriterConfig, and one for each conflict between fields."""
@@ -584,6 +591,8 @@ class InferConfig(WriterConfig):
             found.append(f"{' and '.join(names)} exclude each other: give one of them")
         if self.interactive and (self.json or self.num_samples > 1):
             found.append("--interactive generates one text per prompt and no report: leave out json and num_samples")
+        if self.logprobs is not None and not self.json:
+            found.append(f"logprobs = {self.logprobs} is for the report: add --json FILE, or leave it out")
         if "" in self.stop:
             found.append("stop = '': an empty string matches everywhere; give a non-empty string, or leave it out")
         return found

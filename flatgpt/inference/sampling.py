@@ -21,6 +21,8 @@ TOP_P_CANDIDATES = 2048
 # Rows that share a generator: each launch makes the random numbers of this many rows, those that are not used too.
 NOISE_ROWS = {"cpu": 1, "cuda": 32, "mps": 1}
 
+TokenLogprobs = list[tuple[int, float]]  # ids and log-probabilities: the sampled id, then the most likely, descending
+
 
 class NonFiniteLogitsError(UserError):
     """A model computed NaN or infinite logits, so that no token can be chosen."""
@@ -100,17 +102,15 @@ def add_noise(logits: Tensor, generators: Sequence[torch.Generator], first: int 
     return F.softmax(logits, dim=-1) / noise
 
 
-def top_token_probs(logits: Tensor, tokens: Tensor, k: int) -> list[list[tuple[int, float]]]:
-    """Return the probabilities of the sampled ids, (B), and of the k most likely ids per row of logits, (B, V).
+def top_token_logprobs(logits: Tensor, tokens: Tensor, k: int) -> list[TokenLogprobs]:
+    """Return the log-probabilities of the sampled ids, (B), and of the k most likely ids, per row of logits, (B, V).
 
-    Returns:
-        a list for each row: pairs of id and probability, the sampled id first, then the k most likely, descending.
-        Probabilities are the model's, before temperature and filters.
+    They are the model's, before temperature, filters and penalty.
     """
-    probs = F.softmax(logits.float(), dim=-1)
-    best = probs.topk(min(k, logits.size(-1)), dim=-1)
+    log_p = logits.float().log_softmax(-1)
+    best = log_p.topk(min(k, logits.size(-1)), dim=-1)
     ids = torch.cat([tokens[:, None], best.indices], dim=-1)  # (B, 1 + k)
-    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), probs.gather(-1, ids).tolist(), strict=True)]
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), log_p.gather(-1, ids).tolist(), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

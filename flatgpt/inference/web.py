@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import tiktoken
 
 from config import UserError, first_line
+from flatgpt.inference.sampling import TokenLogprobs
 from flatgpt.inference.writer import Text, Writer
 
 ALTERNATIVES = 5  # number of most likely tokens to list for each token
@@ -56,29 +57,29 @@ class HtmlView:
         self.html = f'<div class="text"><span class="prompt">{html.escape(text.prompt)}</span>'
         self._text, self._encoding = text, encoding
         self._characters = self._tokens = 0  # numbers of characters and tokens in the HTML
-        self._pending: list[list[tuple[int, float]]] = []  # top_probs of tokens whose characters are incomplete
+        self._pending: list[TokenLogprobs] = []  # of tokens whose characters are incomplete
 
     def update(self) -> None:
         """Append new characters. Call this after each token."""
         text = self._text
         if text.tokens > self._tokens:
-            self._pending.append(text.top_probs)
+            self._pending.append(text.logprobs[-1])
             self._tokens = text.tokens
         if characters := text.written[self._characters :]:
-            surprisal = -sum(math.log(max(probs[0][1], 1e-9)) for probs in self._pending)
+            surprisal = -sum(logprobs[0][1] for logprobs in self._pending)
             odds = html.escape("\n\n".join(map(self._table, self._pending))).replace("\n", "&#10;")
             self.html += f'<span class="token" style="--s:{min(surprisal / DARKEST, 1):.2f}" data-odds="{odds}">'
             self.html += f"{html.escape(characters)}</span>"
             self._pending, self._characters = [], len(text.written)
 
-    def _table(self, top_probs: list[tuple[int, float]]) -> str:
+    def _table(self, logprobs: TokenLogprobs) -> str:
         """Return a line per most likely token. The sampled token is marked, and appended if it is not among them."""
-        (sampled, _), *likely = top_probs
+        (sampled, _), *likely = logprobs
         lines = []
-        for id, p in dict([*likely, top_probs[0]]).items():
+        for id, logprob in dict([*likely, logprobs[0]]).items():
             text = self._encoding.decode_single_token_bytes(id).decode("utf-8", "backslashreplace")
             printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-            lines.append(f"{'▸' if id == sampled else ' '} {p:6.1%}  “{printable}”")
+            lines.append(f"{'▸' if id == sampled else ' '} {math.exp(logprob):6.1%}  “{printable}”")
         return "\n".join(lines)
 
 
@@ -87,7 +88,7 @@ def stream_html(writer: Writer) -> Iterator[tuple[list[str], str]]:
     texts = [writer.text(writer.config.prompt) for _ in range(writer.config.num_samples)]
     views = [HtmlView(text, writer.encoding) for text in texts]
     updated = 0.0
-    for _ in writer.write(texts, top_probs=ALTERNATIVES):
+    for _ in writer.write(texts, logprobs=ALTERNATIVES):
         for view in views:
             view.update()
         if time.perf_counter() - updated > UPDATE_SECONDS:

@@ -18,7 +18,7 @@ from torch import Tensor
 from config import InferConfig, SamplingConfig
 from flatgpt.data import tokenizer
 from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import generate_batch, top_token_probs
+from flatgpt.inference.sampling import TokenLogprobs, generate_batch, top_token_logprobs
 from model import GPT
 
 
@@ -37,7 +37,8 @@ class Text:
         written: the characters so far, without the prompt.
         tokens: number of tokens after the prompt.
         ended: why the text ended: `stop`, or the reason passed to `end`; None if it has not ended.
-        top_probs: ids and probabilities of the newest token and its alternatives, as top_token_probs returns them.
+        logprobs: for each token after the prompt, its log-probability and that of its alternatives, if they were asked
+            for.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class Text:
         self.ids = tokenizer.encode(encoding, prompt, parse_special) if prompt else start_ids
         self.written, self.tokens = "", 0
         self.ended: str | None = None
-        self.top_probs: list[tuple[int, float]] = []
+        self.logprobs: list[TokenLogprobs] = []
         self._encoding, self._stop, self._pending = encoding, stop, ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Add a token."""
         self.tokens += 1
+        self.logprobs += [logprobs] if logprobs else []
         self._add(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
 
     def end(self, reason: str = "length") -> None:
@@ -120,16 +122,18 @@ class Writer:
             self._log = None
         return text
 
-    def write(self, texts: list[Text], top_probs: int = 0) -> Iterator[None]:
+    def write(self, texts: list[Text], logprobs: int | None = None) -> Iterator[None]:
         """Continue texts in one batch until all have ended. Yield after each token, and once more at the end.
 
         Args:
-            top_probs: number of most likely tokens whose probabilities are stored in Text.top_probs; 0: store none.
+            logprobs: number of most likely tokens to store in Text.logprobs beside the sampled one. None: that of the
+                config, whose None stores nothing.
         """
+        logprobs = self.config.logprobs if logprobs is None else logprobs
+        newest: list[TokenLogprobs | None] = [None] * len(texts)
 
-        def store_probs(logits: Tensor, tokens: Tensor) -> None:
-            for text, probs in zip(texts, top_token_probs(logits, tokens, top_probs), strict=True):
-                text.top_probs = probs
+        def store_logprobs(logits: Tensor, tokens: Tensor) -> None:
+            newest[:] = top_token_logprobs(logits, tokens, logprobs)
 
         started, last = time.perf_counter(), None
         batch = generate_batch(
@@ -140,17 +144,17 @@ class Writer:
             n_vocab=self.encoding.n_vocab,
             stop_ids=() if self.config.ignore_eot else (self.encoding.eot_token,),  # None is no id
             first_row=self.rows,
-            on_sample=store_probs if top_probs else None,
+            on_sample=None if logprobs is None else store_logprobs,
         )
         self.rows += len(texts)
         for tokens in batch:
             now, before = time.perf_counter(), self.tokens
-            for text, token in zip(texts, tokens, strict=True):
+            for text, token, token_logprobs in zip(texts, tokens, newest, strict=True):
                 if token is None:
                     text.end("end_of_text")
                 elif not text.ended:
                     self.tokens += 1
-                    text.append(token)
+                    text.append(token, token_logprobs)
             if last is None:
                 self.first_seconds = self.first_seconds or now - started
             else:
@@ -192,6 +196,19 @@ class Writer:
                     "tokens": text.tokens,
                     "ended": text.ended or "interrupted",
                 }
+                | ({} if self.config.logprobs is None else {"logprobs": [*map(self._describe, text.logprobs)]})
                 for text in texts[: self.rows]
             ],
         }
+
+    def _describe(self, logprobs: TokenLogprobs) -> dict:
+        """Return a token's entry of the report. A token that is a part of a character has escapes such as \\xe2."""
+        (token, *top) = (
+            {
+                "token": self.encoding.decode_single_token_bytes(id).decode("utf-8", "backslashreplace"),
+                "id": id,
+                "logprob": logprob,
+            }
+            for id, logprob in logprobs
+        )
+        return token | {"top": top}

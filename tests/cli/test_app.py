@@ -4,6 +4,7 @@ import contextlib
 import html
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -55,8 +56,7 @@ def test_html_shows_text_as_text_and_only_grows():
     text = Text(BYTE, '<b>"&')
     view, pages = web.HtmlView(text, BYTE), []
     for token in "<é\n".encode():
-        text.top_probs = [(token, 0.001), (ord("<"), 0.5), (10, 0.25)]
-        text.append(token)
+        text.append(token, [(token, math.log(0.001)), (ord("<"), math.log(0.5)), (10, math.log(0.25))])
         view.update()
         pages.append(view.html)
     assert visible(pages[-1]) == '<b>"&<é\n'

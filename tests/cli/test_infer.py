@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpt2_reference import random_gpt2
 from scripted import save_model, scripted_model, zero_model
 
 import infer
@@ -260,6 +261,34 @@ def test_report(run, report):
     assert json.loads(on_stdout.out)["texts"] == found["texts"]
     assert on_stdout.err.count("tokens/s") == 1
     assert report(*words, "--max_new_tokens", 1)["tokens_per_s"] is None
+
+
+@torch.no_grad()
+def test_logprobs_equal_those_of_transformers(report):
+    """Of greedy and of sampled texts, before temperature and filters; also of those of a batch that end early."""
+    model = random_gpt2(n_positions=24, vocab_size=50257)
+    model.save_pretrained("hf")
+    words = ["--model_path", "hf", "--prompt", "3 green", "--max_new_tokens", 8, "--ignore_eot", "--logprobs"]
+    prompt = torch.tensor([tokenizer.load("gpt2").encode_ordinary("3 green")])
+    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=None, pad_token_id=0, **options)
+    expected = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)[0]
+    (text,) = report(*words, 2, "--greedy")["texts"]
+    assert [token["id"] for token in text["logprobs"]] == out.sequences[0, prompt.size(1) :].tolist()
+    assert [token["logprob"] for token in text["logprobs"]] == pytest.approx(expected.tolist(), abs=1e-4)
+    for token in text["logprobs"]:
+        assert len(token["top"]) == 2
+        assert token["top"][0] == {key: token[key] for key in ("token", "id", "logprob")}
+        assert tokenizer.load("gpt2").decode([token["id"]]) == token["token"] or "\\x" in token["token"]
+    sampled = ["--temperature", 1.7, "--top_k", 30, "--repetition_penalty", 1.5, "--num_samples", 3, "--stop", "e"]
+    for text in report(*words, 0, *sampled)["texts"]:
+        ids = [token["id"] for token in text["logprobs"]]
+        assert len(ids) == text["tokens"] > 0
+        log_p = model(torch.cat([prompt, torch.tensor([ids])], 1)).logits[0, prompt.size(1) - 1 : -1].log_softmax(-1)
+        expected = log_p.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+        assert [token["logprob"] for token in text["logprobs"]] == pytest.approx(expected, abs=1e-4)
+        assert all(token["top"] == [] for token in text["logprobs"])
+    assert "logprobs" not in report(*words[:-1])["texts"][0]
 
 
 def test_report_is_written_after_each_batch(run, monkeypatch):

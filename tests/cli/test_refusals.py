@@ -70,6 +70,8 @@ REFUSALS = [
     ("infer", "--prompt p --prompts_file x --json y", "--prompt and --prompts_file exclude each other"),
     ("infer", "--interactive --json x", "--interactive generates one text per prompt"),
     ("infer", "--interactive --num_samples 2", "leave out json and num_samples"),
+    ("infer", "--logprobs 3", "logprobs = 3", "add --json FILE"),
+    ("infer", "--logprobs -1 --json x", "--logprobs = -1", "at least 0"),
     # bench.py
     ("bench", "--list", "list applies to train.py"),
     # plot.py

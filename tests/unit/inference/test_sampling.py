@@ -13,7 +13,7 @@ from random_models import generate, random_model
 from config import SamplingConfig, UserError
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
-from flatgpt.inference.sampling import NOISE_ROWS, TOP_P_CANDIDATES, generate_batch, process_logits, top_token_probs
+from flatgpt.inference.sampling import NOISE_ROWS, TOP_P_CANDIDATES, generate_batch, process_logits, top_token_logprobs
 from model import GPT
 
 GREEDY = SamplingConfig(temperature=0)
@@ -220,16 +220,17 @@ def test_equally_likely_tokens_stay_together(settings):
     assert kept.tolist() == [[-math.inf, 3.0, 2.0, 2.0, -math.inf]]
 
 
-def test_top_token_probs_are_the_models():
+def test_top_token_logprobs_are_the_models():
     """The sampled id first, however unlikely; then the most likely ones by softmax of the plain logits."""
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
-    found = top_token_probs(logits, torch.tensor([4, 19, 0]), 5)
+    found = top_token_logprobs(logits, torch.tensor([4, 19, 0]), 5)
     for row, pairs, token in zip(logits.double().numpy(), found, [4, 19, 0], strict=True):
-        p = np.exp(row) / np.exp(row).sum()
-        ids = [token, *np.argsort(-p, kind="stable")[:5].tolist()]
+        log_p = row - np.log(np.exp(row).sum())
+        ids = [token, *np.argsort(-row, kind="stable")[:5].tolist()]
         assert pairs[0][0] == token
-        assert [value for _, value in pairs] == pytest.approx(p[ids].tolist(), rel=1e-5)
-    assert [len(row) for row in top_token_probs(logits[:, :3], torch.zeros(3, dtype=torch.int64), 5)] == [4, 4, 4]
+        assert [value for _, value in pairs] == pytest.approx(log_p[ids].tolist(), rel=1e-5)
+    lengths = {k: [*map(len, top_token_logprobs(logits[:, :3], torch.zeros(3, dtype=torch.int64), k))] for k in (0, 5)}
+    assert lengths == {0: [1, 1, 1], 5: [4, 4, 4]}
 
 
 LOGITS = [1.0, -0.5, 0.3, 2.0, 0.0]
