@@ -559,9 +559,7 @@ class InferConfig(WriterConfig):
         none="auto",
         recipe=False,
     )
-    standard_input: str | None = opt(
-        None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
-    )
+    standard_input: str | None = opt(None, "read the prompt from standard input: -", positional=True, section="Text")
     prompt: str = opt("", "text to continue; empty: start a new text")
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
     prompt_file: str | None = opt(None, "a file with one prompt; a final newline is dropped")
@@ -587,7 +585,10 @@ class InferConfig(WriterConfig):
         found = super().problems()
         prompts = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
         prompts |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
-        if len(names := [name for name in prompts if prompts[name]]) > 1:
+        if self.standard_input not in (None, "-"):
+            word = shlex.quote(self.standard_input)
+            found.append(f"{word}: not expected; give a model with --model_path {word}, a prompt with --prompt {word}")
+        elif len(names := [name for name in prompts if prompts[name]]) > 1:
             found.append(f"{' and '.join(names)} exclude each other: give one of them")
         if self.interactive and (self.json or self.num_samples > 1):
             found.append("--interactive generates one text per prompt and no report: leave out json and num_samples")

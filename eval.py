@@ -104,7 +104,7 @@ def evaluate_text(
     T, rolling = model.config.context_length, config.protocol == "rolling"
     stride = config.stride or max(1, T // 2) if config.protocol == "stride" else T
     if stride > T:
-        raise UserError(f"stride = {stride:,} is larger than the window of {T:,} tokens")
+        raise UserError(f"stride = {stride:,} is larger than the window of {T:,} tokens: choose at most {T:,}")
     tokens, name = open_tokens(config, encoding, source)
     batch_size = config.batch_size or default_batch_size(T, settings.device)
     windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
@@ -177,6 +177,11 @@ def open_tokens(
         name, path = config.test_data_path, Path(config.test_data_path)
         if path.suffix in (".txt", ".md", ".json", ".jsonl"):
             raise UserError(f"test_data_path = {path}: expected uint16 ids; to evaluate a text, use --text {path}")
+        if path.is_dir():
+            raise UserError(
+                f"test_data_path = {path}: a .bin file is expected; for a dataset's folder, use "
+                f"--data_dir {path.absolute().parent} --dataset {path.name}"
+            )
         meta = read_meta(path.parent)
         splits, dataset = (meta or {"splits": {}})["splits"].values(), meta and Dataset(path.parent, meta)
         counts = {file["name"]: file["tokens"] for split in splits for file in split["files"]}
@@ -200,7 +205,10 @@ def open_tokens(
         )
     min_tokens = 1 if config.protocol == "rolling" else 2
     if len(tokens) < min_tokens:
-        raise UserError(f"{name} has {len(tokens)} tokens, protocol {config.protocol} needs at least {min_tokens}")
+        raise UserError(
+            f"{name} has {len(tokens)} token{'s' * (len(tokens) != 1)}, protocol {config.protocol} needs at least "
+            f"{min_tokens}: choose another text"
+        )
     return tokens, name
 
 

@@ -29,7 +29,10 @@ Prompt = tuple[list[int], list[int]]  # token ids of a prompt, and of its refere
 def require_packages() -> None:
     """Raise UserError if a package that score_continuations needs is missing."""
     if missing := [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"BLEU and ROUGE need {' and '.join(missing)}: pip install -r requirements-extra.txt")
+        raise UserError(
+            f"--generate needs {' and '.join(missing)}: pip install -r requirements-extra.txt, or "
+            f"pip install {' '.join(missing).replace('_', '-')}"
+        )
 
 
 def select_prompts(
@@ -56,7 +59,7 @@ def select_prompts(
     if not prompts:
         raise UserError(
             f"found no prompt of {prompt_tokens:,} tokens followed by a text of {new_tokens:,} tokens in a split of "
-            f"{len(tokens):,}: lower --prompt_tokens or --max_new_tokens, or raise --generate"
+            f"{len(tokens):,} tokens: lower --prompt_tokens or --max_new_tokens, or raise --generate"
         )
     return prompts
 

@@ -65,7 +65,8 @@ def read_choices(path: str, format: str = "auto") -> tuple[list[Question], str]:
                     format = "hellaswag" if row.keys() >= {*HELLASWAG} else "plain"
                 questions.append(_parse_question(_hellaswag(row) if format == "hellaswag" else row))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number:,}: {error}; {expected}") from None
+            problem = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise UserError(f"{path} line {number:,}: {problem}; {expected}") from None
     if not questions:
         raise UserError(f"{path} is empty: {expected}")
     return questions, format

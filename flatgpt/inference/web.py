@@ -116,9 +116,12 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
             **dict.fromkeys(DISABLED, False),
         )
     except OSError as error:
+        given = {"server_name": server_name, "server_port": server_port}
+        names = ", ".join(f"{key} = {value}" for key, value in given.items() if value is not None) or "server_port"
+        reason = first_line(error).partition(" You can specify")[0].rstrip(".")  # gradio names its own variables
         raise UserError(
-            f"server_name = {server_name}, server_port = {server_port}: cannot listen: {first_line(error)}; "
-            "if the port is in use or is of another machine, choose others, or leave them out"
+            f"{names}: cannot listen ({reason}); the port is in use, or the address is of another machine: choose "
+            "others, or leave them out"
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
     print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)

@@ -8,6 +8,7 @@ tokenizer's files, so the Space downloads nothing.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import importlib.metadata
 import json
@@ -280,10 +281,9 @@ def write_folder(out: Path, files: dict[str, Content], verify: Callable[[Path], 
         os.rename(partial, folder)  # replaces an empty folder
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        needed = sum(file_sizes(files).values()) / 1e6
-        raise UserError(
-            f"{out} cannot be written: {reason}; {needed:,.1f} MB are needed; no files were written"
-        ) from None
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            reason += f"; {sum(file_sizes(files).values()) / 1e6:,.1f} MB are needed"
+        raise UserError(f"{out} cannot be written: {reason}; no file was written, choose another --out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

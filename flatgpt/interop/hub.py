@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # repositories without a user name
 NAME_PATTERN = re.compile(r"(\w[\w.-]*)(?:/\w[\w.-]*)?", re.ASCII)
 REVISION_PATTERN = re.compile(r"(?!.*\.\.)\w[\w./-]*", re.ASCII)
-FILE_SUFFIXES = (".pt", ".bin", ".safetensors", ".json", ".git")
+FILE_SUFFIXES = (".pt", ".bin", ".safetensors", ".json", ".toml", ".txt", ".git")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")

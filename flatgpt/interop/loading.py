@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config import ModelConfig, UserError
+from config import ModelConfig, UserError, first_line
 from flatgpt.data import tokenizer
 from flatgpt.interop import pretrained
 from flatgpt.interop.hub import INDEX, WEIGHTS, indexed_files
@@ -203,7 +203,8 @@ def _load_file(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is {wrong_kind(file) or 'missing or damaged'}: {error}; copy it again") from None
+        reason = f"{'damaged' if file.is_file() else 'missing'} ({first_line(error)})"
+        raise UserError(f"{file} is {wrong_kind(file) or reason}: copy it again") from None
 
 
 def _convert(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import EXCLUSIVE, START_ONLY, ModelConfig, TrainConfig, UserError, checked, first_line, run_dir
+from flatgpt import REPO_ROOT
 from flatgpt.interop.hub import CONFIG, INDEX, WEIGHTS, fetch_model, hub_name
 from flatgpt.runs.history import RECIPE, STATE, folders, follow, gpt2_parameters, read_state, read_table, run_of
 from flatgpt.runtime.files import read_json, wrong_kind
@@ -102,10 +103,17 @@ def find(path: str, key: str = "init_from") -> Path:
             f"model.safetensors of the same model, or, if you trust it, convert it with transformers: "
             f"GPT2LMHeadModel.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
-    problem = "no weights in this folder" if folder.exists() else "no such folder"
+    problem, remedy = "no weights in this folder" if folder.exists() else "no such folder", EXPECTED_PATHS
     if files:
         problem = f"this folder has only {' and '.join(sorted(files))}"
-    raise UserError(f"{key} = {path}: {problem}; {EXPECTED_PATHS}")
+    elif location.is_file():
+        problem = "this file has no weights"
+    name = Path(path).name.removesuffix(".toml")
+    if is_run(run := f"out/{name}"):
+        remedy = f"did you mean {run}?"
+    elif (REPO_ROOT / "configs" / f"{name}.toml").is_file():
+        remedy = f"{name} is a recipe: train it with python train.py --config {name}, then give {run}"
+    raise UserError(f"{key} = {path}: {problem}; {remedy}")
 
 
 @functools.cache
@@ -142,7 +150,8 @@ def read_config(path: str) -> ModelConfig:
         for key, values in SUPPORTED_SETTINGS.items():
             if settings.get(key, values[0]) not in values:
                 supported = " or ".join(map(str, values))
-                raise UserError(f"{file}: {key} = {settings[key]!r:.60}: model.py supports only {supported}")
+                value = f"{settings[key]!r:.60}"
+                raise UserError(f"{file}: {key} = {value}: model.py supports only {supported}; choose another model")
         settings = {"tie_word_embeddings": True, "activation_function": "gelu_new", **settings}
         settings["activation_function"] = ACTIVATIONS[settings["activation_function"]]
         names |= {"context_length": "n_positions" if "n_positions" in settings else "n_ctx"}

@@ -286,7 +286,8 @@ def find(model_path: str | None, log: Callable[[str], None]) -> tuple[Path, dict
     candidates = [folder.resolve() for folder in (*linked, *folders(path)) if folder.exists()]
     found = first_valid(list(dict.fromkeys(candidates)), lambda folder: verify(folder, (WEIGHTS,)), log)
     if found is None:
-        raise UserError(f"model_path = {path}: no usable checkpoint")
+        problem = "all are damaged: copy the run again" if candidates else "none was saved yet: wait for the run"
+        raise UserError(f"model_path = {path} has no usable checkpoint; {problem}, or choose another --model_path")
     return path if (path / STATE).exists() else path / "ckpt" / found[0].name, found[1]
 
 

@@ -189,7 +189,8 @@ def read(folder: Path) -> History:
         UserError: no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a run's folder is expected, out/NAME")
+        problem = "a file" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {problem}; a run's folder is expected, out/NAME")
     candidates = (folder, follow(folder / "ckpt/last"), *folders(folder))
     state = next(filter(None, (read_table(path / STATE, json.loads) for path in candidates)), {})
     settings = state.get("config")

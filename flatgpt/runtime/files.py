@@ -142,7 +142,10 @@ def require_writable(target: str | None, key: str) -> None:
         return
     folder = Path(target).resolve().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target).is_dir():
-        raise UserError(f"{key} = {target}: cannot be written: no file can be created there")
+        problem = "it is a folder" if Path(target).is_dir() else "no file can be created there"
+        if not folder.is_dir():
+            problem = f"there is no folder {Path(target).parent}"
+        raise UserError(f"{key} = {target}: cannot be written: {problem}; choose another")
 
 
 def _is_device(target: str) -> bool:

@@ -278,7 +278,8 @@ def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
         ("--context_length 33", f"context_length = 33: {NAME} was trained with 32, which is the maximum"),
         ("--config sampled.toml", "sampled.toml: sampled: was removed"),
         ("--split test", "no split test; it has train, val"),
-        ("--test_data_path one.bin", "one.bin has 1 tokens, protocol window needs at least 2"),
+        ("--test_data_path one.bin", "one.bin has 1 token, protocol window needs at least 2"),
+        ("--test_data_path data/tiny", "a .bin file is expected; for a dataset's folder, use --data_dir"),
         ("--test_data_path pickled.bin", "pickled.bin is a Python pickle"),
         ("--test_data_path beyond.bin", "id 257 at byte 4"),
         ("--test_data_path book.txt", "test_data_path = book.txt: expected uint16 ids; to evaluate a text, use --text"),
@@ -290,7 +291,7 @@ def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
         ("--text bad.txt", "bad.txt line 1: byte 0xff is not UTF-8"),
         ("--dataset bpe", f"data/bpe val is tokenised with gpt2, but the model {NAME} was trained with byte"),
         ("--test_data_path data/bpe/val_000000.bin", "or evaluate the text itself: --text FILE"),
-        ("--choices t.txt", "t.txt line 1: "),
+        ("--choices t.txt", "t.txt line 1: not JSON (Extra data"),
     ],
 )
 def test_refusals(words, message):
@@ -300,7 +301,11 @@ def test_refusals(words, message):
 @pytest.mark.parametrize(
     ("words", "model", "message"),
     [
-        ("--generate 3", RUN, "sacrebleu and rouge_score: pip install -r requirements-extra.txt"),
+        (
+            "--generate 3",
+            RUN,
+            "sacrebleu and rouge_score: pip install -r requirements-extra.txt, or pip install sacrebleu rouge-score",
+        ),
         ("", [RUN, "nowhere"], "model_path = nowhere: no such folder"),
     ],
 )

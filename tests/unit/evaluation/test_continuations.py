@@ -38,7 +38,7 @@ def test_prompts_are_spread_over_the_split(length, n, prompt_tokens, new_tokens,
         assert select_prompts(*arguments) == expected
     else:
         with pytest.raises(
-            UserError, match=f"found no prompt of {prompt_tokens} tokens .* in a split of {length}: lower"
+            UserError, match=f"found no prompt of {prompt_tokens} tokens .* in a split of {length} tokens: lower"
         ):
             select_prompts(*arguments)
 

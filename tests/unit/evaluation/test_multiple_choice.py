@@ -81,7 +81,7 @@ def test_hellaswag(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
-        ("{", "Expecting property name"),
+        ("{", "not JSON (Expecting property name"),
         ("[" * 100_000, ""),
         ("[1]", "a list"),
         (line(ctx=None), "ctx = None"),

@@ -54,7 +54,7 @@ def test_every_name_of_a_checkpoint_verifies_it(in_tmp, name):
     weights = Path("out/r/ckpt/best/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     warnings = []
-    with pytest.raises(UserError, match="no usable checkpoint"):
+    with pytest.raises(UserError, match="has no usable checkpoint; all are damaged: copy"):
         loading.find(name, warnings.append)
     assert "model.safetensors is damaged: its SHA-256 differs" in warnings[0]
 
@@ -186,7 +186,7 @@ def test_a_damaged_tokenizer_of_a_checkpoint(in_tmp, damage):
     save_run_of(bpe())
     damage(Path("out/r/ckpt/iter_000007/tokenizer.json"))
     warnings = []
-    with pytest.raises(UserError, match="no usable checkpoint"):
+    with pytest.raises(UserError, match="has no usable checkpoint; all are damaged: copy"):
         loading.find("out/r", warnings.append)
     assert "tokenizer.json" in warnings[0]
 
@@ -244,6 +244,14 @@ def test_a_tokenizer_larger_than_the_embedding(in_tmp):
         ("notes.txt", "x", "no weights in this folder"),
         ("ckpt/lost/state.json", "x", "no weights in this folder"),
         ("config.json", "x", "this folder has only config.json"),
+        ("x/a.txt", "x/x/a.txt", "this file has no weights"),
+        (
+            "",
+            "shakespeare",
+            "shakespeare is a recipe: train it with python train.py --config shakespeare, then give out/",
+        ),
+        ("", "configs/quickstart.toml", "quickstart is a recipe: train it"),
+        ("../out/mine/ckpt/iter_000001/state.json", "mine", r"did you mean out/mine\?"),
         ("model.safetensors", "x/model.safetensors", "this folder has only model.safetensors"),
         ("config.json pytorch_model.bin", "x", r"pickle.*arbitrary code.*GPT2LMHeadModel.*'\)$"),
         ("config.json pytorch_model.bin.index.json", "x", "is a pickle"),

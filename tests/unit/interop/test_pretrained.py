@@ -189,7 +189,7 @@ def test_missing_and_damaged_safetensors_are_named(tmp_path):
     shard, index = sorted(tmp_path.glob("model-*.safetensors"))[1], tmp_path / "model.safetensors.index.json"
     content = shard.read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"0" + b"\nsize 548105171\n"
-    damaged = "missing or damaged"
+    damaged = "damaged"
     for body, kind in {
         b"": damaged,
         content[:-1]: damaged,
@@ -198,9 +198,9 @@ def test_missing_and_damaged_safetensors_are_named(tmp_path):
         b"<html>Log in</html>": "a web page, not the file itself",
     }.items():
         shard.write_bytes(body)
-        refused(tmp_path, f"{shard.name} is {kind}: .*copy it again")
+        refused(tmp_path, f"{shard.name} is {kind}.*: copy it again")
     shard.unlink()
-    refused(tmp_path, f"{shard.name} is missing or damaged")
+    refused(tmp_path, f"{shard.name} is missing")
     for text in ("{}", '{"weight_map": 3}', "[" * 100_000):
         index.write_text(text)
         refused(tmp_path, f"{index.name} is damaged: .*; copy it again")
