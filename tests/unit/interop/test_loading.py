@@ -16,7 +16,7 @@ from vocabularies import TEXT, bpe, characters, save_run_of, write_bpe, write_mo
 
 import flatgpt
 from config import TrainConfig, UserError
-from flatgpt.cli.cli import parse
+from flatgpt.cli.settings import parse
 from flatgpt.data.tokenizer import encode_special
 from flatgpt.data.tokenizer_files import tokenizer_json
 from flatgpt.interop import loading, pretrained
