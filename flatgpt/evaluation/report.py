@@ -19,7 +19,7 @@ ROWS = {
     "dtype": ("dtype", "of the matrix products"),
     "tokens": ("tokens", "scored"),
     "end_of_text_tokens": ("  end-of-text", "of these tokens; they count 0 bytes"),
-    "documents": ("documents", "scored apart, between end-of-text tokens; without any, all of it is one document"),
+    "documents": ("documents", "separated by end-of-text, which is not scored; each begins without context"),
     "bytes": ("bytes", "of scored text"),
     "words": ("words", "split at white space, without line ends; the first token's word is counted"),
     "lines": ("line ends", ""),
