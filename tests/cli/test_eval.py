@@ -276,7 +276,7 @@ def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
         ("--choices_format plain --text t.txt", "choices_format = plain is for --choices: add --choices"),
         ("--protocol stride --stride 33", "stride = 33 is larger than the window of 32 tokens"),
         ("--context_length 33", f"context_length = 33: {NAME} was trained with 32, which is the maximum"),
-        ("--config sampled.toml", "sampled.toml: sampled: precision, recall and F1 of the most likely token are always"),
+        ("--config sampled.toml", "sampled.toml: sampled: precision, recall and F1 of the most likely"),
         ("--split test", "no split test; it has train, val"),
         ("--test_data_path one.bin", "one.bin has 1 token, protocol window needs at least 2"),
         ("--test_data_path data/tiny", "a .bin file is expected; for a dataset's folder, use --data_dir"),
