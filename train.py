@@ -172,8 +172,8 @@ def write_row(run: TrainingRun, progress: Progress, log: RunLog, clock: RunClock
     log.write(row, clock.seconds_left(i, config.max_iters, config.eval_interval))
     if not evaluated or not run.encoding or not config.sample_tokens:
         return
-    loss = row.get("val_loss", row.get("mean_loss", math.inf))
-    uses_context = loss < run.unigram_entropy
+    loss = row.get("val_loss", row.get("mean_loss"))
+    uses_context = loss is not None and loss < run.unigram_entropy
     if i > 0 or uses_context:
         try:
             texts = reporting.generate_samples(run, run.config.seed)
@@ -190,7 +190,8 @@ def train_loop(
     Returns:
         the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
     """
-    config, ranks, start, clock, reason = run.config, run.ranks, progress.iter, RunClock(run.eval_updates()), 0
+    config, ranks, start, reason = run.config, run.ranks, progress.iter, 0
+    clock = RunClock(run.eval_updates(), progress.row.get("losses", ()))
     save_interval = config.save_interval or config.eval_interval
     intervals = config.log_interval, config.eval_interval, save_interval, config.max_iters
     if progress.forked:
@@ -264,6 +265,10 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
             raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
+    except UserError as error:
+        checkpoints.close()  # the save in flight may be the first one
+        next_start = reporting.next_start(run, bool(checkpoint.folders(folder))) if lock.is_held() else ""
+        raise UserError(f"{error}. {next_start}".rstrip(". ")) from None
     finally:
         checkpoints.close()  # waits for the save in flight
         log.close()

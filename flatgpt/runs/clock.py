@@ -7,13 +7,13 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_MEAN = 1000  # updates; the losses of more would take memory on the device
+MAX_MEAN = 1000  # updates; more would take memory on the device and in checkpoints
 
 # Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
 # match is used.
@@ -36,14 +36,15 @@ class RunClock:
 
     Args:
         eval_updates: the number of updates that take as long as an evaluation. Used until one was measured.
+        losses: of the updates before a resumed one, since the row before it.
     """
 
-    def __init__(self, eval_updates: float):
+    def __init__(self, eval_updates: float, losses: Iterable[float] = ()):
         now = time.perf_counter()
         self.eval_updates, self.eval_seconds, self.evaluations = eval_updates, 0.0, 0
         self.row_start, self.row_updates, self.row_end, self.warm = now, 0, now, False
         self.first_start, self.updates = now, 0  # of all updates but the first; the start moves by each evaluation
-        self.losses: deque[Tensor] = deque(maxlen=MAX_MEAN)  # of the updates since the previous row
+        self.losses: deque[Tensor | float] = deque(losses, maxlen=MAX_MEAN)  # of the updates since the previous row
 
     def start_row(self, evaluated: bool = False) -> None:
         """Start to measure the updates of the next row. The device must be idle.
@@ -64,19 +65,18 @@ class RunClock:
         if self.warm:
             self.row_updates, self.updates = self.row_updates + 1, self.updates + 1
         else:
-            loss.item()  # waits for the update
+            float(loss)  # waits for the update
             self.warm, self.row_start = True, time.perf_counter()
             self.first_start = self.row_start
 
-    def end_row(self) -> tuple[float, float | None]:
-        """Wait for the device. Return the mean loss of the updates since the previous row, and ms per update.
+    def end_row(self) -> tuple[list[float], float | None]:
+        """Wait for the device. Return the losses of the updates since the previous row, and ms per update.
 
-        The time is None before the second update. The mean is over the last MAX_MEAN updates at most.
+        The losses are those of the last MAX_MEAN updates at most. The time is None before the second update.
         """
-        losses = [value for loss in self.losses if math.isfinite(value := loss.item())]  # others were skipped
-        mean = sum(losses) / len(losses) if losses else math.nan
+        losses = [float(loss) for loss in self.losses]
         self.row_end = time.perf_counter()
-        return mean, 1e3 * (self.row_end - self.row_start) / self.row_updates if self.row_updates else None
+        return losses, 1e3 * (self.row_end - self.row_start) / self.row_updates if self.row_updates else None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

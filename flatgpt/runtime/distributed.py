@@ -207,7 +207,7 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
         what = "no response" if unresponsive else "another rank has exited, so this one exits"
         print(f"rank {ranks.rank}: {what} ({reason})", file=sys.stderr, flush=True)
         if unresponsive:
-            advice = "; --resume continues from the last checkpoint" * isinstance(config, TrainConfig)
+            advice = "; --resume continues from the last checkpoint, if any" * isinstance(config, TrainConfig)
             _report_unresponsive_ranks(ranks, config.rank_timeout, advice)
         time.sleep(3)  # torchrun reports the first process that exits as the cause, and ends the others
         os._exit(1)  # destroying a process group whose peers have exited can hang

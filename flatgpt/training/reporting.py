@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -47,8 +48,12 @@ def summary(run: TrainingRun) -> str:
 
 
 def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: RunClock) -> dict:
-    """Return the metrics of the newest update, i (from 1). Synchronises with the device."""
-    mean_loss, step_ms = clock.end_row()
+    """Return the metrics of the newest update, i (from 1). Synchronises with the device.
+
+    `losses` is not logged: a resumed run needs it for the mean of its next row.
+    """
+    losses, step_ms = clock.end_row()
+    finite = list(filter(math.isfinite, losses))  # other updates were skipped
     tokens, peak = run.batches.per_update * run.config.context_length, peak_flops(run.device_settings.name)
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
     return {
@@ -56,7 +61,8 @@ def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: Run
         "tokens": i * tokens,
         "epoch": i * run.batches.per_update / len(run.batches.windows),
         "train_loss": loss.item(),
-        "mean_loss": mean_loss,
+        "mean_loss": sum(finite) / len(finite) if finite else None,
+        "losses": losses,
         "lr": learning_rate(i - 1, run.config),
         "grad_norm": norm.item(),
         "loss_scale": run.scaler.get_scale() if run.scaler.is_enabled() else None,
@@ -114,13 +120,8 @@ def closing_message(run: TrainingRun, progress: Progress, reason: int, start: in
     config, i, folder = run.config, progress.iter, shlex.quote(run.config.out_dir)
     if reason:
         cause = f" (max_minutes = {config.max_minutes})" if reason == StopRequest.TIME_IS_UP else ""
-        next_step = "saved. To resume:" if i else "nothing to save. To start again:"
-        # `--resume auto` and `--resume --name` do not name a folder
-        path = config.out_dir if "/" in config.out_dir and config.out_dir[0] != "-" else f"./{config.out_dir}"
-        words = f"--resume {shlex.quote(path)}" if i else f"--config {shlex.quote(path + '/config.toml')}"
-        if i and Path(path) == run_dir(TrainConfig()):
-            words = "--resume"
-        return f"stopped at iter {i} of {config.max_iters}{cause}; {next_step}\n  {run.ranks.launcher} train.py {words}"
+        saved = "saved" if i else "nothing to save"
+        return f"stopped at iter {i} of {config.max_iters}{cause}; {saved}. {next_start(run, i > 0, chr(10) + '  ')}"
     prompt = "" if isinstance(run.encoding, FileTokenizer) else " --prompt 'The '"  # it may have no such characters
     early = f"stopped at iter {i}: no new best in {count_of(progress.since_best, 'evaluation')} (patience)\n"
     updates = count_of(i, "update") + (f", of which {i - start:,} in this start" if start else "")
@@ -134,6 +135,17 @@ def closing_message(run: TrainingRun, progress: Progress, reason: int, start: in
         f"  python eval.py --model_path {folder}{split}\n"
         "  python prepare_data.py text --input YOUR_FILES --name mine"
     )
+
+
+def next_start(run: TrainingRun, saved: bool, separator: str = " ") -> str:
+    """Return the command that resumes a run that has stopped, or starts it again if it has no checkpoint."""
+    # `--resume auto` and `--resume --name` do not name a folder
+    out_dir = run.config.out_dir
+    path = out_dir if "/" in out_dir and out_dir[0] != "-" else f"./{out_dir}"
+    words = f"--resume {shlex.quote(path)}" if saved else f"--config {shlex.quote(path + '/config.toml')}"
+    if saved and Path(path) == run_dir(TrainConfig()):
+        words = "--resume"
+    return f"To {'resume' if saved else 'start again'}:{separator}{run.ranks.launcher} train.py {words}"
 
 
 @contextlib.contextmanager

@@ -123,7 +123,10 @@ def test_plan_is_that_of_the_readme(cli, in_tmp):
     [
         (("--vocab_size", 100), "257 ids; remove vocab_size"),
         (("--context_length", 2000), "too little text: the val split"),
-        (("--dataset", "wikitext103"), "dataset data/wikitext103 does not exist: run python prepare_data.py wikitext103"),
+        (
+            ("--dataset", "wikitext103"),
+            "dataset data/wikitext103 does not exist: run python prepare_data.py wikitext103",
+        ),
         (("--dataset", "fineweb_92m", "--data_dir", "a b"), "--name fineweb_92m --data_dir 'a b'"),
         (("--dataset", "shakespeare_bpe1000"), "run python prepare_data.py shakespeare --tokenizer bpe:1000"),
     ],
