@@ -21,10 +21,10 @@ from flatgpt.runtime.distributed import (
     is_sharded,
     join_process_group,
     local_grad_sum,
-    require_equal_shares,
     shard_like,
     wrap_model,
 )
+from flatgpt.runtime.launcher import require_equal_shares
 from model import GPT
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
