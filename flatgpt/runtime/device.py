@@ -125,13 +125,13 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     _keep_freed_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name, is_available in available.items() if is_available]
-    device, _, index = (names[0] if device == "auto" else device).partition(":")
-    if device not in names:
+    kind, _, index = (names[0] if device == "auto" else device).partition(":")
+    if kind not in names:
         raise UserError(
             f"device = {device}: torch {torch.__version__} does not find it; use --device {' or '.join(names)}"
         )
-    if device != "cuda":
-        return torch.device(device)
+    if kind != "cuda":
+        return torch.device(kind)
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if local_rank is not None and index:
         raise UserError(

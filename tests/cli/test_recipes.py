@@ -103,14 +103,8 @@ def learn(name: str, text: str) -> tuple[float, float]:
     dataset = make_dataset(Path(), config.dataset, text, "byte" if name in BYTES else "gpt2")
     # Adam's rate goes with 1 / width (Yang et al., Tensor Programs V, 2022); 0.005 is the highest that a recipe has
     scale = min(config.n_embd / 64, max(1.0, 0.005 / config.lr))
-    changes = [
-        "--lr",
-        config.lr * scale,
-        "--min_lr",
-        (config.min_lr or 0) * scale,
-        "--vocab_size",
-        dataset.meta["vocab_size"],
-    ]
+    changes = ["--lr", config.lr * scale, "--vocab_size", dataset.meta["vocab_size"]]
+    changes += ["--min_lr", "none" if config.min_lr is None else config.min_lr * scale]
     if (config.warmup_iters or 0) > 20:
         changes += ["--warmup_iters", 10]
     if config.stride:
