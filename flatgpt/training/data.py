@@ -25,10 +25,10 @@ from flatgpt.interop.pretrained import find, read_tokenizer
 from flatgpt.runtime.device import note
 from flatgpt.runtime.distributed import DistributedContext
 
-# Sources that are prepared when a run needs them, and where their text comes from.
+# Sources that are prepared when a run needs them, and what that takes.
 SMALL_SOURCES = {
     "pydoc": "from Python's built-in reference (pydoc)",
-    "shakespeare": "which downloads 1.1 MB, and 1.5 MB for GPT-2's tokenizer, unless they are there",
+    "shakespeare": "(a download of 1.1 MB, and of 1.5 MB for GPT-2's tokenizer if it needs that)",
 }
 ENTROPY_TOKENS = 1_000_000  # of the training split, whose frequencies are counted
 

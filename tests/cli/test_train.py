@@ -126,7 +126,7 @@ def test_small_dataset_of_a_recipe_is_prepared_at_the_start(cli, in_tmp, real_te
     Path("data/raw/shakespeare").mkdir(parents=True)
     shutil.copy(real_text / "shakespeare/input.txt", "data/raw/shakespeare")
     done = cli("train", *plan)
-    assert f"{folder} does not exist yet: preparing it which downloads 1.1 MB" in done.out.replace(",", "")
+    assert f"{folder} does not exist yet: preparing it (a download of 1.1 MB" in done.out
     assert (done.code, json.loads((folder / "meta.json").read_text())["source"]) == (0, "shakespeare")
     (folder / "meta.json").unlink()
     for shard in folder.glob("*.bin"):  # nanoGPT's
