@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from config import UserError
+from config import UserError, count_of
 from flatgpt.data.dataset import TrainingBatches
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS, DamagedCheckpointError
@@ -101,7 +101,8 @@ class NonfiniteGuard:
             if self.on_nonfinite == "stop":
                 error = f"{message}, and the run ends. Go on {REMEDY}, or skip such updates with --on_nonfinite skip"
             else:
-                warning = f"warning: {message} (on_nonfinite = skip); {row['skipped']} updates skipped so far"
+                skipped = count_of(row["skipped"], "update")
+                warning = f"warning: {message} (on_nonfinite = skip); {skipped} skipped so far"
         if longest >= MAX_CONSECUTIVE_SKIPS and not error:
             error = (
                 f"{longest} updates in a row, up to iter {row['iter']}, had a non-finite loss or gradient: the run "

@@ -69,7 +69,8 @@ def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | No
     lines = [
         f"model    {params:,} parameters: {count_of(config.n_layer, 'layer')}, {count_of(config.n_head, 'head')}, "
         f"n_embd {config.n_embd}, context {T:,}, vocabulary {config.vocab_size:,}; {flops:,} FLOPs per token",
-        f"data     {data}" + (f": {len(windows.tokens):,} training tokens, {W:,} windows" if W else " is not prepared"),
+        f"data     {data}"
+        + (f": {len(windows.tokens):,} training tokens, {count_of(W, 'window')}" if W else " is not prepared"),
         f"update   {count_of(config.batch_size, 'sequence')} x {config.grad_accum_steps} x {count_of(T, 'token')} = "
         f"{count_of(per_update * T, 'token')}" + (f"; {decimal(W / per_update, 1)} updates per epoch" if W else ""),
     ]

@@ -178,8 +178,8 @@ def find_resume_checkpoint(lock: RunLock, config: TrainConfig) -> tuple[Path, di
 
 
 def free_folder(folder: Path) -> Path:
-    """Return the first of NAME-2, NAME-3 ... beside a folder that does not exist."""
-    name, number = re.fullmatch(r"(.*?)(?:-(\d{1,9}))?", folder.name).groups()
+    """Return the first of NAME-2, NAME-3 ... beside a folder that does not exist. A longer number may be a date."""
+    name, number = re.fullmatch(r"(.*?)(?:-(\d{1,3}))?", folder.name).groups()
     paths = (folder.with_name(f"{name}-{n}") for n in itertools.count(int(number or 1) + 1))
     return next(path for path in paths if not path.exists())
 
