@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("eva
 EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
 # Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
 START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
+DEVICES = ("auto", "cuda", "cuda:N", "mps", "cpu")  # N stands for a number
 # Help of settings that train.py and eval.py share.
 EVAL_TOKENS = "tokens to score, from the start of the split, rounded up to whole windows; 0: all"
 EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windows; 0: all"
@@ -41,6 +43,16 @@ COMMON = {
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def count_of(n: int, noun: str) -> str:
+    """Return a number with a noun: 1 layer, 12 layers."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def decimal(value: float, digits: int) -> str:
+    """Format a number with so many decimals, or with one significant digit if it is smaller than the last of them."""
+    return f"{value:,.{digits}f}" if value == 0 or not abs(value) < 10**-digits else f"{value:.1g}"
 
 
 class UserError(Exception):
@@ -98,7 +110,8 @@ def checked(value, kind: type, limits: Mapping):
     if type(value) is not kind:
         name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
         raise ValueError(f"{name} is expected")
-    if "choices" in limits and value not in limits["choices"]:
+    choices = limits.get("choices", ())
+    if choices and not any(re.fullmatch(re.escape(c).replace(":N", ":[0-9]{1,3}"), value) for c in choices):
         raise ValueError(f"one of {', '.join(limits['choices'])} is expected")
     if problem := limit_problem(limits, value):
         raise ValueError(problem)
@@ -156,7 +169,7 @@ class MachineConfig:
     """Settings of every script that runs a model."""
 
     config: str | None = opt(None, "a recipe: the bare name of a file in configs/, or a path", section="Shared")
-    device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = opt("auto", "where to compute", choices=DEVICES)
 
 
 @dataclass(frozen=True)
@@ -297,7 +310,9 @@ class TrainConfig(ModelConfig, MachineConfig):
         section="Optimizer",
     )
     lr: float = opt(2e-3, "peak learning rate", above=0)
-    min_lr: float = opt(2e-4, "learning rate at lr_decay_iters and after", low=0)
+    min_lr: float | None = opt(
+        None, "learning rate at lr_decay_iters and after", low=0, none="2e-4, or lr / 10 if lr is below 2e-4"
+    )
     schedule: str = opt(
         "cosine", "decay from lr to min_lr after warm-up", choices=("cosine", "linear", "constant", "onecycle", "wsd")
     )
@@ -323,6 +338,7 @@ class TrainConfig(ModelConfig, MachineConfig):
     eval_interval: int = opt(200, "updates between two evaluations", low=1, section="Evaluation, log, files")
     eval_tokens: int | None = opt(None, EVAL_TOKENS, low=0, none="all")
     eval_batches: int | None = opt(0, EVAL_BATCHES, low=0)
+    eval_train: bool = opt(False, "also evaluate the loss on as many tokens of the training split")
     sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
     sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples", verbatim=True)
     log_interval: int = opt(10, "updates between two rows of the log", low=1)
@@ -345,7 +361,9 @@ class TrainConfig(ModelConfig, MachineConfig):
         bare="latest",
     )
     overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
-    wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
+    wandb: str = opt(
+        "disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"), bare="online"
+    )
     wandb_project: str = opt("flatgpt", "project on Weights & Biases")
     list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
     plan: bool = opt(False, "print model size, memory and time without training")
@@ -363,8 +381,10 @@ class TrainConfig(ModelConfig, MachineConfig):
             found.append("sample_prompt is empty: give a prompt, or turn samples off with sample_tokens = 0")
         if self.optimizer == "muon" and self.fsdp:
             found.append("optimizer = muon needs whole matrices, but fsdp = true shards them: leave out one of them")
-        if self.schedule != "constant" and self.min_lr > self.lr:
-            found.append(f"min_lr = {self.min_lr} is larger than lr = {self.lr}: lower min_lr, for example to lr / 10")
+        if self.schedule != "constant" and self.min_lr is not None and self.min_lr > self.lr:
+            found.append(
+                f"min_lr = {self.min_lr} is larger than lr = {self.lr}: lower it too, with --min_lr {self.lr / 10:g}"
+            )
         if self.resume and self.overwrite:
             found.append("resume and overwrite exclude each other: continue the run, or start a new one")
         return found
@@ -398,7 +418,7 @@ class ModelPathConfig:
 class ReaderConfig(ModelPathConfig):
     """Settings of the scripts that run a trained model."""
 
-    device: str = opt("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = opt("auto", "where to compute", choices=DEVICES)
     dtype: str = opt(
         "float32", "precision of matrix products", choices=("float32", "bfloat16", "float16"), recipe=False
     )

@@ -42,8 +42,10 @@ from flatgpt.data.tokenizer_files import tokenizer_json
 from flatgpt.evaluation.metrics import default_batch_size, eval_batches, mean_loss
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
+from flatgpt.runs.clock import RunClock
 from flatgpt.runs.lock import RunLock
-from flatgpt.runs.run_log import RunLog, StepClock, start_wandb
+from flatgpt.runs.run_log import RunLog
+from flatgpt.runs.tracker import start_wandb
 from flatgpt.runtime.device import reseed
 from flatgpt.runtime.distributed import (
     DistributedContext,
@@ -90,33 +92,64 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
     return loss, norm
 
 
-def evaluate(run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0) -> float | None:
-    """Return the validation loss in nats per token, over eval_tokens tokens, or None if interrupted.
+def evaluate(
+    run: TrainingRun,
+    stop_reason: Callable[[], int] = lambda: 0,
+    split: str = "val",
+    show: Callable[[int, int], None] = lambda done, batches: None,
+) -> float | None:
+    """Return the loss of a split in nats per token, or None if interrupted.
+
+    It is over eval_tokens tokens, and in the train split over as many as there are in val.
 
     Args:
         stop_reason: called before each batch. If the result is nonzero, the evaluation is interrupted on all ranks.
+        show: called before each batch with the number of batches before it, and of all batches.
     """
     config, ranks, T, stop_flags = run.config, run.ranks, run.config.context_length, []
 
     def not_stopped(batch) -> bool:
+        show(len(stop_flags), n_batches)
         stop_flags.append(bool(ranks.all_reduce_max(stop_reason())[0]))
         return not stop_flags[-1]
 
     # an update holds the activations of all blocks, an evaluation those of one
     blocks = 1 if config.activation_checkpointing else config.n_layer
     batch_size = min(config.batch_size * blocks, default_batch_size(T, run.device_settings.device))
-    batches = eval_batches(run.dataset.tokens("val"), T, batch_size, config.eval_tokens or 0, ranks)
+    tokens, limit = run.dataset.tokens(split), run.eval_tokens(split)
+    n_batches = math.ceil(math.ceil(limit / T) / (batch_size * ranks.world))
+    batches = eval_batches(tokens, T, batch_size, limit, ranks)
     with run.device_settings.autocast():
         loss = mean_loss(run.model, itertools.takewhile(not_stopped, batches), run.device_settings.to_device, ranks)
     return None if any(stop_flags) else loss
 
 
-def record_evaluation(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter, loss: float) -> None:
-    """Record an evaluation. If the loss is the best so far, the link `best` moves once its checkpoint is saved."""
-    require_finite(run.model, progress.iter, loss)
-    progress.row["val_loss"] = progress.val_loss = loss
-    progress.since_best += 1
+def evaluate_splits(run: TrainingRun, log: RunLog, stop_reason: Callable[[], int]) -> dict[str, float] | None:
+    """Return the losses of an evaluation by their column in metrics.csv, or None if interrupted."""
+    losses: dict[str, float] = {}
+    for split, column in run.eval_columns.items():
+        if (loss := evaluate(run, stop_reason, split, log.show_evaluation)) is None:
+            return None
+        losses[column] = loss
+    return losses
+
+
+def record_evaluation(
+    run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter, losses: dict[str, float]
+) -> None:
+    """Record an evaluation. If val_loss is the best so far, the link `best` moves once its checkpoint is saved.
+
+    Args:
+        losses: without val_loss if the dataset has no val split. There is no best checkpoint then.
+    """
+    loss = losses.get("val_loss")
+    require_finite(run.model, progress.iter, loss or 0.0)
+    progress.row |= losses
+    progress.val_loss = loss
     progress.eval_pending = False
+    if loss is None:
+        return
+    progress.since_best += 1
     if progress.iter == 0 or (progress.best_loss is not None and loss >= progress.best_loss):
         return
     if run.config.on_save_error == "warn":  # otherwise a failed save ends the run
@@ -134,15 +167,20 @@ def save(run: TrainingRun, progress: Progress, checkpoints: CheckpointWriter) ->
     checkpoints.save({**state, "finished": False}, checkpoint_state(run, progress))
 
 
-def write_row(run: TrainingRun, progress: Progress, log: RunLog) -> None:
-    """Write the newest row to the log and, after an evaluation, samples."""
-    log.write(progress.row)
-    if "val_loss" in progress.row and run.encoding and run.config.sample_tokens:
+def write_row(run: TrainingRun, progress: Progress, log: RunLog, clock: RunClock, evaluated: bool) -> None:
+    """Write the newest row to the log and, after an evaluation, samples. A new model's are noise and left out."""
+    config, i, row = run.config, progress.iter, progress.row
+    log.write(row, clock.seconds_left(i, config.max_iters, config.eval_interval))
+    if not evaluated or not run.encoding or not config.sample_tokens:
+        return
+    loss = row.get("val_loss", row.get("mean_loss"))
+    uses_context = loss is not None and loss < run.unigram_entropy
+    if i > 0 or uses_context:
         try:
             texts = reporting.generate_samples(run, run.config.seed)
-            log.write_samples(progress.row, run.config.sample_prompt, texts)
+            log.write_samples(row, config.sample_prompt, texts, whole=uses_context)
         except UserError as error:  # logits that are not finite, although the loss is
-            log.print(f"warning: no sample at iter {progress.iter}: {error}")
+            log.print(f"warning: no sample at iter {i}: {error}")
 
 
 def train_loop(
@@ -153,23 +191,25 @@ def train_loop(
     Returns:
         the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
     """
-    config, ranks, start, clock, reason = run.config, run.ranks, progress.iter, StepClock(), 0
+    config, ranks, start, reason = run.config, run.ranks, progress.iter, 0
+    clock = RunClock(run.eval_updates(), progress.row.get("losses", ()))
     save_interval = config.save_interval or config.eval_interval
     intervals = config.log_interval, config.eval_interval, save_interval, config.max_iters
     if progress.forked:
         save(run, progress, checkpoints)
     while True:
-        row_due = progress.eval_pending or any(progress.iter % n == 0 for n in intervals)
+        row_due, evaluated = progress.eval_pending or any(progress.iter % n == 0 for n in intervals), False
         if progress.eval_pending and not reason:  # after a stop, the resumed run evaluates
             # max_minutes does not interrupt the first evaluation, so that each start makes at least one update
-            loss = evaluate(run, stop.reason if progress.iter > start else lambda: stop.signal or 0)
-            if loss is None:
+            losses = evaluate_splits(run, log, stop.reason if progress.iter > start else lambda: stop.signal or 0)
+            if losses is None:
                 reason = ranks.all_reduce_max(stop.reason())[0]
             else:
-                record_evaluation(run, progress, checkpoints, loss)
+                record_evaluation(run, progress, checkpoints, losses)
+                evaluated = True
         if row_due or reason:
-            write_row(run, progress, log)
-            clock.start()
+            write_row(run, progress, log, clock, evaluated)
+            clock.start_row(evaluated)
         if reason or progress.iter >= config.max_iters or progress.patience_exhausted(config.patience):
             return reason
         loss, norm = train_step(run, progress.iter)
@@ -185,7 +225,7 @@ def train_loop(
         reason, timer_due = ranks.all_reduce_max(stop.reason(), checkpoints.timer_due())
         progress.eval_pending = progress.iter % config.eval_interval == 0 or progress.iter >= config.max_iters
         if reason or timer_due or any(progress.iter % n == 0 for n in intervals):
-            progress.row = reporting.metrics_row(run, progress.iter, loss, norm, clock.ms_per_update())
+            progress.row = reporting.metrics_row(run, progress.iter, loss, norm, clock)
             warning, error = run.nonfinite_guard.check(progress.row, run.batches, ranks)
             if warning:
                 log.print(warning)
@@ -216,7 +256,7 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     ranks.barrier()  # wandb and git may take long
     vocabulary = tokenizer_json(run.encoding) if isinstance(run.encoding, FileTokenizer) else None
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held, vocabulary)
-    stop, started = StopRequest(config.max_minutes, ranks.world > 1), time.perf_counter()
+    stop, start, started = StopRequest(config.max_minutes, ranks.world > 1), progress.iter, time.perf_counter()
     try:
         reason = train_loop(run, progress, checkpoints, log, stop)
         if not reason:
@@ -226,12 +266,16 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
             raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
+    except UserError as error:
+        checkpoints.close()  # the save in flight may be the first one
+        next_start = reporting.next_start(run, bool(checkpoint.folders(folder))) if lock.is_held() else ""
+        raise UserError(f"{error}. {next_start}".rstrip(". ")) from None
     finally:
         checkpoints.close()  # waits for the save in flight
         log.close()
         gc.unfreeze()
         stop.restore()
-    print(reporting.closing_message(run, progress, reason, time.perf_counter() - started))
+    print(reporting.closing_message(run, progress, reason, start, time.perf_counter() - started))
     if reason > StopRequest.TIME_IS_UP:
         raise SystemExit(128 + reason)
 

@@ -27,8 +27,8 @@ from flatgpt.benchmarks import nanogpt
 from flatgpt.benchmarks.measure import Process, interleave, log, milliseconds, script, seconds_since_start, speedup
 from flatgpt.cli.settings import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
+from flatgpt.runs.clock import peak_flops
 from flatgpt.runs.history import follow
-from flatgpt.runs.run_log import peak_flops
 from flatgpt.runtime.device import cpu_name, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.files import require_writable

@@ -279,7 +279,7 @@ class _Shard:
         file = self.open_file(self.path)
         content = file.read(size, offset)
         if len(content) < size or file.identity != self.identity:
-            advice = "restore the file, or prepare the dataset again, then run again (train.py: with --resume)"
+            advice = "restore the file, or prepare the dataset again, then run again"
             raise UserError(f"{self.path}: truncated or replaced while it was in use: {advice}")
         ids = np.frombuffer(content, dtype="<u2")
         if n_vocab is not None and ids.size and int(ids.max()) >= n_vocab:

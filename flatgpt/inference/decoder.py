@@ -244,7 +244,8 @@ class Decoder:
         step = self._forward
         if self.capture:
             try:
-                step = self._capture_graph(tokens)
+                with torch.cuda.device(self.device):  # each thread has its own current device
+                    step = self._capture_graph(tokens)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # such as an operator that synchronises with the host

@@ -136,7 +136,7 @@ def _explain(error: Exception, run_dir: Path) -> str:
     reason = getattr(error, "strerror", None) or first_line(error)
     if code in NO_SPACE:
         reason += f" ({shutil.disk_usage(run_dir).free / 1e6:,.1f} MB are free now)"
-    return f"{reason}. {REMEDIES.get(code, 'Check the disk')}; if the run has stopped, resume it with --resume"
+    return f"{reason}. {REMEDIES.get(code, 'Check the disk')}"
 
 
 def _num_bytes(value) -> int:

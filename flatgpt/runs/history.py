@@ -290,7 +290,7 @@ def _dataset_facts(config: TrainConfig) -> tuple[int | None, str]:
         return SIZES["gpt2"], _format_count((folder / "train.bin").stat().st_size // 2)
     source, _, tokenizer = config.dataset.partition("_")
     vocab_size = SIZES.get(tokenizer or TOKENIZERS[source]) if source in TOKENIZERS else None
-    return vocab_size, "made at start" if config.dataset == "pydoc" else "not prepared"
+    return vocab_size, "made at start" if source in ("pydoc", "shakespeare") else "not prepared"
 
 
 def _run_row(name: str, folder: Path) -> tuple:

@@ -34,7 +34,8 @@ STYLE = {
     "text.parse_math": False,  # a run's name may contain dollar signs
     "svg.fonttype": "none",  # keep text as text
 }
-LOSSES = ("train_loss", "val_loss")
+LOSSES = ("train_loss", "val_loss", "train_split_loss")
+EVALUATED = ("val_loss", "train_split_loss")  # of evaluations, not of updates
 PANELS = {  # column of metrics.csv -> title of its small panel
     "lr": "learning rate",
     "grad_norm": "gradient norm",
@@ -73,7 +74,7 @@ def _read_curve(run: History, xs: np.ndarray, key: str) -> Curve:
     Rows without an x value and rows without an update are skipped. A column without values has no points.
     """
     ys, lr = np.array(run[key]), np.array(run["lr"])  # rows of an update have a learning rate
-    included = np.isfinite(xs) & (np.isfinite(ys) | (np.isfinite(lr) & (key != "val_loss")))
+    included = np.isfinite(xs) & (np.isfinite(ys) | (np.isfinite(lr) & (key not in EVALUATED)))
     ys = np.where(np.isfinite(ys), ys, np.nan)[included]
     return (xs[included], ys) if np.isfinite(ys).any() else (ys[:0], ys[:0])
 
@@ -127,6 +128,9 @@ def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
             if key == "val_loss":
                 style |= {"linewidth": 1.8, "marker": "o", "markersize": 4, "label": "validation"}
                 style |= {"markevery": math.ceil(len(xs) / MAX_MARKERS)} | ({"color": COLORS[1]} if single else {})
+            elif key == "train_split_loss":
+                style |= {"linestyle": "--", "marker": "", "label": "training split"}
+                style |= {"color": COLORS[2]} if single else {}
             elif panel == "loss":
                 style |= {"label": "training (smoothed)"} if single else {"linewidth": 0.8}
             if key in NOISY:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -12,15 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from config import first_line
+from config import count_of, decimal, first_line
+from flatgpt.runs.clock import duration
 from flatgpt.runtime.files import atomic_write, write_output
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KEYS = (
     "iter",  # number of updates so far
@@ -36,60 +32,17 @@ KEYS = (
     "tok_per_s",
     "mfu",  # model FLOPs utilization, if the device's peak is known
     "peak_mem_gb",  # 10^9 bytes
+    "mean_loss",  # mean of train_loss over the updates since the previous row, at most the last 1,000
+    "train_split_loss",  # nats per token of the training split, measured as val_loss (eval_train)
 )
 
 ROWS, SAMPLES, PICTURE = "metrics.csv", "samples.txt", "metrics.png"
 # Regular expressions of an entry, whose first group is the iteration, and of the start of one at the end of the file,
 # which a crash leaves. A sample's text may end without a line break.
 ROW = rb"^(\d{1,18})(?:,[\w.+-]*){%d}\n" % (len(KEYS) - 1)
+SAMPLE_PREVIEW = 60  # characters of a sample that are printed while it is still noise
 SAMPLE = rb"^=== iter (\d{1,18}) .*\n(?:(?!===).*\n)*(?:(?!===).+\Z)?"
 PARTIAL = rb"(?:\d[\d,.+\-ainfe]*|={1,3}|=== i?t?e?|=== iter.*)?"
-
-# Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
-# match is used.
-PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70}
-PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "T4": 65, "V100": 125, "RTX 4090": 165, "RTX 3090": 71}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the peak FLOP/s of a device; None if unknown."""
-    if "Laptop" in device_name or "MIG" in device_name:  # slower than the full GPU of this name
-        return None
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
-
-
-class StepClock:
-    """Measures the time of updates between two rows of the log.
-
-    Evaluations, saves and the first update, which may compile, are not included. Read it only when the device is idle.
-    """
-
-    def __init__(self):
-        self.start_time, self.updates, self.warm = 0.0, 0, False
-
-    def start(self) -> None:
-        """Start measuring. The device must be idle."""
-        self.start_time, self.updates = time.perf_counter(), 0
-
-    def count(self, loss: Tensor) -> None:
-        """Count a launched update. The first one is not counted: wait for it, then start measuring."""
-        if self.warm:
-            self.updates += 1
-        else:
-            loss.item()
-            self.warm = True
-            self.start()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time inside the `with` block."""
-        pause_start = time.perf_counter()
-        yield
-        self.start_time += time.perf_counter() - pause_start
-
-    def ms_per_update(self) -> float | None:
-        """Return milliseconds per update since `start`; None before the first counted update."""
-        return 1e3 * (time.perf_counter() - self.start_time) / self.updates if self.updates else None
 
 
 class AppendFile:
@@ -142,10 +95,13 @@ class RunLog:
             _rewind(rows, start_iter, ROW, (",".join(KEYS) + "\n").encode())
             _rewind(samples, start_iter, SAMPLE)
         self._rows, self._samples = AppendFile(rows, "rows"), AppendFile(samples, "samples")
-        self._eta_start: tuple[float, int] | None = None  # start of the ETA estimate: time and iteration
-        # disable=None: no bar if stderr is not a terminal
+        self._shown = 0.0  # when the bar last showed an evaluation
         self.bar = tqdm(
-            total=max_iters, initial=start_iter, unit="iter", disable=None if run_dir else True, dynamic_ncols=True
+            total=max_iters,
+            initial=start_iter,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            disable=None if run_dir else True,  # None: no bar if stderr is not a terminal
+            dynamic_ncols=True,
         )
 
     def print(self, text: str) -> None:
@@ -153,32 +109,41 @@ class RunLog:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def write(self, row: dict) -> None:
+    def show_evaluation(self, done: int, batches: int) -> None:
+        """Show in the bar how far an evaluation is, at most ten times a second."""
+        if (now := time.monotonic()) - self._shown >= 0.1:
+            self._shown = now
+            self.bar.set_postfix_str(f"evaluating {done:,}/{batches:,} batches")
+
+    def write(self, row: dict, seconds_left: float | None = None) -> None:
         """Log a row with values for KEYS. Missing values and None become empty cells."""
         row = {key: row.get(key) for key in KEYS}
         cells = ("" if v is None else f"{v:.9g}" if isinstance(v, float) else str(v) for v in row.values())
         self._rows.append(",".join(cells) + "\n")
-        i, now, seconds_left = row["iter"], time.perf_counter(), None
-        if row["step_ms"]:
-            self._eta_start = self._eta_start or (now - row["step_ms"] / 1e3, i - 1)
-            seconds_left = (now - self._eta_start[0]) / (i - self._eta_start[1]) * max(0, self.max_iters - i)
         text = format_row(row, len(str(self.max_iters)), seconds_left)
+        self.bar.set_postfix_str("" if seconds_left is None else f"eta {duration(seconds_left)}", refresh=False)
         if row["val_loss"] is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
             text = f"\033[1m{text}\033[0m"  # bold
         self.print(text)
         self._call_wandb(lambda wandb, run: run.log({key: value for key, value in row.items() if value is not None}))
 
-    def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str], whole: bool = True) -> None:
         """Print the samples of an evaluation and append them to samples.txt.
 
         Args:
             row: row of the evaluation.
             texts: one per prompt, including the prompt.
+            whole: print the texts, not only the start of the first one in a line.
         """
         i, table = row["iter"], [[row["iter"], *pair] for pair in zip(prompts, texts, strict=True)]
-        self.print("\n---\n".join([f"--- sample after {i} updates\n{texts[0]}", *texts[1:]]) + "\n---")
+        title = f"--- sample after {count_of(i, 'update')}"
+        if whole:
+            self.print("\n---\n".join([f"{title}\n{texts[0]}", *texts[1:]]) + "\n---")
+        else:
+            self.print(f"{title} (still noise; whole in {SAMPLES}): {texts[0][:SAMPLE_PREVIEW]!r}")
         for _, prompt, text in table:
-            title = f"=== iter {i} | val {row['val_loss']:.4f} | prompt {json.dumps(prompt, ensure_ascii=False)}"
+            loss = "" if row.get("val_loss") is None else f" | val {row['val_loss']:.4f}"
+            title = f"=== iter {i}{loss} | prompt {json.dumps(prompt, ensure_ascii=False)}"
             # so that no line of the text looks like a title
             self._samples.append(f"{title}\n{re.sub('^===', ' ===', text, flags=re.M)}\n\n")
         columns = ["iter", "prompt", "text"]
@@ -220,17 +185,20 @@ def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> 
     """
     columns = (
         ("train_loss", "loss {:7.4f}"),
+        ("mean_loss", "mean {:7.4f}"),
         ("val_loss", "val {:7.4f}"),
         ("lr", "lr {:.2e}"),
-        ("grad_norm", "norm {:5.2f}"),
+        ("grad_norm", "norm {:>5}"),
         ("step_ms", "{:8,.1f} ms"),
         ("tok_per_s", "{:7,.0f} tok/s"),
     )
     texts = [f"iter {row['iter']:>{width}}"]
     for key, template in columns:
         value = row.get(key)
+        value = decimal(value, 2) if key == "grad_norm" and value is not None else value
         texts.append(" " * len(template.format(0)) if value is None else template.format(value))
-    texts += [f"mfu {row['mfu']:5.1%}"] if row.get("mfu") is not None else []
+    texts += [f"mfu {decimal(100 * row['mfu'], 1):>4}%"] if row.get("mfu") is not None else []
+    texts += [f"train split {row['train_split_loss']:7.4f}"] if row.get("train_split_loss") is not None else []
     texts += [f"eta {duration(seconds_left)}"] if seconds_left is not None else []
     return " | ".join(texts).rstrip(" |")
 
@@ -242,7 +210,7 @@ def _rewind(path: Path, start_iter: int, entry: bytes, header: bytes = b"") -> N
         entry: regular expression of an entry; the first group is the iteration.
         header: first line of both files.
     """
-    content = path.read_bytes() if path.exists() else b""
+    content = _add_columns(path.read_bytes(), header) if path.exists() else b""
     written = content.rstrip(b"\0")  # a power failure can leave zeros at the end
     if not re.fullmatch(PARTIAL, re.sub(entry, b"", written, flags=re.M).removeprefix(header).strip()):
         copies = (path.with_name(f"{path.stem}.changed-{n}{path.suffix}") for n in itertools.count(1))
@@ -255,10 +223,18 @@ def _rewind(path: Path, start_iter: int, entry: bytes, header: bytes = b"") -> N
     entries = [(int(found[1]), found[0]) for found in re.finditer(entry, written, re.M)]
     if lost := b"".join(text for i, text in entries if i > start_iter):
         lost_path = path.with_name(f"{path.stem}.lost{path.suffix}")
-        before = lost_path.read_bytes() if lost_path.exists() else header
+        before = _add_columns(lost_path.read_bytes(), header) if lost_path.exists() else header
         atomic_write(lost_path, _end_line(before) + _end_line(lost))
     if content or header:
         atomic_write(path, header + _end_line(b"".join(text for i, text in entries if i < start_iter)))
+
+
+def _add_columns(content: bytes, header: bytes) -> bytes:
+    """Add the newest columns, which are the last ones, to a file of an earlier version."""
+    first, _, rows = content.partition(b"\n")
+    if not first or not header.startswith(first + b","):
+        return content
+    return header + rows.replace(b"\n", b"," * (header.count(b",") - first.count(b",")) + b"\n")
 
 
 def _end_line(text: bytes) -> bytes:
@@ -295,43 +271,3 @@ def parse_rows(content: bytes, skipped: list[str]) -> Iterator[tuple[list[str], 
             yield cells, values
         elif line.strip():
             skipped.append(line)
-
-
-def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None = None):
-    """Start a wandb run without prompting; return None for mode `disabled` or if wandb fails.
-
-    Without an API key or network, `online` becomes `offline` with a warning; `wandb sync` uploads the run later.
-
-    Args:
-        run_id: wandb id of the run to resume, so that its curves continue.
-    """
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-    except Exception as error:  # not installed, or a broken installation
-        text = f"warning: wandb: {first_line(error)}; continuing without it (to install it: pip install wandb)"
-        print(text, file=sys.stderr)
-        return None
-
-    settings = {"project": project, "name": run_dir.name, "id": run_id, "resume": "allow", "config": config}
-    settings |= {"dir": str(run_dir), "settings": wandb.Settings(init_timeout=30, silent=True)}
-    for attempt in ("online", "offline") if mode == "online" else ("offline",):
-        try:
-            if attempt == "online" and not wandb.login(prompt=False, verify=False):
-                raise wandb.errors.UsageError("no API key (wandb login, or WANDB_API_KEY)")
-            run = wandb.init(mode=attempt, **settings)
-            run.define_metric("*", step_metric="iter")  # not step=: wandb drops rows of a lower step after a resume
-            return run
-        except Exception as error:  # UsageError, CommError, and other errors without a common base class
-            fallback = "logging offline, wandb sync uploads it" if attempt == "online" else "continuing without wandb"
-            print(f"warning: wandb {attempt}: {first_line(error)}; {fallback}", file=sys.stderr)
-            wandb.teardown()  # otherwise its service still holds the run's id
-    return None
-
-
-def duration(seconds: float) -> str:
-    """Format a duration: 1h05m, 1m15s, 5s."""
-    minutes, rest = divmod(math.floor(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

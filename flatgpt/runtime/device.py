@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError, first_line
+from config import UserError, count_of, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,8 +86,7 @@ class DeviceSettings:
 
     def describe(self) -> str:
         """Return the settings and their reasons as one line."""
-        count = torch.get_num_threads()
-        threads = f" ({count} thread{'s' * (count > 1)})" if self.device.type == "cpu" else ""
+        threads = f" ({count_of(torch.get_num_threads(), 'thread')})" if self.device.type == "cpu" else ""
         reasons = {key: f" ({self.why[key]})" if key in self.why else "" for key in ("dtype", "compile")}
         dtype = str(self.dtype).removeprefix("torch.")
         mode = "compiled" if self.compile and not compiler.failed else "eager"
@@ -105,7 +104,7 @@ def note(text: str) -> None:
 
 
 def find_device(device: str, local_rank: int | None = None) -> torch.device:
-    """Return the device for a name or `auto`, and prepare this process for it.
+    """Return the device for `auto`, a type or a GPU's name such as cuda:1, and prepare this process for it.
 
     Args:
         local_rank: torchrun's LOCAL_RANK, the index of the GPU to use; None: the script supports one device only.
@@ -126,23 +125,31 @@ def find_device(device: str, local_rank: int | None = None) -> torch.device:
     _keep_freed_memory()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     names = [name for name, is_available in available.items() if is_available]
-    if device == "auto":
-        device = names[0]
-    elif device not in names:
+    kind, _, index = (names[0] if device == "auto" else device).partition(":")
+    if kind not in names:
         raise UserError(
             f"device = {device}: torch {torch.__version__} does not find it; use --device {' or '.join(names)}"
         )
-    if device != "cuda":
-        return torch.device(device)
+    if kind != "cuda":
+        return torch.device(kind)
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local_rank is not None and index:
+        raise UserError(
+            f"device = cuda:{index}: each process of torchrun uses a GPU of its own; use --device cuda, and choose the "
+            "GPUs with the environment variable CUDA_VISIBLE_DEVICES"
+        )
     if local_rank is not None and processes > gpus:
         raise UserError(
-            f"nproc_per_node = {processes}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and each process needs one; "
+            f"nproc_per_node = {processes}: this machine has {count_of(gpus, 'GPU')}, and each process needs one; "
             f"start torchrun with --nproc_per_node={gpus}"
         )
-    if local_rank:
-        torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank or 0)
+    if index and int(index) >= gpus:
+        last = f"cuda:{gpus - 1}" if gpus == 1 else f"cuda:0 to cuda:{gpus - 1}"
+        raise UserError(f"device = cuda:{index}: this machine has {count_of(gpus, 'GPU')}; use --device {last}")
+    number = int(index or local_rank or 0)
+    if number:
+        torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 @functools.cache  # a second call would extend the heap again

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError, first_line
 from flatgpt.runtime.device import find_device
+from flatgpt.runtime.launcher import record_failure, require_equal_shares
 
 # What errors of Gloo, the TCP store and NCCL contain if another rank has exited.
 PEER_EXITED = "closed by peer|reset by peer|broken pipe|got 0 bytes|ncclRemoteError"
@@ -126,23 +127,6 @@ class DistributedContext:
 SINGLE_PROCESS = DistributedContext()
 
 
-def require_equal_shares(config: TrainConfig, world: int) -> None:
-    """Raise UserError if `world` does not divide grad_accum_steps.
-
-    The message suggests settings with as many sequences per update, rounded up to a multiple of `world`.
-    """
-    if config.grad_accum_steps % world == 0:
-        return
-    sequences = config.batch_size * config.grad_accum_steps
-    total = -(-sequences // world) * world
-    steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= config.batch_size)
-    difference = "the same updates" if total == sequences else f"{total} sequences, not {sequences}"
-    raise UserError(
-        f"grad_accum_steps = {config.grad_accum_steps} is the number of passes of all devices together and cannot be "
-        f"divided by {world}: use --batch_size {total // steps} --grad_accum_steps {steps} ({difference})"
-    )
-
-
 def shorten_timeout(config: TrainConfig) -> None:
     """Set Gloo's timeout to config.rank_timeout. Called after the first update, in which ranks may still compile.
 
@@ -195,6 +179,7 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
     except UserError as error:
         if not _first_to_report(ranks, str(error)):
             raise ReportedByOtherRank from None
+        record_failure(f"error: {error}")
         time.sleep(1)  # rank 0 holds the store that the other ranks still need
         raise
     except RuntimeError as error:
@@ -207,7 +192,7 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
         what = "no response" if unresponsive else "another rank has exited, so this one exits"
         print(f"rank {ranks.rank}: {what} ({reason})", file=sys.stderr, flush=True)
         if unresponsive:
-            advice = "; --resume continues from the last checkpoint" * isinstance(config, TrainConfig)
+            advice = "; --resume continues from the last checkpoint, if any" * isinstance(config, TrainConfig)
             _report_unresponsive_ranks(ranks, config.rank_timeout, advice)
         time.sleep(3)  # torchrun reports the first process that exits as the cause, and ends the others
         os._exit(1)  # destroying a process group whose peers have exited can hang
@@ -254,7 +239,8 @@ def _report_unresponsive_ranks(ranks: DistributedContext, seconds: float, advice
         prefix = "error" if not thread.is_alive() or ranks.rank == 1 else f"rank {ranks.rank}"
         names = ", ".join(map(str, missing))
         text = f"rank {names} has not responded for {seconds:g} s (--rank_timeout): the process or its machine hangs"
-        print(f"{prefix}: {text}; the run ends{advice}", file=sys.stderr, flush=True)
+        record_failure(text := f"{prefix}: {text}; the run ends{advice}")
+        print(text, file=sys.stderr, flush=True)
 
 
 def wrap_model(

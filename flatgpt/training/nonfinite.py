@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from config import UserError
+from config import UserError, count_of
 from flatgpt.data.dataset import TrainingBatches
 from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS, DamagedCheckpointError
@@ -37,7 +37,7 @@ TYPES = {
     | {f"scaler.{key}": NUMBER | MISSING for key in SCALER}
     | {f"health.{key}": int | MISSING for key in COUNTS},
 }
-REMEDY = "with a smaller --lr, more --warmup_iters or --dtype float32"
+REMEDY = "from an earlier checkpoint or from the start, with a smaller --lr, more --warmup_iters or --dtype float32"
 
 
 class NonfiniteGuard:
@@ -99,16 +99,14 @@ class NonfiniteGuard:
                 f"token {batches.windows.stride} * w). The update was skipped"
             )
             if self.on_nonfinite == "stop":
-                error = (
-                    f"{message}, and the run ends. Resume from a checkpoint with a smaller --lr or --dtype float32, or "
-                    "skip such updates with --on_nonfinite skip"
-                )
+                error = f"{message}, and the run ends. Go on {REMEDY}, or skip such updates with --on_nonfinite skip"
             else:
-                warning = f"warning: {message} (on_nonfinite = skip); {row['skipped']} updates skipped so far"
+                skipped = count_of(row["skipped"], "update")
+                warning = f"warning: {message} (on_nonfinite = skip); {skipped} skipped so far"
         if longest >= MAX_CONSECUTIVE_SKIPS and not error:
             error = (
                 f"{longest} updates in a row, up to iter {row['iter']}, had a non-finite loss or gradient: the run "
-                f"has diverged. Resume from a checkpoint or start again, {REMEDY}"
+                f"has diverged. Go on {REMEDY}"
             )
         self.longest = self.in_a_row.clone()
         self.first = torch.full_like(self.first, NO_ITER)
@@ -132,10 +130,7 @@ def require_finite(model: nn.Module, i: int, loss: float = 0.0) -> None:
     sums = torch.stack([(w.to_local() if hasattr(w, "to_local") else w).sum() for w in weights])
     if not math.isfinite(loss) or not sums.isfinite().all():
         cause = f"the validation loss is {loss}" if not math.isfinite(loss) else "a weight is not finite"
-        raise UserError(
-            f"{cause} at iter {i}: the run has diverged. Resume from an earlier checkpoint, such as FOLDER/ckpt/best, "
-            f"or start again, {REMEDY}"
-        )
+        raise UserError(f"{cause} at iter {i}: the run has diverged. Go on {REMEDY}")
 
 
 def require_resumable(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -14,6 +15,7 @@ from model import GPT
 # Coefficients from Jordan et al.; they bring singular values to between 0.7 and 1.2.
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 MUON_RMS = 0.2  # root mean square of a step's entries, as a multiple of the learning rate
+MIN_LR = 2e-4  # of a config without min_lr
 ONECYCLE_START = 1 / 25  # learning rate at update 0, as a multiple of lr: that of torch's OneCycleLR
 
 
@@ -135,6 +137,24 @@ def apply_gradients(
     if found_inf.device.type != "mps" or not found_inf.item():
         scaler.step(optimizer)
     scaler.update()
+
+
+def resolve_schedule(config: TrainConfig, new_run: bool = True) -> TrainConfig:
+    """Return the config with lr_decay_iters, warmup_iters and min_lr set. max_iters must be set.
+
+    Args:
+        new_run: shorten a warm-up that would take the whole schedule to a tenth of it.
+    """
+    end, warmup, min_lr = config.lr_decay_iters or config.max_iters, config.warmup_iters, config.min_lr
+    if warmup is None:
+        warmup = round(config.warmup_fraction * end)
+    if warmup >= end and new_run:
+        length = "lr_decay_iters" if config.lr_decay_iters else "max_iters"
+        print(f"note: warmup_iters = {warmup} is not below {length} = {end}: it is shortened to {end // 10}")
+        warmup = end // 10
+    if min_lr is None:
+        min_lr = MIN_LR if config.lr >= MIN_LR else config.lr / 10
+    return dataclasses.replace(config, lr_decay_iters=end, warmup_iters=warmup, min_lr=min_lr)
 
 
 def learning_rate(update: int, config: TrainConfig) -> float:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from config import ModelConfig, TrainConfig, UserError
+from config import ModelConfig, TrainConfig, UserError, count_of, decimal
 from flatgpt.data.dataset import Windows, open_dataset
 from flatgpt.kernels import cross_entropy
-from flatgpt.runs.run_log import duration, peak_flops
+from flatgpt.runs.clock import duration, peak_flops
 from flatgpt.runtime.distributed import DistributedContext
-from flatgpt.training.setup import choose_device, resolve_data_settings
+from flatgpt.training.data import resolve_data_settings
+from flatgpt.training.setup import choose_device
 from model import GPT
 
 FLOAT32, INT64 = 4, 8  # bytes
@@ -36,9 +37,10 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
     lines = [*size_lines(config, model, str(folder), windows), ""]
     precision = f"{dtype}, eager (compiled: 5% more)"
     lines.append(
-        f"memory   GB on each of {config.gpus} devices with {precision}; save buffers are in pinned host memory"
+        f"memory   GB on {'each of ' * (config.gpus > 1)}{count_of(config.gpus, 'device')} with {precision}; "
+        "save buffers are in pinned host memory"
     )
-    lines += [f"         {name:<24}{size / 1e9:>10,.3f}" for name, size in components.items()]
+    lines += [f"         {name:<24}{decimal(size / 1e9, 3):>10}" for name, size in components.items()]
     if config.max_iters:
         lines += ["", f"time     on {config.gpus} of these devices, at mfu = {config.mfu:g} (half precision)"]
         tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
@@ -48,7 +50,8 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
         for name, peak in peaks.items():
             seconds = tokens * model.flops_per_token() / (peak * config.mfu * config.gpus)
             estimate = f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
-            lines.append(f"         {name:<24}{peak / 1e12:>10,.4g} TFLOP/s{estimate:>14}")
+            estimate = "under a minute" if seconds < 60 else estimate
+            lines.append(f"         {name:<24}{peak / 1e12:>10,.4g} TFLOP/s{estimate:>15}")
     print("\n".join(lines))
 
 
@@ -64,15 +67,17 @@ def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | No
     W, per_update = len(windows) if windows else 0, config.batch_size * config.grad_accum_steps
     tokens = (config.max_iters or 0) * per_update * T
     lines = [
-        f"model    {params:,} parameters: {config.n_layer} layers, {config.n_head} heads, n_embd {config.n_embd}, "
-        f"context {T}, vocabulary {config.vocab_size:,}; {flops:,} FLOPs per token",
-        f"data     {data}" + (f": {len(windows.tokens):,} training tokens, {W:,} windows" if W else " is not prepared"),
-        f"update   {config.batch_size} sequences x {config.grad_accum_steps} x {T} tokens = {per_update * T:,} tokens"
-        + (f"; {W / per_update:,.1f} updates per epoch" if W else ""),
+        f"model    {params:,} parameters: {count_of(config.n_layer, 'layer')}, {count_of(config.n_head, 'head')}, "
+        f"n_embd {config.n_embd}, context {T:,}, vocabulary {config.vocab_size:,}; {flops:,} FLOPs per token",
+        f"data     {data}"
+        + (f": {len(windows.tokens):,} training tokens, {count_of(W, 'window')}" if W else " is not prepared"),
+        f"update   {count_of(config.batch_size, 'sequence')} x {config.grad_accum_steps} x {count_of(T, 'token')} = "
+        f"{count_of(per_update * T, 'token')}" + (f"; {decimal(W / per_update, 1)} updates per epoch" if W else ""),
     ]
     if tokens:
-        epochs = f"{config.max_iters * per_update / W:.2f} epochs, " if W else ""
-        text = f"{config.max_iters:,} updates = {tokens:,} tokens = {epochs}{tokens / params:.1f} tokens per parameter"
+        epochs = f"{decimal(config.max_iters * per_update / W, 2)} epochs, " if W else ""
+        text = f"{count_of(config.max_iters, 'update')} = {count_of(tokens, 'token')} = {epochs}"
+        text += f"{decimal(tokens / params, 1)} tokens per parameter"
         lines.append(f"run      {text}, {tokens * flops:.3g} FLOPs")
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from unicodedata import category
 import torch
 from torch import Tensor
 
-from config import SamplingConfig, TrainConfig, UserError, run_dir
+from config import SamplingConfig, TrainConfig, UserError, count_of, run_dir
 from flatgpt.data.tokenizer import FileTokenizer, start_ids
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
-from flatgpt.runs.run_log import PICTURE, RunLog, duration, peak_flops
+from flatgpt.runs.clock import RunClock, duration, peak_flops
+from flatgpt.runs.run_log import PICTURE, RunLog
 from flatgpt.runtime.device import uncompiled
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training.optimizer import learning_rate
@@ -31,18 +33,27 @@ def summary(run: TrainingRun) -> str:
     config, settings = run.config, run.device_settings
     data = f"{run.dataset.notice or run.dataset.folder} ({run.dataset.meta['tokenizer']})"
     ranks = f"; {run.ranks.world} ranks, {'fully_shard' if config.fsdp else 'DDP'}" if run.ranks.world > 1 else ""
-    return "\n".join(
-        [
-            *size_lines(config, run.model, data, run.batches.windows),
-            f"machine  {settings.describe()}{ranks}",
-            *settings.path_lines(),
-            f"folder   {config.out_dir}",
-        ]
-    )
+    lines = [
+        *size_lines(config, run.model, data, run.batches.windows),
+        f"machine  {settings.describe()}{ranks}",
+        *settings.path_lines(),
+        f"folder   {config.out_dir}",
+    ]
+    if "val" not in run.dataset.meta["splits"]:
+        lines.append(
+            f"note: {run.dataset.folder} has no val split: there is no validation loss and no best checkpoint; the "
+            "newest one is used instead"
+        )
+    return "\n".join(lines)
 
 
-def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: float | None) -> dict:
-    """Return the metrics of the newest update, i (from 1). Synchronises with the device."""
+def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: RunClock) -> dict:
+    """Return the metrics of the newest update, i (from 1). Synchronises with the device.
+
+    `losses` is not logged: a resumed run needs it for the mean of its next row.
+    """
+    losses, step_ms = clock.end_row()
+    finite = list(filter(math.isfinite, losses))  # other updates were skipped
     tokens, peak = run.batches.per_update * run.config.context_length, peak_flops(run.device_settings.name)
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
     return {
@@ -50,6 +61,8 @@ def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, step_ms: f
         "tokens": i * tokens,
         "epoch": i * run.batches.per_update / len(run.batches.windows),
         "train_loss": loss.item(),
+        "mean_loss": sum(finite) / len(finite) if finite else None,
+        "losses": losses,
         "lr": learning_rate(i - 1, run.config),
         "grad_norm": norm.item(),
         "loss_scale": run.scaler.get_scale() if run.scaler.is_enabled() else None,
@@ -96,32 +109,43 @@ def draw_picture(log: RunLog, folder: Path) -> None:
         print(f"warning: {folder / PICTURE} was not drawn: {error}", file=sys.stderr)
 
 
-def closing_message(run: TrainingRun, progress: Progress, reason: int, seconds: float) -> str:
+def closing_message(run: TrainingRun, progress: Progress, reason: int, start: int, seconds: float) -> str:
     """Return the final message of a run: how it ended, and the next commands.
 
     Args:
         reason: the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
-        seconds: time since the training loop started.
+        start: the iteration at which the training loop started.
+        seconds: time since then.
     """
     config, i, folder = run.config, progress.iter, shlex.quote(run.config.out_dir)
     if reason:
         cause = f" (max_minutes = {config.max_minutes})" if reason == StopRequest.TIME_IS_UP else ""
-        next_step = "saved. To resume:" if i else "nothing to save. To start again:"
-        # `--resume auto` and `--resume --name` do not name a folder
-        path = config.out_dir if "/" in config.out_dir and config.out_dir[0] != "-" else f"./{config.out_dir}"
-        words = f"--resume {shlex.quote(path)}" if i else f"--config {shlex.quote(path + '/config.toml')}"
-        if i and Path(path) == run_dir(TrainConfig()):
-            words = "--resume"
-        return f"stopped at iter {i} of {config.max_iters}{cause}; {next_step}\n  {run.ranks.launcher} train.py {words}"
+        saved = "saved" if i else "nothing to save"
+        return f"stopped at iter {i} of {config.max_iters}{cause}; {saved}. {next_start(run, i > 0, chr(10) + '  ')}"
     prompt = "" if isinstance(run.encoding, FileTokenizer) else " --prompt 'The '"  # it may have no such characters
-    early = f"stopped at iter {i}: no new best in {progress.since_best} evaluations (patience)\n"
+    early = f"stopped at iter {i}: no new best in {count_of(progress.since_best, 'evaluation')} (patience)\n"
+    updates = count_of(i, "update") + (f", of which {i - start:,} in this start" if start else "")
+    best = ""
+    if progress.best_iter is not None:
+        best = f", best validation loss {progress.best_loss:.4f} at iter {progress.best_iter}"
+    split = "" if "val" in run.dataset.meta["splits"] else " --split train"  # eval.py's default is val
     return (
-        f"{early * (i < config.max_iters)}done: {i:,} updates, best validation loss {progress.best_loss:.4f} at iter "
-        f"{progress.best_iter}, {duration(seconds)}. Next:\n"
+        f"{early * (i < config.max_iters)}done: {updates}{best}, {duration(seconds)}. Next:\n"
         f"  python infer.py --model_path {folder}{prompt}\n"
-        f"  python eval.py --model_path {folder}\n"
+        f"  python eval.py --model_path {folder}{split}\n"
         "  python prepare_data.py text --input YOUR_FILES --name mine"
     )
+
+
+def next_start(run: TrainingRun, saved: bool, separator: str = " ") -> str:
+    """Return the command that resumes a run that has stopped, or starts it again if it has no checkpoint."""
+    # `--resume auto` and `--resume --name` do not name a folder
+    out_dir = run.config.out_dir
+    path = out_dir if "/" in out_dir and out_dir[0] != "-" else f"./{out_dir}"
+    words = f"--resume {shlex.quote(path)}" if saved else f"--config {shlex.quote(path + '/config.toml')}"
+    if saved and Path(path) == run_dir(TrainConfig()):
+        words = "--resume"
+    return f"To {'resume' if saved else 'start again'}:{separator}{run.ranks.launcher} train.py {words}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from config import START_ONLY, TrainConfig, UserError
+from config import START_ONLY, TrainConfig, UserError, count_of
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.interop.pretrained import checkpoints_to_resume, shape
@@ -29,9 +30,10 @@ from flatgpt.runs.lock import RunLock
 from flatgpt.runtime.device import cpu_name
 from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
+from flatgpt.training.data import count_eval_tokens
 from flatgpt.training.nonfinite import require_resumable
 from flatgpt.training.optimizer import Muon, MuonAndAdamW
-from flatgpt.training.setup import TrainingRun, count_eval_tokens
+from flatgpt.training.setup import TrainingRun
 from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
@@ -153,8 +155,9 @@ def find_resume_checkpoint(lock: RunLock, config: TrainConfig) -> tuple[Path, di
     existing = checkpoint.folders(lock.folder)
     if existing and not config.resume and not config.overwrite:
         raise UserError(
-            f"{lock.folder} already contains a run (at iter {iteration_of(existing[0])}): "
-            "add --resume to continue it, or --overwrite to start again (the old run is moved aside, not deleted)"
+            f"{lock.folder} already contains a run (at iter {iteration_of(existing[0])}): add --out_dir "
+            f"{shlex.quote(str(free_folder(lock.folder)))} to keep both, --resume to continue it, or --overwrite to "
+            "start again (the old run is moved aside, not deleted)"
         )
     source, folders = checkpoints_to_resume(config) if config.resume else (None, [])
     if not folders:
@@ -172,6 +175,13 @@ def find_resume_checkpoint(lock: RunLock, config: TrainConfig) -> tuple[Path, di
             "choose another --out_dir"
         )
     return found
+
+
+def free_folder(folder: Path) -> Path:
+    """Return the first of NAME-2, NAME-3 ... beside a folder that does not exist. A longer number may be a date."""
+    name, number = re.fullmatch(r"(.*?)(?:-(\d{1,3}))?", folder.name).groups()
+    paths = (folder.with_name(f"{name}-{n}") for n in itertools.count(int(number or 1) + 1))
+    return next(path for path in paths if not path.exists())
 
 
 def require_same_run(folder: Path, state: dict, run: TrainingRun) -> list[str]:
@@ -223,7 +233,7 @@ def finished_message(folder: Path, state: dict, config: TrainConfig) -> str | No
     since_best = state["since_best"]
     if not Progress(best_iter=state["best_iter"], since_best=since_best).patience_exhausted(config.patience):
         return None
-    reason = f"iter {i} of {config.max_iters}, no new best in {since_best} evaluations"
+    reason = f"iter {i} of {config.max_iters}, no new best in {count_of(since_best, 'evaluation')}"
     return f"{run} is finished ({reason}): to train on, add --patience with a larger number, or none"
 
 

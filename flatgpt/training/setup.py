@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,20 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import PrepareConfig, TrainConfig, UserError, run_dir
-from flatgpt.data import tokenizer
-from flatgpt.data.dataset import Dataset, TrainingBatches, Windows, open_dataset
-from flatgpt.data.prepare import prepare
-from flatgpt.data.tokenizer import FileTokenizer
+from config import TrainConfig, UserError, run_dir
+from flatgpt.data.dataset import Dataset, TrainingBatches
+from flatgpt.data.tokenizer import TOKENIZER_FILE
 from flatgpt.interop.loading import load_pretrained
-from flatgpt.interop.pretrained import find, read_tokenizer
 from flatgpt.kernels.attention import BF16_CPU_MAX_PLAIN_TOKENS, attention_steps
 from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, MIN_FUSED_LOGITS, loss_steps
 from flatgpt.runtime.choices import MAX_FLOPS, Choice, choose, has_bfloat16
-from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, note, select_device
+from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
+from flatgpt.training.data import (
+    count_eval_tokens,
+    load_dataset,
+    load_encoding,
+    resolve_data_settings,
+    unigram_entropy,
+)
 from flatgpt.training.nonfinite import NonfiniteGuard
-from flatgpt.training.optimizer import MuonAndAdamW, make_optimizer
+from flatgpt.training.optimizer import MuonAndAdamW, make_optimizer, resolve_schedule
 from model import GPT
 
 
@@ -51,6 +54,28 @@ class TrainingRun:
     optimizer: torch.optim.AdamW | MuonAndAdamW
     scaler: torch.amp.GradScaler
     nonfinite_guard: NonfiniteGuard
+
+    @property
+    def eval_columns(self) -> dict[str, str]:
+        """{split: column of metrics.csv} of the losses that an evaluation computes."""
+        columns = {"val": "val_loss"} | ({"train": "train_split_loss"} if self.config.eval_train else {})
+        return {split: columns[split] for split in columns if split in self.dataset.meta["splits"]}
+
+    def eval_tokens(self, split: str) -> int:
+        """Return the number of tokens of a split that an evaluation scores: in train, no more than in val."""
+        splits = self.dataset.meta["splits"]
+        scored = [splits[name]["tokens"] - 1 for name in {split, "val"} & splits.keys()]  # all but the first
+        return min([*scored, self.config.eval_tokens or scored[0]])
+
+    def eval_updates(self) -> float:
+        """Return how many updates take about as long as an evaluation: a forward pass is a third of an update."""
+        tokens = sum(map(self.eval_tokens, self.eval_columns))
+        return tokens / (3 * self.batches.per_update * self.config.context_length)
+
+    @functools.cached_property
+    def unigram_entropy(self) -> float:
+        """The loss of a model that ignores the context, in nats per token."""
+        return unigram_entropy(self.batches.windows.tokens)
 
 
 class BatchPrefetcher:
@@ -83,53 +108,6 @@ class BatchPrefetcher:
             return x, y
         with torch.cuda.device(self.device):  # each thread has its own current device
             return x.pin_memory(), y.pin_memory()
-
-
-def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
-    """Open and check the dataset on every rank. If the default dataset is missing, it is prepared first."""
-    folder = Path(config.data_dir) / config.dataset
-    if ranks.first and config.dataset == "pydoc" and not (folder / "meta.json").exists():
-        print(f"{folder} does not exist yet: preparing it from Python's built-in reference (pydoc)")
-        prepare(PrepareConfig(source="pydoc", data_dir=config.data_dir))
-    ranks.barrier()
-    dataset = open_dataset(folder)
-    with ThreadPoolExecutor(1) as thread:  # hashing a large dataset may take longer than a collective's timeout
-        checked = thread.submit(lambda: ranks.local_rank == 0 and dataset.check(config.verify_data))
-        ranks.poll_all(checked.done)
-    checked.result()
-    ranks.require_equal({f"dataset {folder}": dataset.manifest_hash})
-    return dataset
-
-
-def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Windows]:
-    """Return the config with vocab_size, max_iters and stride set from the dataset and `epochs`, and the windows.
-
-    Raises:
-        UserError: the dataset has more ids than vocab_size, or a split has no window.
-    """
-    meta, folder, T = dataset.meta, dataset.folder, config.context_length
-    vocab_size = config.vocab_size or meta["vocab_size"]
-    if vocab_size < meta["vocab_size"]:
-        raise UserError(
-            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
-            f"{meta['vocab_size']:,} ids; remove vocab_size, or set it to at least that number"
-        )
-    windows = Windows(dataset.tokens("train"), T, config.stride)
-    for split, tokens in (("train", windows.tokens), ("val", dataset.tokens("val"))):
-        if len(tokens) <= T:
-            raise UserError(
-                f"too little text: the {split} split of {folder} has {len(tokens):,} tokens, one window needs "
-                f"context_length + 1 = {T + 1:,}; add text, or lower --context_length"
-            )
-    per_update = config.batch_size * config.grad_accum_steps
-    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
-    return dataclasses.replace(config, vocab_size=vocab_size, max_iters=max_iters, stride=windows.stride), windows
-
-
-def count_eval_tokens(config: dict) -> int:
-    """Return the number of validation tokens (0: all) of a run's settings, whose older form is eval_batches."""
-    batches = config.get("eval_batches") or 0
-    return config.get("eval_tokens") or batches * config["batch_size"] * config["context_length"]
 
 
 def choose_device(config: TrainConfig, ranks: DistributedContext, chosen: dict) -> DeviceSettings:
@@ -205,48 +183,6 @@ def choose_paths(
     return dataclasses.replace(settings, paths=paths, why=settings.why | why)
 
 
-def load_encoding(
-    config: TrainConfig, ranks: DistributedContext, dataset: Dataset, model_path: str | None
-) -> tiktoken.Encoding | None:
-    """Return the tokenizer of a run: the model's if it only adds tokens to that of the data, otherwise the data's.
-
-    Args:
-        model_path: the model that training starts from, if there is one.
-
-    Returns:
-        None if the tokenizer has a known name, and there are no samples or a rank cannot load it.
-
-    Raises:
-        UserError: the model was trained with another tokenizer, or that of the data is damaged.
-    """
-    folder, meta, encoding = dataset.folder, dataset.meta, None
-    initial = read_tokenizer(model_path) if model_path else None
-    differs = initial is not None and tokenizer.ranks_hash(initial) != meta["ranks_sha256"]
-    required = differs or not tokenizer.is_named(meta["tokenizer"], folder)
-    if required or config.sample_tokens:
-        try:
-            encoding = dataset.load_tokenizer()
-        except UserError as error:
-            if required:
-                raise
-            note(f"warning: no samples will be written: {error}")
-    if differs:
-        if not tokenizer.extends(initial, encoding):
-            mine = initial.name
-            if isinstance(initial, FileTokenizer):
-                mine = path if (path := find(model_path)).is_dir() else "DATA/meta.pkl"  # of nanoGPT
-            other = "another tokenizer, also named" if initial.name == encoding.name else "tokenizer"
-            raise UserError(
-                f"{model_path} was trained with {other} {initial.name}, but {folder} is tokenised with "
-                f"{encoding.name}: prepare the text with --tokenizer {mine}"
-            )
-        if isinstance(initial, FileTokenizer) and encoding.eot_token is not None:
-            initial = copy.copy(initial)
-            initial.end_of_text = encoding.decode([encoding.eot_token])  # as in the run's data
-        encoding = initial
-    return encoding if ranks.all(encoding is not None) else None
-
-
 def build_run(
     config: TrainConfig,
     ranks: DistributedContext = SINGLE_PROCESS,
@@ -266,7 +202,7 @@ def build_run(
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
     init_from = None if resumed else config.init_from
-    stored = checkpoint and (checkpoint / tokenizer.TOKENIZER_FILE).is_file()
+    stored = checkpoint and (checkpoint / TOKENIZER_FILE).is_file()
     encoding = load_encoding(config, ranks, dataset, str(checkpoint) if stored else init_from)
     config, windows = resolve_data_settings(config, dataset)
     if encoding and config.vocab_size < encoding.n_vocab:
@@ -279,17 +215,11 @@ def build_run(
     device, dtype = device_settings.device, str(device_settings.dtype).removeprefix("torch.")
     ranks.require_equal({"dtype": dtype, "compile": device_settings.compile})
     device_settings = choose_paths(config, device_settings, ranks, chosen)
-    decay_iters = config.lr_decay_iters or config.max_iters
-    warmup_iters = config.warmup_iters
-    if warmup_iters is None:
-        warmup_iters = round(config.warmup_fraction * decay_iters)
     # the same validation windows in the whole run, even if a resume changes batch_size
     same_batches = resumed and config.eval_batches and config.eval_batches == resumed["config"].get("eval_batches")
     config = dataclasses.replace(
-        config,
+        resolve_schedule(config, new_run=not resumed),
         eval_tokens=count_eval_tokens(resumed["config"] if same_batches else vars(config)) or None,
-        lr_decay_iters=decay_iters,
-        warmup_iters=warmup_iters,
         dtype=dtype,
         compile=device_settings.compile,
         out_dir=str(run_dir(config)),

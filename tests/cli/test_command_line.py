@@ -74,6 +74,8 @@ def refusal(cls, words) -> str:
         (["--resume", "--n_layer", "3"], "resume", "latest"),
         (["--resume", "out/a"], "resume", "out/a"),
         (["--load_checkpoint_path", "out/a", "--resume"], "resume", "out/a"),
+        (["--wandb"], "wandb", "online"),
+        (["--device", "cuda:12"], "device", "cuda:12"),
     ],
 )
 def test_spellings(words, key, value):

@@ -54,7 +54,7 @@ def find(how: str | Path | None, overwrite: bool = False, run: Path = RUN) -> in
         (RUN / "ckpt/iter_000030/state.json", {}, 30),
         (RUN / "ckpt", {}, "there is no checkpoint; give a run's folder .* or a checkpoint"),
         (None, {"overwrite": True}, None),
-        (None, {}, r"already contains a run \(at iter 60\): add --resume .* or --overwrite"),
+        (None, {}, r"a run \(at iter 60\): add --out_dir out/quickstart-2 .*, --resume .* or --overwrite"),
         (None, {"run": NEW}, None),
         ("auto", {"run": NEW}, None),
         (RUN / "ckpt/iter_000030", {"run": NEW}, 30),
@@ -232,7 +232,7 @@ def test_a_new_run_inherits_nothing(run_copy):
         (b"lr = 1e-3\xff", "missing or damaged"),
         (b"lr = -1.0", "lr = -1.0: more than 0 is expected"),
         (b"larning_rate = 1.0", "no such key"),
-        (b"lr = 1e-6", "min_lr = 0.0002 is larger than lr = 1e-06"),
+        (b"lr = 1e-6\nmin_lr = 2e-4", "min_lr = 0.0002 is larger than lr = 1e-06"),
         (b"max_iters = 3\nepochs = 2", "epochs and max_iters exclude each other"),
     ],
 )

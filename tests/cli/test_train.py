@@ -5,7 +5,10 @@ import csv
 import json
 import math
 import re
+import shlex
+import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from unicodedata import category
 
@@ -29,7 +32,7 @@ from flatgpt.evaluation import metrics
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.interop.pretrained import initial_shape
-from flatgpt.runs import checkpoint, plots
+from flatgpt.runs import checkpoint, history, plots
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.training import reporting
 
@@ -103,8 +106,42 @@ def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
     train.train(config)
     assert json.loads((in_tmp / "elsewhere/pydoc/meta.json").read_text())["tokenizer"] == "byte"
     printed = capsys.readouterr().out
-    assert "--- sample after 1 updates" in printed
+    assert "\n--- sample after 1 update (still noise; whole in samples.txt): '\\n" in printed
     assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
+
+
+@pytest.mark.parametrize("words", ["--config shakespeare_char_cpu", "--dataset shakespeare_byte --data_dir 'my data'"])
+def test_small_dataset_of_a_recipe_is_prepared_at_the_start(cli, in_tmp, real_text, monkeypatch, words):
+    """Where it cannot be downloaded, the error names the command. A folder of nanoGPT is not touched."""
+    plan = [*shlex.split(words), "--max_iters", 1, "--eval_tokens", 64, "--device", "cpu", "--out_dir", "out/a"]
+    folder = Path("my data" if "my data" in words else "data") / "shakespeare_byte"
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: gone())
+
+    def gone():
+        raise OSError("no network")
+
+    command = "python prepare_data.py shakespeare --tokenizer byte" + " --data_dir 'my data'" * ("my data" in words)
+    error = cli("train", *plan).error
+    assert "could not be downloaded to data/raw/shakespeare/input.txt (no network)" in error
+    assert error.endswith(f"; then run this command again, or {command}")
+    Path("data/raw/shakespeare").mkdir(parents=True)
+    shutil.copy(real_text / "shakespeare/input.txt", "data/raw/shakespeare")
+    done = cli("train", *plan)
+    assert f"{folder} does not exist yet: preparing it (a download of 1.1 MB" in done.out
+    assert (done.code, json.loads((folder / "meta.json").read_text())["source"]) == (0, "shakespeare")
+    (folder / "meta.json").unlink()
+    for shard in folder.glob("*.bin"):  # nanoGPT's
+        shard.rename(shard.with_name(shard.name.replace("_000000", "")))
+    assert "read as nanoGPT shards" in cli("train", *plan, "--overwrite").out
+
+
+def test_second_try_of_a_recipe_is_offered_a_free_folder(tiny_data, cli):
+    train_here("--max_iters", 1, "--out_dir", "out/a b")
+    for taken, offered in (("out/a b", "'out/a b-2'"), ("out/a b-2", "'out/a b-4'")):
+        error = cli("train", *TINY, "--max_iters", 1, "--out_dir", taken).error
+        assert f"add --out_dir {offered} to keep both, --resume to continue it, or --overwrite" in error
+        for n in (2, 3):
+            train_here("--max_iters", 1, "--out_dir", f"out/a b-{n}", "--resume", "auto")
 
 
 def test_plan_is_that_of_the_readme(cli, in_tmp):
@@ -124,8 +161,12 @@ def test_plan_is_that_of_the_readme(cli, in_tmp):
     [
         (("--vocab_size", 100), "257 ids; remove vocab_size"),
         (("--context_length", 2000), "too little text: the val split"),
-        (("--dataset", "shakespeare"), "run python prepare_data.py shakespeare"),
-        (("--dataset", "shakespeare_byte"), "run python prepare_data.py shakespeare --tokenizer byte"),
+        (
+            ("--dataset", "wikitext103"),
+            "dataset data/wikitext103 does not exist: run python prepare_data.py wikitext103",
+        ),
+        (("--dataset", "fineweb_92m", "--data_dir", "a b"), "--name fineweb_92m --data_dir 'a b'"),
+        (("--dataset", "shakespeare_bpe1000"), "run python prepare_data.py shakespeare --tokenizer bpe:1000"),
     ],
 )
 def test_mistakes_are_errors_before_the_first_update(tiny_data, words, part):
@@ -170,8 +211,8 @@ def test_plan_prints_sizes_and_trains_nothing(tiny_data, capsys):
         f", {tokens * flops:.3g} FLOPs\n",
     ):
         assert line in text
-    assert re.search(r"^ +weights +0\.\d\d\d$", text, re.M)
-    assert re.search(r"^ +here: cpu +[\d.]+ TFLOP/s +\d+s$", text, re.M)
+    assert re.search(rf"^ +weights +{4 * (params + 63 * C) / 1e9:.1g}$", text, re.M), "with the padded vocabulary"
+    assert re.search(r"^ +here: cpu +[\d.]+ TFLOP/s +under a minute$", text, re.M)
 
 
 def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
@@ -183,6 +224,37 @@ def test_plan_without_data_needs_the_vocabulary(in_tmp, capsys):
     assert "vocabulary 300" in text
     assert "data/tiny is not prepared\n" in text
     assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup", "lr"),
+    [
+        ("--max_iters 50 --warmup_iters 100", 5, (2e-3, 2e-4)),
+        ("--max_iters 100 --warmup_iters 100", 10, (2e-3, 2e-4)),
+        ("--max_iters 101 --warmup_iters 100", 100, (2e-3, 2e-4)),
+        ("--max_iters 5 --warmup_iters 100", 0, (2e-3, 2e-4)),
+        ("--max_iters 50 --warmup_iters 100 --lr_decay_iters 500", 100, (2e-3, 2e-4)),
+        ("--lr 2e-4", 2, (2e-4, 2e-4)),
+        ("--lr 1e-4", 2, (1e-4, 1e-5)),
+        ("--lr 1e-4 --min_lr 0", 2, (1e-4, 0)),
+    ],
+)
+def test_short_runs_and_small_learning_rates_have_a_schedule(tiny_data, capsys, words, warmup, lr):
+    """A warm-up that would not end is shortened, which is said; the schedule of a longer run is kept."""
+    config = build(*words.split()).config
+    assert (config.warmup_iters, config.lr, config.min_lr) == (warmup, *map(pytest.approx, lr))
+    assert ("it is shortened to" in capsys.readouterr().out) == (warmup in (0, 5, 10))
+
+
+def test_resumed_run_keeps_its_warmup_and_learning_rates(tiny_data, cli):
+    """Also if the new end is within the warm-up, as in runs of earlier versions."""
+    words = ("--warmup_iters", 4, "--lr_decay_iters", 9, "--lr", 1e-4, "--sample_tokens", 0)
+    run = train_here("--max_iters", 3, *words)
+    done = cli("train", "--resume", "--max_iters", 5, "--lr_decay_iters", 3)
+    assert (done.code, "shortened" in done.out, "min_lr" in done.out) == (0, False, False)
+    saved = checkpoint.read_state(run / "ckpt/last")["config"]
+    assert (saved["warmup_iters"], saved["lr_decay_iters"]) == (4, 3)
+    assert saved["min_lr"] == pytest.approx(1e-5)
 
 
 def test_lengths_that_the_config_leaves_open(tiny_data):
@@ -454,6 +526,89 @@ def test_best_is_the_best_and_stays(tiny_data):
     assert {p.name for p in run.glob("ckpt/iter_*")} == {f"iter_{best:06d}", "iter_000012"}
 
 
+def test_train_split_is_evaluated_beside_validation(tiny_data, cli):
+    """On as many tokens, from its start; in the log, in the plot, and not as the best loss."""
+    words = ("--eval_train", "--sample_tokens", 0, "--lr", 5e-3, "--max_iters", 4, "--eval_interval", 2)
+    run = train_here(*words, "--keep_checkpoints", 9)
+    dataset, T = open_dataset(Path("data/tiny")), 32
+    n = len(dataset.tokens("val")) - 1
+    ids = dataset.tokens("train")[: n + 1].astype(np.int64)
+    logged = {row["iter"]: row for row in rows(run) if row["val_loss"]}
+    with torch.no_grad():
+        model = build("--init_from", run / "ckpt/iter_000002").model
+        losses = [
+            float(model(torch.from_numpy(ids[None, s : e - 1]), torch.from_numpy(ids[None, s + 1 : e]))) * (e - 1 - s)
+            for s in range(0, n, T)
+            for e in [min(s + T, n) + 1]
+        ]
+    assert float(logged["2"]["train_split_loss"]) == pytest.approx(sum(losses) / n, rel=1e-5)
+    assert links(run)["best"] == "iter_000004"
+    resumed = train_here(*words, "--resume", run / "ckpt/iter_000002")
+    assert {row["iter"]: row for row in rows(resumed) if row["val_loss"]} == logged
+    assert "training split" in plots.plot_runs([history.read(run)], format="svg").decode()
+    seen = []
+    few = build("--eval_tokens", 3 * T, "--batch_size", 1, "--n_layer", 1)
+    train.evaluate(few, lambda: 0, "train", lambda *numbers: seen.append(numbers))
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["own shards", "nanoGPT's"])
+def test_dataset_without_a_val_split(tiny_data, cli, capsys, external):
+    """It trains without validation, its newest checkpoint is used, and the commands that it prints work."""
+    folder = Path("data/tiny")
+    if external:
+        (folder / "meta.json").unlink()
+        np.fromfile(folder / "train_000000.bin", "<u2").tofile(folder / "train.bin")
+    else:
+        meta = json.loads((folder / "meta.json").read_text())
+        del meta["splits"]["val"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+    for shard in folder.glob("*_0*.bin" if external else "val*"):
+        shard.unlink()
+    done = cli("train", *TINY)
+    assert done.code == 0, done.err
+    assert "note: data/tiny has no val split: there is no validation loss and no best checkpoint" in done.out
+    assert "done: 6 updates, " in done.out
+    assert "None" not in done.out
+    run = Path("out/quickstart")
+    assert links(run) == {"last": "iter_000006"}
+    assert {row["val_loss"] for row in rows(run)} == {""}
+    assert (run / "samples.txt").read_text().startswith("=== iter 3 | prompt")
+    assert (run / "metrics.png").exists()
+    for line in [] if external else done.out.splitlines()[-3:-1]:  # GPT-2's vocabulary is a synthetic one here
+        script, *words = shlex.split(line)[1:]
+        assert cli(script.removesuffix(".py"), *words, "--device", "cpu").code == 0, line
+    assert cli("train", "--resume", "--max_iters", 8, "--eval_train").code == 0
+    assert rows(run)[-1]["train_split_loss"] != ""
+    assert "out/quickstart" not in cli("train", "--list").err
+    error = cli("train", *TINY, "--patience", 2, "--overwrite").error
+    assert error.endswith("patience = 2: data/tiny has no val split; leave out patience, or prepare one")
+
+
+def test_noise_is_one_line_and_a_new_model_has_no_sample(tiny_data, capsys):
+    """The file has all that was generated. Weights that know the text are sampled from the start."""
+    run = train_here("--lr", 1e-9, "--min_lr", 0, "--max_iters", 4, "--eval_interval", 2, "--sample_tokens", 100)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "sample after" in line]
+    start = "--- sample after {} updates (still noise; whole in samples.txt): "
+    assert [line.startswith(start.format(i)) for line, i in zip(shown, (2, 4), strict=True)] == [True, True]
+    assert max(map(len, shown)) < 350
+    samples = (run / "samples.txt").read_text()
+    assert re.findall("^=== iter (.)", samples, re.M) == ["2", "4"]
+    assert len(samples) > 200
+    trained = train_here("--max_iters", 60, "--lr", 1e-2, "--eval_interval", 60, "--out_dir", "out/trained")
+    assert "--- sample after 60 updates\n\n" in capsys.readouterr().out
+    train_here("--max_iters", 1, "--init_from", trained, "--out_dir", "out/tuned")
+    assert "--- sample after 0 updates\n\n" in capsys.readouterr().out
+
+
+def test_unigram_entropy_is_the_loss_of_the_frequencies(tiny_data):
+    run = build()
+    tokens = open_dataset(Path("data/tiny")).tokens("train")
+    counts = Counter(tokens[0 : len(tokens)].tolist())
+    expected = -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values())
+    assert run.unigram_entropy == pytest.approx(expected)
+
+
 def test_each_prompt_is_continued_as_infer_would(tiny_data):
     run = build("--sample_prompt", "green", "", "東\u200c京", "--sample_tokens", "12")
     with torch.no_grad():
@@ -483,7 +638,7 @@ def test_sample_that_cannot_be_drawn_is_a_warning(tiny_data, monkeypatch, capsys
     real = Decoder.prefill
     monkeypatch.setattr(Decoder, "prefill", lambda *words: real(*words) * math.nan)
     run = train_here("--sample_tokens", 3, "--max_iters", 4, "--eval_interval", 2)
-    assert capsys.readouterr().out.count("warning: no sample at iter ") == 3
+    assert capsys.readouterr().out.count("warning: no sample at iter ") == 2
     assert logged_iters(run)[-1] == 4
 
 
@@ -536,6 +691,46 @@ def test_going_back_to_before_the_best_takes_the_best_of_then(tiny_data, monkeyp
     train_here(*words, "--resume", run / "ckpt/iter_000002")
     assert next(losses, None) is None
     assert links(run)["best"] == f"iter_{best:06d}"
+
+
+def test_a_resumed_run_counts_its_own_updates(tiny_data, capsys):
+    train_here("--max_iters", 1, "--sample_tokens", 0)
+    assert re.search(r"^done: 1 update, best .* at iter 1, \d+s\. Next:$", capsys.readouterr().out, re.M)
+    train_here("--max_iters", 4, "--sample_tokens", 0, "--resume")
+    printed = capsys.readouterr().out
+    assert re.search(r"^done: 4 updates, of which 3 in this start, best .* at iter 4, \d+s\. Next:$", printed, re.M)
+
+
+def test_mean_loss_is_that_of_the_updates_since_the_row_before(tiny_data):
+    """Also where the run was stopped between two rows."""
+    words = ("--max_iters", 8, "--eval_interval", 8, "--sample_tokens", 0)
+    single = [float(row["train_loss"]) for row in rows(train_here(*words, "--out_dir", "out/each"))[1:]]
+    run = train_here(*words, "--log_interval", 4, "--save_interval", 6, "--keep_checkpoints", 9)
+    means = {row["iter"]: row["mean_loss"] for row in rows(run)}
+    assert list(means) == ["0", "4", "6", "8"]
+    assert float(means["4"]) == pytest.approx(np.mean(single[:4]), rel=1e-6)
+    assert float(means["8"]) == pytest.approx(np.mean(single[6:]), rel=1e-6)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_error_in_training_ends_with_the_command_that_goes_on(tiny_data, cli, monkeypatch, saved):
+    """It works in that state: without a checkpoint there is nothing to resume."""
+    real = train.train_step
+
+    def step(run, i):
+        if i == (5 if saved else 2):
+            raise UserError("data/tiny/train_000000.bin: truncated")
+        return real(run, i)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        with pytest.raises(UserError) as caught:
+            train_here("--out_dir", "out/x y")
+    text, command = str(caught.value).split(". To " + ("resume: " if saved else "start again: "))
+    assert text == "data/tiny/train_000000.bin: truncated"
+    done = cli(*shlex.split(command.replace(".py", ""))[1:])
+    assert done.code == 0, done.err
+    assert "done: 6 updates, " in done.out
 
 
 def test_overwrite_deletes_nothing(tiny_data):

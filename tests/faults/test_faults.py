@@ -421,6 +421,7 @@ def test_mistake_is_reported_if_the_reporting_rank_is_the_slowest(start_job):
     job = start_job("--grad_accum_steps", "3", code=LATE)
     assert job.wait() == 1
     assert len(errors(job)) == 1, job.output
+    assert "traceback : error: grad_accum_steps = 3" in job.output.splitlines()[-2], "torchrun's last words"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def test_full_disk_ends_the_run_and_with_room_it_goes_on(tiny_data, small_disk):
     assert re.fullmatch(
         r"checkpoint disk/run/ckpt/iter_000009 \(1\.5 MB\) could not be written: "
         r"(model\.safetensors|train_state\.pt): .*No space left on device.* \(0\.\d MB are free now\)\. "
-        r"Free disk space; if the run has stopped, resume it with --resume\. "
-        r"Existing checkpoints: iter_000006, iter_000003",
+        r"Free disk space\. Existing checkpoints: iter_000006, iter_000003\. "
+        r"To resume: python train\.py --resume disk/run",
         str(caught.value),
     ), caught.value
     assert [checkpoint.verify(folder)["iter"] for folder in checkpoint.checkpoints(run)] == [6, 3]

@@ -293,7 +293,7 @@ def test_samples_of_all_evaluations_use_the_same_random_numbers(tiny_data):
         return parts[1:]
 
     first = written("first")
-    assert len(first) == 3
+    assert len(first) == 2, "none of a model before its first update"
     assert len(set(first)) == 1
     again, other = (written(f"seed_{seed}", "--init_from", "out/first", "--seed", seed) for seed in (1337, 1338))
     assert again == first, "the same weights"

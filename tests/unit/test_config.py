@@ -15,8 +15,8 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 @pytest.mark.parametrize("cls", [TrainConfig, BenchConfig, EvalConfig, InferConfig])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_loads_for_every_script(name, cls, in_tmp):
-    weights = in_tmp / "out" / "gpt2_124m"  # the part of finetune_shakespeare's weights that is read
-    weights.mkdir(parents=True)
+    weights = in_tmp / "gpt2"  # the part of finetune_shakespeare's weights that is read; a folder comes before the hub
+    weights.mkdir()
     (weights / "model.safetensors").touch()
     (weights / "config.json").write_text(
         '{"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}'

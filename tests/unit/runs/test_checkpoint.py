@@ -212,7 +212,7 @@ def test_failed_save_says_why_and_what_to_do(tmp_path, model, monkeypatch, code,
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(
-        UserError, match=rf"iter_000001 .* could not be written: train_state.pt: {os.strerror(code)}.*\. {remedy};"
+        UserError, match=rf"iter_000001 .* could not be written: train_state.pt: {os.strerror(code)}.*\. {remedy}\."
     ):
         save(tmp_path, 1, model)
 

@@ -217,8 +217,8 @@ def test_recipes_the_smallest_first_and_what_is_wrong_with_others(shown):
     ("dataset", "words", "ids", "tokens"),
     [
         ("pydoc", (), 257, "made at start"),
-        ("shakespeare", (), 50257, "not prepared"),
-        ("shakespeare_byte", (), 257, "not prepared"),
+        ("shakespeare", (), 50257, "made at start"),
+        ("shakespeare_byte", (), 257, "made at start"),
         ("prepared", (), 99, "12,345"),
         ("nanogpt", (), 50257, "1,000"),
         ("mine", (), None, "not prepared"),

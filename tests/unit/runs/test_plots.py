@@ -146,7 +146,7 @@ def test_axes_are_logarithmic_where_values_span_much(drawn, changes, logarithmic
     assert {*numbers} <= {*texts(figure)}
 
 
-HEADER = ",".join(KEYS) + "\n"
+HEADER = ",".join(KEYS[:13]) + "\n"  # of earlier versions
 ROWS = "10,2560,0.1,4.5,,0.0001,2.5,,0,,,,0.4\n20,5120,0.2,4.1,4.2,0.0002,2.1,,0,50,5120,,0.4\n"
 
 

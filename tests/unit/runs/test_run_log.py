@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from dataset_files import full_disk
 
+from flatgpt.runs import clock as run_clock
 from flatgpt.runs import run_log
-from flatgpt.runs.run_log import KEYS, RunLog, peak_flops, start_wandb
+from flatgpt.runs.clock import RunClock, peak_flops
+from flatgpt.runs.run_log import KEYS, RunLog
+from flatgpt.runs.tracker import start_wandb
 
 
 def rows(path: Path) -> list[dict]:
@@ -56,8 +59,25 @@ def test_columns_keep_their_names_and_order(tmp_path):
     """Spreadsheets and scripts rely on them, and the files of earlier runs have them."""
     log(tmp_path, 0, 0)
     header = "iter,tokens,epoch,train_loss,val_loss,lr,grad_norm,loss_scale,skipped,step_ms,tok_per_s,mfu,peak_mem_gb"
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == [header, "0" + 12 * ","]
+    lines = [f"{header},mean_loss,train_split_loss", "0" + 14 * ","]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == lines
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"], "no samples, no file of them"
+
+
+def test_log_of_an_earlier_version_gets_the_new_columns(tmp_path, capsys):
+    """At their end, and in the rows that are moved aside, too. It is no edit."""
+    for name in ("metrics.csv", "metrics.lost.csv"):
+        old = [",".join(KEYS[:13]), "10,5" + 11 * ",", "20,9" + 11 * ",", "30,7,0.1,2"]  # the last is half a row
+        (tmp_path / name).write_text("\n".join(old[: 2 if "lost" in name else 4]) + "\n" * ("lost" in name))
+    log(tmp_path, 15, 15, mean_loss=2.5)
+    assert rows(tmp_path / "metrics.csv")[0] == dict.fromkeys(KEYS, "") | {"iter": "10", "tokens": "5"}
+    assert rows(tmp_path / "metrics.csv")[1]["mean_loss"] == "2.5"
+    assert [(row["iter"], row["train_split_loss"]) for row in rows(tmp_path / "metrics.lost.csv")] == [
+        ("10", ""),
+        ("20", ""),
+    ]
+    assert capsys.readouterr().err == ""
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_resume_moves_later_rows_to_a_second_file(tmp_path):
@@ -145,7 +165,7 @@ def test_rows_that_are_lost_start_on_a_line_of_their_own(tmp_path):
     log(tmp_path, 0, 0, 10, 20, 30)
     (tmp_path / "metrics.lost.csv").write_text("iter;tokens\n20;1")
     log(tmp_path, 20)
-    assert (tmp_path / "metrics.lost.csv").read_text() == "iter;tokens\n20;1\n30" + 12 * "," + "\n"
+    assert (tmp_path / "metrics.lost.csv").read_text() == "iter;tokens\n20;1\n30" + 14 * "," + "\n"
 
 
 def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
@@ -168,26 +188,71 @@ def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
 # the terminal
 
 
-def test_rows_are_aligned_and_tell_the_time_left(tmp_path, clock, capsys):
-    """By step_ms at first, later by all the time that passed."""
-    now = clock(run_log)
-    row = {"train_loss": 1.23456, "lr": 1e-3, "grad_norm": 0.456, "step_ms": 1234.56, "tok_per_s": 98765.4}
+def test_rows_are_aligned_and_tell_the_time_left(tmp_path, capsys):
+    """Small figures keep a digit that is not 0."""
+    row = {"train_loss": 1.23456, "mean_loss": 1.5, "lr": 1e-3, "step_ms": 1234.56, "tok_per_s": 98765.4}
     run = RunLog(tmp_path, 0, max_iters=2000)
+    run.show_evaluation(1, 2)
     run.write({"iter": 0, "val_loss": 10.8})
-    run.write({**row, "iter": 10})
-    now.now += 20
-    run.write({**row, "iter": 20, "val_loss": 2.0, "mfu": 0.4123})
-    run.write({**row, "iter": 9000})  # a resumed run that is past its end
+    run.write({**row, "iter": 10, "grad_norm": 0.456}, 2457)
+    run.write({**row, "iter": 20, "grad_norm": 0.00123, "val_loss": 2.0, "train_split_loss": 1.75, "mfu": 0.4123}, 3800)
+    run.write({**row, "iter": 9000, "grad_norm": 3e-7, "mfu": 1.23e-4}, 0)
     run.close()
     printed = capsys.readouterr()
+    speed = " 1,234.6 ms |  98,765 tok/s"
     assert printed.out.splitlines() == [
-        "iter    0 |              | val 10.8000",
-        "iter   10 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 40m57s",
-        "iter   20 | loss  1.2346 | val  2.0000 | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | mfu 41.2% "
-        "| eta 1h03m",
-        "iter 9000 | loss  1.2346 |             | lr 1.00e-03 | norm  0.46 |  1,234.6 ms |  98,765 tok/s | eta 0s",
+        "iter    0 |              |              | val 10.8000",
+        f"iter   10 | loss  1.2346 | mean  1.5000 |             | lr 1.00e-03 | norm  0.46 | {speed} | eta 40m57s",
+        f"iter   20 | loss  1.2346 | mean  1.5000 | val  2.0000 | lr 1.00e-03 | norm 0.001 | {speed} | mfu 41.2% "
+        "| train split  1.7500 | eta 1h03m",
+        f"iter 9000 | loss  1.2346 | mean  1.5000 |             | lr 1.00e-03 | norm 3e-07 | {speed} | mfu 0.01% "
+        "| eta 0s",
     ]
     assert printed.err == "", "no bar where stderr is no terminal"
+
+
+def test_time_left_counts_the_evaluations_and_not_the_first_update(clock):
+    """An update takes 2 s, the first one 500 s; an evaluation with its sample and save takes 60 s."""
+    now, run = clock(run_clock), RunClock(eval_updates=7)
+
+    def update(seconds: float = 2.0, loss: float = 1.0) -> None:
+        now.now += seconds
+        run.count(loss)
+
+    assert run.seconds_left(0, 100, 25) is None
+    now.now += 60
+    run.start_row(evaluated=True)
+    for i in range(1, 31):
+        update(*((500.0, 5.0) if i == 1 else (2.0, 3.0)))
+        if i % 10 == 0 or i == 25:
+            losses, ms = run.end_row()
+            assert losses[:2] == ([5.0, 3.0] if i == 10 else [3.0, 3.0])
+            assert (len(losses), ms) == ((10, 10, 5, 5)[(10, 20, 25, 30).index(i)], pytest.approx(2000))
+            now.now += 60 * (i == 25)
+            run.start_row(evaluated=i == 25)
+        if i in (10, 20):
+            assert run.seconds_left(i, 100, 25) == pytest.approx(2 * (100 - i) + 4 * 60)
+    assert run.seconds_left(30, 100, 25) == pytest.approx(2 * 70 + 3 * 60)
+    assert run.seconds_left(30, 101, 25) == pytest.approx(2 * 71 + 4 * 60)
+    assert run.seconds_left(101, 101, 25) == run.seconds_left(150, 100, 25) == 0
+    resumed = RunClock(eval_updates=7)
+    for attempt in (0, 1):
+        now.now += 2
+        resumed.count(1.0)
+        assert attempt == 0 or resumed.seconds_left(30, 100, 25) == pytest.approx(2 * 70 + 3 * 7 * 2)
+
+
+def test_an_evaluation_is_shown_in_the_bar(tmp_path, clock):
+    """Ten times a second at most, until the next row."""
+    now, run = clock(run_log), RunLog(tmp_path, 0, 100)
+    seen = []
+    run.bar.set_postfix_str = lambda text, refresh=True: seen.append(text)
+    for done in range(5):
+        now.now += 0.06
+        run.show_evaluation(done, 1200)
+    run.write({"iter": 0, "val_loss": 2.0}, 75.0)
+    assert seen == [f"evaluating {done}/1,200 batches" for done in (0, 2, 4)] + ["eta 1m15s"]
+    run.close()
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
@@ -202,7 +267,7 @@ def test_rows_and_bar_on_a_terminal(tmp_path, monkeypatch, no_color):
         run = RunLog(tmp_path, 0, 200)
         for i, loss in ((100, None), (200, 2.5)):
             run.bar.update(100)
-            run.write({"iter": i, "train_loss": 1.5, "val_loss": loss})
+            run.write({"iter": i, "train_loss": 1.5, "mean_loss": 1.75, "val_loss": loss}, 10.0)
         run.close()
     seen = b""
     with contextlib.suppress(OSError):  # at its end
@@ -211,11 +276,13 @@ def test_rows_and_bar_on_a_terminal(tmp_path, monkeypatch, no_color):
     os.close(screen)
     # what a line shows in the end: a carriage return begins it again
     lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in seen.decode().split("\n")]
-    bold = (
-        "iter 200 | loss  1.5000 | val  2.5000" if no_color else "\033[1miter 200 | loss  1.5000 | val  2.5000\033[0m"
-    )
-    assert [line for line in lines if "iter " in line] == ["iter 100 | loss  1.5000", bold]
-    assert "200/200" in next(line for line in lines if line.startswith("100%"))
+    lines = [re.sub(r"[ |]+\| eta", " | eta", line) for line in lines]
+    plain = "iter 200 | loss  1.5000 | mean  1.7500 | val  2.5000 | eta 10s"
+    bold = plain if no_color else f"\033[1m{plain}\033[0m"
+    assert [line for line in lines if "iter " in line] == ["iter 100 | loss  1.5000 | mean  1.7500 | eta 10s", bold]
+    bar = next(line for line in lines if line.startswith("100%"))
+    assert "200/200" in bar
+    assert bar.count("eta") == 1, "tqdm has an estimate of its own, which knows nothing of evaluations"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

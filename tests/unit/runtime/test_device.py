@@ -75,6 +75,7 @@ def test_settings_are_described_with_the_reasons_of_auto(hardware, capsys):
     ("world", "device", "torch_version", "message"),
     [
         ("1", "mps", None, r"^device = mps: .*use --device cpu$"),
+        ("1", "cuda:1", None, r"^device = cuda:1: .*use --device cpu$"),
         ("2", "cpu", None, r"^WORLD_SIZE = 2: .* without torchrun$"),
         ("1", "cpu", "2.9.1+cpu", r"^torch 2.9.1 can execute code of a file .* CVE-2026"),
         ("1", "cpu", "2.10.0", None),
@@ -87,6 +88,31 @@ def test_what_cannot_be_used_is_refused(hardware, monkeypatch, world, device, to
         monkeypatch.setattr(torch, "__version__", torch_version)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         assert find_device(device).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "local_rank", "found"),
+    [
+        (4, "cuda:3", None, "cuda:3"),
+        (4, "cuda:0", None, "cuda:0"),
+        (4, "cuda", None, "cuda:0"),
+        (4, "auto", 2, "cuda:2"),
+        (4, "cuda:4", None, "device = cuda:4: this machine has 4 GPUs; use --device cuda:0 to cuda:3"),
+        (1, "cuda:1", None, "device = cuda:1: this machine has 1 GPU; use --device cuda:0"),
+        (4, "cuda:1", 0, "device = cuda:1: each process of torchrun uses a GPU of its own; use --device cuda, and"),
+    ],
+)
+def test_a_gpu_is_chosen_by_its_number(hardware, monkeypatch, gpus, device, local_rank, found):
+    """It becomes the current one, on which torch captures graphs and launches kernels."""
+    current = [0]
+    hardware(cuda=(9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: current.append(number))
+    if not found.startswith("cuda"):
+        with pytest.raises(UserError, match=f"^{found}"):
+            find_device(device, local_rank)
+    else:
+        assert str(find_device(device, local_rank)) == found == f"cuda:{current[-1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

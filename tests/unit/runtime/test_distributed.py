@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError, first_line
@@ -21,10 +22,10 @@ from flatgpt.runtime.distributed import (
     is_sharded,
     join_process_group,
     local_grad_sum,
-    require_equal_shares,
     shard_like,
     wrap_model,
 )
+from flatgpt.runtime.launcher import record_failure, require_equal_shares
 from model import GPT
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -42,6 +43,21 @@ def set_ranks(monkeypatch):
                 monkeypatch.setenv(name, str(value))
 
     return change
+
+
+def test_torchrun_ends_with_the_error_of_the_rank_that_failed(monkeypatch, tmp_path):
+    """Not with that of a rank that it has stopped for it."""
+    failures = {}
+    for rank, text in ((1, "error: rank 0 has not responded"), (0, None)):
+        file = str(tmp_path / f"{rank}.json")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+        if text:
+            record_failure(text)
+        failures[rank] = ProcessFailure(rank, pid=7, exitcode=2 if text else -15, error_file=file)
+    *_, last, frame = str(ChildFailedError("train.py", failures)).splitlines()
+    assert (last.strip(), set(frame)) == ("traceback : error: rank 0 has not responded", {"="})
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no folder" / "error.json"))
+    record_failure("a file that cannot be written is no second error")
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(2, 9))
