@@ -6,6 +6,7 @@ dataset is finished, meta.json, the manifest, replaces progress.json.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -22,10 +23,11 @@ import tiktoken
 
 from config import PrepareConfig, UserError
 from flatgpt.data import tokenizer, tokenizer_names, workers
+from flatgpt.data.chunks import Task
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
-from flatgpt.data.readers import Corpus, Task
+from flatgpt.data.readers import Corpus
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
 from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
@@ -92,6 +94,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
             remove_unfinished(folder)
         write_tokenizer(folder, encoding, progress)
         entries = write_shards(config, folder, plan, encoding, progress)
+        if changed := next((file for group in corpus.files.values() for file in group if file.has_changed()), None):
+            remove_unfinished(folder)
+            raise UserError(f"{changed.path} changed while it was read: run again when it is complete")
         ends = source.end_of_text and encoding.eot_token is not None
         meta = {key: value for key, value in settings.items() if value is not None}
         meta |= {"vocab_size": encoding.n_vocab, "ranks_sha256": tokenizer.ranks_hash(encoding)}
@@ -109,13 +114,14 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         revision: identifier of the source's content.
         encoding: the tokenizer, unless it has a known name or is trained.
     """
-    source = SOURCES[config.source]
+    source, codec = SOURCES[config.source], codecs.lookup(config.encoding).name
     return {
         "source": config.source,
         "repo": config.repo,
         "dump": None if config.dump == DUMP else config.dump,
         "files": list(config.files) or None,
         "column": None if config.column == "text" else config.column,
+        "encoding": None if codec in ("utf-8", "utf-8-sig") else codec,
         "revision": revision,
         "tokenizer": config.tokenizer,
         "encoder": config.encoder,

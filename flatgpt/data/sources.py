@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import http.client
 import itertools
@@ -18,11 +17,14 @@ from typing import NamedTuple
 
 from config import PrepareConfig, UserError
 from flatgpt.data import readers, tokenizer
+from flatgpt.data.chunks import Chunk, Task, chunk_tasks
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder, load_tokenizer
 from flatgpt.data.hub import DUMP, known_commit, open_repository
-from flatgpt.data.readers import Chunk, Corpus, RawFile, Task, chunk_tasks, file_tasks
+from flatgpt.data.inputs import expand_inputs
+from flatgpt.data.readers import Corpus, RawFile, file_tasks
 from flatgpt.data.shards import SPLITS
-from flatgpt.runtime.files import atomic_write
+from flatgpt.data.text_files import file_format, text_chunks
+from flatgpt.runtime.files import atomic_write, read_errors
 
 # The common copy of tiny Shakespeare, from Karpathy's char-rnn (2015).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -87,15 +89,15 @@ def open_shakespeare(config: PrepareConfig) -> Corpus:
 
 
 def text_revision(config: PrepareConfig) -> str:
-    """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file is not UTF-8."""
+    """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file cannot be decoded."""
     combined = hashlib.sha256()
-    for path in expand_inputs(config.input):
+    for path in expand_inputs(config.input, config.column, config.encoding):
         digest = hashlib.sha256()
-        if readers.file_format(path) == "text":
-            for chunk in readers.text_chunks(path):
+        if file_format(path) == "text":
+            for chunk in text_chunks(path, config.encoding):
                 digest.update(chunk.encode())
         else:
-            with readers.read_errors(path), open(path, "rb") as file:
+            with read_errors(path), open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
         combined.update(digest.digest())
     return combined.hexdigest()
@@ -103,24 +105,9 @@ def text_revision(config: PrepareConfig) -> str:
 
 def open_text(config: PrepareConfig) -> Corpus:
     """Return the files of --input, in order."""
-    return Corpus({"train": [RawFile(str(path), path.stat().st_size, path) for path in expand_inputs(config.input)]})
-
-
-def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
-    """Return the files for paths, folders (recursive, sorted) and glob patterns, in order and without duplicates."""
-    files: dict[Path, Path] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        found = [path]
-        if pattern and path.is_dir():
-            found = [p for p in readers.files_below(path) if p.name.endswith(tuple(readers.FORMATS))]
-        elif not path.is_file():
-            found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-        if not found:
-            raise UserError(f"--input {pattern}: no such file, and no {' '.join(readers.FORMATS)} file matches")
-        for file in found:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
+    lines: list[str] = []
+    paths = expand_inputs(config.input, config.column, config.encoding, lines.append)
+    return Corpus({"train": [RawFile(str(path), path.stat().st_size, path) for path in paths]}, notice="\n".join(lines))
 
 
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
@@ -196,7 +183,7 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     borders, changed, tasks = None, False, {}
     for split, group in files.items():
         if held_out and split == "train":
-            documents = readers.documents(group, config.column, config.sample_size)
+            documents = readers.documents(group, config.column, config.sample_size, encoding=config.encoding)
             borders, changed = divide(documents, held_out, splits, name)
         else:
             first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
@@ -214,13 +201,16 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     Args:
         borders: the result of `divide`, if other splits are held out of this one.
     """
-    limit, column = config.sample_size, config.column
+    limit, column, encoding = config.sample_size, config.column, config.encoding
     if SOURCES[config.source].joined:
         return chunk_tasks(readers.joined_rows(files, column, limit), 0)
     if isinstance(borders, tuple):
-        return chunk_tasks(split_by_characters(readers.documents(files, column, limit), borders), 0)
+        chunks = readers.documents(files, column, limit, encoding=encoding)
+        return chunk_tasks(split_by_characters(chunks, borders), 0)
     choose = functools.partial(choose_split, borders) if borders else None
-    return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)
+    if limit:
+        return chunk_tasks(readers.documents(files, column, limit, choose, encoding))
+    return file_tasks(files, column, choose, encoding)
 
 
 def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str], name: str) -> tuple[Borders, bool]:
