@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
+import os
 import re
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,17 @@ class UserError(Exception):
 
 class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
     """A UserError that another rank reports; this rank exits silently."""
+
+
+def record_failure(text: str) -> None:
+    """Write an error to the file that torchrun reads when this rank exits. Does nothing without torchrun.
+
+    torchrun repeats the earliest error as the root cause at the end of its output, after a traceback of its own.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
 
 
 def is_text_encoding(name: str) -> bool:
@@ -600,7 +614,9 @@ class InferConfig(WriterConfig):
         none="auto",
         recipe=False,
     )
-    standard_input: str | None = opt(None, "read the prompt from standard input: -", positional=True, section="Text")
+    standard_input: str | None = opt(
+        None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
+    )
     prompt: str = opt("", "text to continue; empty: start a new text", verbatim=True)
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
     prompt_file: str | None = opt(None, "a file with one prompt; a final newline is dropped")
@@ -626,10 +642,7 @@ class InferConfig(WriterConfig):
         found = super().problems()
         prompts = {"-": self.standard_input, "--prompt": self.prompt, "--prompt_file": self.prompt_file}
         prompts |= {"--prompts_file": self.prompts_file, "--interactive": self.interactive}
-        if self.standard_input not in (None, "-"):
-            word = shlex.quote(self.standard_input)
-            found.append(f"{word}: not expected; give a model with --model_path {word}, a prompt with --prompt {word}")
-        elif len(names := [name for name in prompts if prompts[name]]) > 1:
+        if len(names := [name for name in prompts if prompts[name]]) > 1:
             found.append(f"{' and '.join(names)} exclude each other: give one of them")
         if self.interactive and (self.json or self.num_samples > 1):
             found.append("--interactive generates one text per prompt and no report: leave out json and num_samples")
@@ -778,6 +791,23 @@ SCRIPT_CONFIGS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConf
 def run_dir(config: TrainConfig) -> Path:
     """Return the folder of a training run: out_dir, else out/<recipe>, else out/quickstart."""
     return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))
+
+
+def require_equal_shares(config: TrainConfig, world: int) -> None:
+    """Raise UserError if `world` does not divide grad_accum_steps.
+
+    The message suggests settings with as many sequences per update, rounded up to a multiple of `world`.
+    """
+    if config.grad_accum_steps % world == 0:
+        return
+    sequences = config.batch_size * config.grad_accum_steps
+    total = -(-sequences // world) * world
+    steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= config.batch_size)
+    difference = "the same updates" if total == sequences else f"{total} sequences, not {sequences}"
+    raise UserError(
+        f"grad_accum_steps = {config.grad_accum_steps} is the number of passes of all devices together and cannot be "
+        f"divided by {world}: use --batch_size {total // steps} --grad_accum_steps {steps} ({difference})"
+    )
 
 
 def upload_space(folder: str) -> str:

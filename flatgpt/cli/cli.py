@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import flatgpt
-from config import COMMON, ReportedByOtherRank, UserError
+from config import COMMON, ReportedByOtherRank, UserError, record_failure
 from flatgpt.cli.settings import parse, value_type_of
 from flatgpt.cli.streams import OWN, Stream
 
@@ -109,7 +109,8 @@ def run_script(main: Callable, config, every_rank: bool = False):
         if not_first or isinstance(error, ReportedByOtherRank):
             time.sleep(20)  # torchrun ends all ranks when one exits; let the printing rank exit first
         else:
-            print(f"error: {error}", file=stderr, flush=True)
+            print(text := f"error: {error}", file=stderr, flush=True)
+            record_failure(text)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -37,8 +37,8 @@ _SAME = {
 }
 # {advice: flags, or flag=value}
 _OTHERS = {
-    "precision, recall and F1 of the most likely token are always in the report, and --generate scores sampled text; "
-    "removed; leave it out": "sampled",
+    "removed; precision, recall and F1 of the most likely token are always in the report, and --generate scores "
+    "sampled text; leave it out": "sampled",
     # model
     "weights are random unless --init_from names a model; leave it out": "init_from=scratch",
     "use --init_from to train a model further, or --model_path to read it": "model_name_or_path",

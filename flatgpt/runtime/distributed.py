@@ -24,9 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError, first_line
+from config import (
+    EvalConfig,
+    ReportedByOtherRank,
+    TrainConfig,
+    UserError,
+    first_line,
+    record_failure,
+    require_equal_shares,
+)
 from flatgpt.runtime.device import find_device
-from flatgpt.runtime.launcher import record_failure, require_equal_shares
 
 # What errors of Gloo, the TCP store and NCCL contain if another rank has exited.
 PEER_EXITED = "closed by peer|reset by peer|broken pipe|got 0 bytes|ncclRemoteError"
@@ -179,7 +186,6 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
     except UserError as error:
         if not _first_to_report(ranks, str(error)):
             raise ReportedByOtherRank from None
-        record_failure(f"error: {error}")
         time.sleep(1)  # rank 0 holds the store that the other ranks still need
         raise
     except RuntimeError as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from config import SamplingConfig, TrainConfig, UserError, count_of, run_dir
-from flatgpt.data.tokenizer import FileTokenizer, start_ids
+from flatgpt.data.tokenizer import FileTokenizer, encode_ordinary, start_ids
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
@@ -77,7 +77,7 @@ def generate_samples(run: TrainingRun, seed: int) -> list[str]:
     """Continue each sample_prompt; return texts with their prompts. Random numbers depend only on the seed."""
     config, encoding = run.config, run.encoding
     prompts = [
-        start_ids(encoding, end_of_text=not prompt) if prompt in ("", "\n") else encoding.encode_ordinary(prompt)
+        start_ids(encoding, end_of_text=not prompt) if prompt in ("", "\n") else encode_ordinary(encoding, prompt)
         for prompt in config.sample_prompt
     ]
 

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ModelConfig, ReportedByOtherRank, TrainConfig, UserError, first_line
+from config import (
+    ModelConfig,
+    ReportedByOtherRank,
+    TrainConfig,
+    UserError,
+    first_line,
+    record_failure,
+    require_equal_shares,
+)
 from flatgpt.runtime.distributed import (
     SINGLE_PROCESS,
     DistributedContext,
@@ -25,7 +33,6 @@ from flatgpt.runtime.distributed import (
     shard_like,
     wrap_model,
 )
-from flatgpt.runtime.launcher import record_failure, require_equal_shares
 from model import GPT
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
