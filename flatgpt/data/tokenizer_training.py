@@ -19,7 +19,8 @@ import tiktoken
 
 from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus
-from flatgpt.data.sources import Plan, chunks_by_split, split_tasks
+from flatgpt.data.sources import Plan, split_tasks
+from flatgpt.data.splits import chunks_by_split
 from flatgpt.data.tokenizer import MARKS_PATTERN, PATTERN, CharacterTokenizer, FileTokenizer, split_text
 from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, FLAGS, tokenizer_json
 from flatgpt.data.tokenizer_reader import MAX_IDS

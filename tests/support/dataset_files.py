@@ -11,7 +11,7 @@ import pytest
 from prepared import prepare, texts
 
 from flatgpt.data.shards import ShardWriter, Tokens, write_meta
-from flatgpt.data.sources import choose_split
+from flatgpt.data.splits import choose_split
 
 # 160 documents, with an empty one before each two
 WRITTEN = [f"{n} na\u00efve caf\u00e9s \U0001f388" * (1 + n % 5) if n % 3 else (None, "")[n % 2] for n in range(240)]

@@ -16,7 +16,8 @@ from config import PrepareConfig, UserError
 from flatgpt.data import prepare as preparation
 from flatgpt.data import sources, tokenizer
 from flatgpt.data.readers import Chunk, Corpus, RawFile, Task
-from flatgpt.data.sources import choose_split, encode_task, make_plan
+from flatgpt.data.sources import encode_task, make_plan
+from flatgpt.data.splits import choose_split
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pydoc and shakespeare
