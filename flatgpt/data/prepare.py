@@ -29,7 +29,7 @@ from flatgpt.data.readers import Corpus, Task
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
 from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
-from flatgpt.data.tokenizer_files import tokenizer_json
+from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_json
 from flatgpt.data.tokenizer_training import TRAINED, add_special_tokens, split_texts, train, trained_size
 from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
@@ -71,7 +71,8 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
-    plan = make_plan(config, corpus)
+    special = encoding.special_tokens_set if encoding else (END_OF_TEXT, *config.special_tokens)
+    plan = make_plan(config, corpus, special if config.parse_special else ())
     if trained and "train" not in plan.splits:
         advice = "add train to --splits, or give the folder of a dataset that has the tokenizer: --tokenizer data/NAME"
         raise UserError(f"tokenizer {name} is trained on the training split: {advice}")

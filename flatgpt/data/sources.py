@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from flatgpt.data.encode import Encoded, encode_chunks, load_encoder, load_token
 from flatgpt.data.hub import DUMP, known_commit, open_repository
 from flatgpt.data.readers import Corpus, RawFile, Task, chunk_tasks, file_tasks
 from flatgpt.data.shards import SPLITS
-from flatgpt.data.splits import Borders, choose_split, chunks_by_split, divide, split_by_characters
+from flatgpt.data.splits import Borders, CharacterBorders, choose_split, chunks_by_split, divide, split_by_characters
 from flatgpt.runtime.files import atomic_write
 
 # The common copy of tiny Shakespeare, from Karpathy's char-rnn (2015).
@@ -165,10 +165,13 @@ class Plan(NamedTuple):
     version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
+def make_plan(config: PrepareConfig, corpus: Corpus, special_tokens: Iterable[str] = ()) -> Plan:
     """Return the splits and tasks of a dataset, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
+
+    Args:
+        special_tokens: texts that are not split.
 
     Raises:
         UserError: a split does not exist or has too little text, a fraction is for a split that the source has, or a
@@ -190,11 +193,11 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     if not config.sample_size:  # a sample downloads files only until it has enough documents
         for file in itertools.chain(*files.values()):
             file.local_path()
-    borders, changed, tasks = None, False, {}
+    borders, way, tasks = None, 0, {}
     for split, group in files.items():
         if held_out and split == "train":
             documents = readers.documents(group, config.column, config.sample_size)
-            borders, changed = divide(documents, held_out, splits, name)
+            borders, way = divide(documents, held_out, splits, name, special_tokens)
         else:
             first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
             if len(first) + source.end_of_text < 2:
@@ -202,7 +205,7 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
                 raise UserError(f"too little text: {text}; omit it with --splits")
         tasks[split] = split_tasks(config, group, borders if split == "train" else None)
     size = sum(file.size for group in files.values() for file in group)
-    return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * changed)
+    return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * way)
 
 
 def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = None) -> Iterator[Task]:
@@ -214,7 +217,7 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     limit, column = config.sample_size, config.column
     if SOURCES[config.source].joined:
         return chunk_tasks(readers.joined_rows(files, column, limit), 0)
-    if isinstance(borders, tuple):
+    if isinstance(borders, CharacterBorders):
         return chunk_tasks(split_by_characters(readers.documents(files, column, limit), borders), 0)
     choose = functools.partial(choose_split, borders) if borders else None
     return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)

@@ -5,18 +5,45 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from config import UserError
 from flatgpt.data.readers import Chunk, Task
 from flatgpt.data.shards import SPLITS
 
 SPLIT_HASH = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-Borders = dict[str, float] | tuple[int, int, int] | None  # of choose_split, or of split_by_characters
 FEW_DOCUMENTS = 100  # with fewer, splits are made by characters, as whole documents are too coarse
+MAX_SHIFT = 200  # characters by which split_by_characters moves a border
 
 
-def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str], name: str) -> tuple[Borders, bool]:
+class CharacterBorders(NamedTuple):
+    """Where a text of few documents is split by characters.
+
+    Args:
+        ends: of train, val and test, in characters of all different documents.
+        starts: of each document. Equal documents start at the same place, so that they are split alike.
+        shift: largest distance by which a border is moved back.
+        special_tokens: a border that is inside one of these is moved before it.
+    """
+
+    ends: tuple[int, int, int]
+    starts: tuple[int, ...]
+    shift: int
+    special_tokens: tuple[str, ...]
+
+
+Borders = dict[str, float] | CharacterBorders | None  # of choose_split, or of split_by_characters
+
+
+def divide(
+    chunks: Iterable[Chunk],
+    held_out: dict[str, float],
+    splits: list[str],
+    name: str,
+    special_tokens: Iterable[str] = (),
+) -> tuple[Borders, int]:
     """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
 
     A document's split follows from its hash, and does not depend on `splits`. If `test` would be empty, it gets the
@@ -27,53 +54,83 @@ def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str
         held_out: {split: its share}.
         splits: those that are made.
         name: name of the dataset, for messages.
+        special_tokens: texts that are not split by characters.
 
     Returns:
-        The borders for choose_split, or a tuple of those for split_by_characters; and whether the shares alone would
-        have left a split empty.
+        The borders for choose_split, or those for split_by_characters; and a number of the way of dividing, which is 0
+        for the shares alone.
     """
     val, test = held_out.get("val", 0), held_out.get("test", 0)
     shares = {"test": test, "val": test + val}
-    characters, hashes, found, digest = 0, [], set(), SPLIT_HASH.copy()
+    characters, read, hashes, starts, found, digest = 0, 0, [], {}, set(), SPLIT_HASH.copy()
     for chunk in chunks:
-        characters += len(chunk.text)
+        read += len(chunk.text)
         digest.update(chunk.text.encode())
         if chunk.documents:
             hashes.append(_position(digest))
-            digest = SPLIT_HASH.copy()
+            if hashes[-1] not in starts:
+                starts[hashes[-1]] = characters
+                characters += read
+            read, digest = 0, SPLIT_HASH.copy()
             found.add(_split_at(shares, hashes[-1]))
             if len(hashes) >= FEW_DOCUMENTS and found >= {"train", *held_out}:
-                return shares, False
+                return shares, 0
     if len(hashes) < FEW_DOCUMENTS:
         given = (int(characters * (1 - val - test)), int(characters * (1 - test)), characters)
         second = max(0, min(given[1], characters - ("test" in held_out)))
-        borders = (max(0, min(given[0], second - ("val" in held_out))), second, characters)
-        found = {s for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True) if end > start}
+        ends = (max(0, min(given[0], second - ("val" in held_out))), second, characters)
+        sizes = {s: end - start for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *ends)), strict=True)}
+        found = {split for split in SPLITS if sizes[split]}
+        shift = min(MAX_SHIFT, *(sizes[split] // 2 for split in found)) if found else 0
+        tokens = tuple(sorted(special_tokens))
+        borders = CharacterBorders(ends, tuple(starts[position] for position in hashes), shift, tokens)
+        way = 2 if len(hashes) > 1 or tokens else int(ends != given)
     else:
-        given, borders, start = shares, dict(shares), 0
+        borders, start = dict(shares), 0
         for split in ("test", "val"):
             rest = [position for position in hashes if position >= start]
             if split in held_out and rest:
                 borders[split] = max(borders[split], math.nextafter(min(rest), 2))
             start = borders[split]
         found = {_split_at(borders, position) for position in hashes}
+        way = int(borders != shares)
     if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
         numbers = f"{len(hashes):,} documents, {characters:,} characters leave none for the {empty[0]} split of {name}"
         raise UserError(f"too little text: {numbers}; add some, or change --val_fraction or --test_fraction")
-    return borders, borders != given
+    return borders, way
 
 
-def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) -> Iterator[Chunk]:
-    """Split the text of all chunks into train, val and test, which end at the `borders` (in characters).
-
-    A document across a border counts in both splits.
-    """
-    start = 0
+def split_by_characters(chunks: Iterable[Chunk], borders: CharacterBorders) -> Iterator[Chunk]:
+    """Split documents into train, val and test. A document across a border counts in both splits."""
+    starts = iter(borders.starts)
+    start = next(starts, 0)
     for chunk in chunks:
-        for split, (first, last) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True):
-            if part := chunk.text[max(0, first - start) : max(0, last - start)]:
-                yield Chunk(part, 1 if last - start <= len(chunk.text) else chunk.documents, split)
-        start += len(chunk.text)
+        cuts = [0, *(_cut(chunk.text, start, end, borders) for end in borders.ends)]
+        for split, end, (first, last) in zip(SPLITS, borders.ends, itertools.pairwise(cuts), strict=True):
+            if part := chunk.text[first:last]:
+                yield Chunk(part, 1 if end <= start + len(chunk.text) else chunk.documents, split)
+        start = next(starts, 0) if chunk.documents else start + len(chunk.text)
+
+
+def _cut(text: str, start: int, end: int, borders: CharacterBorders) -> int:
+    """Return where a text that starts at `start` is split: at `end`, or a little before it.
+
+    With several documents, the border is moved to the start of the document, a line, a word or a character, whichever
+    is the first of these that is near.
+    """
+    border, in_document = end - start, start not in borders.starts
+    nearest = max(in_document, border - borders.shift)
+    if not 0 < border < len(text):
+        return max(0, min(border, len(text)))
+    if len(borders.starts) > 1:
+        line, word = (text.rfind(before, nearest, border) + 1 for before in "\n ")
+        while border > nearest and unicodedata.category(text[border])[0] == "M":  # a combining mark
+            border -= 1
+        border = 0 if nearest == 0 else line or word or border
+    for token in borders.special_tokens:
+        found = text.find(token, max(nearest, border - len(token) + 1), border + len(token) - 1)
+        border = border if found < 0 else found
+    return border
 
 
 def chunks_by_split(borders: Borders, task: Task) -> dict[str, list[Chunk]]:

@@ -228,6 +228,34 @@ def test_few_characters_leave_no_split_empty(in_tmp, characters, test):
     assert all(found.values())
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_documents_of_few_are_on_one_side_or_split_alike(in_tmp, order):
+    """A file of several chunks and a line are equal documents too. Before, copies were on both sides."""
+    documents = [f"{n} {'word ' * n}" for n in range(30)] + ["x" * 700, f"{LONG[100]}\n"]
+    write(Path("in/a.txt"), documents[::order])
+    write(Path("in/b.jsonl"), documents + documents[::-1])
+    found = texts_by_split(from_text("in", val_fraction=0.3, test_fraction=0.2))
+    sides = [set(found[split]) for split in ("train", "val", "test")]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    assert all(found[split].count(text) == 3 for split, side in zip(found, sides, strict=True) for text in side)
+    assert sum(len(text) for side in sides for text in side) == len("".join(documents))
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_few_documents_are_not_split_inside_a_special_token_or_a_character(in_tmp, documents):
+    """Characters of one document are split anywhere, as in earlier versions; its special tokens are not."""
+    line = "<|user|>\u0928\u093f" * 20
+    files(in_tmp, a=line, b=(line + ".") * (documents - 1) or line)
+    inputs = ("a.txt", "b.txt")[:documents]
+    keys = {"special_tokens": ("<|user|>",), "parse_special": True}
+    for n in range(20):
+        data = from_text(*inputs, name=f"d{n}", val_fraction=0.2 + n / 200, **keys)
+        ids = {split: data.tokens(split)[:].tolist() for split in ("train", "val")}
+        assert sum(part.count(257) for part in ids.values()) == 20 * documents
+        assert documents == 1 or bytes(i for i in ids["val"][:3] if i < 256) != "\u093f".encode()
+
+
 @pytest.mark.parametrize("end", ["", None])
 def test_split_of_the_source_without_text_is_refused_before_encoding(in_tmp, monkeypatch, end):
     monkeypatch.setattr(preparation, "encode_task", lambda *_: pytest.fail("encoding has begun"))
