@@ -167,6 +167,10 @@ class PrepareConfig:
     input: tuple[str, ...] = opt(
         (), "for text and compare: files, folders and quoted glob patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
     )
+    val_input: tuple[str, ...] = opt(
+        (), "for text and compare: files of the validation split, which --input then lacks"
+    )
+    test_input: tuple[str, ...] = opt((), "for text: files of the test split")
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
     files: tuple[str, ...] = opt((), "for hub: quoted glob patterns of the files to use")
     column: str = opt("text", "for hub and text: parquet column or JSON key of the text")
@@ -176,13 +180,13 @@ class PrepareConfig:
     splits: tuple[str, ...] = opt((), "splits to make, of train, val and test; default: all")
     val_fraction: float | None = opt(
         None,
-        "share of documents for validation if the source has no validation split",
-        above=0,
+        "share of documents for validation if the source has no validation split; 0: no validation split",
+        low=0,
         below=1,
         none="0.1 of text, 0.0005 of the hub's",
     )
     test_fraction: float | None = opt(
-        None, "share of documents for test if the source has no test split", above=0, below=1, none="no test split"
+        None, "share of documents for test if the source has no test split", low=0, below=1, none="no test split"
     )
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
     tokenizer: str | None = opt(
@@ -239,6 +243,8 @@ class PrepareConfig:
         hub = ("wikitext103", "wikipedia", "fineweb", "hub")
         for key, sources in (
             ("input", ("text", "compare")),
+            ("val_input", ("text", "compare")),
+            ("test_input", ("text",)),
             ("repo", ("hub",)),
             ("files", ("hub",)),
             ("dump", ("wikipedia",)),
@@ -246,10 +252,15 @@ class PrepareConfig:
             ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
             ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
         ):
-            if getattr(self, key) and self.source not in sources:
+            if getattr(self, key) not in (None, ()) and self.source not in sources:
                 found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}")
         if self.column != "text" and self.source not in ("hub", "text", "compare"):
             found.append(f"--column applies to source hub, text, compare, not to {self.source}")
+        for split, inputs in (("val", self.val_input), ("test", self.test_input)):
+            if inputs and getattr(self, f"{split}_fraction") is not None:
+                found.append(f"--{split}_input and --{split}_fraction exclude each other: give one of them")
+        if self.source == "compare" and self.val_fraction == 0:
+            found.append("val_fraction = 0: compare counts the tokens of the validation split; leave it out")
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
             found.append("val_fraction and test_fraction add up to 1 or more: no text is left for train")
         if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import tiktoken
 
 from config import PrepareConfig, UserError
-from flatgpt.data import tokenizer, tokenizer_names, workers
+from flatgpt.data import readers, splits, tokenizer, tokenizer_names, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
@@ -35,6 +35,7 @@ from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
 
 MIN_POOL_BYTES = 8 << 20  # encoding less text is faster than starting processes
+MAX_COMPARED_BYTES = 100 << 20  # larger inputs are not searched for documents that are in two splits
 SAVE_SECONDS = 10  # between two saves of progress.json
 NOTHING_DONE = {"tasks": 0, "size": 0}  # progress of one split of the source
 
@@ -91,6 +92,8 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
             log(f"{folder}: resuming")
         else:
             remove_unfinished(folder)
+            if (config.val_input or config.test_input) and plan.size <= MAX_COMPARED_BYTES:
+                note_shared(config, corpus, log)
         write_tokenizer(folder, encoding, progress)
         entries = write_shards(config, folder, plan, encoding, progress)
         ends = source.end_of_text and encoding.eot_token is not None
@@ -103,6 +106,14 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     return open_dataset(folder)
 
 
+def note_shared(config: PrepareConfig, corpus: Corpus, log: Callable[[str], None]) -> None:
+    """Say how many documents of the user's validation and test files are training documents too."""
+    texts = {s: readers.documents(files, config.column, config.sample_size) for s, files in corpus.files.items()}
+    train, *others = (dict(splits.documents(texts[split])) for split in SPLITS if split in texts)
+    if shared := sum(len(train.keys() & other.keys()) for other in others):
+        log(f"note: {shared:,} different documents of the validation or test files are in the training files too")
+
+
 def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.Encoding | None) -> dict:
     """Return the settings that identify a dataset, in the order in which meta.json has them.
 
@@ -110,7 +121,7 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         revision: identifier of the source's content.
         encoding: the tokenizer, unless it has a known name or is trained.
     """
-    source = SOURCES[config.source]
+    val_fraction = SOURCES[config.source].val_fraction if config.val_fraction is None else config.val_fraction
     return {
         "source": config.source,
         "repo": config.repo,
@@ -121,7 +132,7 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         "tokenizer": config.tokenizer,
         "encoder": config.encoder,
         "shard_tokens": config.shard_tokens,
-        "val_fraction": source.val_fraction if config.val_fraction is None else config.val_fraction,
+        "val_fraction": None if config.val_input else val_fraction,
         "test_fraction": config.test_fraction or None,
         "sample_size": config.sample_size,
         "only_splits": [split for split in SPLITS if split in config.splits] or None,

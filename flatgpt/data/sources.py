@@ -86,21 +86,43 @@ def open_shakespeare(config: PrepareConfig) -> Corpus:
 def text_revision(config: PrepareConfig) -> str:
     """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file is not UTF-8."""
     combined = hashlib.sha256()
-    for path in expand_inputs(config.input):
-        digest = hashlib.sha256()
-        if readers.file_format(path) == "text":
-            for chunk in readers.text_chunks(path):
-                digest.update(chunk.encode())
-        else:
-            with readers.read_errors(path), open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
-        combined.update(digest.digest())
+    for split, files in open_text(config).files.items():
+        combined.update(b"" if split == "train" else split.encode())
+        for path in (file.path for file in files):
+            digest = hashlib.sha256()
+            try:
+                if readers.file_format(path) == "text":
+                    for chunk in readers.text_chunks(path):
+                        digest.update(chunk.encode())
+                else:
+                    with readers.read_errors(path), open(path, "rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
+            except UserError:
+                if not config.sample_size:  # a file behind the sample need not be valid; one in it is refused later
+                    raise
+            combined.update(digest.digest())
     return combined.hexdigest()
 
 
 def open_text(config: PrepareConfig) -> Corpus:
-    """Return the files of --input, in order."""
-    return Corpus({"train": [RawFile(str(path), path.stat().st_size, path) for path in expand_inputs(config.input)]})
+    """Return the files of --input, --val_input and --test_input, in order. A file is in one split only, in train last.
+
+    Raises:
+        UserError: no file is left for a split.
+    """
+    patterns = {"val": config.val_input, "test": config.test_input, "train": config.input}
+    taken, left_out, found = set(), 0, {}
+    for split, inputs in patterns.items():
+        paths = expand_inputs(inputs)
+        found[split] = [path for path in paths if path.resolve() not in taken]
+        left_out += len(paths) - len(found[split])
+        taken |= {path.resolve() for path in paths}
+        if paths and not found[split]:
+            flag = "--input" if split == "train" else f"--{split}_input"
+            raise UserError(f"{flag}: all of its files are in another split too; leave some out there")
+    raw = {s: [RawFile(str(path), path.stat().st_size, path) for path in found[s]] for s in SPLITS if found[s]}
+    note = f"note: {left_out} of the input files are in the validation or test files too; only these have them"
+    return Corpus(raw, notice=note * bool(left_out))
 
 
 def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
@@ -179,9 +201,11 @@ def make_plan(config: PrepareConfig, corpus: Corpus, special_tokens: Iterable[st
     """
     source, name = SOURCES[config.source], dataset_folder(config).name
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
-        if fraction and split in corpus.files:
-            raise UserError(f"{config.source} has its own {split} split: leave out --{split}_fraction")
-    fractions = {"val": config.val_fraction or source.val_fraction, "test": config.test_fraction}
+        if fraction is not None and split in corpus.files:
+            advice = "choose the others with --splits" if fraction == 0 else f"leave out --{split}_fraction"
+            raise UserError(f"{config.source} has its own {split} split: {advice}")
+    val_fraction = source.val_fraction if config.val_fraction is None else config.val_fraction
+    fractions = {"val": val_fraction, "test": config.test_fraction}
     held_out = {s: f for s, f in fractions.items() if f and s not in corpus.files and "train" in corpus.files}
     available = [split for split in SPLITS if split in corpus.files or split in held_out]
     if unknown := [split for split in config.splits if split not in available]:

@@ -37,6 +37,17 @@ class CharacterBorders(NamedTuple):
 Borders = dict[str, float] | CharacterBorders | None  # of choose_split, or of split_by_characters
 
 
+def documents(chunks: Iterable[Chunk]) -> Iterator[tuple[float, int]]:
+    """Yield the hash of each document, from 0 to 1, and its length in characters."""
+    length, digest = 0, SPLIT_HASH.copy()
+    for chunk in chunks:
+        length += len(chunk.text)
+        digest.update(chunk.text.encode())
+        if chunk.documents:
+            yield _position(digest), length
+            length, digest = 0, SPLIT_HASH.copy()
+
+
 def divide(
     chunks: Iterable[Chunk],
     held_out: dict[str, float],
@@ -62,19 +73,15 @@ def divide(
     """
     val, test = held_out.get("val", 0), held_out.get("test", 0)
     shares = {"test": test, "val": test + val}
-    characters, read, hashes, starts, found, digest = 0, 0, [], {}, set(), SPLIT_HASH.copy()
-    for chunk in chunks:
-        read += len(chunk.text)
-        digest.update(chunk.text.encode())
-        if chunk.documents:
-            hashes.append(_position(digest))
-            if hashes[-1] not in starts:
-                starts[hashes[-1]] = characters
-                characters += read
-            read, digest = 0, SPLIT_HASH.copy()
-            found.add(_split_at(shares, hashes[-1]))
-            if len(hashes) >= FEW_DOCUMENTS and found >= {"train", *held_out}:
-                return shares, 0
+    characters, hashes, starts, found = 0, [], {}, set()
+    for position, length in documents(chunks):
+        hashes.append(position)
+        if position not in starts:
+            starts[position] = characters
+            characters += length
+        found.add(_split_at(shares, position))
+        if len(hashes) >= FEW_DOCUMENTS and found >= {"train", *held_out}:
+            return shares, 0
     if len(hashes) < FEW_DOCUMENTS:
         given = (int(characters * (1 - val - test)), int(characters * (1 - test)), characters)
         second = max(0, min(given[1], characters - ("test" in held_out)))

@@ -290,6 +290,63 @@ def test_splits_that_the_source_lacks_are_held_out_of_train(in_tmp):
         hub_data({}, val_fraction=0.1, name="third")
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("limit", [None, 20])
+def test_files_of_the_users_own_splits(in_tmp, kind, limit):
+    """A file that is in two is not for training; documents that are in two are counted. All make the revision."""
+    named = {"in/a": WRITTEN[:100], "in/v": WRITTEN[60:100], "in/t": WRITTEN[100:130]}
+    for name, part in named.items():
+        write(Path(f"{name}.{kind}"), part)
+    paths = {name: name if kind == "txt" else f"{name}.jsonl" for name in named}
+    lines, keys = [], {"val_input": (paths["in/v"],), "test_input": (paths["in/t"],), "sample_size": limit}
+    data = from_text("in", log=lines.append, **keys)
+    expected = {"train": WRITTEN[:100], "val": WRITTEN[60:100], "test": WRITTEN[100:130]}
+    expected = {split: [*filter(None, part)][:limit] for split, part in expected.items()}
+    assert texts_by_split(data) == expected
+    shared = len({*expected["val"]} & {*expected["train"]})
+    files_left_out = 70 if kind == "txt" else 2
+    assert f"note: {files_left_out} of the input files are in the validation or test files too" in lines[0]
+    assert (f"note: {shared} different documents" in "".join(lines)) == (shared > 0)
+    assert "val_fraction" not in data.meta
+    assert "revision" in refusal("in", **{**keys, "val_input": keys["test_input"], "test_input": keys["val_input"]})
+    alone = from_text("in", splits=("val",), name="val", **keys)
+    assert alone.meta["splits"] == {"val": data.meta["splits"]["val"]}
+    assert "--input: all of its files are in another split too" in refusal(
+        paths["in/v"], val_input=("in",), name="none"
+    )
+
+
+def test_test_files_leave_validation_to_a_share(in_tmp):
+    write(Path("a.jsonl"), WRITTEN)
+    write(Path("t.jsonl"), ["a test"])
+    assert texts_by_split(from_text("a.jsonl", test_input=("t.jsonl",))) == {**by_hash(WRITTEN), "test": ["a test"]}
+
+
+@pytest.mark.parametrize("n", [3, 240])
+def test_no_validation_split(in_tmp, n):
+    write(Path("a.jsonl"), WRITTEN[:n])
+    kept = [*filter(None, WRITTEN[:n])]
+    assert texts_by_split(from_text("a.jsonl", val_fraction=0)) == {"train": kept}
+    both = texts_by_split(from_text("a.jsonl", val_fraction=0, test_fraction=0.3, name="test"))
+    assert both == some((by_characters if n < 100 else by_hash)(kept, 0, 0.3))
+    assert "splits = val: text has train" in refusal("a.jsonl", val_fraction=0, splits=("val",), name="val")
+    with pytest.raises(UserError, match="hub has its own val split: choose the others with --splits"):
+        hub_data({"train.jsonl": WRITTEN, "dev.jsonl": ["a"]}, val_fraction=0)
+
+
+@pytest.mark.parametrize("limit", [1, 20])
+def test_what_is_behind_a_sample_need_not_be_valid(in_tmp, limit):
+    files(in_tmp, a="some text\n")
+    write(Path("b.jsonl"), WRITTEN[:40])
+    with open("b.jsonl", "ab") as file:
+        file.write(b"{not JSON \xff\n")
+    Path("c.txt").write_bytes(b"caf\xe9")
+    made = from_text("a.txt", "b.jsonl", "c.txt", sample_size=limit, val_fraction=0)
+    assert made.meta["splits"]["train"]["documents"] == limit
+    assert "c.txt line 1" in refusal("c.txt", "a.txt", sample_size=limit, name="bad")
+    assert "c.txt line 1" in refusal("a.txt", "b.jsonl", "c.txt", name="bad")
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("limit", [None, 2, 50, 133])
 def test_joined_rows_are_one_text(in_tmp, limit):
