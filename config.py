@@ -189,6 +189,7 @@ class PrepareConfig:
         None, "share of documents for test if the source has no test split", low=0, below=1, none="no test split"
     )
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
+    overwrite: bool = opt(False, "move another dataset of this name aside, to <name>.old-<time>")
     tokenizer: str | None = opt(
         None,
         "byte, gpt2 or another tiktoken encoding of at most 65,536 ids; bpe:N, which is trained on the training split "

@@ -61,7 +61,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     revision = source.revision(config)
     corpus = None if revision else source.open(config)
     settings = dataset_settings(config, revision or corpus.revision, encoding)
-    if (meta := read_meta(folder)) is not None:
+    if not config.overwrite and (meta := read_meta(folder)) is not None:
         check_settings(folder, "a dataset", meta, settings)
         (folder / PROGRESS).unlink(missing_ok=True)  # left if the last call was killed after it wrote meta.json
         log(f"{folder} already exists, with the same settings; nothing to do")
@@ -77,10 +77,19 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     if trained and "train" not in plan.splits:
         advice = "add train to --splits, or give the folder of a dataset that has the tokenizer: --tokenizer data/NAME"
         raise UserError(f"tokenizer {name} is trained on the training split: {advice}")
-    with _locked(folder):
-        if read_meta(folder) is not None:  # another call has just finished it
+    with _locked(folder) as lock:
+        finished = (folder / "meta.json").exists()
+        if finished and not config.overwrite:  # another call has just finished it
             return prepare(given, log)
-        progress = read_progress(folder, settings, corpus, plan.version)
+        try:  # also with --overwrite, an unfinished dataset of the same settings is resumed
+            progress = None if finished else read_progress(folder, settings, corpus, plan.version)
+        except UserError:
+            if not config.overwrite:
+                raise
+            progress = None
+        if progress is None:
+            move_aside(folder, lock, corpus, log)
+            progress = read_progress(folder, settings, corpus, plan.version)
         if trained:
             encoding = read_trained(folder, name, progress) or train(
                 split_texts(config, corpus, plan, "train", config.tokenizer_sample_mb * 10**6),
@@ -230,7 +239,7 @@ def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None
     found = {"encoder": "tiktoken", **found}  # the only encoder of earlier versions
     if differing := [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]:
         what = f"{folder} already has {what} with other settings: {'; '.join(differing)}"
-        raise UserError(f"{what}. Choose another name with --name, or move {folder} away")
+        raise UserError(f"{what}. Choose another name with --name, or move it aside with --overwrite")
 
 
 def read_trained(folder: Path, name: str, progress: dict) -> FileTokenizer | None:
@@ -258,8 +267,17 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, progress: dict) -
         atomic_write(folder / TOKENIZER_FILE, tokenizer_json(encoding))
 
 
+def move_aside(folder: Path, lock: FolderLock, corpus: Corpus, log: Callable[[str], None]) -> None:
+    """Rename the locked folder for --overwrite. Raise UserError if it contains files of the corpus."""
+    for file in itertools.chain(*corpus.files.values()):
+        if file.path and file.path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"overwrite: {folder} contains {file.path}, which is read; choose another --name")
+    with _write_errors(folder):
+        log(f"the existing {folder} was moved to {lock.move_aside()}")
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[FolderLock]:
     """Create the folder and lock it against other calls. Remove it if it is empty afterwards."""
     try:
         with FolderLock(folder, "--data_dir") as lock:
@@ -268,7 +286,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 lock.acquire()
                 for left in folder.glob(".*.json.*.tmp"):  # by a call that was killed
                     left.unlink()
-            yield
+            yield lock
     finally:
         with suppress(OSError):
             folder.rmdir()
@@ -290,7 +308,7 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
     if not (folder / PROGRESS).exists():
         if others := sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob(TOKENIZER_FILE))):
             shards = f"{folder} contains other shards ({', '.join(others[:3])}), without meta.json and {PROGRESS}"
-            raise UserError(f"{shards}: choose another --name, or move {folder} away")
+            raise UserError(f"{shards}: choose another --name, or move it aside with --overwrite")
         return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
@@ -305,7 +323,7 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
         elif compared[0] != compared[1]:
             return initial  # no shard is finished: little is lost
     except DAMAGED:
-        raise UserError(f"{folder / PROGRESS} is damaged: move {folder} away and run again") from None
+        raise UserError(f"{folder / PROGRESS} is damaged: start again with --overwrite") from None
     return {**found, "command": command}
 
 
