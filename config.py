@@ -172,10 +172,12 @@ class PrepareConfig:
     )
     test_input: tuple[str, ...] = opt((), "for text: files of the test split")
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
+    subset: str | None = opt(None, "for hub: a subset that the dataset's page names, or a folder", none="the only one")
     files: tuple[str, ...] = opt((), "for hub: quoted glob patterns of the files to use")
     column: str = opt("text", "for hub and text: parquet column or JSON key of the text")
     dump: str | None = opt(None, "for wikipedia: date and language, for example 20231101.simple", none="20231101.en")
     revision: str | None = opt(None, "for sources on the hub: commit, branch or tag", none="a fixed commit")
+    refresh: bool = opt(False, "for sources on the hub: list the files of a branch anew, instead of the cached list")
     sample_size: int | None = opt(None, "number of documents, from the start of each split", low=1, none="all")
     splits: tuple[str, ...] = opt((), "splits to make, of train, val and test; default: all")
     val_fraction: float | None = opt(
@@ -247,14 +249,20 @@ class PrepareConfig:
             ("val_input", ("text", "compare")),
             ("test_input", ("text",)),
             ("repo", ("hub",)),
+            ("subset", ("hub",)),
             ("files", ("hub",)),
             ("dump", ("wikipedia",)),
             ("revision", hub),
+            ("refresh", hub),
             ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
             ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
         ):
-            if getattr(self, key) not in (None, ()) and self.source not in sources:
-                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}")
+            value = getattr(self, key)
+            if not (value is None or value is False or value == ()) and self.source not in sources:
+                hint = "; its subsets are --dump" if (key, self.source) == ("subset", "wikipedia") else ""
+                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}{hint}")
+        if self.subset and self.files:
+            found.append("--subset and --files exclude each other: give one of them")
         if self.column != "text" and self.source not in ("hub", "text", "compare"):
             found.append(f"--column applies to source hub, text, compare, not to {self.source}")
         for split, inputs in (("val", self.val_input), ("test", self.test_input)):

@@ -134,6 +134,7 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
     return {
         "source": config.source,
         "repo": config.repo,
+        "subset": config.subset,
         "dump": None if config.dump == DUMP else config.dump,
         "files": list(config.files) or None,
         "column": None if config.column == "text" else config.column,

@@ -156,12 +156,11 @@ SOURCES = {
 
 
 def dataset_folder(config: PrepareConfig) -> Path:
-    """Return data_dir/name. The default name has the source or repository, and dump and tokenizer if not default."""
-    name = config.repo.split("/")[-1] if config.source == "hub" else config.source
-    if config.dump not in (None, DUMP):
-        name += f"_{config.dump}"
-    if config.tokenizer not in (None, SOURCES[config.source].tokenizer):
-        name += "_" + re.sub(r"[^\w.-]", "", config.tokenizer)
+    """Return data_dir/name. The default name has the source or repository, and what is not default."""
+    parts = [config.repo.split("/")[-1] if config.source == "hub" else config.source, config.subset]
+    parts += [None if config.dump == DUMP else config.dump]
+    parts += [None if config.tokenizer == SOURCES[config.source].tokenizer else config.tokenizer]
+    name = "_".join(re.sub(r"[^\w.-]", "", part) for part in parts if part)
     return Path(config.data_dir) / (config.name or name)
 
 
