@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ def limit_problem(meta, value) -> str | None:
         if value is not None and limit in meta and is_violated(value, meta[limit]):
             return f"{word} {meta[limit]} is expected"
     return None
+
+
+def tokenizer_names(text: str) -> list[str]:
+    """Return the tokenizers of a --tokenizer setting. Digits of bpe:N may be grouped: bpe:4,096 or bpe:4_096."""
+    if Path(text).exists():
+        return [text]
+    return re.sub(r"\bbpe:\d{1,3}([,_]\d{3})+\b", lambda found: re.sub("[,_]", "", found[0]), text).split(",")
 
 
 def checked(value, kind: type, limits: Mapping):
@@ -231,11 +239,13 @@ class PrepareConfig:
             found.append(f"--verify and --info read a folder of shards: leave out {self.source}")
         if self.source in ("text", "compare") and not self.input:
             found.append(f"source {self.source} needs --input FILE, FOLDER or 'PATTERN' (several are allowed)")
-        several = "," in (self.tokenizer or "") and not Path(self.tokenizer).exists()
-        if several and self.source != "compare":
+        names = tokenizer_names(self.tokenizer or "")
+        if len(names) > 1 and self.source != "compare":
             found.append(f"tokenizer = {self.tokenizer}: several tokenizers apply to source compare, not {self.source}")
         if self.source == "compare" and (self.special_tokens or self.parse_special):
             found.append("--special_tokens and --parse_special do not apply to source compare")
+        if self.tokenizer_sample_mb != 100 and self.source != "compare" and not names[0].startswith("bpe:"):
+            found.append("--tokenizer_sample_mb applies to --tokenizer bpe:N, which is trained; leave it out")
         if self.encoder == "gigatoken":
             if self.parse_special:
                 found.append("--parse_special needs --encoder tiktoken")
@@ -273,11 +283,14 @@ class PrepareConfig:
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
             found.append("val_fraction and test_fraction add up to 1 or more: no text is left for train")
         if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:
-            found.append(f"splits = {unknown[0]}: one of train, val, test is expected")
+            hint = f"; separate them by blanks: --splits {unknown[0].replace(',', ' ')}" if "," in unknown[0] else ""
+            found.append(f"splits = {unknown[0]}: one of train, val, test is expected{hint}")
         if self.repo and self.repo.count("/") != 1:
             found.append(f"repo = {self.repo}: user/name is expected")
         if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):
             found.append(f"name = {self.name!r} is not a folder name: leave out / and a leading dot")
+        elif self.name and Path(self.raw_dir).resolve().is_relative_to(Path(self.data_dir, self.name).resolve()):
+            found.append(f"name = {self.name}: this folder of {self.data_dir} has the downloads; choose another")
         return found
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import tiktoken
 
-from config import PrepareConfig, UserError
-from flatgpt.data import readers, splits, tokenizer, tokenizer_names, workers
+from config import PrepareConfig, UserError, tokenizer_names
+from flatgpt.data import readers, splits, tokenizer, workers
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
@@ -30,6 +30,7 @@ from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_t
 from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
 from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_json
+from flatgpt.data.tokenizer_names import find as find_tokenizer
 from flatgpt.data.tokenizer_training import TRAINED, add_special_tokens, split_texts, train, trained_size
 from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
@@ -50,9 +51,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         UserError: bad input, too little text, a full disk, or the folder has another dataset.
     """
     source, given = SOURCES[config.source], config
-    name = config.tokenizer or source.tokenizer
+    (name,) = tokenizer_names(config.tokenizer or source.tokenizer)
     trained = trained_size(name, config.special_tokens)
-    encoding = None if trained else tokenizer_names.find(name)  # None: it has a known name
+    encoding = None if trained else find_tokenizer(name, config.data_dir)  # None: it has a known name
     if config.special_tokens and not trained:
         encoding = add_special_tokens(encoding or tokenizer.load(name), config.special_tokens)
     name = encoding.name if encoding else name
@@ -205,9 +206,8 @@ def write_shards(
             for task, (encoded, special) in run_tasks(encode, tasks()):
                 if special and not noted:
                     noted = True
-                    text = f"note: the text contains {special}, which is encoded as ordinary characters"
                     write = bar.write if sys.stderr.isatty() else print
-                    write(f"{text}; --parse_special makes it one token", file=sys.stderr)
+                    write(tokenizer.SPECIAL_NOTE.format(repr(special)), file=sys.stderr)
                 with _write_errors(folder):
                     for split, part in encoded.items():
                         writers[split].add(*part)
@@ -342,4 +342,5 @@ def _write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"{error.filename or folder} could not be written: {error.strerror}"
-        raise UserError(f"{problem}; {RESUMABLE}, or choose another folder: --data_dir") from None
+        resumable = f"{RESUMABLE}, or " * folder.is_dir()
+        raise UserError(f"{problem}; {resumable}choose another folder: --data_dir") from None
