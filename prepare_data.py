@@ -6,6 +6,7 @@ python prepare_data.py wikitext103                        # or wikipedia, finewe
 python prepare_data.py fineweb --sample_size 100_000      # the first 100,000 documents
 python prepare_data.py hub --repo lucadiliello/english_wikipedia --column maintext
 python prepare_data.py text --input book.txt notes/ '*.jsonl' --name mine
+python prepare_data.py text --input train/ --val_input val/       # or --val_fraction 0: no validation split
 python prepare_data.py text --input hindi/ --tokenizer bpe:8192   # trains a tokenizer of 8,192 ids on the text
 python prepare_data.py text --input chats/ --tokenizer user/model --special_tokens '<|user|>' --parse_special
 python prepare_data.py compare --input hindi/ --tokenizer gpt2 byte bpe:8192

@@ -185,7 +185,8 @@ def list_remote(files: HubFiles) -> dict:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    with hub_errors(f"dataset {files.repo}, revision {files.revision}"):
+    copy = f"copy its files from another machine to {files.root}"
+    with hub_errors(f"dataset {files.repo}, revision {files.revision}", copy):
         info = api.repo_info(files.repo, revision=files.revision, repo_type="dataset")
         commit = info.sha
         tree = api.list_repo_tree(files.repo, recursive=True, revision=commit, repo_type="dataset")
@@ -220,7 +221,8 @@ def fetch_tokenizer(repo: str) -> Path:
         folder = Path(fetch(local_files_only=True))
         if any((folder / file).exists() for file in TOKENIZER_FILES[:2]):
             return folder
-    with hub_errors(f"tokenizer {repo}: no such file or folder, and no download from the hub"):
+    copy = "copy its tokenizer.json from another machine and give its path"
+    with hub_errors(f"tokenizer {repo}: no such file or folder, and no download from the hub", copy):
         return Path(fetch())
 
 
@@ -239,13 +241,18 @@ def _download(files: HubFiles, commit: str, name: str) -> Path:
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Convert errors of huggingface_hub to a UserError: `what` was requested, the reason, and what to do."""
+def hub_errors(what: str, offline: str = "") -> Iterator[None]:
+    """Convert errors of huggingface_hub to a UserError: `what` was requested, the reason, and what to do.
+
+    Args:
+        offline: what to do without a network.
+    """
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` (or set HF_TOKEN) and run again"
     causes = {  # GatedRepoError before its base class
-        errors.OfflineModeIsEnabled: "it is not completely on this machine, and HF_HUB_OFFLINE is set: unset it",
+        errors.OfflineModeIsEnabled: "it is not completely on this machine, and HF_HUB_OFFLINE is set: unset it"
+        + f", or {offline}" * bool(offline),
         errors.GatedRepoError: f"it is gated: accept the terms on its page on the hub, then {log_in}",
         errors.RepositoryNotFoundError: "it does not exist on the hub, or it is private: check the name; if you have "
         f"access to it, {log_in}",
@@ -262,5 +269,6 @@ def hub_errors(what: str) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         denied = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         remedy = log_in if denied else "check the network and the disk, and run again (complete files are kept)"
+        remedy += f"; without a network, {offline}" * bool(offline and not denied)
         cause = next((text for cls, text in causes.items() if isinstance(error, cls)), f"{reason}; {remedy}")
         raise UserError(f"{what}: {cause}") from None

@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     if corpus.notice:
         log(corpus.notice)
     special = encoding.special_tokens_set if encoding else (END_OF_TEXT, *config.special_tokens)
-    plan = make_plan(config, corpus, special if config.parse_special else ())
+    plan = make_plan(config, corpus, special if config.parse_special else (), log)
     if trained and "train" not in plan.splits:
         advice = "add train to --splits, or give the folder of a dataset that has the tokenizer: --tokenizer data/NAME"
         raise UserError(f"tokenizer {name} is trained on the training split: {advice}")

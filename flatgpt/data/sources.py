@@ -186,13 +186,16 @@ class Plan(NamedTuple):
     version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus, special_tokens: Iterable[str] = ()) -> Plan:
+def make_plan(
+    config: PrepareConfig, corpus: Corpus, special_tokens: Iterable[str] = (), log: Callable[[str], None] = print
+) -> Plan:
     """Return the splits and tasks of a dataset, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
 
     Args:
         special_tokens: texts that are not split.
+        log: called with a line about the download.
 
     Raises:
         UserError: a split does not exist or has too little text, a fraction is for a split that the source has, or a
@@ -214,7 +217,14 @@ def make_plan(config: PrepareConfig, corpus: Corpus, special_tokens: Iterable[st
     read = {"train" if split in held_out else split for split in splits}
     files = {split: group for split, group in corpus.files.items() if split in read}
     if not config.sample_size:  # a sample downloads files only until it has enough documents
-        for file in itertools.chain(*files.values()):
+        missing = [file for file in itertools.chain(*files.values()) if file.fetch and not file.path.exists()]
+        if missing:
+            megabytes = -(-sum(file.size for file in missing) // 10**6)
+            text = f"downloading {len(missing):,} file{'s' * (len(missing) > 1)}, {megabytes:,} MB, to {config.raw_dir}"
+            share = "train" in read and "train" not in splits
+            reason = f": {', '.join(splits)} is a share of all their documents" * share
+            log(f"{text}{reason}; --sample_size N needs the first documents only")
+        for file in missing:
             file.local_path()
     borders, way, tasks = None, 0, {}
     for split, group in files.items():

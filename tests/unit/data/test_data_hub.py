@@ -372,6 +372,28 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
         assert host.fetched() == fetched
 
 
+def test_size_of_a_download_is_said_before_it(in_tmp, host):
+    """Also why a share of the training files, alone, needs them all."""
+    files = {f"sample/10BT/00{n}_00000.parquet": parquet(*(f"document {n} {k}" for k in range(60))) for n in range(3)}
+    host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB)
+
+    def log(line: str) -> None:
+        logged.append((line, len(host.fetched())))
+
+    for keys, lines in (
+        ({"sample_size": 60}, []),
+        (
+            {"splits": ("val",), "name": "v"},
+            ["downloading 2 files, 1 MB, to data/raw: val is a share of all"],
+        ),
+        ({"name": "all"}, []),
+    ):
+        logged = []
+        prepare("fineweb", log, tokenizer="byte", val_fraction=0.5, **keys)
+        assert [line[: len(start)] for (line, fetched), start in zip(logged, lines, strict=True)] == lines
+        assert all(fetched == 1 for _, fetched in logged)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # errors
 
@@ -386,7 +408,7 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
         ({"repo": "user/what?"}, {}, ["user/what?", "user/name"]),
         ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name", "gated", "accept the terms", "HF_TOKEN"]),
         ({}, {"GET revision": (403, "")}, ["user/name", "403 Forbidden", "hf auth login"]),
-        ({}, {"GET revision": "drop"}, ["user/name", "Server disconnected", "check the network"]),
+        ({}, {"GET revision": "drop"}, ["user/name", "Server disconnected", "check the network", f"machine to {RAW}"]),
         (
             {},
             {f"GET {FIRST}": (503, "")},
