@@ -6,8 +6,8 @@ python app.py --model_path gpt2 --server_name 0.0.0.0  # other machines can conn
 python export.py --model_path out/shakespeare --space space   # the same as a Hugging Face Space
 """
 
-from config import AppConfig, InferConfig, UserError, model_path
 from flatgpt.cli.cli import from_command_line, parse, run_script
+from config import AppConfig, InferConfig, UserError, model_path
 
 if __name__ == "__main__":
     CONFIG = from_command_line(AppConfig, __doc__)

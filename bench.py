@@ -17,8 +17,8 @@ python bench.py resume --config shakespeare_char_cpu --max_iters 20   # check th
 python bench.py tests                                    # run the tests that need CUDA
 """
 
-from config import BenchConfig
 from flatgpt.cli.cli import from_command_line, run_script
+from config import BenchConfig
 from flatgpt.interop.pretrained import initial_shape
 
 if __name__ == "__main__":

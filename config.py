@@ -24,12 +24,18 @@ START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
 # Help of settings that train.py and eval.py share.
 EVAL_TOKENS = "tokens to score, from the start of the split, rounded up to whole windows; 0: all"
 EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windows; 0: all"
-# Removed settings, and what to use instead: {config class: {key: message}}.
-REMOVED = {
-    "EvalConfig": {
-        "sampled": "was removed: precision, recall and F1 of the most likely token are always in the report, and "
-        "--generate scores sampled text; leave it out"
-    }
+# Settings that `--help` shows; `--help all` shows all. Without an entry, both show all.
+COMMON = {
+    "TrainConfig": "config device n_layer n_head n_embd context_length dropout data_dir dataset batch_size "
+    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb list plan",
+    "PrepareConfig": "source input repo column sample_size val_fraction name tokenizer data_dir workers info verify",
+    "EvalConfig": "config model_path device dtype data_dir dataset split text choices protocol eval_tokens batch_size "
+    "generate json",
+    "InferConfig": "config model_path device prompt prompt_file interactive num_samples max_new_tokens temperature "
+    "top_k top_p seed stop json",
+    "AppConfig": "config model_path device temperature top_k top_p max_new_tokens server_name server_port",
+    "BenchConfig": "what config data_dir dataset warmup_updates timed_updates rounds json peer profile target input "
+    "variants model_path",
 }
 
 
@@ -53,8 +59,8 @@ def opt(default, help: str, **meta):
         default: the value when neither a recipe nor the command line sets it.
         help: one sentence for `--help`.
         meta: `choices` (allowed values), `low`/`high` (inclusive limits), `above`/`below` (exclusive limits),
-            `none` (the word for None), `bare` (value of the flag alone), `alias` (other names),
-            `section` (heading in `--help` above this field),
+            `none` (the word for None), `bare` (value of the flag alone), `section` (heading in
+            `--help` above this field), `verbatim` (the value is a text, in which `~` is not the home folder),
             `separator` (several words after the flag are joined with it, once all positional arguments are given),
             `positional` (given without a flag; a tuple takes all positional arguments),
             `recipe` (False: the key in a recipe is for train.py; ignore it).
@@ -208,7 +214,9 @@ class PrepareConfig:
         none="the source's",
         separator=",",
     )
-    special_tokens: tuple[str, ...] = opt((), "tokens to add to the tokenizer, for example '<|user|>' '<|assistant|>'")
+    special_tokens: tuple[str, ...] = opt(
+        (), "tokens to add to the tokenizer, for example '<|user|>' '<|assistant|>'", verbatim=True
+    )
     parse_special: bool = opt(
         False, "make the tokenizer's added tokens in the text one id each; otherwise they are ordinary characters"
     )
@@ -345,20 +353,17 @@ class TrainConfig(ModelConfig, MachineConfig):
     deterministic: bool = opt(False, "use deterministic, slower CUDA kernels; results on CPUs are always reproducible")
     fsdp: bool = opt(False, "under torchrun: shard weights, gradients and optimizer state over the devices")
     rank_timeout: float = opt(300, "seconds that ranks wait for each other; doubled in the first update", low=1)
-    eval_interval: int = opt(
-        200, "updates between two evaluations", low=1, alias=("eval_intervel",), section="Evaluation, log, files"
-    )
+    eval_interval: int = opt(200, "updates between two evaluations", low=1, section="Evaluation, log, files")
     eval_tokens: int | None = opt(None, EVAL_TOKENS, low=0, none="all")
-    eval_batches: int | None = opt(0, EVAL_BATCHES, low=0, alias=("eval_epochs",))
+    eval_batches: int | None = opt(0, EVAL_BATCHES, low=0)
     sample_tokens: int = opt(160, "tokens of sample text at each evaluation; 0: none", low=0)
-    sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples")
+    sample_prompt: tuple[str, ...] = opt(("\n",), "prompts of the samples", verbatim=True)
     log_interval: int = opt(10, "updates between two rows of the log", low=1)
     save_interval: int | None = opt(
         None,
         "updates between checkpoints, in addition to those at evaluations",
         low=1,
         none="eval_interval",
-        alias=("save_chkpt_epoch",),
     )
     save_minutes: float | None = opt(None, "minutes between checkpoints, in addition to the others", above=0)
     keep_checkpoints: int = opt(2, "number of latest checkpoints to keep, in addition to the best", low=1)
@@ -366,12 +371,11 @@ class TrainConfig(ModelConfig, MachineConfig):
     on_save_error: str = opt(
         "stop", "if a save fails: end the run, or warn and retry at the next save", choices=("stop", "warn")
     )
-    out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>", alias=("checkpoint_path",))
+    out_dir: str | None = opt(None, "the run's folder", none="out/<recipe>")
     resume: str | None = opt(
         None,
         "continue a run with its settings: latest, auto (latest, or a new run without one) or a path",
         bare="latest",
-        alias=("load_checkpoint_path",),
     )
     overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
     wandb: str = opt("disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"))
@@ -485,7 +489,7 @@ class EvalConfig(SamplingConfig, ReaderConfig):
         None, "protocol stride: tokens scored per window", low=1, none="half the context", recipe=False
     )
     eval_tokens: int | None = opt(None, EVAL_TOKENS, low=0, none="all", recipe=False)
-    eval_batches: int | None = opt(0, EVAL_BATCHES, low=0, alias=("eval_epochs",), recipe=False)
+    eval_batches: int | None = opt(0, EVAL_BATCHES, low=0, recipe=False)
     batch_size: int | None = opt(None, "windows per pass", low=1, none="by size", recipe=False)
     rank_timeout: float = opt(300, "seconds that torchrun's ranks wait for each other", low=1)
     generate: int = opt(
@@ -586,7 +590,7 @@ class InferConfig(WriterConfig):
     standard_input: str | None = opt(
         None, "read the prompt from standard input", choices=("-",), positional=True, section="Text"
     )
-    prompt: str = opt("", "text to continue; empty: start a new text")
+    prompt: str = opt("", "text to continue; empty: start a new text", verbatim=True)
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
     prompt_file: str | None = opt(None, "a file with one prompt; a final newline is dropped")
     prompts_file: str | None = opt(None, "a file with one prompt per line")
@@ -594,7 +598,7 @@ class InferConfig(WriterConfig):
     num_samples: int = opt(1, "texts per prompt", low=1)
     batch_size: int = opt(32, "number of texts generated at once", low=1, recipe=False)
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1)
-    stop: tuple[str, ...] = opt((), "strings that end a text; they are not printed")
+    stop: tuple[str, ...] = opt((), "strings that end a text; they are not printed", verbatim=True)
     ignore_eot: bool = opt(False, "continue after the end-of-text token")
     stream_text: bool = opt(True, "print text while it is generated")
     json: str | None = opt(None, "write texts, settings and statistics to this file, - for standard output")
@@ -680,8 +684,9 @@ class BenchConfig(TrainConfig):
         "benchmark or check to run",
         choices=("train", "loss", "save", "data", "infer", "eval", "resume", "tests", "all", "gpu", "merge"),
         positional=True,
+        section="Benchmark",
     )
-    warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1, section="Benchmark")
+    warmup_updates: int = opt(5, "updates before the timed ones, compilation included", low=1)
     timed_updates: int = opt(20, "timed updates; with save or --peer, per round", low=2)
     rounds: int = opt(3, "number of rounds; each measures all variants in turn", low=1)
     json: str | None = opt(None, "write the measurements to this file, - for standard output")

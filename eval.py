@@ -9,8 +9,8 @@ python eval.py --model_path gpt2 --choices hellaswag_val.jsonl
 torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
-from config import EvalConfig, UserError, model_paths
 from flatgpt.cli.cli import from_command_line, run_script
+from config import EvalConfig, UserError, model_paths
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)

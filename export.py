@@ -8,8 +8,9 @@ python export.py --model_path nanoGPT/out/ckpt.pt --out exported   # nanoGPT, or
 python export.py --model_path out/shakespeare --space playground   # app.py and this model, to run here or on the hub
 """
 
+from flatgpt.cli.cli import from_command_line, run_script
 from config import ExportConfig, TrainConfig, UserError, model_path, upload_space
-from flatgpt.cli.cli import from_command_line, recipe_text, run_script
+from flatgpt.cli.settings import recipe_text
 
 if __name__ == "__main__":
     CONFIG = from_command_line(ExportConfig, __doc__)

@@ -7,8 +7,8 @@ python infer.py --prompts_file prompts.txt --json texts.json
 echo "Once upon a time" | python infer.py -
 """
 
-from config import InferConfig, UserError, model_path
 from flatgpt.cli.cli import from_command_line, run_script
+from config import InferConfig, UserError, model_path
 
 if __name__ == "__main__":
     CONFIG = from_command_line(InferConfig, __doc__)

@@ -8,8 +8,8 @@ python plot.py out/shakespeare --watch                    # update the plot whil
 
 from __future__ import annotations
 
-from config import PlotConfig
 from flatgpt.cli.cli import from_command_line, run_script
+from config import PlotConfig
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PlotConfig, __doc__)

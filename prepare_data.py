@@ -13,8 +13,9 @@ python prepare_data.py compare --input hindi/ --tokenizer gpt2 byte bpe:8192
 python prepare_data.py --info data/mine                   # or --verify data/mine
 """
 
+from flatgpt.cli.cli import from_command_line, run_script
 from config import PrepareConfig
-from flatgpt.cli.cli import RECIPES, from_command_line, run_script
+from flatgpt.cli.settings import RECIPES
 
 if __name__ == "__main__":
     CONFIG = from_command_line(PrepareConfig, __doc__)

@@ -7,13 +7,14 @@ python train.py --resume out/shakespeare          # resume a stopped run, with i
 python train.py --list                            # list recipes and runs
 python train.py --config gpt2_124m --plan         # estimate size, memory and time without training
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
-python train.py --help                            # every key
+python train.py --help all                        # every key
 """
 
 import sys
 
+from flatgpt.cli.cli import from_command_line, run_script
 from config import TrainConfig, run_dir
-from flatgpt.cli.cli import from_command_line, read_recipe, recipe_text, recipes, run_script
+from flatgpt.cli.settings import read_recipe, recipe_text, recipes
 from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs.history import print_list
 

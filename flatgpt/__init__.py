@@ -5,6 +5,7 @@ In a notebook: `model, tokenizer = flatgpt.load("gpt2")`.
 
 from pathlib import Path
 
+__version__ = "0.1.0"
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 

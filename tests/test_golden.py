@@ -71,7 +71,7 @@ def train(scripts: Scripts, home: Path, name: str) -> dict[str, list[float]]:
 
 
 def read_help(text: str) -> dict[str, dict]:
-    """Each flag in a script's --help: its form or allowed values, default and aliases."""
+    """Each flag in a script's --help all: its form or allowed values, and default."""
     entries = []
     for line in text.splitlines():
         if re.match(r"  \S", line):  # a flag's help begins in column 35, on a line of its own after a long flag
@@ -81,9 +81,8 @@ def read_help(text: str) -> dict[str, dict]:
     flags = {}
     for flag, text in entries:
         name, _, value = flag.partition(" ")
-        text, _, also = text.partition(" (also ")
-        entry = flags[name.removeprefix("--").removeprefix("[no-]")] = {}
-        if name.startswith("--[no-]"):
+        entry = flags[name.removeprefix("--").removeprefix("[no-]").removeprefix("no-")] = {}
+        if name.startswith("--") and not value:
             value = "true|false"
         elif not name.startswith("--"):
             value = f"{value} {text.rpartition(': ')[2]}" if ": " in text else value
@@ -91,8 +90,6 @@ def read_help(text: str) -> dict[str, dict]:
             value, default = value.removesuffix(text[text.rindex(" [") :]), text[text.rindex(" [") + 2 : -1]
             entry["default"] = default
         entry["value"] = value.strip()
-        if also:
-            entry["also"] = also.rstrip(")").split(", ")
     return flags
 
 
@@ -260,7 +257,7 @@ def test_first_50_losses(scripts, home, name):
 def test_flags_of(scripts, tmp_path, name):
     golden = load("help.json")[name]
     assert len(golden) >= 5
-    found = read_help(run(scripts, tmp_path, f"{name} --help"))
+    found = read_help(run(scripts, tmp_path, f"{name} --help all"))
     for flag, entry in golden.items():
         allowed, now = (set(re.split("[|, ]+", of[flag]["value"])) for of in (golden, found))
         assert allowed <= now, flag

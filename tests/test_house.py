@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-from flatgpt.cli import cli
+from config import SCRIPT_CONFIGS
 
 SCRIPTS = ("prepare_data", "train", "eval", "infer", "export", "plot", "app", "bench")
 # What the modules of each folder import of this repository besides config.py and their own folder: DESIGN's arrows.
@@ -157,7 +157,7 @@ def test_every_config_field_is_read_somewhere():
     for file in FILES:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    for cls in cli.SCRIPT_CONFIGS:
+    for cls in SCRIPT_CONFIGS:
         assert set(typing.get_type_hints(cls)) <= read, cls
 
 
@@ -165,7 +165,7 @@ def test_every_config_field_is_read_somewhere():
 def test_help_is_light_and_names_every_key(verb):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['{verb}.py', '--help']\n"
+        f"sys.argv = ['{verb}.py', '--help', 'all']\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"try: runpy.run_path({str(ROOT / f'{verb}.py')!r}, run_name='__main__')\n"
         "except SystemExit as end: print('exit', end.code)\n"
@@ -173,7 +173,7 @@ def test_help_is_light_and_names_every_key(verb):
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.stdout.endswith("exit 0\nloaded []\n"), answer
-    cls = next(c for c in cli.SCRIPT_CONFIGS if c.__doc__.startswith(f"{verb}.py"))
+    cls = next(c for c in SCRIPT_CONFIGS if c.__doc__.startswith(f"{verb}.py"))
     for field in typing.get_type_hints(cls):
         assert field in answer.stdout
     assert f"python {verb}.py" in answer.stdout

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from config import BenchConfig, TrainConfig, UserError
 from flatgpt.benchmarks import nanogpt
 from flatgpt.benchmarks.measure import Process, interleave, log, milliseconds, script, seconds_since_start, speedup
-from flatgpt.cli.cli import recipe_text
+from flatgpt.cli.settings import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.history import follow
 from flatgpt.runs.run_log import peak_flops

@@ -159,7 +159,7 @@ def read_meta(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     with suppress(*DAMAGED):
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
         entries = meta["splits"].values()
         counts = [count_tokens(entry) for entry in entries]
         kinds = [str, int, str, int if meta["eot_id"] is not None else type(None), bool, dict]

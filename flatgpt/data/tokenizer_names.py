@@ -59,7 +59,7 @@ def _of_dataset_or_run(path: Path) -> tiktoken.Encoding | None:
     for file in (path / "meta.json", path / "state.json", *sorted(path.glob("ckpt/*/state.json"), reverse=True)):
         if file.is_file():
             try:
-                facts = json.loads(file.read_text(encoding="utf-8"))
+                facts = json.loads(file.read_text(encoding="utf-8-sig"))
                 facts = {**facts, "name": facts["tokenizer"]} if file.name == "meta.json" else facts["tokenizer"]
                 name, end_of_text_id = facts["name"], facts["eot_id"]
             except DAMAGED as error:

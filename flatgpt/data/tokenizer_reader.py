@@ -78,7 +78,7 @@ def read(path: Path) -> tiktoken.Encoding | None:
             return _known(read_json(path, name))
         folder = path.parent
         vocab, added = _read_object(folder / "vocab.json"), _read_object(folder / "added_tokens.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
         merges = [line for line in lines if line and not line.startswith(VERSION)]
         return _known(_from_vocabulary(path, name, vocab, merges, PATTERN, added))
     except DAMAGED as error:
@@ -282,7 +282,7 @@ def _end_of_text(folder: Path, special: dict[str, int], number: int | None) -> s
 
 def _read_object(file: Path) -> dict:
     """Return the object in a JSON file; {} if there is no file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

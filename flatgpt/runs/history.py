@@ -201,7 +201,7 @@ def read(folder: Path) -> History:
 def read_table(file: Path, loads: Callable[[str], dict]) -> dict:
     """Return the content of a JSON or TOML file; {} if it cannot be read."""
     try:
-        content = loads(file.read_text(encoding="utf-8"))
+        content = loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

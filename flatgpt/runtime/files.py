@@ -40,7 +40,7 @@ def read_json(file: Path, remedy: str = "copy it again") -> dict:
         return content
 
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:

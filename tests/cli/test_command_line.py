@@ -3,18 +3,33 @@
 import dataclasses
 import io
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import tomllib
 import warnings
 
 import pytest
 from processes import ROOT
 from tqdm import tqdm
 
-from config import BenchConfig, EvalConfig, InferConfig, PlotConfig, PrepareConfig, TrainConfig, UserError
-from flatgpt.cli import cli
-from flatgpt.cli.cli import parse
+import flatgpt
+from config import (
+    COMMON,
+    SCRIPT_CONFIGS,
+    BenchConfig,
+    EvalConfig,
+    InferConfig,
+    PlotConfig,
+    PrepareConfig,
+    TrainConfig,
+    UserError,
+)
+from flatgpt.cli import cli, settings
+from flatgpt.cli.foreign_flags import ALIASES
+from flatgpt.cli.settings import parse
 
 
 def recipe(folder, text, name="mine.toml") -> str:
@@ -128,7 +143,7 @@ def test_right_value_in_a_recipe(tmp_path, text, key, value):
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("n_layers", "n_layer"), ("learning-rate", None), ("min-lrs", "min_lr")],
+    [("n_layers", "n_layer"), ("zzz", None), ("min-lrs", "min_lr")],
 )
 def test_unknown_key_offers_the_nearest(tmp_path, key, nearest):
     on_line = refusal(TrainConfig, [f"--{key}", "3"])
@@ -202,7 +217,7 @@ def test_circular_base_is_refused(tmp_path):
 
 @pytest.mark.parametrize("words", ["--resume", "--overwrite", "--list", "--plan --gpus 8 --mfu 0.5"])
 def test_recipe_text_leaves_out_settings_of_the_call(words):
-    assert cli.recipe_text(parse(TrainConfig, words.split())) == cli.recipe_text(parse(TrainConfig, []))
+    assert settings.recipe_text(parse(TrainConfig, words.split())) == settings.recipe_text(parse(TrainConfig, []))
 
 
 def test_missing_recipe_names_the_nearest(tmp_path):
@@ -224,12 +239,12 @@ def test_bare_name_is_a_file_in_configs(in_tmp):
 
 
 def test_recipes_returns_configs_and_errors(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "RECIPES", tmp_path)
+    monkeypatch.setattr(settings, "RECIPES", tmp_path)
     recipe(tmp_path, "n_layer = 2\nlr = 1.0", "small.toml")
     recipe(tmp_path, 'base = "small"\ninit_from = "no/such/model"', "tuned.toml")
     recipe(tmp_path, "n_layer = 'two'\nn_lare = 2", "wrong.toml")
     recipe(tmp_path, "n_layer = ", "broken.toml")
-    found = cli.recipes(TrainConfig, ["--lr", "2", "--config", "tuned", "--list"])
+    found = settings.recipes(TrainConfig, ["--lr", "2", "--config", "tuned", "--list"])
     assert sorted(found) == ["broken", "small", "tuned", "wrong"]
     assert (found["small"].n_layer, found["small"].lr, found["small"].config) == (2, 2.0, "small")
     assert (found["tuned"].n_layer, found["tuned"].init_from) == (2, "no/such/model")
@@ -263,34 +278,64 @@ def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path):
 # --help, exit codes, streams
 
 
-@pytest.mark.parametrize("cls", cli.SCRIPT_CONFIGS)
+@pytest.mark.parametrize("cls", SCRIPT_CONFIGS)
 @pytest.mark.parametrize("columns", [80, 200])
 def test_help_has_each_flag_with_its_default_and_choices(monkeypatch, cls, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = cli.help_text(cls, "\nhow to use it\n")
+    text = cli.help_text(cls, "\nhow to use it\n", all_keys=True)
     assert text.startswith("how to use it\n")
     assert max(map(len, text.splitlines())) <= min(columns, 120)
     flat = " ".join(text.split())
     for field in dataclasses.fields(cls):
         meta = field.metadata
-        flag = f"--[no-]{field.name}" if isinstance(field.default, bool) else field.name
-        assert flag in flat
+        assert (f"--no-{field.name} " if field.default is True else field.name) in flat
         assert meta["help"] in flat
-        for said in (*meta.get("choices", ()), *(f"--{a}" for a in meta.get("alias", ())), meta.get("section", "")):
+        for said in (*meta.get("choices", ()), meta.get("section", "")):
             assert said in flat
         if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
             assert f"[{field.default}]" in flat
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--nonsense", "3", "--help"]])
-def test_help_exits_0(monkeypatch, capsys, words):
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+@pytest.mark.parametrize("cls", SCRIPT_CONFIGS)
+def test_short_help_fits_on_a_page(cls):
+    """It has the common settings, under their headings, and says where the others are."""
+    text, full = cli.help_text(cls, "usage"), cli.help_text(cls, "usage", all_keys=True)
+    common = COMMON.get(cls.__name__, "").split()
+    assert set(common) <= {field.name for field in dataclasses.fields(cls)}
+    assert len(text.splitlines()) <= 64
+    if common:
+        assert len(re.findall(r"^  \S", text, re.MULTILINE)) == len(common) <= 20
+        assert text.endswith(f"--help all: all {len(dataclasses.fields(cls))} settings.")
+        assert set(text.splitlines()[:-1]) <= set(full.splitlines())
+    else:
+        assert text == full
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "missing"),
+    [
+        ("--help", "--n_layer N", "--beta2"),
+        ("-h", "--n_layer N", "--beta2"),
+        ("--nonsense 3 --help", "--n_layer N", "--beta2"),
+        ("--help all", "--beta2 X", "--eval_intervel"),
+        ("--version", f"flatGPT {flatgpt.__version__}\n", "--n_layer"),
+    ],
+)
+def test_help_and_version_exit_0(monkeypatch, capsys, words, said, missing):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as end:
         cli.from_command_line(TrainConfig, "usage")
     assert end.value.code == 0
-    said = capsys.readouterr()
-    assert "--n_layer N" in said.out
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert said in printed.out
+    assert missing not in printed.out
+    assert printed.err == ""
+
+
+def test_version_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == flatgpt.__version__
 
 
 @pytest.mark.parametrize(
@@ -327,6 +372,17 @@ def test_run_script_returns_the_result_and_raises_bugs():
         cli.run_script(lambda config: 1 / config, 0)
     with socket.socketpair()[0] as connection, pytest.raises(BrokenPipeError):  # its other end is closed
         cli.run_script(connection.send, b"text")
+
+
+@pytest.mark.parametrize("module", ["dataclasses", "tomllib", "numpy", "torch"])
+def test_interrupt_during_imports_is_silent(tmp_path, module):
+    """Ctrl-C while a script starts ends it, without a traceback."""
+    hook = "import os, signal, sys\nclass Hook:\n    def find_spec(self, name, *_):\n"
+    hook += f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Hook())"
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    words = [sys.executable, ROOT / "infer.py", "--model_path", "none"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_closed_pipe_is_silent():
@@ -435,4 +491,121 @@ def test_terminal_shows_progress_bars(monkeypatch):
 
 def test_bytes_that_are_not_text_are_refused():
     """Python reads them as lone surrogates, with which config.toml could not be written hours later."""
-    assert "'x\\udcff' cannot be decoded: set LC_ALL=C.UTF-8" in refusal(TrainConfig, ["--out_dir", "x\udcff"])
+    assert r"'x\xff' is not valid UTF-8" in refusal(TrainConfig, ["--out_dir", "x\udcff"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words of other projects
+
+
+FLAGS = (ROOT / "tests/support/foreign_flags.txt").read_text(encoding="utf-8")
+PROJECTS = re.findall(r"^\[(.+): (\w+)\]\n([^[]+)", FLAGS, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("project", "script", "names"), PROJECTS, ids=[row[0] for row in PROJECTS])
+def test_each_flag_of_another_project_is_ours_or_named(project, script, names):
+    """It sets our key of the same meaning, or one line says what to do. None is unknown."""
+    cls = {"train": TrainConfig, "infer": InferConfig}[script]
+    own = {field.name for field in dataclasses.fields(cls)}
+    every = {field.name for other in SCRIPT_CONFIGS for field in dataclasses.fields(other)}
+    for name in names.split():
+        if name in own or ALIASES.get(name) in own:
+            continue
+        for words in ([f"--{name}"], [f"--{name}=true"], [f"--{name.replace('_', '-')}", "3"]):
+            flag, _, answer = refusal(cls, words).partition(": ")
+            assert flag == words[0].partition("=")[0]
+            assert re.search(r"use |leave it out|start ", answer), answer
+            assert set(re.findall(r"--(\w+)", answer)) <= every | {"nproc_per_node"}, answer
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--block_size 64", "context_length", 64),
+        ("--learning-rate=1e-3", "lr", 1e-3),
+        ("--n_embed 64", "n_embd", 64),
+        ("--gradient_accumulation_steps 4", "grad_accum_steps", 4),
+        ("--compile=False", "compile", False),
+        ("--device=cpu", "device", "cpu"),
+        ("--out_dir=x", "out_dir", "x"),
+        ("--no-gradient_checkpointing --gradient_checkpointing", "activation_checkpointing", True),
+        ("--num_train_epochs 2", "epochs", 2.0),
+        ("--init_from gpt2", "init_from", "gpt2"),
+    ],
+)
+def test_same_meaning(words, key, value):
+    assert getattr(parse(TrainConfig, words.split()), key) == value
+
+
+def test_aliases_in_recipes(tmp_path):
+    """They are keys of the scripts that have the setting; init_from is not nanoGPT's of sample.py."""
+    path = recipe(tmp_path, 'block_size = 32\nlearning_rate = 1e-3\ninit_from = "gpt2"\ntemp = 0.3\n')
+    found = parse(TrainConfig, ["--config", path])
+    assert (found.context_length, found.lr, found.init_from) == (32, 1e-3, "gpt2")
+    found = parse(InferConfig, ["--config", path])
+    assert (found.temperature, found.model_path) == (0.3, None)
+    assert parse(InferConfig, ["--init_from", "gpt2"]).model_path == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("cls", "words", "answer"),
+    [
+        (TrainConfig, ["lr=1e-3"], "lr: write --lr=1e-3"),
+        (TrainConfig, ["n-layer=3"], "n-layer: write --n-layer=3"),
+        (TrainConfig, ["-lr", "3"], "-lr: write --lr"),
+        (TrainConfig, ["\u2013batch_size", "3"], "\u2013batch_size: write --batch_size"),
+        (TrainConfig, ["shakespeare"], "shakespeare: write --config shakespeare"),
+        (TrainConfig, ["config/mine.py"], "config/mine.py: write --config config/mine.py"),
+        (TrainConfig, ["out/a b"], "out/a b: write --resume 'out/a b'"),
+        (
+            TrainConfig,
+            ["--temperature", "1"],
+            "--temperature: a setting of eval.py, infer.py, app.py, not",
+        ),
+        (TrainConfig, ["--temp", "1"], "--temp: a setting of eval.py, infer.py, app.py (temperature), not of this"),
+        (TrainConfig, ["--init_from=resume"], "--init_from = resume: use --resume to continue a run"),
+        (TrainConfig, ["--no-n_layer"], "--no-n_layer: no such key; write --n_layer=VALUE"),
+        (EvalConfig, ["out/q"], "out/q: write --model_path out/q"),
+        (InferConfig, ["out/q"], "out/q: write --model_path out/q"),
+        (InferConfig, ["Once upon"], "Once upon: write --prompt 'Once upon'"),
+        (PrepareConfig, ["./notes"], "./notes: write text --input ./notes"),
+        (PrepareConfig, ["pydcs"], "source = pydcs: one of pydoc, "),
+    ],
+)
+def test_word_that_is_not_expected(cls, words, answer):
+    assert refusal(cls, words).startswith(answer)
+
+
+def test_recipe_in_python_is_refused(tmp_path):
+    answer = refusal(TrainConfig, ["--config", recipe(tmp_path, "learning_rate = 1e-3\n", "mine.py")])
+    assert "recipes are TOML, not Python; write its settings to mine.toml" in answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# paths in settings
+
+
+def test_tilde_is_the_home_folder_except_in_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = recipe(tmp_path, 'data_dir = "~/d"\nsample_prompt = "~/x"\n', "home.toml")
+    found = parse(TrainConfig, ["--config=~/home.toml", "--out_dir=~/o"])
+    assert (found.config, found.data_dir, found.out_dir) == (path, f"{tmp_path}/d", f"{tmp_path}/o")
+    assert found.sample_prompt == ("~/x",)
+    assert parse(PrepareConfig, ["text", "--input=~/a", "--input=b~"]).input == (f"{tmp_path}/a", "b~")
+    found = parse(InferConfig, ["--prompt", "~", "--stop", "~/"])
+    assert (found.prompt, found.stop) == ("~", ("~/",))
+
+
+def test_recipe_with_a_byte_order_mark(tmp_path):
+    assert parse(TrainConfig, ["--config", recipe(tmp_path, "\ufeffn_layer = 2\n")]).n_layer == 2
+
+
+def test_out_dir_of_a_runs_own_recipe_is_the_folder_that_it_is_in(tmp_path):
+    """A run is found from each folder, and after its folder was moved."""
+    run = tmp_path / "moved"
+    run.mkdir()
+    path = recipe(run, 'out_dir = "out/x"\n', "config.toml")
+    assert parse(TrainConfig, ["--config", path]).out_dir == "out/x"
+    (run / "ckpt").mkdir()
+    assert parse(TrainConfig, ["--config", path]).out_dir == str(run)
+    assert parse(TrainConfig, ["--config", path, "--out_dir", "y"]).out_dir == "y"

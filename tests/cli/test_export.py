@@ -16,7 +16,7 @@ from random_models import generate
 import export
 import model
 from config import SamplingConfig, TrainConfig, UserError
-from flatgpt.cli.cli import parse
+from flatgpt.cli.settings import parse
 from flatgpt.data import tokenizer
 from flatgpt.inference.decoder import Decoder
 from flatgpt.interop import loading

@@ -12,7 +12,7 @@ from processes import ROOT
 
 import plot
 from config import PlotConfig
-from flatgpt.cli.cli import parse
+from flatgpt.cli.settings import parse
 from flatgpt.runs.run_log import KEYS
 
 HEADER = ",".join(KEYS) + "\n"

@@ -13,13 +13,13 @@ from run_files import rows
 
 import train
 from config import PrepareConfig, TrainConfig, run_dir
-from flatgpt.cli import cli
+from flatgpt.cli import cli, settings
 from flatgpt.data import tokenizer
 from flatgpt.data.sources import dataset_folder
 from flatgpt.interop.pretrained import initial_shape
 from model import GPT
 
-RECIPES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(cli.RECIPES.glob("*.toml"))}
+RECIPES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(settings.RECIPES.glob("*.toml"))}
 HUGGING_FACE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 
 

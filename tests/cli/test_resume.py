@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import train
 from config import TrainConfig, UserError, run_dir
 from flatgpt.cli import cli
+from flatgpt.cli.settings import recipe_text
 from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs import checkpoint
 from flatgpt.training import resume
@@ -353,7 +354,7 @@ def test_resumed_run_keeps_its_validation_windows(here, tmp_path, saved, words, 
         return
     assert run.config.eval_tokens == tokens
     assert not any("eval" in line for line in resume.require_same_run(RUN / "ckpt/last", state, run))
-    (tmp_path / "config.toml").write_text(cli.recipe_text(run.config))
+    (tmp_path / "config.toml").write_text(recipe_text(run.config))
     assert cli.parse(TrainConfig, ["--config", str(tmp_path / "config.toml")]).eval_tokens == tokens
 
 

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import train
+from flatgpt.cli.cli import run_script
 from config import SamplingConfig, TrainConfig, UserError
-from flatgpt.cli.cli import parse, run_script
+from flatgpt.cli.settings import parse
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.evaluation import metrics

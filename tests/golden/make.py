@@ -78,7 +78,7 @@ def losses(scripts: Scripts) -> None:
 
 
 def flags(scripts: Scripts) -> None:
-    write("help.json", {s: golden.read_help(golden.run(scripts, fresh(), f"{s} --help")) for s in golden.SCRIPTS})
+    write("help.json", {s: golden.read_help(golden.run(scripts, fresh(), f"{s} --help all")) for s in golden.SCRIPTS})
 
 
 def calls(scripts: Scripts) -> None:

@@ -7,7 +7,7 @@ import torch
 
 import export
 from config import ExportConfig, TrainConfig, UserError
-from flatgpt.cli.cli import parse
+from flatgpt.cli.settings import parse
 from flatgpt.data import tokenizer
 from flatgpt.runs import checkpoint
 from model import GPT

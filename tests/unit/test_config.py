@@ -6,9 +6,8 @@ import tomllib
 import pytest
 
 import config
-from config import BenchConfig, EvalConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
-from flatgpt.cli import cli
-from flatgpt.cli.cli import RECIPES, parse
+from config import SCRIPT_CONFIGS, BenchConfig, EvalConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
+from flatgpt.cli.settings import RECIPES, parse
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -64,7 +63,7 @@ def test_recipe_of_a_start_without_one(in_tmp, words, recipe):
     assert found.optimizer == ("muon" if recipe == "quickstart" else "adamw")
 
 
-@pytest.mark.parametrize("cls", cli.SCRIPT_CONFIGS)
+@pytest.mark.parametrize("cls", SCRIPT_CONFIGS)
 def test_defaults_obey_their_own_limits(cls):
     for field in dataclasses.fields(cls):
         meta, value = field.metadata, field.default
@@ -75,8 +74,6 @@ def test_defaults_obey_their_own_limits(cls):
             assert value <= meta.get("high", value), field.name
             assert "above" not in meta or value > meta["above"], field.name
             assert "below" not in meta or value < meta["below"], field.name
-    names = [n for f in dataclasses.fields(cls) for n in (f.name, *f.metadata.get("alias", ()))]
-    assert len(names) == len(set(names))
     if cls is not PrepareConfig:  # its source has no default
         assert cls().problems() == []
 

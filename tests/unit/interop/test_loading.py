@@ -16,7 +16,7 @@ from vocabularies import TEXT, bpe, characters, save_run_of, write_bpe, write_mo
 
 import flatgpt
 from config import TrainConfig, UserError
-from flatgpt.cli.cli import parse
+from flatgpt.cli.settings import parse
 from flatgpt.data.tokenizer import encode_special
 from flatgpt.data.tokenizer_files import tokenizer_json
 from flatgpt.interop import loading, pretrained
@@ -311,3 +311,14 @@ def test_a_run_means_its_best_else_its_last(in_tmp):
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match=r"init_from = out/r: .*model.safetensors is damaged"):
         loading.load_pretrained(GPT(model.config), "out/r")
+
+
+def test_byte_order_marks_in_the_files_of_a_hugging_face_folder(tiny_run, in_tmp, cli):
+    """Some editors write them."""
+    assert cli("export", "--model_path", tiny_run, "--out", "hf").code == 0
+    expected = cli("infer", "--model_path", "hf", "--prompt", "3 green", "--max_new_tokens", 8, "--json", "-")
+    for file in in_tmp.glob("hf/*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    found = cli("infer", "--model_path", "hf", "--prompt", "3 green", "--max_new_tokens", 8, "--json", "-")
+    assert found.code == 0, found
+    assert [json.loads(done.out)["texts"] for done in (found, expected)] == [json.loads(expected.out)["texts"]] * 2

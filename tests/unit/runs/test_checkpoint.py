@@ -17,7 +17,7 @@ from dataset_files import full_disk
 from run_files import saved_iters
 
 from config import ModelConfig, TrainConfig, UserError
-from flatgpt.cli.cli import parse
+from flatgpt.cli.settings import parse
 from flatgpt.interop.pretrained import initial_shape
 from flatgpt.runs import checkpoint
 from flatgpt.runs.history import follow
