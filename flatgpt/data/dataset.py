@@ -119,22 +119,23 @@ def _prepare_command(folder: Path, model_path: Path | None) -> str:
     """Return the command that started the dataset in this folder, else guess it from the folder's name."""
     with suppress(OSError, *DAMAGED):
         return "" + json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]  # TypeError unless a str
+    name = [f"--name={folder.name}"] if folder.name.startswith("--") else ["--name", folder.name]
     args, choices = {}, PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
     args |= {repo.name: ["hub", "--repo", f"{repo.parent.name}/{repo.name}"] for repo in RAW_HUB.glob("*/*")}
     args |= {source: [source] for source in choices if source not in ("hub", "compare")}
     args["text"] += ["--input", "FILES"]
-    beginnings = [name for name in args if f"{folder.name}_".startswith(f"{name}_")]
+    beginnings = [key for key in args if f"{folder.name}_".startswith(f"{key}_")]
     base = max(beginnings, key=len, default="text")
     rest = folder.name[len(base) + 1 :] if beginnings else folder.name
     dump = DUMP_NAME.match(rest) if base == "wikipedia" else None
     given = ["--dump", dump[0].rstrip("_")] if dump else []
     rest = rest[dump.end() :] if dump else rest
     if model_path:
-        given += ["--tokenizer", str(model_path), "--name", folder.name]
+        given += ["--tokenizer", str(model_path), *name]
     elif rest == "byte" or rest in tiktoken.list_encoding_names() or re.fullmatch("bpe[0-9]+", rest):
         given += ["--tokenizer", re.sub("^bpe", "bpe:", rest)]
     elif rest:
-        given += ["--name", folder.name]
+        given += name
     given += ["--data_dir", str(folder.parent)] if folder.parent != Path("data") else []
     return shlex.join(["python", "prepare_data.py", *args[base], *given])
 

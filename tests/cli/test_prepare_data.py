@@ -102,7 +102,7 @@ def test_wrong_folder_or_tokenizer_is_answered_with_those_that_exist(cli):
         ("--info mine", "info = mine: no such folder; folders that have one: data/mine"),
         ("--verify data", "verify = data: no dataset in this folder; folders that have one: data/mine"),
         ("--info nope", "info = nope: no such folder; folders that have one: data/mine"),
-        ("text --input a.jsonl --tokenizer mine", "or --tokenizer data/mine?"),
+        ("text --input a.jsonl --tokenizer mine", "; did you mean --tokenizer data/mine?"),
     ):
         assert cli("prepare_data", *words.split()).error.endswith(said)
 

@@ -73,6 +73,7 @@ def test_unfinished_dataset_names_the_command(tmp_path, name, files, said):
         "text --input FILES",
         "text --input FILES --tokenizer bpe:300 --data_dir there",
         "text --input FILES --name 'my data'",
+        "text --input FILES --name=--x",
         "hub --repo user/some_stories",
         "hub --repo user/some --tokenizer byte",
     ],
