@@ -121,7 +121,7 @@ def open_text(config: PrepareConfig) -> Corpus:
             flag = "--input" if split == "train" else f"--{split}_input"
             raise UserError(f"{flag}: all of its files are in another split too; leave some out there")
     raw = {s: [RawFile(str(path), path.stat().st_size, path) for path in found[s]] for s in SPLITS if found[s]}
-    note = f"note: {left_out} of the input files are in the validation or test files too; only these have them"
+    note = f"note: input files that are left out, as --val_input or --test_input has them: {left_out:,}"
     return Corpus(raw, notice=note * bool(left_out))
 
 
