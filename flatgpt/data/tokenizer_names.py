@@ -43,9 +43,8 @@ def find(name: str, data_dir: str = "data") -> tiktoken.Encoding | None:
         try:
             return tokenizer.check_name(name)
         except UserError as error:
-            found = [
-                path.parent for path in (Path(data_dir, name, "meta.json"), Path("out", name, "ckpt")) if path.exists()
-            ]
+            likely = (Path(data_dir, name, "meta.json"), Path("out", name, "ckpt"))
+            found = [path.parent for path in likely if path.exists()]
             hint = f"; did you mean --tokenizer {shlex.quote(str(found[0]))}?" if found else ""
             raise UserError(f"{error}, bpe:N, or the path of a {EXPECTED}{hint}") from None
     found = tokenizer_reader.read(hub.fetch_tokenizer(name))
