@@ -52,6 +52,17 @@ class ReportedByOtherRank(UserError):  # noqa: N818 - not an error of this rank
     """A UserError that another rank reports; this rank exits silently."""
 
 
+def is_text_encoding(name: str) -> bool:
+    """Return whether Python has a codec of that name that decodes bytes to valid text."""
+    try:
+        "\ud800".encode(name)  # half a surrogate pair: codecs that do not refuse it, as utf-7, can return one
+    except UnicodeEncodeError:
+        return True
+    except (LookupError, ValueError):
+        pass
+    return False
+
+
 def opt(default, help: str, **meta):
     """Return a dataclass field with its help and limits.
 
@@ -179,7 +190,9 @@ class PrepareConfig:
         section="Source",
     )
     input: tuple[str, ...] = opt(
-        (), "for text and compare: files, folders and quoted glob patterns; .txt .md .py .jsonl[.gz|.zst] .parquet"
+        (),
+        "for text and compare: files, folders and quoted glob patterns; .txt .md .py .rst .tex .jsonl .ndjson .json "
+        ".csv .tsv, also with .gz .zst .bz2 .xz, and .parquet",
     )
     val_input: tuple[str, ...] = opt(
         (), "for text and compare: files of the validation split, which --input then lacks"
@@ -188,7 +201,8 @@ class PrepareConfig:
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
     subset: str | None = opt(None, "for hub: a subset that the dataset's page names, or a folder", none="the only one")
     files: tuple[str, ...] = opt((), "for hub: quoted glob patterns of the files to use")
-    column: str = opt("text", "for hub and text: parquet column or JSON key of the text")
+    column: str = opt("text", "for hub and text: parquet or csv column, or JSON key, of the text; a.b is nested")
+    encoding: str = opt("utf-8", "for hub and text: encoding of text files, for example utf-16-le, cp1252 or gb18030")
     dump: str | None = opt(None, "for wikipedia: date and language, for example 20231101.simple", none="20231101.en")
     revision: str | None = opt(None, "for sources on the hub: commit, branch or tag", none="a fixed commit")
     refresh: bool = opt(False, "for sources on the hub: list the files of a branch anew, instead of the cached list")
@@ -281,8 +295,11 @@ class PrepareConfig:
                 found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}{hint}")
         if self.subset and self.files:
             found.append("--subset and --files exclude each other: give one of them")
-        if self.column != "text" and self.source not in ("hub", "text", "compare"):
-            found.append(f"--column applies to source hub, text, compare, not to {self.source}")
+        for key, default in (("column", "text"), ("encoding", "utf-8")):
+            if getattr(self, key) != default and self.source not in ("hub", "text", "compare"):
+                found.append(f"--{key} applies to source hub, text, compare, not to {self.source}")
+        if not is_text_encoding(self.encoding):
+            found.append(f"encoding = {self.encoding}: unknown; one of Python's is expected, such as utf-16 or cp1252")
         for split, inputs in (("val", self.val_input), ("test", self.test_input)):
             if inputs and getattr(self, f"{split}_fraction") is not None:
                 found.append(f"--{split}_input and --{split}_fraction exclude each other: give one of them")

@@ -24,8 +24,8 @@ import tiktoken
 
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import Dataset, open_dataset
-from flatgpt.data.readers import text_chunks
 from flatgpt.data.shards import Tokens, read_meta
+from flatgpt.data.text_files import text_chunks
 from flatgpt.evaluation import continuations, report
 from flatgpt.evaluation.metrics import compute_metrics, count_text, default_batch_size, eval_batches, token_statistics
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices

@@ -17,6 +17,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+from flatgpt.data.text_files import decode
 from flatgpt.inference.prepacking import prepare_for_decoding
 from flatgpt.inference.sampling import NonFiniteLogitsError
 from flatgpt.inference.writer import Text, Writer
@@ -48,27 +49,19 @@ def read_prompts(config: InferConfig) -> list[str]:
     """Return the prompts of the command line, a file or standard input.
 
     Raises:
-        UserError: the input is not UTF-8 text, or prompts_file is empty.
+        UserError: the input is not text, or prompts_file is empty.
     """
     name = config.prompts_file or config.prompt_file or config.standard_input
     if not name:
         return [config.prompt]
     with naming("standard input" if name == "-" else name):
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise not_utf8("standard input" if name == "-" else name, error) from None
+    text = "".join(decode([data], "standard input" if name == "-" else name)).replace("\r\n", "\n").removesuffix("\n")
     if not config.prompts_file:
         return [text]
     if not text:
         raise UserError(f"prompts_file = {name}: the file is empty; write one prompt per line")
     return text.split("\n")
-
-
-def not_utf8(name: str, error: UnicodeDecodeError) -> UserError:
-    """Return a UserError with the position of the first invalid byte."""
-    return UserError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}; convert it to UTF-8 first")
 
 
 def write_batch(writer: Writer, texts: list[Text], headers: list[str]) -> None:
@@ -134,7 +127,8 @@ def run_interactive(writer: Writer) -> None:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise not_utf8("standard input", error) from None
+            problem = f"standard input: byte 0x{error.object[error.start]:02x} is not UTF-8"
+            raise UserError(f"{problem}: set the terminal to UTF-8") from None
         try:
             text = writer.text(prompt)
         except UserError as error:  # a character that the tokenizer does not have

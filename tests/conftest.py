@@ -113,11 +113,11 @@ def in_tmp(tmp_path, monkeypatch):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Data preparation with tasks of 300 bytes and chunks of 400, so that a small input makes many of both."""
-    from flatgpt.data import readers
+    from flatgpt.data import chunks
 
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a slow disk shall not make slow tests
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 300)
-    monkeypatch.setattr(readers.split_document, "__defaults__", (400,))
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunks.split_document, "__defaults__", (400,))
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,9 @@ from pathlib import Path
 from config import BenchConfig, PrepareConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.benchmarks.measure import Process, interleave, log, script
-from flatgpt.data import readers, tokenizer, workers
-from flatgpt.data.sources import expand_inputs, open_pydoc
+from flatgpt.data import parquet, readers, tokenizer, workers
+from flatgpt.data.inputs import expand_inputs
+from flatgpt.data.sources import open_pydoc
 
 ROW_GROUP = 1000  # rows, as in datasets on the hub
 
@@ -119,7 +120,7 @@ def encode_plain(file: str, processes: int) -> None:
     One end-of-text token per document is counted.
     """
     encoding, seconds, tokens = tokenizer.load("gpt2"), 0.0, 0
-    rows = (chunk.text for chunk in readers.rows(Path(file), "text"))
+    rows = (chunk.text for chunk in parquet.rows(Path(file), "text"))
     while texts := list(itertools.islice(rows, ROW_GROUP)):
         start = time.perf_counter()
         lengths = [len(encoding.encode_ordinary(text)) for text in texts]

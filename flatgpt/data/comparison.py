@@ -11,8 +11,8 @@ import numpy as np
 
 from config import PrepareConfig, UserError, tokenizer_names
 from flatgpt.data import tokenizer
+from flatgpt.data.chunks import Chunk
 from flatgpt.data.encode import encode_chunks, load_encoder
-from flatgpt.data.readers import Chunk
 from flatgpt.data.sources import make_plan, open_text
 from flatgpt.data.tokenizer_names import find as find_tokenizer
 from flatgpt.data.tokenizer_training import split_texts, train, trained_size
@@ -38,6 +38,8 @@ def compare(config: PrepareConfig, log: Callable[[str], None] = print) -> list[t
     for name in names:  # raise errors before the text is read
         encodings[name] = None if trained_size(name) else find_tokenizer(name, config.data_dir) or tokenizer.load(name)
     corpus = open_text(config)
+    if corpus.notice:
+        log(corpus.notice)
     plan, limit = make_plan(config, corpus), config.tokenizer_sample_mb * 10**6
     texts = functools.partial(split_texts, config, corpus, plan, limit=limit)
     words, val_bytes = 0, 0

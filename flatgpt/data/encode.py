@@ -19,7 +19,7 @@ import tiktoken
 
 from config import UserError
 from flatgpt.data import tokenizer
-from flatgpt.data.readers import Chunk
+from flatgpt.data.chunks import Chunk
 from flatgpt.data.tokenizer import FileTokenizer, split_text, to_uint16
 
 END_OF_TEXT = "<|endoftext|>"

@@ -6,6 +6,7 @@ dataset is finished, meta.json, the manifest, replaces progress.json.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -21,13 +22,14 @@ from pathlib import Path
 import tiktoken
 
 from config import PrepareConfig, UserError, tokenizer_names
-from flatgpt.data import readers, splits, tokenizer, workers
+from flatgpt.data import tokenizer, workers
+from flatgpt.data.chunks import Task
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
-from flatgpt.data.readers import Corpus, Task
+from flatgpt.data.readers import Corpus
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
-from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
+from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan, note_shared
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
 from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_json
 from flatgpt.data.tokenizer_names import find as find_tokenizer
@@ -36,7 +38,6 @@ from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
 
 MIN_POOL_BYTES = 8 << 20  # encoding less text is faster than starting processes
-MAX_COMPARED_BYTES = 100 << 20  # larger inputs are not searched for documents that are in two splits
 SAVE_SECONDS = 10  # between two saves of progress.json
 NOTHING_DONE = {"tasks": 0, "size": 0}  # progress of one split of the source
 
@@ -102,10 +103,13 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
             log(f"{folder}: resuming")
         else:
             remove_unfinished(folder)
-            if (config.val_input or config.test_input) and plan.size <= MAX_COMPARED_BYTES:
+            if config.val_input or config.test_input:
                 note_shared(config, corpus, log)
         write_tokenizer(folder, encoding, progress)
         entries = write_shards(config, folder, plan, encoding, progress)
+        if changed := next((file for group in corpus.files.values() for file in group if file.has_changed()), None):
+            remove_unfinished(folder)
+            raise UserError(f"{changed.path} changed while it was read: run again when it is complete")
         ends = source.end_of_text and encoding.eot_token is not None
         meta = {key: value for key, value in settings.items() if value is not None}
         meta |= {"vocab_size": encoding.n_vocab, "ranks_sha256": tokenizer.ranks_hash(encoding)}
@@ -116,14 +120,6 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     return open_dataset(folder)
 
 
-def note_shared(config: PrepareConfig, corpus: Corpus, log: Callable[[str], None]) -> None:
-    """Say how many documents of the user's validation and test files are training documents too."""
-    texts = {s: readers.documents(files, config.column, config.sample_size) for s, files in corpus.files.items()}
-    train, *others = (dict(splits.documents(texts[split])) for split in SPLITS if split in texts)
-    if shared := sum(len(train.keys() & other.keys()) for other in others):
-        log(f"note: {shared:,} different documents of the validation or test files are in the training files too")
-
-
 def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.Encoding | None) -> dict:
     """Return the settings that identify a dataset, in the order in which meta.json has them.
 
@@ -132,6 +128,7 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         encoding: the tokenizer, unless it has a known name or is trained.
     """
     val_fraction = SOURCES[config.source].val_fraction if config.val_fraction is None else config.val_fraction
+    codec = codecs.lookup(config.encoding).name
     return {
         "source": config.source,
         "repo": config.repo,
@@ -139,6 +136,7 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         "dump": None if config.dump == DUMP else config.dump,
         "files": list(config.files) or None,
         "column": None if config.column == "text" else config.column,
+        "encoding": None if codec in ("utf-8", "utf-8-sig") else codec,
         "revision": revision,
         "tokenizer": config.tokenizer,
         "encoder": config.encoder,

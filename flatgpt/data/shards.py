@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from flatgpt.data.readers import read_errors
 from flatgpt.data.tokenizer import to_uint16
-from flatgpt.runtime.files import atomic_write, fsync, naming
+from flatgpt.runtime.files import atomic_write, fsync, naming, read_errors
 
 FORMAT = 1
 REQUIRED = ("tokenizer", "vocab_size", "ranks_sha256", "eot_id", "end_of_text", "splits")  # keys of meta.json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
 import http.client
 import itertools
@@ -16,17 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import PrepareConfig, UserError
-from flatgpt.data import readers, tokenizer
+from flatgpt.data import readers, splits, tokenizer
+from flatgpt.data.chunks import Task, chunk_tasks
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder, load_tokenizer
 from flatgpt.data.hub import DUMP, known_commit, open_repository
-from flatgpt.data.readers import Corpus, RawFile, Task, chunk_tasks, file_tasks
+from flatgpt.data.inputs import expand_inputs
+from flatgpt.data.readers import Corpus, RawFile, file_tasks
 from flatgpt.data.shards import SPLITS
 from flatgpt.data.splits import Borders, CharacterBorders, choose_split, chunks_by_split, divide, split_by_characters
-from flatgpt.runtime.files import atomic_write
+from flatgpt.data.text_files import file_format, text_chunks
+from flatgpt.runtime.files import atomic_write, read_errors
 
 # The common copy of tiny Shakespeare, from Karpathy's char-rnn (2015).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+MAX_COMPARED_BYTES = 100 << 20  # larger inputs are not searched for documents that are in two splits
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,18 @@ def open_shakespeare(config: PrepareConfig) -> Corpus:
 
 
 def text_revision(config: PrepareConfig) -> str:
-    """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file is not UTF-8."""
+    """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file cannot be decoded."""
     combined = hashlib.sha256()
     for split, files in open_text(config).files.items():
         combined.update(b"" if split == "train" else split.encode())
         for path in (file.path for file in files):
             digest = hashlib.sha256()
             try:
-                if readers.file_format(path) == "text":
-                    for chunk in readers.text_chunks(path):
+                if file_format(path) == "text":
+                    for chunk in text_chunks(path, config.encoding):
                         digest.update(chunk.encode())
                 else:
-                    with readers.read_errors(path), open(path, "rb") as file:
+                    with read_errors(path), open(path, "rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
             except UserError:
                 if not config.sample_size:  # a file behind the sample need not be valid; one in it is refused later
@@ -111,35 +114,30 @@ def open_text(config: PrepareConfig) -> Corpus:
         UserError: no file is left for a split.
     """
     patterns = {"val": config.val_input, "test": config.test_input, "train": config.input}
-    taken, left_out, found = set(), 0, {}
+    taken, left_out, found, lines = set(), 0, {}, []
     for split, inputs in patterns.items():
-        paths = expand_inputs(inputs)
+        flag = "--input" if split == "train" else f"--{split}_input"
+        paths = expand_inputs(inputs, config.column, config.encoding, lines.append, flag)
         found[split] = [path for path in paths if path.resolve() not in taken]
         left_out += len(paths) - len(found[split])
         taken |= {path.resolve() for path in paths}
         if paths and not found[split]:
-            flag = "--input" if split == "train" else f"--{split}_input"
             raise UserError(f"{flag}: all of its files are in another split too; leave some out there")
     raw = {s: [RawFile(str(path), path.stat().st_size, path) for path in found[s]] for s in SPLITS if found[s]}
-    note = f"note: input files that are left out, as --val_input or --test_input has them: {left_out:,}"
-    return Corpus(raw, notice=note * bool(left_out))
+    if left_out:
+        lines.append(f"note: input files that are left out, as --val_input or --test_input has them: {left_out:,}")
+    return Corpus(raw, notice="\n".join(lines))
 
 
-def expand_inputs(patterns: tuple[str, ...]) -> list[Path]:
-    """Return the files for paths, folders (recursive, sorted) and glob patterns, in order and without duplicates."""
-    files: dict[Path, Path] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        found = [path]
-        if pattern and path.is_dir():
-            found = [p for p in readers.files_below(path) if p.name.endswith(tuple(readers.FORMATS))]
-        elif not path.is_file():
-            found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-        if not found:
-            raise UserError(f"--input {pattern}: no such file, and no {' '.join(readers.FORMATS)} file matches")
-        for file in found:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
+def note_shared(config: PrepareConfig, corpus: Corpus, log: Callable[[str], None]) -> None:
+    """Log how many documents of the user's validation and test files are training documents too, if that is quick."""
+    if sum(file.size for group in corpus.files.values() for file in group) > MAX_COMPARED_BYTES:
+        return
+    read = functools.partial(readers.documents, encoding=config.encoding)
+    texts = {s: read(files, config.column, config.sample_size) for s, files in corpus.files.items()}
+    train, *others = (dict(splits.documents(texts[split])) for split in SPLITS if split in texts)
+    if shared := sum(len(train.keys() & other.keys()) for other in others):
+        log(f"note: {shared:,} different documents of the validation or test files are in the training files too")
 
 
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
@@ -229,7 +227,7 @@ def make_plan(
     borders, way, tasks = None, 0, {}
     for split, group in files.items():
         if held_out and split == "train":
-            documents = readers.documents(group, config.column, config.sample_size)
+            documents = readers.documents(group, config.column, config.sample_size, encoding=config.encoding)
             borders, way = divide(documents, held_out, splits, name, special_tokens)
         else:
             first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
@@ -247,13 +245,16 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     Args:
         borders: the result of `divide`, if other splits are held out of this one.
     """
-    limit, column = config.sample_size, config.column
+    limit, column, encoding = config.sample_size, config.column, config.encoding
     if SOURCES[config.source].joined:
         return chunk_tasks(readers.joined_rows(files, column, limit), 0)
     if isinstance(borders, CharacterBorders):
-        return chunk_tasks(split_by_characters(readers.documents(files, column, limit), borders), 0)
+        chunks = readers.documents(files, column, limit, encoding=encoding)
+        return chunk_tasks(split_by_characters(chunks, borders), 0)
     choose = functools.partial(choose_split, borders) if borders else None
-    return chunk_tasks(readers.documents(files, column, limit, choose)) if limit else file_tasks(files, column, choose)
+    if limit:
+        return chunk_tasks(readers.documents(files, column, limit, choose, encoding))
+    return file_tasks(files, column, choose, encoding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

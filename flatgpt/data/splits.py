@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from config import UserError
-from flatgpt.data.readers import Chunk, Task
+from flatgpt.data.chunks import Chunk, Task
 from flatgpt.data.shards import SPLITS
 
 SPLIT_HASH = hashlib.blake2b(digest_size=8, key=b"flatgpt split")

@@ -21,6 +21,7 @@ from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus
 from flatgpt.data.sources import Plan, split_tasks
 from flatgpt.data.splits import chunks_by_split
+from flatgpt.data.text_files import TYPICAL_RATIO, file_format, suffixes
 from flatgpt.data.tokenizer import MARKS_PATTERN, PATTERN, CharacterTokenizer, FileTokenizer, split_text
 from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, FLAGS, tokenizer_json
 from flatgpt.data.tokenizer_reader import MAX_IDS
@@ -29,7 +30,6 @@ TRAINED = re.compile("bpe:(.*)")
 PIECE_CHARS = 2_000  # the library takes about 100 bytes a character of each text that it splits into words
 MIN_COUNT = 2  # a pair that occurs once is not merged
 MAX_TOKEN_BYTES = 128  # a line of a million hyphens would give tokens of any length
-COMPRESSION = 3  # typical bytes of text per byte of a compressed file
 
 
 def trained_size(name: str, special_tokens: Sequence[str] = ()) -> int | None:
@@ -61,7 +61,8 @@ def split_texts(config: PrepareConfig, corpus: Corpus, plan: Plan, split: str, l
     """
     origin = split if split in corpus.files else "train"  # the source's split that it is made of
     files, borders, taken, tasks = corpus.files[origin], plan.borders if origin == "train" else None, 0, 0
-    size = sum(file.size * (COMPRESSION if file.name.endswith((".parquet", ".gz", ".zst")) else 1) for file in files)
+    packed = (file_format(file.name) == "parquet" or suffixes(file.name)[1] for file in files)
+    size = sum(file.size * (TYPICAL_RATIO if each else 1) for file, each in zip(files, packed, strict=True))
     share = 1 if config.sample_size or split != "train" else min(1, limit / max(1, size))
     for n, task in enumerate(split_tasks(config, files, borders)):
         if n * share >= tasks:

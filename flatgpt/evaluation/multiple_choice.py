@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from flatgpt.data.readers import text_chunks
+from flatgpt.data.text_files import text_chunks
 from flatgpt.data.tokenizer import start_ids
 from flatgpt.evaluation.metrics import evaluating, make_batch, progress_bar, scored_logits
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext

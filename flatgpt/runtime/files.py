@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import lzma
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import UserError
+from config import UserError, first_line
 
 try:
     import fcntl
@@ -57,6 +58,17 @@ def wrong_kind(file: Path) -> str | None:
         if start.startswith(b"<"):
             return "a web page, not the file itself"
     return None
+
+
+@contextlib.contextmanager
+def read_errors(path: Path):
+    """Convert errors of reading a file to a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError, EOFError, lzma.LZMAError) as error:  # includes those of pyarrow
+        remedy = "; if it is damaged or incomplete, move it away and download or copy it again"
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".") + remedy
+        raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def write_json(figures: dict, target: str) -> None:

@@ -119,9 +119,15 @@ def test_sources_of_prompts(report, words, content, prompts):
     [
         (["--prompt_file", "none.txt"], "", ["none.txt: No such file"]),
         (["--prompts_file", "a.txt"], "", ["prompts_file = a.txt", "empty"]),
-        (["--prompt_file", "a.txt"], b"caf\xe9\n", ["a.txt: not UTF-8", "at byte 3"]),
-        (["-"], b"one \xf0\x9f", ["standard input: not UTF-8", "at byte 4"]),
-        (["--interactive"], b"caf\xe9\n", ["standard input: not UTF-8", "at byte 3"]),
+        (
+            ["--prompt_file", "a.txt"],
+            b"caf\xe9\n",
+            ["a.txt line 1: byte 0xe9 is not", "iconv -f CP1252"],
+        ),
+        (["--prompts_file", "a.txt"], "one\n".encode("utf-16-be"), ["a.txt looks like UTF-16-BE", "iconv -f UTF-16BE"]),
+        (["-"], b"one\0two", ["standard input line 1: a NUL character"]),
+        (["-"], b"one \xf0\x9f", ["standard input line 1: byte 0xf0 is not UTF-8"]),
+        (["--interactive"], b"caf\xe9\n", ["standard input: byte 0xe9 is not UTF-8"]),
         (["--json", "none/a.json"], "", ["json = none/a.json", "cannot be written"]),
         (["--model_path", "nowhere"], "", ["nowhere", "no such folder"]),
         (["--quantize", "int8", "--dtype", "float16"], "", ["int8", "bfloat16", "dtype"]),

@@ -35,9 +35,9 @@ sys.path.insert(0, {str(ROOT)!r})
 from flatgpt.cli.cli import from_command_line, run_script
 from config import PrepareConfig
 import prepare_data
-from flatgpt.data import prepare, readers
+from flatgpt.data import chunks, prepare
 
-readers.CHUNK_BYTES, prepare.MIN_POOL_BYTES, prepare.SAVE_SECONDS = 1 << 18, 0, -1
+chunks.CHUNK_BYTES, prepare.MIN_POOL_BYTES, prepare.SAVE_SECONDS = 1 << 18, 0, -1
 write, saves = prepare.atomic_write, []
 
 def write_and_hold(path, content):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from config import UserError
 from flatgpt.data import encode, tokenizer
+from flatgpt.data.chunks import Chunk
 from flatgpt.data.encode import encode_chunks, load_encoder
-from flatgpt.data.readers import Chunk
 
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # as OpenAI published it

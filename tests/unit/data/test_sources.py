@@ -14,8 +14,9 @@ from prepared import content, files, from_text, prepare, refusal, texts
 
 from config import PrepareConfig, UserError
 from flatgpt.data import prepare as preparation
-from flatgpt.data import sources, tokenizer
-from flatgpt.data.readers import Chunk, Corpus, RawFile, Task
+from flatgpt.data import readers, sources, tokenizer
+from flatgpt.data.chunks import Chunk, Task
+from flatgpt.data.readers import Corpus, RawFile
 from flatgpt.data.sources import encode_task, make_plan
 from flatgpt.data.splits import choose_split
 
@@ -106,6 +107,51 @@ def test_input_files(in_tmp, inputs, found):
     assert "".join(texts(data, "train") + texts(data, "val")) == "".join(letter * 10 for letter in found)
 
 
+def test_folder_counts_what_it_leaves_out(in_tmp, capsys):
+    """Suffixes have no case; hidden files and folders are left out, and tables and objects without the column."""
+    read = {"in/a.txt": "a", "in/B.TXT": "b", "in/x.md/c.Jsonl": '{"text": "c"}', "in/d.ndjson": '{"text": "d"}'}
+    read |= {"in/e.json": '["e"]', "in/f.CSV": "text\nf", "in/g.tsv": "id\ttext\n1\tg", "in/h.tex": "h"}
+    left = {"in/.i.txt": "i", "in/.git/j.txt": "j", "in/.venv/k/l.py": "l", "in/m.pdf": "%PDF-", "in/n.pdf": "%PDF-"}
+    left |= {"in/package.json": '{\n"name": "o"}', "in/p.csv": "x,y\n1,2", "in/LICENSE": "q"}
+    for name, written in (read | left).items():
+        (in_tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (in_tmp / name).write_text(written)
+    (in_tmp / "in" / "r.txt").symlink_to("missing.txt")
+    os.mkfifo("in/s.txt")
+    data = from_text("in", val_fraction=0.5)
+    assert sorted("".join(texts(data, "train") + texts(data, "val"))) == list("abcdefgh")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("in: 8 files read; left out: 3 hidden, ")
+    counts = ("2 .pdf", "2 broken or special", "1 .json without 'text'", "1 .csv without 'text'", "1 without a suffix")
+    assert [count for count in counts if count not in line] == []
+    from_text("in/*", name="second", val_fraction=0.5)
+    assert "in/*: 7 files read; left out: " in capsys.readouterr().out
+
+
+def test_encoding_is_a_setting(in_tmp):
+    (in_tmp / "a.txt").write_bytes(("café " * 50).encode("cp1252"))
+    data = from_text("a.txt", encoding="CP1252")
+    assert "".join(texts(data, "train") + texts(data, "val")) == "café " * 50
+    assert data.meta["encoding"] == "cp1252"
+    (in_tmp / "a.txt").write_text("café " * 50)
+    assert "encoding cp1252 (now None)" in refusal("a.txt")
+
+
+def test_file_that_grows_is_refused(in_tmp, monkeypatch):
+    (in_tmp / "a.txt").write_text(TEXT)
+    read = readers.text_chunks
+
+    def read_and_grow(path, encoding):
+        with open(path, "a") as file:
+            file.write("more\n")
+        yield from read(path, encoding)
+
+    monkeypatch.setattr(readers, "text_chunks", read_and_grow)
+    assert "a.txt changed while it was read: run again" in refusal("a.txt")
+    monkeypatch.undo()
+    from_text("a.txt")
+
+
 @pytest.mark.parametrize(
     ("named", "inputs", "keys", "parts"),
     [
@@ -118,8 +164,10 @@ def test_input_files(in_tmp, inputs, found):
         ({"a": TEXT}, ["a.txt", "b.txt"], {}, ["--input b.txt", "no such file"]),
         ({"a": TEXT}, ["*.md"], {}, ["--input *.md", "no such file"]),
         ({"a": TEXT}, [""], {}, ["--input : no such file"]),
-        ({"a": TEXT}, ["pipe"], {}, ["--input pipe: no such file"]),
-        ({}, ["."], {}, ["--input .", ".txt .md .py"]),
+        ({"a": TEXT}, ["pipe"], {}, ["--input pipe is a pipe or device", "save its text in a file"]),
+        ({}, ["."], {}, ["--input .: no file to read, but ", "1 .latin1", ".txt .md .py"]),
+        ({"a": TEXT}, ["-"], {}, ["--input - is a pipe or device"]),
+        ({"a": TEXT}, ["/dev/null"], {}, ["--input /dev/null is a pipe or device"]),
         (
             {f"f{n}": str(n) for n in range(100)},
             ["*.txt"],
