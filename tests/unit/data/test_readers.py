@@ -193,12 +193,10 @@ def test_encoded_records(tmp_path, name, codec):
     assert [chunk.text for chunk in readers.documents(files, "text", None, encoding=codec)] == rows
 
 
-@pytest.mark.parametrize(
-    ("given", "suggested"), [("utf-16-be", "utf-16-le"), ("utf-8", "utf-16-le"), ("utf-16", "utf-16-le")]
-)
-def test_wrong_encoding_that_would_succeed_is_refused(tmp_path, given, suggested):
+@pytest.mark.parametrize("given", ["utf-16", "utf-16-be", "utf-8", "latin-1"])
+def test_wrong_encoding_that_would_succeed_is_refused(tmp_path, given):
     (tmp_path / "a.txt").write_bytes(ENGLISH.encode("utf-16-le"))
-    with pytest.raises(UserError, match=f"read it with --encoding {suggested}$"):
+    with pytest.raises(UserError, match=r"read it with --encoding utf-16-le$"):
         list(text_files.text_chunks(tmp_path / "a.txt", given))
 
 

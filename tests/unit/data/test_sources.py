@@ -107,25 +107,27 @@ def test_input_files(in_tmp, inputs, found):
     assert "".join(texts(data, "train") + texts(data, "val")) == "".join(letter * 10 for letter in found)
 
 
-def test_folder_counts_what_it_leaves_out(in_tmp, capsys):
+def test_folder_counts_what_it_leaves_out(in_tmp):
     """Suffixes have no case; hidden files and folders are left out, and tables and objects without the column."""
     read = {"in/a.txt": "a", "in/B.TXT": "b", "in/x.md/c.Jsonl": '{"text": "c"}', "in/d.ndjson": '{"text": "d"}'}
     read |= {"in/e.json": '["e"]', "in/f.CSV": "text\nf", "in/g.tsv": "id\ttext\n1\tg", "in/h.tex": "h"}
     left = {"in/.i.txt": "i", "in/.git/j.txt": "j", "in/.venv/k/l.py": "l", "in/m.pdf": "%PDF-", "in/n.pdf": "%PDF-"}
     left |= {"in/package.json": '{\n"name": "o"}', "in/p.csv": "x,y\n1,2", "in/LICENSE": "q"}
-    for name, written in (read | left).items():
+    for name, text in (read | left).items():
         (in_tmp / name).parent.mkdir(parents=True, exist_ok=True)
-        (in_tmp / name).write_text(written)
+        (in_tmp / name).write_text(text)
     (in_tmp / "in" / "r.txt").symlink_to("missing.txt")
     os.mkfifo("in/s.txt")
-    data = from_text("in", val_fraction=0.5)
+    lines = []
+    data = from_text("in", log=lines.append, val_fraction=0.5)
     assert sorted("".join(texts(data, "train") + texts(data, "val"))) == list("abcdefgh")
-    line = capsys.readouterr().out.splitlines()[0]
+    (line,) = lines
     assert line.startswith("in: 8 files read; left out: 3 hidden, ")
     counts = ("2 .pdf", "2 broken or special", "1 .json without 'text'", "1 .csv without 'text'", "1 without a suffix")
     assert [count for count in counts if count not in line] == []
-    from_text("in/*", name="second", val_fraction=0.5)
-    assert "in/*: 7 files read; left out: " in capsys.readouterr().out
+    from_text("in/*", "in/LICENSE", log=lines.append, name="second", val_fraction=0.5)
+    assert lines[1].startswith("in/*: 7 files read; left out: ")
+    assert lines[1].endswith("\nread as plain text, with any markup: 1 without a suffix")
 
 
 def test_encoding_is_a_setting(in_tmp):
@@ -146,9 +148,9 @@ def test_file_that_grows_is_refused(in_tmp, monkeypatch):
             file.write("more\n")
         yield from read(path, encoding)
 
-    monkeypatch.setattr(readers, "text_chunks", read_and_grow)
-    assert "a.txt changed while it was read: run again" in refusal("a.txt")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "text_chunks", read_and_grow)
+        assert "a.txt changed while it was read: run again" in refusal("a.txt")
     from_text("a.txt")
 
 
