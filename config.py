@@ -119,6 +119,13 @@ def limit_problem(meta, value) -> str | None:
     return None
 
 
+def tokenizer_names(text: str) -> list[str]:
+    """Return the tokenizers of a --tokenizer setting. Digits of bpe:N may be grouped: bpe:4,096 or bpe:4_096."""
+    if Path(text).exists():
+        return [text]
+    return re.sub(r"\bbpe:\d{1,3}([,_]\d{3})+\b", lambda found: re.sub("[,_]", "", found[0]), text).split(",")
+
+
 def checked(value, kind: type, limits: Mapping):
     """Return the value of a field after checks; an int for a float is converted.
 
@@ -213,25 +220,32 @@ class PrepareConfig:
         "for text and compare: files, folders and quoted glob patterns; .txt .md .py .rst .tex .jsonl .ndjson .json "
         ".csv .tsv, also with .gz .zst .bz2 .xz, and .parquet",
     )
+    val_input: tuple[str, ...] = opt(
+        (), "for text and compare: files of the validation split, which --input then lacks"
+    )
+    test_input: tuple[str, ...] = opt((), "for text: files of the test split")
     repo: str | None = opt(None, "for hub: a dataset repository, user/name")
+    subset: str | None = opt(None, "for hub: a subset that the dataset's page names, or a folder", none="the only one")
     files: tuple[str, ...] = opt((), "for hub: quoted glob patterns of the files to use")
     column: str = opt("text", "for hub and text: parquet or csv column, or JSON key, of the text; a.b is nested")
     encoding: str = opt("utf-8", "for hub and text: encoding of text files, for example utf-16-le, cp1252 or gb18030")
     dump: str | None = opt(None, "for wikipedia: date and language, for example 20231101.simple", none="20231101.en")
     revision: str | None = opt(None, "for sources on the hub: commit, branch or tag", none="a fixed commit")
+    refresh: bool = opt(False, "for sources on the hub: list the files of a branch anew, instead of the cached list")
     sample_size: int | None = opt(None, "number of documents, from the start of each split", low=1, none="all")
     splits: tuple[str, ...] = opt((), "splits to make, of train, val and test; default: all")
     val_fraction: float | None = opt(
         None,
-        "share of documents for validation if the source has no validation split",
-        above=0,
+        "share of documents for validation if the source has no validation split; 0: no validation split",
+        low=0,
         below=1,
         none="0.1 of text, 0.0005 of the hub's",
     )
     test_fraction: float | None = opt(
-        None, "share of documents for test if the source has no test split", above=0, below=1, none="no test split"
+        None, "share of documents for test if the source has no test split", low=0, below=1, none="no test split"
     )
     name: str | None = opt(None, "the dataset's name", none="source[_dump][_tokenizer]", section="Dataset")
+    overwrite: bool = opt(False, "move another dataset of this name aside, to <name>.old-<time>")
     tokenizer: str | None = opt(
         None,
         "byte, gpt2 or another tiktoken encoding of at most 65,536 ids; bpe:N, which is trained on the training split "
@@ -273,11 +287,13 @@ class PrepareConfig:
             found.append(f"--verify and --info read a folder of shards: leave out {self.source}")
         if self.source in ("text", "compare") and not self.input:
             found.append(f"source {self.source} needs --input FILE, FOLDER or 'PATTERN' (several are allowed)")
-        several = "," in (self.tokenizer or "") and not Path(self.tokenizer).exists()
-        if several and self.source != "compare":
+        names = tokenizer_names(self.tokenizer or "")
+        if len(names) > 1 and self.source != "compare":
             found.append(f"tokenizer = {self.tokenizer}: several tokenizers apply to source compare, not {self.source}")
         if self.source == "compare" and (self.special_tokens or self.parse_special):
             found.append("--special_tokens and --parse_special do not apply to source compare")
+        if self.tokenizer_sample_mb != 100 and self.source != "compare" and not names[0].startswith("bpe:"):
+            found.append("--tokenizer_sample_mb applies to --tokenizer bpe:N, which is trained; leave it out")
         if self.encoder == "gigatoken":
             if self.parse_special:
                 found.append("--parse_special needs --encoder tiktoken")
@@ -288,28 +304,44 @@ class PrepareConfig:
         hub = ("wikitext103", "wikipedia", "fineweb", "hub")
         for key, sources in (
             ("input", ("text", "compare")),
+            ("val_input", ("text", "compare")),
+            ("test_input", ("text",)),
             ("repo", ("hub",)),
+            ("subset", ("hub",)),
             ("files", ("hub",)),
             ("dump", ("wikipedia",)),
             ("revision", hub),
+            ("refresh", hub),
             ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
             ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
         ):
-            if getattr(self, key) and self.source not in sources:
-                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}")
+            value = getattr(self, key)
+            if not (value is None or value is False or value == ()) and self.source not in sources:
+                hint = "; its subsets are --dump" if (key, self.source) == ("subset", "wikipedia") else ""
+                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}{hint}")
+        if self.subset and self.files:
+            found.append("--subset and --files exclude each other: give one of them")
         for key, default in (("column", "text"), ("encoding", "utf-8")):
             if getattr(self, key) != default and self.source not in ("hub", "text", "compare"):
                 found.append(f"--{key} applies to source hub, text, compare, not to {self.source}")
         if not is_text_encoding(self.encoding):
             found.append(f"encoding = {self.encoding}: unknown; one of Python's is expected, such as utf-16 or cp1252")
+        for split, inputs in (("val", self.val_input), ("test", self.test_input)):
+            if inputs and getattr(self, f"{split}_fraction") is not None:
+                found.append(f"--{split}_input and --{split}_fraction exclude each other: give one of them")
+        if self.source == "compare" and self.val_fraction == 0:
+            found.append("val_fraction = 0: compare counts the tokens of the validation split; leave it out")
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
             found.append("val_fraction and test_fraction add up to 1 or more: no text is left for train")
         if unknown := [split for split in self.splits if split not in ("train", "val", "test")]:
-            found.append(f"splits = {unknown[0]}: one of train, val, test is expected")
+            hint = f"; separate them by blanks: --splits {unknown[0].replace(',', ' ')}" if "," in unknown[0] else ""
+            found.append(f"splits = {unknown[0]}: one of train, val, test is expected{hint}")
         if self.repo and self.repo.count("/") != 1:
             found.append(f"repo = {self.repo}: user/name is expected")
         if self.name and (Path(self.name).name != self.name or self.name.startswith(".")):
             found.append(f"name = {self.name!r} is not a folder name: leave out / and a leading dot")
+        elif self.name and Path(self.raw_dir).resolve().is_relative_to(Path(self.data_dir, self.name).resolve()):
+            found.append(f"name = {self.name}: this folder of {self.data_dir} has the downloads; choose another")
         return found
 
 

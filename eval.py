@@ -192,10 +192,13 @@ def open_tokens(
         if not (config.dataset or source.state):
             raise UserError(f"{source.path} does not name a dataset: add --dataset, --test_data_path or --text")
         folder = Path(config.data_dir, config.dataset) if config.dataset else Path(source.state["data"]["folder"])
-        dataset = open_dataset(folder if folder.is_dir() else Path(config.data_dir, folder.name))  # it may have moved
+        folder = folder if folder.is_dir() else Path(config.data_dir, folder.name)  # it may have moved
+        dataset = open_dataset(folder, source.path if isinstance(encoding, tokenizer.FileTokenizer) else None)
         if dataset.notice:
             note(dataset.notice)
         tokens, name = dataset.tokens(config.split), f"{dataset.folder} {config.split}"
+    if dataset and (dataset.folder / tokenizer.TOKENIZER_FILE).is_file():
+        dataset.load_tokenizer()  # an error if it was changed
     differs = dataset and dataset.meta["ranks_sha256"] != tokenizer.ranks_hash(encoding)
     if differs and not tokenizer.extends(encoding, other := dataset.load_tokenizer()):
         named = f"another tokenizer, also named {other.name}" if other.name == encoding.name else other.name

@@ -6,6 +6,7 @@ python prepare_data.py wikitext103                        # or wikipedia, finewe
 python prepare_data.py fineweb --sample_size 100_000      # the first 100,000 documents
 python prepare_data.py hub --repo lucadiliello/english_wikipedia --column maintext
 python prepare_data.py text --input book.txt notes/ '*.jsonl' --name mine
+python prepare_data.py text --input train/ --val_input val/       # or --val_fraction 0: no validation split
 python prepare_data.py text --input hindi/ --tokenizer bpe:8192   # trains a tokenizer of 8,192 ids on the text
 python prepare_data.py text --input chats/ --tokenizer user/model --special_tokens '<|user|>' --parse_special
 python prepare_data.py compare --input hindi/ --tokenizer gpt2 byte bpe:8192
@@ -78,13 +79,22 @@ def verify(dataset: Dataset) -> None:
     print(f"{dataset.folder}: {len(results)} shard{'s' * (len(results) != 1)}, {verified}")
 
 
+def has_dataset(folder: Path) -> bool:
+    """Whether the folder has a dataset, which need not be finished."""
+    return any(path.name in ("meta.json", PROGRESS) or path.suffix == ".bin" for path in folder.glob("*"))
+
+
 def main(config: PrepareConfig) -> None:
     """Prepare a dataset and print its counts, verify or describe an existing one, or compare tokenizers."""
     for key, folder, action in (("verify", config.verify, verify), ("info", config.info, info)):
         if folder:
-            names = {path.name for path in Path(folder).glob("*")}
-            if not (names & {"meta.json", PROGRESS} or any(name.endswith(".bin") for name in names)):
-                raise UserError(f"{key} = {folder}: no dataset in this folder; one with shards is expected, data/NAME")
+            path, data_dir = Path(folder), Path(config.data_dir)
+            if not has_dataset(path):
+                near = [data_dir / folder, *sorted((path if path.is_dir() else data_dir).glob("*"))]
+                near = [shlex.quote(str(other)) for other in near if has_dataset(other)]
+                hint = f"folders that have one: {', '.join(dict.fromkeys(near[:8]))}" if near else "give data/NAME"
+                problem = "no dataset in this folder" if path.is_dir() else "no such folder"
+                raise UserError(f"{key} = {folder}: {problem}; {hint}")
             dataset = open_dataset(Path(folder))
             if dataset.notice:
                 print(dataset.notice)

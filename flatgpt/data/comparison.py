@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from config import PrepareConfig, UserError
-from flatgpt.data import tokenizer, tokenizer_names
+from config import PrepareConfig, UserError, tokenizer_names
+from flatgpt.data import tokenizer
 from flatgpt.data.chunks import Chunk
 from flatgpt.data.encode import encode_chunks, load_encoder
 from flatgpt.data.sources import make_plan, open_text
+from flatgpt.data.tokenizer_names import find as find_tokenizer
 from flatgpt.data.tokenizer_training import split_texts, train, trained_size
 
 NAMES = "gpt2,byte,bpe:8192"
@@ -31,11 +32,11 @@ def compare(config: PrepareConfig, log: Callable[[str], None] = print) -> list[t
     Raises:
         UserError: as prepare.
     """
-    names = (config.tokenizer or NAMES).split(",")
+    names = tokenizer_names(config.tokenizer or NAMES)
     config = dataclasses.replace(config, source="text", tokenizer=None, splits=("train", "val"))
     encodings = {}
     for name in names:  # raise errors before the text is read
-        encodings[name] = None if trained_size(name) else tokenizer_names.find(name) or tokenizer.load(name)
+        encodings[name] = None if trained_size(name) else find_tokenizer(name, config.data_dir) or tokenizer.load(name)
     corpus = open_text(config)
     if corpus.notice:
         log(corpus.notice)

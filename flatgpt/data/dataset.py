@@ -21,6 +21,8 @@ from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
 from flatgpt.data.tokenizer_reader import CHARACTERS, read_characters
 
 PROGRESS = "progress.json"  # exists only in the folder of an unfinished dataset
+RAW_HUB = Path("data/raw/hub")  # where prepare_data.py downloads repositories by default
+DUMP_NAME = re.compile(r"\d{8}\.[a-z-]+(_|$)")  # of Wikipedia, in the name of a dataset
 # The manifest that is assumed for shards of other programs.
 EXTERNAL_META = {"tokenizer": "gpt2", "vocab_size": 50_257, "ranks_sha256": tokenizer.GPT2_RANKS}
 EXTERNAL_META |= {"eot_id": 50_256, "end_of_text": True}  # manifest_hash depends on the order
@@ -91,8 +93,11 @@ class Dataset:
                 yield file["name"], error
 
 
-def open_dataset(folder: Path) -> Dataset:
+def open_dataset(folder: Path, model_path: Path | None = None) -> Dataset:
     """Open a dataset folder of flatGPT, or a folder with shards of nanoGPT (train.bin, val.bin) or llm.c.
+
+    Args:
+        model_path: a checkpoint with the dataset's tokenizer, for the message if the dataset does not exist.
 
     Raises:
         UserError: the dataset does not exist, is not finished, or has an unknown tokenizer.
@@ -107,21 +112,32 @@ def open_dataset(folder: Path) -> Dataset:
     if not unfinished and (dataset := _open_external(folder)):
         return dataset
     state = "is not finished" if unfinished or any(folder.glob("*.bin*")) else "does not exist"
-    raise UserError(f"dataset {folder} {state}: run {_prepare_command(folder)}")
+    raise UserError(f"dataset {folder} {state}: run {_prepare_command(folder, model_path)}")
 
 
-def _prepare_command(folder: Path) -> str:
+def _prepare_command(folder: Path, model_path: Path | None) -> str:
     """Return the command that started the dataset in this folder, else guess it from the folder's name."""
     with suppress(OSError, *DAMAGED):
         return "" + json.loads((folder / PROGRESS).read_text(encoding="utf-8"))["command"]  # TypeError unless a str
-    source, _, name = folder.name.partition("_")
-    args = f"{source} --tokenizer {re.sub(r'^bpe(?=[0-9])', 'bpe:', name)}" if name else source
-    sources = PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
-    if source not in sources or source in ("hub", "text", "compare"):
-        args = f"text --input FILES --name {folder.name}"
-    if folder.parent != Path("data"):
-        args += f" --data_dir {shlex.quote(str(folder.parent))}"
-    return f"python prepare_data.py {args}"
+    name = [f"--name={folder.name}"] if folder.name.startswith("--") else ["--name", folder.name]
+    args, choices = {}, PrepareConfig.__dataclass_fields__["source"].metadata["choices"]
+    args |= {repo.name: ["hub", "--repo", f"{repo.parent.name}/{repo.name}"] for repo in RAW_HUB.glob("*/*")}
+    args |= {source: [source] for source in choices if source not in ("hub", "compare")}
+    args["text"] += ["--input", "FILES"]
+    beginnings = [key for key in args if f"{folder.name}_".startswith(f"{key}_")]
+    base = max(beginnings, key=len, default="text")
+    rest = folder.name[len(base) + 1 :] if beginnings else folder.name
+    dump = DUMP_NAME.match(rest) if base == "wikipedia" else None
+    given = ["--dump", dump[0].rstrip("_")] if dump else []
+    rest = rest[dump.end() :] if dump else rest
+    if model_path:
+        given += ["--tokenizer", str(model_path), *name]
+    elif rest == "byte" or rest in tiktoken.list_encoding_names() or re.fullmatch("bpe[0-9]+", rest):
+        given += ["--tokenizer", re.sub("^bpe", "bpe:", rest)]
+    elif rest:
+        given += name
+    given += ["--data_dir", str(folder.parent)] if folder.parent != Path("data") else []
+    return shlex.join(["python", "prepare_data.py", *args[base], *given])
 
 
 def _open_external(folder: Path) -> Dataset | None:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus, RawFile, files_below
 from flatgpt.data.shards import DAMAGED, SPLITS
+from flatgpt.data.subsets import card_subsets, choose_files
 from flatgpt.runtime.files import atomic_write
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -32,9 +33,6 @@ REPOSITORIES = {
 # Of a model's repository: what tokenizer_reader reads, and files by which it recognizes other kinds of tokenizers.
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_FILES += ["added_tokens.json", "config.json", "vocab.txt", "spiece.model", "tokenizer.model"]
-# Words in file and folder names, and the split that each stands for.
-SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val", "dev": "val"}
-SPLIT_WORDS |= {"valid": "val", "validation": "val"}
 NUMBERED = re.compile(r"(.*?)(\d{5})-of-(\d{5})")  # train-00000-of-00041.parquet
 
 
@@ -90,18 +88,19 @@ def open_repository(config: PrepareConfig) -> Corpus:
         UserError: see `list_remote`; or a local file has the wrong size.
     """
     files = hub_files(config)
-    notice, listing = "", cached_listing(files)
+    notice, listing = "", list_remote(files) if config.refresh else cached_listing(files)
     if listing is None:
         found = _find_local(files, flat=files.flat and not config.files)
-        names = group_by_split(_choose_files(config, found))
+        names = choose_files(config, found)
         required = [split for split in files.splits if split in (config.splits or files.splits)] or list(names)
         if required and all(split in names and is_complete(names[split]) for split in required):
             raw = {s: [RawFile(n, found[n].stat().st_size, found[n]) for n in names[s]] for s in required}
             return Corpus(raw, files.revision, f"{files.root}: using the local files, without a request to the hub")
         listing = list_remote(files)
-    elif listing["commit"] != files.revision:
-        notice = f"{files.repo} {files.revision}: commit {listing['commit']}, cached in {files.listing_file}"
-    names = group_by_split(_choose_files(config, listing["files"]))
+    elif listing["commit"] != files.revision and not config.refresh:
+        cached = f"commit {listing['commit']}, cached in {files.listing_file}"
+        notice = f"{files.repo} {files.revision}: {cached}; --refresh asks the hub for a newer one"
+    names = choose_files(config, listing["files"], listing.get("subsets", {}))
     raw = {split: [_raw_file(files, listing, name) for name in group] for split, group in names.items()}
     return Corpus(raw, listing["commit"], notice)
 
@@ -109,6 +108,8 @@ def open_repository(config: PrepareConfig) -> Corpus:
 def known_commit(config: PrepareConfig) -> str | None:
     """Return the commit that the revision stands for, or None if that needs a request to the hub."""
     files = hub_files(config)
+    if config.refresh:
+        return None
     listing = cached_listing(files)
     return listing["commit"] if listing else files.revision if COMMIT.fullmatch(files.revision) else None
 
@@ -129,20 +130,6 @@ def _find_local(files: HubFiles, flat: bool) -> dict[str, Path]:
     return {name: paths[name] for name in sorted(found)}
 
 
-def _choose_files(config: PrepareConfig, names: Iterable[str]) -> list[str]:
-    """Without --files, choose the parquet files, or all files if there are none. They must be in one folder."""
-    if config.source != "hub" or config.files:
-        return list(names)
-    chosen = [name for name in names if name.endswith(".parquet")] or list(names)
-    folders = sorted({str(PurePosixPath(name).parent) for name in chosen})
-    if len(folders) > 1:
-        raise UserError(
-            f"dataset {config.repo} has files in {len(folders)} folders ({', '.join(folders[:8])}"
-            f"{', ...' * (len(folders) > 8)}): choose with --files '{folders[0]}/*' (all: '*.parquet')"
-        )
-    return chosen
-
-
 def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
     """Return a local file, or a file to be downloaded; update a file that was downloaded at another commit.
 
@@ -160,16 +147,6 @@ def _raw_file(files: HubFiles, listing: dict, name: str) -> RawFile:
         advice = "it is truncated or of another revision; move it away to download it again"
         raise UserError(f"{path} {found}, but {size:,} on the hub: {advice}")
     return RawFile(name, size, path, fetch=lambda: _download(files, listing["commit"], name))
-
-
-def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group files by the split that the file name, or else a folder name, contains; `train` if none does."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        words = [w for part in reversed(PurePosixPath(name).parts) for w in re.split(r"[^a-z]+", part.lower())]
-        split = next((SPLIT_WORDS[w] for w in words if w in SPLIT_WORDS), "train")
-        found.setdefault(split, []).append(name)
-    return {split: found[split] for split in SPLITS if split in found}
 
 
 def is_complete(names: list[str]) -> bool:
@@ -198,7 +175,8 @@ def list_remote(files: HubFiles) -> dict:
     """List the matching files on the hub, and cache the result.
 
     Returns:
-        `commit`; `files`: {path: size in bytes}; and `root`: other files of the same names in no folder.
+        `commit`; `files`: {path: size in bytes}; `root`: other files of the same names in no folder; and `subsets`, as
+        `card_subsets` returns them.
 
     Raises:
         UserError: the repository, revision or files do not exist, or access or network is missing.
@@ -207,8 +185,10 @@ def list_remote(files: HubFiles) -> dict:
     from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
-    with hub_errors(f"dataset {files.repo}, revision {files.revision}"):
-        commit = api.repo_info(files.repo, revision=files.revision, repo_type="dataset").sha
+    copy = f"copy its files from another machine to {files.root}"
+    with hub_errors(f"dataset {files.repo}, revision {files.revision}", copy):
+        info = api.repo_info(files.repo, revision=files.revision, repo_type="dataset")
+        commit = info.sha
         tree = api.list_repo_tree(files.repo, recursive=True, revision=commit, repo_type="dataset")
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     found = {path: sizes[path] for path in sorted(sizes) if any(fnmatch(path, p) for p in files.patterns)}
@@ -218,6 +198,7 @@ def list_remote(files: HubFiles) -> dict:
         raise UserError(f"{problem}: {advice}")
     names = {PurePosixPath(path).name for path in found}
     listing = {"commit": commit, "files": found, "root": sorted(names & sizes.keys() - found.keys())}
+    listing["subsets"] = card_subsets(info.card_data)
     files.root.mkdir(parents=True, exist_ok=True)
     atomic_write(files.listing_file, json.dumps(listing, indent=1).encode())
     return listing
@@ -240,7 +221,8 @@ def fetch_tokenizer(repo: str) -> Path:
         folder = Path(fetch(local_files_only=True))
         if any((folder / file).exists() for file in TOKENIZER_FILES[:2]):
             return folder
-    with hub_errors(f"tokenizer {repo}: no such file or folder, and no download from the hub"):
+    copy = "copy its tokenizer.json from another machine and give its path"
+    with hub_errors(f"tokenizer {repo}: no such file or folder, and no download from the hub", copy):
         return Path(fetch())
 
 
@@ -259,13 +241,18 @@ def _download(files: HubFiles, commit: str, name: str) -> Path:
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Convert errors of huggingface_hub to a UserError: `what` was requested, the reason, and what to do."""
+def hub_errors(what: str, offline: str = "") -> Iterator[None]:
+    """Convert errors of huggingface_hub to a UserError: `what` was requested, the reason, and what to do.
+
+    Args:
+        offline: what to do without a network.
+    """
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` (or set HF_TOKEN) and run again"
     causes = {  # GatedRepoError before its base class
-        errors.OfflineModeIsEnabled: "it is not completely on this machine, and HF_HUB_OFFLINE is set: unset it",
+        errors.OfflineModeIsEnabled: "it is not completely on this machine, and HF_HUB_OFFLINE is set: unset it"
+        + f", or {offline}" * bool(offline),
         errors.GatedRepoError: f"it is gated: accept the terms on its page on the hub, then {log_in}",
         errors.RepositoryNotFoundError: "it does not exist on the hub, or it is private: check the name; if you have "
         f"access to it, {log_in}",
@@ -282,5 +269,6 @@ def hub_errors(what: str) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         denied = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         remedy = log_in if denied else "check the network and the disk, and run again (complete files are kept)"
+        remedy += f"; without a network, {offline}" * bool(offline and not denied)
         cause = next((text for cls, text in causes.items() if isinstance(error, cls)), f"{reason}; {remedy}")
         raise UserError(f"{what}: {cause}") from None

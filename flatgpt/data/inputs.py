@@ -17,6 +17,7 @@ def expand_inputs(
     column: str = "text",
     encoding: str = "utf-8",
     log: Callable[[str], None] = lambda line: None,
+    flag: str = "--input",
 ) -> list[Path]:
     """Return the files for paths, folders (recursive, sorted) and glob patterns, in order and without duplicates.
 
@@ -26,6 +27,7 @@ def expand_inputs(
     Args:
         log: called with a line for each folder or pattern of which files were left out, and one for files of unknown
             formats that were named.
+        flag: that names the patterns, for messages.
 
     Raises:
         UserError: there is no such file, none that can be read, or it is not a file.
@@ -39,20 +41,20 @@ def expand_inputs(
         elif pattern and path.is_dir():
             found = _choose(_walk(path, left), "", left, column, encoding)
         elif pattern == "-" or (pattern and path.exists()):
-            problem = f"--input {pattern} is a pipe or device, which can be read only once"
+            problem = f"{flag} {pattern} is a pipe or device, which can be read only once"
             raise UserError(f"{problem}: save its text in a file (.gz .zst .bz2 .xz are read as they are)")
         elif path.is_symlink():
-            raise UserError(f"--input {pattern} is a link to {path.readlink()}, which does not exist")
+            raise UserError(f"{flag} {pattern} is a link to {path.readlink()}, which does not exist")
         elif matches := sorted(map(Path, glob.glob(pattern, recursive=True))):
             if "**" not in pattern and (folders := sum(match.is_dir() for match in matches)):
                 left["folder" + "s" * (folders > 1)] = folders
             found = _choose([match for match in matches if not match.is_dir()], pattern, left, column, encoding)
         else:
-            raise UserError(f"--input {pattern}: no such file")
+            raise UserError(f"{flag} {pattern}: no such file")
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in (+left).most_common(8))
         if not found:
             formats = f"the formats are {' '.join(FORMATS)}, also with .gz .zst .bz2 .xz"
-            raise UserError(f"--input {pattern}: no file to read, but {kinds or 'an empty folder'}; {formats}")
+            raise UserError(f"{flag} {pattern}: no file to read, but {kinds or 'an empty folder'}; {formats}")
         if kinds:
             log(f"{pattern}: {len(found):,} file{'s' * (len(found) != 1)} read; left out: {kinds}")
         unknown.update(_label(file) for file in found if suffixes(file)[0] not in FORMATS)

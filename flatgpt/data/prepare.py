@@ -21,17 +21,18 @@ from pathlib import Path
 
 import tiktoken
 
-from config import PrepareConfig, UserError
-from flatgpt.data import tokenizer, tokenizer_names, workers
+from config import PrepareConfig, UserError, tokenizer_names
+from flatgpt.data import tokenizer, workers
 from flatgpt.data.chunks import Task
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.encode import load_encoder
 from flatgpt.data.hub import DUMP
 from flatgpt.data.readers import Corpus
 from flatgpt.data.shards import DAMAGED, OUR_FILES, SPLITS, ShardWriter, count_tokens, is_count, read_meta, write_meta
-from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan
+from flatgpt.data.sources import SOURCES, Plan, dataset_folder, encode_task, make_plan, note_shared
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
-from flatgpt.data.tokenizer_files import tokenizer_json
+from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_json
+from flatgpt.data.tokenizer_names import find as find_tokenizer
 from flatgpt.data.tokenizer_training import TRAINED, add_special_tokens, split_texts, train, trained_size
 from flatgpt.data.workers import RESUMABLE
 from flatgpt.runtime.files import FolderLock, atomic_write
@@ -51,9 +52,9 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         UserError: bad input, too little text, a full disk, or the folder has another dataset.
     """
     source, given = SOURCES[config.source], config
-    name = config.tokenizer or source.tokenizer
+    (name,) = tokenizer_names(config.tokenizer or source.tokenizer)
     trained = trained_size(name, config.special_tokens)
-    encoding = None if trained else tokenizer_names.find(name)  # None: it has a known name
+    encoding = None if trained else find_tokenizer(name, config.data_dir)  # None: it has a known name
     if config.special_tokens and not trained:
         encoding = add_special_tokens(encoding or tokenizer.load(name), config.special_tokens)
     name = encoding.name if encoding else name
@@ -62,7 +63,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     revision = source.revision(config)
     corpus = None if revision else source.open(config)
     settings = dataset_settings(config, revision or corpus.revision, encoding)
-    if (meta := read_meta(folder)) is not None:
+    if not config.overwrite and (meta := read_meta(folder)) is not None:
         check_settings(folder, "a dataset", meta, settings)
         (folder / PROGRESS).unlink(missing_ok=True)  # left if the last call was killed after it wrote meta.json
         log(f"{folder} already exists, with the same settings; nothing to do")
@@ -73,14 +74,24 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
     corpus = corpus or source.open(config)
     if corpus.notice:
         log(corpus.notice)
-    plan = make_plan(config, corpus)
+    special = encoding.special_tokens_set if encoding else (END_OF_TEXT, *config.special_tokens)
+    plan = make_plan(config, corpus, special if config.parse_special else (), log)
     if trained and "train" not in plan.splits:
         advice = "add train to --splits, or give the folder of a dataset that has the tokenizer: --tokenizer data/NAME"
         raise UserError(f"tokenizer {name} is trained on the training split: {advice}")
-    with _locked(folder):
-        if read_meta(folder) is not None:  # another call has just finished it
+    with _locked(folder) as lock:
+        finished = (folder / "meta.json").exists()
+        if finished and not config.overwrite:  # another call has just finished it
             return prepare(given, log)
-        progress = read_progress(folder, settings, corpus, plan.version)
+        try:  # also with --overwrite, an unfinished dataset of the same settings is resumed
+            progress = None if finished else read_progress(folder, settings, corpus, plan.version)
+        except UserError:
+            if not config.overwrite:
+                raise
+            progress = None
+        if progress is None:
+            move_aside(folder, lock, corpus, log)
+            progress = read_progress(folder, settings, corpus, plan.version)
         if trained:
             encoding = read_trained(folder, name, progress) or train(
                 split_texts(config, corpus, plan, "train", config.tokenizer_sample_mb * 10**6),
@@ -92,6 +103,8 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
             log(f"{folder}: resuming")
         else:
             remove_unfinished(folder)
+            if config.val_input or config.test_input:
+                note_shared(config, corpus, log)
         write_tokenizer(folder, encoding, progress)
         entries = write_shards(config, folder, plan, encoding, progress)
         if changed := next((file for group in corpus.files.values() for file in group if file.has_changed()), None):
@@ -114,10 +127,12 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         revision: identifier of the source's content.
         encoding: the tokenizer, unless it has a known name or is trained.
     """
-    source, codec = SOURCES[config.source], codecs.lookup(config.encoding).name
+    val_fraction = SOURCES[config.source].val_fraction if config.val_fraction is None else config.val_fraction
+    codec = codecs.lookup(config.encoding).name
     return {
         "source": config.source,
         "repo": config.repo,
+        "subset": config.subset,
         "dump": None if config.dump == DUMP else config.dump,
         "files": list(config.files) or None,
         "column": None if config.column == "text" else config.column,
@@ -126,7 +141,7 @@ def dataset_settings(config: PrepareConfig, revision: str, encoding: tiktoken.En
         "tokenizer": config.tokenizer,
         "encoder": config.encoder,
         "shard_tokens": config.shard_tokens,
-        "val_fraction": source.val_fraction if config.val_fraction is None else config.val_fraction,
+        "val_fraction": None if config.val_input else val_fraction,
         "test_fraction": config.test_fraction or None,
         "sample_size": config.sample_size,
         "only_splits": [split for split in SPLITS if split in config.splits] or None,
@@ -189,9 +204,8 @@ def write_shards(
             for task, (encoded, special) in run_tasks(encode, tasks()):
                 if special and not noted:
                     noted = True
-                    text = f"note: the text contains {special}, which is encoded as ordinary characters"
                     write = bar.write if sys.stderr.isatty() else print
-                    write(f"{text}; --parse_special makes it one token", file=sys.stderr)
+                    write(tokenizer.SPECIAL_NOTE.format(repr(special)), file=sys.stderr)
                 with _write_errors(folder):
                     for split, part in encoded.items():
                         writers[split].add(*part)
@@ -224,7 +238,7 @@ def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None
     found = {"encoder": "tiktoken", **found}  # the only encoder of earlier versions
     if differing := [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]:
         what = f"{folder} already has {what} with other settings: {'; '.join(differing)}"
-        raise UserError(f"{what}. Choose another name with --name, or move {folder} away")
+        raise UserError(f"{what}. Choose another name with --name, or move it aside with --overwrite")
 
 
 def read_trained(folder: Path, name: str, progress: dict) -> FileTokenizer | None:
@@ -252,8 +266,17 @@ def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, progress: dict) -
         atomic_write(folder / TOKENIZER_FILE, tokenizer_json(encoding))
 
 
+def move_aside(folder: Path, lock: FolderLock, corpus: Corpus, log: Callable[[str], None]) -> None:
+    """Rename the locked folder for --overwrite. Raise UserError if it contains files of the corpus."""
+    for file in itertools.chain(*corpus.files.values()):
+        if file.path and file.path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"overwrite: {folder} contains {file.path}, which is read; choose another --name")
+    with _write_errors(folder):
+        log(f"the existing {folder} was moved to {lock.move_aside()}")
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[FolderLock]:
     """Create the folder and lock it against other calls. Remove it if it is empty afterwards."""
     try:
         with FolderLock(folder, "--data_dir") as lock:
@@ -262,7 +285,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 lock.acquire()
                 for left in folder.glob(".*.json.*.tmp"):  # by a call that was killed
                     left.unlink()
-            yield
+            yield lock
     finally:
         with suppress(OSError):
             folder.rmdir()
@@ -284,7 +307,7 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
     if not (folder / PROGRESS).exists():
         if others := sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob(TOKENIZER_FILE))):
             shards = f"{folder} contains other shards ({', '.join(others[:3])}), without meta.json and {PROGRESS}"
-            raise UserError(f"{shards}: choose another --name, or move {folder} away")
+            raise UserError(f"{shards}: choose another --name, or move it aside with --overwrite")
         return initial
     try:
         found = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
@@ -299,7 +322,7 @@ def read_progress(folder: Path, settings: dict, corpus: Corpus, tasks: int) -> d
         elif compared[0] != compared[1]:
             return initial  # no shard is finished: little is lost
     except DAMAGED:
-        raise UserError(f"{folder / PROGRESS} is damaged: move {folder} away and run again") from None
+        raise UserError(f"{folder / PROGRESS} is damaged: start again with --overwrite") from None
     return {**found, "command": command}
 
 
@@ -317,4 +340,5 @@ def _write_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"{error.filename or folder} could not be written: {error.strerror}"
-        raise UserError(f"{problem}; {RESUMABLE}, or choose another folder: --data_dir") from None
+        resumable = f"{RESUMABLE}, or " * folder.is_dir()
+        raise UserError(f"{problem}; {resumable}choose another folder: --data_dir") from None

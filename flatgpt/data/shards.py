@@ -167,7 +167,7 @@ def read_meta(folder: Path) -> dict | None:
         if known and any(counts) and counts == [entry["tokens"] for entry in entries]:
             return meta
     problem = f"{path} is damaged, or its format is not {FORMAT}, which this version reads"
-    raise UserError(f"{problem}: move {folder} away and run prepare_data.py again")
+    raise UserError(f"{problem}: copy it again, or run prepare_data.py again with --overwrite")
 
 
 def count_tokens(entry: dict) -> int:

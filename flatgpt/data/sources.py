@@ -6,7 +6,6 @@ import functools
 import hashlib
 import http.client
 import itertools
-import math
 import re
 import sys
 import urllib.request
@@ -16,22 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import PrepareConfig, UserError
-from flatgpt.data import readers, tokenizer
-from flatgpt.data.chunks import Chunk, Task, chunk_tasks
+from flatgpt.data import readers, splits, tokenizer
+from flatgpt.data.chunks import Task, chunk_tasks
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder, load_tokenizer
 from flatgpt.data.hub import DUMP, known_commit, open_repository
 from flatgpt.data.inputs import expand_inputs
 from flatgpt.data.readers import Corpus, RawFile, file_tasks
 from flatgpt.data.shards import SPLITS
+from flatgpt.data.splits import Borders, CharacterBorders, choose_split, chunks_by_split, divide, split_by_characters
 from flatgpt.data.text_files import file_format, text_chunks
 from flatgpt.runtime.files import atomic_write, read_errors
 
 # The common copy of tiny Shakespeare, from Karpathy's char-rnn (2015).
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SPLIT_HASH = hashlib.blake2b(digest_size=8, key=b"flatgpt split")
-Borders = dict[str, float] | tuple[int, int, int] | None  # of choose_split, or of split_by_characters
-FEW_DOCUMENTS = 100  # with fewer, splits are made by characters, as whole documents are too coarse
+MAX_COMPARED_BYTES = 100 << 20  # larger inputs are not searched for documents that are in two splits
 
 
 @dataclass(frozen=True)
@@ -91,23 +89,55 @@ def open_shakespeare(config: PrepareConfig) -> Corpus:
 def text_revision(config: PrepareConfig) -> str:
     """Return the SHA-256 of the SHA-256s of the input files. Raise UserError if a text file cannot be decoded."""
     combined = hashlib.sha256()
-    for path in expand_inputs(config.input, config.column, config.encoding):
-        digest = hashlib.sha256()
-        if file_format(path) == "text":
-            for chunk in text_chunks(path, config.encoding):
-                digest.update(chunk.encode())
-        else:
-            with read_errors(path), open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
-        combined.update(digest.digest())
+    for split, files in open_text(config).files.items():
+        combined.update(b"" if split == "train" else split.encode())
+        for path in (file.path for file in files):
+            digest = hashlib.sha256()
+            try:
+                if file_format(path) == "text":
+                    for chunk in text_chunks(path, config.encoding):
+                        digest.update(chunk.encode())
+                else:
+                    with read_errors(path), open(path, "rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
+            except UserError:
+                if not config.sample_size:  # a file behind the sample need not be valid; one in it is refused later
+                    raise
+            combined.update(digest.digest())
     return combined.hexdigest()
 
 
 def open_text(config: PrepareConfig) -> Corpus:
-    """Return the files of --input, in order."""
-    lines: list[str] = []
-    paths = expand_inputs(config.input, config.column, config.encoding, lines.append)
-    return Corpus({"train": [RawFile(str(path), path.stat().st_size, path) for path in paths]}, notice="\n".join(lines))
+    """Return the files of --input, --val_input and --test_input, in order. A file is in one split only, in train last.
+
+    Raises:
+        UserError: no file is left for a split.
+    """
+    patterns = {"val": config.val_input, "test": config.test_input, "train": config.input}
+    taken, left_out, found, lines = set(), 0, {}, []
+    for split, inputs in patterns.items():
+        flag = "--input" if split == "train" else f"--{split}_input"
+        paths = expand_inputs(inputs, config.column, config.encoding, lines.append, flag)
+        found[split] = [path for path in paths if path.resolve() not in taken]
+        left_out += len(paths) - len(found[split])
+        taken |= {path.resolve() for path in paths}
+        if paths and not found[split]:
+            raise UserError(f"{flag}: all of its files are in another split too; leave some out there")
+    raw = {s: [RawFile(str(path), path.stat().st_size, path) for path in found[s]] for s in SPLITS if found[s]}
+    if left_out:
+        lines.append(f"note: input files that are left out, as --val_input or --test_input has them: {left_out:,}")
+    return Corpus(raw, notice="\n".join(lines))
+
+
+def note_shared(config: PrepareConfig, corpus: Corpus, log: Callable[[str], None]) -> None:
+    """Log how many documents of the user's validation and test files are training documents too, if that is quick."""
+    if sum(file.size for group in corpus.files.values() for file in group) > MAX_COMPARED_BYTES:
+        return
+    read = functools.partial(readers.documents, encoding=config.encoding)
+    texts = {s: read(files, config.column, config.sample_size) for s, files in corpus.files.items()}
+    train, *others = (dict(splits.documents(texts[split])) for split in SPLITS if split in texts)
+    if shared := sum(len(train.keys() & other.keys()) for other in others):
+        log(f"note: {shared:,} different documents of the validation or test files are in the training files too")
 
 
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
@@ -124,12 +154,11 @@ SOURCES = {
 
 
 def dataset_folder(config: PrepareConfig) -> Path:
-    """Return data_dir/name. The default name has the source or repository, and dump and tokenizer if not default."""
-    name = config.repo.split("/")[-1] if config.source == "hub" else config.source
-    if config.dump not in (None, DUMP):
-        name += f"_{config.dump}"
-    if config.tokenizer not in (None, SOURCES[config.source].tokenizer):
-        name += "_" + re.sub(r"[^\w.-]", "", config.tokenizer)
+    """Return data_dir/name. The default name has the source or repository, and what is not default."""
+    parts = [config.repo.split("/")[-1] if config.source == "hub" else config.source, config.subset]
+    parts += [None if config.dump == DUMP else config.dump]
+    parts += [None if config.tokenizer == SOURCES[config.source].tokenizer else config.tokenizer]
+    name = "_".join(re.sub(r"[^\w.-]", "", part) for part in parts if part)
     return Path(config.data_dir) / (config.name or name)
 
 
@@ -155,10 +184,16 @@ class Plan(NamedTuple):
     version: int
 
 
-def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
+def make_plan(
+    config: PrepareConfig, corpus: Corpus, special_tokens: Iterable[str] = (), log: Callable[[str], None] = print
+) -> Plan:
     """Return the splits and tasks of a dataset, and download missing files.
 
     Splits of the source are kept. A missing `val`, and a missing `test` with --test_fraction, is held out of `train`.
+
+    Args:
+        special_tokens: texts that are not split.
+        log: called with a line about the download.
 
     Raises:
         UserError: a split does not exist or has too little text, a fraction is for a split that the source has, or a
@@ -166,9 +201,11 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     """
     source, name = SOURCES[config.source], dataset_folder(config).name
     for split, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
-        if fraction and split in corpus.files:
-            raise UserError(f"{config.source} has its own {split} split: leave out --{split}_fraction")
-    fractions = {"val": config.val_fraction or source.val_fraction, "test": config.test_fraction}
+        if fraction is not None and split in corpus.files:
+            advice = "choose the others with --splits" if fraction == 0 else f"leave out --{split}_fraction"
+            raise UserError(f"{config.source} has its own {split} split: {advice}")
+    val_fraction = source.val_fraction if config.val_fraction is None else config.val_fraction
+    fractions = {"val": val_fraction, "test": config.test_fraction}
     held_out = {s: f for s, f in fractions.items() if f and s not in corpus.files and "train" in corpus.files}
     available = [split for split in SPLITS if split in corpus.files or split in held_out]
     if unknown := [split for split in config.splits if split not in available]:
@@ -178,13 +215,20 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
     read = {"train" if split in held_out else split for split in splits}
     files = {split: group for split, group in corpus.files.items() if split in read}
     if not config.sample_size:  # a sample downloads files only until it has enough documents
-        for file in itertools.chain(*files.values()):
+        missing = [file for file in itertools.chain(*files.values()) if file.fetch and not file.path.exists()]
+        if missing:
+            megabytes = -(-sum(file.size for file in missing) // 10**6)
+            text = f"downloading {len(missing):,} file{'s' * (len(missing) > 1)}, {megabytes:,} MB, to {config.raw_dir}"
+            share = "train" in read and "train" not in splits
+            reason = f": {', '.join(splits)} is a share of all their documents" * share
+            log(f"{text}{reason}; --sample_size N needs the first documents only")
+        for file in missing:
             file.local_path()
-    borders, changed, tasks = None, False, {}
+    borders, way, tasks = None, 0, {}
     for split, group in files.items():
         if held_out and split == "train":
             documents = readers.documents(group, config.column, config.sample_size, encoding=config.encoding)
-            borders, changed = divide(documents, held_out, splits, name)
+            borders, way = divide(documents, held_out, splits, name, special_tokens)
         else:
             first = next((chunk.text for task in split_tasks(config, group) for chunk in task.read()), "")
             if len(first) + source.end_of_text < 2:
@@ -192,7 +236,7 @@ def make_plan(config: PrepareConfig, corpus: Corpus) -> Plan:
                 raise UserError(f"too little text: {text}; omit it with --splits")
         tasks[split] = split_tasks(config, group, borders if split == "train" else None)
     size = sum(file.size for group in files.values() for file in group)
-    return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * changed)
+    return Plan(splits, borders, tasks, size, version=1 + bool(config.sample_size) + 2 * way)
 
 
 def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = None) -> Iterator[Task]:
@@ -204,73 +248,13 @@ def split_tasks(config: PrepareConfig, files: list[RawFile], borders: Borders = 
     limit, column, encoding = config.sample_size, config.column, config.encoding
     if SOURCES[config.source].joined:
         return chunk_tasks(readers.joined_rows(files, column, limit), 0)
-    if isinstance(borders, tuple):
+    if isinstance(borders, CharacterBorders):
         chunks = readers.documents(files, column, limit, encoding=encoding)
         return chunk_tasks(split_by_characters(chunks, borders), 0)
     choose = functools.partial(choose_split, borders) if borders else None
     if limit:
         return chunk_tasks(readers.documents(files, column, limit, choose, encoding))
     return file_tasks(files, column, choose, encoding)
-
-
-def divide(chunks: Iterable[Chunk], held_out: dict[str, float], splits: list[str], name: str) -> tuple[Borders, bool]:
-    """Choose how documents are divided among splits, so that none is empty. Reads until each split has a document.
-
-    A document's split follows from its hash, and does not depend on `splits`. If `test` would be empty, it gets the
-    document with the smallest hash; if `val` would be empty, it gets the one with the smallest hash outside of `test`.
-    Fewer than FEW_DOCUMENTS documents are split by characters, from the end, with at least one character each.
-
-    Args:
-        held_out: {split: its share}.
-        splits: those that are made.
-        name: name of the dataset, for messages.
-
-    Returns:
-        The borders for choose_split, or a tuple of those for split_by_characters; and whether the shares alone would
-        have left a split empty.
-    """
-    val, test = held_out.get("val", 0), held_out.get("test", 0)
-    shares = {"test": test, "val": test + val}
-    characters, hashes, found, digest = 0, [], set(), SPLIT_HASH.copy()
-    for chunk in chunks:
-        characters += len(chunk.text)
-        digest.update(chunk.text.encode())
-        if chunk.documents:
-            hashes.append(_position(digest))
-            digest = SPLIT_HASH.copy()
-            found.add(_split_at(shares, hashes[-1]))
-            if len(hashes) >= FEW_DOCUMENTS and found >= {"train", *held_out}:
-                return shares, False
-    if len(hashes) < FEW_DOCUMENTS:
-        given = (int(characters * (1 - val - test)), int(characters * (1 - test)), characters)
-        second = max(0, min(given[1], characters - ("test" in held_out)))
-        borders = (max(0, min(given[0], second - ("val" in held_out))), second, characters)
-        found = {s for s, (start, end) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True) if end > start}
-    else:
-        given, borders, start = shares, dict(shares), 0
-        for split in ("test", "val"):
-            rest = [position for position in hashes if position >= start]
-            if split in held_out and rest:
-                borders[split] = max(borders[split], math.nextafter(min(rest), 2))
-            start = borders[split]
-        found = {_split_at(borders, position) for position in hashes}
-    if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
-        numbers = f"{len(hashes):,} documents, {characters:,} characters leave none for the {empty[0]} split of {name}"
-        raise UserError(f"too little text: {numbers}; add some, or change --val_fraction or --test_fraction")
-    return borders, borders != given
-
-
-def split_by_characters(chunks: Iterable[Chunk], borders: tuple[int, int, int]) -> Iterator[Chunk]:
-    """Split the text of all chunks into train, val and test, which end at the `borders` (in characters).
-
-    A document across a border counts in both splits.
-    """
-    start = 0
-    for chunk in chunks:
-        for split, (first, last) in zip(SPLITS, itertools.pairwise((0, *borders)), strict=True):
-            if part := chunk.text[max(0, first - start) : max(0, last - start)]:
-                yield Chunk(part, 1 if last - start <= len(chunk.text) else chunk.documents, split)
-        start += len(chunk.text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,35 +284,3 @@ def encode_task(
     ordinary = next(filter(None, (tokenizer.find_special(encoding, text) for text in texts)), None)
     ends = source.end_of_text and encoding.eot_token is not None
     return {s: encode_chunks(encoding, encode, chunks, ends, special) for s, chunks in by_split.items()}, ordinary
-
-
-def chunks_by_split(borders: Borders, task: Task) -> dict[str, list[Chunk]]:
-    """Return the chunks of a task by their split in the dataset."""
-    by_split: dict[str, list[Chunk]] = {}
-    for chunk in task.read():
-        split = chunk.split or task.split
-        if borders and split == "train" and not chunk.split:
-            split = choose_split(borders, [chunk.text])
-        by_split.setdefault(split, []).append(chunk)
-    return by_split
-
-
-def choose_split(borders: dict[str, float], chunks: Iterable[str]) -> str:
-    """Return the split of a document by a keyed hash of its text. Equal texts get the same split, in every dataset.
-
-    Args:
-        borders: {`test`, `val`: upper border of the hashes of its documents, from 0 to 1}. Those of train are above.
-        chunks: the text of the document, in chunks of any size.
-    """
-    digest = SPLIT_HASH.copy()  # a keyed hash takes several times as long to create
-    for text in chunks:
-        digest.update(text.encode())
-    return _split_at(borders, _position(digest))
-
-
-def _position(digest: hashlib.blake2b) -> float:
-    return int.from_bytes(digest.digest(), "big") / 2**64
-
-
-def _split_at(borders: dict[str, float], position: float) -> str:
-    return next((split for split in ("test", "val") if position < borders.get(split, 0)), "train")

@@ -111,6 +111,8 @@ def decode(blocks: Iterable[bytes], name: str, encoding: str | None = None) -> I
                 yield text
             line, ascii, start = line + text.count("\n"), ascii and text.isascii(), False
     except UnicodeDecodeError as error:
+        if codec == "utf-8":  # the lines before it may be enough for a sample
+            yield error.object[: error.start].decode().removeprefix("\ufeff" * start)
         raise UserError(_describe_byte(name, line, ascii, error, codec, encoding)) from None
     except UnicodeError:  # of UTF-16 and UTF-32 without a byte order mark
         raise UserError(f"{name} has no byte order mark: choose --encoding {codec}-le or {codec}-be") from None

@@ -35,6 +35,7 @@ _LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _OTHER_WORD = re.compile("[\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉]")  # not letters, but characters of words
 
+SPECIAL_NOTE = "note: the text contains {}, which is encoded as ordinary characters; --parse_special makes it one id"
 NO_ID = -1  # an end_of_text_id that no token has
 TOKENIZER_FILE = "tokenizer.json"  # in the folder of a dataset or checkpoint, unless its tokenizer has a known name
 GPT2_RANKS = "ba1d6ef6d9728ad39d0e88ee2d4939b0e32a8a12d0b968ee4278e88df699ff4b"  # ranks_hash of gpt2
@@ -44,8 +45,8 @@ PATTERN = r50k_pat_str  # GPT-2's
 # most three digits. `prepare_data.py --tokenizer bpe:N` trains with it.
 MARKS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
-# Encodings with more than 65,536 ids, listed so that they are refused without a download.
-TOO_LARGE = ("cl100k_base", "o200k_base", "o200k_harmony")
+# Encodings with more than 65,536 ids and their number, listed so that they are refused without a download.
+TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}
 
 
 class FileTokenizer(tiktoken.Encoding):
@@ -134,7 +135,7 @@ def check_name(name: str) -> None:
     """Raise UserError unless `load` supports this name. Downloads nothing."""
     known = [*(n for n in tiktoken.list_encoding_names() if n not in TOO_LARGE), "byte"]
     if name not in known:
-        reason = "has more than 65,536 ids, which do not fit uint16 shards" if name in TOO_LARGE else "unknown"
+        reason = f"has {TOO_LARGE[name]:,} ids; at most 65,536 fit uint16 shards" if name in TOO_LARGE else "unknown"
         raise UserError(f"tokenizer {name}: {reason}; use one of {', '.join(known)}")
 
 
@@ -298,7 +299,7 @@ def encode(encoding: tiktoken.Encoding, text: str, parse_special: bool) -> list[
     if parse_special:
         return encode_special(encoding, text)
     if found := find_special(encoding, text):
-        note_once(f"note: {found!r} is encoded as ordinary characters, not as an added token: see --parse_special")
+        note_once(SPECIAL_NOTE.format(repr(found)))
     return encode_ordinary(encoding, text)
 
 

@@ -19,7 +19,8 @@ import tiktoken
 
 from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus
-from flatgpt.data.sources import Plan, chunks_by_split, split_tasks
+from flatgpt.data.sources import Plan, split_tasks
+from flatgpt.data.splits import chunks_by_split
 from flatgpt.data.text_files import TYPICAL_RATIO, file_format, suffixes
 from flatgpt.data.tokenizer import MARKS_PATTERN, PATTERN, CharacterTokenizer, FileTokenizer, split_text
 from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, FLAGS, tokenizer_json
@@ -54,18 +55,19 @@ def trained_size(name: str, special_tokens: Sequence[str] = ()) -> int | None:
 
 
 def split_texts(config: PrepareConfig, corpus: Corpus, plan: Plan, split: str, limit: int) -> Iterator[str]:
-    """Yield texts of a split that is made of the source's training documents, of at most `limit` bytes together.
+    """Yield texts of a split, of at most `limit` bytes together.
 
-    If the files are larger, the tasks that are read are spread evenly over them.
+    If the files of the training split are larger, the tasks that are read are spread evenly over them.
     """
-    files, taken, tasks = corpus.files["train"], 0, 0
+    origin = split if split in corpus.files else "train"  # the source's split that it is made of
+    files, borders, taken, tasks = corpus.files[origin], plan.borders if origin == "train" else None, 0, 0
     packed = (file_format(file.name) == "parquet" or suffixes(file.name)[1] for file in files)
     size = sum(file.size * (TYPICAL_RATIO if each else 1) for file, each in zip(files, packed, strict=True))
     share = 1 if config.sample_size or split != "train" else min(1, limit / max(1, size))
-    for n, task in enumerate(split_tasks(config, files, plan.borders)):
+    for n, task in enumerate(split_tasks(config, files, borders)):
         if n * share >= tasks:
             tasks += 1
-            for chunk in chunks_by_split(plan.borders, task).get(split, ()):
+            for chunk in chunks_by_split(borders, task._replace(split=origin)).get(split, ()):
                 yield chunk.text[: limit - taken]
                 taken += len(chunk.text.encode())
                 if taken >= limit:

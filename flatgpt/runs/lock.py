@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
 
 from config import UserError
@@ -45,13 +43,4 @@ class RunLock(FolderLock):
         if not self.is_held():
             raise UserError(f"{folder} was moved by another process in the meantime: start again")
         if overwrite and (folder / "ckpt").exists():
-            if Path.cwd().is_relative_to(folder.resolve()):
-                raise UserError(
-                    f"overwrite: {folder} contains the current folder and is not renamed; choose another --out_dir"
-                )
-            old = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            os.rename(folder, old)
-            print(f"the existing run in {folder} was moved to {old}")
-            (old / ".lock").unlink()
-            folder.mkdir()
-            self.acquire()
+            print(f"the existing run in {folder} was moved to {self.move_aside()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import lzma
 import os
@@ -232,6 +233,24 @@ class FolderLock(contextlib.AbstractContextManager):
         released = threading.Event()
         self._held.callback(released.set)
         threading.Thread(target=self._send_heartbeats, args=(released,), name="heartbeat", daemon=True).start()
+
+    def move_aside(self) -> Path:
+        """Rename the locked folder to <folder>.old-<time>, lock an empty one in its place, and return the old one.
+
+        Raises:
+            UserError: the current folder is in it.
+        """
+        if Path.cwd().is_relative_to(self.folder.resolve()):
+            problem = f"overwrite: {self.folder} contains the current folder and is not renamed"
+            raise UserError(f"{problem}; choose another {self.setting}")
+        name = f"{self.folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+        old = next(path for path in map(self.folder.with_name, names) if not path.exists())
+        os.rename(self.folder, old)
+        (old / ".lock").unlink()
+        self.folder.mkdir()
+        self.acquire()
+        return old
 
     def _wait_until_free(self) -> str:
         """Return the content of the lock file, whose owner has ended. Raise UserError if it has not."""

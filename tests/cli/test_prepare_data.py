@@ -33,13 +33,23 @@ from flatgpt.cli import cli as command_line
         ("text --input a.txt --parse_special --encoder gigatoken", "--parse_special needs --encoder tiktoken"),
         ("compare --tokenizer byte", "source compare needs --input"),
         ("compare --input a.txt --tokenizer byte --parse_special", "do not apply to source compare"),
-        ("--info mine", "info = mine: no dataset in this folder; one with shards is expected, data/NAME"),
-        ("--verify .", "verify = .: no dataset in this folder"),
+        ("--info mine", "info = mine: no such folder; give data/NAME"),
+        ("--verify .", "verify = .: no dataset in this folder; give data/NAME"),
+        ("text --input a.txt --tokenizer byte --data_dir a.txt", "Not a directory; choose another folder: --data_dir"),
+        ("text --input a.txt --tokenizer byte --splits val,test", "separate them by blanks: --splits val test"),
+        ("text --input a.txt --name raw", "name = raw: this folder of data has the downloads; choose another"),
+        ("text --input a.txt --tokenizer gpt2 --tokenizer_sample_mb 5", "applies to --tokenizer bpe:N"),
+        ("text --input a.txt --tokenizer bpe:4,09", "several tokenizers apply to source compare"),
+        ("text --input a.txt --tokenizer bpe:65_537", "bpe:65537: bpe:N needs a number of ids"),
+        ("text --input a.txt --tokenizer o200k_base", "o200k_base: has 200,019 ids; at most 65,536 fit"),
+        ("text --input a.txt --tokenizer folder", "folder/tokenizer.json is a folder; a file is expected"),
+        ("text --input a.txt --tokenizer folder/tokenizer.json", "folder/tokenizer.json is a folder"),
     ],
 )
 def test_mistake_is_one_error_line(in_tmp, cli, words, said):
     Path("a.txt").write_text("some text\n" * 10)
     write(Path("a.jsonl"), ["some text"] * 10)
+    Path("folder/tokenizer.json").mkdir(parents=True)
     assert said in cli("prepare_data", *words.split()).error
     assert not Path("data").exists()
 
@@ -83,6 +93,18 @@ def test_info_says_what_the_manifest_says_and_shows_text(made, cli):
     for split in meta["splits"]:
         ids = Path(f"data/mine/{split}_000000.bin").read_bytes()[:40:2]
         assert f"--- {split}, the first 60 tokens\n{ids.decode(errors='ignore')[:10]}" in done.out
+
+
+@pytest.mark.usefixtures("made")
+def test_wrong_folder_or_tokenizer_is_answered_with_those_that_exist(cli):
+    """A dataset's name is not its path."""
+    for words, said in (
+        ("--info mine", "info = mine: no such folder; folders that have one: data/mine"),
+        ("--verify data", "verify = data: no dataset in this folder; folders that have one: data/mine"),
+        ("--info nope", "info = nope: no such folder; folders that have one: data/mine"),
+        ("text --input a.jsonl --tokenizer mine", "; did you mean --tokenizer data/mine?"),
+    ):
+        assert cli("prepare_data", *words.split()).error.endswith(said)
 
 
 @pytest.mark.usefixtures("made")
@@ -160,6 +182,15 @@ def test_compare_prints_a_row_for_each_tokenizer(in_tmp, cli):
     assert rows[2][:4] == ["bpe:268", "268", "4.67", "1.50"]  # naïve, cafés and the line end
     assert rows[3] == ["bpe:900"]
     assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("name", ["bpe:1,000", "bpe:1_000"])
+def test_digits_of_bpe_may_be_grouped(in_tmp, cli, name):
+    Path("a.txt").write_text(" ".join(f"word{n} word{n}" for n in range(2000)))
+    done = cli("prepare_data", *["text", "--input", "a.txt", "--tokenizer", name])
+    assert done.out.startswith("data/text_bpe1000: text, tokenizer bpe:1000 (1,000 ids)")
+    rows = cli("prepare_data", *["compare", "--input", "a.txt", "--tokenizer", name, "byte"]).out.splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["bpe:1000", "byte"]
 
 
 def test_source_may_follow_the_tokenizer(in_tmp, cli):

@@ -64,7 +64,7 @@ def test_infer_with_added_tokens(cli, in_tmp, parse_special):
     done = cli("infer", *SHORT, "--prompt", tokens, "--num_samples", 2, "--json", "report.json", *words)
     count = 3 if parse_special else len(encoding.encode_ordinary(tokens))
     assert [text["prompt_tokens"] for text in json.loads(Path("report.json").read_text())["texts"]] == [count] * 2
-    assert done.err.count("note: '<|user|>' is encoded as ordinary characters") == (not parse_special)
+    assert done.err.count("'<|user|>', which is encoded as ordinary characters") == (not parse_special)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_eval_with_added_tokens_in_a_text(cli, in_tmp):
     parsed = cli("eval", *CPU, "--text", "t.txt", "--json", "-", "--parse_special")
     assert json.loads(plain.out)["tokens"] == len(encoding.encode_ordinary(text)) - 1
     assert json.loads(parsed.out)["tokens"] == len(tokenizer.encode_special(encoding, text)) - 1
-    assert ("see --parse_special" in plain.err, "see --parse_special" in parsed.err) == (True, False)
+    assert ["--parse_special" in done.err for done in (plain, parsed)] == [True, False]
     assert "parse_special is for --text" in cli("eval", *CPU, "--parse_special").error
 
 
@@ -131,6 +131,16 @@ def test_eval_compares_vocabularies_not_names(cli, in_tmp):
     write_dataset("data/other", bpe("bpe", size=350))
     error = cli("eval", *CPU, "--dataset", "other").error
     assert "is tokenised with another tokenizer, also named bpe, but the model" in error
+
+
+def test_eval_of_a_dataset_that_was_changed_or_removed(cli, in_tmp):
+    """The command for one that is missing gives it the model's tokenizer."""
+    save_run_of(bpe())
+    folder = write_dataset("data/mine", bpe())
+    shutil.copy(write_dataset("data/other", bpe("bpe", size=350)) / "tokenizer.json", folder)
+    assert "data/mine/tokenizer.json was changed" in cli("eval", *CPU, "--dataset", "mine").error
+    error = cli("eval", *CPU, "--dataset", "gone").error
+    assert "python prepare_data.py text --input FILES --tokenizer out/r/ckpt/iter_000007 --name gone" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

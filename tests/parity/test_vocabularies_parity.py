@@ -47,7 +47,7 @@ def test_prompt_with_added_tokens(in_tmp, capsys):
     assert (len(ids) > 12, encoding.decode(ids)) == (True, prompt)
     assert not {*reference.convert_tokens_to_ids([*ADDED])} & {*ids}
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("note: '<|user|>' is encoded as ordinary characters")
+    assert line.startswith("note: the text contains '<|user|>', which is encoded as ordinary characters")
     assert "--parse_special" in line
 
 

@@ -11,7 +11,7 @@ import pytest
 from prepared import prepare, texts
 
 from flatgpt.data.shards import ShardWriter, Tokens, write_meta
-from flatgpt.data.sources import choose_split
+from flatgpt.data.splits import choose_split
 
 # 160 documents, with an empty one before each two
 WRITTEN = [f"{n} na\u00efve caf\u00e9s \U0001f388" * (1 + n % 5) if n % 3 else (None, "")[n % 2] for n in range(240)]
@@ -74,15 +74,29 @@ def by_hash(written, val=0.1, test=0.0) -> dict[str, list[str]]:
 
 
 def by_characters(written, val=0.1, test=0.0) -> dict[str, list[str]]:
-    """What each split holds of fewer."""
-    total, at = len("".join(filter(None, written))), 0
+    """What each split holds of fewer: each different text counts once, and a border is moved to a start or a space."""
+    kept = [*filter(None, written)]
+    starts, total = {}, 0
+    for text in kept:
+        if text not in starts:
+            starts[text] = total
+            total += len(text)
     borders = 0, int(total * (1 - val - test)), int(total * (1 - test)), total
+    shift = min(200, *(size // 2 for size in (b - a for a, b in itertools.pairwise(borders)) if size))
     found = {"train": [], "val": [], "test": []}
-    for text in filter(None, written):
-        for split, (start, stop) in zip(found, itertools.pairwise(borders), strict=True):
-            if part := text[max(0, start - at) : max(0, stop - at)]:
+
+    def moved(text: str, border: int) -> int:
+        places = range(max(0, border - shift), border + 1) if 0 < border < len(text) and len(kept) > 1 else ()
+        for wanted in (lambda place: place == 0, lambda n: text[n - 1] == "\n", lambda n: text[n - 1] == " "):
+            if good := [place for place in places if wanted(place)]:
+                return good[-1]
+        return max(0, border)
+
+    for text in kept:
+        for split, ends in zip(found, itertools.pairwise(borders), strict=True):
+            start, stop = (moved(text, end - starts[text]) for end in ends)
+            if part := text[start:stop]:
                 found[split].append(part)
-        at += len(text)
     return found
 
 

@@ -40,7 +40,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
         files = host.repos[repo][commit]
         if what in ("revision", "model"):
-            return self.reply_json({"id": f"{user}/{name}", "sha": commit, "private": repo in host.private})
+            facts = {"id": f"{user}/{name}", "sha": commit, "private": repo in host.private}
+            return self.reply_json({**facts, "cardData": host.cards.get(f"{user}/{name}")})
         if what == "tree":
             tree = [{"type": "directory", "path": "folder", "oid": "0" * 40}]
             for path, body in files.items():
@@ -144,13 +145,14 @@ class Host(http.server.ThreadingHTTPServer):
         private: models/user/name of private repositories.
         created: {repository: visibility, None if the request does not set it}.
         commits: the files of each commit.
+        cards: {user/name: YAML of the dataset's card}.
     """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.branches, self.faults, self.asked = {}, {}, {}, []
-        self.private, self.created, self.commits = set(), {}, []
+        self.private, self.created, self.commits, self.cards = set(), {}, [], {}
 
     def publish(self, repo: str, files: dict, branch="main", commit: str | None = None, kind="datasets") -> str:
         """Make a commit of these files, {path: bytes}, on a branch, and return its hash."""

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from prepared import content, prepare, texts
 
 from config import PrepareConfig, UserError
-from flatgpt.data import hub
+from flatgpt.data import hub, subsets
 from flatgpt.data.hub import REPOSITORIES, hub_files
 
 WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
@@ -67,7 +67,7 @@ def test_split_of_a_file_name():
         "val": ["validation-00000-of-00001.parquet", "wiki.val.jsonl.gz", "dev-v1.1.jsonl", "partial-validation/0.x"],
         "test": ["data/TEST.parquet", "my_testing_2.parquet", "test2.parquet", "dev/en/test/0.parquet"],
     }
-    assert hub.group_by_split([*names["test"], *names["val"], *names["train"]]) == names
+    assert subsets.group_by_split([*names["test"], *names["val"], *names["train"]]) == names
 
 
 def test_complete_series():
@@ -198,7 +198,7 @@ def test_several_folders(in_tmp, host):
     host.publish(
         "user/name", {f"{c}/{s}.parquet": parquet(c + s, column="body") for c in "ab" for s in ("train", "dev")}
     )
-    refused(["user/name", "2 folders (a, b)", "--files 'a/*'", "all: '*.parquet'"], column="body")
+    refused(["user/name", "2 subsets (a, b)", "--subset a", "--files 'a/*'", "all: '*.parquet'"], column="body")
     assert host.fetched() == []
     data = from_hub(files=("b/*",), column="body")
     assert (texts_by_split(data), data.meta["files"]) == ({"train": ["btrain"], "val": ["bdev"]}, ["b/*"])
@@ -206,6 +206,101 @@ def test_several_folders(in_tmp, host):
         from_hub(files=("*.parquet",), column="body")
     both = from_hub(files=("a/*.parquet", "b/t*"), column="body", name="both")
     assert texts_by_split(both) == {"train": ["atrain", "btrain"], "val": ["adev"]}
+
+
+CARD = {
+    "configs": [
+        {"config_name": "en", "data_files": [{"split": "train", "path": ["texts/one-*", "texts/two-*"]}]},
+        {
+            "config_name": "de",
+            "data_files": [{"split": "train", "path": "de/a*"}, {"split": "validation", "path": "de/v*"}],
+        },
+        {"config_name": "csv", "data_files": "*.csv"},
+        {"config_name": "fr", "data_dir": "french"},
+    ]
+}
+IN_CARD = ["de/a.parquet", "de/v.parquet", "french/test.parquet", "texts/one-0.parquet", "texts/two-0.parquet", "x.csv"]
+
+
+def test_subsets_of_the_card(in_tmp, host):
+    """Its splits count, not the files' names. A second one makes no request but its downloads."""
+    commit = host.publish("user/name", {name: parquet(name) for name in [*IN_CARD, "texts/three-0.parquet"]})
+    host.cards["user/name"] = CARD
+    refused(["user/name has 4 subsets (csv, de, en, fr)", "--subset csv"])
+    refused(["user/name has no subset d; it has de, csv"], subset="d")
+    refused(["subset csv of dataset user/name has no parquet", "in *.csv", "refs/convert/parquet"], subset="csv")
+    assert host.fetched() == []
+    host.asked.clear()
+    for subset, expected in {
+        "de": {"train": ["de/a.parquet"], "val": ["de/v.parquet"]},
+        "en": {"train": ["texts/one-0.parquet", "texts/two-0.parquet"]},
+        "fr": {"test": ["french/test.parquet"]},
+    }.items():
+        data = from_hub(subset=subset, val_fraction=None if subset == "de" else 0)
+        assert (data.folder, texts_by_split(data)) == (Path(f"data/name_{subset}_byte"), expected)
+        assert (data.meta["subset"], data.meta["revision"]) == (subset, commit)
+    assert {what for what in host.asked if what.startswith("GET") and "." not in what} == set()
+    assert sorted(host.fetched()) == IN_CARD[:-1]
+
+
+@pytest.mark.parametrize("default", [{"config_name": "default"}, {"config_name": "en", "default": True}])
+def test_default_subset(in_tmp, host, default):
+    host.publish("user/name", {name: parquet(name) for name in IN_CARD})
+    host.cards["user/name"] = {"configs": [*CARD["configs"][1:], {**default, "data_files": "texts/two*"}, "odd", {}]}
+    data = from_hub(val_fraction=0)
+    assert (data.folder, texts_by_split(data)) == (Path("data/name_byte"), {"train": ["texts/two-0.parquet"]})
+
+
+@pytest.mark.parametrize(
+    "card", [None, {}, {"configs": None}, {"configs": [{"config_name": "a", "data_files": "no/*"}]}]
+)
+def test_subsets_of_folders(in_tmp, host, card):
+    """As of refs/convert/parquet, which has a folder for each split; by the name or the path of a folder."""
+    published = ("a/b/train/0.parquet", "a/b/partial-validation/0.parquet", "a/c/train/0.jsonl", "d/b/test/0.parquet")
+    host.publish("user/name", {name: lines(name) if "json" in name else parquet(name) for name in published})
+    host.cards["user/name"] = card
+    refused(["2 subsets (a/b, d/b)", "--subset a/b", "--files 'a/b/*'"])
+    refused(["2 subsets (a/b, d/b)"], subset="b")
+    refused(["has no subset e; it has a/b, a/c, d/b"], subset="e")
+    for subset, expected in {
+        "a/b": {"train": [published[0]], "val": [published[1]]},
+        "c": {"train": [published[2]]},
+        "d": {"test": [published[3]]},
+    }.items():
+        data = from_hub(subset=subset, name=f"of {subset[0]}", val_fraction=None if subset == "a/b" else 0)
+        assert texts_by_split(data) == expected
+
+
+def test_subset_of_local_files(in_tmp, host):
+    """One that is on the disk needs no hub."""
+    put(RAW, {"en/train.parquet": parquet("mine"), "de/train.parquet": parquet("meins")})
+    assert texts_by_split(from_hub(subset="en", val_fraction=0)) == {"train": ["mine"]}
+    assert host.asked == []
+    with pytest.raises(UserError, match=r"user/name.* does not exist on the hub"):
+        from_hub(subset="fr")
+
+
+def test_refresh(in_tmp, host):
+    """The notice of a cached list names it; a dataset of the older commit is kept."""
+    first = host.publish("user/name", {"train.jsonl": lines("old"), "test.jsonl": lines("old test")})
+    keys = {"val_fraction": 0, "name": "mine"}
+    old = from_hub(refresh=True, **keys)
+    assert old.meta["revision"] == first
+    second = host.publish("user/name", {"train.jsonl": lines("newer"), "test.jsonl": lines("old test")})
+    logged = []
+    from_hub(logged.append, **{**keys, "name": "again"})
+    assert f"commit {first}" in logged[0]
+    assert "--refresh" in logged[0]
+    with pytest.raises(UserError, match=rf"revision {first} \(now {second}\).*--overwrite"):
+        from_hub(refresh=True, **keys)
+    logged.clear()
+    data = from_hub(logged.append, refresh=True, overwrite=True, **keys)
+    assert texts_by_split(data) == {"train": ["newer"], "test": ["old test"]}
+    assert not any("cached in" in line for line in logged)
+    host.faults["GET revision"] = itertools.repeat("drop")
+    with pytest.raises(UserError, match="check the network"):
+        from_hub(refresh=True, **keys)
+    assert "nothing to do" in (from_hub(logged.append, **keys), logged[-1])[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +353,7 @@ def test_dumps_of_wikipedia_are_separate(in_tmp, host):
     for dump, suffix, text in ((None, "", "mine"), ("20231101.simple", "_20231101.simple", "20231101.simple")):
         data = prepare("wikipedia", dump=dump, **keys)
         assert data.folder == Path(f"data/wikipedia{suffix}_byte")
-        assert "".join(texts(data, "train") + texts(data, "val")) == text * 2
+        assert sorted("".join(texts(data, "train") + texts(data, "val"))) == sorted(text * 2)
         assert host.fetched() == [f"{dump}/{name}" for name in numbered] * bool(dump)
 
 
@@ -277,6 +372,28 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
         assert host.fetched() == fetched
 
 
+def test_size_of_a_download_is_said_before_it(in_tmp, host):
+    """Also why a share of the training files, alone, needs them all."""
+    files = {f"sample/10BT/00{n}_00000.parquet": parquet(*(f"document {n} {k}" for k in range(60))) for n in range(3)}
+    host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB)
+
+    def log(line: str) -> None:
+        logged.append((line, len(host.fetched())))
+
+    for keys, lines in (
+        ({"sample_size": 60}, []),
+        (
+            {"splits": ("val",), "name": "v"},
+            ["downloading 2 files, 1 MB, to data/raw: val is a share of all"],
+        ),
+        ({"name": "all"}, []),
+    ):
+        logged = []
+        prepare("fineweb", log, tokenizer="byte", val_fraction=0.5, **keys)
+        assert [line[: len(start)] for (line, fetched), start in zip(logged, lines, strict=True)] == lines
+        assert all(fetched == 1 for _, fetched in logged)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # errors
 
@@ -291,7 +408,7 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
         ({"repo": "user/what?"}, {}, ["user/what?", "user/name"]),
         ({}, {f"HEAD {FIRST}": (403, "GatedRepo")}, ["user/name", "gated", "accept the terms", "HF_TOKEN"]),
         ({}, {"GET revision": (403, "")}, ["user/name", "403 Forbidden", "hf auth login"]),
-        ({}, {"GET revision": "drop"}, ["user/name", "Server disconnected", "check the network"]),
+        ({}, {"GET revision": "drop"}, ["user/name", "Server disconnected", "check the network", f"machine to {RAW}"]),
         (
             {},
             {f"GET {FIRST}": (503, "")},

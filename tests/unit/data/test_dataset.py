@@ -13,9 +13,11 @@ from dataset_files import cut, finished, flip, llmc, nanogpt, shard, tokens, wro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
+from config import PrepareConfig, UserError
+from flatgpt.cli import cli
 from flatgpt.data import dataset, tokenizer
 from flatgpt.data.dataset import TrainingBatches, Windows, open_dataset, shuffled
+from flatgpt.data.sources import dataset_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a folder of flatGPT's
@@ -56,6 +58,43 @@ def test_unfinished_dataset_names_the_command(tmp_path, name, files, said):
         open_dataset(folder)
     assert str(folder) in str(caught.value)
     assert ("--data_dir" not in said) or shlex.quote(str(tmp_path)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pydoc --tokenizer gpt2 --data_dir 'a b'",
+        "wikitext103",
+        "wikitext103 --name wikitext103_old",
+        "fineweb --tokenizer p50k_base",
+        "wikipedia --dump 20231101.simple",
+        "wikipedia --dump 20231101.zh-min-nan --tokenizer byte",
+        "wikipedia --tokenizer bpe:8192",
+        "text --input FILES",
+        "text --input FILES --tokenizer bpe:300 --data_dir there",
+        "text --input FILES --name 'my data'",
+        "text --input FILES --name=--x",
+        "hub --repo user/some_stories",
+        "hub --repo user/some --tokenizer byte",
+    ],
+)
+def test_command_for_a_missing_dataset_makes_its_folder(in_tmp, words):
+    """Also of a repository that was downloaded."""
+    for repo in ("some", "some_stories"):
+        Path("data/raw/hub/user", repo).mkdir(parents=True)
+    config = cli.parse(PrepareConfig, shlex.split(words))
+    with pytest.raises(UserError) as caught:
+        open_dataset(dataset_folder(config))
+    _, script, *again = shlex.split(str(caught.value).partition(" does not exist: run ")[2])
+    made = cli.parse(PrepareConfig, again)
+    assert (script, dataset_folder(made)) == ("prepare_data.py", dataset_folder(config))
+    for key in ("source", "input", "repo", "dump", "tokenizer"):
+        assert getattr(made, key) == getattr(config, key)
+
+
+def test_command_for_a_missing_dataset_of_a_run_names_its_tokenizer(in_tmp):
+    with pytest.raises(UserError, match=r"prepare_data\.py pydoc --tokenizer 'out/a b' --name pydoc_mine$"):
+        open_dataset(Path("data/pydoc_mine"), Path("out/a b"))
 
 
 @pytest.mark.parametrize("full", [False, True])

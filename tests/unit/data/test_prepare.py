@@ -288,7 +288,7 @@ def edit_progress(**changes) -> None:
             (
                 lambda raw=raw: (FOLDER / "progress.json").write_bytes(raw),
                 {},
-                "progress.json is damaged: move data/mine away",
+                "progress.json is damaged: start again with --overwrite",
             )
             for raw in (b"", b"{}", b"null", b"[" * 9999, b'{"command": "x", "settings"', b"\xff\0")
         ),
@@ -296,7 +296,7 @@ def edit_progress(**changes) -> None:
             (
                 lambda change=change: edit_progress(**change),
                 {},
-                "progress.json is damaged: move data/mine away",
+                "progress.json is damaged: start again with --overwrite",
             )
             for change in (
                 *({key: wrong} for key in ("passes", "splits") for wrong in (3, [3], "train", {"train": 3}, {})),
@@ -335,7 +335,10 @@ def test_shards_without_a_manifest_are_refused_and_kept(make, name):
         path.unlink() if name == "train.bin" or path.name == "meta.json" else None
     (FOLDER / name).write_bytes(b"12")
     before = content(FOLDER)
-    with pytest.raises(UserError, match=rf"{FOLDER} contains other shards \(t.*choose another --name, or move"):
+    with pytest.raises(
+        UserError,
+        match=rf"{FOLDER} contains other shards \(t.*choose another --name, or move it aside with --overwrite",
+    ):
         make(tokenizer="gpt2")
     assert content(FOLDER) == before
 
@@ -357,6 +360,53 @@ def test_unfinished_folder_of_an_earlier_version_goes_on(make):
     edit_progress(settings=found["settings"], passes=passes, cuts=0)
     (FOLDER / "val_000009.bin.tmp").write_bytes(b"old")
     assert content(make().folder) == whole
+
+
+@pytest.mark.parametrize("state", ["finished", "settings", "unfinished", "damaged", "manifest", "foreign"])
+def test_overwrite_moves_what_is_there_aside(make, state):
+    """Each time to another name, also twice in a second."""
+    whole = content(make(name="whole", test_fraction=0.2).folder)
+    stop(make, LATE) if state in ("unfinished", "damaged") else make()
+    if state == "damaged":
+        edit_progress(passes=3)
+    if state == "manifest":
+        (FOLDER / "meta.json").write_bytes(b"{")
+    if state == "foreign":
+        (FOLDER / "meta.json").unlink()
+    keys = {} if state == "finished" else {"test_fraction": 0.2}
+    before, lines = content(FOLDER), []
+    made = make(lines.append, overwrite=True, **keys)
+    (old,) = Path("data").glob("mine.old-*")
+    assert f"the existing data/mine was moved to {old}" in lines
+    assert content(old) == before
+    assert content(made.folder) == (before if state == "finished" else whole)
+    make(overwrite=True, **keys)
+    assert len(list(Path("data").glob("mine.old-*"))) == 2
+
+
+def test_overwrite_goes_on_with_what_it_began(make):
+    whole = content(make().folder)
+    stop(make, LATE, overwrite=True)
+    (old,) = Path("data").glob("mine.old-*")
+    assert content(old) == whole
+    assert content(make(overwrite=True).folder) == whole
+    assert list(Path("data").glob("mine.old-*")) == [old]
+
+
+def test_overwrite_does_not_move_its_input(in_tmp, monkeypatch):
+    files(in_tmp, a=TEXT)
+    folder = from_text("a.txt", name="mine").folder
+    files(folder, b=TEXT)
+    before = content(folder)
+    assert "data/mine contains data/mine/b.txt, which is read" in refusal(
+        "data/mine/b.txt", name="mine", overwrite=True
+    )
+    monkeypatch.chdir(folder)
+    assert "contains the current folder" in refusal(
+        in_tmp / "a.txt", name="mine", data_dir=str(in_tmp / "data"), overwrite=True
+    )
+    monkeypatch.chdir(in_tmp)
+    assert content(folder) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from flatgpt.data import prepare as preparation
 from flatgpt.data import readers, sources, tokenizer
 from flatgpt.data.chunks import Chunk, Task
 from flatgpt.data.readers import Corpus, RawFile
-from flatgpt.data.sources import choose_split, encode_task, make_plan
+from flatgpt.data.sources import encode_task, make_plan
+from flatgpt.data.splits import choose_split
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pydoc and shakespeare
@@ -277,6 +278,34 @@ def test_few_characters_leave_no_split_empty(in_tmp, characters, test):
     assert all(found.values())
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_documents_of_few_are_on_one_side_or_split_alike(in_tmp, order):
+    """A file of several chunks and a line are equal documents too. Before, copies were on both sides."""
+    documents = [f"{n} {'word ' * n}" for n in range(30)] + ["x" * 700, f"{LONG[100]}\n"]
+    write(Path("in/a.txt"), documents[::order])
+    write(Path("in/b.jsonl"), documents + documents[::-1])
+    found = texts_by_split(from_text("in", val_fraction=0.3, test_fraction=0.2))
+    sides = [set(found[split]) for split in ("train", "val", "test")]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    assert all(found[split].count(text) == 3 for split, side in zip(found, sides, strict=True) for text in side)
+    assert sum(len(text) for side in sides for text in side) == len("".join(documents))
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_few_documents_are_not_split_inside_a_special_token_or_a_character(in_tmp, documents):
+    """Characters of one document are split anywhere, as in earlier versions; its special tokens are not."""
+    line = "<|user|>\u0928\u093f" * 20
+    files(in_tmp, a=line, b=(line + ".") * (documents - 1) or line)
+    inputs = ("a.txt", "b.txt")[:documents]
+    keys = {"special_tokens": ("<|user|>",), "parse_special": True}
+    for n in range(20):
+        data = from_text(*inputs, name=f"d{n}", val_fraction=0.2 + n / 200, **keys)
+        ids = {split: data.tokens(split)[:].tolist() for split in ("train", "val")}
+        assert sum(part.count(257) for part in ids.values()) == 20 * documents
+        assert documents == 1 or bytes(i for i in ids["val"][:3] if i < 256) != "\u093f".encode()
+
+
 @pytest.mark.parametrize("end", ["", None])
 def test_split_of_the_source_without_text_is_refused_before_encoding(in_tmp, monkeypatch, end):
     monkeypatch.setattr(preparation, "encode_task", lambda *_: pytest.fail("encoding has begun"))
@@ -309,6 +338,63 @@ def test_splits_that_the_source_lacks_are_held_out_of_train(in_tmp):
     assert texts_by_split(data) == {**by_hash([*WRITTEN, few], 0, 0.2), "val": ["a test"]}
     with pytest.raises(UserError, match="hub has its own val split: leave out --val_fraction"):
         hub_data({}, val_fraction=0.1, name="third")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("limit", [None, 20])
+def test_files_of_the_users_own_splits(in_tmp, kind, limit):
+    """A file that is in two is not for training; documents that are in two are counted. All make the revision."""
+    named = {"in/a": WRITTEN[:100], "in/v": WRITTEN[60:100], "in/t": WRITTEN[100:130]}
+    for name, part in named.items():
+        write(Path(f"{name}.{kind}"), part)
+    paths = {name: name if kind == "txt" else f"{name}.jsonl" for name in named}
+    lines, keys = [], {"val_input": (paths["in/v"],), "test_input": (paths["in/t"],), "sample_size": limit}
+    data = from_text("in", log=lines.append, **keys)
+    expected = {"train": WRITTEN[:100], "val": WRITTEN[60:100], "test": WRITTEN[100:130]}
+    expected = {split: [*filter(None, part)][:limit] for split, part in expected.items()}
+    assert texts_by_split(data) == expected
+    shared = len({*expected["val"]} & {*expected["train"]})
+    files_left_out = 70 if kind == "txt" else 2
+    assert lines[0] == f"note: input files that are left out, as --val_input or --test_input has them: {files_left_out}"
+    assert (f"note: {shared} different documents" in "".join(lines)) == (shared > 0)
+    assert "val_fraction" not in data.meta
+    assert "revision" in refusal("in", **{**keys, "val_input": keys["test_input"], "test_input": keys["val_input"]})
+    alone = from_text("in", splits=("val",), name="val", **keys)
+    assert alone.meta["splits"] == {"val": data.meta["splits"]["val"]}
+    assert "--input: all of its files are in another split too" in refusal(
+        paths["in/v"], val_input=("in",), name="none"
+    )
+
+
+def test_test_files_leave_validation_to_a_share(in_tmp):
+    write(Path("a.jsonl"), WRITTEN)
+    write(Path("t.jsonl"), ["a test"])
+    assert texts_by_split(from_text("a.jsonl", test_input=("t.jsonl",))) == {**by_hash(WRITTEN), "test": ["a test"]}
+
+
+@pytest.mark.parametrize("n", [3, 240])
+def test_no_validation_split(in_tmp, n):
+    write(Path("a.jsonl"), WRITTEN[:n])
+    kept = [*filter(None, WRITTEN[:n])]
+    assert texts_by_split(from_text("a.jsonl", val_fraction=0)) == {"train": kept}
+    both = texts_by_split(from_text("a.jsonl", val_fraction=0, test_fraction=0.3, name="test"))
+    assert both == some((by_characters if n < 100 else by_hash)(kept, 0, 0.3))
+    assert "splits = val: text has train" in refusal("a.jsonl", val_fraction=0, splits=("val",), name="val")
+    with pytest.raises(UserError, match="hub has its own val split: choose the others with --splits"):
+        hub_data({"train.jsonl": WRITTEN, "dev.jsonl": ["a"]}, val_fraction=0)
+
+
+@pytest.mark.parametrize("limit", [1, 20])
+def test_what_is_behind_a_sample_need_not_be_valid(in_tmp, limit):
+    files(in_tmp, a="some text\n")
+    write(Path("b.jsonl"), WRITTEN[:40])
+    with open("b.jsonl", "ab") as file:
+        file.write(b"{not JSON \xff\n")
+    Path("c.txt").write_bytes(b"caf\xe9")
+    made = from_text("a.txt", "b.jsonl", "c.txt", sample_size=limit, val_fraction=0)
+    assert made.meta["splits"]["train"]["documents"] == limit
+    assert "c.txt line 1" in refusal("c.txt", "a.txt", sample_size=limit, name="bad")
+    assert "c.txt line 1" in refusal("a.txt", "b.jsonl", "c.txt", name="bad")
 
 
 @pytest.mark.usefixtures("small_chunks")

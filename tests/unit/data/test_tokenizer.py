@@ -45,7 +45,7 @@ def test_gpt2_is_openais():
 
 @pytest.mark.parametrize("use", [tokenizer.load, tokenizer.check_name, tokenizer.vocabulary_files])
 @pytest.mark.parametrize(
-    ("name", "said"), [("gpt3", "unknown"), ("", "unknown"), ("cl100k_base", "has more than 65,536 ids")]
+    ("name", "said"), [("gpt3", "unknown"), ("", "unknown"), ("cl100k_base", "has 100,277 ids; at most 65,536")]
 )
 def test_wrong_name_is_answered_with_the_right_ones(monkeypatch, use, name, said):
     """Nothing is fetched to find out; nor for a right name."""
