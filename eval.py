@@ -23,6 +23,7 @@ import numpy as np
 import tiktoken
 
 from flatgpt.data import tokenizer
+from flatgpt.data.chunks import split_text
 from flatgpt.data.dataset import Dataset, open_dataset
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.data.text_files import text_chunks
@@ -166,7 +167,7 @@ def open_tokens(
     if config.text:
         name, ids, chunks = config.text, bytearray(), text_chunks(Path(config.text))
         if (tokenizer.can_split(encoding) or encoding.name == "byte") and not config.parse_special:
-            chunks = tokenizer.split_text(chunks, tokenizer.MAX_ENCODE_CHARS)  # the ids are those of prepare_data.py
+            chunks = split_text(chunks, tokenizer.MAX_ENCODE_CHARS)  # the ids are those of prepare_data.py
         else:
             chunks = ["".join(chunks)]
         for chunk in chunks:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from flatgpt.data.tokenizer import MAX_ENCODE_CHARS, split_text
+from flatgpt.data.tokenizer import MAX_ENCODE_CHARS
 
 CHUNK_BYTES = 4 << 20  # approximate size of a chunk and of a task
+# GPT-2's pattern has no lookbehind, and a match ends wherever white space follows another character. Splitting a text
+# there changes no id. This matches up to the last such position.
+_LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 class Chunk(NamedTuple):
@@ -64,3 +68,21 @@ def split_document(blocks: Iterable[str], length: int = 4 * MAX_ENCODE_CHARS) ->
         last = text
     if last:
         yield Chunk(last)
+
+
+def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:
+    """Split the joined blocks into chunks of at most `length` characters, without changing the ids of the text.
+
+    If `length` characters have no break, the split is inside a word, and ids next to it may change.
+    """
+    rest = ""
+    for block in blocks:
+        text, start = rest + block, 0
+        while len(text) - start > length:
+            found = _LAST_BREAK.match(text, start, start + length + 1)
+            stop = found.end() if found else start + length
+            yield text[start:stop]
+            start = stop
+        rest = text[start:]
+    if rest:
+        yield rest

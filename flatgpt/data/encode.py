@@ -19,8 +19,8 @@ import tiktoken
 
 from config import UserError
 from flatgpt.data import tokenizer
-from flatgpt.data.chunks import Chunk
-from flatgpt.data.tokenizer import FileTokenizer, split_text, to_uint16
+from flatgpt.data.chunks import Chunk, split_text
+from flatgpt.data.tokenizer import FileTokenizer, to_uint16
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH_CHARS = 1 << 18  # short documents are encoded together up to this number of characters

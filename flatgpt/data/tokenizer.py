@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,6 @@ from config import UserError
 # Maximum text per call; a longer text without a break is split anyway. One blank more can overflow tiktoken's stack.
 MAX_ENCODE_CHARS = 999_998
 GPT2_PATTERN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "p50k_edit")
-# GPT-2's pattern has no lookbehind, and a match ends wherever white space follows another character. Splitting a text
-# there changes no id. This matches up to the last such position.
-_LAST_BREAK = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 # White space to the tokenizers library; str.strip() also removes separators such as \x1c.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 _OTHER_WORD = re.compile("[\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉]")  # not letters, but characters of words
@@ -231,7 +228,7 @@ def extends(encoding: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
 
 
 def can_split(encoding: tiktoken.Encoding) -> bool:
-    """Whether split_text changes no id of this tokenizer."""
+    """Whether chunks.split_text changes no id of this tokenizer."""
     named = encoding.name in GPT2_PATTERN_ENCODINGS and not isinstance(encoding, FileTokenizer)
     return named or encoding._pat_str in (PATTERN, MARKS_PATTERN)
 
@@ -327,24 +324,6 @@ def find_special(encoding: tiktoken.Encoding, text: str) -> str | None:
     """Return an added token that a text contains, if there is one."""
     found = filter(None, (pattern.search(text) for pattern in _special_patterns(encoding)))
     return next((match.group() for match in found), None)
-
-
-def split_text(blocks: Iterable[str], length: int) -> Iterator[str]:
-    """Split the joined blocks into chunks of at most `length` characters, without changing the ids of the text.
-
-    If `length` characters have no break, the split is inside a word, and ids next to it may change.
-    """
-    rest = ""
-    for block in blocks:
-        text, start = rest + block, 0
-        while len(text) - start > length:
-            found = _LAST_BREAK.match(text, start, start + length + 1)
-            stop = found.end() if found else start + length
-            yield text[start:stop]
-            start = stop
-        rest = text[start:]
-    if rest:
-        yield rest
 
 
 def to_uint16(ids: np.ndarray, n_vocab: int) -> np.ndarray:

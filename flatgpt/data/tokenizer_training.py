@@ -18,11 +18,12 @@ from concurrent.futures import Future
 import tiktoken
 
 from config import PrepareConfig, UserError
+from flatgpt.data.chunks import split_text
 from flatgpt.data.readers import Corpus
 from flatgpt.data.sources import Plan, split_tasks
 from flatgpt.data.splits import chunks_by_split
 from flatgpt.data.text_files import TYPICAL_RATIO, file_format, suffixes
-from flatgpt.data.tokenizer import MARKS_PATTERN, PATTERN, CharacterTokenizer, FileTokenizer, split_text
+from flatgpt.data.tokenizer import MARKS_PATTERN, PATTERN, CharacterTokenizer, FileTokenizer
 from flatgpt.data.tokenizer_files import CHAR_TO_BYTE, END_OF_TEXT, FLAGS, tokenizer_json
 from flatgpt.data.tokenizer_reader import MAX_IDS
 

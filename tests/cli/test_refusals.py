@@ -83,7 +83,7 @@ REFUSALS = [
     ("infer", "--prompt p --prompts_file x --json y", "--prompt and --prompts_file exclude each other"),
     ("infer", "--interactive --json x", "--interactive generates one text per prompt"),
     ("infer", "--interactive --num_samples 2", "leave out json and num_samples"),
-    ("infer", "out/q", "out/q: not expected; give a model with --model_path out/q, a prompt with --prompt out/q"),
+    ("infer", "out/q", "out/q: write --model_path out/q"),
     ("infer", "--logprobs 3", "logprobs = 3", "add --json FILE"),
     ("infer", "--logprobs -1 --json x", "--logprobs = -1", "at least 0"),
     # bench.py

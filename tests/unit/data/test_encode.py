@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from config import UserError
 from flatgpt.data import encode, tokenizer
-from flatgpt.data.chunks import Chunk
+from flatgpt.data.chunks import Chunk, split_text
 from flatgpt.data.encode import encode_chunks, load_encoder
 
 EOT = "<|endoftext|>"
@@ -75,7 +75,7 @@ def test_long_documents_are_split_where_no_id_changes(encoder, documents, length
     """Chunks of one document have no end-of-text between them. Only a run without a break may have other ids."""
     chunks, forced = [], False
     for text in documents:
-        parts = list(tokenizer.split_text([text], 4 * length))
+        parts = list(split_text([text], 4 * length))
         chunks += [Chunk(part, int(n == len(parts))) for n, part in enumerate(parts, 1)]
         forced |= any(len(run) > length for run in re.split(r"(?<=\S)(?=[ \n])", text))
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from flatgpt.data import chunks, parquet, readers, text_files, tokenizer
+from flatgpt.data import chunks, parquet, readers, text_files
 
 
 def tasks_of(*paths: Path, column: str = "text") -> list[chunks.Task]:
@@ -204,7 +204,7 @@ def test_wrong_encoding_that_would_succeed_is_refused(tmp_path, given):
 @given(st.lists(st.text("ab  \n\té🎈", max_size=40), max_size=6), st.integers(1, 30))
 def test_chunks_of_a_document_are_those_of_split_text(blocks, length):
     found = list(chunks.split_document(blocks, length))
-    assert [chunk.text for chunk in found] == list(tokenizer.split_text(["".join(blocks)], length))
+    assert [chunk.text for chunk in found] == list(chunks.split_text(["".join(blocks)], length))
     assert [chunk.documents for chunk in found] == [0] * (len(found) - 1) + [1] * (len(found) > 0)
 
 
@@ -320,7 +320,8 @@ WHOLE = parquet_bytes(pa.table({"text": ["one", "two"] * 1000}))
         *(("a.parquet", parquet_bytes(COLUMNS), column, [repr(column), "--column"]) for column in ("list", "both")),
         ("a.parquet", parquet_bytes(pa.table({"text": [b"\x89PNG"]})), "text", ["'text' has bytes that are not UTF-8"]),
         *((f"a.{s}", raw, "text", parts) for s, raw, parts in WRONG_RECORDS),
-        *((f"a{suffix}", raw, "text", parts) for raw, parts in NO_TEXT for suffix in (".txt", ".jsonl", ".csv")),
+        *((f"a{suffix}", raw, "text", parts) for raw, parts in NO_TEXT for suffix in (".txt", ".jsonl")),
+        *(("a.csv", raw, ENGLISH.partition("\n")[0], parts) for raw, parts in NO_TEXT),
         *(
             ("a.parquet", raw, "text", ["cannot be read", REMEDY])
             for raw in (b"", WHOLE[:100], WHOLE[:-1], b"this is text\n" * 99)

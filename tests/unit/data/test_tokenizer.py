@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from flatgpt.data import tokenizer
+from flatgpt.data import chunks, tokenizer
 
 ODD = [
     *("", "a 🎈 and a 👩‍👩‍👧‍👦", "\0a\0\0", "one\r\ntwo\rthree\n", "x" * 10_000),
@@ -112,16 +112,16 @@ def plain_split(text: str, length: int) -> list[str]:
 @given(st.lists(TEXTS.map("".join), max_size=8), st.integers(1, 60))
 def test_split_text_is_the_same_for_any_blocks(blocks, length):
     text = "".join(blocks)
-    assert list(tokenizer.split_text(blocks, length)) == plain_split(text, length)
-    assert list(tokenizer.split_text([text], length)) == plain_split(text, length)
+    assert list(chunks.split_text(blocks, length)) == plain_split(text, length)
+    assert list(chunks.split_text([text], length)) == plain_split(text, length)
 
 
 def test_split_text_changes_no_id(gpt2_vocabulary, real_text):
     encoding = tokenizer.load("gpt2")
     text = (real_text / "shakespeare" / "input.txt").read_text(encoding="utf-8")[:200_000]
-    chunks = list(tokenizer.split_text([text], 1000))
-    assert len(chunks) > 150
-    assert [i for chunk in chunks for i in encoding.encode_ordinary(chunk)] == encoding.encode_ordinary(text)
+    parts = list(chunks.split_text([text], 1000))
+    assert len(parts) > 150
+    assert [i for chunk in parts for i in encoding.encode_ordinary(chunk)] == encoding.encode_ordinary(text)
 
 
 def test_to_uint16_refuses_ids_beyond_the_vocabulary():

@@ -249,7 +249,7 @@ def test_parse_special_makes_one_id_of_each_added_token(in_tmp, monkeypatch, cap
     words = {"special_tokens": (USER, BOT), "val_fraction": 0.5, "workers": workers}
     plain = from_text("a.txt", name="plain", **words)
     err = capfd.readouterr().err
-    assert err.count("note: the text contains <|user|>") == err.count("--parse_special makes it one token") == 1
+    assert err.count("note: the text contains '<|user|>'") == err.count("--parse_special makes it one id") == 1
     data = from_text("a.txt", name="parsed", parse_special=True, **words)
     assert "note" not in capfd.readouterr().err
     assert (plain.meta.get("parse_special"), data.meta["parse_special"]) == (None, True)
