@@ -301,7 +301,7 @@ class PrepareConfig:
                 found.append(f"--encoder gigatoken supports tokenizer gpt2, r50k_base, not {self.tokenizer}")
         if self.source == "hub" and not self.repo:
             found.append("source hub needs --repo USER/NAME, a dataset repository")
-        hub = ("wikitext103", "wikipedia", "fineweb", "hub")
+        hub, defaults = ("wikitext103", "wikipedia", "fineweb", "hub"), PrepareConfig()
         for key, sources in (
             ("input", ("text", "compare")),
             ("val_input", ("text", "compare")),
@@ -309,21 +309,19 @@ class PrepareConfig:
             ("repo", ("hub",)),
             ("subset", ("hub",)),
             ("files", ("hub",)),
+            ("column", ("hub", "text", "compare")),
+            ("encoding", ("hub", "text", "compare")),
             ("dump", ("wikipedia",)),
             ("revision", hub),
             ("refresh", hub),
             ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
             ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
         ):
-            value = getattr(self, key)
-            if not (value is None or value is False or value == ()) and self.source not in sources:
+            if getattr(self, key) != getattr(defaults, key) and self.source not in sources:
                 hint = "; its subsets are --dump" if (key, self.source) == ("subset", "wikipedia") else ""
                 found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}{hint}")
         if self.subset and self.files:
             found.append("--subset and --files exclude each other: give one of them")
-        for key, default in (("column", "text"), ("encoding", "utf-8")):
-            if getattr(self, key) != default and self.source not in ("hub", "text", "compare"):
-                found.append(f"--{key} applies to source hub, text, compare, not to {self.source}")
         if not is_text_encoding(self.encoding):
             found.append(f"encoding = {self.encoding}: unknown; one of Python's is expected, such as utf-16 or cp1252")
         for split, inputs in (("val", self.val_input), ("test", self.test_input)):
@@ -451,6 +449,22 @@ class TrainConfig(ModelConfig, MachineConfig):
         if self.resume and self.overwrite:
             found.append("resume and overwrite exclude each other: continue the run, or start a new one")
         return found
+
+    def require_equal_shares(self, world: int) -> None:
+        """Raise UserError if `world` devices cannot share the passes of an update equally.
+
+        The message suggests settings with as many sequences per update, rounded up to a multiple of `world`.
+        """
+        if self.grad_accum_steps % world == 0:
+            return
+        sequences = self.batch_size * self.grad_accum_steps
+        total = -(-sequences // world) * world
+        steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= self.batch_size)
+        difference = "the same updates" if total == sequences else f"{total} sequences, not {sequences}"
+        raise UserError(
+            f"grad_accum_steps = {self.grad_accum_steps} is the number of passes of all devices together and cannot be "
+            f"divided by {world}: use --batch_size {total // steps} --grad_accum_steps {steps} ({difference})"
+        )
 
 
 # Help of --model_path.
@@ -823,23 +837,6 @@ SCRIPT_CONFIGS = (TrainConfig, BenchConfig, PrepareConfig, EvalConfig, InferConf
 def run_dir(config: TrainConfig) -> Path:
     """Return the folder of a training run: out_dir, else out/<recipe>, else out/quickstart."""
     return Path(config.out_dir or Path("out") / (Path(config.config).stem if config.config else "quickstart"))
-
-
-def require_equal_shares(config: TrainConfig, world: int) -> None:
-    """Raise UserError if `world` does not divide grad_accum_steps.
-
-    The message suggests settings with as many sequences per update, rounded up to a multiple of `world`.
-    """
-    if config.grad_accum_steps % world == 0:
-        return
-    sequences = config.batch_size * config.grad_accum_steps
-    total = -(-sequences // world) * world
-    steps = next(n for n in range(world, total + 1, world) if total % n == 0 and total // n <= config.batch_size)
-    difference = "the same updates" if total == sequences else f"{total} sequences, not {sequences}"
-    raise UserError(
-        f"grad_accum_steps = {config.grad_accum_steps} is the number of passes of all devices together and cannot be "
-        f"divided by {world}: use --batch_size {total // steps} --grad_accum_steps {steps} ({difference})"
-    )
 
 
 def upload_space(folder: str) -> str:

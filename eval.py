@@ -10,7 +10,7 @@ torchrun --standalone --nproc_per_node=2 eval.py --model_path out/shakespeare
 """
 
 from flatgpt.cli.cli import from_command_line, run_script
-from config import EvalConfig, UserError, model_paths
+from config import EvalConfig, UserError, count_of, model_paths
 
 if __name__ == "__main__":
     CONFIG = from_command_line(EvalConfig, __doc__)
@@ -27,15 +27,7 @@ from flatgpt.data.chunks import split_text
 from flatgpt.data.dataset import Dataset, open_dataset
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.data.text_files import text_chunks
-from flatgpt.evaluation import continuations, report
-from flatgpt.evaluation.metrics import (
-    compute_metrics,
-    count_text,
-    default_batch_size,
-    eval_batches,
-    find_documents,
-    token_statistics,
-)
+from flatgpt.evaluation import continuations, metrics, report
 from flatgpt.evaluation.multiple_choice import read_choices, score_choices
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.prepacking import prepack
@@ -107,7 +99,7 @@ def evaluate_text(
     if stride > T:
         raise UserError(f"stride = {stride:,} is larger than the window of {T:,} tokens: choose at most {T:,}")
     tokens, name = open_tokens(config, encoding, source)
-    batch_size = config.batch_size or default_batch_size(T, settings.device)
+    batch_size = config.batch_size or metrics.default_batch_size(T, settings.device)
     windows = (config.eval_batches or 0) * batch_size  # the first one scores T tokens, others `stride`
     limit = T + (windows - 1) * stride if windows else config.eval_tokens or 0
     first_id = encoding.eot_token
@@ -116,21 +108,19 @@ def evaluate_text(
             f"protocol = rolling scores the first token after end-of-text, which tokenizer {encoding.name} of "
             f"{source.path} does not have: choose --protocol window or stride"
         )
-    documents = find_documents(tokens, first_id) if rolling else None
+    documents = metrics.find_documents(tokens, first_id, limit, T) if rolling else None
     if rolling and not len(documents):
         raise UserError(f"{name} has {len(tokens):,} tokens, all of them end-of-text: choose another text")
     options = {"stride": stride, "documents": documents, "first_id": first_id, "progress": True}
-    batches = eval_batches(tokens, T, batch_size, limit, ranks, **options)
-    statistics = token_statistics(model, batches, settings.to_device, ranks)
+    batches = metrics.eval_batches(tokens, T, batch_size, limit, ranks, **options)
+    statistics = metrics.token_statistics(model, batches, settings.to_device, ranks)
     scored, facts = int(statistics["targets"].sum()), {}
     if rolling:
-        stops = np.cumsum(documents[:, 1] - documents[:, 0])
-        last = int(np.searchsorted(stops, scored))
-        counts = count_text(tokens, int(documents[last, 1] - (stops[last] - scored)), encoding)
-        facts["documents"] = last + 1
+        counts = metrics.count_text(tokens, int(documents[-1, 1]), encoding)
+        facts["documents"] = len(documents)
     else:  # the first token is not scored, but its word is counted: words do not depend on the protocol
-        counts = count_text(tokens, scored + 1, encoding)
-        counts["bytes"] -= count_text(tokens, 1, encoding)["bytes"]
+        counts = metrics.count_text(tokens, scored + 1, encoding)
+        counts["bytes"] -= metrics.count_text(tokens, 1, encoding)["bytes"]
     ends = 0 if first_id is None else int(statistics["targets"][first_id])
     facts |= {"end_of_text_tokens": ends} if ends or rolling else {}
     protocol_means = report.PROTOCOLS[config.protocol]
@@ -139,7 +129,7 @@ def evaluate_text(
     result = {"text": name, "protocol": config.protocol, "protocol_means": protocol_means, "batch_size": batch_size}
     result |= {"stride": stride} if config.protocol == "stride" else {}
     result |= {"eval_tokens": limit or None, "eval_batches": config.eval_batches or None}
-    result |= facts | compute_metrics(statistics, counts)
+    result |= facts | metrics.compute_metrics(statistics, counts)
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
@@ -209,10 +199,8 @@ def open_tokens(
         )
     min_tokens = 1 if config.protocol == "rolling" else 2
     if len(tokens) < min_tokens:
-        raise UserError(
-            f"{name} has {len(tokens)} token{'s' * (len(tokens) != 1)}, protocol {config.protocol} needs at least "
-            f"{min_tokens}: choose another text"
-        )
+        needed = f"protocol {config.protocol} needs at least {min_tokens}"
+        raise UserError(f"{name} has {count_of(len(tokens), 'token')}, {needed}: choose another text")
     return tokens, name
 
 

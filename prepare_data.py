@@ -26,7 +26,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from config import UserError
+from config import UserError, count_of
 from flatgpt.data import tokenizer
 from flatgpt.data.comparison import compare
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
@@ -76,7 +76,7 @@ def verify(dataset: Dataset) -> None:
     if errors := [re.split("[:;] move ", error)[0] for _, error in results if error]:  # without their advice
         raise UserError("; ".join(errors) + f". Move {dataset.folder} away and run prepare_data.py, or copy it again")
     verified = "all ids are in the vocabulary; no hashes to compare" if dataset.notice else "all match meta.json"
-    print(f"{dataset.folder}: {len(results)} shard{'s' * (len(results) != 1)}, {verified}")
+    print(f"{dataset.folder}: {count_of(len(results), 'shard')}, {verified}")
 
 
 def has_dataset(folder: Path) -> bool:

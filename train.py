@@ -44,8 +44,7 @@ from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.clock import RunClock
 from flatgpt.runs.lock import RunLock
-from flatgpt.runs.run_log import RunLog
-from flatgpt.runs.tracker import start_wandb
+from flatgpt.runs.run_log import RunLog, start_wandb
 from flatgpt.runtime.device import reseed
 from flatgpt.runtime.distributed import (
     DistributedContext,

@@ -43,13 +43,27 @@ def default_batch_size(T: int, device: torch.device) -> int:
     return max(1, TOKENS_PER_PASS[device.type] // T)
 
 
-def find_documents(tokens: Tokens | np.ndarray, end_of_text: int | None) -> np.ndarray:
-    """Return start and stop of each text between end-of-text ids, without empty ones: (n, 2) int64."""
+def find_documents(
+    tokens: Tokens | np.ndarray, end_of_text: int, limit: int = 0, context_length: int = 1
+) -> np.ndarray:
+    """Return start and stop of each text between end-of-text ids, without empty ones: (n, 2) int64.
+
+    Args:
+        limit: number of tokens, rounded up to whole windows of the last document; 0: all.
+    """
     chunks = range(0, len(tokens), CHUNK_TOKENS)
     stops = [start + np.flatnonzero(tokens[start : start + CHUNK_TOKENS] == end_of_text) for start in chunks]
     stops = np.concatenate([*stops, [len(tokens)]])
     documents = np.stack([np.concatenate([[0], stops[:-1] + 1]), stops], axis=1)
-    return documents[documents[:, 0] < documents[:, 1]]
+    documents = documents[documents[:, 0] < documents[:, 1]]
+    ends = np.cumsum(documents[:, 1] - documents[:, 0])  # as numbers of tokens
+    if limit and len(documents) and limit < ends[-1]:
+        last = int(np.searchsorted(ends, limit))
+        documents = documents[: last + 1]
+        start, stop = documents[last]
+        remaining = limit - (ends[last] - (stop - start))
+        documents[last, 1] = min(stop, start + math.ceil(remaining / context_length) * context_length)
+    return documents
 
 
 def eval_batches(
@@ -69,6 +83,7 @@ def eval_batches(
     Args:
         tokens: at least two ids, or one if there are documents.
         limit: number of tokens to score, rounded up to whole windows; 0: all. The windows do not depend on batch_size.
+            Not used with documents.
         ranks: the processes that take the batches in turn. All get the same number, because sharded models need all
             ranks; the last batch of some ranks may have no scored target.
         stride: distance between the starts of consecutive windows, at most context_length. A window scores only the
@@ -79,11 +94,11 @@ def eval_batches(
         first_id: the id before each document.
         progress: show a progress bar on rank 0.
     """
-    T, stride = context_length, stride or context_length
+    T = context_length
     if documents is None:
-        n_windows, window = _strided_windows(tokens, T, stride, limit)
+        n_windows, window = _strided_windows(tokens, T, stride or T, limit)
     else:
-        n_windows, window = _rolling_windows(tokens, T, documents, first_id, limit)
+        n_windows, window = _rolling_windows(tokens, T, documents, first_id)
     batches_per_rank = -(-n_windows // (batch_size * ranks.world))
     batch_numbers = range(ranks.rank, batches_per_rank * ranks.world, ranks.world)
     for n in progress_bar(batch_numbers, ranks) if progress else batch_numbers:
@@ -108,16 +123,9 @@ def _strided_windows(tokens: Tokens | np.ndarray, T: int, stride: int, limit: in
     return n_windows, window
 
 
-def _rolling_windows(
-    tokens: Tokens | np.ndarray, T: int, documents: np.ndarray, first_id: int | None, limit: int
-) -> Windows:
+def _rolling_windows(tokens: Tokens | np.ndarray, T: int, documents: np.ndarray, first_id: int | None) -> Windows:
     lengths = documents[:, 1] - documents[:, 0]
     windows_before = np.concatenate([[0], np.cumsum(-(-lengths // T))])  # (n + 1,) windows before each document
-    n_windows = int(windows_before[-1])
-    if 0 < limit < lengths.sum():
-        stops = np.cumsum(lengths)
-        last = int(np.searchsorted(stops, limit))
-        n_windows = int(windows_before[last] - (stops[last] - lengths[last] - limit) // T)
 
     def window(n: int) -> tuple[np.ndarray, int]:
         document = int(np.searchsorted(windows_before, n, side="right")) - 1
@@ -127,7 +135,7 @@ def _rolling_windows(
         ids = tokens[max(start, stop - T - 1) : stop].astype(np.int64)
         return np.concatenate([[first_id], ids]) if stop - T <= start else ids, stop - first
 
-    return n_windows, window
+    return int(windows_before[-1]), window
 
 
 def make_batch(rows: Sequence[tuple[Sequence[int], int]], T: int) -> Batch:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import tiktoken
 from torch import Tensor
 
-from config import InferConfig, SamplingConfig
+from config import InferConfig, SamplingConfig, count_of
 from flatgpt.data import tokenizer
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import TokenLogprobs, generate_batch, top_token_logprobs
@@ -174,7 +174,7 @@ class Writer:
 
     def summary(self) -> str:
         """Return the number of tokens and the speed as text."""
-        line = f"{self.tokens:,} token{'s' * (self.tokens != 1)}, the first after {self.first_seconds:.2f} s"
+        line = f"{count_of(self.tokens, 'token')}, the first after {self.first_seconds:.2f} s"
         line += f", then {speed:,.1f} tokens/s" if (speed := self.tokens_per_s()) else ""
         made = "compiling" if self.decoder.compile else "capturing a CUDA graph"
         return line + (f"; {made} took {self.decoder.compile_seconds:.1f} s" if self.decoder.compile_seconds else "")

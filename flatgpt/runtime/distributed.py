@@ -24,15 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import (
-    EvalConfig,
-    ReportedByOtherRank,
-    TrainConfig,
-    UserError,
-    first_line,
-    record_failure,
-    require_equal_shares,
-)
+from config import EvalConfig, ReportedByOtherRank, TrainConfig, UserError, first_line, record_failure
 from flatgpt.runtime.device import find_device
 
 # What errors of Gloo, the TCP store and NCCL contain if another rank has exited.
@@ -166,7 +158,7 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         if isinstance(config, TrainConfig):
-            require_equal_shares(config, ranks.world)
+            config.require_equal_shares(ranks.world)
         device_type = find_device(config.device, ranks.local_rank).type
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's choice, not the user's
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

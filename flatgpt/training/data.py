@@ -10,7 +10,6 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
 from config import PrepareConfig, TrainConfig, UserError, count_of
@@ -18,7 +17,6 @@ from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import PROGRESS, Dataset, Windows, open_dataset
 from flatgpt.data.prepare import prepare
-from flatgpt.data.shards import Tokens
 from flatgpt.data.sources import dataset_folder
 from flatgpt.data.tokenizer import FileTokenizer
 from flatgpt.interop.pretrained import find, read_tokenizer
@@ -30,7 +28,6 @@ SMALL_SOURCES = {
     "pydoc": "from Python's built-in reference (pydoc)",
     "shakespeare": "(a download of 1.1 MB, and of 1.5 MB for GPT-2's tokenizer if it needs that)",
 }
-ENTROPY_TOKENS = 1_000_000  # of the training split, whose frequencies are counted
 
 
 def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
@@ -112,16 +109,6 @@ def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainC
     per_update = config.batch_size * config.grad_accum_steps
     max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
     return dataclasses.replace(config, vocab_size=vocab_size, max_iters=max_iters, stride=windows.stride), windows
-
-
-def unigram_entropy(tokens: Tokens) -> float:
-    """Return the entropy of the tokens' frequencies at the start of a split, in nats per token.
-
-    It is the loss of a model that ignores the context.
-    """
-    counts = np.bincount(tokens[:ENTROPY_TOKENS])
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
 
 
 def count_eval_tokens(config: dict) -> int:

@@ -18,7 +18,7 @@ LOG = f"""
 import base64, sys
 from pathlib import Path
 from flatgpt.runs.run_log import RunLog
-from flatgpt.runs.tracker import start_wandb
+from flatgpt.runs.run_log import start_wandb
 log = RunLog(Path("."), 0, 3, start_wandb(sys.argv[1], "flatgpt", Path("."), {{"lr": 0.25}}, "abcd1234"))
 log.write({{"iter": 20, "train_loss": 2.5}})
 log.write({{"iter": 10, "train_loss": 2.25, "val_loss": 3.5}})

@@ -14,7 +14,7 @@ def read_windows(ids: list[int], T: int, batch_size: int = 3, rolling: bool = Fa
     """The windows of each batch without their padding (no id is 0)."""
     ids, found = np.array(ids, dtype=np.uint16), []
     if rolling:
-        options |= {"documents": find_documents(ids, FIRST), "first_id": FIRST}
+        options |= {"documents": find_documents(ids, FIRST, options.pop("limit"), T), "first_id": FIRST}
     for x, y in eval_batches(ids, T, batch_size, **options):
         assert x.shape == y.shape == (len(x), (x != 0).sum(1).max() if rolling else T)
         assert x.dtype == y.dtype == np.int64

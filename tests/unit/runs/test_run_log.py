@@ -17,8 +17,7 @@ from dataset_files import full_disk
 from flatgpt.runs import clock as run_clock
 from flatgpt.runs import run_log
 from flatgpt.runs.clock import RunClock, peak_flops
-from flatgpt.runs.run_log import KEYS, RunLog
-from flatgpt.runs.tracker import start_wandb
+from flatgpt.runs.run_log import KEYS, RunLog, start_wandb
 
 
 def rows(path: Path) -> list[dict]:

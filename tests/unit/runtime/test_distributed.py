@@ -20,7 +20,6 @@ from config import (
     UserError,
     first_line,
     record_failure,
-    require_equal_shares,
 )
 from flatgpt.runtime.distributed import (
     SINGLE_PROCESS,
@@ -72,7 +71,7 @@ def test_advice_is_the_same_update_if_there_is_one(batch_size, steps, world):
     """It has the largest batch that is not larger than the user's, as a device may have no memory for more."""
     assume(steps % world)
     with pytest.raises(UserError) as refused:
-        require_equal_shares(TrainConfig(batch_size=batch_size, grad_accum_steps=steps), world)
+        TrainConfig(batch_size=batch_size, grad_accum_steps=steps).require_equal_shares(world)
     small, many = map(int, re.search(r"--batch_size (\d+) --grad_accum_steps (\d+) ", str(refused.value)).groups())
     total = batch_size * steps
     assert many % world == 0
