@@ -53,7 +53,7 @@ def count_of(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def decimal(value: float, digits: int) -> str:
+def format_decimal(value: float, digits: int) -> str:
     """Format a number with so many decimals, or with one significant digit if it is smaller than the last of them."""
     return f"{value:,.{digits}f}" if value == 0 or not abs(value) < 10**-digits else f"{value:.1g}"
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,8 @@ def evaluate_text(
     documents = metrics.find_documents(tokens, first_id, limit, T) if rolling else None
     if rolling and not len(documents):
         raise UserError(f"{name} has {len(tokens):,} tokens, all of them end-of-text: choose another text")
-    options = {"stride": stride, "documents": documents, "first_id": first_id, "progress": True}
+    options = {"stride": stride, "documents": documents, "first_id": first_id}
+    options["progress"] = partial(metrics.progress_bar, ranks=ranks)
     batches = metrics.eval_batches(tokens, T, batch_size, limit, ranks, **options)
     statistics = metrics.token_statistics(model, batches, settings.to_device, ranks)
     scored, facts = int(statistics["targets"].sum()), {}

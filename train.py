@@ -29,7 +29,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -92,44 +92,31 @@ def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(
-    run: TrainingRun,
-    stop_reason: Callable[[], int] = lambda: 0,
-    split: str = "val",
-    show: Callable[[int, int], None] = lambda done, batches: None,
-) -> float | None:
-    """Return the loss of a split in nats per token, or None if interrupted.
-
-    It is over eval_tokens tokens, and in the train split over as many as there are in val.
+    run: TrainingRun, stop_reason: Callable[[], int] = lambda: 0, progress: Callable[[range], Iterable[int]] = iter
+) -> dict[str, float] | None:
+    """Return the mean loss of each evaluated split, by its column in metrics.csv; None if interrupted.
 
     Args:
         stop_reason: called before each batch. If the result is nonzero, the evaluation is interrupted on all ranks.
-        show: called before each batch with the number of batches before it, and of all batches.
+        progress: wraps the numbers of the batches of a split, to show how many are done.
     """
-    config, ranks, T, stop_flags = run.config, run.ranks, run.config.context_length, []
+    config, ranks, T, losses = run.config, run.ranks, run.config.context_length, {}
+    stop_flags: list[bool] = []
 
     def not_stopped(batch) -> bool:
-        show(len(stop_flags), n_batches)
         stop_flags.append(bool(ranks.all_reduce_max(stop_reason())[0]))
         return not stop_flags[-1]
 
     # an update holds the activations of all blocks, an evaluation those of one
     blocks = 1 if config.activation_checkpointing else config.n_layer
     batch_size = min(config.batch_size * blocks, default_batch_size(T, run.device_settings.device))
-    tokens, limit = run.dataset.tokens(split), run.eval_tokens(split)
-    n_batches = math.ceil(math.ceil(limit / T) / (batch_size * ranks.world))
-    batches = eval_batches(tokens, T, batch_size, limit, ranks)
-    with run.device_settings.autocast():
-        loss = mean_loss(run.model, itertools.takewhile(not_stopped, batches), run.device_settings.to_device, ranks)
-    return None if any(stop_flags) else loss
-
-
-def evaluate_splits(run: TrainingRun, log: RunLog, stop_reason: Callable[[], int]) -> dict[str, float] | None:
-    """Return the losses of an evaluation by their column in metrics.csv, or None if interrupted."""
-    losses: dict[str, float] = {}
     for split, column in run.eval_columns.items():
-        if (loss := evaluate(run, stop_reason, split, log.show_evaluation)) is None:
+        tokens, limit = run.dataset.tokens(split), run.eval_tokens(split)
+        batches = itertools.takewhile(not_stopped, eval_batches(tokens, T, batch_size, limit, ranks, progress=progress))
+        with run.device_settings.autocast():
+            losses[column] = mean_loss(run.model, batches, run.device_settings.to_device, ranks)
+        if any(stop_flags):
             return None
-        losses[column] = loss
     return losses
 
 
@@ -200,7 +187,8 @@ def train_loop(
         row_due, evaluated = progress.eval_pending or any(progress.iter % n == 0 for n in intervals), False
         if progress.eval_pending and not reason:  # after a stop, the resumed run evaluates
             # max_minutes does not interrupt the first evaluation, so that each start makes at least one update
-            losses = evaluate_splits(run, log, stop.reason if progress.iter > start else lambda: stop.signal or 0)
+            stop_reason = stop.reason if progress.iter > start else lambda: stop.signal or 0
+            losses = evaluate(run, stop_reason, log.show_evaluation)
             if losses is None:
                 reason = ranks.all_reduce_max(stop.reason())[0]
             else:

@@ -27,9 +27,8 @@ from flatgpt.benchmarks import nanogpt
 from flatgpt.benchmarks.measure import Process, interleave, log, milliseconds, script, seconds_since_start, speedup
 from flatgpt.cli.settings import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
-from flatgpt.runs.clock import peak_flops
 from flatgpt.runs.history import follow
-from flatgpt.runtime.device import cpu_name, select_device
+from flatgpt.runtime.device import cpu_name, peak_flops, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.files import require_writable
 from flatgpt.training.plan import matmul_flops

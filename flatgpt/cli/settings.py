@@ -67,7 +67,7 @@ def _convert(cls, field, value, from_words: bool):
         raise ValueError(f"{error}{_suggestion(value, meta.get('choices', ()))}") from None
 
 
-def _require_ours(name: str | None, value) -> None:
+def _refuse_foreign_value(name: str | None, value) -> None:
     """Raise ValueError if another project's value of a key has another meaning here."""
     if advice := ADVICE.get(f"{name}={value}".lower()):
         raise ValueError(advice)
@@ -86,7 +86,7 @@ def _fields(cls) -> dict[str, dataclasses.Field]:
     return {name: own[key] for name, key in ALIASES.items() if key in own} | own
 
 
-def _unknown(cls, name: str) -> str:
+def _explain_unknown(cls, name: str) -> str:
     """Return what to do about a key that the script does not have."""
     own = [field.name for field in dataclasses.fields(cls)]
     if name in own:
@@ -133,8 +133,8 @@ def read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problem = "cannot be read" if isinstance(error, OSError) else "not valid TOML"
-        problems.append(f"{path}: {problem}: {error}")
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"not valid TOML: {error}"
+        problems.append(f"{path}: {reason}")
         return {}
     below = {}
     if "base" in table:
@@ -155,12 +155,12 @@ def _convert_table(cls, path: Path, table: dict, problems: list[str]) -> dict:
         ours = field and (field.name == key or key not in others)
         if ours and field.metadata.get("recipe", True) and key != "config":
             try:
-                _require_ours(key, value)
+                _refuse_foreign_value(key, value)
                 layer[field.name] = _convert(cls, field, value, from_words=False)
             except ValueError as error:
                 problems.append(f"{path}: {key} = {value!r}: {error}")
         elif key == "config" or not any(key in _fields(other) for other in SCRIPT_CONFIGS):
-            problems.append(f"{path}: {key}: {'no such key' if key == 'config' else _unknown(cls, key)}")
+            problems.append(f"{path}: {key}: {'no such key' if key == 'config' else _explain_unknown(cls, key)}")
     return layer  # without the keys of other scripts, so that all scripts can read the same recipe
 
 
@@ -183,7 +183,7 @@ def _read_words(cls, words: Sequence[str], problems: list[str]) -> dict:
             problems.append(f"{word.partition('=')[0]}: {error}")
             continue
         try:
-            _require_ours(name, values[0])
+            _refuse_foreign_value(name, values[0])
             many = value_type_of(cls, field)[0] is tuple
             value = values if many else field.metadata.get("separator", "").join(values)
             value = _convert(cls, field, value, from_words=True)
@@ -209,7 +209,7 @@ def _read_flag(cls, word: str, words: list[str], lists: bool) -> tuple[dataclass
     field = fields.get(positive if negated else name)
     if field is None:
         _take_values(words)
-        raise ValueError(_unknown(cls, name if name in ADVICE else positive))
+        raise ValueError(_explain_unknown(cls, name if name in ADVICE else positive))
     value_type, optional = value_type_of(cls, field)
     if equals:
         return field, name, [value]

@@ -76,7 +76,7 @@ def eval_batches(
     stride: int | None = None,
     documents: np.ndarray | None = None,
     first_id: int | None = None,
-    progress: bool = False,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Iterator[Batch]:
     """Yield batches of windows in order; the last one may be smaller. Every token except the first is scored once.
 
@@ -92,7 +92,7 @@ def eval_batches(
             loglikelihood_rolling for each document: all its tokens are scored, the last window has full length if the
             document is long enough, and a batch is as wide as its longest window.
         first_id: the id before each document.
-        progress: show a progress bar on rank 0.
+        progress: wraps the numbers of the batches, to show how many are done.
     """
     T = context_length
     if documents is None:
@@ -101,7 +101,7 @@ def eval_batches(
         n_windows, window = _rolling_windows(tokens, T, documents, first_id)
     batches_per_rank = -(-n_windows // (batch_size * ranks.world))
     batch_numbers = range(ranks.rank, batches_per_rank * ranks.world, ranks.world)
-    for n in progress_bar(batch_numbers, ranks) if progress else batch_numbers:
+    for n in progress(batch_numbers):
         rows = [window(i) for i in range(n * batch_size, min((n + 1) * batch_size, n_windows))]
         rows = rows or [(window(0)[0], 0)]  # no window left: no scored target
         yield make_batch(rows, T if documents is None else max(len(ids) for ids, _ in rows) - 1)

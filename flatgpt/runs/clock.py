@@ -1,10 +1,9 @@
-"""Time and mean loss of updates, the remaining time of a run, durations as text, and the peak FLOP/s of devices."""
+"""Time and mean loss of updates, the remaining time of a run, and durations as text."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,18 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_MEAN = 1000  # updates; more would take memory on the device and in checkpoints
-
-# Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
-# match is used.
-PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70}
-PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "T4": 65, "V100": 125, "RTX 4090": 165, "RTX 3090": 71}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the peak FLOP/s of a device; None if unknown."""
-    if "Laptop" in device_name or "MIG" in device_name:  # slower than the full GPU of this name
-        return None
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 class RunClock:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import count_of, decimal, first_line
+from config import count_of, first_line, format_decimal
 from flatgpt.runs.clock import duration
 from flatgpt.runtime.files import atomic_write, write_output
 
@@ -109,11 +109,13 @@ class RunLog:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def show_evaluation(self, done: int, batches: int) -> None:
-        """Show in the bar how far an evaluation is, at most ten times a second."""
-        if (now := time.monotonic()) - self._shown >= 0.1:
-            self._shown = now
-            self.bar.set_postfix_str(f"evaluating {done:,}/{batches:,} batches")
+    def show_evaluation(self, batches: Sequence) -> Iterator:
+        """Yield the batches, and show in the bar how many are done, at most ten times a second."""
+        for done, batch in enumerate(batches):
+            if (now := time.monotonic()) - self._shown >= 0.1:
+                self._shown = now
+                self.bar.set_postfix_str(f"evaluating {done:,}/{len(batches):,} batches")
+            yield batch
 
     def write(self, row: dict, seconds_left: float | None = None) -> None:
         """Log a row with values for KEYS. Missing values and None become empty cells."""
@@ -228,9 +230,9 @@ def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> 
     texts = [f"iter {row['iter']:>{width}}"]
     for key, template in columns:
         value = row.get(key)
-        value = decimal(value, 2) if key == "grad_norm" and value is not None else value
+        value = format_decimal(value, 2) if key == "grad_norm" and value is not None else value
         texts.append(" " * len(template.format(0)) if value is None else template.format(value))
-    texts += [f"mfu {decimal(100 * row['mfu'], 1):>4}%"] if row.get("mfu") is not None else []
+    texts += [f"mfu {format_decimal(100 * row['mfu'], 1):>4}%"] if row.get("mfu") is not None else []
     texts += [f"train split {row['train_split_loss']:7.4f}"] if row.get("train_split_loss") is not None else []
     texts += [f"eta {duration(seconds_left)}"] if seconds_left is not None else []
     return " | ".join(texts).rstrip(" |")

@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from config import UserError, count_of, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Dense half-precision peak in TFLOP/s from NVIDIA's data sheets, by a part of torch.cuda.get_device_name(). The first
+# match is used.
+PEAK_TFLOPS = {"H200 NVL": 835, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70}
+PEAK_TFLOPS |= {"L40S": 362, "L4": 121, "T4": 65, "V100": 125, "RTX 4090": 165, "RTX 3090": 71}
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,13 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # would take time; such memory is never read
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak FLOP/s of a device; None if unknown."""
+    if "Laptop" in device_name or "MIG" in device_name:  # slower than the full GPU of this name
+        return None
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 def cpu_name() -> str:

@@ -45,7 +45,8 @@ def read_json(file: Path, remedy: str = "copy it again") -> dict:
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is {wrong_kind(file) or 'damaged'}: {error}; {remedy}") from None
+        reason = getattr(error, "strerror", None) or error  # an OSError would name the file again
+        raise UserError(f"{file} is {wrong_kind(file) or 'damaged'}: {reason}; {remedy}") from None
     return content
 
 
@@ -146,7 +147,7 @@ def write_output(content: bytes, target: str, key: str) -> None:
         else:
             atomic_write(Path(os.path.realpath(target)), content)
     except OSError as error:
-        raise UserError(f"{key} = {target}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{key} = {target} cannot be written: {error.strerror}") from None
 
 
 def require_writable(target: str | None, key: str) -> None:
@@ -154,11 +155,15 @@ def require_writable(target: str | None, key: str) -> None:
     if target in (None, "-") or _is_device(target):
         return
     folder = Path(target).resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(target).is_dir():
-        problem = "it is a folder" if Path(target).is_dir() else "no file can be created there"
-        if not folder.is_dir():
-            problem = f"there is no folder {Path(target).parent}"
-        raise UserError(f"{key} = {target}: cannot be written: {problem}; choose another")
+    if not folder.is_dir():
+        problem = f"there is no folder {Path(target).parent}"
+    elif Path(target).is_dir():
+        problem = "it is a folder"
+    elif not os.access(folder, os.W_OK):
+        problem = "no file can be created there"
+    else:
+        return
+    raise UserError(f"{key} = {target} cannot be written, because {problem}; choose another")
 
 
 def _is_device(target: str) -> bool:

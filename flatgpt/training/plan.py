@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from config import ModelConfig, TrainConfig, UserError, count_of, decimal
+from config import ModelConfig, TrainConfig, UserError, count_of, format_decimal
 from flatgpt.data.dataset import Windows, open_dataset
 from flatgpt.kernels import cross_entropy
-from flatgpt.runs.clock import duration, peak_flops
+from flatgpt.runs.clock import duration
+from flatgpt.runtime.device import peak_flops
 from flatgpt.runtime.distributed import DistributedContext
 from flatgpt.training.data import resolve_data_settings
 from flatgpt.training.setup import choose_device
 from model import GPT
 
 FLOAT32, INT64 = 4, 8  # bytes
-GPUS = ("T4", "A10G", "A100", "H100", "H200")  # rows of --plan; run_log has their peak FLOP/s
+GPUS = ("T4", "A10G", "A100", "H100", "H200")  # rows of --plan; device.py has their peak FLOP/s
 
 
 def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
@@ -40,7 +41,7 @@ def print_plan(config: TrainConfig, ranks: DistributedContext) -> None:
         f"memory   GB on {'each of ' * (config.gpus > 1)}{count_of(config.gpus, 'device')} with {precision}; "
         "save buffers are in pinned host memory"
     )
-    lines += [f"         {name:<24}{decimal(size / 1e9, 3):>10}" for name, size in components.items()]
+    lines += [f"         {name:<24}{format_decimal(size / 1e9, 3):>10}" for name, size in components.items()]
     if config.max_iters:
         lines += ["", f"time     on {config.gpus} of these devices, at mfu = {config.mfu:g} (half precision)"]
         tokens = config.max_iters * config.batch_size * config.grad_accum_steps * config.context_length
@@ -66,18 +67,19 @@ def size_lines(config: TrainConfig, model: GPT, data: str, windows: Windows | No
     T, params, flops = config.context_length, model.num_params(), model.flops_per_token()
     W, per_update = len(windows) if windows else 0, config.batch_size * config.grad_accum_steps
     tokens = (config.max_iters or 0) * per_update * T
+    counts = f": {len(windows.tokens):,} training tokens, {count_of(W, 'window')}" if W else " is not prepared"
+    per_epoch = f"; {format_decimal(W / per_update, 1)} updates per epoch" if W else ""
     lines = [
         f"model    {params:,} parameters: {count_of(config.n_layer, 'layer')}, {count_of(config.n_head, 'head')}, "
         f"n_embd {config.n_embd}, context {T:,}, vocabulary {config.vocab_size:,}; {flops:,} FLOPs per token",
-        f"data     {data}"
-        + (f": {len(windows.tokens):,} training tokens, {count_of(W, 'window')}" if W else " is not prepared"),
+        f"data     {data}{counts}",
         f"update   {count_of(config.batch_size, 'sequence')} x {config.grad_accum_steps} x {count_of(T, 'token')} = "
-        f"{count_of(per_update * T, 'token')}" + (f"; {decimal(W / per_update, 1)} updates per epoch" if W else ""),
+        f"{count_of(per_update * T, 'token')}{per_epoch}",
     ]
     if tokens:
-        epochs = f"{decimal(config.max_iters * per_update / W, 2)} epochs, " if W else ""
+        epochs = f"{format_decimal(config.max_iters * per_update / W, 2)} epochs, " if W else ""
         text = f"{count_of(config.max_iters, 'update')} = {count_of(tokens, 'token')} = {epochs}"
-        text += f"{decimal(tokens / params, 1)} tokens per parameter"
+        text += f"{format_decimal(tokens / params, 1)} tokens per parameter"
         lines.append(f"run      {text}, {tokens * flops:.3g} FLOPs")
     return lines
 

@@ -18,9 +18,9 @@ from flatgpt.data.tokenizer import FileTokenizer, encode_ordinary, start_ids
 from flatgpt.inference.decoder import Decoder
 from flatgpt.inference.sampling import generate_batch
 from flatgpt.runs import history
-from flatgpt.runs.clock import RunClock, duration, peak_flops
+from flatgpt.runs.clock import RunClock, duration
 from flatgpt.runs.run_log import PICTURE, RunLog
-from flatgpt.runtime.device import uncompiled
+from flatgpt.runtime.device import peak_flops, uncompiled
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training.optimizer import learning_rate
 from flatgpt.training.plan import size_lines

@@ -91,14 +91,14 @@ REFUSALS = [
     # plot.py
     ("plot", "none", "none: no such folder; a run's folder is expected, out/NAME"),
     ("plot", "a/metrics.csv", "a/metrics.csv: a file; a run's folder is expected"),
-    ("infer", "--json a", "json = a: cannot be written: it is a folder; choose another"),
+    ("infer", "--json a", "json = a cannot be written, because it is a folder; choose another"),
     ("plot", "none --watch", "none: no such folder"),
     ("plot", "empty", "empty: metrics.csv has no values to plot over iter; choose another run, or wait"),
     ("plot", "empty empty2", "empty, empty2: metrics.csv has no values"),
     ("plot", "a --x tokens", "a: metrics.csv has no values to plot over tokens;"),
     ("plot", "a --out a.pdf", "out = a.pdf: a name that ends in .png or .svg is expected"),
     ("plot", "a --out a.png --svg", "out = a.png: a name that ends in .svg is expected"),
-    ("plot", "a --out no/a.png", "out = no/a.png: cannot be written: there is no folder no"),
+    ("plot", "a --out no/a.png", "out = no/a.png cannot be written, because there is no folder no"),
     ("plot", "a --x epoch", "--x = epoch: one of iter, tokens, time is expected"),
     ("plot", "", "no run in out/ yet: train one (python train.py), or give the folder of a run"),
 ]

@@ -268,7 +268,7 @@ def test_split_has_to_have_a_window_and_its_last_target(tiny_data):
     T = len(open_dataset(Path("data/tiny")).tokens("val"))
     with pytest.raises(UserError, match=rf"^too little text: the val split of data/tiny has {T:,} tokens, one window"):
         build("--context_length", T)
-    assert np.isfinite(train.evaluate(build("--context_length", T - 1)))
+    assert np.isfinite(train.evaluate(build("--context_length", T - 1))["val_loss"])
 
 
 def test_validation_windows_do_not_depend_on_the_batch(tiny_data):
@@ -278,7 +278,7 @@ def test_validation_windows_do_not_depend_on_the_batch(tiny_data):
     with torch.no_grad():
         expected = float(build().model(ids[:-1].view(4, T), ids[1:].view(4, T)))
     for words in ("--eval_tokens 97", "--eval_tokens 128 --batch_size 3", "--eval_batches 1", "--eval_epochs 1"):
-        assert train.evaluate(build(*words.split())) == pytest.approx(expected, rel=1e-6)
+        assert train.evaluate(build(*words.split())) == {"val_loss": pytest.approx(expected, rel=1e-6)}
 
 
 @pytest.mark.parametrize(("words", "largest"), [("", 2), ("--activation_checkpointing", 1), ("--batch_size 30", 10)])
@@ -547,9 +547,9 @@ def test_train_split_is_evaluated_beside_validation(tiny_data, cli):
     assert {row["iter"]: row for row in rows(resumed) if row["val_loss"]} == logged
     assert "training split" in plots.plot_runs([history.read(run)], format="svg").decode()
     seen = []
-    few = build("--eval_tokens", 3 * T, "--batch_size", 1, "--n_layer", 1)
-    train.evaluate(few, lambda: 0, "train", lambda *numbers: seen.append(numbers))
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+    few = build("--eval_train", "--eval_tokens", 3 * T, "--batch_size", 1, "--n_layer", 1)
+    train.evaluate(few, progress=lambda batches: seen.append(batches) or batches)
+    assert list(map(len, seen)) == [3, 3], "of each split"
 
 
 @pytest.mark.parametrize("external", [False, True], ids=["own shards", "nanoGPT's"])

@@ -20,7 +20,7 @@ from run_files import rows, weights
 import model
 from config import ModelConfig, UserError
 from flatgpt.kernels.cross_entropy import CHUNK_ROWS
-from flatgpt.runtime.device import compile_forward, compiler, find_device, reseed, select_device
+from flatgpt.runtime.device import compile_forward, compiler, find_device, peak_flops, reseed, select_device
 from model import GPT
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context_length=16, vocab_size=50)
@@ -356,3 +356,16 @@ def test_peak_memory_on_the_gpu():
     settings.synchronize()
     assert ballast.is_cuda
     assert before + 0.99 < settings.peak_memory_gb() < before + 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        *(("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121)),
+        *(("NVIDIA L40", None), ("NVIDIA T400 4GB", None), ("AMD Instinct MI300X", None)),
+        *(("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None)),
+    ],
+)
+def test_peak_flops(name, tflops):
+    """That of a chip with a similar name is not taken: a wrong MFU is worse than none."""
+    assert peak_flops(name) == (tflops and 1e12 * tflops)
