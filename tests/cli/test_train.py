@@ -275,8 +275,9 @@ def test_validation_windows_do_not_depend_on_the_batch(tiny_data):
     """As many as eval_tokens needs, of the start of the split."""
     val, T = open_dataset(Path("data/tiny")).tokens("val"), 32
     ids = torch.from_numpy(val[: 4 * T + 1].astype(np.int64))
+    model = build().model  # measures operators with their gradients
     with torch.no_grad():
-        expected = float(build().model(ids[:-1].view(4, T), ids[1:].view(4, T)))
+        expected = float(model(ids[:-1].view(4, T), ids[1:].view(4, T)))
     for words in ("--eval_tokens 97", "--eval_tokens 128 --batch_size 3", "--eval_batches 1", "--eval_epochs 1"):
         assert train.evaluate(build(*words.split())) == {"val_loss": pytest.approx(expected, rel=1e-6)}
 
@@ -685,7 +686,7 @@ def test_going_back_to_before_the_best_takes_the_best_of_then(tiny_data, monkeyp
     """Or, if it was deleted meanwhile, the first that is evaluated."""
     words = ("--max_iters", 3, "--eval_interval", 1, "--sample_tokens", 0, "--keep_checkpoints", kept)
     losses = iter((5.0, 3.0, 2.0, 1.0, 4.0, 4.0))
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
     run = train_here(*words)
     assert links(run)["best"] == "iter_000003"
     train_here(*words, "--resume", run / "ckpt/iter_000002")
@@ -772,7 +773,7 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_data, capsys):
 def test_patience_leaves_the_evaluation_before_the_first_update_out(tiny_data, monkeypatch):
     """It has no checkpoint that could be the best."""
     losses = iter((5.0, 4.0, 3.0))
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
     run = train_here("--patience", 1, "--sample_tokens", 0)
     assert checkpoint.read_state(run / "ckpt/best")["iter"] == 6
 

@@ -174,7 +174,7 @@ def test_loss_whose_save_failed_is_not_the_best(tiny_data, monkeypatch):
             raise UserError("no room")
         return save(run_dir, state, *rest)
 
-    monkeypatch.setattr(train, "evaluate", lambda *words: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda *words: {"val_loss": next(losses)})
     monkeypatch.setattr(checkpoint, "save", full)
     train_here(*QUIET, "--eval_interval", 2, "--on_save_error", "warn")
     assert [row["val_loss"] for row in rows(RUN) if row["val_loss"]] == ["5", "4", "2", "3"]

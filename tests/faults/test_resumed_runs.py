@@ -226,7 +226,7 @@ def test_half_written_checkpoint_is_removed_at_the_next_start(tiny_data):
 def test_run_that_is_finished_says_how_to_train_on_and_changes_nothing(tiny_data, monkeypatch, capsys, words, said):
     """The exit code is 0: a job that was requeued has nothing to do."""
     losses = iter((9.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0))  # the best is that of iteration 2
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
     train_here(*QUIET, "--max_iters", 4, "--eval_interval", 1, "--keep_checkpoints", 9)
     before, _ = snapshot(Path("out")), capsys.readouterr()
     monkeypatch.setattr("flatgpt.training.reporting.draw_picture", lambda *_: None)
