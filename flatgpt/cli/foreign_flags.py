@@ -85,9 +85,9 @@ _OTHERS = {
     "save_only_model save_strategy save_total_limit",
     "every --log_interval updates add a row to metrics.csv; leave it out": "disable_tqdm include_num_input_tokens_seen "
     "log_level log_level_replica log_on_each_node logging_dir logging_first_step logging_strategy skip_memory_metrics",
-    "use --wandb online": "wandb_log report_to",
+    "use --wandb online to log to Weights & Biases; otherwise leave it out": "wandb_log report_to",
     "use --wandb_project": "project",
-    "a run is named after its folder, --out_dir out/NAME; leave it out": "wandb_run_name run_name",
+    "use --out_dir out/NAME: a run is named after its folder": "wandb_run_name run_name name",
     "use python export.py --push user/name after the training": "hub_always_push hub_model_id hub_private_repo "
     "hub_revision hub_strategy hub_token push_to_hub",
     # generation

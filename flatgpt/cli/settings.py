@@ -26,6 +26,7 @@ from flatgpt import REPO_ROOT
 from flatgpt.cli.foreign_flags import ADVICE, ALIASES
 
 RECIPES = REPO_ROOT / "configs"
+SYNTAX = 'write settings as `key = value`, with strings in "" and true or false'
 PATHS = {"model_path": "--model_path", "resume": "--resume", "input": "text --input"}  # flags of a path by key
 _types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
 
@@ -75,8 +76,14 @@ def _refuse_foreign_value(name: str | None, value) -> None:
 
 def _suggestion(word: str, known) -> str:
     """Return " (did you mean ...?)" with the most similar known word, or an empty string."""
-    close = difflib.get_close_matches(str(word), list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = _closest(str(word), known)
+    return f" (did you mean {close}?)" if close else ""
+
+
+def _closest(word: str, known) -> str | None:
+    """Return the first known word that starts with `word`, else the most similar one; None if none is similar."""
+    longer = [one for one in known if len(word) > 2 and one.startswith(word)]
+    return next(iter(longer or difflib.get_close_matches(word, list(known), 1)), None)
 
 
 @functools.cache
@@ -125,16 +132,13 @@ def read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()
         problems.append(f"{path}: `base` refers to this recipe again")
         return {}
     if path.suffix == ".py":
-        problems.append(
-            f"config = {name}: recipes are TOML, not Python; write its settings to {path.stem}.toml, as `key = value`, "
-            'with strings in "" and true or false; names of nanoGPT and transformers are accepted'
-        )
+        problems.append(f"config = {name}: recipes are TOML, not Python; in {path.stem}.toml, {SYNTAX}")
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"not valid TOML: {error}"
-        problems.append(f"{path}: {reason}")
+        unreadable = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else None
+        problems.append(f"{path}: {unreadable or f'not valid TOML ({error}); {SYNTAX}'}")
         return {}
     below = {}
     if "base" in table:
@@ -254,10 +258,13 @@ def _read_argument(cls, word: str, words: list[str], positional: list[dataclasse
 def _correction(fields: dict, word: str) -> str | None:
     """Return how to write a word that is neither a flag nor expected; None if that is not known."""
     key, equals, value = word.lstrip("-\u2013\u2014").partition("=")  # text processors make dashes of hyphens
-    if key.replace("-", "_") in fields and (equals or key != word):
+    # infer.py and app.py continue words, which can be the name of a key
+    if key.replace("-", "_") in fields and (equals or key != word or "prompt" not in fields):
         return f"--{key}{equals}{shlex.quote(value) if value else ''}"
     if "config" in fields and (word.endswith((".toml", ".py")) or (RECIPES / f"{word}.toml").is_file()):
-        return f"--config {shlex.quote(word)}"
+        known = [] if Path(word).exists() else sorted(path.stem for path in RECIPES.glob("*.toml"))
+        like = _closest(Path(word).stem.removeprefix("train_"), known)  # nanoGPT's config/train_NAME.py
+        return f"--config {shlex.quote(like or word)}"
     if Path(word).exists() or "/" in word:
         flag = next((flag for key, flag in PATHS.items() if key in fields), None)
         return flag and f"{flag} {shlex.quote(word)}"
@@ -295,6 +302,8 @@ def parse(cls, words: Sequence[str], initial_shape=None, run_settings=None, defa
     typed = _read_words(cls, words, problems)
     recipe = read_recipe(cls, typed["config"], problems) if typed.get("config") else {}
     settings = _merge(cls, [recipe, typed], problems)
+    if typed.get("config") and not recipe and problems:
+        run_settings = initial_shape = None  # what an unreadable recipe sets, such as the run's folder, is not known
     try:
         if run := run_settings and run_settings(cls(**settings)):
             tables, said = run

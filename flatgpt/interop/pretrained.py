@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import pickle
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -223,6 +224,8 @@ def checkpoints_to_resume(config: TrainConfig) -> tuple[Path, list[Path]]:
     if not found and config.resume != "auto":
         problem = "there is no checkpoint" if path.exists() else "no such folder"
         remedy = "give a run's folder (out/NAME) or a checkpoint" if named else "start without --resume"
+        if named and (path / "config.toml").is_file():  # a run that was stopped before its first checkpoint
+            remedy = f"to start again: python train.py --config {shlex.quote(str(path / 'config.toml'))}"
         raise UserError(f"nothing to resume in {path}: {problem}; {remedy}")
     return path, found
 

@@ -251,7 +251,7 @@ def test_recipes_returns_configs_and_errors(tmp_path, monkeypatch):
     assert (found["small"].n_layer, found["small"].lr, found["small"].config) == (2, 2.0, "small")
     assert (found["tuned"].n_layer, found["tuned"].init_from) == (2, "no/such/model")
     assert str(found["wrong"]).startswith("2 problems:\n  1. n_layer = 'two': a whole number is expected\n  2. n_lare")
-    assert str(found["broken"]).startswith("not valid TOML: ")
+    assert str(found["broken"]).startswith("not valid TOML (")
 
 
 @pytest.mark.parametrize(
@@ -580,7 +580,7 @@ def test_word_that_is_not_expected(cls, words, answer):
 
 def test_recipe_in_python_is_refused(tmp_path):
     answer = refusal(TrainConfig, ["--config", recipe(tmp_path, "learning_rate = 1e-3\n", "mine.py")])
-    assert "recipes are TOML, not Python; write its settings to mine.toml" in answer
+    assert "recipes are TOML, not Python; in mine.toml, write settings as" in answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

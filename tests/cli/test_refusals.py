@@ -67,6 +67,14 @@ REFUSALS = [
     ("train", "--n_embd 190 --head_bias --lr 1e-6", "3 problems", "n_embd", "head_bias", "min_lr"),
     ("train", "--out_dir a/metrics.csv", "out_dir = a/metrics.csv", "is a file; choose another --out_dir"),
     ("train", "--out_dir a/metrics.csv/b --resume auto", "a/metrics.csv is a file; choose another --out_dir"),
+    ("train", "config/train_shakespeare_char.py --lr 1", "write --config shakespeare_char_cpu"),
+    ("train", "config/train_gpt2.py", "write --config gpt2_124m"),
+    ("train", "--config gpt2", "did you mean gpt2_124m?"),
+    ("train", "--config runs/a/config.toml --resume", "error: config = runs/a/config.toml: no such file"),
+    ("train", "lr 1e-3", "error: lr: write --lr"),
+    ("train", "--name quick", "--name: use --out_dir out/NAME"),
+    ("train", "--wandb_log=False", "otherwise leave it out"),
+    ("train", "--resume a", "nothing to resume in a: there is no checkpoint", "python train.py --config a/config.toml"),
     # eval.py
     ("eval", "--dataset pydoc --test_data_path x.bin", "dataset", "test_data_path"),
     # infer.py
@@ -110,6 +118,7 @@ def test_refusal(cli, in_tmp, row):
     for name in ("a", "empty", "empty2"):
         Path(name).mkdir()
     Path("a/metrics.csv").write_text("iter,val_loss\n1,5\n")
+    Path("a/config.toml").write_text("n_layer = 1\n")
     done = cli(script, *words.split())
     for part in parts:
         assert part in done.err
