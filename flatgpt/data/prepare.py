@@ -236,7 +236,10 @@ def write_shards(
 def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None:
     """Raise UserError if settings differ from those of the dataset in the folder, with the differences."""
     found = {"encoder": "tiktoken", **found}  # the only encoder of earlier versions
-    if differing := [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]:
+    differing = [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]
+    if settings["source"] == "text":  # its revision is a hash
+        differing = ["the text of the input" if text.startswith("revision ") else text for text in differing]
+    if differing:
         what = f"{folder} already has {what} with other settings: {'; '.join(differing)}"
         raise UserError(f"{what}. Choose another name with --name, or move it aside with --overwrite")
 
