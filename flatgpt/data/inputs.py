@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from config import UserError
@@ -45,8 +46,8 @@ def expand_inputs(
             raise UserError(f"{problem}: save its text in a file (.gz .zst .bz2 .xz are read as they are)")
         elif path.is_symlink():
             raise UserError(f"{flag} {pattern} is a link to {path.readlink()}, which does not exist")
-        elif matches := sorted(map(Path, glob.glob(pattern, recursive=True))):
-            if "**" not in pattern and (folders := sum(match.is_dir() for match in matches)):
+        elif matches := _glob(pattern):
+            if folders := sum(match.is_dir() for match in matches):
                 left["folder" + "s" * (folders > 1)] = folders
             found = _choose([match for match in matches if not match.is_dir()], pattern, left, column, encoding)
         else:
@@ -64,6 +65,23 @@ def expand_inputs(
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in unknown.most_common(8))
         log(f"read as plain text, with any markup: {kinds}")
     return list(files.values())
+
+
+def _glob(pattern: str) -> list[Path]:
+    """Return what matches the pattern, sorted; for `**` files only. glob.glob would follow links in a circle."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(map(Path, glob.glob(pattern)))
+    n = next(n for n, part in enumerate(parts) if glob.has_magic(part))
+    return [path for path in _walk(Path(*parts[:n]), Counter()) if _matches(path.parts[n:], parts[n:])]
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern or not parts:
+        return not parts and set(pattern) <= {"**"}
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _walk(folder: Path, left: Counter) -> list[Path]:
@@ -87,7 +105,7 @@ def _choose(paths: list[Path], pattern: str, left: Counter, column: str, encodin
         elif suffixes(path)[0] not in FORMATS:
             left[_label(path)] += 1
         elif file_format(path) in ("json", "csv") and not _has_text(path, column, encoding):
-            left[f"{_label(path)} without {column!r}"] += 1
+            left[f"{_label(path)} without readable {column!r}"] += 1
         else:
             chosen.append(path)
     return chosen

@@ -236,7 +236,9 @@ def write_shards(
 def check_settings(folder: Path, what: str, found: dict, settings: dict) -> None:
     """Raise UserError if settings differ from those of the dataset in the folder, with the differences."""
     found = {"encoder": "tiktoken", **found}  # the only encoder of earlier versions
-    if differing := [f"{key} {found.get(key)} (now {v})" for key, v in settings.items() if found.get(key) != v]:
+    hashes = {"revision": "the text of the input"} if settings["source"] == "text" else {}
+    changed = [key for key, value in settings.items() if found.get(key) != value]
+    if differing := [hashes.get(key) or f"{key} {found.get(key)} (now {settings[key]})" for key in changed]:
         what = f"{folder} already has {what} with other settings: {'; '.join(differing)}"
         raise UserError(f"{what}. Choose another name with --name, or move it aside with --overwrite")
 

@@ -69,20 +69,26 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def file_tasks(
-    files: Iterable[RawFile], column: str, choose_split: Callable | None = None, encoding: str = "utf-8"
+    files: Iterable[RawFile],
+    column: str,
+    choose_split: Callable | None = None,
+    encoding: str = "utf-8",
+    size: int | None = None,
 ) -> Iterator[Task]:
     """Yield tasks over all documents of the files, in order. Each file is downloaded when it is reached.
 
     Args:
         choose_split: returns the split of a document of several chunks, from the text of all its chunks.
         encoding: of files without a byte order mark.
+        size: that of `chunk_tasks`, where it groups the documents.
     """
     for (format, compressed), group in itertools.groupby(files, _kind):
         if format == "text":  # a task can contain several small files
-            tasks = chunk_tasks(chunk for file in group for chunk in _text_document(file, choose_split, encoding))
+            found = (chunk for file in group for chunk in _text_document(file, choose_split, encoding))
+            tasks = chunk_tasks(found, size)
         else:
             paths = (file.local_path().absolute() for file in group)  # absolute, for workers with another cwd
-            tasks = itertools.chain.from_iterable(_record_tasks(path, format, column, encoding) for path in paths)
+            tasks = itertools.chain.from_iterable(_record_tasks(path, format, column, encoding, size) for path in paths)
         yield from (task._replace(size=task.size // TYPICAL_RATIO) for task in tasks) if compressed else tasks
 
 
@@ -90,13 +96,13 @@ def _kind(file: RawFile) -> tuple[str, bool]:
     return file_format(file.name), suffixes(file.name)[1] != ""
 
 
-def _record_tasks(path: Path, format: str, column: str, encoding: str) -> Iterator[Task]:
+def _record_tasks(path: Path, format: str, column: str, encoding: str, size: int | None) -> Iterator[Task]:
     if format == "parquet":
         return parquet.row_tasks(path, column)
     if format == "csv":
-        return chunk_tasks(records.table_chunks(path, column, encoding))
+        return chunk_tasks(records.table_chunks(path, column, encoding), size)
     if format == "json" and records.is_array(path, encoding):
-        return chunk_tasks(records.array_chunks(path, column, encoding))
+        return chunk_tasks(records.array_chunks(path, column, encoding), size)
     return records.line_tasks(path, column, encoding)
 
 
@@ -109,7 +115,7 @@ def documents(
 ) -> Iterator[Chunk]:
     """Yield the chunks of the first `limit` documents of the files, in order. The others are not read or downloaded."""
     count = 0
-    tasks = file_tasks(files, column, choose_split, encoding)
+    tasks = file_tasks(files, column, choose_split, encoding, size=0)  # 0: nothing is read ahead
     for chunk in itertools.chain.from_iterable(task.read() for task in tasks):
         yield chunk
         count += chunk.documents

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import UserError
 from flatgpt.data.chunks import Chunk, Task
-from flatgpt.data.text_files import text_chunks
+from flatgpt.data.text_files import suffixes, text_chunks
 
 MAX_ARRAY_CHARS = 1 << 30  # a JSON array is read at once
 MISSING = object()
@@ -121,16 +121,16 @@ def _value(row: object, column: str) -> object:
 def table_chunks(path: Path, column: str, encoding: str) -> Iterator[Chunk]:
     """Yield the texts of a column of a table with a header. Quoted fields may have line ends; empty ones are skipped.
 
-    The separator is the comma, semicolon or tab that the header has most of.
+    The separator is the tab in a .tsv file, otherwise the comma, semicolon or tab that the header has most of.
 
     Raises:
         UserError: there is no such column, or a row has another number of fields than the header.
     """
     blocks = (block for _, block in line_chunks(path, encoding))
     lines = (line for block in blocks for line in block.removesuffix("\n").split("\n"))
-    if not (first := next(lines, "")):
+    if (first := next(lines, None)) is None:
         return
-    separator = max(",;\t", key=first.count)
+    separator = "\t" if suffixes(path)[0] == ".tsv" else max(",;\t", key=first.count)
 
     def all_lines() -> Iterator[str]:
         yield first + "\n"
@@ -140,7 +140,9 @@ def table_chunks(path: Path, column: str, encoding: str) -> Iterator[Chunk]:
     try:
         header = next(reader)
         if column not in header:
-            raise UserError(f"{path}: no column {column!r} in the header {first!r:.300}: choose one with --column")
+            raise UserError(
+                f"{path}: no column {column!r} in the header {first.strip()!r:.300}: choose one with --column"
+            )
         index = header.index(column)
         for row in reader:
             if row and len(row) != len(header):
@@ -149,4 +151,6 @@ def table_chunks(path: Path, column: str, encoding: str) -> Iterator[Chunk]:
             if row and row[index]:
                 yield Chunk(row[index])
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num:,}: {error}") from None
+        problem = f"{path} line {reader.line_num:,}: {str(error).partition(' - ')[0]}"
+        rules = "a field with quotation marks has to be in quotes, with each mark in it doubled; lines end with \\n"
+        raise UserError(f"{problem}; {rules}") from None

@@ -122,7 +122,8 @@ def open_text(config: PrepareConfig) -> Corpus:
         left_out += len(paths) - len(found[split])
         taken |= {path.resolve() for path in paths}
         if paths and not found[split]:
-            raise UserError(f"{flag}: all of its files are in another split too; leave some out there")
+            others = " or ".join(f"--{other}_input" for other in ("val", "test") if found.get(other))
+            raise UserError(f"{flag}: all of its files are in {others} too; name other files")
     raw = {s: [RawFile(str(path), path.stat().st_size, path) for path in found[s]] for s in SPLITS if found[s]}
     if left_out:
         lines.append(f"note: input files that are left out, as --val_input or --test_input has them: {left_out:,}")

@@ -102,8 +102,12 @@ def divide(
         found = {_split_at(borders, position) for position in hashes}
         way = int(borders != shares)
     if empty := [split for split in splits if split in ("train", *held_out) and split not in found]:
-        numbers = f"{len(hashes):,} documents, {characters:,} characters leave none for the {empty[0]} split of {name}"
-        raise UserError(f"too little text: {numbers}; add some, or change --val_fraction or --test_fraction")
+        if not characters:
+            raise UserError(f"too little text: the files of {name} have none; add some")
+        plural, equal = "s" * (characters > 1), f" ({len(starts):,} different)" if len(starts) < len(hashes) else ""
+        counts = f"{len(hashes):,} document{'s' * (len(hashes) > 1)}{equal}, {characters:,} character{plural}"
+        problem = f"too little text: {counts} leave none for the {empty[0]} split of {name}"
+        raise UserError(f"{problem}; add some, or change --val_fraction or --test_fraction")
     return borders, way
 
 

@@ -91,7 +91,8 @@ def decode(blocks: Iterable[bytes], name: str, encoding: str | None = None) -> I
         head += block[:HEAD_BYTES]
         if len(head) >= HEAD_BYTES:
             break
-    if kind := next((KINDS[start] for start in KINDS if head.startswith(start)), None):
+    kind = next((KINDS[start] for start in KINDS if head.startswith(start)), None)
+    if kind := "a tar archive: unpack it" if head[257:262] == b"ustar" else kind:
         raise UserError(f"{name} is {kind}")
     codec = codecs.lookup(encoding or "utf-8").name
     if mark := next((mark for mark in MARKS if head.startswith(mark)), None):

@@ -77,7 +77,7 @@ def test_folder_is_named_after_source_and_tokenizer(words, folder):
         ({"val_fraction": 0.2, "shard_tokens": 1000}, ["val_fraction 0.1 (now 0.2)", "shard_tokens", "(now 1000)"]),
         ({"tokenizer": "gpt2"}, ["tokenizer byte (now gpt2)"]),
         ({"encoder": "gigatoken"}, ["encoder tiktoken (now gigatoken)"]),
-        ({"text": "another text\n" * 100}, ["revision"]),
+        ({"text": "another text\n" * 100}, ["the text of the input"]),
     ],
 )
 def test_finished_dataset_stays_and_other_settings_are_refused(in_tmp, change, named):
@@ -276,7 +276,7 @@ def edit_progress(**changes) -> None:
         ),
         (None, {"splits": ("train",)}, r"only_splits None \(now \['train'\]\)"),
         (None, {"encoder": "gigatoken"}, r"encoder tiktoken \(now gigatoken\)"),
-        (None, {"input": ("in", "more.txt")}, "revision"),
+        (None, {"input": ("in", "more.txt")}, "the text of the input"),
         (lambda: edit_progress(raw="other files"), {}, "raw files other files"),
         (lambda: edit_progress(tasks=2), {}, r"tasks 2 \(now 1\)"),
         (

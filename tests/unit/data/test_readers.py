@@ -93,6 +93,7 @@ FILES = {
     "semicolon.CSV": (table(";"), COLUMN),
     "tab.tsv": (table("\t"), COLUMN),
     "one column.csv": (b'\xef\xbb\xbftext\n\na\n"b\nc"\n', ["a", "b\nc"]),
+    "one column.tsv": (b"text\na, b\nc; d\n", ["a, b", "c; d"]),
     "header only.csv": (b"id,text\n", []),
     "empty.csv": (b"", []),
     **{
@@ -193,6 +194,25 @@ def test_encoded_records(tmp_path, name, codec):
     assert [chunk.text for chunk in readers.documents(files, "text", None, encoding=codec)] == rows
 
 
+BEYOND = (
+    {"a.txt": b"x", "b.txt": b"\xff"},
+    {"a.csv": b"text\nx\n1,2\n"},
+    {"a.json": b'["x", 1]'},
+    {"a.jsonl": b'"x"\n1'},
+)
+
+
+@pytest.mark.parametrize("named", BEYOND, ids=lambda named: min(named))
+def test_sample_does_not_read_what_is_beyond_it(tmp_path, named):
+    """Otherwise one bad record of a large input would stop each experiment with a part of it."""
+    for name, raw in named.items():
+        (tmp_path / name).write_bytes(raw)
+    files = [readers.RawFile(name, 0, tmp_path / name) for name in named]
+    assert [chunk.text for chunk in readers.documents(files, "text", 1)] == ["x"]
+    with pytest.raises(UserError):
+        list(readers.documents(files, "text", 2))
+
+
 @pytest.mark.parametrize("given", ["utf-16", "utf-16-be", "utf-8", "latin-1"])
 def test_wrong_encoding_that_would_succeed_is_refused(tmp_path, given):
     (tmp_path / "a.txt").write_bytes(ENGLISH.encode("utf-16-le"))
@@ -257,6 +277,9 @@ WRONG_RECORDS = [
     ("csv", b'id,text\n1,"a\nb"\n2,c,d\n', ["line 4", "3 fields, but the header has 2"]),
     ("csv", b'id,text\n1,"a\nb', ["line 3", "unexpected end of data"]),
     ("tsv", b"text\tid\nonly\n", ["line 2", "1 fields, but the header has 2"]),
+    ("tsv", b'text\tid\n"a" b\t1\n', ["line 2", "quotation marks has to be in quotes", "doubled"]),
+    ("csv", b"id,text\r1,a\r", ["line 1", "new-line character seen in unquoted field; ", "lines end with \\n"]),
+    ("csv", b"\n\nid,text\n1,a\n", ["no column 'text' in the header ''"]),
 ]
 NO_TEXT = [
     *(
@@ -276,6 +299,7 @@ NO_TEXT = [
     (b"\x1f\x8b\x08\0\0", ["compressed with gzip"]),
     (b"version https://git-lfs.github.com/spec/v1\n", ["git lfs pull"]),
     (b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0\0\1", ["the file is not text"]),
+    (b"name" + bytes(253) + b"ustar" + bytes(250), ["is a tar archive: unpack it"]),
     (b"name" + bytes(96) + b"0000644" + bytes(200), ["is not text, because it has NUL characters"]),
 ]
 COLUMNS = pa.table({"id": [1], "list": [["a"]], "both": [{"a": "b"}], "raw": [b"a"], "text": ["a"]})

@@ -16,6 +16,7 @@ from config import PrepareConfig, UserError
 from flatgpt.data import prepare as preparation
 from flatgpt.data import readers, sources, tokenizer
 from flatgpt.data.chunks import Chunk, Task
+from flatgpt.data.inputs import expand_inputs
 from flatgpt.data.readers import Corpus, RawFile
 from flatgpt.data.sources import encode_task, make_plan
 from flatgpt.data.splits import choose_split
@@ -123,11 +124,35 @@ def test_folder_counts_what_it_leaves_out(in_tmp):
     assert sorted("".join(texts(data, "train") + texts(data, "val"))) == list("abcdefgh")
     (line,) = lines
     assert line.startswith("in: 8 files read; left out: 3 hidden, ")
-    counts = ("2 .pdf", "2 broken or special", "1 .json without 'text'", "1 .csv without 'text'", "1 without a suffix")
+    counts = (
+        "2 .pdf",
+        "2 broken or special",
+        "1 .json without readable 'text'",
+        "1 .csv without readable 'text'",
+        "1 without a suffix",
+    )
     assert [count for count in counts if count not in line] == []
     from_text("in/*", "in/LICENSE", log=lines.append, name="second", val_fraction=0.5)
     assert lines[1].startswith("in/*: 7 files read; left out: ")
     assert lines[1].endswith("\nread as plain text, with any markup: 1 without a suffix")
+
+
+def test_deep_patterns_do_not_follow_links_in_circles(in_tmp):
+    """With two links, glob.glob would return 2^40 paths."""
+    (in_tmp / "in" / "deep" / ".git").mkdir(parents=True)
+    for name in ("in/a.txt", "in/deep/b.txt", "in/deep/.git/c.txt", "in/deep/.d.txt", "in/deep/e.md"):
+        (in_tmp / name).write_text(Path(name).name)
+    (in_tmp / "in" / "up").symlink_to("..")
+    (in_tmp / "in" / "deep" / "up").symlink_to("..")
+    names = {
+        "in/**/*.txt": ["in/a.txt", "in/deep/b.txt"],
+        "**/deep/**/?.txt": ["in/deep/b.txt"],
+        f"{in_tmp}/**": ["in/a.txt", "in/deep/b.txt", "in/deep/e.md"],
+        "i*/**/deep/*": ["in/deep/b.txt", "in/deep/e.md"],
+    }
+    for pattern, expected in names.items():
+        assert expand_inputs((pattern,)) == [Path(*[in_tmp] * (pattern[0] == "/"), name) for name in expected]
+    assert "in/**/*.rst: no such file" in refusal("in/**/*.rst")
 
 
 def test_encoding_is_a_setting(in_tmp):
@@ -161,7 +186,7 @@ def test_file_that_grows_is_refused(in_tmp, monkeypatch):
             {"e": "", "f": "\ufeff"},
             ["e.txt", "f.txt"],
             {},
-            ["0 documents, 0 characters leave none for the train split"],
+            ["too little text: the files of text_byte have none"],
         ),
         ({"a": TEXT}, ["a.txt", "b.txt"], {}, ["--input b.txt", "no such file"]),
         ({"a": TEXT}, ["*.md"], {}, ["--input *.md", "no such file"]),
@@ -183,9 +208,9 @@ def test_file_that_grows_is_refused(in_tmp, monkeypatch):
             {f"f{n}": "the same" for n in range(100)},
             ["*.txt"],
             {"test_fraction": 0.01},
-            ["too little text: 100 documents"],
+            ["too little text: 100 documents (1 different), 8 characters"],
         ),
-        ({"a": "a"}, ["a.txt"], {}, ["1 documents, 1 characters leave none for the train split"]),
+        ({"a": "a"}, ["a.txt"], {}, ["1 document, 1 character leave none for the train split"]),
         (
             {"a": "a", "b": "b"},
             ["."],
@@ -358,12 +383,12 @@ def test_files_of_the_users_own_splits(in_tmp, kind, limit):
     assert lines[0] == f"note: input files that are left out, as --val_input or --test_input has them: {files_left_out}"
     assert (f"note: {shared} different documents" in "".join(lines)) == (shared > 0)
     assert "val_fraction" not in data.meta
-    assert "revision" in refusal("in", **{**keys, "val_input": keys["test_input"], "test_input": keys["val_input"]})
+    assert "the text of the input" in refusal(
+        "in", **{**keys, "val_input": keys["test_input"], "test_input": keys["val_input"]}
+    )
     alone = from_text("in", splits=("val",), name="val", **keys)
     assert alone.meta["splits"] == {"val": data.meta["splits"]["val"]}
-    assert "--input: all of its files are in another split too" in refusal(
-        paths["in/v"], val_input=("in",), name="none"
-    )
+    assert "--input: all of its files are in --val_input too" in refusal(paths["in/v"], val_input=("in",), name="none")
 
 
 def test_test_files_leave_validation_to_a_share(in_tmp):
