@@ -32,7 +32,8 @@ EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windo
 COMMON = {
     "TrainConfig": "config device n_layer n_head n_embd context_length dropout data_dir dataset batch_size "
     "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb list plan",
-    "PrepareConfig": "source input repo column sample_size val_fraction name tokenizer data_dir workers info verify",
+    "PrepareConfig": "source input val_input repo column sample_size val_fraction name overwrite tokenizer "
+    "data_dir workers info verify",
     "EvalConfig": "config model_path device dtype data_dir dataset split text choices protocol eval_tokens batch_size "
     "generate json",
     "InferConfig": "config model_path device prompt prompt_file interactive num_samples max_new_tokens temperature "

@@ -62,7 +62,10 @@ class Dataset:
         """Open the shards of a split. Raise UserError if the split or a file is missing or has another size."""
         entry = self.meta["splits"].get(split)
         if entry is None:
-            raise UserError(f"{self.folder} has no split {split}; it has {', '.join(self.meta['splits'])}")
+            found = list(self.meta["splits"])
+            raise UserError(
+                f"{self.folder} has no split {split}; it has {', '.join(found)}: eval.py --split {found[0]}"
+            )
         files = [(self.folder / f["name"], None if self.notice else f["tokens"]) for f in entry["files"]]
         return Tokens(files, self.meta["vocab_size"])
 
