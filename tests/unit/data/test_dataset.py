@@ -31,7 +31,7 @@ def test_finished_dataset(tmp_path):
     assert data.meta["splits"]["train"]["documents"] == 2
     # A run resumed with a later version of this code asks whether its data is the same.
     assert data.manifest_hash == hashlib.sha256((folder / "meta.json").read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=r"no split test; it has train$"):
+    with pytest.raises(UserError, match=r"no split test; it has train: "):
         data.tokens("test")
     with pytest.raises(UserError, match="tokenizer gpt3"):
         open_dataset(finished(tmp_path / "other", {"train": [[1, 2]]}, tokenizer="gpt3"))
