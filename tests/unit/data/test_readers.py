@@ -66,7 +66,7 @@ JSON_LINES = {
     "strings": (b'"a"\nnull\n"b\\n"', ["a", "b\n"]),
     "nested": (b'{"text": "a", "n": {"text": "b"}}', ["a"]),
 }
-TABLE = [["1", "a"], ["2", 'say "b", c;\td\r\ne'], ["3", ""], ["4", "東京" * 200_000], ["5", " "]]
+TABLE = [["1", "a"], ["2", 'say "b", c;\td\r\ne'], ["3", ""], ["4", "東京" * 2000], ["5", " "]]
 COLUMN = [text for _, text in TABLE if text]
 ARRAY = json.dumps([{"text": text} for text in ROWS], indent=1).encode()
 
@@ -122,6 +122,12 @@ def test_documents_of_text_and_lines(tmp_path, monkeypatch, name, block):
     raw, expected = FILES[name]
     (tmp_path / name).write_bytes(raw)
     assert documents(tmp_path / name) == expected
+
+
+def test_long_field_of_a_table(tmp_path):
+    """Python's csv module has a limit of 131,072 characters by default."""
+    (tmp_path / "a.csv").write_text(f"text\n{'東京' * 200_000}\n", encoding="utf-8")
+    assert documents(tmp_path / "a.csv") == ["東京" * 200_000]
 
 
 @pytest.mark.parametrize("rows_a_group", [1, 2, 100])
