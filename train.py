@@ -255,8 +255,9 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
             reporting.draw_picture(log, folder)
     except UserError as error:
         checkpoints.close()  # the save in flight may be the first one
-        next_start = reporting.next_start(run, bool(checkpoint.folders(folder))) if lock.is_held() else ""
-        raise UserError(f"{error}. {next_start}".rstrip(". ")) from None
+        ours = lock.is_held() or not ranks.first  # only rank 0 holds it
+        next_start = reporting.next_start(run, bool(checkpoint.folders(folder))) if ours else ""
+        raise UserError(f"{error}. {next_start}".rstrip(". ")) from error
     finally:
         checkpoints.close()  # waits for the save in flight
         log.close()

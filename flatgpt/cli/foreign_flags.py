@@ -50,7 +50,7 @@ _OTHERS = {
     # data
     "prepare the text with prepare_data.py, then use --dataset": "dataset_name dataset_config_name train_file "
     "validation_file",
-    "use --tokenizer of prepare_data.py: a model has its dataset's tokenizer": "tokenizer_name",
+    "use --tokenizer of prepare_data.py, as a model has its dataset's tokenizer": "tokenizer_name",
     "use --seed, for initial weights, batch order and dropout": "data_seed",
     "batches are read from memory-mapped shards, in an order that --seed determines; leave it out": "group_by_length "
     "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers "
@@ -87,7 +87,7 @@ _OTHERS = {
     "log_level log_level_replica log_on_each_node logging_dir logging_first_step logging_strategy skip_memory_metrics",
     "use --wandb online to log to Weights & Biases; otherwise leave it out": "wandb_log report_to",
     "use --wandb_project": "project",
-    "use --out_dir out/NAME: a run is named after its folder": "wandb_run_name run_name name",
+    "use --out_dir out/NAME, as a run is named after its folder": "wandb_run_name run_name name",
     "use python export.py --push user/name after the training": "hub_always_push hub_model_id hub_private_repo "
     "hub_revision hub_strategy hub_token push_to_hub",
     # generation

@@ -176,7 +176,7 @@ def join_process_group(config: TrainConfig | EvalConfig) -> Iterator[Distributed
         dist.destroy_process_group()
         codes.append(0)
     except UserError as error:
-        if not _first_to_report(ranks, str(error)):
+        if not _first_to_report(ranks, str(error.__cause__ or error)):  # without a rank's advice
             raise ReportedByOtherRank from None
         time.sleep(1)  # rank 0 holds the store that the other ranks still need
         raise
