@@ -114,14 +114,15 @@ def tiktoken_ids(encoding: tiktoken.Encoding, texts: Sequence[str], ends: Sequen
         texts: valid Unicode (no lone surrogates).
         ends: whether to append the end-of-text id, for each text.
     """
-    if separator := _separator(encoding):
+    short = all(len(text) <= tokenizer.MAX_ENCODE_CHARS for text in texts)  # others could overflow tiktoken's stack
+    if (separator := _separator(encoding)) and short:
         joined = separator.join([*texts, ""])  # a call per text halves the speed for short texts
         if joined.count(separator) == len(texts):
             ids = encoding.encode_to_numpy(joined, allowed_special={separator}, disallowed_special=())
             last = np.flatnonzero(ids == encoding.eot_token)
             return ids if all(ends) else np.delete(ids, last[~np.array(ends, bool)])
-    # a text contains "<|endoftext|>", which is encoded as ordinary text
-    rows = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    # a text is long, or contains "<|endoftext|>", which is encoded as ordinary text
+    rows = [np.array(tokenizer.encode_ordinary(encoding, text), np.uint32) for text in texts]
     return _insert_eot(encoding, np.concatenate(rows), np.cumsum([len(row) for row in rows]), ends)
 
 

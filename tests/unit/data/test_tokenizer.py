@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from config import UserError
 from flatgpt.data import chunks, tokenizer
+from flatgpt.data.encode import tiktoken_ids
 
 ODD = [
     *("", "a 🎈 and a 👩‍👩‍👧‍👦", "\0a\0\0", "one\r\ntwo\rthree\n", "x" * 10_000),
@@ -147,6 +148,8 @@ def test_a_million_blanks(pattern, parse_special):
     encoding = tokenizer.FileTokenizer("bytes", pattern, ranks, {"<|endoftext|>": 256})
     text = "a" + " " * 1_100_000 + "word" + "\n" * 1_100_000
     assert tokenizer.encode(encoding, text, parse_special) == [*text.encode()]
+    if not parse_special:
+        assert tiktoken_ids(encoding, [text, "b"], [False, False]).tolist() == [*text.encode(), ord("b")]
 
 
 @pytest.mark.parametrize("unit", ["a", "🎈", "\0", "\ud800", " \n", "a ", "a" * 9 + "\n"], ids=ascii)
