@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
@@ -121,6 +122,12 @@ def test_agents_md_is_short_and_names_paths_that_exist():
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def package_of(requirement: str) -> str:
+    """The name of a package, as it is imported."""
+    package = re.split(r"[<>=!~\[ ]", requirement)[0].lower()
+    return {"scikit-learn": "sklearn"}.get(package, package.replace("-", "_"))
+
+
 def declared(file: str) -> set[str]:
     """Package names in a requirements file, -r lines followed."""
     found = set()
@@ -129,8 +136,7 @@ def declared(file: str) -> set[str]:
         if line.startswith("-r "):
             found |= declared(line[3:])
         elif line:
-            package = re.split(r"[<>=!~\[ ]", line)[0].lower()
-            found.add({"scikit-learn": "sklearn"}.get(package, package.replace("-", "_")))  # as it is imported
+            found.add(package_of(line))
     return found
 
 
@@ -149,6 +155,16 @@ def test_packages_imported_are_packages_declared():
     assert extra - dev <= optional | in_tests, "an extra that nothing imports"
     # llama-cpp-python compiles for a quarter of an hour: nothing declares it
     assert optional | in_tests <= extra | {"llama_cpp"}
+
+
+def test_pyproject_names_the_packages_of_the_requirements_files():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base, dev = declared("requirements.txt"), declared("requirements-dev.txt")
+    extras = {name: set(map(package_of, lines)) for name, lines in project["optional-dependencies"].items()}
+    assert set(map(package_of, project["dependencies"])) == base
+    assert extras.pop("dev") == dev - base
+    optional = set().union(*(OPTIONAL[name] for name in OPTIONAL if not name.startswith("flatgpt.benchmarks")))
+    assert set().union(*extras.values()) == optional, "what the scripts import where it is installed"
 
 
 def test_every_config_field_is_read_somewhere():
