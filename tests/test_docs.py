@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,10 @@ def shell_lines(page: Path) -> str:
 def recorded(page: Path) -> list[list[str]]:
     """The words of each command on a page."""
     script = ["bash", "--norc", "-c", f"exec 3>&1 >/dev/null\n{RECORD}{shell_lines(page)}"]
-    answer = subprocess.run(script, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    with tempfile.TemporaryDirectory() as folder:  # a command may write its output to a file
+        answer = subprocess.run(
+            script, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder, timeout=60
+        )
     assert answer.stderr == "", f"{page.name}: {answer.stderr}"
     return [call.split("\x1e")[:-1] for call in answer.stdout.split("\x1d\x1e")[:-1]]
 
