@@ -131,7 +131,7 @@ def evaluate_text(
     result = {"text": name, "protocol": config.protocol, "protocol_means": protocol_means, "batch_size": batch_size}
     result |= {"stride": stride} if config.protocol == "stride" else {}
     result |= {"eval_tokens": limit or None, "eval_batches": config.eval_batches or None}
-    result |= facts | metrics.compute_metrics(statistics, counts)
+    result |= facts | report.compute_metrics(statistics, counts)
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
