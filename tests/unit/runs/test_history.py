@@ -13,7 +13,6 @@ import pytest
 from config import ModelConfig, TrainConfig, UserError
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer_reader
-from flatgpt.data.sources import SOURCES
 from flatgpt.runs import history
 from flatgpt.runs.history import gpt2_parameters, print_list
 from flatgpt.runs.run_log import RunLog
@@ -237,4 +236,3 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
 
 def test_ids_known_beforehand_are_the_tokenizers():
     assert history.SIZES == tokenizer_reader.SIZES
-    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == history.TOKENIZERS
