@@ -7,8 +7,6 @@ import pytest
 from in_process import TINY
 from processes import ROOT
 
-import flatgpt
-
 # Files with cells. Their models are in out/, and made by the fixture below.
 NOTEBOOKS = ("docs/inference_library.md",)
 
@@ -33,9 +31,5 @@ def test_cells_run_as_they_stand(trained, capsys, name):
         exec(compile(cell, name, "exec"), namespace)
     shown = capsys.readouterr().out
     assert len(namespace["texts"]) == 3
-    assert namespace["greedy"] in shown or namespace["greedy"]
     assert f"{namespace['loss']:.3f} nats per token" in shown
     assert shown.endswith("temperature = -1: at least 0 is expected\n")
-    assert isinstance(namespace["model"], type(namespace["fast"]))
-    assert namespace["fast"].generate("ROMEO:", max_new_tokens=50) in shown
-    assert issubclass(flatgpt.UserError, Exception)
