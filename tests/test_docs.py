@@ -225,3 +225,17 @@ def test_commands_run(page, home, cli, ranks):
             else:
                 done = cli(command.script, *words, stdin="Hello\n")
                 assert done.code == 0, (str(command), done)
+
+
+def test_cells_of_a_notebook_run_as_they_stand(home, capsys):
+    """In one namespace, as a notebook runs them."""
+    namespace: dict = {}
+    cells = [text for language, text in blocks(ROOT / "docs/inference.md") if language == "python"]
+    assert len(cells) > 3
+    for cell in cells:
+        exec(compile(cell, "inference.md", "exec"), namespace)
+    shown = capsys.readouterr().out
+    assert len(namespace["texts"]) == 3
+    assert f"{namespace['loss']:.3f} nats per token" in shown
+    assert namespace["fast"].generate("ROMEO:", max_new_tokens=50) in shown
+    assert shown.endswith("temperature = -1: at least 0 is expected\n")
