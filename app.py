@@ -1,6 +1,7 @@
-"""A playground in the browser: streams generated text with the probability of each token.
+"""A playground in the browser: streams generated text with the probability of each token. Also an OpenAI endpoint.
 
 python app.py                                          # the newest run, at http://127.0.0.1:7860
+curl http://127.0.0.1:7860/v1/completions -d '{"prompt": "The ", "max_tokens": 50}'   # or an OpenAI client
 python app.py --model_path out/shakespeare --temperature 0.9 --top_p 0.95
 python app.py --model_path gpt2 --server_name 0.0.0.0  # other machines can connect
 python export.py --model_path out/shakespeare --space space   # the same as a Hugging Face Space
@@ -13,16 +14,19 @@ if __name__ == "__main__":
     CONFIG = from_command_line(AppConfig, __doc__)
 
 import base64
+import contextlib
 import dataclasses
 import html
 import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
+from flatgpt.inference.completions import STOP_LIMIT
+from flatgpt.inference.model_queue import ModelQueue, Place
 from flatgpt.inference.prepacking import prepare_for_decoding
 from flatgpt.inference.web import serve, stream_html
 from flatgpt.inference.writer import Writer
@@ -33,18 +37,23 @@ from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
 
 HERE = Path(__file__).resolve().parent
-STOP_LIMIT = 200  # maximum total length of a visitor's stop strings
 
 
 def main(config: AppConfig) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page and the API until Ctrl-C.
 
     Raises:
         UserError: gradio is not installed, or the address is not available.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("app.py needs gradio: pip install -r requirements-extra.txt, or pip install gradio")
-    serve(build(config, *load(config)), config.server_name, config.server_port)
+    from flatgpt.inference.api import CompletionAPI, read_key  # imports what gradio brings along
+
+    key, queue = read_key(config), ModelQueue(config.queue_limit)
+    found, make_writer, described = load(config)
+    blocks = build(config, found, make_writer, described, queue)
+    api = CompletionAPI(config, queue, make_writer, about(found)[0], key)
+    serve(blocks, config, queue, api.arguments())
 
 
 def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig], Writer], str]:
@@ -98,7 +107,13 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
     return heading or name, card.strip(), plots
 
 
-def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[InferConfig], Writer], described: str):
+def build(
+    config: AppConfig,
+    found: loading.ModelSource,
+    make_writer: Callable[[InferConfig], Writer],
+    described: str,
+    queue: ModelQueue,
+):
     """Build the page as a gradio.Blocks."""
     import gradio as gr
 
@@ -115,13 +130,17 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
         ("repetition_penalty", 1, 2, 0.05, config.repetition_penalty),
     )
 
-    def write(prompt: str, stop: str, *values: object) -> Iterator[list]:
+    async def write(prompt: str, stop: str, *values: object) -> AsyncIterator[list]:
         try:
             settings = request(config, prompt, stop, **dict(zip(options, values, strict=True)))
             unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
-            # A new Writer for each request: the texts of the previous visitor may still be in progress.
-            for views, summary in stream_html(make_writer(settings)):
-                yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
+            async with contextlib.aclosing(queue.stream(lambda: stream_html(make_writer(settings)))) as updates:
+                async for update in updates:
+                    if not isinstance(update, Place):
+                        views, summary = update
+                        yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
+                    elif update.ahead:
+                        yield [f"queue: {update.ahead}/{update.waiting}", *[gr.skip()] * config.sample_limit]
         except UserError as error:
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
 
@@ -155,7 +174,7 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
             write,
             [prompt, stop, *options.values()],
             [status, *texts],
-            concurrency_limit=1,
+            concurrency_limit=None,  # `queue` is that of the API too
             trigger_mode="once",
             show_progress="minimal",
             show_progress_on=status,

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import tiktoken
 
-from config import UserError, first_line
+from config import AppConfig, UserError, first_line
+from flatgpt.inference.model_queue import ModelQueue
 from flatgpt.inference.sampling import TokenLogprobs
 from flatgpt.inference.writer import Text, Writer
 
@@ -97,12 +98,17 @@ def stream_html(writer: Writer) -> Iterator[tuple[list[str], str]]:
     yield [view.html for view in views], writer.summary() + HINT
 
 
-def serve(blocks, server_name: str | None, server_port: int | None) -> None:
+def serve(blocks, config: AppConfig, queue: ModelQueue, more: dict) -> None:
     """Serve a gradio.Blocks until Ctrl-C.
+
+    Args:
+        queue: runs the page's requests. It is closed at the end.
+        more: arguments of the FastAPI application: `routes` beside the page's, and `middleware`.
 
     Raises:
         UserError: the address is not available.
     """
+    server_name, server_port = config.server_name, config.server_port
     try:
         server, url, _ = blocks.launch(
             server_name=server_name,
@@ -110,6 +116,8 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
             prevent_thread_lock=True,
             quiet=True,
             max_file_size=1,
+            max_threads=config.queue_limit + 40,  # the page's requests wait in `queue` only
+            app_kwargs=more,
             footer_links=[],
             css=STYLE,
             head=POLICY,
@@ -124,8 +132,10 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
             "others, or leave them out"
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
-    print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
+    url = url.rstrip("/")
+    print(f"{url} - stop with Ctrl-C" + f"; for OpenAI clients: {url}/v1" * bool(more["routes"]), flush=True)
     try:
         threading.Event().wait()
     finally:
-        blocks.close(verbose=False)  # waits for texts in progress: exiting during a torch operation aborts
+        queue.close()  # exiting during a torch operation aborts
+        blocks.close(verbose=False)
