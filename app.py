@@ -68,9 +68,10 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
     model, encoding = loading.load(found, device, config.context_length)
     parameters = model.num_params()  # before weights are quantized
     settings = prepare_for_decoding(config, model)
-    described = f"{parameters:,} parameters, on {settings.describe()}"
-    note("\n".join([f"{found.describe()}: {described}", *settings.path_lines()]))
-    return found, partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text), described
+    described = f"{parameters:,} parameters, on "
+    note("\n".join([f"{found.describe()}: {described}{settings.describe()}", *settings.path_lines()]))
+    make_writer = partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text)
+    return found, make_writer, described + settings.describe(reasons=False)
 
 
 def request(config: AppConfig, prompt: str, stop: str, **options: object) -> InferConfig:
@@ -100,8 +101,10 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
         use = f"```sh\npython infer.py --model_path {shlex.quote(f'out/{name}')} --prompt 'Once upon a time'\n```"
         card = card_body(found, name=name, use=use)
     if run.is_dir() and len(log := history.read(run)):
-        svg = base64.b64encode(plot_runs([log], format="svg")).decode()
-        plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'
+        wide, narrow = (base64.b64encode(plot_runs([log], format="svg", across=n)).decode() for n in (3, 1))
+        data = "data:image/svg+xml;base64,"
+        plots = f'<picture class="curve"><source media="(max-width: 700px)" srcset="{data}{narrow}">'
+        plots += f'<img alt="training curves" src="{data}{wide}"></picture>'
     # A card begins with a YAML block and the model's name as a heading.
     heading, card = re.match(r"(?:---\n.*?\n---\n)?\s*(?:# *`?(.*?)`?\n)?(.*)", card, re.S).groups()
     return heading or name, card.strip(), plots

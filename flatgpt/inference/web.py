@@ -25,17 +25,20 @@ STYLE = """
   font-family: var(--font-mono); font-size: 0.9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 .text .prompt { font-weight: 700; }
 .text .token { background: rgb(0 114 178 / calc(var(--s) * 0.45)); border-radius: 2px; }
+.dark .text .token { background: rgb(86 180 233 / calc(var(--s) * 0.55)); }
 .text .token:hover { outline: 2px solid rgb(0 114 178); }
 .text .token:hover::after { content: attr(data-odds); position: fixed; bottom: 12px; left: 50%; z-index: 100;
   transform: translateX(-50%); white-space: pre; padding: 10px 14px; border-radius: 8px; line-height: 1.5;
   background: #1b1f24; color: #fff; box-shadow: 0 2px 12px rgb(0 0 0 / 0.4); max-width: 94vw; overflow: hidden;
-  pointer-events: none; }
+  border: 1px solid rgb(255 255 255 / 0.25); pointer-events: none; }
 #status { min-height: 3rem; }
 #status .wrap { height: 100%; }
 #texts { flex-wrap: wrap; }
 #texts > * { flex: 1 1 280px; min-width: 0; }
-.curve { overflow-x: auto; }
-.curve img { width: 100%; min-width: 640px; }
+#texts .html-container { padding: 0; }
+.curve img { width: 100%; }
+.prose code { white-space: pre-wrap; overflow-wrap: anywhere; }
+body:not(.dark) .gradio-container { --block-info-text-color: var(--neutral-600); }
 footer { display: none !important; }
 """
 # A model card may be untrusted: an image on another server would tell that server who opens the page.

@@ -131,7 +131,7 @@ def test_about_names_no_folder_of_the_machine(loaded, tiny_home):
     assert name == "quickstart"
     assert "34,720 parameters" in card
     assert "## Training" in card
-    assert plots.startswith('<div class="curve"><img ')
+    assert plots.startswith('<picture class="curve"><source ')
     assert str(tiny_home) not in card + plots + described
 
 

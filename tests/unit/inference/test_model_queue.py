@@ -48,7 +48,7 @@ def test_one_at_a_time_in_order_and_never_more_than_the_limit():
         works = [Work(log, name) for name in "abc"]
         tasks = [await start(queue, work) for work in works]
         with pytest.raises(UnavailableError, match="2 requests are waiting: try again later"):
-            await read(queue, Work(log, "d"))
+            await anext(queue.stream(Work(log, "d")))
         for work in reversed(works):  # the last one may start first, and does not
             work.allowed.set()
         results = await asyncio.wait_for(asyncio.gather(*tasks), WAIT)
