@@ -103,8 +103,11 @@ class CompletionAPI:
         A Space has the routes only if it has a key: it is public.
         """
         route = Route("/v1/{path:path}", self._respond, methods=METHODS)
-        served = self._key is not None or not os.environ.get("SPACE_ID")
-        return {"routes": [route] * served, "middleware": [Middleware(HostCheck, names=server_names(self._config))]}
+        served, names = self._key is not None or not os.environ.get("SPACE_ID"), server_names(self._config)
+        if names - {"localhost", "127.0.0.1"}:
+            known = "any name" if "*" in names else ", ".join(["any IP address", *sorted(names)])
+            note(f"requests are accepted that are sent to {known}; for other names: --allowed_hosts NAME")
+        return {"routes": [route] * served, "middleware": [Middleware(HostCheck, names=names)]}
 
     async def _respond(self, request: Request) -> Response:
         try:

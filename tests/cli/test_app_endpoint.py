@@ -224,10 +224,11 @@ def test_names_of_the_server(connect, host, settings, status):
     assert connect(host, **settings).get("/v1/models").status_code == status
 
 
-def test_own_name_is_allowed_if_other_machines_can_connect(connect, monkeypatch):
+def test_own_name_is_allowed_if_other_machines_can_connect(connect, monkeypatch, capsys):
     monkeypatch.setattr("socket.gethostname", lambda: "Mybox.lan")
     for host in ("mybox.lan:7860", "mybox.local:7860"):
         assert connect(host, server_name="0.0.0.0").get("/v1/models").status_code == 200
+        assert "any IP address, 0.0.0.0, localhost, mybox.lan, mybox.local; for other" in capsys.readouterr().err
         assert connect(host).get("/v1/models").status_code == 403
 
 
