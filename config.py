@@ -721,7 +721,10 @@ class InferConfig(WriterConfig):
 
 @dataclass(frozen=True)
 class AppConfig(WriterConfig):
-    """app.py: a demo in the browser. The sampling settings are the page's initial values."""
+    """app.py: a demo in the browser, and an OpenAI-compatible endpoint.
+
+    The sampling settings are the page's initial values. The endpoint's are OpenAI's.
+    """
 
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
@@ -735,7 +738,19 @@ class AppConfig(WriterConfig):
     server_port: int | None = opt(
         None, "port to listen on", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
     )
-    prompt_limit: int = opt(4000, "maximum number of characters per prompt", low=1)
+    allowed_hosts: tuple[str, ...] = opt(
+        (),
+        "further names of this server, with which browsers and clients address it, for example behind a proxy; "
+        "IP addresses, localhost, server_name, and with a server_name for other machines this machine's name are "
+        "always allowed; '*': any name",
+    )
+    api_key: str | None = opt(
+        None,
+        "key that clients of /v1 must send; the page needs none. The variable is not in the list of processes",
+        none="FLATGPT_API_KEY, else no key",
+        verbatim=True,
+    )
+    prompt_limit: int = opt(4000, "maximum number of characters, or token ids, per prompt", low=1)
     token_limit: int = opt(500, "maximum number of tokens per text", low=1)
     sample_limit: int = opt(4, "maximum number of texts per request", low=1, high=16)
     queue_limit: int = opt(20, "maximum number of waiting requests; one is served at a time", low=1)

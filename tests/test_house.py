@@ -47,6 +47,7 @@ OPTIONAL = {
     "flatgpt.data.encode": {"gigatoken"},
     "flatgpt.data.tokenizer_training": {"tokenizers"},
     "flatgpt.data.workers": {"distributed"},
+    "flatgpt.inference.api": {"starlette"},
     "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
