@@ -47,6 +47,7 @@ OPTIONAL = {
     "flatgpt.data.tokenizer_training": {"tokenizers"},
     "flatgpt.data.workers": {"distributed"},
     "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
+    "flatgpt.runs.trackers": {"tensorboard", "trackio"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
 FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "flatgpt").rglob("*.py"))]
