@@ -248,6 +248,14 @@ RunLog.write = write
             assert stored[row["iter"]] == {key: pytest.approx(value, rel=1e-6) for key, value in row.items()}
 
 
+@pytest.mark.parametrize("words", [["--list"], ["--plan", *TINY]], ids=["list", "plan"])
+def test_list_and_plan_start_no_tracker(cli, tiny_data, monkeypatch, words):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # a start would print a warning
+    done = cli("train", *words, "--tracker", "tensorboard")
+    assert (done.code, done.err) == (0, "")
+    assert not Path("out").exists()
+
+
 @pytest.mark.extra("tensorboard")
 def test_of_two_ranks_one_logs(tiny_data, ranks):
     process = ranks(2, *TINY, "--grad_accum_steps", 2, "--tracker", "tensorboard", cwd=tiny_data)
