@@ -4,8 +4,8 @@ history = read(Path("out/shakespeare"))
 history["train_loss"]   # one number per row, nan for empty cells
 history.best            # (iter, loss)
 
-recipe      parameters  data   train tokens  iters
-quickstart     834,432  pydoc       419,063    600
+recipe      parameters  data   train tokens  iters  hardware     time  bits/byte
+quickstart     834,432  pydoc       419,063    600  2 CPU cores  54 s      1.817
 
 run         parameters  data    iter  best loss  best iter     age  state
 quickstart     834,432  pydoc    600     1.2592        600  40 min  finished
@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ModelConfig, TrainConfig, UserError
+from flatgpt import REPO_ROOT
 from flatgpt.runs.run_log import ROWS, parse_rows
 from flatgpt.runtime.files import in_use
 
 LOG, STATE, RECIPE = ROWS, "state.json", "config.toml"
-RECIPES = ("recipe", "parameters", "data", "train tokens", "iters")
+RECIPES = ("recipe", "parameters", "data", "train tokens", "iters", "hardware", "time", "bits/byte")
 RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state")
-LEFT_ALIGNED = {"recipe", "run", "data", "state"}
+LEFT_ALIGNED = {"recipe", "run", "data", "hardware", "state"}
 LINE_WIDTH, NAME_WIDTH, DATA_WIDTH = 100, 36, 20  # in characters; longer texts are truncated
 
 # Vocabulary sizes and default tokenizers for datasets that are not prepared yet. Copied from tokenizer_reader.SIZES and
@@ -277,7 +278,10 @@ def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
         parameters = gpt2_parameters(dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size))
     duration = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
     dataset = _truncate(config.dataset, DATA_WIDTH)
-    return parameters or math.inf, name, _format_count(parameters), dataset, tokens, duration
+    meta = read_table(REPO_ROOT / "configs" / f"{name}.toml", tomllib.loads).get("meta", {})
+    measured = meta.get("time", "not measured"), str(meta.get("bits_per_byte", "-"))
+    cells = name, _format_count(parameters), dataset, tokens, duration, meta.get("hardware", "-"), *measured
+    return parameters or math.inf, *cells
 
 
 def _dataset_facts(config: TrainConfig) -> tuple[int | None, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import count_of, format_decimal
+from config import TrainConfig, count_of, format_decimal
 from flatgpt.runs.clock import duration
 from flatgpt.runs.trackers import Tracker
 from flatgpt.runtime.files import atomic_write, write_output
@@ -90,7 +90,8 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, tracker: Tracker | None = None):
-        self.folder, self.max_iters, self.tracker, self._iter = run_dir, max_iters, tracker or Tracker(), start_iter
+        self.folder, self.max_iters, self._iter = run_dir, max_iters, start_iter
+        self.tracker = tracker or Tracker(TrainConfig(), run_dir, {})
         rows, samples = (run_dir / name if run_dir else Path(os.devnull) for name in (ROWS, SAMPLES))
         if run_dir:
             _rewind(rows, start_iter, ROW, (",".join(KEYS) + "\n").encode())

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,13 +43,8 @@ class Tracker:
         ids: {key of state.json: id with which a tracker continues the run, or None}. `start` sets the tracker's own.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig | None = None,
-        run_dir: Path | None = None,
-        ids: Mapping[str, str | None] | None = None,
-    ):
-        self.config, self.run_dir, self.ids, self._warned = config, run_dir, dict(ids or {}), False
+    def __init__(self, config: TrainConfig, run_dir: Path, ids: dict[str, str | None]):
+        self.config, self.run_dir, self.ids, self._warned = config, run_dir, dict(ids), False
         self._hooks = contextlib.ExitStack()  # removes the hooks that a tracker has set
 
     def warn(self, error: BaseException) -> None:

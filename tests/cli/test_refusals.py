@@ -100,6 +100,8 @@ REFUSALS = [
     ("bench", "--list", "list applies to train.py"),
     ("bench", "--tracker tensorboard", "tracker applies to train.py"),
     ("bench", "--wandb offline", "tracker applies to train.py"),
+    ("bench", "train --plot a.png", "plot applies to bench.py loss, not to train"),
+    ("bench", "loss --target 1 --plot a.pdf", "plot = a.pdf: a name that ends in .png is expected"),
     # plot.py
     ("plot", "none", "none: no such folder; a run's folder is expected, out/NAME"),
     ("plot", "a/metrics.csv", "a/metrics.csv: a file; a run's folder is expected"),
