@@ -193,6 +193,7 @@ class TensorBoardTracker(Tracker):
     @guarded
     def log_samples(self, rows):
         self.writer.add_text("samples", "\n\n---\n\n".join(as_code(text) for *_, text in rows), rows[0][0])
+        self.writer.flush()
 
     @guarded
     def log_picture(self, i, path):
