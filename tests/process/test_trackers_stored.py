@@ -212,10 +212,13 @@ def test_run_goes_on_under_its_id_after_a_part_of_the_training_without_tracker(t
 
 @pytest.mark.parametrize("tracker", EXTRAS)
 def test_a_run_that_is_killed_and_interrupted_is_whole_in_the_tracker(tiny_data, start_ranks, tracker):
-    """kill -9 and then Ctrl-C after a row that no checkpoint has; the resumed run writes it again."""
+    """kill -9 and then Ctrl-C after a row that no checkpoint has; the resumed run writes it again.
+
+    At the row of iter 6, the checkpoint of iter 3 is complete, and that of iter 6 may be.
+    """
     end = """
 from flatgpt.runs.run_log import RunLog
-real, ends = RunLog.write, os.environ["ENDS"].split()
+real, ends = RunLog.write, "ENDS".split()
 os.environ["TRACKIO_DIR"] = "db"
 def write(self, row, *args):
     real(self, row, *args)
@@ -223,10 +226,10 @@ def write(self, row, *args):
         os.kill(os.getpid(), getattr(signal, ends[1]))
 RunLog.write = write
 """
-    words = (*TINY, "--tracker", tracker, "--resume", "auto", "--out_dir", "out/x")
+    words = (*TINY, "--tracker", tracker, "--resume", "auto", "--out_dir", "out/x", "--max_iters", 9)
     codes = []
-    for ends in ("5 SIGKILL", "4 SIGINT", ""):
-        (process,) = start_ranks(*words, cwd=tiny_data, code=end.replace('os.environ["ENDS"]', repr(ends)))
+    for ends in ("6 SIGKILL", "7 SIGINT", ""):
+        (process,) = start_ranks(*words, cwd=tiny_data, code=end.replace("ENDS", ends))
         codes.append(process.wait(100))
         assert "Traceback" not in process.output
     assert codes == [-9, 130, 0]
@@ -243,8 +246,8 @@ RunLog.write = write
         rows = trackio_rows(Path("db"))
         stored = {step: values for run, step, values in rows if "tokens" in values}
         assert len({run for run, _, _ in rows}) == 1
-        assert {3, 4, 5, 6} <= stored.keys()
-        for row in logged[3:]:
+        assert {6, 7, 8, 9} <= stored.keys()
+        for row in logged[6:]:
             assert stored[row["iter"]] == {key: pytest.approx(value, rel=1e-6) for key, value in row.items()}
 
 
