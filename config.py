@@ -23,6 +23,8 @@ from typing import NamedTuple
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("eval_batches", "eval_tokens"))
 EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
+# Keys that say one thing together: a layer that gives one of them replaces those of earlier layers.
+TOGETHER = (("tracker", "wandb"),)
 # Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
 START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
 DEVICES = ("auto", "cuda", "cuda:N", "mps", "cpu")  # N stands for a number
@@ -32,7 +34,7 @@ EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windo
 # Settings that `--help` shows; `--help all` shows all. Without an entry, both show all.
 COMMON = {
     "TrainConfig": "config device n_layer n_head n_embd context_length dropout data_dir dataset batch_size "
-    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb list plan",
+    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite tracker list plan",
     "PrepareConfig": "source input val_input repo column sample_size val_fraction name overwrite tokenizer "
     "data_dir workers info verify",
     "EvalConfig": "config model_path device dtype data_dir dataset split text choices protocol eval_tokens batch_size "
@@ -442,18 +444,30 @@ class TrainConfig(ModelConfig, MachineConfig):
         bare="latest",
     )
     overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
+    tracker: str | None = opt(
+        None, "log to a tracker as well; wandb is --wandb online", choices=("wandb", "tensorboard", "trackio")
+    )
     wandb: str = opt(
         "disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"), bare="online"
     )
-    wandb_project: str = opt("flatgpt", "project on Weights & Biases")
+    wandb_project: str = opt("flatgpt", "project on Weights & Biases or trackio")
     list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
     plan: bool = opt(False, "print model size, memory and time without training")
     gpus: int = opt(1, "number of devices for --plan", low=1)
     mfu: float = opt(0.4, "model FLOPs utilization assumed by --plan", above=0, high=1)
 
+    def __post_init__(self):
+        """Set the other one of `tracker` and `wandb`, if one of them says to log to Weights & Biases."""
+        if self.tracker == "wandb" and self.wandb == "disabled":
+            object.__setattr__(self, "wandb", "online")
+        elif self.tracker is None and self.wandb in ("online", "offline"):
+            object.__setattr__(self, "tracker", "wandb")
+
     def problems(self) -> list[str]:
         """Return the messages of ModelConfig, and one for each conflict between training fields."""
         found = super().problems()
+        if self.tracker in ("tensorboard", "trackio") and self.wandb != "disabled":
+            found.append(f"tracker = {self.tracker} excludes wandb = {self.wandb}: leave out one of them")
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
         if self.warmup_iters is None and self.warmup_fraction is None:
@@ -834,7 +848,7 @@ class BenchConfig(TrainConfig):
 
     def problems(self) -> list[str]:
         """Return the messages of TrainConfig, and one for each setting that this benchmark does not use."""
-        train_only = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
+        train_only = {"resume": self.resume, "overwrite": self.overwrite, "tracker": self.tracker}
         train_only |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} applies to train.py: a benchmark keeps no run" for key in train_only if train_only[key]]
         if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):

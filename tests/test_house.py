@@ -49,6 +49,7 @@ OPTIONAL = {
     "flatgpt.data.workers": {"distributed"},
     "flatgpt.inference.api": {"starlette"},
     "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
+    "flatgpt.runs.trackers": {"tensorboard", "trackio"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
 FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "flatgpt").rglob("*.py"))]

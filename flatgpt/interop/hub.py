@@ -35,7 +35,7 @@ FILES = (CONFIG, *TOKENIZER, "special_tokens_map.json", INDEX, WEIGHTS, "model-*
 # Settings that describe the machine or the command, not the model.
 LOCAL_SETTINGS = (
     *("config", "data_dir", "out_dir", "init_from", "resume", "device"),
-    *("wandb", "wandb_project", "rank_timeout"),
+    *("tracker", "wandb", "wandb_project", "rank_timeout"),
 )
 
 CARD = """\
