@@ -6,6 +6,8 @@ python train.py --config mine.toml --lr 1e-3      # your own recipe, with one ch
 python train.py --resume out/shakespeare          # resume a stopped run, with its settings
 python train.py --list                            # list recipes and runs
 python train.py --config gpt2_124m --plan         # estimate size, memory and time without training
+python train.py --resume out/shakespeare --show_batch 1234      # print the texts that update 1,234 was trained on
+python train.py --max_minutes 5 --json result.json              # train for a fixed time; write the result
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
 python train.py --help all                        # every key
 """
@@ -23,7 +25,13 @@ if __name__ == "__main__":
     if CONFIG.list:
         run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
+    if CONFIG.show_batch:
+        from flatgpt.training.show_batch import show_batch
 
+        run_script(show_batch, CONFIG)
+        sys.exit()
+
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -31,6 +39,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -54,12 +63,14 @@ from flatgpt.runtime.distributed import (
     local_grad_sum,
     shorten_timeout,
 )
+from flatgpt.runtime.files import require_writable, write_json
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import reporting
 from flatgpt.training.nonfinite import require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
 from flatgpt.training.plan import print_plan
 from flatgpt.training.resume import Progress, checkpoint_state, find_resume_checkpoint, restore_run, run_metadata
+from flatgpt.training.result import run_result
 from flatgpt.training.setup import TrainingRun, build_run
 
 
@@ -224,7 +235,14 @@ def train_loop(
                 save(run, progress, checkpoints)  # before evaluation and sampling, which may fail
 
 
-def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
+def write_result(run: TrainingRun, stdout: TextIO, *facts) -> None:
+    """Write the result of a run to the file that config.json names; facts are those of run_result."""
+    if run.config.json and run.ranks.first:
+        with contextlib.redirect_stdout(stdout):
+            write_json(run_result(run, *facts), run.config.json)
+
+
+def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig, stdout: TextIO) -> None:
     """Train on one rank. On return, DDP is freed before its process group is destroyed; otherwise it can hang."""
     resume_from = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config))
     path, state = resume_from or (None, None)
@@ -233,6 +251,7 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     print(reporting.summary(run))
     progress = restore_run(resume_from, run, lock, recipe_text(config))
     if progress is None:
+        write_result(run, stdout, resume_from[1], 0, resume_from[1]["iter"], 0.0)
         return
     mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
     wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
@@ -263,19 +282,23 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
         log.close()
         gc.unfreeze()
         stop.restore()
-    print(reporting.closing_message(run, progress, reason, start, time.perf_counter() - started))
+    seconds = time.perf_counter() - started
+    print(reporting.closing_message(run, progress, reason, start, seconds))
+    write_result(run, stdout, metadata | progress.row | progress.state_dict(), reason, start, seconds)
     if reason > StopRequest.TIME_IS_UP:
         raise SystemExit(128 + reason)
 
 
 def train(config: TrainConfig) -> None:
     """Train from scratch or from a checkpoint; with config.plan, print the plan instead."""
-    with join_process_group(config) as ranks:
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if config.json == "-" else stdout), join_process_group(config) as ranks:
         if config.plan:
             print_plan(config, ranks)
             return
+        ranks.run_on_rank0(lambda: require_writable(config.json, "json", created=run_dir(config)))
         with RunLock(run_dir(config)) as lock, reporting.explain_out_of_memory(config):
-            train_on(ranks, lock, config)
+            train_on(ranks, lock, config, stdout)
 
 
 if __name__ == "__main__":

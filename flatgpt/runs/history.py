@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,9 +34,9 @@ from flatgpt.runtime.files import in_use
 
 LOG, STATE, RECIPE = ROWS, "state.json", "config.toml"
 RECIPES = ("recipe", "parameters", "data", "train tokens", "iters")
-RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state")
+RUNS = ("run", "size", "data", "iter", "tokens", "time", "tok/s", "best loss", "bits/byte", "age", "state")
 LEFT_ALIGNED = {"recipe", "run", "data", "state"}
-LINE_WIDTH, NAME_WIDTH, DATA_WIDTH = 100, 36, 20  # in characters; longer texts are truncated
+LINE_WIDTH, NAME_WIDTH, DATA_WIDTH = 120, 36, 20  # in characters; longer texts are truncated
 
 # Vocabulary sizes and default tokenizers for datasets that are not prepared yet. Copied from tokenizer_reader.SIZES and
 # sources.SOURCES, because these modules are slow to import.
@@ -71,6 +72,43 @@ class History:
         rows = zip(self["iter"], self["val_loss"], strict=True)
         losses = [(loss, i) for i, loss in rows if i > 0 and math.isfinite(loss)]
         return (int(min(losses)[1]), min(losses)[0]) if losses else None
+
+    @property
+    def update_seconds(self) -> list[float]:
+        """Time of the updates up to each row in s, without evaluations and saves; nan if no row has step_ms.
+
+        A row without step_ms, such as that of the first update, counts as the next one that has it.
+        """
+        step_ms = [*self["step_ms"]]
+        following = next(filter(math.isfinite, reversed(step_ms)), math.nan)
+        for n in reversed(range(len(step_ms))):
+            following = step_ms[n] = step_ms[n] if math.isfinite(step_ms[n]) else following
+        updates = [i - before for before, i in itertools.pairwise([0, *self["iter"]])]
+        times = [count * ms / 1e3 if count > 0 else 0.0 for count, ms in zip(updates, step_ms, strict=True)]
+        return [*itertools.accumulate(times)]
+
+    @property
+    def tokenizer(self) -> str | None:
+        """What identifies the tokenizer, whose losses per token can be compared; None before the first checkpoint."""
+        facts = self.state.get("tokenizer")
+        return facts.get("ranks_sha256", facts.get("name")) if isinstance(facts, dict) else None
+
+    def bits_per_byte(self, loss: float | None, split: str = "val") -> float | None:
+        """Return a loss (nats per token) in bits per byte, which can be compared between tokenizers.
+
+        Assumes the bytes per token of the whole split; None if they or the loss are not known. Checkpoints of earlier
+        versions do not store them: they are read from the dataset's meta.json, if that has as many tokens.
+        """
+        with contextlib.suppress(KeyError, TypeError, ZeroDivisionError):  # unknown, or values of wrong types
+            data = self.state.get("data", {})
+            folder = data.get("folder", Path(self.settings["data_dir"]) / self.settings["dataset"])
+            entry = {key: data.get(key, {}).get(split) for key in ("tokens", "bytes")}
+            if not entry["bytes"]:
+                stored = read_table(Path(folder) / "meta.json", json.loads)["splits"][split]
+                entry["bytes"] = stored["bytes"] * (entry["tokens"] in (None, stored["tokens"]))
+                entry["tokens"] = stored["tokens"]
+            return loss / math.log(2) * entry["tokens"] / entry["bytes"]
+        return None
 
     @property
     def parameters(self) -> int | None:
