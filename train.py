@@ -18,7 +18,7 @@ from flatgpt.cli.cli import from_command_line, run_script
 from config import TrainConfig, run_dir
 from flatgpt.cli.settings import read_recipe, recipe_text, recipes
 from flatgpt.interop.pretrained import initial_shape, run_settings
-from flatgpt.runs.history import print_list
+from flatgpt.runs.run_list import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape, run_settings, "quickstart")
@@ -69,8 +69,8 @@ from flatgpt.training import reporting
 from flatgpt.training.nonfinite import require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
 from flatgpt.training.plan import print_plan
-from flatgpt.training.resume import Progress, checkpoint_state, find_resume_checkpoint, restore_run, run_metadata
 from flatgpt.training.result import run_result
+from flatgpt.training.resume import Progress, checkpoint_state, find_resume_checkpoint, restore_run, run_metadata
 from flatgpt.training.setup import TrainingRun, build_run
 
 
@@ -270,6 +270,10 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig, stdo
         checkpoints.wait()
         if error := checkpoints.failure:
             raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")
+        seconds, losses = time.perf_counter() - started, {}
+        if config.json and reason == StopRequest.TIME_IS_UP and "val_loss" not in progress.row:
+            # the result of a fixed time is that of its last weights; the log has no row of it, as a resume repeats it
+            losses = evaluate(run, lambda: stop.signal or 0) or {}
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
     except UserError as error:
@@ -282,9 +286,10 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig, stdo
         log.close()
         gc.unfreeze()
         stop.restore()
-    seconds = time.perf_counter() - started
     print(reporting.closing_message(run, progress, reason, start, seconds))
-    write_result(run, stdout, metadata | progress.row | progress.state_dict(), reason, start, seconds)
+    newest = {"val_loss": losses["val_loss"], "val_iter": progress.iter} if "val_loss" in losses else {}
+    facts = metadata | progress.row | progress.state_dict() | newest
+    write_result(run, stdout, facts, reason, start, seconds)
     if reason > StopRequest.TIME_IS_UP:
         raise SystemExit(128 + reason)
 

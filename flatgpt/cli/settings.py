@@ -26,6 +26,7 @@ from flatgpt import REPO_ROOT
 from flatgpt.cli.foreign_flags import ADVICE, ALIASES
 
 RECIPES = REPO_ROOT / "configs"
+META = ("about", "hardware", "time", "loss", "bits_per_byte", "verified")  # keys of a recipe's [meta], for --list
 SYNTAX = 'write settings as `key = value`, with strings in "" and true or false'
 PATHS = {"model_path": "--model_path", "resume": "--resume", "input": "text --input"}  # flags of a path by key
 _types = functools.cache(typing.get_type_hints)  # uncached, 1 ms per key of a recipe
@@ -140,6 +141,10 @@ def read_recipe(cls, name: str, problems: list[str], seen: tuple[Path, ...] = ()
         unreadable = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else None
         problems.append(f"{path}: {unreadable or f'not valid TOML ({error}); {SYNTAX}'}")
         return {}
+    meta = table.pop("meta", {})
+    if unknown := [key for key in meta if key not in META] if isinstance(meta, dict) else [str(meta)]:
+        keys = f"the keys of [meta] are {', '.join(META)}"
+        problems.append(f"{path}: [meta] {', '.join(unknown)}: {keys}; settings belong above it")
     below = {}
     if "base" in table:
         base = str(table.pop("base"))

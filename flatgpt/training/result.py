@@ -11,9 +11,10 @@ from pathlib import Path
 
 import flatgpt
 from flatgpt.runs import history
+from flatgpt.runs.run_log import KEYS
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import reporting
-from flatgpt.training.resume import SILENT
+from flatgpt.training.resume import SILENT, run_metadata
 from flatgpt.training.setup import TrainingRun
 
 # Settings that determine neither weights nor losses: of files, the log, the machine; the data has a hash of its own.
@@ -25,7 +26,7 @@ NOT_HASHED += ("wandb", "wandb_project", "tracker")
 def run_result(run: TrainingRun, state: dict, reason: int, start: int, seconds: float) -> dict:
     """Return the result of a run. Values that are not known are None.
 
-    `state` is how the run ended: `finished` (at max_iters), `patience`, `max_minutes` or `signal`, which `signal` names.
+    `state` is how it ended: `finished` (at max_iters), `patience`, `max_minutes` or `signal`, which `signal` names.
     `iter`, `tokens`, `epochs`, `flops` and `update_seconds` (the time of the updates, without evaluations and saves)
     count the whole run. This start counts from `start_iter`: `seconds` is its time with evaluations and saves,
     `tok_per_s` its tokens over these seconds, `tok_per_s_steady` the median of its rows of metrics.csv, from which
@@ -40,20 +41,21 @@ def run_result(run: TrainingRun, state: dict, reason: int, start: int, seconds: 
     shards. The other keys are those of state.json.
 
     Args:
-        state: the content of state.json at the end of the run.
+        state: the content of state.json at the end of the run; with `val_iter` if val_loss is of a later evaluation.
         reason: the stop reason: a signal number or StopRequest.TIME_IS_UP; 0 if the run finished.
         start: the iteration at which this start began.
         seconds: time since then.
     """
+    state = run_metadata(run, {}, None) | state  # checkpoints of earlier versions lack keys
     config, folder, i = run.config, run.config.out_dir, state["iter"]
     log = history.read(Path(folder))
-    finite = {key: [(n, x) for n, x in zip(log["iter"], log[key], strict=True) if math.isfinite(x)] for key in log.columns}
-    last = {key: pairs[-1] for key, pairs in finite.items() if pairs}
+    known = {key: [(int(n), x) for n, x in zip(log["iter"], log[key], strict=True) if math.isfinite(x)] for key in KEYS}
+    last = {key: known[key][-1] if known[key] else (None, None) for key in KEYS}
     flops, tokens = run.model.flops_per_token(), run.batches.per_update * config.context_length
-    steady = [value for n, value in finite.get("tok_per_s", ()) if n > start]
+    steady = [value for n, value in known["tok_per_s"] if n > start]
     steady = statistics.median(steady) if steady else None
     ended = {0: "finished" if i >= config.max_iters else "patience", StopRequest.TIME_IS_UP: "max_minutes"}
-    settings = {key: value for key, value in state["config"].items() if key not in NOT_HASHED}
+    settings = {key: value for key, value in vars(config).items() if key not in NOT_HASHED}
     text = json.dumps(settings, sort_keys=True)
     return {
         "run": folder,
@@ -64,10 +66,10 @@ def run_result(run: TrainingRun, state: dict, reason: int, start: int, seconds: 
         "tokens": i * tokens,
         "epochs": state["epoch"],
         "val_loss": state["val_loss"],
-        "val_iter": last.get("val_loss", (None,))[0],
+        "val_iter": state.get("val_iter", last["val_loss"][0]),
         "best_loss": state["best_loss"],
         "best_iter": state["best_iter"],
-        "train_loss": last.get("mean_loss", (0, None))[1],
+        "train_loss": last["mean_loss"][1],
         "val_bits_per_byte": log.bits_per_byte(state["val_loss"]),
         "best_bits_per_byte": log.bits_per_byte(state["best_loss"]),
         "start_iter": start,

@@ -196,7 +196,7 @@ def build_run(
     Raises:
         UserError: settings, data and initial weights are inconsistent, or ranks differ in them.
     """
-    paths = ("config", "out_dir", "data_dir", "resume", "init_from", "json")  # may differ between machines
+    paths = ("config", "out_dir", "data_dir", "resume", "init_from")  # may differ between machines
     ranks.require_equal({key: value for key, value in dataclasses.asdict(config).items() if key not in paths})
     dataset = load_dataset(config, ranks)
     init_from = None if resumed else config.init_from

@@ -240,6 +240,15 @@ def test_bare_name_is_a_file_in_configs(in_tmp):
     assert parse(TrainConfig, ["--config", "mine"]).n_layer == 9
 
 
+@pytest.mark.parametrize("meta", ["[meta]\nlr = 1.0", "[meta]\nabout = 'x'\nlr = 1.0", "meta = 'lr'"])
+def test_settings_after_meta_are_an_error(tmp_path, meta):
+    """They would be read as keys of the table [meta]."""
+    with pytest.raises(UserError, match=r"mine.toml: \[meta\] lr: the keys of \[meta\] are about, .* belong above it$"):
+        parse(TrainConfig, ["--config", recipe(tmp_path, f"n_layer = 2\n{meta}\n", "mine.toml")])
+    found = recipe(tmp_path, "n_layer = 2\n[meta]\nabout = 'x'\ntime = '1 s'", "base.toml")
+    assert parse(TrainConfig, ["--config", found]).n_layer == 2
+
+
 def test_recipes_returns_configs_and_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "RECIPES", tmp_path)
     recipe(tmp_path, "n_layer = 2\nlr = 1.0", "small.toml")
