@@ -226,7 +226,8 @@ def checkpoints_to_resume(config: TrainConfig) -> tuple[Path, list[Path]]:
         remedy = "give a run's folder (out/NAME) or a checkpoint" if named else "start without --resume"
         if named and (path / "config.toml").is_file():  # a run that was stopped before its first checkpoint
             command = f"python train.py --config {shlex.quote(str(path / 'config.toml'))}"
-            remedy = f"its settings: {command} --show_batch" if config.show_batch else f"to start again: {command}"
+            shown = f"its settings are there: {command} --show_batch {config.show_batch}"
+            remedy = shown if config.show_batch else f"to start again: {command}"
         raise UserError(f"nothing to resume in {path}: {problem}; {remedy}")
     return path, found
 

@@ -89,7 +89,7 @@ def test_one_run(drawn):
     history = run()
     figure = drawn(history)
     assert titles(figure) == [LOSS, *SMALL]
-    title = "r, best 4.2076 at iter 400, 102K tokens, 40m00s\\n28,896 parameters, Abacus"
+    title = "r, best 4.2076 at iter 400, 102K tokens, 40m00s\n28,896 parameters, Abacus"
     assert {*LEGEND, "iter (updates done)", title} <= {*texts(figure)}
     raw, smoothed, validation, star = lines(figure, LOSS)
     assert list(raw.get_ydata()) == history["train_loss"][1:]
