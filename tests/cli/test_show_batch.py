@@ -22,10 +22,10 @@ WORDS = ("--batch_size", 3, "--grad_accum_steps", 2, "--sample_tokens", 0, "--st
 
 @pytest.fixture
 def documents(in_tmp) -> list[str]:
-    """The training texts of data/tiny, which are shorter than a window; its shards have 500 ids."""
+    """The training texts of data/tiny, which are shorter than a window; its shards have 100 ids."""
     texts = [f"Text {n}\x1b[2J über\n{'la ' * (n % 7)}" for n in range(120)]
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {"name": "tiny", "tokenizer": "byte", "shard_tokens": 500}
+    settings = {"name": "tiny", "tokenizer": "byte", "shard_tokens": 100}
     prepare(PrepareConfig(source="text", input=("texts.jsonl",), **settings), lambda line: None)
     return texts
 
