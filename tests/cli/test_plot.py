@@ -114,6 +114,7 @@ def test_watch_draws_each_change_once_and_survives_a_folder_that_moves_away(in_t
             ["gpt2_124m  ", "  124,439,808  ", "finetune_shakespeare ", "quickstart  ", "finished"],
         ),
         (["plot.py"], ["to iter 60"]),
+        (["train.py", "--resume", "--show_batch", "3"], ["update 3 of 60, ", "| ttles should accidentally fall, t"]),
     ],
 )
 def test_without_torch(run_copy, words, parts):

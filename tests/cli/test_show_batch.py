@@ -55,7 +55,7 @@ def trained_on(*words) -> list[list[list[int]]]:
 
 def test_it_is_what_the_update_was_trained_on(documents, cli):
     """Update N is the one whose loss is in row iter N. From the settings of a run, of its recipe, or typed again."""
-    batches = trained_on(*WORDS, "--max_iters", 40)
+    batches = trained_on(*WORDS, "--max_iters", 40, "--eval_interval", 40)
     shards = {path.name: path.read_bytes() for path in Path("data/tiny").glob("train_*.bin")}
     whole = b"".join(shards[name] for name in sorted(shards))
     spans = 0
