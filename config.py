@@ -804,6 +804,7 @@ class BenchConfig(TrainConfig):
     dry_run: bool = opt(False, "gpu: run each row at toy size on the CPU, to check that it works")
     target: float | None = opt(None, "validation loss to reach", above=0, section="Benchmark of loss")
     seeds: int = opt(3, "number of runs, with seeds from 1", low=1)
+    plot: str | None = opt(None, "draw the validation loss of each run by its seconds to this file, .png")
     input: tuple[str, ...] = opt(
         (),
         "data: files of documents, repeated up to size_mb (default: the Python reference); merge: results of all",
@@ -833,12 +834,15 @@ class BenchConfig(TrainConfig):
             ("peer", self.peer, ("train", "loss", "all", "gpu")),
             ("profile", self.profile, ("train",)),
             ("target", self.target, ("loss",)),
+            ("plot", self.plot, ("loss",)),
             ("dry_run", self.dry_run, ("gpu",)),
             ("variants", self.variants, ("infer",)),
             ("input", self.input, ("data", "merge")),
         ):
             if values and self.what not in benchmarks:
                 found.append(f"{key} applies to bench.py {', '.join(benchmarks)}, not to {self.what}")
+        if self.plot and not self.plot.endswith(".png"):
+            found.append(f"plot = {self.plot}: a name that ends in .png is expected")
         if self.what == "loss" and self.target is None:
             found.append("bench.py loss needs a validation loss to reach: --target X")
         if self.what == "merge" and not self.input:

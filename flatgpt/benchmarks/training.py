@@ -24,13 +24,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from config import BenchConfig, TrainConfig, UserError
 from flatgpt.benchmarks import nanogpt
+from flatgpt.benchmarks.curves import plot_losses
 from flatgpt.benchmarks.measure import Process, interleave, log, milliseconds, script, seconds_since_start, speedup
 from flatgpt.cli.settings import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.history import follow
 from flatgpt.runtime.device import cpu_name, peak_flops, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
-from flatgpt.runtime.files import require_writable
+from flatgpt.runtime.files import require_writable, write_output
 from flatgpt.training.plan import matmul_flops
 from flatgpt.training.reporting import summary
 from flatgpt.training.resume import Progress, checkpoint_state
@@ -222,11 +223,13 @@ def bench_loss(config: BenchConfig) -> dict:
 
     Returns:
         `runs`, each with seed, seconds (inf: target not reached), iter and val_loss (of the evaluation that reached the
-        target, else of the last one); `seconds`, their median; the same for `peers`; `ratios` if both reached the
-        target.
+        target, else of the last one) and all evaluations; `seconds`, their median; the same for `peers`; `ratios` if
+        both reached the target.
     """
     device, seeds = select_device(config.device, "float32"), itertools.count(1)  # train.py selects its own precision
     on_cuda = device.device.type == "cuda"
+    if config.plot:
+        require_writable(config.plot, "plot")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         recipe = write_recipe(config, folder)
 
@@ -248,6 +251,10 @@ def bench_loss(config: BenchConfig) -> dict:
         figures["peers"] = medians
         if pairs := [pair for pair in zip(*seconds.values(), strict=True) if max(pair) < math.inf]:
             figures["ratios"] = {"nanoGPT": speedup(*zip(*pairs, strict=True))}
+    if config.plot:
+        ours = f"flatGPT, {Path(config.config).stem if config.config else config.dataset}"
+        curves = {ours if name == "ours" else name: runs for name, runs in results.items()}
+        write_output(plot_losses(curves, figures["machine"]), config.plot, "plot")
     return figures
 
 
@@ -258,21 +265,24 @@ def train_until_loss(command: list[str], pattern: str, target: float | None, **o
         pattern: regular expression of an evaluation line, with groups for iter and loss.
 
     Returns:
-        seconds (inf: target not reached), and iter and val_loss of the last evaluation.
+        seconds (inf: target not reached), iter and val_loss of the last evaluation, and `evaluations`: seconds, iter
+        and val_loss of each.
 
     Raises:
         UserError: the command failed. The message has its last line.
     """
-    result = {"seconds": math.inf, "iter": None, "val_loss": None}
+    result = {"seconds": math.inf, "iter": None, "val_loss": None, "evaluations": []}
     with tempfile.TemporaryDirectory() as cache:
         # an empty compiler cache, so that no run reuses the compilation of an earlier one
         environment, start = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": cache}, time.perf_counter()
         with Process(command, environment, **options) as process:
             for line in process.stdout:
                 if match := re.match(pattern, line):
+                    seconds = time.perf_counter() - start
                     result |= {"iter": int(match[1]), "val_loss": float(match[2])}
+                    result["evaluations"].append((seconds, result["iter"], result["val_loss"]))
                     if target is not None and result["val_loss"] <= target:
-                        return result | {"seconds": time.perf_counter() - start}
+                        return result | {"seconds": seconds}
             process.require_success()
             return result | ({"seconds": time.perf_counter() - start} if target is None else {})
 

@@ -96,6 +96,8 @@ REFUSALS = [
     ("infer", "--logprobs -1 --json x", "--logprobs = -1", "at least 0"),
     # bench.py
     ("bench", "--list", "list applies to train.py"),
+    ("bench", "train --plot a.png", "plot applies to bench.py loss, not to train"),
+    ("bench", "loss --target 1 --plot a.pdf", "plot = a.pdf: a name that ends in .png is expected"),
     # plot.py
     ("plot", "none", "none: no such folder; a run's folder is expected, out/NAME"),
     ("plot", "a/metrics.csv", "a/metrics.csv: a file; a run's folder is expected"),

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.image
 import pytest
 import torch
 from in_process import TINY, make_dataset
@@ -223,12 +224,14 @@ def test_runs_to_a_loss_in_turn_with_nanogpt_on_the_same_ids(fake_train, tiny_da
     folder = nanogpt_checkout(tiny_data / "nanoGPT")
     before = {*tiny_data.iterdir(), tiny_data / "figures.json", tiny_data / "configs.jsonl"}
     words = ("loss", *TINY, "--target", 2.5, "--lr", 3e-3)
-    found = bench_here(*words, "--seeds", 3, "--peer", "nanoGPT", "nanoGPT")
-    assert set(tiny_data.iterdir()) == before, "nothing is left behind"
+    found = bench_here(*words, "--seeds", 3, "--peer", "nanoGPT", "nanoGPT", "--plot", "curve.png")
+    assert set(tiny_data.iterdir()) == before | {tiny_data / "curve.png"}, "nothing else is left behind"
+    assert matplotlib.image.imread("curve.png").shape == (640, 1280, 4)
     configs = fake_train()
     assert [(each["seed"], each["lr"], each["n_embd"]) for each in configs] == [(n, 3e-3, 32) for n in (1, 2, 3)]
     assert len({each["out_dir"] for each in configs}) == 3
     first, second, third = found["runs"]  # the second was ended when it reached the loss
+    assert [each[1:] for each in first.pop("evaluations")] == [[0, 4], [100, 3]]
     assert first == {"seed": 1, "seconds": None, "iter": 100, "val_loss": 3}
     assert (second["iter"], second["val_loss"], third["val_loss"]) == (100, 2, 1)
     # the middle of two seconds and one that never came
