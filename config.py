@@ -33,7 +33,7 @@ EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windo
 # Settings that `--help` shows; `--help all` shows all. Without an entry, both show all.
 COMMON = {
     "TrainConfig": "config device n_layer n_head n_embd context_length dropout data_dir dataset batch_size "
-    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb json list plan show_batch",
+    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb list plan",
     "PrepareConfig": "source input val_input repo column sample_size val_fraction name overwrite tokenizer "
     "data_dir workers info verify",
     "EvalConfig": "config model_path device dtype data_dir dataset split text choices protocol eval_tokens batch_size "
