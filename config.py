@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Keys that exclude each other. In one layer both are an error; otherwise the key of the later layer is used.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
@@ -176,7 +177,11 @@ class ModelConfig:
     head_bias: bool = opt(False, "bias of the output head; needs an untied head")
     tie_weights: bool = opt(True, "use the token embedding matrix as output head")
     mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, as a multiple of n_embd", above=0, high=1000)
-    activation: str = opt("gelu_tanh", "activation function of the MLP", choices=("gelu_tanh", "gelu", "relu"))
+    activation: str = opt(
+        "gelu_tanh",
+        "activation function of the MLP",
+        choices=("gelu_tanh", "gelu", "relu"),
+    )
     position: str = opt("learned", "position embedding: learned, or rotary", choices=("learned", "rope"))
     attention: str = opt(
         "flash", "flash: torch's fused kernels; manual: separate matrix products", choices=("flash", "manual")
@@ -215,6 +220,36 @@ class MachineConfig:
     device: str = opt("auto", "where to compute", choices=DEVICES)
 
 
+class SourceSettings(NamedTuple):
+    """What is known of a source of text without importing flatgpt/data.
+
+    Attributes:
+        tokenizer: the default tokenizer.
+        settings: the settings of PrepareConfig that the source uses, of those that some sources do not use.
+        at_start: what preparation takes, if train.py prepares the source when a run needs it; otherwise empty.
+    """
+
+    tokenizer: str
+    settings: str = ""
+    at_start: str = ""
+
+
+FRACTIONS, HUB = "val_fraction test_fraction", "revision refresh"
+# The values of prepare_data.py's `source`. flatgpt/data/sources.py opens them.
+SOURCE_SETTINGS = {
+    "pydoc": SourceSettings("byte", at_start="from Python's built-in reference (pydoc)"),
+    "shakespeare": SourceSettings(
+        "gpt2", at_start="(a download of 1.1 MB, and of 1.5 MB for GPT-2's tokenizer if it needs that)"
+    ),
+    "wikitext103": SourceSettings("gpt2", HUB),
+    "wikipedia": SourceSettings("gpt2", f"dump {HUB} {FRACTIONS}"),
+    "fineweb": SourceSettings("gpt2", f"{HUB} {FRACTIONS}"),
+    "hub": SourceSettings("gpt2", f"repo subset files column encoding {HUB} {FRACTIONS}"),
+    "text": SourceSettings("gpt2", f"input val_input test_input column encoding {FRACTIONS}"),
+    "compare": SourceSettings("gpt2,byte,bpe:8192", "input val_input column encoding val_fraction"),
+}
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """prepare_data.py: text -> shards of uint16 token ids."""
@@ -222,7 +257,7 @@ class PrepareConfig:
     source: str | None = opt(
         None,
         "source of the text",
-        choices=("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb", "hub", "text", "compare"),
+        choices=tuple(SOURCE_SETTINGS),
         positional=True,
         section="Source",
     )
@@ -289,9 +324,7 @@ class PrepareConfig:
         if self.source is None:
             if not (self.verify or self.info):
                 found.append(
-                    "source: missing; give one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text, "
-                    "compare, or "
-                    "--verify FOLDER, or --info FOLDER"
+                    f"source: missing; give one of {', '.join(SOURCE_SETTINGS)}, or --verify FOLDER, or --info FOLDER"
                 )
             return found
         if self.verify or self.info:
@@ -312,25 +345,11 @@ class PrepareConfig:
                 found.append(f"--encoder gigatoken supports tokenizer gpt2, r50k_base, not {self.tokenizer}")
         if self.source == "hub" and not self.repo:
             found.append("source hub needs --repo USER/NAME, a dataset repository")
-        hub, defaults = ("wikitext103", "wikipedia", "fineweb", "hub"), PrepareConfig()
-        for key, sources in (
-            ("input", ("text", "compare")),
-            ("val_input", ("text", "compare")),
-            ("test_input", ("text",)),
-            ("repo", ("hub",)),
-            ("subset", ("hub",)),
-            ("files", ("hub",)),
-            ("column", ("hub", "text", "compare")),
-            ("encoding", ("hub", "text", "compare")),
-            ("dump", ("wikipedia",)),
-            ("revision", hub),
-            ("refresh", hub),
-            ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
-            ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
-        ):
-            if getattr(self, key) != getattr(defaults, key) and self.source not in sources:
-                hint = "; its subsets are --dump" if (key, self.source) == ("subset", "wikipedia") else ""
-                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}{hint}")
+        for field in dataclasses.fields(self):
+            sources = [name for name, source in SOURCE_SETTINGS.items() if field.name in source.settings.split()]
+            if sources and self.source not in sources and getattr(self, field.name) != field.default:
+                hint = "; its subsets are --dump" if (field.name, self.source) == ("subset", "wikipedia") else ""
+                found.append(f"--{field.name} applies to source {', '.join(sources)}, not to {self.source}{hint}")
         if self.subset and self.files:
             found.append("--subset and --files exclude each other: give one of them")
         if not is_text_encoding(self.encoding):

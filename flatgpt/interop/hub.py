@@ -37,7 +37,6 @@ LOCAL_SETTINGS = (
     *("config", "data_dir", "out_dir", "init_from", "resume", "device"),
     *("wandb", "wandb_project", "rank_timeout"),
 )
-ENGLISH_SOURCES = ("pydoc", "shakespeare", "wikitext103", "fineweb")
 
 CARD = """\
 # {name}
@@ -284,14 +283,14 @@ def _dataset(state: dict) -> dict:
         return {}
     if hashlib.sha256(content).hexdigest() != state["data"]["manifest_sha256"]:
         return {}
-    from flatgpt.data.hub import DUMP, REPOSITORIES
+    from flatgpt.data.sources import SOURCES
 
     manifest = json.loads(content)
-    source, language = manifest["source"], manifest.get("dump", DUMP).partition(".")[2]
-    if source not in (*ENGLISH_SOURCES, "wikipedia") or not re.fullmatch("[a-z]{2,3}", language):
-        language = None  # 20231101.simple has no language code
-    repository = REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
-    return {**manifest, "language": language, "repository": repository}
+    source = SOURCES.get(manifest["source"])
+    language, repository = source and source.language, source and source.repository
+    if "dump" in manifest:  # 20231101.simple has no language code
+        language = next(iter(re.findall(r"\.([a-z]{2,3})$", manifest["dump"])), None)
+    return {**manifest, "language": language, "repository": repository.name if repository else manifest.get("repo")}
 
 
 def _initial_model(state: dict) -> str | None:

@@ -14,7 +14,6 @@ from config import ModelConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer_reader
-from flatgpt.data.sources import SOURCES
 from flatgpt.runs import run_list
 from flatgpt.runs.history import format_compact, gpt2_parameters
 from flatgpt.runs.run_list import print_list
@@ -199,4 +198,3 @@ def test_what_a_recipe_states_about_its_result(shown):
 
 def test_ids_known_beforehand_are_the_tokenizers():
     assert run_list.SIZES == tokenizer_reader.SIZES
-    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == run_list.TOKENIZERS
