@@ -23,6 +23,8 @@ from typing import NamedTuple
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("eval_batches", "eval_tokens"))
 EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
+# Keys that say one thing together: a layer that gives one of them replaces those of earlier layers.
+TOGETHER = (("tracker", "wandb"),)
 # Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
 START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu", "show_batch", "json")
 CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
@@ -34,7 +36,7 @@ EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windo
 # Settings that `--help` shows; `--help all` shows all. Without an entry, both show all.
 COMMON = {
     "TrainConfig": "config device n_layer n_head n_embd context_length dropout data_dir dataset batch_size "
-    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb list plan",
+    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite tracker list plan",
     "PrepareConfig": "source input val_input repo column sample_size val_fraction name overwrite tokenizer "
     "data_dir workers info verify",
     "EvalConfig": "config model_path device dtype data_dir dataset split text choices protocol eval_tokens batch_size "
@@ -452,10 +454,13 @@ class TrainConfig(ModelConfig, MachineConfig):
         bare="latest",
     )
     overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
+    tracker: str | None = opt(
+        None, "log to a tracker as well; wandb is --wandb online", choices=("wandb", "tensorboard", "trackio")
+    )
     wandb: str = opt(
         "disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"), bare="online"
     )
-    wandb_project: str = opt("flatgpt", "project on Weights & Biases")
+    wandb_project: str = opt("flatgpt", "project on Weights & Biases or trackio")
     json: str | None = opt(
         None, "write the result of the run, or --show_batch, to this file, - for standard output", recipe=False
     )
@@ -471,9 +476,18 @@ class TrainConfig(ModelConfig, MachineConfig):
     gpus: int = opt(1, "number of devices for --plan", low=1)
     mfu: float = opt(0.4, "model FLOPs utilization assumed by --plan", above=0, high=1)
 
+    def __post_init__(self):
+        """Set the other one of `tracker` and `wandb`, if one of them says to log to Weights & Biases."""
+        if self.tracker == "wandb" and self.wandb == "disabled":
+            object.__setattr__(self, "wandb", "online")
+        elif self.tracker is None and self.wandb in ("online", "offline"):
+            object.__setattr__(self, "tracker", "wandb")
+
     def problems(self) -> list[str]:
         """Return the messages of ModelConfig, and one for each conflict between training fields."""
         found = super().problems()
+        if self.tracker in ("tensorboard", "trackio") and self.wandb != "disabled":
+            found.append(f"tracker = {self.tracker} excludes wandb = {self.wandb}: leave out one of them")
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
         if self.warmup_iters is None and self.warmup_fraction is None:
@@ -745,7 +759,10 @@ class InferConfig(WriterConfig):
 
 @dataclass(frozen=True)
 class AppConfig(WriterConfig):
-    """app.py: a demo in the browser. The sampling settings are the page's initial values."""
+    """app.py: a demo in the browser, and an OpenAI-compatible endpoint.
+
+    The sampling settings are the page's initial values. The endpoint's are OpenAI's.
+    """
 
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
@@ -759,7 +776,19 @@ class AppConfig(WriterConfig):
     server_port: int | None = opt(
         None, "port to listen on", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
     )
-    prompt_limit: int = opt(4000, "maximum number of characters per prompt", low=1)
+    allowed_hosts: tuple[str, ...] = opt(
+        (),
+        "further names of this server, with which browsers and clients address it, for example behind a proxy; "
+        "IP addresses, localhost, server_name, and with a server_name for other machines this machine's name are "
+        "always allowed; '*': any name",
+    )
+    api_key: str | None = opt(
+        None,
+        "key that clients of /v1 must send; the page needs none. The variable is not in the list of processes",
+        none="FLATGPT_API_KEY, else no key",
+        verbatim=True,
+    )
+    prompt_limit: int = opt(4000, "maximum number of characters, or token ids, per prompt", low=1)
     token_limit: int = opt(500, "maximum number of tokens per text", low=1)
     sample_limit: int = opt(4, "maximum number of texts per request", low=1, high=16)
     queue_limit: int = opt(20, "maximum number of waiting requests; one is served at a time", low=1)
@@ -843,7 +872,7 @@ class BenchConfig(TrainConfig):
 
     def problems(self) -> list[str]:
         """Return the messages of TrainConfig, and one for each setting that this benchmark does not use."""
-        train_only = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
+        train_only = {"resume": self.resume, "overwrite": self.overwrite, "tracker": self.tracker}
         train_only |= {"list": self.list, "plan": self.plan, "show_batch": self.show_batch}
         train_only |= {"patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} applies to train.py: a benchmark keeps no run" for key in train_only if train_only[key]]

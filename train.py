@@ -32,7 +32,6 @@ if __name__ == "__main__":
         sys.exit()
 
 import contextlib
-import dataclasses
 import gc
 import itertools
 import math
@@ -53,7 +52,8 @@ from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.clock import RunClock
 from flatgpt.runs.lock import RunLock
-from flatgpt.runs.run_log import RunLog, start_wandb
+from flatgpt.runs.run_log import RunLog
+from flatgpt.runs.trackers import start_tracker
 from flatgpt.runtime.device import reseed
 from flatgpt.runtime.distributed import (
     DistributedContext,
@@ -253,13 +253,11 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig, stdo
     if progress is None:
         write_result(run, stdout, resume_from[1], 0, resume_from[1]["iter"], 0.0)
         return
-    mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
-    wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
-    log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
+    tracker = start_tracker(config, folder, progress.iter, progress.tracker_ids) if ranks.first else None
+    log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, tracker)
     recipe = read_recipe(TrainConfig, config.config, []) if config.config else {}
-    wandb_id = wandb_run.id if wandb_run else progress.wandb_id
-    metadata = {**run_metadata(run, recipe, resume_from), "wandb_id": wandb_id} if ranks.first else {}
-    ranks.barrier()  # wandb and git may take long
+    metadata = {**run_metadata(run, recipe, resume_from), **tracker.ids} if tracker else {}
+    ranks.barrier()  # trackers and git may take long
     vocabulary = tokenizer_json(run.encoding) if isinstance(run.encoding, FileTokenizer) else None
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held, vocabulary)
     stop, start, started = StopRequest(config.max_minutes, ranks.world > 1), progress.iter, time.perf_counter()

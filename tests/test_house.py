@@ -47,7 +47,9 @@ OPTIONAL = {
     "flatgpt.data.encode": {"gigatoken"},
     "flatgpt.data.tokenizer_training": {"tokenizers"},
     "flatgpt.data.workers": {"distributed"},
+    "flatgpt.inference.api": {"starlette"},
     "flatgpt.evaluation.continuations": {"sacrebleu", "rouge_score"},
+    "flatgpt.runs.trackers": {"tensorboard", "trackio"},
 }
 LIGHT = ("torch", "numpy", "tiktoken", "wandb", "matplotlib", "pyarrow", "huggingface_hub", "distributed", "gradio")
 FILES = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "flatgpt").rglob("*.py"))]

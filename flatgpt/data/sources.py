@@ -43,6 +43,7 @@ class Source:
         val_fraction: default share of documents for validation; None if the source has a validation split.
         joined: whether the rows are lines of one text, and are joined.
         language: the language's code, if it is always the same, for model cards.
+        license: the license of the text, if it is always the same.
         repository: the dataset repository, if it is always the same.
     """
 
@@ -52,6 +53,7 @@ class Source:
     val_fraction: float | None = 0.0005
     joined: bool = False
     language: str | None = None
+    license: str | None = None
     repository: Repository | None = None
 
 
@@ -158,13 +160,20 @@ WIKITEXT = Repository(
 )
 WIKIPEDIA = Repository("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet")
 FINEWEB = Repository("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet")
+CREATIVE_COMMONS = "CC BY-SA 3.0 and GFDL"  # as the repositories of WikiText and Wikipedia state
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
 SOURCES = {
-    "pydoc": Source(lambda _: f"Python {sys.version.split()[0]}", open_pydoc, language="en", **SINGLE_TEXT),
-    "shakespeare": Source(lambda _: SHAKESPEARE_SHA256, open_shakespeare, language="en", **SINGLE_TEXT),
-    "wikitext103": hub_source(WIKITEXT, language="en", end_of_text=False, val_fraction=None, joined=True),
-    "wikipedia": hub_source(WIKIPEDIA, language="en"),
-    "fineweb": hub_source(FINEWEB, language="en"),
+    "pydoc": Source(
+        lambda _: f"Python {sys.version.split()[0]}", open_pydoc, language="en", license="PSF-2.0", **SINGLE_TEXT
+    ),
+    "shakespeare": Source(
+        lambda _: SHAKESPEARE_SHA256, open_shakespeare, language="en", license="public domain", **SINGLE_TEXT
+    ),
+    "wikitext103": hub_source(
+        WIKITEXT, language="en", license=CREATIVE_COMMONS, end_of_text=False, val_fraction=None, joined=True
+    ),
+    "wikipedia": hub_source(WIKIPEDIA, language="en", license=CREATIVE_COMMONS),
+    "fineweb": hub_source(FINEWEB, language="en", license="ODC-By 1.0 and Common Crawl's terms of use"),
     "hub": Source(known_commit, open_repository),
     "text": Source(text_revision, open_text, val_fraction=0.1),
 }

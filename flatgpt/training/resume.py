@@ -57,7 +57,7 @@ class Progress:
     best_iter: int | None = None
     since_best: int = 0  # evaluations since best_iter
     forked: bool = False  # resumed from another run's checkpoint; no checkpoint in this run's folder yet
-    wandb_id: str | None = None
+    tracker_ids: dict = field(default_factory=lambda: {"wandb_id": None, "trackio_id": None})
 
     def patience_exhausted(self, patience: int | None) -> bool:
         """Return whether the last `patience` evaluations found no new best loss."""
@@ -75,7 +75,7 @@ class Progress:
         self.eval_pending = self.iter % saved["eval_interval"] == 0 or self.iter >= saved["max_iters"]
         for key in self.state_dict().keys() & train_state.keys():
             setattr(self, key, train_state[key])
-        self.wandb_id = state["wandb_id"]
+        self.tracker_ids = {key: state.get(key) for key in self.tracker_ids}
 
 
 def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:

@@ -102,9 +102,10 @@ def test_it_is_the_pair_of_model_and_tokenizer(model):
     assert repr(model) == f"<flatGPT model {Path('out/quickstart/ckpt/iter_000060')}, iter 60: 34,720 parameters>"
 
 
-def test_generation_follows_the_weights(in_tmp):
-    """Also after they were changed in place or replaced."""
-    model = flatgpt.load(save_model(scripted_model("abcdefgh"), "out/one"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generation_follows_the_weights(in_tmp, dtype):
+    """Also after they were changed in place or replaced, and in a precision in which they are copied."""
+    model = flatgpt.load(save_model(scripted_model("abcdefgh"), "out/one"), dtype=dtype)
     assert model.generate("p", max_new_tokens=3) == "abc"
     with torch.no_grad():
         model.model.lm_head.weight[ord("x"), 1] += 1000
