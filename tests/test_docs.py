@@ -44,7 +44,7 @@ OTHERS = {
     "git",
     "sbatch",
 }
-OTHERS |= {"coverage", "ruff", "tensorboard", "trackio", "uv"}
+OTHERS |= {"coverage", "head", "ruff", "tensorboard", "trackio", "uv"}
 
 
 class Command(NamedTuple):
@@ -159,7 +159,8 @@ SMALL = {
 SIZES = {"bpe:8192": "bpe:300", "100": "2"}
 # why a command of a script does not run here
 NETWORK = r"prepare_data (wikitext103|wikipedia|fineweb|hub)\b|\bgpt2\b|user/model|--push user/name --private$"
-OTHER = r"^(app|bench) |--watch|--wandb|--tracker wandb|nanoGPT|~/models|--interactive|cuda:1"  # measures, or serves until Ctrl-C
+# needs another program or a GPU, measures, or serves until Ctrl-C
+OTHER = r"^(app|bench) |--watch|--wandb|--tracker wandb|nanoGPT|~/models|--interactive|cuda:1"
 PACKAGES = {
     "--generate": ("sacrebleu", "rouge_score"),
     "bpe:": ("tokenizers",),

@@ -1,7 +1,7 @@
 """Print the tables of `train.py --list`: recipes and runs. Does not import torch or numpy.
 
-recipe      parameters  data   train tokens  iters  hardware     time  bits/byte
-quickstart     834,432  pydoc       419,063    600  2 CPU cores  54 s      1.817
+recipe      parameters  data   train tokens  iters  hardware  time  bits/byte
+quickstart     834,432  pydoc       419,063    600  2 cores   54 s      1.817
 
 run         params  data   iter  tokens   time  tok/s  best loss  bits/byte     age  state
 quickstart    834K  pydoc   600    614K    46s  13.4K     1.2592      1.817  40 min  finished
@@ -105,7 +105,7 @@ def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
     duration = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
     dataset = _truncate(config.dataset, DATA_WIDTH)
     meta = read_table(REPO_ROOT / "configs" / f"{name}.toml", tomllib.loads).get("meta", {})
-    measured = meta.get("time", "not measured"), str(meta.get("bits_per_byte", "-"))
+    measured = meta.get("time", "unmeasured"), str(meta.get("bits_per_byte", "-"))
     cells = name, _format_count(parameters), dataset, tokens, duration, meta.get("hardware", "-"), *measured
     return parameters or math.inf, *cells
 

@@ -186,14 +186,14 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
     Path("data/nanogpt/train.bin").write_bytes(bytes(2000))
     parameters = f"{gpt2_parameters(recipe('--vocab_size', ids)):,}" if ids else "-"
     cells = {"recipe": "it", "parameters": parameters, "data": dataset, "train tokens": tokens, "iters": "2,000"}
-    cells |= {"hardware": "-", "time": "not measured", "bits/byte": "-"}  # no recipe of this name has a [meta]
+    cells |= {"hardware": "-", "time": "unmeasured", "bits/byte": "-"}  # no recipe of this name has a [meta]
     assert row(shown(it=recipe("--dataset", dataset, *words)), "it") == cells
 
 
 def test_what_a_recipe_states_about_its_result(shown):
     cells = row(shown(quickstart=recipe()), "quickstart")
     meta = tomllib.loads((REPO_ROOT / "configs/quickstart.toml").read_text(encoding="utf-8"))["meta"]
-    assert [cells[key] for key in ("hardware", "time", "bits/byte")] == ["2 CPU cores", meta["time"], "1.817"]
+    assert [cells[key] for key in ("hardware", "time", "bits/byte")] == ["2 cores", meta["time"], "1.817"]
 
 
 def test_ids_known_beforehand_are_the_tokenizers():
