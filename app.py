@@ -1,4 +1,4 @@
-"""A playground in the browser: streams generated text with the probability of each token. Also an OpenAI endpoint.
+"""A playground in the browser that shows the probability of each token, and an endpoint for OpenAI's clients.
 
 python app.py                                          # the newest run, at http://127.0.0.1:7860
 curl http://127.0.0.1:7860/v1/completions -d '{"prompt": "The ", "max_tokens": 50}'   # or an OpenAI client

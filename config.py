@@ -455,21 +455,21 @@ class TrainConfig(ModelConfig, MachineConfig):
     )
     overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
     tracker: str | None = opt(
-        None, "log to a tracker as well; wandb is --wandb online", choices=("wandb", "tensorboard", "trackio")
+        None, "also log to this tracker; wandb: the same as --wandb online", choices=("wandb", "tensorboard", "trackio")
     )
     wandb: str = opt(
         "disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"), bare="online"
     )
     wandb_project: str = opt("flatgpt", "project on Weights & Biases or trackio")
     json: str | None = opt(
-        None, "write the result of the run, or --show_batch, to this file, - for standard output", recipe=False
+        None, "write the result of the run, or of --show_batch, to this file, - for standard output", recipe=False
     )
     list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
     plan: bool = opt(False, "print model size, memory and time without training")
     show_batch: int | None = opt(
         None,
-        "print the texts in the batch of update N without training: the batch whose loss is in row iter N of "
-        "metrics.csv; also with --resume, of that run",
+        "print the texts in the batch of update N, without training; its loss is in row iter N of metrics.csv; with "
+        "--resume, those of that run",
         low=1,
         none="no",
     )
@@ -778,13 +778,14 @@ class AppConfig(WriterConfig):
     )
     allowed_hosts: tuple[str, ...] = opt(
         (),
-        "further names of this server, with which browsers and clients address it, for example behind a proxy; "
-        "IP addresses, localhost, server_name, and with a server_name for other machines this machine's name are "
-        "always allowed; '*': any name",
+        "more names under which browsers and clients may address this server, for example behind a proxy; '*': any "
+        "name; always allowed are IP addresses, localhost, server_name and, if other machines can connect, this "
+        "machine's name",
     )
     api_key: str | None = opt(
         None,
-        "key that clients of /v1 must send; the page needs none. The variable is not in the list of processes",
+        "key that clients of /v1 must send; the page needs none; other users of this machine can see a flag, but not "
+        "the environment variable",
         none="FLATGPT_API_KEY, else no key",
         verbatim=True,
     )

@@ -188,7 +188,7 @@ def open_tokens(
     if differs and not tokenizer.extends(encoding, other := dataset.load_tokenizer()):
         named = f"another tokenizer, also named {other.name}" if other.name == encoding.name else other.name
         raise UserError(
-            f"{name} is tokenised with {named}, but the model {source.path} was trained with {encoding.name}: "
+            f"{name} is tokenized with {named}, but the model {source.path} was trained with {encoding.name}: "
             "prepare the text with the model's tokenizer, or evaluate the text itself: --text FILE"
         )
     min_tokens = 1 if config.protocol == "rolling" else 2

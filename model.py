@@ -127,7 +127,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise as GPT-2: N(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases zero."""
+        """Initialize as GPT-2: N(0, 0.02), residual projections scaled by 1 / sqrt(2 n_layer), biases zero."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if p.dim() == 2:

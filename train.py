@@ -75,7 +75,7 @@ from flatgpt.training.setup import TrainingRun, build_run
 
 
 def train_step(run: TrainingRun, i: int) -> tuple[Tensor, Tensor]:
-    """Run optimizer update i (from 0). Does not synchronise with the device; non-finite updates are skipped.
+    """Run optimizer update i (from 0). Does not synchronize with the device; non-finite updates are skipped.
 
     Returns:
         loss and gradient norm over all ranks, shape () each.

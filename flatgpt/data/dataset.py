@@ -265,7 +265,7 @@ def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainC
     vocab_size = config.vocab_size or meta["vocab_size"]
     if vocab_size < meta["vocab_size"]:
         raise UserError(
-            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
+            f"vocab_size = {vocab_size:,}: {folder} is tokenized with {meta['tokenizer']}, which has "
             f"{meta['vocab_size']:,} ids; remove vocab_size, or set it to at least that number"
         )
     windows = Windows(dataset.tokens("train"), T, config.stride)

@@ -106,7 +106,7 @@ class CompletionAPI:
         served, names = self._key is not None or not os.environ.get("SPACE_ID"), server_names(self._config)
         if names - {"localhost", "127.0.0.1"}:
             known = "any name" if "*" in names else ", ".join(["any IP address", *sorted(names)])
-            note(f"requests are accepted that are sent to {known}; for other names: --allowed_hosts NAME")
+            note(f"requests to {known} are accepted; to accept another name: --allowed_hosts NAME")
         return {"routes": [route] * served, "middleware": [Middleware(HostCheck, names=names)]}
 
     async def _respond(self, request: Request) -> Response:
@@ -119,7 +119,7 @@ class CompletionAPI:
                 return JSONResponse({"object": "list", "data": [self._model]})
             if (request.method, path) == ("GET", f"models/{self._model['id']}"):
                 return JSONResponse(self._model)
-            served = "served are POST /v1/completions and GET /v1/models"
+            served = "the server answers POST /v1/completions and GET /v1/models"
             raise RefusedError(404, f"{request.method} /v1/{path[:100]}: not found; {served}")
         except UserError as error:
             body, status = error_body(error)

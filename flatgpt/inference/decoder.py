@@ -250,7 +250,7 @@ class Decoder:
                     step = self._capture_graph(step, tokens)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # such as an operator that synchronises with the host
+            except RuntimeError as error:  # such as an operator that synchronizes with the host
                 note(f"warning: no CUDA graph could be captured, continuing without it: {first_line(error)}")
                 self.capture = False
         self.compile_seconds += time.perf_counter() - started

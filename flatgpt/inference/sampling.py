@@ -181,7 +181,7 @@ def generate_batch(
             seen.scatter_(1, tokens[:, None], True)
             if on_sample:
                 on_sample(logits[:, :n_vocab], tokens)
-            # It is NaN if any logit is. -1 tells the host, without another synchronisation on CUDA.
+            # It is NaN if any logit is. -1 tells the host, without another synchronization on CUDA.
             checked = torch.where(largest.abs() < torch.inf, tokens, -1)
             host_tokens, step_queued = checked.to("cpu", non_blocking=on_cuda), False
             if on_cuda:

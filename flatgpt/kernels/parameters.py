@@ -1,4 +1,4 @@
-"""Skip the initialisation of parameters, and tie two parameters."""
+"""Skip the initialization of parameters, and tie two parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INITIALIZERS = ("normal_", "uniform_", "kaiming_uniform_")
 
 
 class skip_init(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
-    """Context manager in which new modules do not initialise their weights.
+    """Context manager in which new modules do not initialize their weights.
 
     On the meta device this also saves a second, because random numbers import torch's compiler there.
     """

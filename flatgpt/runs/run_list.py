@@ -1,10 +1,10 @@
 """Print the tables of `train.py --list`: recipes and runs. Does not import torch or numpy.
 
 recipe      parameters  data   train tokens  iters  hardware  time  bits/byte
-quickstart     834,432  pydoc       419,063    600  2 cores   54 s      1.817
+quickstart     834,432  pydoc       419,063    600  2 cores   54 s      1.812
 
 run         params  data   iter  tokens   time  tok/s  best loss  bits/byte     age  state
-quickstart    834K  pydoc   600    614K    46s  13.4K     1.2592      1.817  40 min  finished
+quickstart    834K  pydoc   600    614K    46s  13.4K     1.2563      1.812  40 min  finished
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def load_encoding(
                 mine = path if (path := find(model_path)).is_dir() else "DATA/meta.pkl"  # of nanoGPT
             other = "another tokenizer, also named" if initial.name == encoding.name else "tokenizer"
             raise UserError(
-                f"{model_path} was trained with {other} {initial.name}, but {folder} is tokenised with "
+                f"{model_path} was trained with {other} {initial.name}, but {folder} is tokenized with "
                 f"{encoding.name}: prepare the text with --tokenizer {mine}"
             )
         if isinstance(initial, FileTokenizer) and encoding.eot_token is not None:

@@ -42,7 +42,7 @@ REMEDY = "from an earlier checkpoint or from the start, with a smaller --lr, mor
 
 
 class NonfiniteGuard:
-    """Count non-finite updates on the device. Only `check` synchronises with it, once per logged row.
+    """Count non-finite updates on the device. Only `check` synchronizes with it, once per logged row.
 
     Args:
         on_nonfinite: `stop` or `skip`.
@@ -59,7 +59,7 @@ class NonfiniteGuard:
         self.values = torch.zeros(3, device=device)  # `loss`, `norm` and `local` of that update
 
     def observe(self, i: int, loss: Tensor, norm: Tensor, local: Tensor) -> Tensor:
-        """Record update i (from 0). Does not synchronise with the device.
+        """Record update i (from 0). Does not synchronize with the device.
 
         Args:
             loss: loss over all ranks, shape () like the others.
@@ -83,7 +83,7 @@ class NonfiniteGuard:
         """Add `skipped` to the row. Return a warning and an error about the updates since the last check, or "".
 
         The error, which ends the run, is set if an update was not finite and on_nonfinite is `stop`, or if too many
-        updates in a row were skipped. Synchronises with the device.
+        updates in a row were skipped. Synchronizes with the device.
         """
         row["skipped"], longest, first = torch.stack((self.skipped, self.longest, self.first)).tolist()
         warning = error = ""

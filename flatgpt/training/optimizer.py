@@ -96,7 +96,7 @@ class CombinedOptimizer:
         return {p: state for optimizer in self.optimizers.values() for p, state in optimizer.state.items()}
 
     def step(self) -> None:
-        """Apply the gradients, unless `found_inf` is 1. Does not synchronise with the device."""
+        """Apply the gradients, unless `found_inf` is 1. Does not synchronize with the device."""
         for optimizer in self.optimizers.values():
             optimizer.found_inf = self.found_inf
             optimizer.step()
@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameter groups. `parts` is the number of matrices stacked in each parameter, such as 3 for queries,
-            keys and values. Each matrix is orthogonalised by itself.
+            keys and values. Each matrix is orthogonalized by itself.
         momentum: decay of the running mean of gradients (Nesterov momentum).
         dtype: dtype of the Newton-Schulz iterations. That of the run's matrix products is fast on its device.
     """

@@ -166,7 +166,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     while seconds < 0.03 and n < 8192:  # the next size takes eight times as long
         n *= 2
         a = torch.randn(n, n, device=device).to(dtype)
-        for _ in range(2):  # the first run may initialise a kernel
+        for _ in range(2):  # the first run may initialize a kernel
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # item() waits for the device
             seconds = time.perf_counter() - start

@@ -48,7 +48,7 @@ def summary(run: TrainingRun) -> str:
 
 
 def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: RunClock) -> dict:
-    """Return the metrics of the newest update, i (from 1). Synchronises with the device.
+    """Return the metrics of the newest update, i (from 1). Synchronizes with the device.
 
     `losses` is not logged: a resumed run needs it for the mean of its next row.
     """

@@ -92,7 +92,7 @@ class BatchPrefetcher:
         self._prepared: Future | None = None
 
     def __call__(self, update: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets on the device, (B, T) int64 each. Does not synchronise with CUDA."""
+        """Return inputs and targets on the device, (B, T) int64 each. Does not synchronize with CUDA."""
         x, y = self._prepared.result() if self._next == (update, micro) else self._prepare(update, micro)
         following = micro + self.micros.step
         self._next = (update, following) if following in self.micros else (update + 1, self.micros.start)
@@ -228,7 +228,7 @@ def build_run(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     torch.manual_seed(config.seed)
-    model = GPT(config.model())  # initialised on the CPU: the same weights on every device
+    model = GPT(config.model())  # initialized on the CPU: the same weights on every device
     model.loss_path = device_settings.paths.get("loss")
     for block in model.transformer.h:
         block.attn.path = device_settings.paths.get("attention", block.attn.path)

@@ -77,7 +77,7 @@ def show_batch(config: TrainConfig) -> None:
 
 
 def require_batches_of_run(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise UserError if a run is named that has a checkpoint, and its data, or settings of its batches, are others."""
+    """Raise UserError if the config names a run whose checkpoint has another dataset or other batch settings."""
     found: list[Path] = []
     if config.resume:
         _, found = checkpoints_to_resume(config)
@@ -94,7 +94,9 @@ def require_batches_of_run(config: TrainConfig, dataset: Dataset) -> None:
     if math.prod(current[key] for key in BATCH) != math.prod(saved[key] for key in BATCH):
         keys += BATCH
     if differing := [f"{key} = {current[key]} (was {saved[key]})" for key in keys if current[key] != saved[key]]:
-        raise UserError(f"the run has other batches: {', '.join(differing)}; leave out what differs from its settings")
+        raise UserError(
+            f"the run was trained on other batches: {', '.join(differing)}; leave out what differs from its settings"
+        )
 
 
 def _sequences(

@@ -290,7 +290,7 @@ def test_figures_of_a_diverged_model_are_null(words, tmp_path, capsys):
         ("--test_data_path ends.bin --protocol rolling", "ends.bin has 3 tokens, all of them end-of-text"),
         ("--text bom.txt --protocol rolling", "bom.txt has 0 tokens, protocol rolling needs at least 1"),
         ("--text bad.txt", "bad.txt line 1: byte 0xff is not UTF-8"),
-        ("--dataset bpe", f"data/bpe val is tokenised with gpt2, but the model {NAME} was trained with byte"),
+        ("--dataset bpe", f"data/bpe val is tokenized with gpt2, but the model {NAME} was trained with byte"),
         ("--test_data_path data/bpe/val_000000.bin", "or evaluate the text itself: --text FILE"),
         ("--choices t.txt", "t.txt line 1: not JSON (Extra data"),
     ],

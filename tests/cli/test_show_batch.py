@@ -154,8 +154,14 @@ def test_without_a_tokenizer_ids_are_shown(documents, cli, monkeypatch):
         ("--show_batch 3 --plan", "show_batch and list or plan exclude each other: give one of them"),
         ("--show_batch 3 --dataset none", "dataset data/none does not exist: run python prepare_data.py text"),
         ("--show_batch 3 --data_dir other", "other/tiny is not the dataset that the run was trained on: restore it"),
-        ("--show_batch 3 --seed 1", "the run has other batches: seed = 1 (was 1337); leave out what differs from its"),
-        ("--show_batch 3 --batch_size 2", "the run has other batches: batch_size = 2 (was 3); leave out what differs"),
+        (
+            "--show_batch 3 --seed 1",
+            "the run was trained on other batches: seed = 1 (was 1337); leave out what differs from its",
+        ),
+        (
+            "--show_batch 3 --batch_size 2",
+            "the run was trained on other batches: batch_size = 2 (was 3); leave out what differs",
+        ),
         ("--show_batch 3 --json none/x.json", "json = none/x.json cannot be written, because there is no folder none"),
     ],
 )

@@ -323,7 +323,7 @@ def test_init_from_begins_with_those_weights_and_their_shape(tiny_data):
     state = json.loads((first / "ckpt/best/state.json").read_text())
     state["tokenizer"]["name"] = "p50k_base"
     (first / "ckpt/best/state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="was trained with tokenizer p50k_base, but data/tiny is tokenised with byte"):
+    with pytest.raises(UserError, match="was trained with tokenizer p50k_base, but data/tiny is tokenized with byte"):
         train.build_run(config)
 
 
@@ -432,7 +432,7 @@ def test_bad_update_leaves_no_trace(tiny_data, optimizer, dtype, fault):
     assert (counts["skipped"], counts["in_a_row"]) == (2, 0)
 
 
-class NoSynchronisation(TorchDispatchMode):
+class NoSynchronization(TorchDispatchMode):
     """Fails where a number is read from a tensor: on a GPU the host would wait for it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -445,7 +445,7 @@ def test_update_does_not_synchronise_with_the_device(tiny_data, monkeypatch):
         raise AssertionError("the host waits for the device")
 
     adamw, muon = build("--grad_accum_steps", 2), build("--optimizer", "muon")
-    with monkeypatch.context() as patch, NoSynchronisation():
+    with monkeypatch.context() as patch, NoSynchronization():
         for name in ("tolist", "numpy", "cpu"):  # on a CPU these do not pass the dispatcher
             patch.setattr(torch.Tensor, name, waits)
         for i in range(3):

@@ -130,7 +130,7 @@ def test_eval_compares_vocabularies_not_names(cli, in_tmp):
     assert json.loads(same.out)["tokens"] > 99
     write_dataset("data/other", bpe("bpe", size=350))
     error = cli("eval", *CPU, "--dataset", "other").error
-    assert "is tokenised with another tokenizer, also named bpe, but the model" in error
+    assert "is tokenized with another tokenizer, also named bpe, but the model" in error
 
 
 def test_eval_of_a_dataset_that_was_changed_or_removed(cli, in_tmp):
