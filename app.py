@@ -1,6 +1,7 @@
-"""A playground in the browser: streams generated text with the probability of each token.
+"""A playground in the browser: streams generated text with the probability of each token. Also an OpenAI endpoint.
 
 python app.py                                          # the newest run, at http://127.0.0.1:7860
+curl http://127.0.0.1:7860/v1/completions -d '{"prompt": "The ", "max_tokens": 50}'   # or an OpenAI client
 python app.py --model_path out/shakespeare --temperature 0.9 --top_p 0.95
 python app.py --model_path gpt2 --server_name 0.0.0.0  # other machines can connect
 python export.py --model_path out/shakespeare --space space   # the same as a Hugging Face Space
@@ -13,16 +14,19 @@ if __name__ == "__main__":
     CONFIG = from_command_line(AppConfig, __doc__)
 
 import base64
+import contextlib
 import dataclasses
 import html
 import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
+from flatgpt.inference.completions import STOP_LIMIT
+from flatgpt.inference.model_queue import ModelQueue, Place
 from flatgpt.inference.prepacking import prepare_for_decoding
 from flatgpt.inference.web import serve, stream_html
 from flatgpt.inference.writer import Writer
@@ -33,18 +37,23 @@ from flatgpt.runs.plots import plot_runs
 from flatgpt.runtime.device import find_device, note
 
 HERE = Path(__file__).resolve().parent
-STOP_LIMIT = 200  # maximum total length of a visitor's stop strings
 
 
 def main(config: AppConfig) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page and the API until Ctrl-C.
 
     Raises:
         UserError: gradio is not installed, or the address is not available.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("app.py needs gradio: pip install -r requirements-extra.txt, or pip install gradio")
-    serve(build(config, *load(config)), config.server_name, config.server_port)
+    from flatgpt.inference.api import CompletionAPI, read_key  # imports what gradio brings along
+
+    key, queue = read_key(config), ModelQueue(config.queue_limit)
+    found, make_writer, described = load(config)
+    blocks = build(config, found, make_writer, described, queue)
+    api = CompletionAPI(config, queue, make_writer, about(found)[0], key)
+    serve(blocks, config, queue, api.arguments())
 
 
 def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig], Writer], str]:
@@ -59,9 +68,10 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
     model, encoding = loading.load(found, device, config.context_length)
     parameters = model.num_params()  # before weights are quantized
     settings = prepare_for_decoding(config, model)
-    described = f"{parameters:,} parameters, on {settings.describe()}"
-    note("\n".join([f"{found.describe()}: {described}", *settings.path_lines()]))
-    return found, partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text), described
+    described = f"{parameters:,} parameters, on "
+    note("\n".join([f"{found.describe()}: {described}{settings.describe()}", *settings.path_lines()]))
+    make_writer = partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text)
+    return found, make_writer, described + settings.describe(reasons=False)
 
 
 def request(config: AppConfig, prompt: str, stop: str, **options: object) -> InferConfig:
@@ -91,14 +101,22 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
         use = f"```sh\npython infer.py --model_path {shlex.quote(f'out/{name}')} --prompt 'Once upon a time'\n```"
         card = card_body(found, name=name, use=use)
     if run.is_dir() and len(log := history.read(run)):
-        svg = base64.b64encode(plot_runs([log], format="svg")).decode()
-        plots = f'<div class="curve"><img alt="training curves" src="data:image/svg+xml;base64,{svg}"></div>'
+        wide, narrow = (base64.b64encode(plot_runs([log], format="svg", across=n)).decode() for n in (3, 1))
+        data = "data:image/svg+xml;base64,"
+        plots = f'<picture class="curve"><source media="(max-width: 700px)" srcset="{data}{narrow}">'
+        plots += f'<img alt="training curves" src="{data}{wide}"></picture>'
     # A card begins with a YAML block and the model's name as a heading.
     heading, card = re.match(r"(?:---\n.*?\n---\n)?\s*(?:# *`?(.*?)`?\n)?(.*)", card, re.S).groups()
     return heading or name, card.strip(), plots
 
 
-def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[InferConfig], Writer], described: str):
+def build(
+    config: AppConfig,
+    found: loading.ModelSource,
+    make_writer: Callable[[InferConfig], Writer],
+    described: str,
+    queue: ModelQueue,
+):
     """Build the page as a gradio.Blocks."""
     import gradio as gr
 
@@ -115,13 +133,17 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
         ("repetition_penalty", 1, 2, 0.05, config.repetition_penalty),
     )
 
-    def write(prompt: str, stop: str, *values: object) -> Iterator[list]:
+    async def write(prompt: str, stop: str, *values: object) -> AsyncIterator[list]:
         try:
             settings = request(config, prompt, stop, **dict(zip(options, values, strict=True)))
             unused = [gr.HTML(visible=False)] * (config.sample_limit - settings.num_samples)
-            # A new Writer for each request: the texts of the previous visitor may still be in progress.
-            for views, summary in stream_html(make_writer(settings)):
-                yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
+            async with contextlib.aclosing(queue.stream(lambda: stream_html(make_writer(settings)))) as updates:
+                async for update in updates:
+                    if not isinstance(update, Place):
+                        views, summary = update
+                        yield [summary, *(gr.HTML(view, visible=True) for view in views), *unused]
+                    elif update.ahead:
+                        yield [f"queue: {update.ahead}/{update.waiting}", *[gr.skip()] * config.sample_limit]
         except UserError as error:
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
 
@@ -155,7 +177,7 @@ def build(config: AppConfig, found: loading.ModelSource, make_writer: Callable[[
             write,
             [prompt, stop, *options.values()],
             [status, *texts],
-            concurrency_limit=1,
+            concurrency_limit=None,  # `queue` is that of the API too
             trigger_mode="once",
             show_progress="minimal",
             show_progress_on=status,

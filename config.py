@@ -17,11 +17,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Keys that exclude each other. In one layer both are an error; otherwise the key of the later layer is used.
 TEXTS = ("dataset", "test_data_path", "text", "choices")  # eval.py scores one of these
 EXCLUSIVE = (("epochs", "max_iters"), ("warmup_fraction", "warmup_iters"), ("eval_batches", "eval_tokens"))
 EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
+# Keys that say one thing together: a layer that gives one of them replaces those of earlier layers.
+TOGETHER = (("tracker", "wandb"),)
 # Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
 START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
 DEVICES = ("auto", "cuda", "cuda:N", "mps", "cpu")  # N stands for a number
@@ -31,7 +34,7 @@ EVAL_BATCHES = "older form of eval_tokens: that many batches of batch_size windo
 # Settings that `--help` shows; `--help all` shows all. Without an entry, both show all.
 COMMON = {
     "TrainConfig": "config device n_layer n_head n_embd context_length dropout data_dir dataset batch_size "
-    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite wandb list plan",
+    "grad_accum_steps max_iters lr eval_interval out_dir resume overwrite tracker list plan",
     "PrepareConfig": "source input val_input repo column sample_size val_fraction name overwrite tokenizer "
     "data_dir workers info verify",
     "EvalConfig": "config model_path device dtype data_dir dataset split text choices protocol eval_tokens batch_size "
@@ -166,7 +169,11 @@ class ModelConfig:
     head_bias: bool = opt(False, "bias of the output head; needs an untied head")
     tie_weights: bool = opt(True, "use the token embedding matrix as output head")
     mlp_ratio: float = opt(4.0, "width of the MLP's hidden layer, as a multiple of n_embd", above=0, high=1000)
-    activation: str = opt("gelu_tanh", "activation function of the MLP", choices=("gelu_tanh", "gelu", "relu"))
+    activation: str = opt(
+        "gelu_tanh",
+        "activation function of the MLP",
+        choices=("gelu_tanh", "gelu", "relu"),
+    )
     position: str = opt("learned", "position embedding: learned, or rotary", choices=("learned", "rope"))
     attention: str = opt(
         "flash", "flash: torch's fused kernels; manual: separate matrix products", choices=("flash", "manual")
@@ -205,6 +212,36 @@ class MachineConfig:
     device: str = opt("auto", "where to compute", choices=DEVICES)
 
 
+class SourceSettings(NamedTuple):
+    """What is known of a source of text without importing flatgpt/data.
+
+    Attributes:
+        tokenizer: the default tokenizer.
+        settings: the settings of PrepareConfig that the source uses, of those that some sources do not use.
+        at_start: what preparation takes, if train.py prepares the source when a run needs it; otherwise empty.
+    """
+
+    tokenizer: str
+    settings: str = ""
+    at_start: str = ""
+
+
+FRACTIONS, HUB = "val_fraction test_fraction", "revision refresh"
+# The values of prepare_data.py's `source`. flatgpt/data/sources.py opens them.
+SOURCE_SETTINGS = {
+    "pydoc": SourceSettings("byte", at_start="from Python's built-in reference (pydoc)"),
+    "shakespeare": SourceSettings(
+        "gpt2", at_start="(a download of 1.1 MB, and of 1.5 MB for GPT-2's tokenizer if it needs that)"
+    ),
+    "wikitext103": SourceSettings("gpt2", HUB),
+    "wikipedia": SourceSettings("gpt2", f"dump {HUB} {FRACTIONS}"),
+    "fineweb": SourceSettings("gpt2", f"{HUB} {FRACTIONS}"),
+    "hub": SourceSettings("gpt2", f"repo subset files column encoding {HUB} {FRACTIONS}"),
+    "text": SourceSettings("gpt2", f"input val_input test_input column encoding {FRACTIONS}"),
+    "compare": SourceSettings("gpt2,byte,bpe:8192", "input val_input column encoding val_fraction"),
+}
+
+
 @dataclass(frozen=True)
 class PrepareConfig:
     """prepare_data.py: text -> shards of uint16 token ids."""
@@ -212,7 +249,7 @@ class PrepareConfig:
     source: str | None = opt(
         None,
         "source of the text",
-        choices=("pydoc", "shakespeare", "wikitext103", "wikipedia", "fineweb", "hub", "text", "compare"),
+        choices=tuple(SOURCE_SETTINGS),
         positional=True,
         section="Source",
     )
@@ -279,9 +316,7 @@ class PrepareConfig:
         if self.source is None:
             if not (self.verify or self.info):
                 found.append(
-                    "source: missing; give one of pydoc, shakespeare, wikitext103, wikipedia, fineweb, hub, text, "
-                    "compare, or "
-                    "--verify FOLDER, or --info FOLDER"
+                    f"source: missing; give one of {', '.join(SOURCE_SETTINGS)}, or --verify FOLDER, or --info FOLDER"
                 )
             return found
         if self.verify or self.info:
@@ -302,25 +337,11 @@ class PrepareConfig:
                 found.append(f"--encoder gigatoken supports tokenizer gpt2, r50k_base, not {self.tokenizer}")
         if self.source == "hub" and not self.repo:
             found.append("source hub needs --repo USER/NAME, a dataset repository")
-        hub, defaults = ("wikitext103", "wikipedia", "fineweb", "hub"), PrepareConfig()
-        for key, sources in (
-            ("input", ("text", "compare")),
-            ("val_input", ("text", "compare")),
-            ("test_input", ("text",)),
-            ("repo", ("hub",)),
-            ("subset", ("hub",)),
-            ("files", ("hub",)),
-            ("column", ("hub", "text", "compare")),
-            ("encoding", ("hub", "text", "compare")),
-            ("dump", ("wikipedia",)),
-            ("revision", hub),
-            ("refresh", hub),
-            ("val_fraction", ("text", "compare", "wikipedia", "fineweb", "hub")),
-            ("test_fraction", ("text", "wikipedia", "fineweb", "hub")),
-        ):
-            if getattr(self, key) != getattr(defaults, key) and self.source not in sources:
-                hint = "; its subsets are --dump" if (key, self.source) == ("subset", "wikipedia") else ""
-                found.append(f"--{key} applies to source {', '.join(sources)}, not to {self.source}{hint}")
+        for field in dataclasses.fields(self):
+            sources = [name for name, source in SOURCE_SETTINGS.items() if field.name in source.settings.split()]
+            if sources and self.source not in sources and getattr(self, field.name) != field.default:
+                hint = "; its subsets are --dump" if (field.name, self.source) == ("subset", "wikipedia") else ""
+                found.append(f"--{field.name} applies to source {', '.join(sources)}, not to {self.source}{hint}")
         if self.subset and self.files:
             found.append("--subset and --files exclude each other: give one of them")
         if not is_text_encoding(self.encoding):
@@ -423,18 +444,30 @@ class TrainConfig(ModelConfig, MachineConfig):
         bare="latest",
     )
     overwrite: bool = opt(False, "start a new run; the old run is moved to <out_dir>.old-<time>")
+    tracker: str | None = opt(
+        None, "log to a tracker as well; wandb is --wandb online", choices=("wandb", "tensorboard", "trackio")
+    )
     wandb: str = opt(
         "disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"), bare="online"
     )
-    wandb_project: str = opt("flatgpt", "project on Weights & Biases")
+    wandb_project: str = opt("flatgpt", "project on Weights & Biases or trackio")
     list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
     plan: bool = opt(False, "print model size, memory and time without training")
     gpus: int = opt(1, "number of devices for --plan", low=1)
     mfu: float = opt(0.4, "model FLOPs utilization assumed by --plan", above=0, high=1)
 
+    def __post_init__(self):
+        """Set the other one of `tracker` and `wandb`, if one of them says to log to Weights & Biases."""
+        if self.tracker == "wandb" and self.wandb == "disabled":
+            object.__setattr__(self, "wandb", "online")
+        elif self.tracker is None and self.wandb in ("online", "offline"):
+            object.__setattr__(self, "tracker", "wandb")
+
     def problems(self) -> list[str]:
         """Return the messages of ModelConfig, and one for each conflict between training fields."""
         found = super().problems()
+        if self.tracker in ("tensorboard", "trackio") and self.wandb != "disabled":
+            found.append(f"tracker = {self.tracker} excludes wandb = {self.wandb}: leave out one of them")
         if self.max_iters is None and self.epochs is None:
             found.append("max_iters and epochs are both none: set one of them")
         if self.warmup_iters is None and self.warmup_fraction is None:
@@ -702,7 +735,10 @@ class InferConfig(WriterConfig):
 
 @dataclass(frozen=True)
 class AppConfig(WriterConfig):
-    """app.py: a demo in the browser. The sampling settings are the page's initial values."""
+    """app.py: a demo in the browser, and an OpenAI-compatible endpoint.
+
+    The sampling settings are the page's initial values. The endpoint's are OpenAI's.
+    """
 
     max_new_tokens: int = opt(200, "maximum number of tokens per text", low=1, section="Text")
     parse_special: bool = opt(False, "encode added tokens, such as <|endoftext|>, in prompts as their ids")
@@ -716,7 +752,19 @@ class AppConfig(WriterConfig):
     server_port: int | None = opt(
         None, "port to listen on", low=1, high=65535, none="GRADIO_SERVER_PORT, else the first free one from 7860"
     )
-    prompt_limit: int = opt(4000, "maximum number of characters per prompt", low=1)
+    allowed_hosts: tuple[str, ...] = opt(
+        (),
+        "further names of this server, with which browsers and clients address it, for example behind a proxy; "
+        "IP addresses, localhost, server_name, and with a server_name for other machines this machine's name are "
+        "always allowed; '*': any name",
+    )
+    api_key: str | None = opt(
+        None,
+        "key that clients of /v1 must send; the page needs none. The variable is not in the list of processes",
+        none="FLATGPT_API_KEY, else no key",
+        verbatim=True,
+    )
+    prompt_limit: int = opt(4000, "maximum number of characters, or token ids, per prompt", low=1)
     token_limit: int = opt(500, "maximum number of tokens per text", low=1)
     sample_limit: int = opt(4, "maximum number of texts per request", low=1, high=16)
     queue_limit: int = opt(20, "maximum number of waiting requests; one is served at a time", low=1)
@@ -800,7 +848,7 @@ class BenchConfig(TrainConfig):
 
     def problems(self) -> list[str]:
         """Return the messages of TrainConfig, and one for each setting that this benchmark does not use."""
-        train_only = {"resume": self.resume, "overwrite": self.overwrite, "wandb": self.wandb != "disabled"}
+        train_only = {"resume": self.resume, "overwrite": self.overwrite, "tracker": self.tracker}
         train_only |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} applies to train.py: a benchmark keeps no run" for key in train_only if train_only[key]]
         if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):

@@ -24,8 +24,8 @@ import numpy as np
 import tiktoken
 
 from flatgpt.data import tokenizer
-from flatgpt.data.chunks import split_text
 from flatgpt.data.dataset import Dataset, open_dataset
+from flatgpt.data.encode import encode_text
 from flatgpt.data.shards import Tokens, read_meta
 from flatgpt.data.text_files import text_chunks
 from flatgpt.evaluation import continuations, metrics, report
@@ -131,7 +131,7 @@ def evaluate_text(
     result = {"text": name, "protocol": config.protocol, "protocol_means": protocol_means, "batch_size": batch_size}
     result |= {"stride": stride} if config.protocol == "stride" else {}
     result |= {"eval_tokens": limit or None, "eval_batches": config.eval_batches or None}
-    result |= facts | metrics.compute_metrics(statistics, counts)
+    result |= facts | report.compute_metrics(statistics, counts)
     if config.generate:
         length, eot = config.max_new_tokens, encoding.eot_token
         prompts = continuations.select_prompts(tokens, config.generate, config.prompt_tokens, length, eot)
@@ -157,15 +157,7 @@ def open_tokens(
     """
     dataset = None
     if config.text:
-        name, ids, chunks = config.text, bytearray(), text_chunks(Path(config.text))
-        if (tokenizer.can_split(encoding) or encoding.name == "byte") and not config.parse_special:
-            chunks = split_text(chunks, tokenizer.MAX_ENCODE_CHARS)  # the ids are those of prepare_data.py
-        else:
-            chunks = ["".join(chunks)]
-        for chunk in chunks:
-            encoded = np.array(tokenizer.encode(encoding, chunk, config.parse_special), dtype=np.uint32)
-            ids += tokenizer.to_uint16(encoded, encoding.n_vocab).tobytes()
-        tokens = np.frombuffer(ids, "<u2")
+        name, tokens = config.text, encode_text(encoding, text_chunks(Path(config.text)), config.parse_special)
     elif config.test_data_path:
         name, path = config.test_data_path, Path(config.test_data_path)
         if path.suffix in (".txt", ".md", ".json", ".jsonl"):

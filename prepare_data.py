@@ -31,6 +31,7 @@ from flatgpt.data import tokenizer
 from flatgpt.data.comparison import compare
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.prepare import prepare
+from flatgpt.data.sources import SOURCES
 
 
 def table(dataset: Dataset) -> str:
@@ -110,6 +111,8 @@ def main(config: PrepareConfig) -> None:
     seconds = time.perf_counter() - start
     print(f"{folder}: {meta['source']}, tokenizer {meta['tokenizer']} ({meta['vocab_size']:,} ids), {seconds:.1f} s")
     print(table(dataset))
+    if license := SOURCES[config.source].license:
+        print(f"license of the text: {license}")
     if "train" not in meta["splits"]:
         return
     name = folder.name

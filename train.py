@@ -24,7 +24,6 @@ if __name__ == "__main__":
         run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
 
-import dataclasses
 import gc
 import itertools
 import math
@@ -44,7 +43,8 @@ from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.clock import RunClock
 from flatgpt.runs.lock import RunLock
-from flatgpt.runs.run_log import RunLog, start_wandb
+from flatgpt.runs.run_log import RunLog
+from flatgpt.runs.trackers import start_tracker
 from flatgpt.runtime.device import reseed
 from flatgpt.runtime.distributed import (
     DistributedContext,
@@ -234,13 +234,11 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     progress = restore_run(resume_from, run, lock, recipe_text(config))
     if progress is None:
         return
-    mode, settings = config.wandb if ranks.first else "disabled", dataclasses.asdict(config)
-    wandb_run = start_wandb(mode, config.wandb_project, folder, settings, progress.wandb_id)
-    log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, wandb_run)
+    tracker = start_tracker(config, folder, progress.iter, progress.tracker_ids) if ranks.first else None
+    log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, tracker)
     recipe = read_recipe(TrainConfig, config.config, []) if config.config else {}
-    wandb_id = wandb_run.id if wandb_run else progress.wandb_id
-    metadata = {**run_metadata(run, recipe, resume_from), "wandb_id": wandb_id} if ranks.first else {}
-    ranks.barrier()  # wandb and git may take long
+    metadata = {**run_metadata(run, recipe, resume_from), **tracker.ids} if tracker else {}
+    ranks.barrier()  # trackers and git may take long
     vocabulary = tokenizer_json(run.encoding) if isinstance(run.encoding, FileTokenizer) else None
     checkpoints = CheckpointWriter(config, ranks, metadata, lock.is_held, vocabulary)
     stop, start, started = StopRequest(config.max_minutes, ranks.world > 1), progress.iter, time.perf_counter()

@@ -27,6 +27,7 @@ _SAME = {
     "deterministic": "full_determinism",
     "rank_timeout": "ddp_timeout",
     "log_interval": "logging_steps",
+    "tracker": "report_to",
     "eval_interval": "eval_steps eval_intervel",
     "save_interval": "save_steps save_chkpt_epoch",
     "eval_batches": "eval_epochs",
@@ -85,7 +86,8 @@ _OTHERS = {
     "save_only_model save_strategy save_total_limit",
     "every --log_interval updates add a row to metrics.csv; leave it out": "disable_tqdm include_num_input_tokens_seen "
     "log_level log_level_replica log_on_each_node logging_dir logging_first_step logging_strategy skip_memory_metrics",
-    "use --wandb online to log to Weights & Biases; otherwise leave it out": "wandb_log report_to",
+    "use --tracker wandb to log to Weights & Biases; otherwise leave it out": "wandb_log",
+    "use --tracker trackio with the environment variable TRACKIO_SPACE_ID": "trackio_space_id",
     "use --wandb_project": "project",
     "use --out_dir out/NAME, as a run is named after its folder": "wandb_run_name run_name name",
     "use python export.py --push user/name after the training": "hub_always_push hub_model_id hub_private_repo "
@@ -100,7 +102,7 @@ _OTHERS = {
     "batch_eval_metrics ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph debug "
     "eval_do_concat_batches eval_use_gather_object gradient_checkpointing_kwargs include_for_metrics jit_mode_eval "
     "label_smoothing_factor liger_kernel_config neftune_noise_alpha num_beams optim_target_modules "
-    "restore_callback_states_from_checkpoint tf32 torch_empty_cache_steps trackio_bucket_id trackio_space_id "
+    "restore_callback_states_from_checkpoint tf32 torch_empty_cache_steps trackio_bucket_id "
     "trackio_static_space_id use_cache use_liger_kernel",
 }
 ALIASES = {flag: key for key, flags in _SAME.items() for flag in flags.split()}

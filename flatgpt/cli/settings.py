@@ -21,7 +21,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import EXCLUSIVE, SCRIPT_CONFIGS, START_ONLY, UserError, checked
+from config import EXCLUSIVE, SCRIPT_CONFIGS, START_ONLY, TOGETHER, UserError, checked
 from flatgpt import REPO_ROOT
 from flatgpt.cli.foreign_flags import ADVICE, ALIASES
 
@@ -116,7 +116,8 @@ def _merge(cls, layers: list[dict], problems: list[str]) -> dict:
             if len(given) == 2:
                 problems.append(f"{' and '.join(pair)} exclude each other: give one of them")
             settings |= {key: None for key in pair if given and key in _fields(cls)}
-        settings |= layer
+        replaced = {key for keys in TOGETHER if layer.keys() & {*keys} for key in keys}
+        settings = {key: value for key, value in settings.items() if key not in replaced} | layer
     return settings
 
 

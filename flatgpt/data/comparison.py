@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from config import PrepareConfig, UserError, tokenizer_names
+from config import SOURCE_SETTINGS, PrepareConfig, UserError, tokenizer_names
 from flatgpt.data import tokenizer
 from flatgpt.data.chunks import Chunk
 from flatgpt.data.encode import encode_chunks, load_encoder
 from flatgpt.data.sources import make_plan, open_text
 from flatgpt.data.tokenizer_names import find as find_tokenizer
 from flatgpt.data.tokenizer_training import split_texts, train, trained_size
-
-NAMES = "gpt2,byte,bpe:8192"
 
 
 def compare(config: PrepareConfig, log: Callable[[str], None] = print) -> list[tuple[str, ...]]:
@@ -32,7 +30,7 @@ def compare(config: PrepareConfig, log: Callable[[str], None] = print) -> list[t
     Raises:
         UserError: as prepare.
     """
-    names = tokenizer_names(config.tokenizer or NAMES)
+    names = tokenizer_names(config.tokenizer or SOURCE_SETTINGS["compare"].tokenizer)
     config = dataclasses.replace(config, source="text", tokenizer=None, splits=("train", "val"))
     encodings = {}
     for name in names:  # raise errors before the text is read

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,23 @@ def encode_chunks(
             text_bytes += len("".join(texts).encode())
             texts, ends, batch_chars = [], [], 0
     return np.concatenate(parts), documents, text_bytes
+
+
+def encode_text(encoding: tiktoken.Encoding, chunks: Iterable[str], parse_special: bool = False) -> np.ndarray:
+    """Return the ids of one text, given in chunks: (n,) uint16, those of prepare_data.py without end-of-text.
+
+    Args:
+        parse_special: encode added tokens, such as <|endoftext|>, as their ids.
+    """
+    if (tokenizer.can_split(encoding) or encoding.name == "byte") and not parse_special:
+        chunks = split_text(chunks, tokenizer.MAX_ENCODE_CHARS)
+    else:
+        chunks = ["".join(chunks)]
+    ids = bytearray()
+    for chunk in chunks:
+        encoded = np.array(tokenizer.encode(encoding, chunk, parse_special), dtype=np.uint32)
+        ids += to_uint16(encoded, encoding.n_vocab).tobytes()
+    return np.frombuffer(ids, "<u2")
 
 
 @functools.cache

@@ -15,25 +15,35 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from config import PrepareConfig, UserError
 from flatgpt.data.readers import Corpus, RawFile, files_below
-from flatgpt.data.shards import DAMAGED, SPLITS
+from flatgpt.data.shards import DAMAGED
 from flatgpt.data.subsets import card_subsets, choose_files
 from flatgpt.runtime.files import atomic_write
 
 COMMIT = re.compile("[0-9a-f]{40}")
 DUMP = "20231101.en"  # the default dump of Wikipedia
-# {source: (dataset repository, tested commit, glob pattern of its files)}
-REPOSITORIES = {
-    "wikitext103": ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet"),
-    "wikipedia": ("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet"),
-    "fineweb": ("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet"),
-}
 # Of a model's repository: what tokenizer_reader reads, and files by which it recognizes other kinds of tokenizers.
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
 TOKENIZER_FILES += ["added_tokens.json", "config.json", "vocab.txt", "spiece.model", "tokenizer.model"]
 NUMBERED = re.compile(r"(.*?)(\d{5})-of-(\d{5})")  # train-00000-of-00041.parquet
+
+
+class Repository(NamedTuple):
+    """A dataset repository with a known layout.
+
+    Attributes:
+        commit: the commit that was tested.
+        pattern: glob pattern of the files; {dump} stands for --dump.
+        splits: the splits, if they are known in advance.
+    """
+
+    name: str
+    commit: str
+    pattern: str
+    splits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,19 +76,22 @@ class HubFiles:
 # files of a source
 
 
-def hub_files(config: PrepareConfig) -> HubFiles:
-    """Return the files of the source's dataset repository."""
+def hub_files(config: PrepareConfig, repository: Repository | None = None) -> HubFiles:
+    """Return the files of the source's dataset repository.
+
+    Args:
+        repository: None: that of --repo.
+    """
     root = Path(config.raw_dir) / config.source
-    if config.source == "hub":
+    if repository is None:
         patterns = config.files or ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
         return HubFiles(config.repo, config.revision or "main", patterns, root / config.repo)
-    repo, commit, pattern = REPOSITORIES[config.source]
-    dump, splits = config.dump or DUMP, SPLITS if config.source == "wikitext103" else ()
+    dump, (name, commit, pattern, splits) = config.dump or DUMP, repository
     patterns = (pattern.format(dump=dump),)
-    return HubFiles(repo, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
+    return HubFiles(name, config.revision or commit, patterns, root, flat=dump == DUMP, splits=splits)
 
 
-def open_repository(config: PrepareConfig) -> Corpus:
+def open_repository(config: PrepareConfig, repository: Repository | None = None) -> Corpus:
     """Return the source's files: local files, and files that are downloaded when they are first read.
 
     If the user put files into the folder, they are used without a request to the hub, unless file numbers
@@ -87,7 +100,7 @@ def open_repository(config: PrepareConfig) -> Corpus:
     Raises:
         UserError: see `list_remote`; or a local file has the wrong size.
     """
-    files = hub_files(config)
+    files = hub_files(config, repository)
     notice, listing = "", list_remote(files) if config.refresh else cached_listing(files)
     if listing is None:
         found = _find_local(files, flat=files.flat and not config.files)
@@ -105,9 +118,9 @@ def open_repository(config: PrepareConfig) -> Corpus:
     return Corpus(raw, listing["commit"], notice)
 
 
-def known_commit(config: PrepareConfig) -> str | None:
+def known_commit(config: PrepareConfig, repository: Repository | None = None) -> str | None:
     """Return the commit that the revision stands for, or None if that needs a request to the hub."""
-    files = hub_files(config)
+    files = hub_files(config, repository)
     if config.refresh:
         return None
     listing = cached_listing(files)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tiktoken
 
-from config import PrepareConfig, UserError, tokenizer_names
+from config import SOURCE_SETTINGS, PrepareConfig, UserError, tokenizer_names
 from flatgpt.data import tokenizer, workers
 from flatgpt.data.chunks import Task
 from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
@@ -52,7 +52,7 @@ def prepare(config: PrepareConfig, log: Callable[[str], None] = print) -> Datase
         UserError: bad input, too little text, a full disk, or the folder has another dataset.
     """
     source, given = SOURCES[config.source], config
-    (name,) = tokenizer_names(config.tokenizer or source.tokenizer)
+    (name,) = tokenizer_names(config.tokenizer or SOURCE_SETTINGS[config.source].tokenizer)
     trained = trained_size(name, config.special_tokens)
     encoding = None if trained else find_tokenizer(name, config.data_dir)  # None: it has a known name
     if config.special_tokens and not trained:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import PrepareConfig, UserError
+from config import SOURCE_SETTINGS, PrepareConfig, UserError
 from flatgpt.data import readers, splits, tokenizer
 from flatgpt.data.chunks import Task, chunk_tasks
 from flatgpt.data.encode import Encoded, encode_chunks, load_encoder, load_tokenizer
-from flatgpt.data.hub import DUMP, known_commit, open_repository
+from flatgpt.data.hub import DUMP, Repository, known_commit, open_repository
 from flatgpt.data.inputs import expand_inputs
 from flatgpt.data.readers import Corpus, RawFile, file_tasks
 from flatgpt.data.shards import SPLITS
@@ -34,23 +34,38 @@ MAX_COMPARED_BYTES = 100 << 20  # larger inputs are not searched for documents t
 
 @dataclass(frozen=True)
 class Source:
-    """Properties of a source.
+    """Properties of a source, besides its SourceSettings in config.py.
 
     Args:
-        tokenizer: the default tokenizer.
         revision: returns an identifier of the content, or None if that needs the hub.
         open: returns the files; may send requests to the hub.
         end_of_text: whether an end-of-text token follows each document.
         val_fraction: default share of documents for validation; None if the source has a validation split.
         joined: whether the rows are lines of one text, and are joined.
+        language: the language's code, if it is always the same, for model cards.
+        license: the license of the text, if it is always the same.
+        repository: the dataset repository, if it is always the same.
     """
 
-    tokenizer: str
     revision: Callable[[PrepareConfig], str | None]
     open: Callable[[PrepareConfig], Corpus]
     end_of_text: bool = True
     val_fraction: float | None = 0.0005
     joined: bool = False
+    language: str | None = None
+    license: str | None = None
+    repository: Repository | None = None
+
+
+def hub_source(repository: Repository, **properties) -> Source:
+    """Return a source that consists of files of a dataset repository with a known layout."""
+    revision, files = (functools.partial(call, repository=repository) for call in (known_commit, open_repository))
+    return Source(revision, files, repository=repository, **properties)
+
+
+def single_text(name: str, text: str) -> Corpus:
+    """Return the files of a source that is one text in memory."""
+    return Corpus({"train": [RawFile(name, len(text.encode()), text=text)]})
 
 
 def open_pydoc(config: PrepareConfig) -> Corpus:
@@ -60,8 +75,7 @@ def open_pydoc(config: PrepareConfig) -> Corpus:
     """
     from pydoc_data.topics import topics
 
-    text = "\n\n".join(dict.fromkeys(topics[name].strip("\n") for name in sorted(topics))) + "\n"
-    return Corpus({"train": [RawFile("pydoc", len(text.encode()), text=text)]})
+    return single_text("pydoc", "\n\n".join(dict.fromkeys(topics[name].strip("\n") for name in sorted(topics))) + "\n")
 
 
 def open_shakespeare(config: PrepareConfig) -> Corpus:
@@ -141,16 +155,27 @@ def note_shared(config: PrepareConfig, corpus: Corpus, log: Callable[[str], None
         log(f"note: {shared:,} different documents of the validation or test files are in the training files too")
 
 
+WIKITEXT = Repository(
+    "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-raw-v1/*.parquet", SPLITS
+)
+WIKIPEDIA = Repository("wikimedia/wikipedia", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa", "{dump}/*.parquet")
+FINEWEB = Repository("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT/*.parquet")
+CREATIVE_COMMONS = "CC BY-SA 3.0 and GFDL"  # as the repositories of WikiText and Wikipedia state
 SINGLE_TEXT = {"end_of_text": False, "val_fraction": 0.1}
-HUB_SOURCE = {"tokenizer": "gpt2", "revision": known_commit, "open": open_repository}
 SOURCES = {
-    "pydoc": Source("byte", lambda _: f"Python {sys.version.split()[0]}", open_pydoc, **SINGLE_TEXT),
-    "shakespeare": Source("gpt2", lambda _: SHAKESPEARE_SHA256, open_shakespeare, **SINGLE_TEXT),
-    "wikitext103": Source(**HUB_SOURCE, end_of_text=False, val_fraction=None, joined=True),
-    "wikipedia": Source(**HUB_SOURCE),
-    "fineweb": Source(**HUB_SOURCE),
-    "hub": Source(**HUB_SOURCE),
-    "text": Source("gpt2", text_revision, open_text, val_fraction=0.1),
+    "pydoc": Source(
+        lambda _: f"Python {sys.version.split()[0]}", open_pydoc, language="en", license="PSF-2.0", **SINGLE_TEXT
+    ),
+    "shakespeare": Source(
+        lambda _: SHAKESPEARE_SHA256, open_shakespeare, language="en", license="public domain", **SINGLE_TEXT
+    ),
+    "wikitext103": hub_source(
+        WIKITEXT, language="en", license=CREATIVE_COMMONS, end_of_text=False, val_fraction=None, joined=True
+    ),
+    "wikipedia": hub_source(WIKIPEDIA, language="en", license=CREATIVE_COMMONS),
+    "fineweb": hub_source(FINEWEB, language="en", license="ODC-By 1.0 and Common Crawl's terms of use"),
+    "hub": Source(known_commit, open_repository),
+    "text": Source(text_revision, open_text, val_fraction=0.1),
 }
 
 
@@ -158,7 +183,7 @@ def dataset_folder(config: PrepareConfig) -> Path:
     """Return data_dir/name. The default name has the source or repository, and what is not default."""
     parts = [config.repo.split("/")[-1] if config.source == "hub" else config.source, config.subset]
     parts += [None if config.dump == DUMP else config.dump]
-    parts += [None if config.tokenizer == SOURCES[config.source].tokenizer else config.tokenizer]
+    parts += [None if config.tokenizer == SOURCE_SETTINGS[config.source].tokenizer else config.tokenizer]
     name = "_".join(re.sub(r"[^\w.-]", "", part) for part in parts if part)
     return Path(config.data_dir) / (config.name or name)
 
@@ -278,7 +303,7 @@ def encode_task(
         {split: result of encode_chunks}; and the first added token that was encoded as ordinary characters.
     """
     source, special = SOURCES[config.source], config.parse_special
-    encoding = load_tokenizer(config.tokenizer or source.tokenizer, folder, end_of_text_id)
+    encoding = load_tokenizer(config.tokenizer or SOURCE_SETTINGS[config.source].tokenizer, folder, end_of_text_id)
     encode = load_encoder(encoding, config.encoder, special)
     by_split = {split: chunks for split, chunks in chunks_by_split(borders, task).items() if split in splits}
     texts = () if special else (chunk.text for chunks in by_split.values() for chunk in chunks)

@@ -1,7 +1,7 @@
-"""Evaluate a model on a text: windows, mean loss, and the metrics of eval.py, computed from sums over tokens.
+"""Evaluate a model on a text: windows, mean loss, and the sums over tokens from which report.py computes metrics.
 
 mean_loss(model, eval_batches(tokens, context_length, batch_size), to_device)
-compute_metrics(token_statistics(model, eval_batches(...), to_device), count_text(tokens, len(tokens), encoding))
+report.compute_metrics(token_statistics(model, eval_batches(...), to_device), count_text(tokens, len(tokens), encoding))
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flatgpt.data.shards import Tokens
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 IGNORE = -1  # a target that is not scored
-BUCKETS, BINS = 8, 15  # buckets of positions in the context; bins of confidence
+BINS = 15  # of confidence
 LOGITS_BYTES = {"cpu": 32e6, "cuda": 1e9, "mps": 256e6}  # float32 logits computed at once
 TOKENS_PER_PASS = {"cpu": 4096, "mps": 16384, "cuda": 65536}  # on a CPU, larger batches are not faster
 CHUNK_TOKENS = 1 << 18  # decoded at once
@@ -209,7 +209,7 @@ def token_statistics(
     to_device: Callable[[np.ndarray], Tensor],
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> dict[str, np.ndarray]:
-    """Return sums over all scored tokens, for `compute_metrics`. Arguments as in mean_loss.
+    """Return sums over all scored tokens, for `report.compute_metrics`. Arguments as in mean_loss.
 
     Returns:
         targets, predicted: number of tokens by target id, and by most likely id (V).
@@ -225,64 +225,30 @@ def token_statistics(
             for logits, labels in scored_logits(model, x, y, to_device):
                 log_p = logits.log_softmax(-1)  # on a CPU six times as fast as logsumexp, whose exp is not vectorised
                 top = log_p.topk(min(5, V))  # sorted
-                losses, in_top5 = -log_p.gather(1, labels[:, None])[:, 0], (top.indices == labels[:, None]).any(-1)
-                parts.append((losses, in_top5, top.indices[:, 0], top.values[:, 0].exp()))
-            losses, in_top5, best, confidences = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+                values = {
+                    "loss": -log_p.gather(1, labels[:, None])[:, 0],
+                    "in_top5": (top.indices == labels[:, None]).any(-1),
+                    "best": top.indices[:, 0],
+                    "confidence": top.values[:, 0].exp(),
+                }
+                parts.append(values)
+            token = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in values}
             targets, positions = y[y >= 0], np.nonzero(y >= 0)[1]
-            correct = best == targets
+            correct = token["best"] == targets
             # bin m holds (m / BINS, (m + 1) / BINS]; NaN goes into bin 0
-            bins = np.clip(np.ceil(np.nan_to_num(confidences) * BINS).astype(np.int64) - 1, 0, BINS - 1)
+            bins = np.clip(np.ceil(np.nan_to_num(token["confidence"]) * BINS).astype(np.int64) - 1, 0, BINS - 1)
             for name, index, weights, size in (
                 ("targets", targets, None, V),
-                ("predicted", best, None, V),
+                ("predicted", token["best"], None, V),
                 ("correct", targets[correct], None, V),
-                ("in_top5", targets[in_top5], None, V),
+                ("in_top5", targets[token["in_top5"]], None, V),
                 ("position_tokens", positions, None, T),
-                ("position_loss", positions, losses, T),
+                ("position_loss", positions, token["loss"], T),
                 ("bin_correct", bins[correct], None, BINS),
-                ("bin_confidence", bins, confidences, BINS),
+                ("bin_confidence", bins, token["confidence"], BINS),
             ):
                 sums[name] = sums.get(name, 0) + np.bincount(index, weights, size)  # float64 if there are weights
     return {name: ranks.sum(torch.from_numpy(values)).numpy() for name, values in sums.items()}
-
-
-def compute_metrics(sums: dict[str, np.ndarray], counts: dict[str, int]) -> dict:
-    """Return the metrics of a text, with the keys of report.ROWS.
-
-    Precision, recall and F1 are averages over classes, weighted by their share of the targets (scikit-learn's
-    average="weighted", zero_division=0). calibration_error is the expected calibration error over 15 equal bins of
-    confidence (Guo et al., 2017). loss_by_position has a dict for each eighth of the context.
-
-    Args:
-        sums: the result of token_statistics.
-        counts: the result of count_text.
-    """
-    support, predicted, correct = sums["targets"], sums["predicted"], sums["correct"]
-    n, nats, T = int(support.sum()), float(sums["position_loss"].sum()), len(sums["position_loss"])
-    total = math.nan if math.isnan(nats) else n  # NaN logits have no ranks: their shares are NaN too
-    by_position = []
-    for bucket in np.split(np.arange(T), np.flatnonzero(np.diff(np.arange(T) * BUCKETS // T)) + 1):
-        tokens, loss = int(sums["position_tokens"][bucket].sum()), float(sums["position_loss"][bucket].sum())
-        mean = loss / tokens if tokens else None
-        by_position.append({"first": int(bucket[0]), "last": int(bucket[-1]), "tokens": tokens, "loss": mean})
-    return counts | {
-        "tokens": n,
-        "loss": nats / n,
-        "perplexity": _exp(nats / n),
-        "word_perplexity": _exp(nats / counts["words"]) if counts["words"] else None,
-        "bits_per_byte": nats / math.log(2) / counts["bytes"] if counts["bytes"] else None,
-        "accuracy": float(correct.sum() / total),
-        "top5_accuracy": float(sums["in_top5"].sum() / total),
-        "precision": float((support * correct / np.maximum(predicted, 1)).sum() / total),
-        "recall": float(correct.sum() / total),
-        "f1": float((support * 2 * correct / np.maximum(predicted + support, 1)).sum() / total),
-        "calibration_error": float(np.abs(sums["bin_correct"] - sums["bin_confidence"]).sum() / n),
-        "loss_by_position": by_position,
-    }
-
-
-def _exp(nats: float) -> float:
-    return math.inf if nats >= 700 else math.exp(nats)
 
 
 def count_text(tokens: Tokens | np.ndarray, stop: int, encoding: tiktoken.Encoding) -> dict[str, int]:

@@ -1,12 +1,65 @@
-"""Reports of eval.py: a table with units, smol-GPT's six lines, and a plot of the loss by position."""
+"""Reports of eval.py: the metrics of a text, a table with units, smol-GPT's six lines, a plot of loss by position."""
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+BUCKETS = 8  # of positions in the context
+
+
+class Metric(NamedTuple):
+    """A row of the report of a text.
+
+    Attributes:
+        value: returns the metric from a namespace with the sums of token_statistics, the counts of count_text, and
+            tokens: number of scored tokens;
+            nats: sum of the losses;
+            ranked: as tokens, but NaN if the loss is: NaN logits have no ranks, so that their shares are NaN too.
+    """
+
+    label: str
+    unit: str
+    value: Callable[[SimpleNamespace], float | None]
+
 
 GREEDY = "of the most likely token, weighted by class frequency"
+# Key in the report -> metric, in the report's order. Precision, recall and F1 are averages over classes, weighted by
+# their share of the targets (scikit-learn's average="weighted", zero_division=0). calibration_error: Guo et al., 2017.
+METRICS = {
+    "loss": Metric("loss", "nats per scored token", lambda s: s.nats / s.tokens),
+    "perplexity": Metric("token perplexity", "exp(loss)", lambda s: _exp(s.nats / s.tokens)),
+    "word_perplexity": Metric(
+        "word perplexity", "exp(sum of losses / words)", lambda s: _exp(s.nats / s.words) if s.words else None
+    ),
+    "bits_per_byte": Metric(
+        "bits per byte", "sum of losses / ln 2 / bytes", lambda s: s.nats / math.log(2) / s.bytes if s.bytes else None
+    ),
+    "accuracy": Metric("top-1 accuracy", "share of targets ranked first", lambda s: s.correct.sum() / s.ranked),
+    "top5_accuracy": Metric(
+        "top-5 accuracy", "share of targets ranked in the first five", lambda s: s.in_top5.sum() / s.ranked
+    ),
+    "precision": Metric(
+        "precision", GREEDY, lambda s: (s.targets * s.correct / np.maximum(s.predicted, 1)).sum() / s.ranked
+    ),
+    "recall": Metric("recall", GREEDY, lambda s: s.correct.sum() / s.ranked),
+    "f1": Metric(
+        "F1", GREEDY, lambda s: (s.targets * 2 * s.correct / np.maximum(s.predicted + s.targets, 1)).sum() / s.ranked
+    ),
+    "calibration_error": Metric(
+        "calibration error",
+        "expected calibration error, 15 bins",
+        lambda s: np.abs(s.bin_correct - s.bin_confidence).sum() / s.tokens,
+    ),
+}
+
+
 # Key -> (label, unit or definition), in the table's order.
 ROWS = {
     "model": ("model", ""),
@@ -23,16 +76,7 @@ ROWS = {
     "bytes": ("bytes", "of scored text"),
     "words": ("words", "split at white space, without line ends; the first token's word is counted"),
     "lines": ("line ends", ""),
-    "loss": ("loss", "nats per scored token"),
-    "perplexity": ("token perplexity", "exp(loss)"),
-    "word_perplexity": ("word perplexity", "exp(sum of losses / words)"),
-    "bits_per_byte": ("bits per byte", "sum of losses / ln 2 / bytes"),
-    "accuracy": ("top-1 accuracy", "share of targets ranked first"),
-    "top5_accuracy": ("top-5 accuracy", "share of targets ranked in the first five"),
-    "precision": ("precision", GREEDY),
-    "recall": ("recall", GREEDY),
-    "f1": ("F1", GREEDY),
-    "calibration_error": ("calibration error", "expected calibration error, 15 bins"),
+    **{key: (metric.label, metric.unit) for key, metric in METRICS.items()},
     "choices_format": (
         "format",
         "hellaswag: texts as in lm-evaluation-harness's task; plain: ctx and endings as given",
@@ -64,6 +108,29 @@ PROTOCOLS = {
     "choices": "log-likelihood of each ending after its context, as in lm-evaluation-harness's multiple_choice",
 }
 UNITS = {key: unit for key, (_, unit) in ROWS.items() if unit} | {"loss_by_position": "nats per scored token"}
+
+
+def compute_metrics(sums: dict[str, np.ndarray], counts: dict[str, int]) -> dict:
+    """Return the counts, the values of METRICS, and loss_by_position: a dict for each eighth of the context.
+
+    Args:
+        sums: the result of token_statistics.
+        counts: the result of count_text.
+    """
+    tokens, nats, T = int(sums["targets"].sum()), float(sums["position_loss"].sum()), len(sums["position_loss"])
+    found = SimpleNamespace(**sums, **counts, tokens=tokens, nats=nats, ranked=math.nan if math.isnan(nats) else tokens)
+    values = {key: metric.value(found) for key, metric in METRICS.items()}
+    values = {key: value if value is None else float(value) for key, value in values.items()}  # numpy's are not JSON
+    by_position = []
+    for bucket in np.split(np.arange(T), np.flatnonzero(np.diff(np.arange(T) * BUCKETS // T)) + 1):
+        count, loss = int(sums["position_tokens"][bucket].sum()), float(sums["position_loss"][bucket].sum())
+        mean = loss / count if count else None
+        by_position.append({"first": int(bucket[0]), "last": int(bucket[-1]), "tokens": count, "loss": mean})
+    return {**counts, "tokens": tokens, **values, "loss_by_position": by_position}
+
+
+def _exp(nats: float) -> float:
+    return math.inf if nats >= 700 else math.exp(nats)
 
 
 def table(reports: Sequence[dict]) -> str:

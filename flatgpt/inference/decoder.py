@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class KVCache:
 
 
 # Traced steps of each model. torch never frees a traced graph, so that decoders of a model share them.
-_GRAPHS: WeakKeyDictionary[GPT, dict[tuple[int, bool], Callable[..., Tensor]]] = WeakKeyDictionary()
+_GRAPHS: weakref.WeakKeyDictionary[GPT, dict[tuple[int, bool], Callable[..., Tensor]]] = weakref.WeakKeyDictionary()
 READS = ["item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__repr__", "__format__"]
 
 
@@ -131,7 +131,8 @@ class Decoder:
         self.lengths: list[int] = []
         # On a CPU, freezing makes weights constants, so that the compiler can choose their layout.
         options = {"freezing": True} if self.device.type == "cpu" else {}
-        self._forward = compile_or_run(self._eager_step, **options) if compile else self._eager_step
+        # None: _eager_step. Its bound method would be a cycle, and keep the cache until the next garbage collection.
+        self._compiled = compile_or_run(self._eager_step, **options) if compile else None
         self._shape: tuple[int, int, torch.dtype] | None = None  # of the cache: rows, capacity, precision
         self._cache: KVCache | None = None
         self._static_step: Callable[[Tensor], Tensor] | None = None  # compiled or captured for self._shape
@@ -226,10 +227,11 @@ class Decoder:
 
     def _trace(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         """Record the operators of a step. Running it again gives the same result."""
+        decoder = weakref.proxy(self)  # the graph outlives this decoder, whose cache it must not keep
 
         def step(tokens: Tensor, key_length: Tensor, *_: Tensor) -> Tensor:
-            self._cache.key_length = key_length
-            return self._eager_step(tokens)
+            decoder._cache.key_length = key_length
+            return decoder._eager_step(tokens)
 
         with _RefuseReads():
             self._eager_step(inputs[0])
@@ -240,12 +242,12 @@ class Decoder:
     def _make_static_step(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Compile or capture the step for the cache's shape by running it. Running it again gives the same result."""
         started = time.perf_counter()
-        self._forward(tokens)
-        step = self._forward
+        step = self._compiled or self._eager_step
+        step(tokens)
         if self.capture:
             try:
                 with torch.cuda.device(self.device):  # each thread has its own current device
-                    step = self._capture_graph(tokens)
+                    step = self._capture_graph(step, tokens)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # such as an operator that synchronises with the host
@@ -254,17 +256,17 @@ class Decoder:
         self.compile_seconds += time.perf_counter() - started
         return step
 
-    def _capture_graph(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    def _capture_graph(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Capture a step as a CUDA graph, which the host launches with one call. Return a function that replays it."""
         static_tokens = tokens.clone()  # a graph reads and writes the same memory each time
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up: the initialization of libraries cannot be captured
-            self._forward(static_tokens)
+            step(static_tokens)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._forward(static_tokens)
+            logits = step(static_tokens)
 
         def replay(tokens: Tensor) -> Tensor:
             static_tokens.copy_(tokens)

@@ -25,7 +25,15 @@ TokenLogprobs = list[tuple[int, float]]  # ids and log-probabilities: the sample
 
 
 class NonFiniteLogitsError(UserError):
-    """A model computed NaN or infinite logits, so that no token can be chosen."""
+    """A model computed NaN or infinite logits, so that no token can be chosen.
+
+    Args:
+        name: the model's, in the message.
+        dtype: of the logits.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype):
+        super().__init__(f"{name}: its logits are NaN or infinite: {nonfinite_cause(dtype)}")
 
 
 def nonfinite_cause(dtype: torch.dtype) -> str:
@@ -102,13 +110,17 @@ def add_noise(logits: Tensor, generators: Sequence[torch.Generator], first: int 
     return F.softmax(logits, dim=-1) / noise
 
 
-def top_token_logprobs(logits: Tensor, tokens: Tensor, k: int) -> list[TokenLogprobs]:
+def top_token_logprobs(logits: Tensor, tokens: Tensor, k: int, n_vocab: int | None = None) -> list[TokenLogprobs]:
     """Return the log-probabilities of the sampled ids, (B), and of the k most likely ids, per row of logits, (B, V).
 
     They are the model's, before temperature, filters and penalty.
+
+    Args:
+        n_vocab: ids from n_vocab on are not listed among the most likely.
     """
     log_p = logits.float().log_softmax(-1)
-    best = log_p.topk(min(k, logits.size(-1)), dim=-1)
+    listed = log_p[:, :n_vocab]
+    best = listed.topk(min(k, listed.size(-1)), dim=-1)
     ids = torch.cat([tokens[:, None], best.indices], dim=-1)  # (B, 1 + k)
     return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), log_p.gather(-1, ids).tolist(), strict=True)]
 
@@ -182,8 +194,7 @@ def generate_batch(
                 copied.synchronize()
             new_ids = host_tokens.tolist()
             if any(new_ids[row] < 0 for row in live):
-                cause = nonfinite_cause(logits.dtype)
-                raise NonFiniteLogitsError(f"{model.name}: its logits are NaN or infinite: {cause}")
+                raise NonFiniteLogitsError(model.name, logits.dtype)
             live -= {row for row in live if new_ids[row] in stop_ids}
             if not live:
                 return

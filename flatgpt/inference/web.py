@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import tiktoken
 
-from config import UserError, first_line
+from config import AppConfig, UserError, first_line
+from flatgpt.inference.model_queue import ModelQueue
 from flatgpt.inference.sampling import TokenLogprobs
 from flatgpt.inference.writer import Text, Writer
 
@@ -24,17 +25,20 @@ STYLE = """
   font-family: var(--font-mono); font-size: 0.9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 .text .prompt { font-weight: 700; }
 .text .token { background: rgb(0 114 178 / calc(var(--s) * 0.45)); border-radius: 2px; }
+.dark .text .token { background: rgb(86 180 233 / calc(var(--s) * 0.55)); }
 .text .token:hover { outline: 2px solid rgb(0 114 178); }
 .text .token:hover::after { content: attr(data-odds); position: fixed; bottom: 12px; left: 50%; z-index: 100;
   transform: translateX(-50%); white-space: pre; padding: 10px 14px; border-radius: 8px; line-height: 1.5;
   background: #1b1f24; color: #fff; box-shadow: 0 2px 12px rgb(0 0 0 / 0.4); max-width: 94vw; overflow: hidden;
-  pointer-events: none; }
+  border: 1px solid rgb(255 255 255 / 0.25); pointer-events: none; }
 #status { min-height: 3rem; }
 #status .wrap { height: 100%; }
 #texts { flex-wrap: wrap; }
 #texts > * { flex: 1 1 280px; min-width: 0; }
-.curve { overflow-x: auto; }
-.curve img { width: 100%; min-width: 640px; }
+#texts .html-container { padding: 0; }
+.curve img { width: 100%; }
+.prose code { white-space: pre-wrap; overflow-wrap: anywhere; }
+body:not(.dark) .gradio-container { --block-info-text-color: var(--neutral-600); }
 footer { display: none !important; }
 """
 # A model card may be untrusted: an image on another server would tell that server who opens the page.
@@ -97,12 +101,17 @@ def stream_html(writer: Writer) -> Iterator[tuple[list[str], str]]:
     yield [view.html for view in views], writer.summary() + HINT
 
 
-def serve(blocks, server_name: str | None, server_port: int | None) -> None:
+def serve(blocks, config: AppConfig, queue: ModelQueue, more: dict) -> None:
     """Serve a gradio.Blocks until Ctrl-C.
+
+    Args:
+        queue: runs the page's requests. It is closed at the end.
+        more: arguments of the FastAPI application: `routes` beside the page's, and `middleware`.
 
     Raises:
         UserError: the address is not available.
     """
+    server_name, server_port = config.server_name, config.server_port
     try:
         server, url, _ = blocks.launch(
             server_name=server_name,
@@ -110,6 +119,8 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
             prevent_thread_lock=True,
             quiet=True,
             max_file_size=1,
+            max_threads=config.queue_limit + 40,  # the page's requests wait in `queue` only
+            app_kwargs=more,
             footer_links=[],
             css=STYLE,
             head=POLICY,
@@ -124,8 +135,10 @@ def serve(blocks, server_name: str | None, server_port: int | None) -> None:
             "others, or leave them out"
         ) from None
     server.uploaded_file_dir = os.devnull  # no folder can be created there, so that even empty files are refused
-    print(f"{url.rstrip('/')} - stop with Ctrl-C", flush=True)
+    url = url.rstrip("/")
+    print(f"{url} - stop with Ctrl-C" + f"; for OpenAI clients: {url}/v1" * bool(more["routes"]), flush=True)
     try:
         threading.Event().wait()
     finally:
-        blocks.close(verbose=False)  # waits for texts in progress: exiting during a torch operation aborts
+        queue.close()  # exiting during a torch operation aborts
+        blocks.close(verbose=False)

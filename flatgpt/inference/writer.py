@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import tiktoken
+import torch
 from torch import Tensor
 
 from config import InferConfig, SamplingConfig, count_of
 from flatgpt.data import tokenizer
-from flatgpt.inference.decoder import Decoder
-from flatgpt.inference.sampling import TokenLogprobs, generate_batch, top_token_logprobs
+from flatgpt.inference.decoder import PREFILL_TOKENS, Decoder
+from flatgpt.inference.sampling import NonFiniteLogitsError, TokenLogprobs, generate_batch, top_token_logprobs
 from model import GPT
+
+SCORED_ROWS = 256  # tokens of a prompt whose logits are computed at once: those of a large vocabulary need much memory
 
 
 class Text:
@@ -29,6 +33,7 @@ class Text:
     Characters that may be the start of a stop string are held back until later characters decide.
 
     Args:
+        prompt: a text, or token ids. A character that its last ids leave incomplete belongs to the continuation.
         stop: strings that end the text. It is cut before the first stop string.
         start_ids: ids that replace an empty prompt.
         parse_special: encode added tokens in the prompt as their ids.
@@ -39,23 +44,30 @@ class Text:
         ended: why the text ended: `stop`, or the reason passed to `end`; None if it has not ended.
         logprobs: for each token after the prompt, its log-probability and that of its alternatives, if they were asked
             for.
+        end_logprobs: the same for the end-of-text token, if it ended the text.
+        prompt_logprobs: the same for each id of the prompt but the first; Writer.score sets it.
     """
 
     def __init__(
         self,
         encoding: tiktoken.Encoding,
-        prompt: str = "",
+        prompt: str | Sequence[int] = "",
         stop: Sequence[str] = (),
         start_ids: Sequence[int] = (),
         parse_special: bool = False,
     ):
-        self.prompt = prompt
-        self.ids = tokenizer.encode(encoding, prompt, parse_special) if prompt else start_ids
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if isinstance(prompt, str):
+            self.prompt = prompt
+            self.ids = tokenizer.encode(encoding, prompt, parse_special) if prompt else start_ids
+        else:
+            self.prompt, self.ids = self._decoder.decode(encoding.decode_bytes(prompt)), prompt
         self.written, self.tokens = "", 0
         self.ended: str | None = None
         self.logprobs: list[TokenLogprobs] = []
+        self.end_logprobs: TokenLogprobs | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self._encoding, self._stop, self._pending = encoding, stop, ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def append(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Add a token."""
@@ -63,12 +75,16 @@ class Text:
         self.logprobs += [logprobs] if logprobs else []
         self._add(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
 
-    def end(self, reason: str = "length") -> None:
-        """End the text and add the characters that were held back. Does nothing if the text has ended."""
+    def end(self, reason: str = "length", logprobs: TokenLogprobs | None = None) -> None:
+        """End the text and add the characters that were held back. Does nothing if the text has ended.
+
+        Args:
+            logprobs: of the end-of-text token, if that is the reason.
+        """
         if not self.ended:
             self._add(self._decoder.decode(b"", final=True))
         if not self.ended:
-            self.ended, self.written = reason, self.written + self._pending
+            self.ended, self.written, self.end_logprobs = reason, self.written + self._pending, logprobs
 
     def _add(self, characters: str) -> None:
         self._pending += characters
@@ -109,8 +125,8 @@ class Writer:
         self.timed_tokens, self.timed_seconds = 0, 0.0  # without the first tokens of each batch
         self._log = log
 
-    def text(self, prompt: str) -> Text:
-        """Return a new Text for a prompt. Log a note if it can exceed the context, once per Writer."""
+    def text(self, prompt: str | Sequence[int]) -> Text:
+        """Return a new Text for a prompt or token ids. Log a note if it can exceed the context, once per Writer."""
         text = Text(self.encoding, prompt, self.config.stop, self.start_ids, self.config.parse_special)
         tokens, context = len(text.ids) + self.config.max_new_tokens, self.decoder.model.config.context_length
         if self._log and tokens > context + 1:
@@ -151,7 +167,7 @@ class Writer:
             now, before = time.perf_counter(), self.tokens
             for text, token, token_logprobs in zip(texts, tokens, newest, strict=True):
                 if token is None:
-                    text.end("end_of_text")
+                    text.end("end_of_text", token_logprobs)
                 elif not text.ended:
                     self.tokens += 1
                     text.append(token, token_logprobs)
@@ -164,9 +180,41 @@ class Writer:
             yield
             if all(text.ended for text in texts):
                 break
-        for text in texts:
-            text.end("length" if text.tokens == self.config.max_new_tokens else "end_of_text")
+        for text, token_logprobs in zip(texts, newest, strict=True):
+            if text.tokens == self.config.max_new_tokens:
+                text.end("length")
+            text.end("end_of_text", token_logprobs)
         yield
+
+    @torch.inference_mode()
+    def score(self, texts: Sequence[Text], logprobs: int) -> Iterator[None]:
+        """Compute the log-probability of each id of the prompts after the first. Yield after each forward pass.
+
+        Args:
+            texts: each with at most context_length + 1 ids. Those of similar length share forward passes of at most
+                PREFILL_TOKENS tokens.
+            logprobs: number of most likely tokens to store in Text.prompt_logprobs beside that of the prompt.
+
+        Raises:
+            NonFiniteLogitsError: the logits are NaN.
+        """
+        model, device = self.decoder.model, self.decoder.device
+        remaining = sorted(texts, key=lambda text: -len(text.ids))
+        while remaining:
+            T = max(1, len(remaining[0].ids) - 1)
+            n = max(1, PREFILL_TOKENS[device.type] // T)
+            batch, remaining = remaining[:n], remaining[n:]
+            ids = [[*text.ids, *[0] * (T + 1 - len(text.ids))] for text in batch]  # causal: padding changes nothing
+            hidden = model.hidden_states(torch.tensor(ids, device=device)[:, :-1])  # (B, T, C)
+            for text, states in zip(batch, hidden, strict=True):
+                targets = torch.tensor(text.ids[1:], dtype=torch.int64, device=device)
+                parts = zip(states[: len(targets)].split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True)
+                for part, labels in parts:
+                    logits = model.compute_logits(part)
+                    text.prompt_logprobs += top_token_logprobs(logits, labels, logprobs, self.encoding.n_vocab)
+                if any(math.isnan(logprob) for ((_, logprob), *_) in text.prompt_logprobs):
+                    raise NonFiniteLogitsError(model.name, logits.dtype)
+            yield
 
     def tokens_per_s(self) -> float | None:
         """Return the speed without first tokens and compilation; None if no other tokens were generated."""

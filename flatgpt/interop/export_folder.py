@@ -104,6 +104,9 @@ def export_problems(config: ModelConfig) -> list[str]:
         problems.append(f"position = {config.position}: Hugging Face's GPT-2 supports learned positions only")
     if config.head_bias:
         problems.append("head_bias = true: Hugging Face's GPT-2 has no bias on its output head")
+    if config.activation not in ACTIVATIONS.values():
+        known = ", ".join(dict.fromkeys(ACTIVATIONS.values()))
+        problems.append(f"activation = {config.activation}: an export supports {known} only")
     return problems
 
 

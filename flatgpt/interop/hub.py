@@ -35,9 +35,8 @@ FILES = (CONFIG, *TOKENIZER, "special_tokens_map.json", INDEX, WEIGHTS, "model-*
 # Settings that describe the machine or the command, not the model.
 LOCAL_SETTINGS = (
     *("config", "data_dir", "out_dir", "init_from", "resume", "device"),
-    *("wandb", "wandb_project", "rank_timeout"),
+    *("tracker", "wandb", "wandb_project", "rank_timeout"),
 )
-ENGLISH_SOURCES = ("pydoc", "shakespeare", "wikitext103", "fineweb")
 
 CARD = """\
 # {name}
@@ -277,21 +276,23 @@ def card_body(source: ModelSource, *, name: str, use: str, dtype: str = "float32
 
 
 def _dataset(state: dict) -> dict:
-    """Return the dataset's meta.json, hub repository and language; {} if the dataset is missing or has changed."""
+    """Return meta.json, hub repository, language and license of the dataset; {} if it is missing or has changed."""
     try:
         content = (Path(state["data"]["folder"]) / "meta.json").read_bytes()
     except (OSError, KeyError):
         return {}
     if hashlib.sha256(content).hexdigest() != state["data"]["manifest_sha256"]:
         return {}
-    from flatgpt.data.hub import DUMP, REPOSITORIES
+    from flatgpt.data.sources import SOURCES
 
     manifest = json.loads(content)
-    source, language = manifest["source"], manifest.get("dump", DUMP).partition(".")[2]
-    if source not in (*ENGLISH_SOURCES, "wikipedia") or not re.fullmatch("[a-z]{2,3}", language):
-        language = None  # 20231101.simple has no language code
-    repository = REPOSITORIES[source][0] if source in REPOSITORIES else manifest.get("repo")
-    return {**manifest, "language": language, "repository": repository}
+    source = SOURCES.get(manifest["source"])
+    language, repository = source and source.language, source and source.repository
+    license = source and source.license
+    if "dump" in manifest:  # 20231101.simple has no language code
+        language = next(iter(re.findall(r"\.([a-z]{2,3})$", manifest["dump"])), None)
+    repository = repository.name if repository else manifest.get("repo")
+    return {**manifest, "language": language, "license": license, "repository": repository}
 
 
 def _initial_model(state: dict) -> str | None:
@@ -320,6 +321,7 @@ def _training_facts(source: ModelSource) -> dict[str, object]:
     return {
         "dataset": Path(data["folder"]).name if "folder" in data else None,
         **{key: dataset.get(key) for key in ("source", "repository", "revision", "dump", "sample_size")},
+        "license of the text": dataset.get("license"),
         **{f"tokens, {split}": f"{n:,}" for split, n in data.get("tokens", {}).items() if type(n) is int},
         "end-of-text after each document": data["end_of_text"],
         "SHA-256 of the dataset's meta.json": data.get("manifest_sha256"),

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import ModelConfig, TrainConfig, UserError
+from config import SOURCE_SETTINGS, ModelConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.runs.run_log import ROWS, parse_rows
 from flatgpt.runtime.files import in_use
@@ -38,10 +38,8 @@ RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "s
 LEFT_ALIGNED = {"recipe", "run", "data", "hardware", "state"}
 LINE_WIDTH, NAME_WIDTH, DATA_WIDTH = 100, 36, 20  # in characters; longer texts are truncated
 
-# Vocabulary sizes and default tokenizers for datasets that are not prepared yet. Copied from tokenizer_reader.SIZES and
-# sources.SOURCES, because these modules are slow to import.
+# Vocabulary sizes for datasets that are not prepared yet. Copied from tokenizer_reader, which is slow to import.
 SIZES = {"byte": 257, "gpt2": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284}
-TOKENIZERS = {"pydoc": "byte", "shakespeare": "gpt2", "wikitext103": "gpt2", "wikipedia": "gpt2", "fineweb": "gpt2"}
 
 
 @dataclass(frozen=True)
@@ -292,9 +290,10 @@ def _dataset_facts(config: TrainConfig) -> tuple[int | None, str]:
         return meta["vocab_size"], _format_count(meta["splits"].get("train", {}).get("tokens"))
     if (folder / "train.bin").is_file():  # nanoGPT's format: GPT-2 ids of two bytes
         return SIZES["gpt2"], _format_count((folder / "train.bin").stat().st_size // 2)
-    source, _, tokenizer = config.dataset.partition("_")
-    vocab_size = SIZES.get(tokenizer or TOKENIZERS[source]) if source in TOKENIZERS else None
-    return vocab_size, "made at start" if source in ("pydoc", "shakespeare") else "not prepared"
+    name, _, tokenizer = config.dataset.partition("_")
+    if not (source := SOURCE_SETTINGS.get(name)):
+        return None, "not prepared"
+    return SIZES.get(tokenizer or source.tokenizer), "made at start" if source.at_start else "not prepared"
 
 
 def _run_row(name: str, folder: Path) -> tuple:

@@ -79,13 +79,14 @@ def _read_curve(run: History, xs: np.ndarray, key: str) -> Curve:
     return (xs[included], ys) if np.isfinite(ys).any() else (ys[:0], ys[:0])
 
 
-def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> bytes:
+def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png", across: int = 3) -> bytes:
     """Plot one or several runs and return the image. Panels without values are omitted.
 
     Args:
         runs: runs for which `has_values` is true.
         x: the x axis: iter, tokens or time.
         format: png (1,600 pixels wide) or svg.
+        across: number of small panels in a row: 3, or 1 for a narrow screen.
     """
     columns, unit = [_x_values(run, x) for run in runs], ""
     if x == "time":
@@ -96,9 +97,9 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> 
     curves = {key: list(map(_read_curve, runs, columns, [key] * len(runs))) for key in (*LOSSES, *PANELS)}
     curves = {key: lines for key, lines in curves.items() if any(len(xs) for xs, _ in lines)}
     panels = [key for key in PANELS if key in curves]
-    panels += panels[-1:] * (-len(panels) % 3)  # the last panel fills its row
-    mosaic = [["loss"] * 3] * 2 if any(key in curves for key in LOSSES) else []
-    mosaic += [panels[n : n + 3] for n in range(0, len(panels), 3)]
+    panels += panels[-1:] * (-len(panels) % across)  # the last panel fills its row
+    mosaic = [["loss"] * across] * 2 if any(key in curves for key in LOSSES) else []
+    mosaic += [panels[n : n + across] for n in range(0, len(panels), across)]
     # ignore the user's matplotlibrc, and warnings about characters that the font does not have
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
@@ -109,6 +110,7 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png") -> 
             axes.xaxis.get_major_locator().set_params(integer=x != "time")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(lambda value, _: format_tick(value))
+        figure.set_figwidth(8 if across > 1 else 4.5)
         labels = {"iter": "iter (updates done)", "tokens": "tokens trained on", "time": f"time of the updates ({unit})"}
         figure.supxlabel(labels[x], fontsize="medium")
         _add_title(figure, runs)

@@ -1,4 +1,4 @@
-"""Log a run to metrics.csv, samples.txt, the terminal (with a progress bar) and, optionally, Weights & Biases."""
+"""Log a run to metrics.csv, samples.txt, the terminal (with a progress bar) and a tracker."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from config import count_of, first_line, format_decimal
+from config import TrainConfig, count_of, format_decimal
 from flatgpt.runs.clock import duration
+from flatgpt.runs.trackers import Tracker
 from flatgpt.runtime.files import atomic_write, write_output
 
 KEYS = (
@@ -85,11 +86,12 @@ class RunLog:
         start_iter: 0, or the iteration that the run resumes from. Later rows are moved to metrics.lost.csv. The row of
             this iteration is removed, because it is written again. The same applies to samples.
         max_iters: total of the progress bar.
-        wandb_run: result of `start_wandb`.
+        tracker: logs rows, samples and the picture as well; `close` ends it.
     """
 
-    def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, wandb_run=None):
-        self.folder, self.max_iters, self.wandb_run, self._warned = run_dir, max_iters, wandb_run, False
+    def __init__(self, run_dir: Path | None, start_iter: int, max_iters: int, tracker: Tracker | None = None):
+        self.folder, self.max_iters, self._iter = run_dir, max_iters, start_iter
+        self.tracker = tracker or Tracker(TrainConfig(), run_dir, {})
         rows, samples = (run_dir / name if run_dir else Path(os.devnull) for name in (ROWS, SAMPLES))
         if run_dir:
             _rewind(rows, start_iter, ROW, (",".join(KEYS) + "\n").encode())
@@ -127,7 +129,8 @@ class RunLog:
         if row["val_loss"] is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
             text = f"\033[1m{text}\033[0m"  # bold
         self.print(text)
-        self._call_wandb(lambda wandb, run: run.log({key: value for key, value in row.items() if value is not None}))
+        self._iter = row["iter"]
+        self.tracker.log({key: value for key, value in row.items() if value is not None})
 
     def write_samples(self, row: dict, prompts: Sequence[str], texts: Sequence[str], whole: bool = True) -> None:
         """Print the samples of an evaluation and append them to samples.txt.
@@ -148,68 +151,20 @@ class RunLog:
             title = f"=== iter {i}{loss} | prompt {json.dumps(prompt, ensure_ascii=False)}"
             # so that no line of the text looks like a title
             self._samples.append(f"{title}\n{re.sub('^===', ' ===', text, flags=re.M)}\n\n")
-        columns = ["iter", "prompt", "text"]
-        self._call_wandb(lambda wandb, run: run.log({"iter": i, "samples": wandb.Table(columns, table)}))
+        self.tracker.log_samples(table)
 
     def write_picture(self, png: bytes) -> None:
         """Write metrics.png atomically."""
-        path = str(self.folder / PICTURE)
-        write_output(png, path, "picture")
-        self._call_wandb(lambda wandb, run: run.log({"metrics": wandb.Image(path)}))
-
-    def _call_wandb(self, call: Callable) -> None:
-        """Run call(wandb, run) if a wandb run is active. Errors, such as a full disk, are printed as a warning."""
-        if self.wandb_run is None:
-            return
-        import wandb
-
-        try:
-            call(wandb, self.wandb_run)
-        except Exception as error:
-            if not self._warned:
-                text = f"warning: wandb: {first_line(error)}; the missing data is in {self.folder}"
-                tqdm.write(text, file=sys.stderr)
-            self._warned = True
+        path = self.folder / PICTURE
+        write_output(png, str(path), "picture")
+        self.tracker.log_picture(self._iter, path)
 
     def close(self) -> None:
-        """Close the bar, the files and the wandb run."""
+        """Close the bar, the files and the tracker."""
         self.bar.close()
         self._rows.close()
         self._samples.close()
-        self._call_wandb(lambda wandb, run: run.finish())
-
-
-def start_wandb(mode: str, project: str, run_dir: Path, config: dict, run_id: str | None = None):
-    """Start a wandb run without prompting; return None for mode `disabled` or if wandb fails.
-
-    Without an API key or network, `online` becomes `offline` with a warning; `wandb sync` uploads the run later.
-
-    Args:
-        run_id: wandb id of the run to resume, so that its curves continue.
-    """
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-    except Exception as error:  # not installed, or a broken installation
-        text = f"warning: wandb: {first_line(error)}; continuing without it (to install it: pip install wandb)"
-        print(text, file=sys.stderr)
-        return None
-
-    settings = {"project": project, "name": run_dir.name, "id": run_id, "resume": "allow", "config": config}
-    settings |= {"dir": str(run_dir), "settings": wandb.Settings(init_timeout=30, silent=True)}
-    for attempt in ("online", "offline") if mode == "online" else ("offline",):
-        try:
-            if attempt == "online" and not wandb.login(prompt=False, verify=False):
-                raise wandb.errors.UsageError("no API key (wandb login, or WANDB_API_KEY)")
-            run = wandb.init(mode=attempt, **settings)
-            run.define_metric("*", step_metric="iter")  # not step=: wandb drops rows of a lower step after a resume
-            return run
-        except Exception as error:  # UsageError, CommError, and other errors without a common base class
-            fallback = "logging offline, wandb sync uploads it" if attempt == "online" else "continuing without wandb"
-            print(f"warning: wandb {attempt}: {first_line(error)}; {fallback}", file=sys.stderr)
-            wandb.teardown()  # otherwise its service still holds the run's id
-    return None
+        self.tracker.finish()
 
 
 def format_row(row: dict, width: int = 6, seconds_left: float | None = None) -> str:

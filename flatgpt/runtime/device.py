@@ -88,13 +88,13 @@ class DeviceSettings:
         """The name of the GPU, such as `NVIDIA H200`, or the type of another device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
-    def describe(self) -> str:
-        """Return the settings and their reasons as one line."""
+    def describe(self, reasons: bool = True) -> str:
+        """Return the settings as one line, by default with their reasons."""
         threads = f" ({count_of(torch.get_num_threads(), 'thread')})" if self.device.type == "cpu" else ""
-        reasons = {key: f" ({self.why[key]})" if key in self.why else "" for key in ("dtype", "compile")}
+        why = {key: f" ({self.why[key]})" if reasons and key in self.why else "" for key in ("dtype", "compile")}
         dtype = str(self.dtype).removeprefix("torch.")
         mode = "compiled" if self.compile and not compiler.failed else "eager"
-        return f"{self.name}{threads}, {dtype}{reasons['dtype']}, {mode}{reasons['compile']}"
+        return f"{self.name}{threads}, {dtype}{why['dtype']}, {mode}{why['compile']}"
 
     def path_lines(self) -> list[str]:
         """Return a line for each of `paths`, with its reason."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from config import PrepareConfig, TrainConfig, UserError, count_of
+from config import SOURCE_SETTINGS, PrepareConfig, TrainConfig, UserError, count_of
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
 from flatgpt.data.dataset import PROGRESS, Dataset, Windows, open_dataset
@@ -22,12 +22,6 @@ from flatgpt.data.tokenizer import FileTokenizer
 from flatgpt.interop.pretrained import find, read_tokenizer
 from flatgpt.runtime.device import note
 from flatgpt.runtime.distributed import DistributedContext
-
-# Sources that are prepared when a run needs them, and what that takes.
-SMALL_SOURCES = {
-    "pydoc": "from Python's built-in reference (pydoc)",
-    "shakespeare": "(a download of 1.1 MB, and of 1.5 MB for GPT-2's tokenizer if it needs that)",
-}
 
 
 def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
@@ -52,16 +46,17 @@ def load_dataset(config: TrainConfig, ranks: DistributedContext) -> Dataset:
 
 
 def prepare_small(data_dir: str, folder: Path) -> None:
-    """Prepare a dataset of SMALL_SOURCES with default settings or another named tokenizer, if it is missing."""
+    """Prepare a small source with default settings or another named tokenizer, if the dataset is missing."""
     source, _, name = folder.name.partition("_")
     settings = PrepareConfig(source=source, tokenizer=name or None, data_dir=data_dir)
-    if source not in SMALL_SOURCES or not (name == "" or tokenizer.is_named(name, folder)):
+    at_start = source in SOURCE_SETTINGS and SOURCE_SETTINGS[source].at_start
+    if not at_start or not (name == "" or tokenizer.is_named(name, folder)):
         return
     finished = (folder / "meta.json").exists() or (any(folder.glob("*.bin")) and not (folder / PROGRESS).exists())
     if finished or dataset_folder(settings) != folder:
         return
     command = f"python prepare_data.py {source}{f' --tokenizer {name}' * bool(name)}{data_dir_words(data_dir)}"
-    print(f"{folder} does not exist yet: preparing it {SMALL_SOURCES[source]}")
+    print(f"{folder} does not exist yet: preparing it {at_start}")
     try:
         prepare(settings)
     except UserError as error:

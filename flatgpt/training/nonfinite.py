@@ -30,7 +30,7 @@ PROGRESS = {"val_loss": NUMBER | None, "best_loss": NUMBER | None, "best_iter": 
 PROGRESS |= {"since_best": int, "eval_pending": bool | MISSING}
 TYPES = {
     STATE: {"finished": bool, "chosen": dict, "chosen.why": dict | MISSING, "data.manifest_sha256": str}
-    | {"chosen.paths": dict | MISSING, "wandb_id": str | None, **PROGRESS}
+    | {"chosen.paths": dict | MISSING, "wandb_id": str | None, "trackio_id": str | None | MISSING, **PROGRESS}
     | {f"config.{key}": int for key in ("eval_interval", "max_iters", "batch_size", "grad_accum_steps")},
     TRAIN_STATE: {"optimizer": dict, "scaler": dict, "health": dict | MISSING, **PROGRESS}
     | {"row.iter": int, "row.tokens": int, "row.epoch": NUMBER}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,43 +20,80 @@ MIN_LR = 2e-4  # of a config without min_lr
 ONECYCLE_START = 1 / 25  # learning rate at update 0, as a multiple of lr: that of torch's OneCycleLR
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW | MuonAndAdamW:
-    """Return fused AdamW (Loshchilov and Hutter, 2019), or Muon for the blocks' matrices and AdamW for the rest.
-
-    Weight decay applies to matrices, including embeddings, but not to vectors. The config must be resolved.
-    """
-    muon_params = [p for p in model.transformer.h.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
-    muon_ids = {id(p) for p in muon_params}
-    others = [p for p in model.parameters() if id(p) not in muon_ids]
-    adamw_groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+def decay_groups(params: Iterable[Tensor], config: TrainConfig) -> list[dict]:
+    """Return parameter groups: weight decay applies to matrices, including embeddings, but not to vectors."""
+    params = list(params)
+    return [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(adamw_groups, config.lr, (config.beta1, config.beta2), config.eps, fused=True)
-    if config.optimizer == "adamw":
-        return adamw
+
+
+def make_adamw(params: Iterable[Tensor], config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov and Hutter, 2019), fused except on the meta device."""
+    groups = decay_groups(params, config)
+    fused = groups[0]["params"][0].device.type != "meta"
+    return torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), config.eps, fused=fused)
+
+
+def make_muon(model: GPT, config: TrainConfig) -> CombinedOptimizer:
+    """Return Muon for the blocks' matrices and AdamW for the rest."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    muon_ids = {id(p) for p in matrices}
     qkv_ids = {id(block.attn.c_attn.weight) for block in model.transformer.h}  # three stacked matrices each
-    muon_groups = [
-        {"params": [p for p in muon_params if id(p) in qkv_ids], "parts": 3},
-        {"params": [p for p in muon_params if id(p) not in qkv_ids]},
+    groups = [
+        {"params": [p for p in matrices if id(p) in qkv_ids], "parts": 3},
+        {"params": [p for p in matrices if id(p) not in qkv_ids]},
     ]
-    muon = Muon(muon_groups, config.lr, config.weight_decay, momentum=config.beta1, dtype=DTYPES[config.dtype])
-    return MuonAndAdamW(muon, adamw)
+    muon = Muon(groups, config.lr, config.weight_decay, momentum=config.beta1, dtype=DTYPES[config.dtype])
+    return CombinedOptimizer(
+        muon=muon, adamw=make_adamw((p for p in model.parameters() if id(p) not in muon_ids), config)
+    )
 
 
-class MuonAndAdamW:
-    """Muon and AdamW with the interface of one optimizer. Both skip an update if `found_inf` is 1."""
+# The values of --optimizer.
+OPTIMIZERS: dict[str, Callable[[GPT, TrainConfig], torch.optim.Optimizer | CombinedOptimizer]] = {
+    "adamw": lambda model, config: make_adamw(model.parameters(), config),
+    "muon": make_muon,
+}
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.Optimizer | CombinedOptimizer:
+    """Return the optimizer that the config names. The config must be resolved."""
+    return OPTIMIZERS[config.optimizer](model, config)
+
+
+def optimizer_on_meta(config: TrainConfig) -> torch.optim.Optimizer | CombinedOptimizer:
+    """Return the optimizer after an update on the meta device: its state has names, shapes and dtypes, but no memory.
+
+    The config must be resolved.
+    """
+    model = GPT.on_meta_device(config.model())
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer = make_optimizer(model, config)
+    optimizer.step()
+    return optimizer
+
+
+class CombinedOptimizer:
+    """Optimizers of different parameters, by name, with the interface of one. All have to read `found_inf`."""
 
     found_inf: Tensor | None = None  # GradScaler sets it on the device and deletes it after the step
     _step_supports_amp_scaling = True  # otherwise GradScaler waits for the device to read it
 
-    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
-        self.optimizers = {"muon": muon, "adamw": adamw}
+    def __init__(self, **optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
 
     @property
     def param_groups(self) -> list[dict]:
-        """Parameter groups of both optimizers."""
+        """Parameter groups of all optimizers."""
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """State of all optimizers, by parameter."""
+        return {p: state for optimizer in self.optimizers.values() for p, state in optimizer.state.items()}
 
     def step(self) -> None:
         """Apply the gradients, unless `found_inf` is 1. Does not synchronise with the device."""
@@ -64,7 +102,7 @@ class MuonAndAdamW:
             optimizer.step()
 
     def state_dict(self) -> dict:
-        """Return the states of both optimizers, by name."""
+        """Return the states of all optimizers, by name."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
 
@@ -129,12 +167,14 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def apply_gradients(
-    optimizer: torch.optim.AdamW | MuonAndAdamW, scaler: torch.amp.GradScaler, found_inf: Tensor
+    optimizer: torch.optim.Optimizer | CombinedOptimizer, scaler: torch.amp.GradScaler, found_inf: Tensor
 ) -> None:
     """Run an optimizer step. If found_inf, shape (), is 1.0, weights, moments and step counts stay unchanged."""
     optimizer.found_inf = found_inf
-    # Fused kernels read found_inf on the device. On mps, before torch's pull request 186360, the host has to read it.
-    if found_inf.device.type != "mps" or not found_inf.item():
+    # Fused optimizers, and those above, read found_inf on the device. For others the host reads it, and on mps, before
+    # torch's pull request 186360.
+    on_device = getattr(optimizer, "_step_supports_amp_scaling", False) and found_inf.device.type != "mps"
+    if on_device or not found_inf.item():
         scaler.step(optimizer)
     scaler.update()
 

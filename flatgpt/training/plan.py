@@ -6,6 +6,7 @@ Memory is estimated for CUDA kernels in eager mode. It was within 1% of an H200'
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from flatgpt.runs.clock import duration
 from flatgpt.runtime.device import peak_flops
 from flatgpt.runtime.distributed import DistributedContext
 from flatgpt.training.data import resolve_data_settings
+from flatgpt.training.optimizer import optimizer_on_meta
 from flatgpt.training.setup import choose_device
 from model import GPT
 
@@ -133,28 +135,26 @@ def memory(config: TrainConfig, dtype: torch.dtype, gpus: int = 1) -> dict[str, 
     `activations` include temporary memory. `peak` is the largest sum at any time. vocab_size must be set.
     """
     model = GPT.on_meta_device(config.model())
-    blocks = list(model.transformer.h.parameters())
-    block_params, matrices = sum(p.numel() for p in blocks), sum(p.numel() for p in blocks if p.dim() == 2)
+    block_params = sum(p.numel() for p in model.transformer.h.parameters())
     other_params = sum(p.numel() for p in model.parameters()) - block_params  # with the vocabulary's padding
     sharded = config.fsdp and gpus > 1
     shards = gpus if sharded else 1
     accumulate = config.grad_accum_steps > gpus  # a device sums the gradients of several passes
     weights = FLOAT32 * (other_params + block_params)
-    # AdamW has two moments per parameter; Muon has one for the blocks' matrices
-    moments = 2 * weights - FLOAT32 * matrices * (config.optimizer == "muon")
+    optimizer = optimizer_on_meta(dataclasses.replace(config, dtype="float32"))
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
     components = {
         "weights": weights // shards,
         "gradients": weights // (1 if accumulate else shards),
-        "optimizer": moments // shards,
+        "optimizer": sum(t.nbytes for t in moments) // shards,
         "activations": activation_bytes(config, config.batch_size, dtype, sharded),
     }
     if sharded:  # gathered: the float32 embeddings from forward to backward, and one block in `dtype`
         components["weights"] += FLOAT32 * other_params + dtype.itemsize * block_params // config.n_layer
     # gradients of a single pass reuse the memory of its activations, except with DDP, which allocates buckets first
     reused = min(components["gradients"], components["activations"]) if not accumulate and (gpus == 1 or sharded) else 0
-    muon = {id(p) for p in blocks if p.dim() == 2} if config.optimizer == "muon" else ()
     # a copy of each weight and moment, pinned: torch rounds each allocation up to a power of two
-    buffers = sum((3 - (id(p) in muon)) << (p.nbytes - 1).bit_length() for p in model.parameters())
+    buffers = sum(1 << (t.nbytes - 1).bit_length() for t in (*model.parameters(), *moments))
     return components | {"peak": sum(components.values()) - reused, "save buffers": buffers}
 
 

@@ -32,7 +32,7 @@ from flatgpt.runtime.distributed import shard_like
 from flatgpt.runtime.files import atomic_write
 from flatgpt.training.data import count_eval_tokens
 from flatgpt.training.nonfinite import require_resumable
-from flatgpt.training.optimizer import Muon, MuonAndAdamW
+from flatgpt.training.optimizer import CombinedOptimizer, optimizer_on_meta
 from flatgpt.training.setup import TrainingRun
 from model import GPT
 
@@ -57,7 +57,7 @@ class Progress:
     best_iter: int | None = None
     since_best: int = 0  # evaluations since best_iter
     forked: bool = False  # resumed from another run's checkpoint; no checkpoint in this run's folder yet
-    wandb_id: str | None = None
+    tracker_ids: dict = field(default_factory=lambda: {"wandb_id": None, "trackio_id": None})
 
     def patience_exhausted(self, patience: int | None) -> bool:
         """Return whether the last `patience` evaluations found no new best loss."""
@@ -75,7 +75,7 @@ class Progress:
         self.eval_pending = self.iter % saved["eval_interval"] == 0 or self.iter >= saved["max_iters"]
         for key in self.state_dict().keys() & train_state.keys():
             setattr(self, key, train_state[key])
-        self.wandb_id = state["wandb_id"]
+        self.tracker_ids = {key: state.get(key) for key in self.tracker_ids}
 
 
 def checkpoint_state(run: TrainingRun, progress: Progress) -> dict:
@@ -297,19 +297,19 @@ def restore(folder: Path, run: TrainingRun) -> dict:
         UserError: a tensor is missing, or its shape or dtype is not the model's. Then nothing is loaded.
     """
     train_state = checkpoint.load_train_state(folder)
-    saved = train_state["optimizer"]
-    pairs = [(saved, run.optimizer)]
-    if isinstance(run.optimizer, MuonAndAdamW):
-        pairs = [(saved.get(name, {}), optimizer) for name, optimizer in run.optimizer.optimizers.items()]
-    if not all(fits_optimizer(*pair) for pair in pairs):
+    saved, expected = train_state["optimizer"], optimizer_on_meta(run.config).state_dict()
+    parts = [(saved, expected, run.optimizer)]
+    if isinstance(run.optimizer, CombinedOptimizer):
+        parts = [(saved.get(name, {}), expected[name], part) for name, part in run.optimizer.optimizers.items()]
+    if not all(fits_optimizer(state, layout) for state, layout, _ in parts):
         raise UserError(f"{folder / TRAIN_STATE} belongs to another model or optimizer")
     checkpoint.load_weights(run.model, folder, convert=shard_like)
-    for state, optimizer in pairs:
+    for state, _, optimizer in parts:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for index, moments in state["state"].items():  # copied one by one: they lie in the file, which may be deleted
             for key, value in moments.items():
-                value = shard_like(value, params[index]) if value.dim() else value  # step counts have no dimension
-                moments[key] = value.to(params[index].device, copy=True)
+                p = params[index]  # step counts have no dimension; load_state_dict moves them where they are read
+                moments[key] = shard_like(value, p).to(p.device, copy=True) if value.dim() else value.clone()
         # with the settings of this run, not the saved ones
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
     if train_state["scaler"]:  # empty unless the dtype was float16
@@ -319,22 +319,18 @@ def restore(folder: Path, run: TrainingRun) -> dict:
     return train_state
 
 
-def fits_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a saved state fits an optimizer's parameters. load_state_dict does not check shapes."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+def fits_optimizer(saved: dict, expected: dict) -> bool:
+    """Return whether a saved state has the parameters, names, shapes and dtypes of the expected one, or no moments yet.
+
+    load_state_dict does not check them.
+    """
+
+    def layout(state: dict) -> tuple[list, dict]:
+        moments = {p: {k: (t.shape, t.dtype) for k, t in found.items()} for p, found in state["state"].items()}
+        return [group["params"] for group in state["param_groups"]], moments
+
     try:
-        groups = [[group["params"] for group in state["param_groups"]] for state in (saved, optimizer.state_dict())]
-        complete = saved["state"].keys() in (set(), set(range(len(params))))  # empty before the first update
-        return (
-            complete
-            and groups[0] == groups[1]
-            and all(moments.keys() == names for moments in saved["state"].values())
-            and all(
-                (moment.shape, moment.dtype) == (() if name == "step" else params[index].shape, params[index].dtype)
-                for index, moments in saved["state"].items()
-                for name, moment in moments.items()
-            )
-        )
+        groups, moments = layout(expected)
+        return layout(saved) in ((groups, moments), (groups, {}))
     except (AttributeError, KeyError, TypeError):  # values of other types
         return False

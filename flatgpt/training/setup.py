@@ -27,7 +27,7 @@ from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device,
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
 from flatgpt.training.data import count_eval_tokens, load_dataset, load_encoding, resolve_data_settings
 from flatgpt.training.nonfinite import NonfiniteGuard
-from flatgpt.training.optimizer import MuonAndAdamW, make_optimizer, resolve_schedule
+from flatgpt.training.optimizer import CombinedOptimizer, make_optimizer, resolve_schedule
 from model import GPT
 
 ENTROPY_TOKENS = 1_000_000  # of the training split, whose frequencies are counted
@@ -47,7 +47,7 @@ class TrainingRun:
     model: GPT  # the plain module, to save, evaluate and sample
     wrapped_model: nn.Module  # wrapped by DDP or fully_shard; the plain model on a single rank
     forward: Callable[..., Tensor]  # inputs, targets -> loss: the wrapped model, or its compiled form
-    optimizer: torch.optim.AdamW | MuonAndAdamW
+    optimizer: torch.optim.Optimizer | CombinedOptimizer
     scaler: torch.amp.GradScaler
     nonfinite_guard: NonfiniteGuard
 

@@ -1,5 +1,6 @@
 """app.py: the HTML of texts, the limits for visitors, the server, and the page in a real browser."""
 
+import asyncio
 import contextlib
 import html
 import itertools
@@ -8,16 +9,14 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
-from processes import ROOT, command, free_port, running
+from app_server import serving, values
+from processes import ROOT, command
 from scripted import save_model, scripted_model
 from vocabularies import HINDI, bpe, characters, save_run_of
 
@@ -25,6 +24,7 @@ import app
 from config import AppConfig, UserError
 from flatgpt.data import tokenizer
 from flatgpt.inference import web
+from flatgpt.inference.model_queue import ModelQueue
 from flatgpt.inference.writer import Text
 
 BYTE = tokenizer.load("byte")
@@ -38,13 +38,6 @@ def visible(page: str) -> str:
 def odds(page: str) -> list[str]:
     """Return the table of each token in HTML."""
     return [html.unescape(table) for table in re.findall(r'data-odds="([^"]*)"', page)]
-
-
-def values(**changes) -> dict:
-    """Return what the page sends, with changes."""
-    sent = {"prompt": "99 green", "stop": "", "num_samples": 1, "max_new_tokens": 20, "temperature": 0.8, "top_k": 0}
-    sent |= {"top_p": 1, "min_p": 0, "repetition_penalty": 1, "seed": 5, "ignore_eot": False}
-    return sent | changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +131,7 @@ def test_about_names_no_folder_of_the_machine(loaded, tiny_home):
     assert name == "quickstart"
     assert "34,720 parameters" in card
     assert "## Training" in card
-    assert plots.startswith('<div class="curve"><img ')
+    assert plots.startswith('<picture class="curve"><source ')
     assert str(tiny_home) not in card + plots + described
 
 
@@ -154,13 +147,17 @@ def test_page_starts_with_the_settings_of_the_command_line(tiny_run):
     given = {"temperature": 3.0, "top_k": 1000, "top_p": 0.01, "repetition_penalty": 0.5, "max_new_tokens": 9000}
     for changes, expected in ((given, given | {"max_new_tokens": 500}), ({"greedy": True}, {"temperature": 0})):
         config = AppConfig(model_path=str(tiny_run), device="cpu", **changes)
-        blocks = app.build(config, *app.load(config))
+        blocks = app.build(config, *app.load(config), ModelQueue(1))
         parts = [part["props"] for part in blocks.get_config_file()["components"]]
         sliders = {part["label"].replace(" ", "_"): part for part in parts if "maximum" in part and "minimum" in part}
         for key, value in expected.items():
             slider = sliders[key]
             assert slider["minimum"] <= slider["value"] == value <= slider["maximum"], key
         assert not blocks.analytics_enabled
+
+
+async def read_all(iterator) -> list:
+    return [item async for item in iterator]
 
 
 @pytest.mark.extra("gradio")
@@ -171,12 +168,14 @@ def test_diverged_model_is_an_error_on_the_page(tmp_path):
     model = scripted_model("abcdefgh")
     model.transformer.wpe.weight.data[3] = float("nan")
     config = AppConfig(model_path=save_model(model, tmp_path), device="cpu")
-    write = next(event for event in app.build(config, *app.load(config)).fns.values() if event.api_name == "write").fn
-    prompt, stop, *options = values(prompt="p").values()
+    queue = ModelQueue(1)
+    blocks = app.build(config, *app.load(config), queue)
+    write = next(event for event in blocks.fns.values() if event.api_name == "write").fn
     for _ in range(2):
         with pytest.raises(gradio.Error, match="its logits are NaN or infinite") as caught:
-            list(write(prompt, stop, *options))
+            asyncio.run(read_all(write(*values(prompt="p").values())))
         assert not caught.value.print_exception
+    queue.close()
 
 
 def test_without_gradio_it_says_what_to_install(cli, monkeypatch):
@@ -186,52 +185,6 @@ def test_without_gradio_it_says_what_to_install(cli, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the server
-
-
-class Server:
-    """A running app.py, and requests to it."""
-
-    def __init__(self, process: subprocess.Popen, port: int):
-        self.port, lines = port, []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("http"):
-                break
-        self.url = lines[-1].split(" ")[0]
-        assert self.url.startswith("http"), "".join(lines)
-
-    def get(self, path: str, body: object = None, **headers: str) -> tuple[int, str]:
-        """Return status and body of the answer to a GET request, or to a POST request with a body."""
-        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
-        try:
-            with urllib.request.urlopen(request, timeout=90) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def begin(self, **changes) -> str:
-        """Call the page's function. Returns the route of its events."""
-        _, started = self.get("/gradio_api/call/write", {"data": list(values(**changes).values())})
-        return f"/gradio_api/call/write/{json.loads(started)['event_id']}"
-
-    def write(self, **changes) -> str:
-        """Call the page's function. Returns all events that the server sends."""
-        return self.get(self.begin(**changes))[1]
-
-
-@contextlib.contextmanager
-def serving(home: Path, *words, **env: str):
-    """Run app.py in a folder. At the end of the block it is stopped with Ctrl-C."""
-    port = free_port()
-    settings = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO")}
-    settings |= {"GRADIO_SERVER_PORT": str(port), "HOME": str(home), "PYTHONPATH": "", **env}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    with running([sys.executable, ROOT / "app.py", *words], cwd=home, env=settings, **pipes) as process:
-        yield Server(process, port)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=90)
-        assert process.returncode == 130
 
 
 @pytest.fixture(scope="module")

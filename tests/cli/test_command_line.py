@@ -280,6 +280,30 @@ def test_later_of_epochs_and_max_iters_wins(tmp_path, base, mine, words, max_ite
     assert (found.max_iters, found.epochs) == (max_iters, epochs)
 
 
+@pytest.mark.parametrize(
+    ("recipe_says", "words", "tracker", "wandb"),
+    [
+        ("", "", None, "disabled"),
+        ("", "--tracker wandb", "wandb", "online"),
+        ("", "--wandb offline", "wandb", "offline"),
+        ("", "--tracker wandb --wandb offline", "wandb", "offline"),
+        ("", "--report_to tensorboard", "tensorboard", "disabled"),
+        ('wandb = "online"', "--tracker trackio", "trackio", "disabled"),
+        ('wandb = "online"', "--tracker none", None, "disabled"),
+        ('tracker = "trackio"', "--wandb", "wandb", "online"),
+        ('tracker = "wandb"', "--wandb offline", "wandb", "offline"),
+        ('tracker = "wandb"\nwandb = "offline"', "--wandb disabled", None, "disabled"),
+        ('tracker = "tensorboard"', "--wandb_project mine", "tensorboard", "disabled"),
+    ],
+)
+def test_later_of_tracker_and_wandb_wins(tmp_path, recipe_says, words, tracker, wandb):
+    """Together they say where a run is logged. The run's own recipe gives the same."""
+    found = parse(TrainConfig, ["--config", recipe(tmp_path, recipe_says), *words.split()])
+    assert (found.tracker, found.wandb) == (tracker, wandb)
+    again = parse(TrainConfig, ["--config", recipe(tmp_path, settings.recipe_text(found), "again.toml")])
+    assert (again.tracker, again.wandb) == (tracker, wandb)
+
+
 def test_epochs_and_max_iters_at_one_level_exclude_each_other(tmp_path):
     for words in (["--epochs", "2", "--max_iters", "5"], ["--config", recipe(tmp_path, "epochs = 2\nmax_iters = 5")]):
         assert "epochs and max_iters exclude each other" in refusal(TrainConfig, words)

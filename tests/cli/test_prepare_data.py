@@ -81,6 +81,10 @@ def test_table_has_the_manifests_numbers(made):
     assert last.startswith("next: python train.py")
 
 
+def test_license_of_a_known_text_is_printed(in_tmp, cli):
+    assert "\nlicense of the text: PSF-2.0\n" in cli("prepare_data", "pydoc").out
+
+
 def test_info_says_what_the_manifest_says_and_shows_text(made, cli):
     meta = json.loads(Path("data/mine/meta.json").read_text())
     done = cli("prepare_data", "--info", "data/mine")

@@ -74,6 +74,8 @@ REFUSALS = [
     ("train", "lr 1e-3", "error: lr: write --lr"),
     ("train", "--name quick", "--name: use --out_dir out/NAME"),
     ("train", "--wandb_log=False", "otherwise leave it out"),
+    ("train", "--tracker trackio --wandb offline", "tracker = trackio excludes wandb = offline: leave out one of them"),
+    ("train", "--tracker mlflow", "--tracker = mlflow: one of wandb, tensorboard, trackio is expected"),
     ("train", "--resume a", "nothing to resume in a: there is no checkpoint", "python train.py --config a/config.toml"),
     # eval.py
     ("eval", "--dataset pydoc --test_data_path x.bin", "dataset", "test_data_path"),
@@ -96,6 +98,8 @@ REFUSALS = [
     ("infer", "--logprobs -1 --json x", "--logprobs = -1", "at least 0"),
     # bench.py
     ("bench", "--list", "list applies to train.py"),
+    ("bench", "--tracker tensorboard", "tracker applies to train.py"),
+    ("bench", "--wandb offline", "tracker applies to train.py"),
     ("bench", "train --plot a.png", "plot applies to bench.py loss, not to train"),
     ("bench", "loss --target 1 --plot a.pdf", "plot = a.pdf: a name that ends in .png is expected"),
     # plot.py

@@ -144,10 +144,10 @@ def test_second_try_of_a_recipe_is_offered_a_free_folder(tiny_data, cli):
             train_here("--max_iters", 1, "--out_dir", f"out/a b-{n}", "--resume", "auto")
 
 
-def test_plan_is_that_of_the_readme(cli, in_tmp):
+def test_plan_is_that_of_the_documentation(cli, in_tmp):
     """But for the speed of this machine."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command, *expected = re.search(r"^\$ python train\.py (.* --plan .*)\n((?:.*\n)+?)```", readme, re.M).groups()
+    page = (ROOT / "docs/devices.md").read_text(encoding="utf-8")
+    command, *expected = re.search(r"^\$ python train\.py (.* --plan .*)\n((?:.*\n)+?)```", page, re.M).groups()
     *lines, here = cli("train", *command.split(), "--device", "cpu").out.splitlines()
     assert lines == expected[0].splitlines()[:-1]
     assert re.fullmatch(r" +here: cpu +[\d.]+ TFLOP/s +[\d.,]+ days", here)

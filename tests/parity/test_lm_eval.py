@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from app_server import serving
 from in_process import TEXT, make_dataset, train_here
 from scoring import ENCODINGS, FIRST, QUESTIONS, rolling_loop
 
@@ -52,7 +53,13 @@ def reader(home):
 @pytest.fixture(autouse=True)
 def in_home(home, monkeypatch) -> None:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(socket.socket, "connect", lambda *words: pytest.fail("the network was asked"))
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        assert address[0] == "127.0.0.1", "the network was asked"
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
 
 
 def report(*words) -> dict:
@@ -114,6 +121,35 @@ def test_accuracies_equal_a_task_of_the_harness(reader, tmp_path):
     ours = report("--model_path", "exported", "--choices", data)
     assert ours["choice_accuracy"] == results["choices"]["acc,none"] not in (0, 1)
     assert ours["choice_accuracy_norm"] == results["choices"]["acc_norm,none"]
+
+
+@pytest.mark.extra("gradio", "tenacity")
+def test_the_endpoint_of_app_is_a_model_of_the_harness(reader, home):
+    """local-completions asks a running app.py, in batches; the answers are those of the exported folder."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    pairs = [(LONG[:20], LONG[20:27]), ("", SHORT), (SHORT, " on"), ("x", LONG[:31]), (LONG[:30], LONG[30:61])]
+    pairs += [(q["ctx"], f" {ending}") for q in TASK_QUESTIONS for ending in q["endings"]]
+    texts = [(LONG,), (SHORT,), ("x",), (LONG[:32],), (LONG[:33],)]
+    until = [(LONG[:n], {"until": stop, "max_gen_toks": 12}) for n in (1, 9, 16) for stop in (["\n"], ["e", "ll"])]
+    with serving(home, "--model_path", "out/quickstart", "--device", "cpu", "--dtype", "float32") as server:
+        theirs = LocalCompletionsAPI(
+            base_url=f"{server.url}/v1/completions",
+            model="any",
+            tokenizer=str(home / "exported"),
+            tokenizer_backend="huggingface",
+            max_length=32 + 2,  # the context, one more that is only predicted, and the token that it always asks for
+            batch_size=4,
+            max_retries=1,
+        )
+        for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", texts), ("generate_until", until)):
+            requests = [Instance(kind, {}, each, 0) for each in arguments]
+            got, expected = (getattr(model, kind)(requests, disable_tqdm=True) for model in (theirs, reader))
+            if kind == "loglikelihood":
+                assert [is_greedy for _, is_greedy in got] == [is_greedy for _, is_greedy in expected]
+                got, expected = ([nats for nats, _ in answers] for answers in (got, expected))
+            assert got == (expected if kind == "generate_until" else pytest.approx(expected, abs=1e-4)), kind
 
 
 def test_texts_of_hellaswag_equal_the_harness(tmp_path):

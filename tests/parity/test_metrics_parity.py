@@ -8,7 +8,8 @@ import torch
 from random_models import random_model
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
 
-from flatgpt.evaluation.metrics import compute_metrics, mean_loss, token_statistics
+from flatgpt.evaluation.metrics import mean_loss, token_statistics
+from flatgpt.evaluation.report import compute_metrics
 
 
 def targets_and_inputs(T: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

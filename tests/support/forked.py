@@ -281,9 +281,13 @@ class Scripts:
         self._server = self._stack.enter_context(start_server(OTHERS, self.ENVIRONMENT | (env or {})))
         self._calls = 0
 
-    def run(self, line: str, cwd: Path, stdin: str = "") -> Result:
-        """Run a command line such as `train --config x.toml`."""
-        return self._run(line, cwd, stdin, [{}])[0]
+    def run(self, line: str, cwd: Path, stdin: str = "", root: Path = ROOT) -> Result:
+        """Run a command line such as `train --config x.toml`.
+
+        Args:
+            root: the checkout whose scripts and modules are used.
+        """
+        return self._run(line, cwd, stdin, [{}], root)[0]
 
     def run_ranks(self, line: str, cwd: Path, world: int) -> list[Result]:
         """Run it on several ranks, with the environment variables that torchrun sets. Returns the results by rank."""
@@ -291,13 +295,13 @@ class Scripts:
         shared["MASTER_PORT"] = str(free_port())
         return self._run(line, cwd, "", [{"RANK": str(n), "LOCAL_RANK": str(n), **shared} for n in range(world)])
 
-    def _run(self, line: str, cwd: Path, stdin: str, environments: list[dict]) -> list[Result]:
+    def _run(self, line: str, cwd: Path, stdin: str, environments: list[dict], root: Path = ROOT) -> list[Result]:
         script, *words = shlex.split(line)
-        started = []
+        code, started = f"sys.path[0] = {str(root)!r}\n{QUICK_EXIT}", []
         for env in environments:
             self._calls += 1
-            folder, argv = self._folder / str(self._calls), [ROOT / f"{script}.py", *words]
-            started.append(ForkedProcess(self._server, folder, cwd, argv, QUICK_EXIT, env, stdin))
+            folder, argv = self._folder / str(self._calls), [root / f"{script}.py", *words]
+            started.append(ForkedProcess(self._server, folder, cwd, argv, code, env, stdin))
         try:
             codes = [process.wait(100) for process in started]
         finally:

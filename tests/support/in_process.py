@@ -76,14 +76,14 @@ def reset_torch() -> None:
         device.compiler.failed = False
 
 
-def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte"):
-    """Make a dataset of the text in folder/data/<name> and return it."""
+def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte", **more):
+    """Make a dataset of the text in folder/data/<name>, with more settings of prepare_data.py, and return it."""
     from config import PrepareConfig
     from flatgpt.data.prepare import prepare
 
     file = folder / f"{name}.txt"
     file.write_text(text, encoding="utf-8")
-    settings = {"name": name, "tokenizer": encoding, "data_dir": str(folder / "data")}
+    settings = {"name": name, "tokenizer": encoding, "data_dir": str(folder / "data")} | more
     return prepare(PrepareConfig(source="text", input=(str(file),), **settings), lambda line: None)
 
 

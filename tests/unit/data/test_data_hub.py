@@ -15,9 +15,8 @@ from prepared import content, prepare, texts
 
 from config import PrepareConfig, UserError
 from flatgpt.data import hub, subsets
-from flatgpt.data.hub import REPOSITORIES, hub_files
-
-WIKITEXT, WIKIPEDIA, FINEWEB = (REPOSITORIES[source][1] for source in ("wikitext103", "wikipedia", "fineweb"))
+from flatgpt.data.hub import hub_files
+from flatgpt.data.sources import FINEWEB, WIKIPEDIA, WIKITEXT
 
 
 def parquet(*rows: str, column: str = "text") -> bytes:
@@ -333,11 +332,13 @@ WIKITEXT_TEXTS = {
 def test_wikitext103(in_tmp, host, by_hand, splits, fetched):
     """One running text per split; the splits that are missing are downloaded, the others need no hub."""
     files = {f"{RAW_CONFIG}/{name}.parquet": parquet(*rows) for name, rows in WIKITEXT_ROWS.items()}
-    host.publish("Salesforce/wikitext", {"wikitext-2-v1/train.parquet": parquet("<unk>"), **files}, commit=WIKITEXT)
+    host.publish(
+        "Salesforce/wikitext", {"wikitext-2-v1/train.parquet": parquet("<unk>"), **files}, commit=WIKITEXT.commit
+    )
     put(Path("data/raw/wikitext103"), {f"{name}.parquet": files[f"{RAW_CONFIG}/{name}.parquet"] for name in by_hand})
     data = prepare("wikitext103", tokenizer="byte", splits=splits)
     assert texts_by_split(data) == {split: [WIKITEXT_TEXTS[split]] for split in splits or WIKITEXT_TEXTS}
-    assert (data.meta["end_of_text"], data.meta["revision"]) == (False, WIKITEXT)
+    assert (data.meta["end_of_text"], data.meta["revision"]) == (False, WIKITEXT.commit)
     documents = {"train": 6, "val": 2, "test": 2}  # rows, also empty ones
     assert all(entry["documents"] == documents[split] for split, entry in data.meta["splits"].items())
     assert sorted(host.fetched()) == [f"{RAW_CONFIG}/{name}.parquet" for name in sorted(fetched)]
@@ -348,7 +349,7 @@ def test_dumps_of_wikipedia_are_separate(in_tmp, host):
     numbered = [f"train-0000{n}-of-00002.parquet" for n in (0, 1)]
     put(Path("data/raw/wikipedia"), {f"{f}{n}": parquet(f"{f}mine") for f in ("", "20231101.nds/") for n in numbered})
     dumps = {f"{dump}/{n}": parquet(dump) for dump in ("20231101.simple", "20231101.en") for n in numbered}
-    host.publish("wikimedia/wikipedia", dumps, commit=WIKIPEDIA)
+    host.publish("wikimedia/wikipedia", dumps, commit=WIKIPEDIA.commit)
     keys = {"tokenizer": "byte", "val_fraction": 0.5}
     for dump, suffix, text in ((None, "", "mine"), ("20231101.simple", "_20231101.simple", "20231101.simple")):
         data = prepare("wikipedia", dump=dump, **keys)
@@ -362,7 +363,7 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
     names = [f"sample/10BT/00{n}_00000.parquet" for n in range(4)]
     files = {name: parquet(*(f"document {n} {k}" for k in range(60))) for n, name in enumerate(names)}
     files["data/CC-MAIN-2013-20/train-00000-of-00014.parquet"] = parquet("another configuration")
-    host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB)
+    host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB.commit)
     documents = [f"document {n} {k}" for n in range(4) for k in range(60)]
     for size, fetched in ((60, names[:1]), (150, names[:3]), (None, names)):
         data = prepare("fineweb", tokenizer="byte", sample_size=size, val_fraction=0.5, name=f"s{size}")
@@ -375,7 +376,7 @@ def test_a_sample_of_fineweb_downloads_the_files_that_it_needs(in_tmp, host):
 def test_size_of_a_download_is_said_before_it(in_tmp, host):
     """Also why a share of the training files, alone, needs them all."""
     files = {f"sample/10BT/00{n}_00000.parquet": parquet(*(f"document {n} {k}" for k in range(60))) for n in range(3)}
-    host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB)
+    host.publish("HuggingFaceFW/fineweb-edu", files, commit=FINEWEB.commit)
 
     def log(line: str) -> None:
         logged.append((line, len(host.fetched())))
@@ -418,7 +419,7 @@ def test_size_of_a_download_is_said_before_it(in_tmp, host):
 )
 def test_errors_of_the_hub(in_tmp, host, waits, keys, faults, parts):
     host.publish("user/name", FILES)
-    host.publish("wikimedia/wikipedia", {"20231101.en/train-00000-of-00001.parquet": b""}, commit=WIKIPEDIA)
+    host.publish("wikimedia/wikipedia", {"20231101.en/train-00000-of-00001.parquet": b""}, commit=WIKIPEDIA.commit)
     host.faults = {request: itertools.repeat(fault) for request, fault in faults.items()}
     refused(parts, **keys)
     assert list(Path("data").rglob("*.parquet")) == []

@@ -12,13 +12,13 @@ from dataset_files import WRITTEN, by_characters, by_hash, hub_data, texts_by_sp
 from in_process import TEXT
 from prepared import content, files, from_text, prepare, refusal, texts
 
-from config import PrepareConfig, UserError
+from config import SOURCE_SETTINGS, PrepareConfig, UserError
 from flatgpt.data import prepare as preparation
 from flatgpt.data import readers, sources, tokenizer
 from flatgpt.data.chunks import Chunk, Task
 from flatgpt.data.inputs import expand_inputs
 from flatgpt.data.readers import Corpus, RawFile
-from flatgpt.data.sources import encode_task, make_plan
+from flatgpt.data.sources import SOURCES, encode_task, make_plan
 from flatgpt.data.splits import choose_split
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,3 +487,10 @@ def test_choice_of_a_split_never_changes():
     chosen = [choose_split({"test": 0.1, "val": 0.1 + 0.2}, [f"document {n}"]) for n in range(60)]
     letters = {"train": "r", "val": "a", "test": "e"}
     assert "".join(letters[split] for split in chosen) == "rrerrrrerararrraaerearrrrrrrerrrrrraarearrrrrrrrrrrrararrrar"
+
+
+def test_every_source_has_settings():
+    """config.py's table lists what prepare_data.py accepts, sources.py's what it opens."""
+    assert [*SOURCES, "compare"] == [*SOURCE_SETTINGS]
+    fields = PrepareConfig.__dataclass_fields__.keys()
+    assert all(set(settings.settings.split()) <= fields for settings in SOURCE_SETTINGS.values())

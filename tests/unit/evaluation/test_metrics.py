@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from flatgpt.data import tokenizer
 from flatgpt.evaluation import metrics
-from flatgpt.evaluation.metrics import compute_metrics, count_text, eval_batches, mean_loss, token_statistics
+from flatgpt.evaluation.metrics import count_text, eval_batches, mean_loss, token_statistics
+from flatgpt.evaluation.report import compute_metrics
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 V, T = 12, 8

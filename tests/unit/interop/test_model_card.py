@@ -81,6 +81,8 @@ def test_metadata_of_sources(write, meta, datasets, language):
     assert (metadata(text).get("datasets"), metadata(text).get("language")) == (datasets, language)
     assert f"- source: `{meta['source']}`\n" in text
     assert "- revision: `b08601e`\n" in text
+    public = {"wikitext103", "wikipedia"} & {meta["source"]}
+    assert ("- license of the text: `CC BY-SA 3.0 and GFDL`\n" in text) == bool(public)
     Path("data/books/meta.json").write_text("{}")  # another dataset now
     assert "- source" not in write()
 

@@ -15,7 +15,6 @@ from config import ModelConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.cli import cli
 from flatgpt.data import tokenizer_reader
-from flatgpt.data.sources import SOURCES
 from flatgpt.runs import history
 from flatgpt.runs.history import gpt2_parameters, print_list
 from flatgpt.runs.run_log import RunLog
@@ -246,4 +245,3 @@ def test_what_a_recipe_states_about_its_result(shown):
 
 def test_ids_known_beforehand_are_the_tokenizers():
     assert history.SIZES == tokenizer_reader.SIZES
-    assert {name: SOURCES[name].tokenizer for name in SOURCES if name not in ("hub", "text")} == history.TOKENIZERS

@@ -8,7 +8,6 @@ import re
 import sys
 import termios
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from dataset_files import full_disk
 from flatgpt.runs import clock as run_clock
 from flatgpt.runs import run_log
 from flatgpt.runs.clock import RunClock
-from flatgpt.runs.run_log import KEYS, RunLog, start_wandb
+from flatgpt.runs.run_log import KEYS, RunLog
 
 
 def rows(path: Path) -> list[dict]:
@@ -340,38 +339,3 @@ def test_edited_samples_are_kept(tmp_path, capsys, edit, kept):
         assert capsys.readouterr().err.endswith(f"was edited: what can be read is kept, and all of it in {copy}\n")
     else:
         assert found == content + b"\n" * (not content.endswith(b"\n"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# wandb
-
-
-def test_wandb_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
-    """Its service is gone for a while, its temporary folder is full: said once, and the log is whole."""
-    took = []
-
-    def fail(*words):
-        raise OSError(28, "No space left on device")
-
-    def take(row):
-        took.append(row)
-        if row.get("iter") == 10 or row == "end":
-            raise ConnectionError
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=fail, Image=fail))
-    run = RunLog(tmp_path, 0, 20, SimpleNamespace(log=take, finish=lambda: take("end")))
-    for i in (0, 10, 20):
-        run.write({"iter": i})
-    log_samples(run, 20, "ab")
-    run.write_picture(b"png")
-    run.close()
-    assert took == [{"iter": 0}, {"iter": 10}, {"iter": 20}, "end"]
-    assert capsys.readouterr().err == f"warning: wandb: ConnectionError; the missing data is in {tmp_path}\n"
-    assert iters(tmp_path / "metrics.csv") == [0, 10, 20]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.png", "samples.txt"]
-
-
-def test_wandb_that_is_not_installed_is_a_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert start_wandb("online", "flatgpt", tmp_path, {}) is None
-    assert re.match("warning: wandb: .* continuing without it .*pip install wandb", capsys.readouterr().err)

@@ -136,6 +136,16 @@ def test_float16_update_does_not_wait_for_the_device(optimizer):
         assert scaler.get_scale() == scale
 
 
+def test_any_optimizer_skips_an_update_that_is_not_finite():
+    """One that does not read found_inf by itself."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.NAdam([p]), torch.amp.GradScaler("cpu", enabled=False)
+    for found_inf, changes in ((1.0, False), (0.0, True)):
+        p.grad = torch.ones(2)
+        apply_gradients(optimizer, scaler, torch.tensor(found_inf))
+        assert (p[0] != 1, bool(optimizer.state)) == (changes, changes)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e9])
 @pytest.mark.parametrize("shape", [(3, 8, 24), (3, 24, 8)])
