@@ -26,7 +26,9 @@ EXCLUSIVE += (*itertools.combinations(TEXTS, 2),)
 # Keys that say one thing together: a layer that gives one of them replaces those of earlier layers.
 TOGETHER = (("tracker", "wandb"),)
 # Settings of one start of train.py. They do not describe the run: config.toml and a resume leave them out.
-START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu")
+START_ONLY = ("config", "resume", "overwrite", "list", "plan", "gpus", "mfu", "show_batch", "json")
+CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+CONTROLS |= {n: f"\\u{n:04x}" for n in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 DEVICES = ("auto", "cuda", "cuda:N", "mps", "cpu")  # N stands for a number
 # Help of settings that train.py and eval.py share.
 EVAL_TOKENS = "tokens to score, from the start of the split, rounded up to whole windows; 0: all"
@@ -60,6 +62,14 @@ def count_of(n: int, noun: str) -> str:
 def format_decimal(value: float, digits: int) -> str:
     """Format a number with so many decimals, or with one significant digit if it is smaller than the last of them."""
     return f"{value:,.{digits}f}" if value == 0 or not abs(value) < 10**-digits else f"{value:.1g}"
+
+
+def escape_controls(text: str) -> str:
+    """Return a text in which control characters other than line breaks and tabs are escapes, such as \\x1b.
+
+    A terminal would obey C0 and C1 controls, DEL, and the controls that reorder bidirectional text.
+    """
+    return text.translate(CONTROLS)
 
 
 class UserError(Exception):
@@ -451,8 +461,18 @@ class TrainConfig(ModelConfig, MachineConfig):
         "disabled", "log to Weights & Biases as well", choices=("online", "offline", "disabled"), bare="online"
     )
     wandb_project: str = opt("flatgpt", "project on Weights & Biases or trackio")
+    json: str | None = opt(
+        None, "write the result of the run, or --show_batch, to this file, - for standard output", recipe=False
+    )
     list: bool = opt(False, "print recipes and the runs in out/ without training", section="Plan")
     plan: bool = opt(False, "print model size, memory and time without training")
+    show_batch: int | None = opt(
+        None,
+        "print the texts in the batch of update N without training: the batch whose loss is in row iter N of "
+        "metrics.csv; also with --resume, of that run",
+        low=1,
+        none="no",
+    )
     gpus: int = opt(1, "number of devices for --plan", low=1)
     mfu: float = opt(0.4, "model FLOPs utilization assumed by --plan", above=0, high=1)
 
@@ -480,6 +500,10 @@ class TrainConfig(ModelConfig, MachineConfig):
             found.append(
                 f"min_lr = {self.min_lr} is larger than lr = {self.lr}: lower it too, with --min_lr {self.lr / 10:g}"
             )
+        if self.show_batch and (self.list or self.plan):
+            found.append("show_batch and list or plan exclude each other: give one of them")
+        if self.json and (self.list or self.plan):
+            found.append("json is for training and --show_batch: leave it out")
         if self.resume and self.overwrite:
             found.append("resume and overwrite exclude each other: continue the run, or start a new one")
         return found
@@ -849,7 +873,8 @@ class BenchConfig(TrainConfig):
     def problems(self) -> list[str]:
         """Return the messages of TrainConfig, and one for each setting that this benchmark does not use."""
         train_only = {"resume": self.resume, "overwrite": self.overwrite, "tracker": self.tracker}
-        train_only |= {"list": self.list, "plan": self.plan, "patience": self.patience, "max_minutes": self.max_minutes}
+        train_only |= {"list": self.list, "plan": self.plan, "show_batch": self.show_batch}
+        train_only |= {"patience": self.patience, "max_minutes": self.max_minutes}
         found = [f"{key} applies to train.py: a benchmark keeps no run" for key in train_only if train_only[key]]
         if self.peer and (len(self.peer) != 2 or self.peer[0] != "nanoGPT"):
             found.append(f"peer = {' '.join(self.peer)}: --peer nanoGPT PATH is expected")

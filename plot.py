@@ -70,6 +70,10 @@ def watch(config: PlotConfig, folders: Sequence[Path], target: str) -> None:
 def main(config: PlotConfig) -> None:
     """Plot once, or with --watch after every change."""
     folders = list({Path(name).resolve(): Path(name) for name in config.runs}.values())
+    files = [path for path in folders if path.is_file()]  # such as a result in out/*
+    if 0 < len(files) < len(folders):
+        print(f"warning: {', '.join(map(str, files))}: skipped, not a run's folder", file=sys.stderr)
+        folders = [path for path in folders if path not in files]
     if not folders:
         folders = [history.newest()]
         print(f"the newest run: {folders[0]}", file=sys.stderr)

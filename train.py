@@ -6,6 +6,8 @@ python train.py --config mine.toml --lr 1e-3      # your own recipe, with one ch
 python train.py --resume out/shakespeare          # resume a stopped run, with its settings
 python train.py --list                            # list recipes and runs
 python train.py --config gpt2_124m --plan         # estimate size, memory and time without training
+python train.py --resume out/shakespeare --show_batch 1234      # print the texts that update 1,234 was trained on
+python train.py --max_minutes 5 --json result.json              # train for a fixed time; write the result
 torchrun --standalone --nproc_per_node=2 train.py --config shakespeare --batch_size 8 --grad_accum_steps 2   # 2 devices
 python train.py --help all                        # every key
 """
@@ -16,20 +18,27 @@ from flatgpt.cli.cli import from_command_line, run_script
 from config import TrainConfig, run_dir
 from flatgpt.cli.settings import read_recipe, recipe_text, recipes
 from flatgpt.interop.pretrained import initial_shape, run_settings
-from flatgpt.runs.history import print_list
+from flatgpt.runs.run_list import print_list
 
 if __name__ == "__main__":
     CONFIG = from_command_line(TrainConfig, __doc__, initial_shape, run_settings, "quickstart")
     if CONFIG.list:
         run_script(print_list, recipes(TrainConfig, sys.argv[1:]))
         sys.exit()
+    if CONFIG.show_batch:
+        from flatgpt.training.show_batch import show_batch
 
+        run_script(show_batch, CONFIG)
+        sys.exit()
+
+import contextlib
 import gc
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -54,11 +63,13 @@ from flatgpt.runtime.distributed import (
     local_grad_sum,
     shorten_timeout,
 )
+from flatgpt.runtime.files import require_writable, write_json
 from flatgpt.runtime.stop import StopRequest
 from flatgpt.training import reporting
 from flatgpt.training.nonfinite import require_finite
 from flatgpt.training.optimizer import apply_gradients, learning_rate
 from flatgpt.training.plan import print_plan
+from flatgpt.training.result import run_result
 from flatgpt.training.resume import Progress, checkpoint_state, find_resume_checkpoint, restore_run, run_metadata
 from flatgpt.training.setup import TrainingRun, build_run
 
@@ -224,7 +235,14 @@ def train_loop(
                 save(run, progress, checkpoints)  # before evaluation and sampling, which may fail
 
 
-def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> None:
+def write_result(run: TrainingRun, stdout: TextIO, *facts) -> None:
+    """Write the result of a run to the file that config.json names; facts are those of run_result."""
+    if run.config.json and run.ranks.first:
+        with contextlib.redirect_stdout(stdout):
+            write_json(run_result(run, *facts), run.config.json)
+
+
+def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig, stdout: TextIO) -> None:
     """Train on one rank. On return, DDP is freed before its process group is destroyed; otherwise it can hang."""
     resume_from = ranks.run_on_rank0(lambda: find_resume_checkpoint(lock, config))
     path, state = resume_from or (None, None)
@@ -233,6 +251,7 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
     print(reporting.summary(run))
     progress = restore_run(resume_from, run, lock, recipe_text(config))
     if progress is None:
+        write_result(run, stdout, resume_from[1], 0, resume_from[1]["iter"], 0.0)
         return
     tracker = start_tracker(config, folder, progress.iter, progress.tracker_ids) if ranks.first else None
     log = RunLog(folder if ranks.first else None, progress.iter, config.max_iters, tracker)
@@ -249,6 +268,10 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
         checkpoints.wait()
         if error := checkpoints.failure:
             raise UserError(f"the run ended at iter {progress.iter}, but its last save failed: {error}")
+        seconds, losses = time.perf_counter() - started, {}
+        if config.json and reason == StopRequest.TIME_IS_UP and "val_loss" not in progress.row:
+            # the result of a fixed time is that of its last weights; the log has no row of it, as a resume repeats it
+            losses = evaluate(run, lambda: stop.signal or 0) or {}
         if ranks.first and reason in (0, StopRequest.TIME_IS_UP):  # after a signal there is no time to plot
             reporting.draw_picture(log, folder)
     except UserError as error:
@@ -261,19 +284,24 @@ def train_on(ranks: DistributedContext, lock: RunLock, config: TrainConfig) -> N
         log.close()
         gc.unfreeze()
         stop.restore()
-    print(reporting.closing_message(run, progress, reason, start, time.perf_counter() - started))
+    print(reporting.closing_message(run, progress, reason, start, seconds))
+    newest = {"val_loss": losses["val_loss"], "val_iter": progress.iter} if "val_loss" in losses else {}
+    facts = metadata | progress.row | progress.state_dict() | newest
+    write_result(run, stdout, facts, reason, start, seconds)
     if reason > StopRequest.TIME_IS_UP:
         raise SystemExit(128 + reason)
 
 
 def train(config: TrainConfig) -> None:
     """Train from scratch or from a checkpoint; with config.plan, print the plan instead."""
-    with join_process_group(config) as ranks:
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if config.json == "-" else stdout), join_process_group(config) as ranks:
         if config.plan:
             print_plan(config, ranks)
             return
+        ranks.run_on_rank0(lambda: require_writable(config.json, "json", created=run_dir(config)))
         with RunLock(run_dir(config)) as lock, reporting.explain_out_of_memory(config):
-            train_on(ranks, lock, config)
+            train_on(ranks, lock, config, stdout)
 
 
 if __name__ == "__main__":

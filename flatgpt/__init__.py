@@ -10,11 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import UserError as UserError  # what all functions raise if an argument is wrong
-
 if TYPE_CHECKING:
     import torch
 
+    from config import UserError as UserError
     from flatgpt.library import LanguageModel
 
 __version__ = "0.1.0"
@@ -46,3 +45,11 @@ def load(
     from flatgpt.library import LanguageModel  # imports torch
 
     return LanguageModel(name, device, context_length, dtype=dtype, quantize=quantize, compile=compile)
+
+
+def __getattr__(name: str):
+    if name == "UserError":  # raised by `load` and the model; imported late: scripts first set up Ctrl-C
+        from config import UserError
+
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import TextIO
 
-# C0 and C1 control characters and DEL, and the controls that reorder bidirectional text. They become escapes: \x1b.
-CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
-CONTROLS |= {n: f"\\u{n:04x}" for n in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+from config import escape_controls
+
 # What flatGPT and tqdm write themselves: a text in bold, and a bar's movements of the cursor before and after its text.
 OWN = {"standard output": r"(\x1b\[1m)([^\x1b]*)(\x1b\[0m)", "standard error": r"(\r|\n*(?:\x1b\[A)+)(.*?)(\r?)"}
 
@@ -29,7 +28,7 @@ class Stream:
         if self._terminal:
             own = re.fullmatch(OWN[self._name], text, re.DOTALL)
             before, shown, after = own.groups() if own else ("", text, "")
-            text = before + shown.translate(CONTROLS) + after
+            text = before + escape_controls(shown) + after
         return self._call(self._stream.write, text)
 
     def flush(self) -> None:

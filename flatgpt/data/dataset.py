@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import PrepareConfig, UserError
+from config import PrepareConfig, TrainConfig, UserError, count_of
 from flatgpt.data import tokenizer
 from flatgpt.data.shards import DAMAGED, LLMC_LLAMA_MAGIC, LLMC_MAGIC, Tokens, file_sha256, read_meta
 from flatgpt.data.tokenizer import TOKENIZER_FILE, FileTokenizer
@@ -251,3 +253,31 @@ class TrainingBatches:
     def __call__(self, update: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
         """Return inputs and targets of a micro-batch: two (batch_size, T) int64 arrays."""
         return self.windows.batch(self.indices(update, micro))
+
+
+def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Windows]:
+    """Return the config with vocab_size, max_iters and stride set from the dataset and `epochs`, and the windows.
+
+    Raises:
+        UserError: the dataset has more ids than vocab_size, a split has no window, or patience needs a val split.
+    """
+    meta, folder, T = dataset.meta, dataset.folder, config.context_length
+    vocab_size = config.vocab_size or meta["vocab_size"]
+    if vocab_size < meta["vocab_size"]:
+        raise UserError(
+            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
+            f"{meta['vocab_size']:,} ids; remove vocab_size, or set it to at least that number"
+        )
+    windows = Windows(dataset.tokens("train"), T, config.stride)
+    has_val = "val" in meta["splits"]
+    if config.patience is not None and not has_val:
+        raise UserError(f"patience = {config.patience}: {folder} has no val split; leave out patience, or prepare one")
+    for split, tokens in (("train", windows.tokens), *([("val", dataset.tokens("val"))] if has_val else [])):
+        if len(tokens) <= T:
+            raise UserError(
+                f"too little text: the {split} split of {folder} has {count_of(len(tokens), 'token')}, one window "
+                f"needs context_length + 1 = {T + 1:,}; add text, or lower --context_length"
+            )
+    per_update = config.batch_size * config.grad_accum_steps
+    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
+    return dataclasses.replace(config, vocab_size=vocab_size, max_iters=max_iters, stride=windows.stride), windows

@@ -228,6 +228,11 @@ class Tokens:
             n += 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, "<u2"), *parts])
 
+    def locate(self, position: int) -> tuple[_Shard, int]:
+        """Return the shard that has the id at a position of the sequence, and its index there."""
+        n = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return self.shards[n], position - int(self.starts[n])
+
     def check_ids(self, n_vocab: int) -> None:
         """Read all ids. Raise UserError with file and offset if an id is not below n_vocab."""
         for shard in self.shards:

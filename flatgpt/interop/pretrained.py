@@ -225,7 +225,9 @@ def checkpoints_to_resume(config: TrainConfig) -> tuple[Path, list[Path]]:
         problem = "there is no checkpoint" if path.exists() else "no such folder"
         remedy = "give a run's folder (out/NAME) or a checkpoint" if named else "start without --resume"
         if named and (path / "config.toml").is_file():  # a run that was stopped before its first checkpoint
-            remedy = f"to start again: python train.py --config {shlex.quote(str(path / 'config.toml'))}"
+            command = f"python train.py --config {shlex.quote(str(path / 'config.toml'))}"
+            shown = f"its settings are there: {command} --show_batch {config.show_batch}"
+            remedy = shown if config.show_batch else f"to start again: {command}"
         raise UserError(f"nothing to resume in {path}: {problem}; {remedy}")
     return path, found
 

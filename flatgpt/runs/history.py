@@ -1,45 +1,29 @@
-"""Read logs and settings of runs, find checkpoints, and print `train.py --list`. Does not import torch or numpy.
+"""Read logs and settings of runs, and find their checkpoints. Does not import torch or numpy.
 
 history = read(Path("out/shakespeare"))
 history["train_loss"]   # one number per row, nan for empty cells
 history.best            # (iter, loss)
-
-recipe      parameters  data   train tokens  iters  hardware     time  bits/byte
-quickstart     834,432  pydoc       419,063    600  2 CPU cores  54 s      1.817
-
-run         parameters  data    iter  best loss  best iter     age  state
-quickstart     834,432  pydoc    600     1.2592        600  40 min  finished
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import sys
-import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import SOURCE_SETTINGS, ModelConfig, TrainConfig, UserError
-from flatgpt import REPO_ROOT
+from config import ModelConfig, UserError
 from flatgpt.runs.run_log import ROWS, parse_rows
-from flatgpt.runtime.files import in_use
 
 LOG, STATE, RECIPE = ROWS, "state.json", "config.toml"
-RECIPES = ("recipe", "parameters", "data", "train tokens", "iters", "hardware", "time", "bits/byte")
-RUNS = ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state")
-LEFT_ALIGNED = {"recipe", "run", "data", "hardware", "state"}
-LINE_WIDTH, NAME_WIDTH, DATA_WIDTH = 100, 36, 20  # in characters; longer texts are truncated
-
-# Vocabulary sizes for datasets that are not prepared yet. Copied from tokenizer_reader, which is slow to import.
-SIZES = {"byte": 257, "gpt2": 50_257, "p50k_base": 50_281, "p50k_edit": 50_284}
 
 
 @dataclass(frozen=True)
@@ -72,6 +56,53 @@ class History:
         return (int(min(losses)[1]), min(losses)[0]) if losses else None
 
     @property
+    def update_seconds(self) -> list[float]:
+        """Time of the updates up to each row in s, without evaluations and saves; nan if no row has step_ms.
+
+        A row without step_ms, such as that of the first update, counts as the next one that has it.
+        """
+        step_ms = [*self["step_ms"]]
+        following = next(filter(math.isfinite, reversed(step_ms)), math.nan)
+        for n in reversed(range(len(step_ms))):
+            following = step_ms[n] = step_ms[n] if math.isfinite(step_ms[n]) else following
+        updates = [i - before for before, i in itertools.pairwise([0, *self["iter"]])]
+        times = [count * ms / 1e3 if count > 0 else 0.0 for count, ms in zip(updates, step_ms, strict=True)]
+        return [*itertools.accumulate(times)]
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all updates in s, without evaluations and saves; None if unknown."""
+        return next((s for s in self.update_seconds[-1:] if s > 0), None)
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of tokens trained on; None if unknown."""
+        return next((int(n) for n in self["tokens"][-1:] if n > 0), None)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """What identifies the tokenizer, whose losses per token can be compared; None before the first checkpoint."""
+        facts = self.state.get("tokenizer")
+        return facts.get("ranks_sha256", facts.get("name")) if isinstance(facts, dict) else None
+
+    def bits_per_byte(self, loss: float | None, split: str = "val") -> float | None:
+        """Return a loss (nats per token) in bits per byte, which can be compared between tokenizers.
+
+        Assumes the bytes per token of the whole split; None if they or the loss are not known. Checkpoints of earlier
+        versions do not store them: they are read from the dataset's meta.json, if that has as many tokens.
+        """
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ZeroDivisionError):  # unknown or damaged
+            data = self.state.get("data", {})
+            entry = {key: data.get(key, {}).get(split) for key in ("tokens", "bytes")}
+            if not entry["bytes"]:
+                folder = data.get("folder") or os.path.join(self.settings["data_dir"], self.settings["dataset"])
+                stored = read_table(Path(folder) / "meta.json", json.loads)["splits"][split]
+                entry["bytes"] = stored["bytes"] * (entry["tokens"] in (None, stored["tokens"]))
+                entry["tokens"] = stored["tokens"]
+            return loss / math.log(2) * entry["tokens"] / entry["bytes"]
+        return None
+
+    @property
     def parameters(self) -> int | None:
         """Number of parameters of the model; None if unknown. Checkpoints of earlier versions do not store it."""
         known = {key: self.settings[key] for key in ModelConfig.__dataclass_fields__ if key in self.settings}
@@ -84,7 +115,7 @@ class History:
 def gpt2_parameters(config: ModelConfig) -> int | None:
     """Return the number of parameters of a config in an unedited model.py; None without vocab_size.
 
-    `--list` does not import torch, which would count the parameters of the model itself (GPT.num_params).
+    `train.py --list` does not import torch, which would count the parameters of the model itself (GPT.num_params).
     """
     C, V, hidden = config.n_embd, config.vocab_size, round(config.mlp_ratio * config.n_embd)
     if not V:
@@ -218,107 +249,12 @@ def _read_columns(file: Path) -> dict[str, list[float]]:
     return {key: [row[n] for row in rows] for n, key in enumerate(columns)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train.py --list
-
-
-def print_list(recipes: dict[str, TrainConfig | UserError], runs: Path = Path("out")) -> None:
-    """Print the recipes, smallest model first, and the runs, newest first.
-
-    Args:
-        recipes: config of each recipe by name, or its error.
-        runs: parent folder of the runs.
-    """
-    if recipes:
-        _print_table(RECIPES, _recipe_row, recipes)
-        print()
-    if folders := {path.name: path for path in runs.glob("[!.]*") if path.is_dir()}:
-        _print_table(RUNS, _run_row, folders)
-    else:
-        print(f"no runs in {runs}/ yet")
-
-
-def _print_table(headers: tuple[str, ...], make_row: Callable[..., tuple], items: dict) -> None:
-    """Print a table with one row per item, and errors below it. The first value of a row is only its sort key."""
-    rows, errors = [], []
-    for name, item in sorted(items.items()):
-        try:
-            rows.append(make_row(name, item))
-        except Exception as error:  # a damaged run must not hide the others
-            text = error if isinstance(error, UserError) else f"cannot be read: {error}"
-            errors.append(f"{_truncate(name, NAME_WIDTH)}  {text}")
-    rows = [headers, *(row[1:] for row in sorted(rows))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = zip(row, widths, headers, strict=True)
-        cells = (cell.ljust(width) if key in LEFT_ALIGNED else cell.rjust(width) for cell, width, key in cells)
-        print("  ".join(cells).rstrip())
-    for error in errors:
-        print(_truncate(error, LINE_WIDTH))
-
-
-def _truncate(text: str, width: int) -> str:
-    """Replace control characters, such as line breaks, and truncate the text to `width` characters."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _format_count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
-
-
-def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
-    if isinstance(config, UserError):
-        raise config
-    vocab_size, tokens = _dataset_facts(config)
-    parameters = None
-    if not config.init_from:  # init_from determines the shape
-        parameters = gpt2_parameters(dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size))
-    duration = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
-    dataset = _truncate(config.dataset, DATA_WIDTH)
-    meta = read_table(REPO_ROOT / "configs" / f"{name}.toml", tomllib.loads).get("meta", {})
-    measured = meta.get("time", "not measured"), str(meta.get("bits_per_byte", "-"))
-    cells = name, _format_count(parameters), dataset, tokens, duration, meta.get("hardware", "-"), *measured
-    return parameters or math.inf, *cells
-
-
-def _dataset_facts(config: TrainConfig) -> tuple[int | None, str]:
-    """Return the vocabulary size of a recipe's dataset (None: unknown), and the text of its `train tokens` cell."""
-    folder = Path(config.data_dir) / config.dataset
-    if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return meta["vocab_size"], _format_count(meta["splits"].get("train", {}).get("tokens"))
-    if (folder / "train.bin").is_file():  # nanoGPT's format: GPT-2 ids of two bytes
-        return SIZES["gpt2"], _format_count((folder / "train.bin").stat().st_size // 2)
-    name, _, tokenizer = config.dataset.partition("_")
-    if not (source := SOURCE_SETTINGS.get(name)):
-        return None, "not prepared"
-    return SIZES.get(tokenizer or source.tokenizer), "made at start" if source.at_start else "not prepared"
-
-
-def _run_row(name: str, folder: Path) -> tuple:
-    running, files = in_use(folder), (folder / LOG, folder / RECIPE, follow(folder / "ckpt/last") / STATE)
-    modified = [file.stat().st_mtime for file in files if file.exists()]
-    if not running and not modified:
-        raise UserError("not a run: it has no metrics.csv, config.toml or ckpt/")
-    run = read(folder)
-    saved, max_iters = run.state.get("iter", 0), run.settings.get("max_iters")
-    last = int(run["iter"][-1]) if len(run) else saved
-    best_iter, best_loss = run.best or (None, None)
-    if not len(run):  # without a log
-        best_iter, best_loss = run.state.get("best_iter"), run.state.get("best_loss")
-    percent = f", {min(100 * last // max_iters, 100)}%" if max_iters else ""
-    finished = run.state.get("finished") and last <= saved
-    state = f"running{percent}" if running else "finished" if finished else f"stopped{percent}"
-    modified = max(modified, default=folder.stat().st_mtime)
-    age = max(0, time.time() - modified)
-    unit, size = time_unit(age)
-    dataset = _truncate(run.settings.get("dataset", "-"), DATA_WIDTH)
-    loss = "-" if best_loss is None else f"{best_loss:.4f}"
-    return (
-        *(-modified, _truncate(name, NAME_WIDTH), _format_count(run.parameters), dataset, _format_count(last)),
-        *(loss, _format_count(best_iter), f"{age // size:,.0f} {unit}", state),
-    )
+def format_compact(number: float) -> str:
+    """Format a positive number with three significant digits: 950, 12.3K, 124M, 1.56B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
 
 
 def time_unit(seconds: float) -> tuple[str, int]:

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure  # without pyplot: no window, no global sta
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from flatgpt.runs.history import History, time_unit
+from flatgpt.runs.clock import duration
+from flatgpt.runs.history import History, format_compact, time_unit
 
 # Okabe and Ito's palette for color-blind readers, with a darker yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00", "#B3A500")
+LINES = ("-", "-.", ":")  # of runs 1 to 8, 9 to 16, 17 to 24
 STYLE = {
     "figure.dpi": 200,  # a width of 8 inches is 1,600 pixels; at half that size, the smallest text is 10 pixels high
     "figure.constrained_layout.use": True,
@@ -59,13 +61,22 @@ def has_values(run: History, x: str) -> bool:
 
 def _x_values(run: History, x: str) -> np.ndarray:
     """Return the x value of each row. `time` is the total time of the updates in s, without evaluations and saves."""
-    if x != "time":
-        return np.array(run[x])
-    iters, step_ms = np.array(run["iter"]), np.array(run["step_ms"])
-    if (known := np.isfinite(step_ms)).any():
-        step_ms = np.interp(iters, iters[known], step_ms[known])
-    updates = np.diff(iters, prepend=0)
-    return np.cumsum(np.where(updates > 0, updates * step_ms, 0)) / 1e3
+    return np.array(run.update_seconds if x == "time" else run[x])
+
+
+def _loss_scales(runs: Sequence[History]) -> tuple[str, list[dict[str, float]]]:
+    """Return the unit of the losses, and for each run the factor of each split's losses to it.
+
+    Losses in nats per token of different tokenizers cannot be compared. They are plotted as bits per byte, if the size
+    of the text is known.
+    """
+    if len({run.tokenizer for run in runs} - {None}) < 2:
+        return "nats per token", [{"train": 1.0, "val": 1.0}] * len(runs)
+    scales = [{split: run.bits_per_byte(1.0, split) for split in ("train", "val")} for run in runs]
+    scales = [{split: scale[split] or scale["train"] for split in scale} for scale in scales]  # there may be no val
+    if all(scale["train"] for scale in scales):
+        return "bits per byte", scales
+    return "nats per token of different tokenizers, which cannot be compared", [{"train": 1.0, "val": 1.0}] * len(runs)
 
 
 def _read_curve(run: History, xs: np.ndarray, key: str) -> Curve:
@@ -94,7 +105,11 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png", acr
         columns = [xs / size for xs in columns]
     first, last = min(map(np.nanmin, columns)), max(map(np.nanmax, columns))
     margin = 0.02 * (last - first) or 0.5
+    loss_unit, scales = _loss_scales(runs)
     curves = {key: list(map(_read_curve, runs, columns, [key] * len(runs))) for key in (*LOSSES, *PANELS)}
+    for key in LOSSES:
+        split = "val" if key == "val_loss" else "train"
+        curves[key] = [(xs, ys * scale[split]) for (xs, ys), scale in zip(curves[key], scales, strict=True)]
     curves = {key: lines for key, lines in curves.items() if any(len(xs) for xs, _ in lines)}
     panels = [key for key in PANELS if key in curves]
     panels += panels[-1:] * (-len(panels) % across)  # the last panel fills its row
@@ -103,22 +118,23 @@ def plot_runs(runs: Sequence[History], x: str = "iter", format: str = "png", acr
     # ignore the user's matplotlibrc, and warnings about characters that the font does not have
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
-        figure, file = Figure(figsize=(8, 0.7 + 1.6 * len(mosaic))), io.BytesIO()
+        height = 0.7 + 1.6 * len(mosaic) + (0.17 * len(runs) if len(runs) > 1 else 0)  # with the legend's lines
+        figure, file = Figure(figsize=(8, height)), io.BytesIO()
         for panel, axes in figure.subplot_mosaic(mosaic).items():
-            _plot_panel(axes, panel, curves)
+            _plot_panel(axes, panel, curves, loss_unit)
             axes.set_xlim(first - margin, last + margin)
-            axes.xaxis.get_major_locator().set_params(integer=x != "time")
+            axes.xaxis.get_major_locator().set_params(integer=x != "time", nbins=8 if panel == "loss" else 4)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(lambda value, _: format_tick(value))
         figure.set_figwidth(8 if across > 1 else 4.5)
         labels = {"iter": "iter (updates done)", "tokens": "tokens trained on", "time": f"time of the updates ({unit})"}
         figure.supxlabel(labels[x], fontsize="medium")
-        _add_title(figure, runs)
+        _add_title(figure, runs, [scale["val"] for scale in scales])
         figure.savefig(file, format=format)
     return file.getvalue()
 
 
-def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
+def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]], loss_unit: str) -> None:
     """Plot the curves of one panel: `loss` or a key of PANELS."""
     keys = [key for key in LOSSES if key in curves] if panel == "loss" else [panel]
     single = len(curves[keys[0]]) == 1
@@ -126,7 +142,8 @@ def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
     log = np.nanmin(values) > 0 and np.nanmax(values) >= LOG_SPANS.get(panel, 10) * np.nanmin(values)
     for key in keys:
         for n, (xs, ys) in enumerate(curves[key]):
-            style = {"color": COLORS[n % 8], "linewidth": 1.4, "marker": "." if len(xs) < MAX_MARKERS else ""}
+            style = {"color": COLORS[n % 8], "linestyle": LINES[n // 8 % 3], "linewidth": 1.4}
+            style["marker"] = "." if len(xs) < MAX_MARKERS else ""
             if key == "val_loss":
                 style |= {"linewidth": 1.8, "marker": "o", "markersize": 4, "label": "validation"}
                 style |= {"markevery": math.ceil(len(xs) / MAX_MARKERS)} | ({"color": COLORS[1]} if single else {})
@@ -140,10 +157,11 @@ def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
                     axes.plot(xs, ys, color=style["color"], linewidth=0.7, alpha=0.35)
                 ys = smooth(ys, log)
             axes.plot(xs, ys, **style)
-            if key == "val_loss" and len(ys):
+            ys = np.where(xs > 0, ys, np.nan)  # a new model is never the best
+            if key == "val_loss" and np.isfinite(ys).any():
                 best, star_style = np.nanargmin(ys), {"markersize": 12, "markeredgecolor": "white", "zorder": 5}
                 axes.plot(xs[best], ys[best], "*", color=style["color"], label="best", **star_style)
-    axes.set_title(PANELS.get(panel, "loss (nats per token)" + ": validation bold, training thin" * (not single)))
+    axes.set_title(PANELS.get(panel, f"loss ({loss_unit})" + ": validation bold, training thin" * (not single)))
     if panel == "loss" and single:
         axes.legend()
     if log:
@@ -156,18 +174,25 @@ def _plot_panel(axes: Axes, panel: str, curves: dict[str, list[Curve]]) -> None:
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
-def _add_title(figure: Figure, runs: Sequence[History]) -> None:
-    """Add name, best loss and size of a single run, or a legend of several runs."""
+def _add_title(figure: Figure, runs: Sequence[History], scales: Sequence[float]) -> None:
+    """Add name, best loss, tokens, time and size of a single run, or a legend of several runs.
+
+    Args:
+        scales: the factor of each run's validation losses to the unit of the plot.
+    """
     labels = []
-    for run in runs:
-        name = run.name if len(run.name) <= NAME_LENGTH else f"{run.name[:13]}…{run.name[-16:]}"
-        labels.append(f"{name}, best {run.best[1]:.4f} at iter {run.best[0]:,}" if run.best else name)
+    for run, scale in zip(runs, scales, strict=True):
+        label = run.name if len(run.name) <= NAME_LENGTH else f"{run.name[:13]}…{run.name[-16:]}"
+        label += f", best {run.best[1] * scale:.4f} at iter {run.best[0]:,}" if run.best else ""
+        label += f", {format_compact(run.tokens)} tokens" if run.tokens else ""
+        labels.append(label + (f", {duration(run.seconds)}" if run.seconds else ""))
     if len(runs) == 1:
         facts = [runs[0].parameters and f"{runs[0].parameters:,} parameters", runs[0].state.get("device")]
         figure.suptitle(f"{labels[0]}\n{', '.join(filter(None, facts))}".rstrip())
     else:
-        handles = [Line2D([], [], color=COLORS[n % 8], linewidth=1.8) for n in range(len(runs))]
-        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        styles = [{"color": COLORS[n % 8], "linestyle": LINES[n // 8 % 3]} for n in range(len(runs))]
+        handles = [Line2D([], [], linewidth=1.8, **style) for style in styles]
+        figure.legend(handles, labels, loc="outside upper center", ncols=1)
 
 
 def smooth(ys: np.ndarray, log: bool = False) -> np.ndarray:

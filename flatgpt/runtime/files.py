@@ -150,11 +150,17 @@ def write_output(content: bytes, target: str, key: str) -> None:
         raise UserError(f"{key} = {target} cannot be written: {error.strerror}") from None
 
 
-def require_writable(target: str | None, key: str) -> None:
-    """Raise UserError if write_output could not write to `target`. Called before long work."""
+def require_writable(target: str | None, key: str, created: Path | None = None) -> None:
+    """Raise UserError if write_output could not write to `target`. Called before long work.
+
+    Args:
+        created: a folder that the work creates where it does not exist yet.
+    """
     if target in (None, "-") or _is_device(target):
         return
     folder = Path(target).resolve().parent
+    if created and folder == created.resolve() and not folder.exists():
+        return
     if not folder.is_dir():
         problem = f"there is no folder {Path(target).parent}"
     elif Path(target).is_dir():

@@ -1,10 +1,8 @@
-"""Data of a run: open or prepare its dataset, resolve the settings that follow from it, and load its tokenizer."""
+"""Data of a run: open or prepare its dataset, and load its tokenizer."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +10,10 @@ from pathlib import Path
 
 import tiktoken
 
-from config import SOURCE_SETTINGS, PrepareConfig, TrainConfig, UserError, count_of
+from config import SOURCE_SETTINGS, PrepareConfig, TrainConfig, UserError
 from flatgpt import REPO_ROOT
 from flatgpt.data import tokenizer
-from flatgpt.data.dataset import PROGRESS, Dataset, Windows, open_dataset
+from flatgpt.data.dataset import PROGRESS, Dataset, open_dataset
 from flatgpt.data.prepare import prepare
 from flatgpt.data.sources import dataset_folder
 from flatgpt.data.tokenizer import FileTokenizer
@@ -76,34 +74,6 @@ def recipe_command(dataset: str) -> str | None:
 def data_dir_words(data_dir: str) -> str:
     """Return the words that give prepare_data.py this data_dir, with a blank before them; "" for its default."""
     return "" if Path(data_dir) == Path("data") else f" --data_dir {shlex.quote(data_dir)}"
-
-
-def resolve_data_settings(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, Windows]:
-    """Return the config with vocab_size, max_iters and stride set from the dataset and `epochs`, and the windows.
-
-    Raises:
-        UserError: the dataset has more ids than vocab_size, a split has no window, or patience needs a val split.
-    """
-    meta, folder, T = dataset.meta, dataset.folder, config.context_length
-    vocab_size = config.vocab_size or meta["vocab_size"]
-    if vocab_size < meta["vocab_size"]:
-        raise UserError(
-            f"vocab_size = {vocab_size:,}: {folder} is tokenised with {meta['tokenizer']}, which has "
-            f"{meta['vocab_size']:,} ids; remove vocab_size, or set it to at least that number"
-        )
-    windows = Windows(dataset.tokens("train"), T, config.stride)
-    has_val = "val" in meta["splits"]
-    if config.patience is not None and not has_val:
-        raise UserError(f"patience = {config.patience}: {folder} has no val split; leave out patience, or prepare one")
-    for split, tokens in (("train", windows.tokens), *([("val", dataset.tokens("val"))] if has_val else [])):
-        if len(tokens) <= T:
-            raise UserError(
-                f"too little text: the {split} split of {folder} has {count_of(len(tokens), 'token')}, one window "
-                f"needs context_length + 1 = {T + 1:,}; add text, or lower --context_length"
-            )
-    per_update = config.batch_size * config.grad_accum_steps
-    max_iters = config.max_iters or math.ceil(config.epochs * len(windows) / per_update)
-    return dataclasses.replace(config, vocab_size=vocab_size, max_iters=max_iters, stride=windows.stride), windows
 
 
 def count_eval_tokens(config: dict) -> int:

@@ -19,6 +19,7 @@ from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS, DamagedCheckpointError
 from flatgpt.runs.history import STATE
 from flatgpt.runtime.distributed import DistributedContext
+from flatgpt.training.show_batch import batch_windows, show_batch_command
 
 MAX_CONSECUTIVE_SKIPS = 20  # more than the 16 halvings of float16's loss scale from 2^16 to 1
 NO_ITER = 2**62
@@ -45,13 +46,14 @@ class NonfiniteGuard:
 
     Args:
         on_nonfinite: `stop` or `skip`.
+        run_dir: the run's folder, for messages.
         device: the device of losses and norms.
         scaled: a GradScaler is used (float16). It causes overflows to find its scale, so that only a non-finite loss is
             an error.
     """
 
-    def __init__(self, on_nonfinite: str, device: torch.device, scaled: bool):
-        self.on_nonfinite, self.scaled = on_nonfinite, scaled
+    def __init__(self, on_nonfinite: str, run_dir: str, device: torch.device, scaled: bool):
+        self.on_nonfinite, self.run_dir, self.scaled = on_nonfinite, run_dir, scaled
         self.skipped, self.in_a_row, self.longest = torch.zeros(3, dtype=torch.int64, device=device)
         self.first = torch.tensor(NO_ITER, device=device)  # first bad update since the last check (from 0)
         self.values = torch.zeros(3, device=device)  # `loss`, `norm` and `local` of that update
@@ -90,13 +92,14 @@ class NonfiniteGuard:
             finite = ranks.all_gather(math.isfinite(local))  # by rank
             suspects = [rank for rank in range(ranks.world) if not finite[rank]] or list(range(ranks.world))
             micros = [m for m in range(batches.per_update // batches.batch_size) if m % ranks.world in suspects]
-            windows = [int(w) for m in micros for w in batches.indices(first, m)]
+            windows = [window for _, _, window in batch_windows(batches, first, micros)]
             cause = f"norm of the gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
             where = f" on rank {', '.join(map(str, suspects))}" if ranks.world > 1 else ""
             listed = ", ".join(map(str, windows[:16])) + ", ..." * (len(windows) > 16)
             message = (
                 f"iter {first + 1}: the {cause}{where}; training windows of its batch: {listed} (window w starts at "
-                f"token {batches.windows.stride} * w). The update was skipped"
+                f"token {batches.windows.stride} * w; their texts: {show_batch_command(self.run_dir, first + 1)}). The "
+                "update was skipped"
             )
             if self.on_nonfinite == "stop":
                 error = f"{message}, and the run ends. Go on {REMEDY}, or skip such updates with --on_nonfinite skip"

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 from config import ModelConfig, TrainConfig, UserError, count_of, format_decimal
-from flatgpt.data.dataset import Windows, open_dataset
+from flatgpt.data.dataset import Windows, open_dataset, resolve_data_settings
 from flatgpt.kernels import cross_entropy
 from flatgpt.runs.clock import duration
 from flatgpt.runtime.device import peak_flops
 from flatgpt.runtime.distributed import DistributedContext
-from flatgpt.training.data import resolve_data_settings
 from flatgpt.training.optimizer import optimizer_on_meta
 from flatgpt.training.setup import choose_device
 from model import GPT

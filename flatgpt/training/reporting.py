@@ -54,7 +54,7 @@ def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: Run
     """
     losses, step_ms = clock.end_row()
     finite = list(filter(math.isfinite, losses))  # other updates were skipped
-    tokens, peak = run.batches.per_update * run.config.context_length, peak_flops(run.device_settings.name)
+    tokens = run.batches.per_update * run.config.context_length
     tok_per_s = 1e3 * tokens / step_ms if step_ms else None
     return {
         "iter": i,
@@ -68,9 +68,15 @@ def metrics_row(run: TrainingRun, i: int, loss: Tensor, norm: Tensor, clock: Run
         "loss_scale": run.scaler.get_scale() if run.scaler.is_enabled() else None,
         "step_ms": step_ms,
         "tok_per_s": tok_per_s,
-        "mfu": tok_per_s * run.model.flops_per_token() / (peak * run.ranks.world) if peak and tok_per_s else None,
+        "mfu": model_flops_utilization(run, tok_per_s),
         "peak_mem_gb": run.device_settings.peak_memory_gb(),
     }
+
+
+def model_flops_utilization(run: TrainingRun, tok_per_s: float | None) -> float | None:
+    """Return the FLOPs of a speed over the peak FLOPs of all devices; None if one of them is not known."""
+    peak = peak_flops(run.device_settings.name)
+    return tok_per_s * run.model.flops_per_token() / (peak * run.ranks.world) if peak and tok_per_s else None
 
 
 def generate_samples(run: TrainingRun, seed: int) -> list[str]:

@@ -34,11 +34,11 @@ from flatgpt.training.data import count_eval_tokens
 from flatgpt.training.nonfinite import require_resumable
 from flatgpt.training.optimizer import CombinedOptimizer, optimizer_on_meta
 from flatgpt.training.setup import TrainingRun
+from flatgpt.training.show_batch import BATCH
 from model import GPT
 
 # Settings that identify a run, besides the model's; and settings that may change in a resume without a message.
 FIXED = ("stride", "seed", "optimizer", "init_from", "eval_tokens")
-BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
 SILENT = (*START_ONLY, "out_dir", "epochs", "warmup_fraction", "eval_batches")  # the last three are resolved
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ def run_metadata(run: TrainingRun, recipe: dict, resume_from: tuple[Path, dict] 
             "manifest_sha256": run.dataset.manifest_hash,
             "end_of_text": meta["end_of_text"],
             "tokens": {split: entry["tokens"] for split, entry in meta["splits"].items()},
+            "bytes": {split: entry.get("bytes") for split, entry in meta["splits"].items()},
         },
         "command": command.split("\0"),
         "git_commit": commit,

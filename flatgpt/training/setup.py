@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError, run_dir
-from flatgpt.data.dataset import Dataset, TrainingBatches
+from flatgpt.data.dataset import Dataset, TrainingBatches, resolve_data_settings
 from flatgpt.data.tokenizer import TOKENIZER_FILE
 from flatgpt.interop.loading import load_pretrained
 from flatgpt.kernels.attention import BF16_CPU_MAX_PLAIN_TOKENS, attention_steps
@@ -25,7 +25,7 @@ from flatgpt.kernels.cross_entropy import MAX_PLAIN_LOGITS, MIN_FUSED_LOGITS, lo
 from flatgpt.runtime.choices import MAX_FLOPS, Choice, choose, has_bfloat16
 from flatgpt.runtime.device import DeviceSettings, compile_forward, find_device, make_deterministic, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext, wrap_model
-from flatgpt.training.data import count_eval_tokens, load_dataset, load_encoding, resolve_data_settings
+from flatgpt.training.data import count_eval_tokens, load_dataset, load_encoding
 from flatgpt.training.nonfinite import NonfiniteGuard
 from flatgpt.training.optimizer import CombinedOptimizer, make_optimizer, resolve_schedule
 from model import GPT
@@ -254,5 +254,5 @@ def build_run(
         forward=compile_forward(wrapped_model, ranks.warn_once) if config.compile else wrapped_model,
         optimizer=make_optimizer(model, config),
         scaler=scaler,
-        nonfinite_guard=NonfiniteGuard(config.on_nonfinite, device, scaler.is_enabled()),
+        nonfinite_guard=NonfiniteGuard(config.on_nonfinite, config.out_dir, device, scaler.is_enabled()),
     )

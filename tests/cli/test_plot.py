@@ -31,6 +31,7 @@ def make(folder: Path | str, text: str = HEADER + FIRST + ROWS) -> Path:
 @pytest.mark.parametrize(
     ("words", "file", "out", "err"),
     [
+        ("out/a README.md out/b", "metrics.png", "2 runs\n", "warning: README.md: skipped, not a run's folder\n"),
         ("out/a", "out/a/metrics.png", "to iter 20\n", ""),
         ("", "out/b/metrics.png", "to iter 20\n", "the newest run: out/b\n"),
         ("out/a --svg", "out/a/metrics.svg", "to iter 20\n", ""),
@@ -49,6 +50,7 @@ def test_files_and_what_is_printed(cli, in_tmp, words, file, out, err):
     for name, age in (("a", 20), ("b", 10)):
         os.utime(make(f"out/{name}") / "metrics.csv", (1e9 - age, 1e9 - age))
     make("foreign", "iter,val_loss\n1,5\n")
+    Path("README.md").touch()
     Path("empty").mkdir()
     Path("link").symlink_to("out/a")
     before = set(Path().rglob("*"))
@@ -60,6 +62,13 @@ def test_files_and_what_is_printed(cli, in_tmp, words, file, out, err):
         assert b"time of the updates (s)" in Path(file).read_bytes() or "time" not in words
     else:
         assert matplotlib.image.imread(file).shape[1] == 1600
+
+
+def test_file_in_place_of_a_run(cli, in_tmp):
+    for name in ("a.json", "b.json"):
+        Path(name).touch()
+    for words in (["a.json"], ["a.json", "b.json"]):
+        assert cli("plot", *words).error.startswith("error: a.json: a file; a run's folder is expected")
 
 
 def test_runs_of_one_name_are_told_apart(cli, in_tmp):
@@ -105,6 +114,7 @@ def test_watch_draws_each_change_once_and_survives_a_folder_that_moves_away(in_t
             ["gpt2_124m  ", "  124,439,808  ", "finetune_shakespeare ", "quickstart  ", "finished"],
         ),
         (["plot.py"], ["to iter 60"]),
+        (["train.py", "--resume", "--show_batch", "3"], ["update 3 of 60, ", "| ttles should accidentally fall, t"]),
     ],
 )
 def test_without_torch(run_copy, words, parts):

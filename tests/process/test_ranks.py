@@ -116,7 +116,8 @@ def home(tmp_path_factory) -> Path:
 def job_of_two(home) -> subprocess.CompletedProcess:
     """out/one by one process, which all others are compared with; out/two by two ranks, as a user starts them."""
     alone(home, {"one": ""})
-    return torchrun(2, ROOT / "train.py", *BASE, "--out_dir", "out/two", cwd=home, threads=None)
+    words = (*BASE, "--out_dir", "out/two", "--json", "two.json")
+    return torchrun(2, ROOT / "train.py", *words, cwd=home, threads=None)
 
 
 def test_two_ranks_make_the_updates_of_one(home, job_of_two):
@@ -124,6 +125,8 @@ def test_two_ranks_make_the_updates_of_one(home, job_of_two):
     one, two = home / "out/one", home / "out/two"
     assert_same_run(two, one)
     assert {p.relative_to(two) for p in two.rglob("*")} == {p.relative_to(one) for p in one.rglob("*")}
+    result = json.loads((home / "two.json").read_text())
+    assert (result["ranks"], result["iter"], result["tokens"]) == (2, 20, 20 * 16 * 32)
     lines = job_of_two.stdout.splitlines()
     for start in ("model ", "data ", "update ", "run ", "machine ", "folder ", "done: "):
         assert len([line for line in lines if line.startswith(start)]) == 1, start
@@ -163,7 +166,7 @@ DDP = VARIANTS | {
     "muon": "--optimizer muon",
     "pair": "--batch_size 3 --grad_accum_steps 4 --dropout 0",  # without dropout, whose masks follow the micro-batches
     "patience": "--lr 1 --warmup_iters 11 --eval_interval 2 --patience 1 --max_iters 100 --lr_decay_iters 20",
-    "timed": "--max_minutes 1e-4",
+    "timed": "--max_minutes 1e-4 --json timed.json",
 }
 ALONE = VARIANTS | {"muon": "--optimizer muon", "pair": "--batch_size 4 --grad_accum_steps 3 --dropout 0"}
 
@@ -231,6 +234,8 @@ def test_patience_and_time_end_all_ranks(out):
     state = checkpoint.read_state(out / "patience/ckpt/last")
     assert state["finished"]
     assert state["iter"] == int(rows(out / "patience")[-1]["iter"]) < 100
+    result = json.loads((out.parent / "timed.json").read_text())
+    assert (result["state"], result["val_iter"]) == ("max_minutes", result["iter"])
     first, *_, last = map(checkpoint.read_state, sorted((out / "timed/ckpt").glob("iter_*")))
     assert 0 < first["iter"] < 20
     assert (first["finished"], last["finished"]) == (False, True), "it has been resumed"

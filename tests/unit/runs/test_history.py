@@ -1,28 +1,16 @@
-"""history.py: logs as they are written, cut, damaged or missing; and the tables of `train.py --list`."""
+"""history.py: logs as they are written, cut, damaged or missing; what follows from them."""
 
-import fcntl
 import json
 import math
-import os
-import re
-import time
-import tomllib
-from pathlib import Path
 
 import pytest
 
-from config import ModelConfig, TrainConfig, UserError
-from flatgpt import REPO_ROOT
-from flatgpt.cli import cli
-from flatgpt.data import tokenizer_reader
+from config import ModelConfig, UserError
 from flatgpt.runs import history
-from flatgpt.runs.history import gpt2_parameters, print_list
+from flatgpt.runs.history import gpt2_parameters
 from flatgpt.runs.run_log import RunLog
 
-SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 8, "context_length": 4, "vocab_size": 300}
-PARAMETERS = f"{gpt2_parameters(ModelConfig(**SHAPE)):,}"
-ROWS = "iter,val_loss\n0,5.5\n10,\n20,3.25\n30,3.5\n"
-DAY = 86400
+NAN = math.nan
 
 
 def test_a_log_comes_back(tmp_path):
@@ -68,6 +56,11 @@ def test_what_is_skipped_is_said(tmp_path, capsys):
     assert capsys.readouterr().err == text
 
 
+def test_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        history.read(tmp_path / "none")
+
+
 def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
     (tmp_path / "config.toml").write_text("n_layer = 1\nn_embd = 8\nvocab_size = 10\n")
     assert history.read(tmp_path).parameters == gpt2_parameters(ModelConfig(n_layer=1, n_embd=8, vocab_size=10))
@@ -87,161 +80,57 @@ def test_settings_are_those_of_the_checkpoint_else_of_the_recipe(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# train.py --list: runs
-
-
-def run(name: str, rows: str | None = ROWS, seconds: float = 300, saved: int = 30, **keys) -> Path:
-    """Make a run's folder in out/, last written to so many seconds ago.
-
-    Args:
-        saved: the iteration of its checkpoint.
-        keys: of its state.json, or, in capitals, of its settings.
-    """
-    last = Path("out") / name / "ckpt" / "last"
-    last.mkdir(parents=True)
-    settings = {**SHAPE, "dataset": "mine", "max_iters": 40} | {k.lower(): v for k, v in keys.items() if k.isupper()}
-    state = {"iter": saved, "config": settings} | {k: v for k, v in keys.items() if k.islower()}
-    files = {last / "state.json": json.dumps(state)} | ({last.parents[1] / "metrics.csv": rows} if rows else {})
-    for file, content in files.items():
-        file.write_text(content)
-        os.utime(file, (time.time() - seconds,) * 2)
-    return last.parents[1]
-
-
-@pytest.fixture
-def shown(in_tmp, capsys):
-    """shown(name=recipe) -> the lines printed of these recipes and of the runs in out/."""
-
-    def lines(**recipes) -> list[str]:
-        print_list(recipes)
-        return capsys.readouterr().out.splitlines()
-
-    return lines
-
-
-def row(lines: list[str], name: str) -> dict[str, str]:
-    """Return the cells of a name's row by the head of their column."""
-    at = next(n for n, line in enumerate(lines) if line.startswith(f"{name} "))
-    head = next(line for line in lines[at::-1] if line.startswith(("run ", "recipe ")))
-    found = [re.split(r"\s{2,}", line) for line in (head, lines[at])]
-    return dict(zip(*found, strict=True))
-
-
-def test_runs_and_what_is_said_of_them(shown):
-    """The newest come first. What the log does not have is taken from the checkpoint, or is a dash."""
-    for file in ("out/recipe/config.toml", "out/rows/metrics.csv", "out/.hidden/metrics.csv", "out/a_file"):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(ROWS if "csv" in file else 'n_embd = 8\ndataset = "mine"\nmax_iters = 10\n')
-        os.utime(file, (time.time() - (30 if "rows" in file else 0),) * 2)
-    run("small")
-    run("no_log", rows=None, best_iter=10, best_loss=4.0, seconds=2 * DAY)
-    run("no_best", rows="iter,val_loss\n0,\n1000000,nan\n", best_iter=10, best_loss=4.0, seconds=900 * DAY)
-    run("x" * 50, DATASET="two\nlines\x1b[2J" + "y" * 20, seconds=3600)
-    lines = shown()
-    expected = [
-        ("run", "parameters", "data", "iter", "best loss", "best iter", "age", "state"),
-        ("recipe", "-", "mine", "0", "-", "-", "0 s", "stopped, 0%"),
-        ("rows", "-", "-", "30", "3.2500", "20", "30 s", "stopped"),
-        ("small", PARAMETERS, "mine", "30", "3.2500", "20", "5 min", "stopped, 75%"),
-        ("x" * 33 + "...", PARAMETERS, "two lines [2Jyyyy...", "30", "3.2500", "20", "1 h", "stopped, 75%"),
-        ("no_log", PARAMETERS, "mine", "30", "4.0000", "10", "2 d", "stopped, 75%"),
-        ("no_best", PARAMETERS, "mine", "1,000,000", "-", "-", "900 d", "stopped, 100%"),
-    ]
-    assert [tuple(re.split(r"\s{2,}", line)) for line in lines] == expected
-    state, end = lines[0].index("state"), lines[0].index("iter") + len("iter")
-    assert all(line[state - 1] == " " != line[state] and line[end - 1] != " " for line in lines), "aligned"
+# what follows from the log
 
 
 @pytest.mark.parametrize(
-    ("keys", "state"),
+    ("step_ms", "seconds"),
     [
-        ({"finished": False, "MAX_ITERS": 31}, "stopped, 96%"),
-        ({"finished": True}, "finished"),  # patience
-        ({"finished": True, "saved": 20}, "stopped, 75%"),  # it went on after that
-        ({"MAX_ITERS": None}, "stopped"),
+        ([NAN, NAN, 100, NAN, 50], [0, 1, 2, 2.5, 3]),  # as the next one, else the last one
+        ([NAN, 100, NAN, NAN, NAN], [0, 1, 2, 3, 4]),
+        ([NAN] * 5, [0, NAN, NAN, NAN, NAN]),
     ],
 )
-def test_how_a_run_stands(shown, keys, state):
-    folder = run("small", **keys)
-    assert row(shown(), "small")["state"] == state
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert row(shown(), "small")["state"].startswith("running")
+def test_time_of_the_updates(step_ms, seconds):
+    found = history.History("r", {"iter": [0, 10, 20, 30, 40], "step_ms": step_ms}, {}, {})
+    assert found.update_seconds == pytest.approx(seconds, nan_ok=True)
+    assert found.seconds == (None if math.isnan(seconds[-1]) else pytest.approx(seconds[-1]))
+    assert history.History("r", {}, {}, {}).update_seconds == []
 
 
-def test_what_cannot_be_read_comes_last_and_hides_nothing(shown):
-    assert shown() == ["no runs in out/ yet"]
-    with pytest.raises(UserError, match="no such folder"):
-        history.read(Path("out/none"))
-    run("good")
-    run("a_folder").joinpath("metrics.csv").unlink()
-    Path("out/a_folder/metrics.csv").mkdir()
-    run("wide").joinpath("ckpt/last/state.json").write_text('{"config": {"max_iters": "x"}}')
-    Path("out/empty").mkdir()
-    lines = shown()
-    assert lines[1].startswith("good ")
-    assert lines[2:4] == [
-        "a_folder  cannot be read: [Errno 21] Is a directory: 'out/a_folder/metrics.csv'",
-        "empty  not a run: it has no metrics.csv, config.toml or ckpt/",
-    ]
-    assert lines[4].startswith("wide  cannot be read: ")
+def test_bits_per_byte_follow_from_the_text_of_the_split(tmp_path):
+    """Earlier versions did not store its bytes: they are those of meta.json, unless that is of another text."""
 
+    def bits(state: dict, settings: dict, split: str = "val") -> float | None:
+        return history.History("r", {}, state, settings).bits_per_byte(2 * math.log(2), split)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train.py --list: recipes
-
-
-def recipe(*words) -> TrainConfig:
-    return cli.parse(TrainConfig, list(map(str, words)))
-
-
-def test_recipes_the_smallest_first_and_what_is_wrong_with_others(shown):
-    Path("data/mine").mkdir(parents=True)
-    Path("data/mine/meta.json").write_text("{")
-    lines = shown(
-        large=recipe("--n_layer", 12),
-        small=recipe("--n_layer", 1),
-        long=recipe("--epochs", 2.5, "--n_layer", 30),
-        tuned=recipe("--init_from", "gpt2"),
-        wrong=UserError("2 problems:\n  1. one\n  2. " + "two" * 100),
-        damaged=recipe("--dataset", "mine"),
-    )
-    names = ["recipe", "small", "large", "long", "tuned", "damaged", "wrong"]
-    assert [line.split()[0] for line in lines[:7]] == names
-    assert (row(lines, "long")["iters"], row(lines, "tuned")["parameters"]) == ("2.5 epochs", "-")
-    assert lines[5].startswith("damaged  cannot be read: ")
-    assert (lines[6][:9], len(lines[6]), lines[6][-3:]) == ("wrong  2 ", 100, "...")
-    assert lines[7:] == ["", "no runs in out/ yet"]
+    stored = {"data": {"tokens": {"val": 100}, "bytes": {"val": 400}}}
+    assert bits(stored, {}) == pytest.approx(0.5)
+    assert bits(stored, {}, "train") is None
+    assert history.History("r", {}, stored, {}).bits_per_byte(None) is None
+    folder, settings = tmp_path / "mine", {"data_dir": str(tmp_path), "dataset": "mine"}
+    old = {"data": {"tokens": {"val": 100}, "folder": str(folder)}}
+    assert bits(old, {}) is None
+    folder.mkdir()
+    (folder / "meta.json").write_text('{"splits": {"val": {"tokens": 100, "bytes": 200}}}')
+    assert bits(old, {}) == bits({}, settings) == pytest.approx(1)
+    old["data"]["tokens"]["val"] = 99
+    for broken in (old, {"data": {"tokens": 1, "bytes": 2}}, {"data": []}):
+        assert bits(broken, {}) is None
 
 
 @pytest.mark.parametrize(
-    ("dataset", "words", "ids", "tokens"),
+    ("number", "text"),
     [
-        ("pydoc", (), 257, "made at start"),
-        ("shakespeare", (), 50257, "made at start"),
-        ("shakespeare_byte", (), 257, "made at start"),
-        ("prepared", (), 99, "12,345"),
-        ("nanogpt", (), 50257, "1,000"),
-        ("mine", (), None, "not prepared"),
-        ("mine", ("--vocab_size", 1000), 1000, "not prepared"),
+        (7, "7"),
+        (999, "999"),
+        (999.6, "1K"),
+        (12_345, "12.3K"),
+        (999_499, "999K"),
+        (999_500, "1M"),
+        (1.2e8, "120M"),
     ],
 )
-def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, ids, tokens):
-    for name in ("prepared", "nanogpt"):
-        Path("data", name).mkdir(parents=True)
-    Path("data/prepared/meta.json").write_text('{"vocab_size": 99, "splits": {"train": {"tokens": 12345}}}')
-    Path("data/nanogpt/train.bin").write_bytes(bytes(2000))
-    parameters = f"{gpt2_parameters(recipe('--vocab_size', ids)):,}" if ids else "-"
-    cells = {"recipe": "it", "parameters": parameters, "data": dataset, "train tokens": tokens, "iters": "2,000"}
-    cells |= {"hardware": "-", "time": "not measured", "bits/byte": "-"}  # no recipe of this name has a [meta]
-    assert row(shown(it=recipe("--dataset", dataset, *words)), "it") == cells
-
-
-def test_what_a_recipe_states_about_its_result(shown):
-    cells = row(shown(quickstart=recipe()), "quickstart")
-    meta = tomllib.loads((REPO_ROOT / "configs/quickstart.toml").read_text(encoding="utf-8"))["meta"]
-    assert [cells[key] for key in ("hardware", "time", "bits/byte")] == ["2 CPU cores", meta["time"], "1.817"]
-
-
-def test_ids_known_beforehand_are_the_tokenizers():
-    assert history.SIZES == tokenizer_reader.SIZES
+def test_compact_numbers_have_three_digits(number, text):
+    assert history.format_compact(number) == text
+    assert history.format_compact(1e6 * number)[-1] in "MBT"

@@ -60,6 +60,10 @@ def drawn(monkeypatch):
         boxes = [part.get_tightbbox(renderer) for part in parts]
         assert not any(one.padded(-1).overlaps(other.padded(-1)) for one, other in itertools.combinations(boxes, 2))
         assert all(figure.bbox.padded(1).containsx(x) for box in boxes for x in (box.x0, box.x1))
+        for axes in figure.axes:
+            ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            ticks = [text.get_window_extent(renderer) for at, text in ticks if axes.viewLim.containsx(at)]
+            assert all(one.x1 + 10 < other.x0 for one, other in itertools.pairwise(ticks)), "room between the numbers"
         return figure
 
     return draw
@@ -85,7 +89,8 @@ def test_one_run(drawn):
     history = run()
     figure = drawn(history)
     assert titles(figure) == [LOSS, *SMALL]
-    assert {*LEGEND, "iter (updates done)", "r, best 4.2076 at iter 400\n28,896 parameters, Abacus"} <= {*texts(figure)}
+    title = "r, best 4.2076 at iter 400, 102K tokens, 40m00s\n28,896 parameters, Abacus"
+    assert {*LEGEND, "iter (updates done)", title} <= {*texts(figure)}
     raw, smoothed, validation, star = lines(figure, LOSS)
     assert list(raw.get_ydata()) == history["train_loss"][1:]
     assert raw.get_color() == smoothed.get_color() != validation.get_color()
@@ -100,16 +105,48 @@ def test_several_runs(drawn):
     runs = [run(name="a" * 20 + "b" * 20), run(800, name="b"), run(600, name="_c$x$", val_loss=None)]
     figure = drawn(*runs)
     (legend,) = figure.legends
-    labels = [f"{'a' * 13}…{'b' * 16}, best 4.2076 at iter 400", "b, best 4.2000 at iter 800", "_c$x$"]
+    labels = [f"{'a' * 13}…{'b' * 16}, best 4.2076 at iter 400, 102K tokens, 40m00s"]
+    labels += ["b, best 4.2000 at iter 800, 205K tokens, 1h20m", "_c$x$, 154K tokens, 1h00m"]
     assert [text.get_text() for text in legend.get_texts()] == labels
     colours = [handle.get_color() for handle in legend.legend_handles]
     assert [line.get_color() for line in lines(figure, "learning rate")] == colours
     assert len(set(colours)) == 3
-    drawn(*(run(name=f"{n} " + "x" * 250) for n in range(9)))
+    for axes in figure.axes:
+        assert (axes.get_xscale(), axes.viewLim.containsx(0)) == ("linear", True)
+    figure = drawn(*(run(name=f"{n} " + "x" * 250) for n in range(9)))
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines(figure, "learning rate")}) == 9
+
+
+def test_losses_of_different_tokenizers_are_bits_per_byte_or_said_to_differ(drawn):
+    def trained_with(tokenizer: str | None, bytes_per_token: int | None) -> History:
+        made = run()
+        if tokenizer:
+            made.state["tokenizer"] = {"name": tokenizer, "ranks_sha256": f"hash of {tokenizer}"}
+        if bytes_per_token:
+            size = {"train": bytes_per_token, "val": 2 * bytes_per_token}
+            made.state["data"] = {"tokens": {"train": 1, "val": 1}, "bytes": size}
+        return made
+
+    figure = drawn(trained_with("byte", 1), trained_with("gpt2", 4))
+    assert titles(figure)[0].startswith("loss (bits per byte): ")
+    validation, training = (next(x for x in lines(figure, "loss") if len(x.get_xdata()) == n) for n in (5, 40))
+    assert validation.get_ydata()[-1] == pytest.approx(4.2076 / math.log(2) / 2, abs=1e-4)
+    assert training.get_ydata()[0] == pytest.approx(run()["train_loss"][1] / math.log(2), rel=0.01)
+    assert figure.legends[0].get_texts()[1].get_text().startswith("r, best 0.7588 at iter 400")
+    unknown = drawn(trained_with("byte", 1), trained_with("gpt2", None))
+    assert titles(unknown)[0].startswith("loss (nats per token of different tokenizers, which cannot be compared)")
+    for other in (trained_with("byte", None), trained_with(None, None)):
+        assert titles(drawn(trained_with("byte", 1), other))[0].startswith(f"{LOSS}: ")
+
+
+def test_new_model_is_not_the_best(drawn):
+    early = run(50, val_loss=lambda i: 5.5 if i == 0 else NAN)
+    assert "*" not in [line.get_marker() for line in lines(drawn(early), LOSS)]
 
 
 @pytest.mark.parametrize(("x", "label", "end"), [("tokens", "tokens trained on", 102_400), ("time", "(min)", 40)])
 def test_other_x_axes(drawn, x, label, end):
+    drawn(run(600_000, every=1000), run(19_073, every=100), x=x)
     figure = drawn(run(), x=x)
     assert figure.get_supxlabel().endswith(label)
     assert lines(figure, LOSS)[2].get_xdata()[-1] == pytest.approx(end)

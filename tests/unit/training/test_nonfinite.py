@@ -18,7 +18,7 @@ BATCHES = SimpleNamespace(
 
 
 def make_guard(on_nonfinite: str, scaled: bool = False) -> NonfiniteGuard:
-    return NonfiniteGuard(on_nonfinite, torch.device("cpu"), scaled)
+    return NonfiniteGuard(on_nonfinite, "out/r", torch.device("cpu"), scaled)
 
 
 def observe(guard: NonfiniteGuard, i: int, loss: float = 1.0, norm: float = 1.0) -> float:
@@ -39,7 +39,8 @@ def test_first_bad_update_is_named_with_its_windows(values, text):
     stop, skip = make_guard("stop"), make_guard("skip")
     for guard in (stop, skip):
         assert [observe(guard, 5), observe(guard, 6, *values), observe(guard, 7, NAN)] == [0.0, 1.0, 1.0]
-    said = f"iter 7: {text}; training windows of its batch: 60, 61, 62, 63 (window w starts at token 32 * w). The"
+    said = f"iter 7: {text}; training windows of its batch: 60, 61, 62, 63 (window w starts at token 32 * w; their "
+    said += "texts: python train.py --config out/r/config.toml --show_batch 7). The"
     warning, error, skipped = check(stop, 10)
     assert (warning, error[: len(said)], skipped) == ("", said, 2)
     assert "--on_nonfinite skip" in error
