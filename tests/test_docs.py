@@ -19,7 +19,7 @@ import pytest
 from in_process import TEXT, make_dataset
 from processes import ROOT
 
-from config import SCRIPT_CONFIGS, TrainConfig
+from config import SCRIPT_CONFIGS, TrainConfig, run_dir
 from flatgpt.cli import settings
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -144,6 +144,15 @@ def test_table_of_recipes_is_that_of_their_meta():
 def test_command_is_understood(command):
     """Settings of a run, such as --resume, are not looked up."""
     settings.parse(CONFIGS[command.script], command.words)
+
+
+def test_runs_that_the_readme_names_are_those_that_it_trains():
+    found = [command for command in COMMANDS if command.page == "README.md"]
+    started = [c.words for c in found if c.script == "train" and "--resume" not in c.words]
+    made = {str(run_dir(settings.parse(TrainConfig, words))) for words in started}
+    flags = ("--resume", "--model_path")
+    named = {c.words[n + 1] for c in found for n, word in enumerate(c.words) if word in flags}
+    assert named <= made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
