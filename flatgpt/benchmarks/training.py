@@ -228,8 +228,7 @@ def bench_loss(config: BenchConfig) -> dict:
     """
     device, seeds = select_device(config.device, "float32"), itertools.count(1)  # train.py selects its own precision
     on_cuda = device.device.type == "cuda"
-    if config.plot:
-        require_writable(config.plot, "plot")
+    require_writable(config.plot, "plot")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         recipe = write_recipe(config, folder)
 
