@@ -220,7 +220,7 @@ def test_files_are_neither_served_nor_accepted(server, tiny_run):
     form = {"Content-Type": "multipart/form-data; boundary=b"}
     for size in (0, 1, 100):
         answer = server.get("/gradio_api/upload", head + size * b"x" + b"\r\n--b--\r\n", **form)
-        assert answer == (500, "Internal Server Error")
+        assert answer[0] in (413, 500), answer  # 413: gradio 6.24
     assert server.get("/monitoring")[0] in (403, 404)
 
 
