@@ -1,4 +1,4 @@
-"""OpenAI's completion API over HTTP, for app.py: POST /v1/completions, GET /v1/models. Also who may connect.
+"""OpenAI's completion API over HTTP, for app.py: POST /v1/completions, GET /v1/models; and the checks of clients.
 
 Clients that are not browsers, such as curl, the openai package and lm-evaluation-harness's local-completions, use it
 beside the page, with the page's queue and limits.
@@ -36,7 +36,7 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class RefusedError(UserError):
-    """A request that is not served, for another reason than its content.
+    """A request that is refused for its client, size or path.
 
     Attributes:
         status: the status of the answer.

@@ -30,7 +30,7 @@ NUMBERS = {
     "repetition_penalty": ("repetition_penalty", 1.0),
 }
 FLAGS = ("echo", "stream", "ignore_eot")
-# Parts of OpenAI's API that are not supported, and the value that does nothing, which is.
+# Fields of OpenAI's API that are supported only with the value that changes nothing.
 UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "suffix": ""}
 KNOWN = {"prompt", "model", "user", "max_tokens", "stop", "logprobs", "best_of", "stream_options"}
 KNOWN |= {*NUMBERS, *FLAGS, *UNSUPPORTED}
