@@ -72,12 +72,12 @@ class History:
     @property
     def seconds(self) -> float | None:
         """Time of all updates in s, without evaluations and saves; None if unknown."""
-        return next((s for s in self.update_seconds[-1:] if s > 0), None)
+        return next((s for s in self.update_seconds[-1:] if 0 < s < math.inf), None)
 
     @property
     def tokens(self) -> int | None:
         """Number of tokens trained on; None if unknown."""
-        return next((int(n) for n in self["tokens"][-1:] if n > 0), None)
+        return next((int(n) for n in self["tokens"][-1:] if 0 < n < math.inf), None)
 
     @property
     def tokenizer(self) -> str | None:

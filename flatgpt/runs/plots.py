@@ -60,8 +60,12 @@ def has_values(run: History, x: str) -> bool:
 
 
 def _x_values(run: History, x: str) -> np.ndarray:
-    """Return the x value of each row. `time` is the total time of the updates in s, without evaluations and saves."""
-    return np.array(run.update_seconds if x == "time" else run[x])
+    """Return the x value of each row; nan if it is not finite, as in a damaged log.
+
+    `time` is the total time of the updates in s, without evaluations and saves.
+    """
+    xs = np.array(run.update_seconds if x == "time" else run[x])
+    return np.where(np.isfinite(xs), xs, np.nan)
 
 
 def _loss_scales(runs: Sequence[History]) -> tuple[str, list[dict[str, float]]]:
@@ -188,7 +192,7 @@ def _add_title(figure: Figure, runs: Sequence[History], scales: Sequence[float])
         labels.append(label + (f", {duration(run.seconds)}" if run.seconds else ""))
     if len(runs) == 1:
         facts = [runs[0].parameters and f"{runs[0].parameters:,} parameters", runs[0].state.get("device")]
-        figure.suptitle(f"{labels[0]}\n{', '.join(filter(None, facts))}".rstrip())
+        figure.suptitle(f"{labels[0]}\n{', '.join(map(str, filter(None, facts)))}".rstrip())
     else:
         styles = [{"color": COLORS[n % 8], "linestyle": LINES[n // 8 % 3]} for n in range(len(runs))]
         handles = [Line2D([], [], linewidth=1.8, **style) for style in styles]

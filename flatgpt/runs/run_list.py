@@ -104,8 +104,9 @@ def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
     iters = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
     dataset = _truncate(config.dataset, DATA_WIDTH)
     meta = read_table(REPO_ROOT / "configs" / f"{name}.toml", tomllib.loads).get("meta", {})
-    measured = meta.get("time", "unmeasured"), str(meta.get("bits_per_byte", "-"))
-    cells = name, _format_count(parameters), dataset, tokens, iters, meta.get("hardware", "-"), *measured
+    known = {"hardware": "-", "time": "unmeasured", "bits_per_byte": "-"} | meta
+    measured = (str(known[key]) for key in ("hardware", "time", "bits_per_byte"))
+    cells = name, _format_count(parameters), dataset, tokens, iters, *measured
     return parameters or math.inf, *cells
 
 

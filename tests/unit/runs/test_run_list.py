@@ -190,6 +190,15 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
     assert row(shown(it=recipe("--dataset", dataset, *words)), "it") == cells
 
 
+def test_facts_of_any_type_are_shown(shown, monkeypatch):
+    """Numbers and lists of a recipe's [meta] are texts."""
+    monkeypatch.setattr(run_list, "REPO_ROOT", Path())
+    Path("configs").mkdir()
+    Path("configs/mine.toml").write_text('[meta]\ntime = 54\nhardware = ["GPU"]\nbits_per_byte = 1.5\n')
+    cells = row(shown(mine=TrainConfig()), "mine")
+    assert (cells["hardware"], cells["time"], cells["bits/byte"]) == ("['GPU']", "54", "1.5")
+
+
 def test_what_a_recipe_states_about_its_result(shown):
     cells = row(shown(quickstart=recipe()), "quickstart")
     meta = tomllib.loads((REPO_ROOT / "configs/quickstart.toml").read_text(encoding="utf-8"))["meta"]
