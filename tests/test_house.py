@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from mutate import read_table
 from processes import ROOT
 
 from config import SCRIPT_CONFIGS
@@ -187,6 +188,15 @@ def test_an_installed_flatgpt_has_every_module_and_recipe(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     paths = (*FILES, *ROOT.glob("configs/*.toml"), *ROOT.glob("flatgpt/**/*.toml"))
     assert {path.relative_to(ROOT).as_posix() for path in paths} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_mutations_can_be_made_and_their_tests_exist():
+    for row in read_table():
+        assert (ROOT / row.file).read_text(encoding="utf-8").count(row.old) == 1, f"{row.name} is stale: {row.old}"
+        for test in row.tests:
+            path, _, function = re.sub(r"\[.*", "", test).partition("::")
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert f"def {function}(" in text if function else text, f"{row.name}: {test}"
 
 
 def test_every_config_field_is_read_somewhere():

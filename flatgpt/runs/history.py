@@ -72,12 +72,12 @@ class History:
     @property
     def seconds(self) -> float | None:
         """Time of all updates in s, without evaluations and saves; None if unknown."""
-        return next((s for s in self.update_seconds[-1:] if s > 0), None)
+        return next((s for s in self.update_seconds[-1:] if 0 < s < math.inf), None)
 
     @property
     def tokens(self) -> int | None:
         """Number of tokens trained on; None if unknown."""
-        return next((int(n) for n in self["tokens"][-1:] if n > 0), None)
+        return next((int(n) for n in self["tokens"][-1:] if 0 < n < math.inf), None)
 
     @property
     def tokenizer(self) -> str | None:
@@ -93,13 +93,13 @@ class History:
         """
         with contextlib.suppress(AttributeError, KeyError, TypeError, ZeroDivisionError):  # unknown or damaged
             data = self.state.get("data", {})
-            entry = {key: data.get(key, {}).get(split) for key in ("tokens", "bytes")}
-            if not entry["bytes"]:
+            tokens, size = (data.get(key, {}).get(split) for key in ("tokens", "bytes"))
+            if not size:
                 folder = data.get("folder") or os.path.join(self.settings["data_dir"], self.settings["dataset"])
                 stored = read_table(Path(folder) / "meta.json", json.loads)["splits"][split]
-                entry["bytes"] = stored["bytes"] * (entry["tokens"] in (None, stored["tokens"]))
-                entry["tokens"] = stored["tokens"]
-            return loss / math.log(2) * entry["tokens"] / entry["bytes"]
+                if tokens in (None, stored["tokens"]):
+                    tokens, size = stored["tokens"], stored["bytes"]
+            return loss / math.log(2) * tokens / size
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""Plot the metrics of one or several runs: losses, learning rate, gradient norm, speed and memory.
+"""Plot the metrics of one or several runs (losses, learning rate, speed, memory), and the losses of bench.py loss.
 
 matplotlib simplifies paths, so long logs do not result in large files.
 """
@@ -60,8 +60,12 @@ def has_values(run: History, x: str) -> bool:
 
 
 def _x_values(run: History, x: str) -> np.ndarray:
-    """Return the x value of each row. `time` is the total time of the updates in s, without evaluations and saves."""
-    return np.array(run.update_seconds if x == "time" else run[x])
+    """Return the x value of each row; nan if it is not finite, as in a damaged log.
+
+    `time` is the total time of the updates in s, without evaluations and saves.
+    """
+    xs = np.array(run.update_seconds if x == "time" else run[x])
+    return np.where(np.isfinite(xs), xs, np.nan)
 
 
 def _loss_scales(runs: Sequence[History]) -> tuple[str, list[dict[str, float]]]:
@@ -188,11 +192,33 @@ def _add_title(figure: Figure, runs: Sequence[History], scales: Sequence[float])
         labels.append(label + (f", {duration(run.seconds)}" if run.seconds else ""))
     if len(runs) == 1:
         facts = [runs[0].parameters and f"{runs[0].parameters:,} parameters", runs[0].state.get("device")]
-        figure.suptitle(f"{labels[0]}\n{', '.join(filter(None, facts))}".rstrip())
+        figure.suptitle(f"{labels[0]}\n{', '.join(map(str, filter(None, facts)))}".rstrip())
     else:
         styles = [{"color": COLORS[n % 8], "linestyle": LINES[n // 8 % 3]} for n in range(len(runs))]
         handles = [Line2D([], [], linewidth=1.8, **style) for style in styles]
         figure.legend(handles, labels, loc="outside upper center", ncols=1)
+
+
+def plot_losses(results: dict[str, list[dict]], title: str) -> bytes:
+    """Plot the validation loss of benchmark runs by the seconds since each process started. Return the image, a PNG.
+
+    Args:
+        results: the runs of each project by its name, as returned by train_until_loss. Evaluations before the first
+            update are left out.
+    """
+    image = io.BytesIO()
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(6.4, 3.2))
+        axes = figure.subplots()
+        for color, (name, runs) in zip(COLORS, results.items(), strict=False):
+            for run, label in zip(runs, [name, *[None] * len(runs)], strict=False):  # one entry of the legend
+                points = [(seconds, loss) for seconds, i, loss in run["evaluations"] if i > 0]
+                axes.plot(*np.reshape(points, (-1, 2)).T, "o-", color=color, linewidth=1.4, markersize=3, label=label)
+        axes.set_xlim(left=0)
+        axes.set(title=title, xlabel="seconds since the process started", ylabel="validation loss (nats per token)")
+        axes.legend()
+        figure.savefig(image)
+    return image.getvalue()
 
 
 def smooth(ys: np.ndarray, log: bool = False) -> np.ndarray:
@@ -202,9 +228,7 @@ def smooth(ys: np.ndarray, log: bool = False) -> np.ndarray:
         log: average logarithms, so that a spike does not become wide on a logarithmic axis.
     """
     known, n = np.isfinite(ys), np.arange(len(ys))
-    width = np.minimum(SMOOTHING * len(ys), EARLY_SMOOTHING * n).astype(
-        int
-    )  # smaller at the start, where losses fall fast
+    width = np.minimum(SMOOTHING * len(ys), EARLY_SMOOTHING * n).astype(int)  # smaller where losses fall fast
     start, end = n - width, np.minimum(n + width + 1, len(ys))
     means = np.log(ys) if log else ys
     for _ in range(2):  # averaging twice turns a spike into a triangle, not a rectangle

@@ -36,7 +36,7 @@ def guarded(method: Callable) -> Callable:
 
 
 class Tracker:
-    """A tracker that logs nothing. Base class of the others.
+    """Logs nothing. Base class of the trackers.
 
     Args:
         run_dir: the run's folder.

@@ -28,7 +28,7 @@ EXTRAS = ("top_k", "min_p", "repetition_penalty")  # that OpenAI's API does not 
 
 @pytest.fixture(scope="module")
 def server(tiny_home):
-    words = ("--token_limit", 20_000, "--device", "cpu", "--dtype", "float32", "--queue_limit", 2)
+    words = ("--token_limit", 200_000, "--device", "cpu", "--dtype", "float32", "--queue_limit", 2)
     with serving(tiny_home, *words) as server:
         yield server
 
@@ -116,7 +116,7 @@ def test_log_probabilities_equal_those_of_the_model(client, tiny_run):
 def test_mistakes_are_errors_of_the_client(client):
     import openai
 
-    for prompt, fields in (("x" * 4001, {}), ("a", {"max_tokens": 20_001}), ("a", {"best_of": 3}), ([300], {})):
+    for prompt, fields in (("x" * 4001, {}), ("a", {"max_tokens": 200_001}), ("a", {"best_of": 3}), ([300], {})):
         with pytest.raises(openai.BadRequestError) as caught:
             create(client, prompt, **fields)
         assert caught.value.body["type"] == "invalid_request_error"
@@ -131,7 +131,7 @@ class Stream:
     """A streamed request, whose lines are read one at a time."""
 
     def __init__(self, server: Server, **fields):
-        body = {"prompt": "9", "max_tokens": 20_000, "ignore_eot": True, "stream": True} | fields
+        body = {"prompt": "9", "max_tokens": 200_000, "ignore_eot": True, "stream": True} | fields
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=90)
         self.connection.request("POST", "/v1/completions", json.dumps(body))
         self.answer = self.connection.getresponse()
@@ -150,11 +150,11 @@ def test_page_and_endpoint_share_one_queue(server, client):
     """In the order in which they come, up to the limit. Who leaves makes room."""
     import openai
 
-    page = urllib.request.urlopen(server.url + server.begin(max_new_tokens=20_000, ignore_eot=True), timeout=90)
+    page = urllib.request.urlopen(server.url + server.begin(max_new_tokens=200_000, ignore_eot=True), timeout=90)
     assert page.readline() == b"event: generating\n"  # a visitor of the page is served
     first = Stream(server)
     assert first.read_until(":") == ": 1 ahead\n"
-    second = urllib.request.urlopen(server.url + server.begin(max_new_tokens=20_000, ignore_eot=True), timeout=90)
+    second = urllib.request.urlopen(server.url + server.begin(max_new_tokens=200_000, ignore_eot=True), timeout=90)
     assert second.readline() == b"event: generating\n"
     assert b"queue: 2/2" in second.readline()
     with pytest.raises(openai.APIStatusError, match="2 requests are waiting: try again later") as full:

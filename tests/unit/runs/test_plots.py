@@ -11,12 +11,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from flatgpt.runs import history
+from flatgpt.runs import history, plots
 from flatgpt.runs.history import History
 from flatgpt.runs.plots import has_values, plot_runs, smooth
 from flatgpt.runs.run_log import KEYS
 
 NAN = math.nan
+
+
+@pytest.fixture(autouse=True)
+def coarse_pixels(monkeypatch):
+    """A quarter of the resolution, which is drawn in half the time."""
+    monkeypatch.setitem(plots.STYLE, "figure.dpi", 50)
+
+
 FACTS = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 8, "vocab_size": 99}
 LOSS, LEGEND = "loss (nats per token)", ["training (smoothed)", "validation", "best"]
 SMALL = ["learning rate", "gradient norm", "time per update (ms)", "tokens/s", "peak memory (GB)"]
@@ -197,12 +205,16 @@ ROWS = "10,2560,0.1,4.5,,0.0001,2.5,,0,,,,0.4\n20,5120,0.2,4.1,4.2,0.0002,2.1,,0
         HEADER + "0,,,0,0,0,0,0,0,0,0,0,0\n",
         HEADER + "0,,,1e38,1e-38,1e38,1e38,,,1e38,1e38,,1e38\n10,,,1,1,1,1,,,1,1,,1\n",
         HEADER + ROWS + ROWS,
+        HEADER + ROWS + "30,inf,0.3,4,4,0.0003,2,,0,inf,5120,,0.4\n",
+        HEADER + "10,2560,,4,4,,,,,9,,,\n20,inf,,4,4,,,,,inf,,,\n",
     ],
 )
 def test_unusual_logs_are_drawn(tmp_path, text):
+    """Also beside a damaged state.json."""
     (tmp_path / "metrics.csv").write_text(text)
+    (tmp_path / "state.json").write_text('{"device": 7, "tokenizer": 7, "data": [7], "parameters": "7"}')
     read = history.read(tmp_path)
-    for x in ("iter", "time"):
+    for x in ("iter", "time", *(["tokens"] if "256" in text else [])):
         assert has_values(read, x)
         assert plot_runs([read], x).startswith(b"\x89PNG")
 

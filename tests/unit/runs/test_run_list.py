@@ -95,15 +95,15 @@ def test_what_compares_runs(shown):
     assert max(map(len, lines)) == 120
     (name,) = (line.split()[0] for line in lines if line.startswith("n"))
     assert row(lines, name) == {
+        **{"run": name, "params": "1.56B", "data": "ddddddd...", "iter": "1,000,000", "tokens": "10B"},
         **{
-            "run": name,
-            "params": "1.56B",
-            "data": "ddddddd...",
-            "iter": "1,000,000",
-            "tokens": "10B",
             "time": "27h46m",
+            "tok/s": "100K",
+            "best loss": "3.2500",
+            "bits/byte": "1.172",
+            "age": "5 min",
+            "state": "stopped, 100%",
         },
-        **{"tok/s": "100K", "best loss": "3.2500", "bits/byte": "1.172", "age": "5 min", "state": "stopped, 100%"},
     }
 
 
@@ -188,6 +188,15 @@ def test_parameters_follow_from_the_recipe_or_the_data(shown, dataset, words, id
     cells = {"recipe": "it", "parameters": parameters, "data": dataset, "train tokens": tokens, "iters": "2,000"}
     cells |= {"hardware": "-", "time": "unmeasured", "bits/byte": "-"}  # no recipe of this name has a [meta]
     assert row(shown(it=recipe("--dataset", dataset, *words)), "it") == cells
+
+
+def test_facts_of_any_type_are_shown(shown, monkeypatch):
+    """Numbers and lists of a recipe's [meta] are texts."""
+    monkeypatch.setattr(run_list, "REPO_ROOT", Path())
+    Path("configs").mkdir()
+    Path("configs/mine.toml").write_text('[meta]\ntime = 54\nhardware = ["GPU"]\nbits_per_byte = 1.5\n')
+    cells = row(shown(mine=TrainConfig()), "mine")
+    assert (cells["hardware"], cells["time"], cells["bits/byte"]) == ("['GPU']", "54", "1.5")
 
 
 def test_what_a_recipe_states_about_its_result(shown):
