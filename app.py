@@ -51,8 +51,9 @@ def main(config: AppConfig) -> None:
 
     key, queue = read_key(config), ModelQueue(config.queue_limit)
     found, make_writer, described = load(config)
-    blocks = build(config, found, make_writer, described, queue)
-    api = CompletionAPI(config, queue, make_writer, about(found)[0], key)
+    facts = about(found)
+    blocks = build(config, facts, make_writer, described, queue)
+    api = CompletionAPI(config, queue, make_writer, facts[0], key)
     serve(blocks, config, queue, api.arguments())
 
 
@@ -60,7 +61,8 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
     """Load the model of the command line. The default in a folder of export.py --space is the folder's own model.
 
     Returns:
-        the model's source, a function that returns a Writer for a visitor's settings, and size and device as text.
+        the model's source, a function that returns a Writer for a visitor's settings, and size, device and updates as
+        text.
     """
     if not model_path(config) and any((HERE / name).exists() for name in ("state.json", "config.json")):
         config = dataclasses.replace(config, model_path=str(HERE))
@@ -71,7 +73,8 @@ def load(config: AppConfig) -> tuple[loading.ModelSource, Callable[[InferConfig]
     described = f"{parameters:,} parameters, on "
     note("\n".join([f"{found.describe()}: {described}{settings.describe()}", *settings.path_lines()]))
     make_writer = partial(Writer, model=model, encoding=encoding, end_of_text=found.end_of_text)
-    return found, make_writer, described + settings.describe(reasons=False)
+    updates = f"; trained for {found.state['iter']:,} updates" if found.state.get("iter") else ""
+    return found, make_writer, described + settings.describe(reasons=False) + updates
 
 
 def request(config: AppConfig, prompt: str, stop: str, **options: object) -> InferConfig:
@@ -112,15 +115,15 @@ def about(found: loading.ModelSource) -> tuple[str, str, str]:
 
 def build(
     config: AppConfig,
-    found: loading.ModelSource,
+    facts: tuple[str, str, str],
     make_writer: Callable[[InferConfig], Writer],
     described: str,
     queue: ModelQueue,
 ):
-    """Build the page as a gradio.Blocks."""
+    """Build the page as a gradio.Blocks. `facts` are those of `about`."""
     import gradio as gr
 
-    name, card, plots = about(found)
+    name, card, plots = facts
     helps = {field.name: field.metadata["help"] for field in dataclasses.fields(InferConfig)}
     labels = {key: {"label": key.replace("_", " "), "info": text, "min_width": 300} for key, text in helps.items()}
     sliders = (  # key, minimum, maximum, step, initial value (may be out of range)
@@ -148,8 +151,7 @@ def build(
             raise gr.Error(html.escape(str(error).replace("--", "")), print_exception=False) from None
 
     with gr.Blocks(title=f"{name} · flatGPT", analytics_enabled=False) as blocks:
-        updates = f"; trained for {found.state['iter']:,} updates" if found.state.get("iter") else ""
-        gr.Markdown(f"# {name}\n{described}{updates}")
+        gr.Markdown(f"# {name}\n{described}")
         with gr.Tab("Write"):
             box = {"lines": 3, "max_length": config.prompt_limit, "autofocus": True}
             prompt = gr.Textbox("", label="Prompt", info=helps["prompt"], **box)

@@ -144,7 +144,7 @@ def checked(value, kind: type, limits: Mapping):
     """Return the value of a field after checks; an int for a float is converted.
 
     Args:
-        kind: int, float, bool or str.
+        kind: int, float, bool, str or dict.
         limits: metadata of the field.
 
     Raises:
@@ -154,8 +154,8 @@ def checked(value, kind: type, limits: Mapping):
         with contextlib.suppress(OverflowError):
             value = float(value)
     if type(value) is not kind:
-        name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
-        raise ValueError(f"{name} is expected")
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
+        raise ValueError(f"{names[kind]} is expected")
     choices = limits.get("choices", ())
     if choices and not any(re.fullmatch(re.escape(c).replace(":N", ":[0-9]{1,3}"), value) for c in choices):
         raise ValueError(f"one of {', '.join(limits['choices'])} is expected")

@@ -72,10 +72,7 @@ class LanguageModel:
         self._lock = threading.Lock()
         self._decoding_model, self._decoding_weights = self.model, None
 
-    def __iter__(self) -> Iterator:
-        return iter((self.model, self.tokenizer))
-
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int):  # also for `model, tokenizer = flatgpt.load(...)`
         return (self.model, self.tokenizer)[index]
 
     def __repr__(self) -> str:

@@ -154,7 +154,7 @@ SMALL = {
     "--n_embd 16 --context_length 16 --batch_size 2 --max_iters 4",
     "resume": "--max_iters 61 --sample_tokens 0",
     "eval": "--eval_tokens 32 --device cpu",
-    "infer": "--max_new_tokens 4 --device cpu",
+    "infer": "--max_new_tokens 4 --device cpu --dtype float32",
 }
 SIZES = {"bpe:8192": "bpe:300", "100": "2"}
 # why a command of a script does not run here

@@ -2,13 +2,17 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 import typing
+import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from mutate import read_table
 from processes import ROOT
 
 from config import SCRIPT_CONFIGS
@@ -129,16 +133,18 @@ def package_of(requirement: str) -> str:
     return {"scikit-learn": "sklearn"}.get(package, package.replace("-", "_"))
 
 
-def declared(file: str) -> set[str]:
-    """Package names in a requirements file, -r lines followed."""
+def requirements(file: str) -> set[str]:
+    """The lines of a requirements file, -r lines followed, without comments."""
     found = set()
     for line in (ROOT / file).read_text().splitlines():
         line = line.split("#")[0].strip()
-        if line.startswith("-r "):
-            found |= declared(line[3:])
-        elif line:
-            found.add(package_of(line))
+        found |= requirements(line[3:]) if line.startswith("-r ") else {line} if line else set()
     return found
+
+
+def declared(file: str) -> set[str]:
+    """Package names in a requirements file, -r lines followed."""
+    return set(map(package_of, requirements(file)))
 
 
 def third_party(names: set[str]) -> set[str]:
@@ -166,6 +172,31 @@ def test_pyproject_names_the_packages_of_the_requirements_files():
     assert extras.pop("dev") == dev - base
     optional = set().union(*(OPTIONAL[name] for name in OPTIONAL if not name.startswith("flatgpt.benchmarks")))
     assert set().union(*extras.values()) == optional, "what the scripts import where it is installed"
+    ranges = {*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())}
+    # requirements.txt pins torch
+    assert {line for line in ranges - requirements("requirements-extra.txt") if package_of(line) != "torch"} == set()
+
+
+def test_an_installed_flatgpt_has_every_module_and_recipe(tmp_path):
+    """The wheel that `pip install .` makes, without its download of setuptools, which torch depends on."""
+    for name in ("flatgpt", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in (*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):
+        shutil.copy(path, tmp_path)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    paths = (*FILES, *ROOT.glob("configs/*.toml"), *ROOT.glob("flatgpt/**/*.toml"))
+    assert {path.relative_to(ROOT).as_posix() for path in paths} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_mutations_can_be_made_and_their_tests_exist():
+    for row in read_table():
+        assert (ROOT / row.file).read_text(encoding="utf-8").count(row.old) == 1, f"{row.name} is stale: {row.old}"
+        for test in row.tests:
+            path, _, function = re.sub(r"\[.*", "", test).partition("::")
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert f"def {function}(" in text if function else text, f"{row.name}: {test}"
 
 
 def test_every_config_field_is_read_somewhere():

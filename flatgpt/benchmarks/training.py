@@ -24,11 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from config import BenchConfig, TrainConfig, UserError
 from flatgpt.benchmarks import nanogpt
-from flatgpt.benchmarks.curves import plot_losses
 from flatgpt.benchmarks.measure import Process, interleave, log, milliseconds, script, seconds_since_start, speedup
 from flatgpt.cli.settings import recipe_text
 from flatgpt.runs.checkpoint_writer import CheckpointWriter
 from flatgpt.runs.history import follow
+from flatgpt.runs.plots import plot_losses
 from flatgpt.runtime.device import cpu_name, peak_flops, select_device
 from flatgpt.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from flatgpt.runtime.files import require_writable, write_output
@@ -228,8 +228,7 @@ def bench_loss(config: BenchConfig) -> dict:
     """
     device, seeds = select_device(config.device, "float32"), itertools.count(1)  # train.py selects its own precision
     on_cuda = device.device.type == "cuda"
-    if config.plot:
-        require_writable(config.plot, "plot")
+    require_writable(config.plot, "plot")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         recipe = write_recipe(config, folder)
 

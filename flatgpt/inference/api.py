@@ -1,4 +1,4 @@
-"""OpenAI's completion API over HTTP, for app.py: POST /v1/completions, GET /v1/models. Also who may connect.
+"""OpenAI's completion API over HTTP, for app.py: POST /v1/completions, GET /v1/models; and the checks of clients.
 
 Clients that are not browsers, such as curl, the openai package and lm-evaluation-harness's local-completions, use it
 beside the page, with the page's queue and limits.
@@ -25,10 +25,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config import AppConfig, InferConfig, UserError
-from flatgpt.inference.completions import CompletionRequest, body_limit, complete, make_texts, parse_request, usage
-from flatgpt.inference.model_queue import ModelQueue, Place, UnavailableError
+from flatgpt.inference.completions import Completion, body_limit, parse_request
+from flatgpt.inference.model_queue import ModelQueue, Place
 from flatgpt.inference.sampling import NonFiniteLogitsError
-from flatgpt.inference.writer import Text, Writer
+from flatgpt.inference.writer import Writer
 from flatgpt.runtime.device import note
 
 KEY_VARIABLE = "FLATGPT_API_KEY"
@@ -36,7 +36,7 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class RefusedError(UserError):
-    """A request that is not served, for another reason than its content.
+    """A request that is refused for its client, size or path.
 
     Attributes:
         status: the status of the answer.
@@ -49,14 +49,10 @@ class RefusedError(UserError):
 
 def error_body(error: UserError) -> tuple[dict, int]:
     """Return an error in OpenAI's format, and its HTTP status."""
-    status, message = 400, str(error).replace("--", "")
+    status, message = getattr(error, "status", 400), str(error).replace("--", "")
     if isinstance(error, NonFiniteLogitsError):
         note(f"error: {error}")  # it names the model's folder
         status, message = 500, "the model's logits are NaN or infinite"
-    elif isinstance(error, UnavailableError):
-        status = 503
-    elif isinstance(error, RefusedError):
-        status = error.status
     kind = "server_error" if status >= 500 else "invalid_request_error"
     code = "invalid_api_key" if status == 401 else None
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}, status
@@ -129,12 +125,11 @@ class CompletionAPI:
 
     def _check_client(self, request: Request) -> None:
         """Refuse pages of other sites, whose browser would send what its user may send, and clients without the key."""
-        origin, host = request.headers.get("origin"), request.headers.get("host")
-        if origin not in (None, f"http://{host}", f"https://{host}"):
+        headers = request.headers
+        origins = (None, *(f"{scheme}://{headers.get('host')}" for scheme in ("http", "https")))
+        if headers.get("origin") not in origins or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise RefusedError(403, "requests of other sites' pages are not answered")
-        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise RefusedError(403, "requests of other sites' pages are not answered")
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         if self._key is not None:
             same = hmac.compare_digest(given.strip().encode(), self._key.encode())
             if scheme.lower() != "bearer" or not same:
@@ -146,13 +141,14 @@ class CompletionAPI:
             body += chunk
             if len(body) > limit:
                 raise RefusedError(413, f"the body is larger than {limit:,} bytes")
-        writer, asked, texts = await asyncio.to_thread(self._prepare, body)
+        prepare = lambda: Completion(parse_request(body, self._config), self._make_writer)  # noqa: E731
+        completion = await asyncio.to_thread(prepare)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         head["model"] = self._model["id"]
-        updates = self._queue.stream(lambda: complete(asked, writer, texts))
+        updates = self._queue.stream(completion.steps)
         await anext(updates)  # its place, or an error that a stream could not report as a status
-        if asked.stream:
-            events = self._events(request, asked, texts, head, updates)
+        if completion.request.stream:
+            events = stream_events(request, completion, head, updates)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         choices: list[dict] = []
         async with contextlib.aclosing(updates):
@@ -160,34 +156,29 @@ class CompletionAPI:
                 if await request.is_disconnected():
                     raise ClientDisconnect
                 choices = choices if isinstance(update, Place) else update
-        return JSONResponse({**head, "choices": choices, "usage": usage(texts, asked.settings.num_samples)})
+        return JSONResponse({**head, "choices": choices, "usage": completion.usage()})
 
-    def _prepare(self, body: bytes) -> tuple[Writer, CompletionRequest, list[Text]]:
-        asked = parse_request(body, self._config)
-        writer = self._make_writer(asked.settings)
-        return writer, asked, make_texts(asked, writer)
 
-    async def _events(
-        self, request: Request, asked: CompletionRequest, texts: list[Text], head: dict, updates: AsyncIterator
-    ) -> AsyncIterator[str]:
-        """Yield server-sent events: one for each part of a text. Ends the work when the client is gone."""
-        no_usage = {"usage": None} if asked.include_usage else {}
-        try:
-            async with contextlib.aclosing(updates):
-                async for update in updates:
-                    if await request.is_disconnected():
-                        return
-                    if isinstance(update, Place):
-                        yield f": {update.ahead} ahead\n\n"  # a comment, which keeps the connection open
-                        continue
-                    for choice in update:
-                        yield f"data: {json.dumps({**head, 'choices': [choice], **no_usage})}\n\n"
-            if asked.include_usage:
-                counts = usage(texts, asked.settings.num_samples)
-                yield f"data: {json.dumps({**head, 'choices': [], 'usage': counts})}\n\n"
-        except UserError as error:
-            yield f"data: {json.dumps(error_body(error)[0])}\n\n"
-        yield "data: [DONE]\n\n"
+async def stream_events(
+    request: Request, completion: Completion, head: dict, updates: AsyncIterator
+) -> AsyncIterator[str]:
+    """Yield server-sent events: one for each part of a text. Ends the work when the client is gone."""
+    no_usage = {"usage": None} if completion.request.include_usage else {}
+    try:
+        async with contextlib.aclosing(updates):
+            async for update in updates:
+                if await request.is_disconnected():
+                    return
+                if isinstance(update, Place):
+                    yield f": {update.ahead} ahead\n\n"  # a comment, which keeps the connection open
+                    continue
+                for choice in update:
+                    yield f"data: {json.dumps({**head, 'choices': [choice], **no_usage})}\n\n"
+        if completion.request.include_usage:
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': completion.usage()})}\n\n"
+    except UserError as error:
+        yield f"data: {json.dumps(error_body(error)[0])}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,16 @@
 """Requests and answers of OpenAI's completion API, apart from HTTP.
 
-request = parse_request(body, config)
-for choices in complete(request, writer, texts): ...
+completion = Completion(parse_request(body, config), make_writer)
+for choices in completion.steps(): ...
 """
 
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import json
 import reprlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import tiktoken
@@ -22,7 +21,6 @@ from flatgpt.inference.writer import Text, Writer
 STOP_LIMIT = 200  # maximum total length of a request's stop strings, in characters
 # Numbers of a request: the field of InferConfig whose limits they have, and OpenAI's default.
 NUMBERS = {
-    "max_tokens": ("max_new_tokens", 16),
     "n": ("num_samples", 1),
     "temperature": ("temperature", 1.0),
     "top_p": ("top_p", 1.0),
@@ -32,9 +30,10 @@ NUMBERS = {
     "repetition_penalty": ("repetition_penalty", 1.0),
 }
 FLAGS = ("echo", "stream", "ignore_eot")
-# Parts of OpenAI's API that are not supported, and the value that does nothing, which is.
+# Fields of OpenAI's API that are supported only with the value that changes nothing.
 UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "suffix": ""}
-KNOWN = {"prompt", "model", "user", "stop", "logprobs", "best_of", "stream_options", *NUMBERS, *FLAGS, *UNSUPPORTED}
+KNOWN = {"prompt", "model", "user", "max_tokens", "stop", "logprobs", "best_of", "stream_options"}
+KNOWN |= {*NUMBERS, *FLAGS, *UNSUPPORTED}
 LOGPROBS_LIMIT = 20
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
@@ -85,16 +84,18 @@ def parse_request(body: bytes, config: AppConfig) -> CompletionRequest:
         if given.get(key, neutral) != neutral:
             raise UserError(f"{key} = {reprlib.repr(given[key])}: not supported; leave it out")
     for key in ("model", "user"):
-        _typed(given, key, str, "")
-    numbers = {key: _number(given, key, default, config) for key, (_, default) in NUMBERS.items()}
-    flags = {key: _typed(given, key, bool, config.ignore_eot if key == "ignore_eot" else False) for key in FLAGS}
-    logprobs, best_of = given.get("logprobs"), given.get("best_of", numbers["n"])
-    if logprobs is not None and (type(logprobs) is not int or not 0 <= logprobs <= LOGPROBS_LIMIT):
-        raise UserError(f"logprobs = {reprlib.repr(logprobs)}: a whole number from 0 to {LOGPROBS_LIMIT} is expected")
-    if best_of != numbers["n"]:
+        _value(given, key, "")
+    max_tokens = _value(given, "max_tokens", min(16, config.token_limit), {"low": 0})
+    if max_tokens > config.token_limit:
+        raise UserError(f"max_tokens = {reprlib.repr(max_tokens)}: at most {config.token_limit:,} here (token_limit)")
+    fields = InferConfig.__dataclass_fields__
+    numbers = {key: _value(given, key, default, fields[name].metadata) for key, (name, default) in NUMBERS.items()}
+    flags = {key: _value(given, key, config.ignore_eot if key == "ignore_eot" else False) for key in FLAGS}
+    logprobs = _value(given, "logprobs", 0, {"low": 0, "high": LOGPROBS_LIMIT}) if "logprobs" in given else None
+    if (best_of := given.get("best_of", numbers["n"])) != numbers["n"]:
         raise UserError(f"best_of = {reprlib.repr(best_of)}: not supported, unless it equals n = {numbers['n']}")
-    options = _typed(given, "stream_options", dict, {})
-    include_usage = _typed(options, "include_usage", bool, False)
+    options = _value(given, "stream_options", {})
+    include_usage = _value(options, "include_usage", False)
     if options and (not flags["stream"] or options.keys() - {"include_usage"}):
         raise UserError("stream_options: only include_usage is supported, and only with stream = true")
     if numbers["temperature"] == 0:  # the most likely token passes these filters, whatever their values
@@ -109,6 +110,7 @@ def parse_request(body: bytes, config: AppConfig) -> CompletionRequest:
         )
     settings = InferConfig(
         **{NUMBERS[key][0]: value for key, value in numbers.items()},
+        max_new_tokens=max_tokens,
         stop=_stop(given),
         ignore_eot=flags["ignore_eot"],
         parse_special=config.parse_special,
@@ -116,26 +118,13 @@ def parse_request(body: bytes, config: AppConfig) -> CompletionRequest:
     return CompletionRequest(prompts, settings, logprobs, flags["echo"], flags["stream"], include_usage)
 
 
-def _typed(given: dict, key: str, kind: type, default):
-    """Return a field of a request, or the default. Raise UserError if it has another type."""
-    value = given.get(key, default)
-    if type(value) is not kind:
-        name = {bool: "true or false", str: "a string", dict: "an object"}[kind]
-        raise UserError(f"{key} = {reprlib.repr(value)}: {name} is expected")
-    return value
-
-
-def _number(given: dict, key: str, default: float, config: AppConfig) -> float:
-    limits = dict(next(f.metadata for f in dataclasses.fields(InferConfig) if f.name == NUMBERS[key][0]))
-    if key == "max_tokens":
-        limits |= {"low": 0, "high": config.token_limit}
-        default = min(default, config.token_limit)
+def _value(given: dict, key: str, default, limits: Mapping | None = None):
+    """Return a field of a request, or the default. Raise UserError if it has another type or exceeds the limits."""
     value = given.get(key, default)
     try:
-        return checked(value, type(default), limits)
+        return checked(value, type(default), limits or {})
     except ValueError as error:
-        note = " (token_limit of the server)" if key == "max_tokens" and "most" in str(error) else ""
-        raise UserError(f"{key} = {reprlib.repr(value)}: {error}{note}") from None
+        raise UserError(f"{key} = {reprlib.repr(value)}: {error}") from None
 
 
 def _stop(given: dict) -> tuple[str, ...]:
@@ -228,53 +217,57 @@ class Choice:
         return name, None if entry[1] is None else max(entry[1], LOWEST_LOGPROB)
 
 
-def make_texts(request: CompletionRequest, writer: Writer) -> list[Text]:
-    """Return the texts of a request, n for each prompt.
+class Completion:
+    """The answer to a request: n texts for each prompt.
+
+    Args:
+        make_writer: returns a Writer for the settings of a request.
 
     Raises:
         UserError: a prompt has a character or an id that the tokenizer lacks, or too many tokens for their
             log-probabilities.
     """
-    for id in (id for prompt in request.prompts if not isinstance(prompt, str) for id in prompt):
-        try:
-            writer.encoding.decode_single_token_bytes(id)
-        except (KeyError, OverflowError):
-            last = writer.encoding.n_vocab - 1
-            raise UserError(f"prompt: {reprlib.repr(id)} is not a token id: ids are from 0 to {last:,}") from None
-    n, context = request.settings.num_samples, writer.decoder.model.config.context_length
-    texts = [writer.text(prompt) for prompt in request.prompts for _ in range(n)]
-    longest = max(len(text.ids) for text in texts)
-    if request.echo and request.logprobs is not None and longest > context + 1:
-        raise UserError(
-            f"prompt: {longest:,} tokens; with echo and logprobs, a prompt has at most {context + 1:,}, the model's "
-            "context and one more"
-        )
-    return texts
 
+    def __init__(self, request: CompletionRequest, make_writer: Callable[[InferConfig], Writer]):
+        self.request, self._n = request, request.settings.num_samples
+        self._writer = writer = make_writer(request.settings)
+        for id in (id for prompt in request.prompts if not isinstance(prompt, str) for id in prompt):
+            try:
+                writer.encoding.decode_single_token_bytes(id)
+            except (KeyError, OverflowError):
+                last = writer.encoding.n_vocab - 1
+                raise UserError(f"prompt: {reprlib.repr(id)} is not a token id: ids are from 0 to {last:,}") from None
+        self._texts = [writer.text(prompt) for prompt in request.prompts for _ in range(self._n)]
+        self._scored = request.echo and request.logprobs is not None  # log-probabilities of the prompts, too
+        longest, context = max(len(text.ids) for text in self._texts), writer.decoder.model.config.context_length
+        if self._scored and longest > context + 1:
+            raise UserError(
+                f"prompt: {longest:,} tokens; with echo and logprobs, a prompt has at most {context + 1:,}, the "
+                "model's context and one more"
+            )
 
-def complete(request: CompletionRequest, writer: Writer, texts: list[Text]) -> Iterator[list[dict]]:
-    """Yield lists of choices: what is new in each text after each step, or without `stream` all at the end.
+    def steps(self) -> Iterator[list[dict]]:
+        """Yield lists of choices: what is new in each text after each step, or without `stream` all at the end.
 
-    Raises:
-        NonFiniteLogitsError: the model's logits are NaN or infinite.
-    """
-    n, choices = request.settings.num_samples, []
-    if request.echo and request.logprobs is not None:
-        for _ in writer.score(texts[::n], request.logprobs):
-            yield []
-    for index, text in enumerate(texts):
-        text.prompt_logprobs = texts[index // n * n].prompt_logprobs
-        choices.append(Choice(index, text, request, writer.encoding))
-        if request.settings.max_new_tokens == 0:
-            text.end("length")
-    if request.settings.max_new_tokens:
-        for _ in writer.write(texts, request.logprobs):
-            yield [part for choice in choices if (part := choice.take())] if request.stream else []
-    yield [part for choice in choices if (part := choice.take())]
+        Raises:
+            NonFiniteLogitsError: the model's logits are NaN or infinite.
+        """
+        request, choices = self.request, []
+        if self._scored:
+            for _ in self._writer.score(self._texts[:: self._n], request.logprobs):
+                yield []
+        for index, text in enumerate(self._texts):
+            text.prompt_logprobs = self._texts[index // self._n * self._n].prompt_logprobs
+            choices.append(Choice(index, text, request, self._writer.encoding))
+            if request.settings.max_new_tokens == 0:
+                text.end("length")
+        if request.settings.max_new_tokens:
+            for _ in self._writer.write(self._texts, request.logprobs):
+                yield [part for choice in choices if (part := choice.take())] if request.stream else []
+        yield [part for choice in choices if (part := choice.take())]
 
-
-def usage(texts: list[Text], n: int) -> dict:
-    """Return the numbers of tokens: those of each prompt once, and those generated, end-of-text included."""
-    prompt = sum(len(text.ids) for text in texts[::n])
-    completion = sum(text.tokens + (text.ended == "end_of_text") for text in texts)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    def usage(self) -> dict:
+        """Return the numbers of tokens: those of each prompt once, and those generated, end-of-text included."""
+        prompt = sum(len(text.ids) for text in self._texts[:: self._n])
+        completion = sum(text.tokens + (text.ended == "end_of_text") for text in self._texts)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

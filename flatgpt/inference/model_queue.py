@@ -21,6 +21,8 @@ PLACE_SECONDS = 0.5  # after so long without an item, a request is told its plac
 class UnavailableError(UserError):
     """The server cannot take a request, or finish it, now."""
 
+    status = 503  # of the answer in HTTP
+
 
 class Place(NamedTuple):
     """The place of a request.

@@ -61,20 +61,17 @@ class HtmlView:
         self.html = f'<div class="text"><span class="prompt">{html.escape(text.prompt)}</span>'
         self._text, self._encoding = text, encoding
         self._characters = self._tokens = 0  # numbers of characters and tokens in the HTML
-        self._pending: list[TokenLogprobs] = []  # of tokens whose characters are incomplete
 
     def update(self) -> None:
-        """Append new characters. Call this after each token."""
+        """Append new characters, with the tokens since the last ones."""
         text = self._text
-        if text.tokens > self._tokens:
-            self._pending.append(text.logprobs[-1])
-            self._tokens = text.tokens
         if characters := text.written[self._characters :]:
-            surprisal = -sum(logprobs[0][1] for logprobs in self._pending)
-            odds = html.escape("\n\n".join(map(self._table, self._pending))).replace("\n", "&#10;")
+            tokens = text.logprobs[self._tokens :]
+            surprisal = -sum(logprobs[0][1] for logprobs in tokens)
+            odds = html.escape("\n\n".join(map(self._table, tokens))).replace("\n", "&#10;")
             self.html += f'<span class="token" style="--s:{min(surprisal / DARKEST, 1):.2f}" data-odds="{odds}">'
             self.html += f"{html.escape(characters)}</span>"
-            self._pending, self._characters = [], len(text.written)
+            self._characters, self._tokens = len(text.written), len(text.logprobs)
 
     def _table(self, logprobs: TokenLogprobs) -> str:
         """Return a line per most likely token. The sampled token is marked, and appended if it is not among them."""

@@ -172,7 +172,7 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         recipe: the training settings as TOML; empty if unknown.
 
     Raises:
-        UserError: gradio is not installed.
+        UserError: gradio is not installed, or flatGPT is installed without its repository.
     """
     from huggingface_hub import SpaceCardData
 
@@ -197,10 +197,11 @@ def space_files(source: ModelSource, name: str, recipe: str) -> dict[str, bytes 
         tags=["gpt2", "text-generation", "flatgpt"],
     )
     body = card_body(source, name=name, use=USAGE, recipe=recipe)
-    packages = (REPO_ROOT / "requirements.txt").read_text(encoding="utf-8")
+    if not (packages := REPO_ROOT / "requirements.txt").is_file():  # after `pip install .`
+        raise UserError(f"--space requires flatGPT's repository, and {packages} is missing: run export.py of a clone")
     files: dict[str, bytes | Path] = {
         "README.md": f"---\n{metadata}\n---\n\n{body}".encode(),
-        "requirements.txt": f"{CPU_TORCH_INDEX}{packages}gradio=={gradio}\n".encode(),
+        "requirements.txt": f"{CPU_TORCH_INDEX}{packages.read_text(encoding='utf-8')}gradio=={gradio}\n".encode(),
         ".gitignore": GITIGNORE,  # `hf upload` applies it too
     }
     if source.state:

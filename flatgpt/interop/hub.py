@@ -286,13 +286,12 @@ def _dataset(state: dict) -> dict:
     from flatgpt.data.sources import SOURCES
 
     manifest = json.loads(content)
-    source = SOURCES.get(manifest["source"])
-    language, repository = source and source.language, source and source.repository
-    license = source and source.license
+    source = SOURCES.get(manifest["source"], SOURCES["text"])  # whose language, license and repository are not known
+    language = source.language
     if "dump" in manifest:  # 20231101.simple has no language code
         language = next(iter(re.findall(r"\.([a-z]{2,3})$", manifest["dump"])), None)
-    repository = repository.name if repository else manifest.get("repo")
-    return {**manifest, "language": language, "license": license, "repository": repository}
+    repository = source.repository.name if source.repository else manifest.get("repo")
+    return {**manifest, "language": language, "license": source.license, "repository": repository}
 
 
 def _initial_model(state: dict) -> str | None:

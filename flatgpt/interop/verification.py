@@ -26,10 +26,15 @@ from model import GPT
 MAX_TOKENS, COMPARED = 1024, 64  # length of the input; number of logits at its end, as all would need much memory
 TOLERANCE = 1e-4  # of the largest value; float32 sums in another order differ by some 1e-6
 ACTIVATIONS = {"gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
+# A missing file could be found in an installed flatGPT, which the Space does not have.
 SPACE_LOGITS = """\
-import sys, flatgpt
+import os, sys, flatgpt
 from flatgpt.interop.verification import model_outputs
-sys.stdout.buffer.write(model_outputs(flatgpt.load(".")[0])["logits"].numpy().tobytes())
+outputs = model_outputs(flatgpt.load(".")[0])
+for name in ("flatgpt", "config", "model"):
+    if not sys.modules[name].__file__.startswith(os.getcwd()):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+sys.stdout.buffer.write(outputs["logits"].numpy().tobytes())
 """
 
 

@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -117,9 +118,13 @@ def save(
     set_link(run_dir, "last", state["iter"])
     old = folder.parent
     try:
-        linked = [link for name in ("last", "best") if (link := follow(run_dir / "ckpt" / name)).exists()]
+        linked = []
+        for name in ("last", "best"):
+            with contextlib.suppress(FileNotFoundError):  # Path.exists would hide other errors from Python 3.12 on
+                linked.append(follow(run_dir / "ckpt" / name).stat())
         for old in checkpoints(run_dir)[keep:]:
-            if not any(map(old.samefile, linked)) and not (keep_every and iteration_of(old) % keep_every == 0):
+            is_linked = any(os.path.samestat(old.stat(), link) for link in linked)
+            if not is_linked and not (keep_every and iteration_of(old) % keep_every == 0):
                 os.rename(old, partial)  # so that a partly deleted folder is not taken for a checkpoint
                 shutil.rmtree(partial)
     except OSError as error:  # on a network file system, another process may be reading it
@@ -181,7 +186,10 @@ def set_link(run_dir: Path, name: str, iteration: int | None) -> bool:
     link, partial = run_dir / "ckpt" / name, run_dir / "ckpt" / f".{name}.tmp"
     target = None if iteration is None else _folder_name(iteration)
     try:
-        if link.is_dir() and not link.is_symlink():
+        mode = 0
+        with contextlib.suppress(FileNotFoundError):
+            mode = link.lstat().st_mode  # from Python 3.14 on, is_symlink hides errors
+        if stat.S_ISDIR(mode):
             _restore_copy(link)
         if target is None or not (link.with_name(target) / STATE).exists():
             link.unlink(missing_ok=True)

@@ -93,13 +93,13 @@ class History:
         """
         with contextlib.suppress(AttributeError, KeyError, TypeError, ZeroDivisionError):  # unknown or damaged
             data = self.state.get("data", {})
-            entry = {key: data.get(key, {}).get(split) for key in ("tokens", "bytes")}
-            if not entry["bytes"]:
+            tokens, size = (data.get(key, {}).get(split) for key in ("tokens", "bytes"))
+            if not size:
                 folder = data.get("folder") or os.path.join(self.settings["data_dir"], self.settings["dataset"])
                 stored = read_table(Path(folder) / "meta.json", json.loads)["splits"][split]
-                entry["bytes"] = stored["bytes"] * (entry["tokens"] in (None, stored["tokens"]))
-                entry["tokens"] = stored["tokens"]
-            return loss / math.log(2) * entry["tokens"] / entry["bytes"]
+                if tokens in (None, stored["tokens"]):
+                    tokens, size = stored["tokens"], stored["bytes"]
+            return loss / math.log(2) * tokens / size
         return None
 
     @property

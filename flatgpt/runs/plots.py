@@ -1,4 +1,4 @@
-"""Plot the metrics of one or several runs: losses, learning rate, gradient norm, speed and memory.
+"""Plot the metrics of one or several runs (losses, learning rate, speed, memory), and the losses of bench.py loss.
 
 matplotlib simplifies paths, so long logs do not result in large files.
 """
@@ -199,6 +199,28 @@ def _add_title(figure: Figure, runs: Sequence[History], scales: Sequence[float])
         figure.legend(handles, labels, loc="outside upper center", ncols=1)
 
 
+def plot_losses(results: dict[str, list[dict]], title: str) -> bytes:
+    """Plot the validation loss of benchmark runs by the seconds since each process started. Return the image, a PNG.
+
+    Args:
+        results: the runs of each project by its name, as returned by train_until_loss. Evaluations before the first
+            update are left out.
+    """
+    image = io.BytesIO()
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(6.4, 3.2))
+        axes = figure.subplots()
+        for color, (name, runs) in zip(COLORS, results.items(), strict=False):
+            for run, label in zip(runs, [name, *[None] * len(runs)], strict=False):  # one entry of the legend
+                points = [(seconds, loss) for seconds, i, loss in run["evaluations"] if i > 0]
+                axes.plot(*np.reshape(points, (-1, 2)).T, "o-", color=color, linewidth=1.4, markersize=3, label=label)
+        axes.set_xlim(left=0)
+        axes.set(title=title, xlabel="seconds since the process started", ylabel="validation loss (nats per token)")
+        axes.legend()
+        figure.savefig(image)
+    return image.getvalue()
+
+
 def smooth(ys: np.ndarray, log: bool = False) -> np.ndarray:
     """Return centered moving averages, which do not lag. nan stays nan.
 
@@ -206,9 +228,7 @@ def smooth(ys: np.ndarray, log: bool = False) -> np.ndarray:
         log: average logarithms, so that a spike does not become wide on a logarithmic axis.
     """
     known, n = np.isfinite(ys), np.arange(len(ys))
-    width = np.minimum(SMOOTHING * len(ys), EARLY_SMOOTHING * n).astype(
-        int
-    )  # smaller at the start, where losses fall fast
+    width = np.minimum(SMOOTHING * len(ys), EARLY_SMOOTHING * n).astype(int)  # smaller where losses fall fast
     start, end = n - width, np.minimum(n + width + 1, len(ys))
     means = np.log(ys) if log else ys
     for _ in range(2):  # averaging twice turns a spike into a triangle, not a rectangle

@@ -77,9 +77,8 @@ def _print_table(headers: tuple[str, ...], make_row: Callable[..., tuple], items
         excess, n = sum(widths) + 2 * len(widths) - 2 - max_width, headers.index(key)
         widths[n] -= max(0, min(excess, widths[n] - SHRINKABLE[key]))
     for row in rows:
-        cells = zip(row, widths, headers, strict=True)
-        cells = ((_truncate(cell, width), width, key) for cell, width, key in cells)
-        cells = (cell.ljust(width) if key in LEFT_ALIGNED else cell.rjust(width) for cell, width, key in cells)
+        aligned = (str.ljust if key in LEFT_ALIGNED else str.rjust for key in headers)
+        cells = (align(_truncate(cell, width), width) for cell, width, align in zip(row, widths, aligned, strict=True))
         print("  ".join(cells).rstrip())
     for error in errors:
         print(_truncate(error, LINE_WIDTH))
@@ -102,12 +101,12 @@ def _recipe_row(name: str, config: TrainConfig | UserError) -> tuple:
     parameters = None
     if not config.init_from:  # init_from determines the shape
         parameters = gpt2_parameters(dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size))
-    duration = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
+    iters = f"{config.max_iters:,}" if config.max_iters else f"{config.epochs:g} epochs"
     dataset = _truncate(config.dataset, DATA_WIDTH)
     meta = read_table(REPO_ROOT / "configs" / f"{name}.toml", tomllib.loads).get("meta", {})
     known = {"hardware": "-", "time": "unmeasured", "bits_per_byte": "-"} | meta
     measured = (str(known[key]) for key in ("hardware", "time", "bits_per_byte"))
-    cells = name, _format_count(parameters), dataset, tokens, duration, *measured
+    cells = name, _format_count(parameters), dataset, tokens, iters, *measured
     return parameters or math.inf, *cells
 
 

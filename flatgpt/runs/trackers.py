@@ -36,7 +36,7 @@ def guarded(method: Callable) -> Callable:
 
 
 class Tracker:
-    """A run that no tracker logs. Base class of the trackers.
+    """Logs nothing. Base class of the trackers.
 
     Args:
         run_dir: the run's folder.
@@ -216,7 +216,7 @@ TRACKERS = {None: Tracker, "wandb": WandbTracker, "tensorboard": TensorBoardTrac
 
 
 def start_tracker(config: TrainConfig, run_dir: Path, start_iter: int, ids: dict[str, str | None]) -> Tracker:
-    """Start the tracker that config.tracker names. If it cannot be started, print a warning and return one of none."""
+    """Start the tracker that config.tracker names. If that fails, print a warning and return one that logs nothing."""
     tracker = TRACKERS[config.tracker](config, run_dir, ids)
     try:
         tracker.start(start_iter)

@@ -19,7 +19,7 @@ from flatgpt.runs import checkpoint
 from flatgpt.runs.checkpoint import TRAIN_STATE, WEIGHTS, DamagedCheckpointError
 from flatgpt.runs.history import STATE
 from flatgpt.runtime.distributed import DistributedContext
-from flatgpt.training.show_batch import batch_windows, show_batch_command
+from flatgpt.training.show_batch import show_batch_command
 
 MAX_CONSECUTIVE_SKIPS = 20  # more than the 16 halvings of float16's loss scale from 2^16 to 1
 NO_ITER = 2**62
@@ -92,7 +92,7 @@ class NonfiniteGuard:
             finite = ranks.all_gather(math.isfinite(local))  # by rank
             suspects = [rank for rank in range(ranks.world) if not finite[rank]] or list(range(ranks.world))
             micros = [m for m in range(batches.per_update // batches.batch_size) if m % ranks.world in suspects]
-            windows = [window for _, _, window in batch_windows(batches, first, micros)]
+            windows = [int(w) for m in micros for w in batches.indices(first, m)]
             cause = f"norm of the gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
             where = f" on rank {', '.join(map(str, suspects))}" if ranks.world > 1 else ""
             listed = ", ".join(map(str, windows[:16])) + ", ..." * (len(windows) > 16)

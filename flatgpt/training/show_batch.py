@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
@@ -19,13 +19,6 @@ from flatgpt.runs.history import RECIPE, folders, read_state
 from flatgpt.runtime.files import require_writable, write_json
 
 BATCH = ("batch_size", "grad_accum_steps")  # their product identifies a run
-
-
-def batch_windows(batches: TrainingBatches, update: int, micros: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield sequence, micro-batch and window of each sequence in these micro-batches. All count from 0."""
-    for micro in micros:
-        for n, window in enumerate(batches.indices(update, micro)):
-            yield micro * batches.batch_size + n, micro, int(window)
 
 
 def show_batch_command(run_dir: str, n: int) -> str:
@@ -67,11 +60,10 @@ def show_batch(config: TrainConfig) -> None:
             f"{count_of(batches.per_update, 'sequence')} of {T:,} + 1 tokens of {dataset.notice or dataset.folder} "
             f"({facts['tokenizer']})\n"
         )
-    for sequence in _sequences(batches, n - 1, range(config.grad_accum_steps), dataset, encoding):
+    for sequence in _sequences(batches, n - 1, dataset, encoding):
         if config.json != "-":
             print(_sequence_text(sequence))
-        if config.json:
-            shown.append(sequence)
+        shown.append(sequence)
     if config.json:
         write_json({**facts, "sequences": shown}, config.json)
 
@@ -98,18 +90,20 @@ def require_batches_of_run(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def _sequences(
-    batches: TrainingBatches, update: int, micros: range, dataset: Dataset, encoding: tiktoken.Encoding | None
+    batches: TrainingBatches, update: int, dataset: Dataset, encoding: tiktoken.Encoding | None
 ) -> Iterator[dict]:
     """Yield a description of each sequence of update `update` (from 0)."""
     windows, eot = batches.windows, dataset.meta["eot_id"]
-    for number, micro, window in batch_windows(batches, update, micros):
+    micros = range(batches.per_update // batches.batch_size)
+    order = (int(window) for micro in micros for window in batches.indices(update, micro))
+    for number, window in enumerate(order):
         start = window * windows.stride
         ids = windows.tokens[start : start + windows.T + 1].tolist()
         shard, offset = windows.tokens.locate(start)
         last_shard, _ = windows.tokens.locate(start + windows.T)
         yield {
             "sequence": number,
-            "micro_batch": micro,
+            "micro_batch": number // batches.batch_size,
             "epoch": (update * batches.per_update + number) // len(windows),
             "window": window,
             "first_token": start,

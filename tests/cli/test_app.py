@@ -147,7 +147,7 @@ def test_page_starts_with_the_settings_of_the_command_line(tiny_run):
     given = {"temperature": 3.0, "top_k": 1000, "top_p": 0.01, "repetition_penalty": 0.5, "max_new_tokens": 9000}
     for changes, expected in ((given, given | {"max_new_tokens": 500}), ({"greedy": True}, {"temperature": 0})):
         config = AppConfig(model_path=str(tiny_run), device="cpu", **changes)
-        blocks = app.build(config, *app.load(config), ModelQueue(1))
+        blocks = app.build(config, ("name", "", ""), *app.load(config)[1:], ModelQueue(1))
         parts = [part["props"] for part in blocks.get_config_file()["components"]]
         sliders = {part["label"].replace(" ", "_"): part for part in parts if "maximum" in part and "minimum" in part}
         for key, value in expected.items():
@@ -169,7 +169,7 @@ def test_diverged_model_is_an_error_on_the_page(tmp_path):
     model.transformer.wpe.weight.data[3] = float("nan")
     config = AppConfig(model_path=save_model(model, tmp_path), device="cpu")
     queue = ModelQueue(1)
-    blocks = app.build(config, *app.load(config), queue)
+    blocks = app.build(config, ("name", "", ""), *app.load(config)[1:], queue)
     write = next(event for event in blocks.fns.values() if event.api_name == "write").fn
     for _ in range(2):
         with pytest.raises(gradio.Error, match="its logits are NaN or infinite") as caught:
@@ -220,7 +220,7 @@ def test_files_are_neither_served_nor_accepted(server, tiny_run):
     form = {"Content-Type": "multipart/form-data; boundary=b"}
     for size in (0, 1, 100):
         answer = server.get("/gradio_api/upload", head + size * b"x" + b"\r\n--b--\r\n", **form)
-        assert answer == (500, "Internal Server Error")
+        assert answer[0] in (413, 500), answer  # 413: gradio 6.24
     assert server.get("/monitoring")[0] in (403, 404)
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from in_process import TINY, train_here
+from in_process import TINY, first_fast, train_here
 
 import infer
 import train
@@ -31,7 +31,7 @@ def printed(text: str) -> list[tuple[str, str, str]]:
     return lines
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", first_fast(PATHS))
 def test_a_run_prints_stores_and_keeps_its_choices(tiny_data, measured, capsys, path):
     timed = measured("bfloat16", path)
     run = train_here(*AUTO, "--max_iters", 3)

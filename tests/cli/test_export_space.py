@@ -82,10 +82,17 @@ def test_the_folder_has_the_code_the_run_and_its_log(in_tmp, capsys):
     ],
 )
 def test_a_space_without_the_code_of_the_model_is_refused(in_tmp, monkeypatch, edit, value, message):
-    """The files are loaded in a new process, with no other code."""
+    """The files are loaded in a new process. An installed flatGPT does not replace a missing one."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     save_run()
     monkeypatch.setattr(edit, value)
     refused(f"^out/r/ckpt/iter_000007 was not exported.*{message}", "--space", "s")
+
+
+def test_an_installed_flatgpt_without_its_repository_is_refused(in_tmp, monkeypatch):
+    save_run()
+    monkeypatch.setattr("flatgpt.interop.export_folder.REPO_ROOT", in_tmp)
+    refused("--space requires flatGPT's repository", "--space", "s")
 
 
 def test_nothing_identifies_the_machine(in_tmp):

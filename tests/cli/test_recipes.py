@@ -122,9 +122,8 @@ def learn(name: str, text: str) -> tuple[float, float]:
     return float(np.mean(losses[-20:])), float(-(shares * np.log(shares)).sum())
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in BYTES else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe_scaled_down_learns_more_than_the_frequencies_of_tokens(name, in_tmp, real_text, first_ids):
     """On an excerpt of 3,400 tokens: 200 updates of 128 tokens go over it 7 times."""
     text = (real_text / "shakespeare" / "input.txt").read_text(encoding="utf-8")[:8_000]

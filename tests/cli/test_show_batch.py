@@ -146,27 +146,27 @@ def test_without_a_tokenizer_ids_are_shown(documents, cli, monkeypatch):
     assert json.loads(cli("train", *words, "--json", "-").out)["sequences"][0]["documents"] is None
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--show_batch 7", "show_batch = 7: the run has 6 updates; choose one of them"),
-        ("--show_batch 0", "--show_batch = 0: at least 1 is expected"),
-        ("--show_batch 3 --plan", "show_batch and list or plan exclude each other: give one of them"),
-        ("--show_batch 3 --dataset none", "dataset data/none does not exist: run python prepare_data.py text"),
-        ("--show_batch 3 --data_dir other", "other/tiny is not the dataset that the run was trained on: restore it"),
-        ("--show_batch 3 --seed 1", "the run has other batches: seed = 1 (was 1337); leave out what differs from its"),
-        ("--show_batch 3 --batch_size 2", "the run has other batches: batch_size = 2 (was 3); leave out what differs"),
-        ("--show_batch 3 --json none/x.json", "json = none/x.json cannot be written, because there is no folder none"),
-    ],
-)
-def test_errors(documents, cli, words, message):
+ERRORS = [
+    ("--show_batch 7", "show_batch = 7: the run has 6 updates; choose one of them"),
+    ("--show_batch 0", "--show_batch = 0: at least 1 is expected"),
+    ("--show_batch 3 --plan", "show_batch and list or plan exclude each other: give one of them"),
+    ("--show_batch 3 --dataset none", "dataset data/none does not exist: run python prepare_data.py text"),
+    ("--show_batch 3 --data_dir other", "other/tiny is not the dataset that the run was trained on: restore it"),
+    ("--show_batch 3 --seed 1", "the run has other batches: seed = 1 (was 1337); leave out what differs from its"),
+    ("--show_batch 3 --batch_size 2", "the run has other batches: batch_size = 2 (was 3); leave out what differs"),
+    ("--show_batch 3 --json none/x.json", "json = none/x.json cannot be written, because there is no folder none"),
+]
+
+
+def test_errors(documents, cli):
     train_here(*WORDS)
     shutil.copytree("data/tiny", "other/tiny")
     meta = Path("other/tiny/meta.json")
     meta.write_text(meta.read_text().replace('"source": ', '"source":'))
-    done = cli("train", "--resume", *words.split())
-    assert done.error.startswith(f"error: {message}")
-    assert done.out == ""
+    for words, message in ERRORS:
+        done = cli("train", "--resume", *words.split())
+        assert done.error.startswith(f"error: {message}")
+        assert done.out == ""
 
 
 def test_changed_number_of_micro_batches_is_the_same_batch(documents, cli):

@@ -15,7 +15,7 @@ from unicodedata import category
 import numpy as np
 import pytest
 import torch
-from in_process import TINY, make_dataset, train_here
+from in_process import TINY, first_fast, make_dataset, train_here
 from processes import ROOT, command
 from run_files import links, logged_iters, rows, same, val_losses, weights
 from safetensors.torch import load_file
@@ -46,6 +46,7 @@ def build(*words) -> train.TrainingRun:
 # the whole road
 
 
+@pytest.mark.slow
 def test_prepare_train_eval_infer_as_a_user_types_them(tmp_path):
     def done(*words, code: int = 0):
         process = command(*words, cwd=tmp_path)
@@ -110,6 +111,7 @@ def test_default_dataset_is_prepared_on_the_spot(in_tmp, capsys):
     assert all(f"python {verb}.py" in printed for verb in ("infer", "eval", "prepare_data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["--config shakespeare_char_cpu", "--dataset shakespeare_byte --data_dir 'my data'"])
 def test_small_dataset_of_a_recipe_is_prepared_at_the_start(cli, in_tmp, real_text, monkeypatch, words):
     """Where it cannot be downloaded, the error names the command. A folder of nanoGPT is not touched."""
@@ -553,7 +555,7 @@ def test_train_split_is_evaluated_beside_validation(tiny_data, cli):
     assert list(map(len, seen)) == [3, 3], "of each split"
 
 
-@pytest.mark.parametrize("external", [False, True], ids=["own shards", "nanoGPT's"])
+@pytest.mark.parametrize("external", first_fast([False, True]), ids=["own shards", "nanoGPT's"])
 def test_dataset_without_a_val_split(tiny_data, cli, capsys, external):
     """It trains without validation, its newest checkpoint is used, and the commands that it prints work."""
     folder = Path("data/tiny")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import TORCHRUN, ForkedProcess
-from in_process import TINY, make_dataset
+from in_process import TINY, first_fast, make_dataset
 from processes import ROOT, deliver, free_port, main_thread
 from run_files import assert_same_run, rows, same
 
@@ -159,7 +159,7 @@ def reference(start, home) -> Path:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", first_fast(SIGNALS))
 def test_resume_after_a_stop_at_any_moment_is_exact(start, uninterrupted, tmp_path, number, moment):
     """SIGTERM and SIGUSR1 are sent twice, the second time to rank 0 only; the first SIGUSR1 goes to rank 1 only."""
     run = tmp_path / "run"

@@ -7,6 +7,7 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import first_fast
 from scripts import PRE_TOKENIZERS, SCRIPTS, read_text, train, trained, without_content
 from test_tokenizer_files_parity import TEXTS
 from tokenizers import AddedToken, Tokenizer
@@ -50,7 +51,7 @@ def check(encoding, reference, *exported, text: str):
         assert auto.decode(ids) == text
 
 
-@pytest.mark.parametrize("how", PRE_TOKENIZERS)
+@pytest.mark.parametrize("how", first_fast(PRE_TOKENIZERS))
 def test_ids_on_real_text(how, read):
     for text in (*SCRIPTS.values(), *TEXTS, NAMES):
         check(*read(how), text=text.replace("<|endoftext|>", ""))
@@ -77,6 +78,7 @@ def test_ids_on_random_unicode(how, read):
     check_one()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["marks", "GPT-2"])
 @pytest.mark.parametrize(
     "text",

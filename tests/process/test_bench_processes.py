@@ -250,6 +250,7 @@ def test_runs_to_a_loss_in_turn_with_nanogpt_on_the_same_ids(fake_train, tiny_da
 # nanoGPT's updates, and the start of infer.py
 
 
+@pytest.mark.slow
 def test_nanogpt_is_timed_in_turn(tiny_data, monkeypatch):
     """It has the user's environment: what find_device sets for this process is not there."""
     dtypes = {"nanoGPT": torch.float32, "nanoGPT_best": torch.bfloat16}  # compilation is slow

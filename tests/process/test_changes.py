@@ -21,6 +21,7 @@ import model
 from config import ModelConfig
 from flatgpt.evaluation.metrics import eval_batches, mean_loss
 
+pytestmark = pytest.mark.slow
 DOCUMENT = (ROOT / "docs/changing.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", DOCUMENT, re.M))
 # What the commands are given in addition.

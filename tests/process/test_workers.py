@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset_files import mixed
+from in_process import first_fast
 from prepared import content, from_text, refusal
 from processes import ROOT, SYNTHETIC, command, running
 
@@ -151,7 +152,7 @@ def test_results_come_in_order_and_few_tasks_are_read_ahead():
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("name", ["byte", "gpt2"])
+@pytest.mark.parametrize("name", first_fast(["gpt2", "byte"]))
 def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
     pool, pools = workers.local_pool, []
     monkeypatch.setattr(workers, "local_pool", lambda n: pools.append(n) or pool(n))
@@ -170,7 +171,7 @@ def test_any_number_of_workers_gives_the_same_bytes(in_tmp, monkeypatch, name):
 
 
 @linux
-@pytest.mark.parametrize("everybody", [True, False], ids=["terminal", "kill"])
+@pytest.mark.parametrize("everybody", first_fast([True, False]), ids=["terminal", "kill"])
 def test_ctrl_c_is_one_line_and_the_work_is_kept(work, big, everybody):
     """From a terminal it reaches all processes of the group, from kill -INT the first one only."""
     process = work()
@@ -199,7 +200,7 @@ def test_killed_it_goes_on_and_leaves_no_worker_behind(work, big, how):
 
 
 @linux
-@pytest.mark.parametrize("killed", [1, 2])
+@pytest.mark.parametrize("killed", first_fast([1, 2]))
 def test_worker_that_is_killed_is_one_error_line(work, big, killed):
     process = work()
     processes = family(process.pid)

@@ -9,10 +9,12 @@ import signal
 import sys
 import threading
 import unittest.mock
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import pytest
 from processes import ROOT
 
 TEXT = "".join(
@@ -74,6 +76,13 @@ def reset_torch() -> None:
         torch.set_float32_matmul_precision("highest")
     if device := sys.modules.get("flatgpt.runtime.device"):
         device.compiler.failed = False
+
+
+def first_fast(cases: Iterable) -> list:
+    """Return the cases of a test, all but the first marked slow."""
+    first, *others = cases
+    others = [case if isinstance(case, tuple) else (case,) for case in others]
+    return [first, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
 
 
 def make_dataset(folder: Path, name: str = "tiny", text: str = TEXT, encoding: str = "byte", **more):

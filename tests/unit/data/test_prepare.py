@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from dataset_files import WRITTEN, by_hash, full_disk, mixed, write
-from in_process import TEXT
+from in_process import TEXT, first_fast
 from prepared import content, files, from_text, refusal
 
 from config import PrepareConfig, UserError
@@ -204,7 +204,7 @@ def test_stopped_at_any_task_it_goes_on_from_there(make, error, capsys):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, no_space])
+@pytest.mark.parametrize("error", first_fast([no_space, KeyboardInterrupt]))
 @pytest.mark.parametrize(("owner", "name"), [(shards.ShardWriter, "add"), (os, "replace"), (os, "fsync")])
 def test_stopped_at_any_write_it_goes_on(make, owner, name, error, after):
     """Also between the shards of a task's splits, and between a file and its name."""

@@ -95,15 +95,15 @@ def test_what_compares_runs(shown):
     assert max(map(len, lines)) == 120
     (name,) = (line.split()[0] for line in lines if line.startswith("n"))
     assert row(lines, name) == {
+        **{"run": name, "params": "1.56B", "data": "ddddddd...", "iter": "1,000,000", "tokens": "10B"},
         **{
-            "run": name,
-            "params": "1.56B",
-            "data": "ddddddd...",
-            "iter": "1,000,000",
-            "tokens": "10B",
             "time": "27h46m",
+            "tok/s": "100K",
+            "best loss": "3.2500",
+            "bits/byte": "1.172",
+            "age": "5 min",
+            "state": "stopped, 100%",
         },
-        **{"tok/s": "100K", "best loss": "3.2500", "bits/byte": "1.172", "age": "5 min", "state": "stopped, 100%"},
     }
 
 

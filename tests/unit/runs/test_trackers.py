@@ -53,12 +53,8 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     run.close()
     assert took == [{"iter": 0}, {"iter": 10}, {"iter": 20}, "end"]
     assert capsys.readouterr().err == f"warning: wandb: ConnectionError; the missing data is in {tmp_path}\n"
-    assert [line.partition(",")[0] for line in (tmp_path / "metrics.csv").read_text().split()] == [
-        "iter",
-        "0",
-        "10",
-        "20",
-    ]
+    log = (tmp_path / "metrics.csv").read_text()
+    assert [line.partition(",")[0] for line in log.split()] == ["iter", "0", "10", "20"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.png", "samples.txt"]
 
 

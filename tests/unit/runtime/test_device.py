@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from in_process import TINY, train_here
+from in_process import TINY, first_fast, train_here
 from mps import mps_machine
 from processes import ROOT
 from run_files import rows, weights
@@ -173,6 +173,7 @@ def test_random_numbers_are_a_function_of_the_key():
     assert len(set(first)) == len(keys)
 
 
+@pytest.mark.slow
 def test_runs_on_mps_are_those_of_a_cpu(tiny_data, cli, measured):
     """mps has no float64, and a copy that nothing waits for reads memory that may already be freed."""
     measured("fused")
@@ -244,7 +245,7 @@ def fails_in(name: str, after: int):
 
 @pytest.mark.parametrize(
     ("name", "after"),
-    [("GPT", -1), ("GPT", 0), ("GPT", 2), ("gradient_in_one_kernel", 0), ("gradient_in_one_kernel", 2)],
+    first_fast([("GPT", 2), ("GPT", -1), ("GPT", 0), ("gradient_in_one_kernel", 0), ("gradient_in_one_kernel", 2)]),
 )
 def test_compiler_that_fails_at_any_call_is_one_warning(tiny_data, cli, measured, monkeypatch, name, after):
     """The loss has its own kernel on CUDA, which is compiled for the last, smaller chunk of rows too."""
