@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
 import difflib
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,6 +29,15 @@ from model import GPT
 # The settings of infer.py that `generate` takes.
 OPTIONS = (*(field.name for field in dataclasses.fields(SamplingConfig)), "num_samples", "max_new_tokens", "stop")
 OPTIONS += ("ignore_eot", "parse_special", "batch_size")
+STREAMS: weakref.WeakSet[Iterator] = weakref.WeakSet()  # of `stream`
+
+
+@atexit.register
+def close_streams() -> None:
+    """Close the iterators of `stream` that a program still holds at its end, while torch can still be used."""
+    for pieces in list(STREAMS):
+        with contextlib.suppress(ValueError):  # another thread is in it
+            pieces.close()
 
 
 class LanguageModel:
@@ -107,7 +118,8 @@ class LanguageModel:
         writer = self._writer(prompt, options)
         if writer.config.num_samples > 1:
             raise UserError(f"num_samples = {writer.config.num_samples}: stream returns one text; use generate")
-        return self._pieces(writer, writer.text(prompt))
+        STREAMS.add(pieces := self._pieces(writer, writer.text(prompt)))
+        return pieces
 
     def loss(self, text: str, parse_special: bool = False) -> float:
         """Return the mean loss of a text in nats per token: the `loss` of `eval.py --text` with its defaults.

@@ -267,3 +267,10 @@ def test_import_is_light():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import flatgpt; flatgpt.UserError; "
     code += "print([m for m in ('torch', 'numpy', 'tiktoken') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_program_may_end_with_open_streams(tiny_home):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import flatgpt; model = flatgpt.load('out/quickstart'); "
+    code += "held = [model.stream(max_new_tokens=9, ignore_eot=True) for _ in range(2)]; next(held[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny_home, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
