@@ -175,10 +175,10 @@ def figure_lines(figures: dict) -> list[str]:
     columns, rows = {"ours": figures, **figures.get("peers", {})}, []
     for key, value in figures.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            for n in range(len(value)):
-                rows.append(
-                    {"": f"{key} {n + 1}"} | {name: column[key][n] for name, column in columns.items() if key in column}
-                )
+            for n in range(len(value)):  # lists, such as all evaluations of a run, are for --json
+                entries = {name: column[key][n].items() for name, column in columns.items() if key in column}
+                short = {name: {k: v for k, v in e if not isinstance(v, list)} for name, e in entries.items()}
+                rows.append({"": f"{key} {n + 1}"} | short)
         elif isinstance(value, dict) and key != "peers":  # by peer
             rows.append({"": key, **value})
         elif isinstance(value, bool | int | float | list):
