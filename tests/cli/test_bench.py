@@ -22,6 +22,8 @@ from flatgpt.cli import cli
 from flatgpt.data.dataset import open_dataset
 from flatgpt.training.setup import build_run
 
+pytestmark = pytest.mark.slow
+
 UPDATES = ("train", *TINY, "--warmup_updates", 2, "--timed_updates", 3)
 EVAL = ("eval", "--model_path", "out/quickstart", "--dataset", "tiny", "--device", "cpu", "--rounds", 2)
 

@@ -22,6 +22,8 @@ from flatgpt.data import tokenizer
 from flatgpt.interop import hub, loading
 from flatgpt.runs import checkpoint, history
 
+pytestmark = pytest.mark.slow
+
 GRADIO = "9.8.7"
 DESCRIPTION = WEIGHTS_AND_CARD | {"requirements.txt", ".gitignore", "LICENSE"}
 OURS = DESCRIPTION | {"state.json", "metrics.csv"}

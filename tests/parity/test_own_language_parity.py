@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.tokenizer import TOKENIZER_FILE
 
+pytestmark = pytest.mark.slow
+
 T = 32
 CPU = ("--device", "cpu", "--dtype", "float32")
 TINY = (*CPU, "--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--context_length", T, "--batch_size", 4)

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from flatgpt.data import tokenizer
 from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_files
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("byte", "gpt2", "r50k_base", "p50k_base", "p50k_edit")
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's cache has these files
 TEXTS = (

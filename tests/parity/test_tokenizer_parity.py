@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 from flatgpt.data import tokenizer, tokenizer_reader
 from flatgpt.data.tokenizer_files import tokenizer_files, tokenizer_json
 
+pytestmark = pytest.mark.slow
+
 NAMES = "".join(f"{unicodedata.name(chr(n), '')} {chr(n)}\n" for n in range(0xA0, 0x3000) if chr(n).isprintable())
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
 

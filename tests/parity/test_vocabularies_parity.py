@@ -14,6 +14,8 @@ from flatgpt.data import tokenizer
 from flatgpt.inference.writer import Text
 from model import GPT
 
+pytestmark = pytest.mark.slow
+
 CHAT = "<|user|>hi there<|assistant|>hello, how are you<|user|>fine\n"
 TEXTS = (
     "<|user|>hi<|assistant|>",

@@ -24,6 +24,8 @@ from flatgpt.data.dataset import open_dataset
 from flatgpt.runtime.device import DeviceSettings
 from model import GPT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def scripts(tiny_data, monkeypatch):

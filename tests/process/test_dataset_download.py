@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 from dataset_files import nanogpt
 from hub_host import hub_environment
 from in_process import TINY
@@ -15,6 +16,8 @@ from prepared import content, texts
 from processes import ROOT, command, running
 
 from flatgpt.data.dataset import open_dataset
+
+pytestmark = pytest.mark.slow
 
 ROWS = [f"text number {n}" for n in range(120)]
 FIRST, SECOND = (f"train-0000{n}-of-00002.jsonl" for n in (0, 1))

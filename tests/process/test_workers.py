@@ -38,6 +38,8 @@ from config import PrepareConfig
 import prepare_data
 from flatgpt.data import chunks, prepare
 
+pytestmark = pytest.mark.slow
+
 chunks.CHUNK_BYTES, prepare.MIN_POOL_BYTES, prepare.SAVE_SECONDS = 1 << 18, 0, -1
 write, saves = prepare.atomic_write, []
 

@@ -18,6 +18,8 @@ from processes import ROOT, running
 from config import UserError
 from flatgpt.runtime import files
 
+pytestmark = pytest.mark.slow
+
 FLOCK = {
     "flock": "",
     "no flock": "import errno, fcntl\ndef flock(*a): raise OSError(errno.ENOSYS, '')\nfcntl.flock = flock\n",
