@@ -15,6 +15,8 @@ from config import PlotConfig
 from flatgpt.cli.settings import parse
 from flatgpt.runs.run_log import KEYS
 
+pytestmark = pytest.mark.slow
+
 HEADER = ",".join(KEYS[:13]) + "\n"  # of earlier versions
 FIRST = "0,0,0,,5.5,,,,,,,,\n"
 ROWS = "10,2560,0.1,4.5,,0.0001,2.5,,0,,,,0.4\n20,5120,0.2,4.1,4.2,0.0002,2.1,,0,50,5120,,0.4\n"

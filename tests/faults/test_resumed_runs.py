@@ -24,6 +24,8 @@ from flatgpt.interop.pretrained import initial_shape, run_settings
 from flatgpt.runs import checkpoint, history
 from flatgpt.runtime.stop import StopRequest
 
+pytestmark = pytest.mark.slow
+
 RUN = Path("out/quickstart")
 QUIET = ("--sample_tokens", 0)
 

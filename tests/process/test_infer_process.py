@@ -7,6 +7,8 @@ import sys
 import pytest
 from processes import ROOT, running, waits_long
 
+pytestmark = pytest.mark.slow
+
 INFER = [sys.executable, str(ROOT / "infer.py"), "--device", "cpu"]
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 

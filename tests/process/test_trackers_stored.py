@@ -17,6 +17,8 @@ from processes import ROOT
 
 from flatgpt.runs.run_log import KEYS
 
+pytestmark = pytest.mark.slow
+
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="  # PNG, 1 x 1
 LOG = f"""
 import base64, json, sys
@@ -24,8 +26,6 @@ from pathlib import Path
 from config import TrainConfig
 from flatgpt.runs.run_log import RunLog
 from flatgpt.runs.trackers import start_tracker
-
-pytestmark = pytest.mark.slow
 config = TrainConfig(lr=0.25, **json.loads(sys.argv[1]))
 tracker = start_tracker(config, Path("."), int(sys.argv[2]), json.loads(sys.argv[3]))
 log = RunLog(Path("."), int(sys.argv[2]), 3, tracker)

@@ -26,6 +26,8 @@ from processes import ROOT, SYNTHETIC, command, running
 from config import UserError
 from flatgpt.data import prepare, workers
 
+pytestmark = pytest.mark.slow
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 FEW = ("--tokenizer", "byte", "--shard_tokens", 100_000, "--workers", 2, "--name", "mine")
 
@@ -37,8 +39,6 @@ from flatgpt.cli.cli import from_command_line, run_script
 from config import PrepareConfig
 import prepare_data
 from flatgpt.data import chunks, prepare
-
-pytestmark = pytest.mark.slow
 
 chunks.CHUNK_BYTES, prepare.MIN_POOL_BYTES, prepare.SAVE_SECONDS = 1 << 18, 0, -1
 write, saves = prepare.atomic_write, []

@@ -14,6 +14,8 @@ from flatgpt.benchmarks import inference
 from flatgpt.cli import cli
 from model import GPT
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["infer", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--context_length", "64", "--device", "cpu"]
 SHORT = [*SMALL, "--vocab_size", "300", "--prompt_tokens", "16", "--new_tokens", "5", "--samples", "3", "--rounds", "3"]
 

@@ -222,6 +222,7 @@ def test_stopped_at_any_write_it_goes_on(make, owner, name, error, after):
         assert make.encoded <= left
 
 
+@pytest.mark.slow
 @EVERY_INPUT
 def test_killed_at_any_moment_it_goes_on(make, monkeypatch):
     """kill -9 leaves what the disk held around one of the flushes and renames."""

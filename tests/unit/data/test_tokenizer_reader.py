@@ -18,6 +18,8 @@ from flatgpt.data import tokenizer, tokenizer_reader
 from flatgpt.data.tokenizer_files import END_OF_TEXT, tokenizer_files, tokenizer_json
 from flatgpt.data.tokenizer_reader import read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):

@@ -19,6 +19,8 @@ from flatgpt.data import tokenizer, tokenizer_files, tokenizer_names
 from flatgpt.data.dataset import open_dataset
 from flatgpt.data.tokenizer_training import add_special_tokens, train
 
+pytestmark = pytest.mark.slow
+
 EOT, USER, BOT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 HINDI = "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।\n"
 GREEK = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.\n"

@@ -16,6 +16,8 @@ from flatgpt.runs.history import History
 from flatgpt.runs.plots import has_values, plot_runs, smooth
 from flatgpt.runs.run_log import KEYS
 
+pytestmark = pytest.mark.slow
+
 NAN = math.nan
 
 
