@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -136,6 +137,8 @@ def serve(blocks, config: AppConfig, queue: ModelQueue, more: dict) -> None:
     print(f"{url} - stop with Ctrl-C" + f"; for OpenAI clients: {url}/v1" * bool(more["routes"]), flush=True)
     try:
         threading.Event().wait()
-    finally:
+    except KeyboardInterrupt:
         queue.close()  # exiting during a torch operation aborts
         blocks.close(verbose=False)
+        sys.stdout.flush()
+        os._exit(130)  # sys.exit would crash if one of the server's threads still runs

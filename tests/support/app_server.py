@@ -66,5 +66,5 @@ def serving(home: Path, *words, **env: str):
     with running([sys.executable, ROOT / "app.py", *words], cwd=home, env=settings, **pipes) as process:
         yield Server(process, port)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=90)
-        assert process.returncode == 130
+        said, _ = process.communicate(timeout=90)
+        assert process.returncode == 130, (process.returncode, said)
