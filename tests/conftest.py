@@ -273,6 +273,16 @@ def fork_server():
 
 
 @pytest.fixture(scope="module")
+def scripts():
+    """scripts.run("train --lr 1e-3", cwd) -> Result: runs scripts in forked processes."""
+    from forked import Scripts
+
+    scripts = Scripts()
+    yield scripts
+    scripts.close()
+
+
+@pytest.fixture(scope="module")
 def start_ranks(fork_server, tmp_path_factory):
     """start_ranks(*words, cwd=, world=1, code="") -> the ForkedProcess of each rank: train.py after the code.
 

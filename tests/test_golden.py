@@ -232,13 +232,6 @@ def near(value, tolerance: float):
 # tests
 
 
-@pytest.fixture(scope="module")
-def scripts():
-    scripts = Scripts()
-    yield scripts
-    scripts.close()
-
-
 @pytest.fixture
 def home(tmp_path):
     return furnish(tmp_path)

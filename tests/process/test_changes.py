@@ -62,13 +62,6 @@ class Changed(NamedTuple):
         return done.stderr
 
 
-@pytest.fixture(scope="module")
-def scripts():
-    scripts = Scripts()
-    yield scripts
-    scripts.close()
-
-
 @pytest.fixture
 def changed(scripts, run_copy, tmp_path_factory, request) -> Changed:
     """The change of a section, after its commands. The current folder has data/tiny, and the commands' runs in out/."""
